@@ -1,0 +1,150 @@
+"""DeepSpeed behind two verbs, `micro_step` and `apply`. Every default of its that matters is said out loud."""
+
+import logging
+import math
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from harness.ledger import Ledger
+from harness.settings import Settings, Train
+from harness.world import World
+
+
+def deepspeed_config(settings: Settings, world_size: int) -> dict[str, Any]:
+    """DeepSpeed's own configuration for `settings`.
+
+    Its defaults clip gradients at 1.0 and skip steps that overflow in bf16; here both are said, and only what
+    `settings` asks for happens. Bucket sizes and thresholds are in elements.
+    """
+    train, zero = settings.train, settings.zero
+    optimization: dict[str, Any] = {
+        "stage": zero.stage,
+        "contiguous_gradients": True,
+        "overlap_comm": False,
+        "reduce_scatter": True,
+        "reduce_bucket_size": zero.reduce_bucket_size,
+        "allgather_bucket_size": zero.allgather_bucket_size,
+        "stage3_prefetch_bucket_size": zero.prefetch_bucket_size,
+        "stage3_param_persistence_threshold": zero.persistence_threshold,
+    }
+    if zero.offload in ("optimizer", "all"):
+        optimization["offload_optimizer"] = {"device": "cpu"}
+    if zero.offload == "all":
+        optimization["offload_param"] = {"device": "cpu"}
+    return {
+        "train_batch_size": train.micro_batch * train.accumulation * world_size,
+        "train_micro_batch_size_per_gpu": train.micro_batch,
+        "gradient_accumulation_steps": train.accumulation,
+        "gradient_clipping": train.clip,
+        "bf16": {"enabled": settings.precision == "bf16", "check_grad_overflow": False},
+        "zero_optimization": optimization,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # torch's own AdamW needs no compiler, offloaded too
+        "steps_per_print": 2**31,
+        "wall_clock_breakdown": False,
+    }
+
+
+def learning_rate(train: Train, step: int) -> float:
+    """The rate of step `step` (from 0): linear warm-up, then `train.schedule` down to 0 at `train.steps`."""
+    if step < train.warmup_steps:
+        return train.learning_rate * (step + 1) / train.warmup_steps
+    left = 1 - (step - train.warmup_steps) / max(1, train.steps - train.warmup_steps)
+    factor = {"constant": 1.0, "linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left)}[train.schedule]
+    return train.learning_rate * factor
+
+
+class Engine:
+    """A model in DeepSpeed's hands. `settings` decide ZeRO's stage, precision, accumulation and the optimizer."""
+
+    def __init__(self, settings: Settings, world: World, ledger: Ledger, model: torch.nn.Module) -> None:
+        self.settings, self.ledger = settings, ledger
+        train = settings.train
+        ledger.own(model=model)
+        self.inner = torch.optim.AdamW(
+            model.parameters(), lr=train.learning_rate, weight_decay=train.weight_decay
+        )
+        with _quiet_deepspeed():
+            import deepspeed
+
+            backend = "nccl" if world.device.type == "cuda" else "gloo"
+            deepspeed.init_distributed(dist_backend=backend, dist_init_required=False)
+            self.deepspeed, *_ = deepspeed.initialize(
+                model=model, optimizer=self.inner, config=deepspeed_config(settings, world.size)
+            )
+        ledger.own(engine=self.deepspeed)
+
+    @property
+    def module(self) -> torch.nn.Module:
+        """The model itself."""
+        return self.deepspeed.module  # type: ignore[no-any-return]
+
+    @property
+    def optimizer_class(self) -> str:
+        """DeepSpeed picks one by stage and precision; which one is part of the record."""
+        return type(self.deepspeed.optimizer).__name__
+
+    def micro_step(self, tokens: torch.Tensor, step: int, micro_batch: int) -> float:
+        """Forward and backward over `tokens` [micro_batch, sequence]; the loss per token."""
+        with self.ledger.phase("forward", step, micro_batch):
+            loss = self.deepspeed(input_ids=tokens, labels=tokens, use_cache=False).loss
+        with self.ledger.phase("backward", step, micro_batch), _quiet_deepspeed():
+            self.deepspeed.backward(loss)
+            if not self.deepspeed.is_gradient_accumulation_boundary():
+                self.deepspeed.step()  # counts the micro-batch; the weights stay
+        return float(loss.detach())
+
+    def apply(self, step: int) -> float:
+        """Step the optimizer with step `step`'s learning rate, which is returned."""
+        rate = learning_rate(self.settings.train, step)
+        for group in self.inner.param_groups:
+            group["lr"] = rate
+        with self.ledger.phase("step", step), _quiet_deepspeed():
+            self.deepspeed.step()
+        return rate
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterator[torch.Tensor], step: int) -> float:
+        """The mean loss per token over `batches` of [micro_batch, sequence]."""
+        self.deepspeed.eval()
+        losses = []
+        for index, tokens in enumerate(batches):
+            with self.ledger.phase("validate", step, index), _quiet_deepspeed():
+                losses.append(float(self.deepspeed(input_ids=tokens, labels=tokens, use_cache=False).loss))
+        self.deepspeed.train()
+        return sum(losses) / len(losses)
+
+    def full_state(self) -> dict[str, torch.Tensor] | None:
+        """The whole model's weights on CPU at rank 0, None elsewhere. Every rank must call it."""
+        import deepspeed
+
+        names = {id(parameter): name for name, parameter in self.module.named_parameters()}
+        state: dict[str, torch.Tensor] = {}
+        lead = torch.distributed.get_rank() == 0
+        for (
+            parameter
+        ) in self.module.parameters():  # one at a time: no rank ever holds the whole model on its device
+            with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_tensor")):
+                if lead:
+                    state[names[id(parameter)]] = parameter.detach().to("cpu", copy=True)
+        return state if lead else None
+
+
+@contextmanager
+def _quiet_deepspeed() -> Iterator[None]:
+    """Without DeepSpeed's banners and its calls of what torch has renamed; its errors still come."""
+    os.environ.setdefault("DS_LOG_LEVEL", "error")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        logger = logging.getLogger("DeepSpeed")
+        level = logger.level
+        logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)

@@ -1,0 +1,119 @@
+"""How a run fails: the rank that failed first is the one named, and the others go within seconds."""
+
+import os
+import signal
+import socket
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness.ledger import Where
+from harness.world import World
+
+PATIENCE = 3.0
+"""Seconds that a rank which only lost its peers waits for the one that failed to say so."""
+
+UNFINISHED = {"rank": None, "where": None, "error": "the run ended before it could say why"}
+CLAIM = "failure.json"
+
+_LOST_PEER = (
+    "connection closed by peer",
+    "connection reset by peer",
+    "connection refused",
+    "broken pipe",
+    "timed out waiting",
+    "application timeout",
+    "nccl communicator was aborted",
+    "remote process exited",
+)
+"""What the process groups say on a rank whose peer is gone; its own error is not the cause."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Which rank failed, where in its run, and with what."""
+
+    rank: int
+    where: Where | None
+    error: str
+
+    def as_record(self) -> dict[str, Any]:
+        """As `record.json` has it."""
+        return {"rank": self.rank, "where": self.where._asdict() if self.where else None, "error": self.error}
+
+    def sentence(self) -> str:
+        """One line for a person."""
+        where = self.where
+        place = f" in step {where.step}, {where.phase} of micro-batch {where.micro_batch}" if where else ""
+        return f"rank {self.rank} failed{place}: {self.error}"
+
+
+def of(error: BaseException, where: Where, directory: Path, world: World) -> Failure | None:
+    """This rank's failure; or, where `error` only says that a peer is gone, that peer's. None: it has told itself."""
+    if any(words in str(error).lower() for words in _LOST_PEER):
+        found = peer_lost(directory, world)
+        if found is not None or (directory / CLAIM).exists():
+            return found
+    with (directory / f"failure-rank{world.rank}.txt").open("w") as stream:
+        traceback.print_exception(error, file=stream)
+    told = " ".join(str(error).split())[:500]
+    return Failure(world.rank, where, f"{type(error).__name__}: {told}" if told else type(error).__name__)
+
+
+def peer_lost(directory: Path, world: World) -> Failure | None:
+    """The rank on this host that is gone without a word. None where a rank has told, or none is found."""
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline and not (directory / CLAIM).exists():
+        for rank, (host, pid) in enumerate(world.members):
+            if host == socket.gethostname() and not _alive(pid):
+                return Failure(rank, None, f"its process {pid} is gone without a word; was it killed?")
+        time.sleep(0.05)
+    return None
+
+
+def claim(directory: Path, found: Failure) -> bool:
+    """Whether this rank is the first to name a failure; only that one writes the record."""
+    try:
+        with (directory / CLAIM).open("x") as stream:
+            stream.write(f'{{"rank": {found.rank}}}\n')
+    except OSError:
+        return False
+    return True
+
+
+def await_termination(last: Callable[[], object]) -> None:
+    """Call `last` when the launcher ends this process, even while its main thread waits in a collective.
+
+    torchrun sends SIGTERM to the others as soon as one rank is gone.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait() -> None:
+        signal.sigwait({signal.SIGTERM})
+        last()
+
+    threading.Thread(target=wait, name="await-termination", daemon=True).start()
+
+
+def _alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return state not in "ZX"
+    except FileNotFoundError:
+        return not Path("/proc/self").exists() and _signalled(pid)
+    except OSError:
+        return _signalled(pid)
+
+
+def _signalled(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,62 @@
+"""The allocator's own account of memory, against which the log is held. It shares nothing with the log.
+
+On CPU it is the allocation events that PyTorch's allocator reports to its profiler: every block, those
+inside kernels too, with address, size and time. The profiler runs with no operator scope, so that
+it records allocations alone. Known limits: only this thread's events are reported, and of blocks that were
+made before the start only the ones that an earlier profile saw are reported when they go.
+"""
+
+import os
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Allocation(NamedTuple):
+    """A block of `delta` bytes came (or, below 0, went) at address `pointer`, at `time` in nanoseconds."""
+
+    time: int
+    pointer: int
+    delta: int
+
+
+class CpuAllocator:
+    """PyTorch's CPU allocator, through the profiler's raw allocation events."""
+
+    source = "cpu-events"
+
+    def __init__(self) -> None:
+        self.running = False
+
+    def start(self) -> bool:
+        """Begin to record; False where somebody else's profiler already runs, for only one can."""
+        from torch._C._autograd import _enable_profiler, _prepare_profiler
+        from torch._C._profiler import ProfilerConfig, ProfilerState, RecordScope, _ExperimentalConfig
+
+        if torch._C._autograd._profiler_enabled():
+            return False
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # kineto writes to stderr at every start
+        config = ProfilerConfig(ProfilerState.KINETO, False, True, False, False, False, _ExperimentalConfig())
+        activities = {torch.profiler.ProfilerActivity.CPU}
+        _prepare_profiler(config, activities)
+        _enable_profiler(config, activities, {RecordScope.USER_SCOPE})
+        self.running = True
+        return True
+
+    def stop(self) -> list[Allocation] | None:
+        """Every block's coming and going since `start`, in order; None where it never started."""
+        if not self.running:
+            return None
+        self.running = False
+        result = torch._C._autograd._disable_profiler()
+        return sorted(_allocations(result.experimental_event_tree()), key=lambda event: event.time)
+
+
+def _allocations(events: Any) -> Iterator[Allocation]:
+    for event in events:
+        if event.tag.name == "Allocation":
+            fields = event.extra_fields
+            if fields.device.type == "cpu":
+                yield Allocation(event.start_time_ns, fields.ptr, fields.alloc_size)
+        yield from _allocations(event.children)

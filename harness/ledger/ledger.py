@@ -1,0 +1,291 @@
+"""`Ledger`: owners and phases in, peaks and books out."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, NamedTuple, Self
+
+import torch
+
+from harness.ledger import owners
+from harness.ledger.allocator import CpuAllocator
+from harness.ledger.log import CATEGORIES, RANK, Log, Where
+from harness.ledger.observers import Modules, in_backward, settle, watching_saved, watching_steps
+from harness.ledger.timeline import Books, Category, Peak, Phase, at_allocator_peak, replay
+
+MODES = ("exact", "phases", "off")
+HELD = ("parameters", "gathered", "gradients", "optimizer", "kv_cache", "communication")
+"""The categories that owners hold, and can be summed without a log."""
+
+Claims = Callable[[], Iterator[owners.Claim]]
+
+
+class Account(NamedTuple):
+    """What a ledger measured."""
+
+    peak: Peak | None
+    categories: dict[str, Category]
+    phases: list[Phase]
+    books: Books
+
+
+class Ledger:
+    """Accounts for memory inside its `with` block, in this thread.
+
+    `mode="exact"` sees every tensor; `"phases"` sums what owners hold at the end of each phase; `"off"` does
+    nothing. With `steps`, an exact ledger goes on as `"phases"` from that step on. Owners may be given now or,
+    with `own`, when they exist. Without `phase` the phases are read off the loop itself: a forward, its
+    backward, the optimizer's step.
+
+    `settle_collectives=True` makes frees after collectives happen in an order that repeats (see `observers.settle`); then every
+    rank must have such a ledger, for it is a collective itself.
+
+    Raises ValueError for an unknown mode. A tensor that was alive before the block counts if an owner names it.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module | None = None,
+        optimizer: Any = None,
+        engine: Any = None,
+        cache: Any = None,
+        *,
+        mode: str = "exact",
+        steps: int | None = None,
+        settle_collectives: bool = False,
+    ) -> None:
+        if mode not in MODES:
+            raise ValueError(f"mode={mode!r}: a ledger is one of {', '.join(MODES)}")
+        self.mode, self.steps = mode, steps
+        self._settle = settle_collectives
+        self.exact = False  # whether every tensor is being seen now
+        self._log = Log()
+        self._modules = Modules(self._log, self._forward_begins, self._forward_ends)
+        self._allocator = CpuAllocator()
+        self._instruments = ExitStack()
+        self._owners: dict[int, Claims] = {}
+        self._caches: dict[int, Claims] = {}
+        self._models: list[torch.nn.Module] = []
+        self._engine: Any = None
+        self._told = False  # somebody names the phases; nothing is read off the loop
+        self._stepped = False
+        self._account = Account(None, {}, [], Books())
+        self.own(model=model, optimizer=optimizer, engine=engine, cache=cache)
+
+    def __enter__(self) -> Self:
+        if self.mode == "exact":
+            self._begin()
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        if self.exact:
+            self._finish()
+
+    # -- owners ------------------------------------------------------------------------------------------------
+
+    def own(
+        self,
+        model: torch.nn.Module | None = None,
+        optimizer: Any = None,
+        engine: Any = None,
+        cache: Any = None,
+    ) -> None:
+        """Let these name their storages, now and at the end of every phase. An engine speaks for its optimizer too."""
+        if self.mode == "off":
+            return
+        if model is not None:
+            self._own_model(model)
+            self._owners[id(model)] = partial(owners.module_claims, model)
+        if optimizer is not None:
+            self._owners[id(optimizer)] = partial(owners.optimizer_claims, optimizer)
+        if engine is not None:
+            self._own_model(engine.module)
+            self._engine = engine
+            self._owners[id(engine)] = partial(owners.engine_claims, engine)
+        if cache is not None:
+            self._caches[id(cache)] = partial(owners.cache_claims, cache)
+        self._walk()
+
+    def disown(self, owner: Any) -> None:
+        """Forget `owner`: what it named keeps its name, and it is asked no more."""
+        self._walk()
+        self._owners.pop(id(owner), None)
+        self._caches.pop(id(owner), None)
+
+    def claim(self, category: str, name: str, tensor: torch.Tensor) -> None:
+        """Say that `tensor`'s storage is `category`. Raises ValueError for a word that is not one."""
+        if category not in CATEGORIES:
+            raise ValueError(f"category={category!r}: a storage is one of {', '.join(CATEGORIES)}")
+        if self.exact:
+            self._log.claim(category, name, tensor)
+
+    def _own_model(self, model: torch.nn.Module) -> None:
+        self._modules.name(model)
+        if not any(model is known for known in self._models):
+            self._models.append(model)
+            if self.exact:
+                self._hook_gradients(model)
+
+    def _hook_gradients(self, model: torch.nn.Module) -> None:
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                handle = parameter.register_post_accumulate_grad_hook(partial(self._gradient_made, name))
+                self._instruments.callback(handle.remove)
+
+    def _gradient_made(self, name: str, parameter: torch.Tensor) -> None:
+        for claim in owners.parameter_claims(name, parameter):
+            self._log.claim(*claim)
+        if self._engine is not None:
+            for claim in owners.bucket_claims(self._engine):
+                self._log.claim(*claim)
+
+    def _walk(self, base: bool = False) -> None:
+        """Ask every owner."""
+        if self.exact:
+            for claims in (*self._owners.values(), *self._caches.values()):
+                for claim in claims():
+                    self._log.claim(*claim, base=base)
+
+    # -- phases ------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def phase(self, name: str, step: int = 0, micro_batch: int = 0) -> Iterator[None]:
+        """Within it, everything happens in phase `name` of `step` and `micro_batch`."""
+        if self.exact and self.steps is not None and step >= self.steps:
+            self._finish()
+        before, told = self._log.where, self._told
+        self._told = True
+        self._enter(Where(step, name, micro_batch))
+        try:
+            yield
+        finally:
+            self._leave(before)
+            self._told = told
+
+    @property
+    def where(self) -> Where:
+        """The phase that is running now."""
+        return self._log.where
+
+    def _enter(self, where: Where) -> None:
+        if self.exact:
+            self._log.enter(where)
+        else:
+            self._log.where = where
+
+    def _leave(self, before: Where) -> None:
+        if self.exact:
+            self._walk()
+        elif self.mode != "off":
+            self._sum_owners()
+        self._enter(before)
+
+    def _sum_owners(self) -> None:
+        """Append what owners hold at the end of this phase; what only a log sees is not measured."""
+        held: dict[int, tuple[str, int]] = {}
+        for claims in (*self._owners.values(), *self._caches.values()):
+            for category, _, tensor in claims():
+                if tensor.is_meta:
+                    continue
+                storage = tensor.untyped_storage()
+                known = held.get(storage._cdata)
+                if known is None or RANK[category] < RANK[known[0]]:
+                    held[storage._cdata] = category, storage.nbytes()
+        totals: dict[str, int | None] = dict.fromkeys(CATEGORIES)
+        totals.update({name: sum(n for c, n in held.values() if c == name) for name in HELD})
+        self._account.phases.append(Phase(self._log.where, None, None, totals))
+
+    def _forward_begins(self) -> None:
+        where = self._log.where
+        if self._told:
+            return
+        step = where.step + 1 if self._stepped else where.step
+        first = self._stepped or where.phase == "idle"
+        self._stepped = False
+        self._turn(Where(step, "forward", 0 if first else where.micro_batch + 1))
+
+    def _forward_ends(self) -> None:
+        for claims in self._caches.values():
+            for claim in claims():
+                self._log.claim(*claim)
+
+    def _follow(self) -> None:
+        """Before an operator: has backward begun, or ended?"""
+        if self._told:
+            return
+        where = self._log.where
+        if in_backward():
+            if where.phase == "forward":
+                self._turn(where._replace(phase="backward"))
+        elif where.phase == "backward":
+            self._turn(Where(where.step, "step", where.micro_batch))
+
+    def _optimizer_stepped(self) -> None:
+        self._stepped = True
+        self._walk()
+
+    def _turn(self, where: Where) -> None:
+        self._walk()
+        self._log.enter(where)
+
+    # -- what was measured -------------------------------------------------------------------------------------
+
+    def account(self) -> Account:
+        """What was measured so far; while exact, up to this moment and without the allocator's side."""
+        if not self.exact:
+            return self._account
+        return Account(*replay(list(self._log.events)), Books())
+
+    @property
+    def last_peak(self) -> Peak | None:
+        """The peak of what has been measured exactly to the end; None while it is still being measured."""
+        return self._account.peak
+
+    @property
+    def peak(self) -> Peak:
+        """The moment of most bytes. Raises LookupError where nothing was measured exactly."""
+        peak = self.account().peak
+        if peak is None:
+            raise LookupError(f"mode={self.mode!r} measures no peak; mode='exact' does")
+        return peak
+
+    @property
+    def categories(self) -> dict[str, Category]:
+        """Each category's own peak and end, in bytes."""
+        return self.account().categories
+
+    @property
+    def phases(self) -> list[Phase]:
+        """Every phase, in order of its first entry."""
+        return self.account().phases
+
+    @property
+    def allocator(self) -> Books:
+        """The allocator's own peak, and what of it is unattributed."""
+        return self.account().books
+
+    def _begin(self) -> None:
+        self.exact = True
+        self._allocator.start()
+        self._walk(base=True)
+        enter = self._instruments.enter_context
+        enter(self._modules.watching())
+        enter(watching_steps(self._optimizer_stepped))
+        enter(watching_saved(self._log))
+        for model in self._models:
+            self._hook_gradients(model)
+        self._log.follow = self._follow
+        self._log.settle = settle if self._settle else None
+        enter(self._log)
+
+    def _finish(self) -> None:
+        self._walk()
+        self._instruments.close()
+        self.exact = False
+        events, operators = self._log.events, self._log.operators
+        allocations = self._allocator.stop()
+        peak, categories, phases = replay(events)
+        books = Books()
+        if allocations is not None:
+            peak, books = at_allocator_peak(events, operators, allocations, self._allocator.source)
+        self._account = Account(peak, categories, phases, books)

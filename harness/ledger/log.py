@@ -1,0 +1,213 @@
+"""The log: every storage's birth and death, with where it happened. What a storage *was* is decided by later claims.
+
+Known limits: a storage that no operator returned and no owner names is not seen here (the allocator's own
+events show it as `kernel` or `unattributed`), and an operator that frees a storage behind Python's back
+shows its death when the storage object goes.
+"""
+
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from time import time_ns
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+CATEGORIES = (
+    "parameters",
+    "gathered",
+    "gradients",
+    "optimizer",
+    "activations",
+    "kv_cache",
+    "communication",
+    "inputs",
+    "workspace",
+)
+"""What a live storage can be; exactly one of these."""
+
+PRECEDENCE = ("parameters", "optimizer", "communication", "gathered", "kv_cache", "gradients", "inputs")
+"""Where two owners name one storage, the earlier word wins: a gradient that is a view of a bucket is the bucket."""
+RANK = {category: rank for rank, category in enumerate((*PRECEDENCE, "activations", "workspace"))}
+
+WORKSPACE_PHASES = frozenset({"idle", "setup", "backward", "step", "checkpoint"})
+"""What is made in these phases, and never claimed, is scratch; what any other phase makes was made by a forward."""
+
+
+class Where(NamedTuple):
+    """A place in the run: which step, which phase of it, which micro-batch."""
+
+    step: int
+    phase: str
+    micro_batch: int
+
+
+@dataclass(slots=True, eq=False)
+class Storage:
+    """One allocation as tensors see it. `born`, `died` and `saved_at` (autograd kept it) are nanoseconds."""
+
+    nbytes: int
+    pointer: int
+    born: int
+    where: Where
+    module: str
+    op: str
+    category: str
+    name: str = ""
+    died: int | None = None
+    saved_at: int | None = None
+    recomputed: bool = False
+    base: bool = False  # it was alive before the log began
+
+
+class Event(NamedTuple):
+    """A change of the live set: `delta` bytes of `storage` at `time`; or a new phase where `storage` is None."""
+
+    time: int
+    delta: int
+    storage: Storage | None
+    where: Where
+    module: str
+    saved: bool = False  # the moment autograd saved it, which changes no total
+
+
+class Operator(NamedTuple):
+    """One dispatched operator, from `began` to `ended` in nanoseconds."""
+
+    began: int
+    ended: int
+    where: Where
+    module: str
+    name: str
+
+
+class _Death(weakref.ref):  # type: ignore[type-arg]
+    __slots__ = ("key", "storage")
+    key: int
+    storage: Storage
+
+
+def tensors_in(tree: Any) -> Iterator[torch.Tensor]:
+    """Every tensor in nested tuples, lists and dicts."""
+    if isinstance(tree, torch.Tensor):
+        yield tree
+    elif isinstance(tree, (tuple, list)):
+        for item in tree:
+            yield from tensors_in(item)
+    elif isinstance(tree, dict):
+        for item in tree.values():
+            yield from tensors_in(item)
+
+
+class Log(TorchDispatchMode):
+    """A dispatch mode that logs storages. It holds no tensor and changes none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.where = Where(0, "idle", 0)
+        self.module = ""
+        self.recomputing = False
+        self.follow: Callable[[], None] | None = None  # called before each operator
+        self.settle: Callable[[Any], None] | None = None  # called after each collective, with its arguments
+        self.events: list[Event] = []
+        self.operators: list[Operator] = []
+        self._alive: dict[int, _Death] = {}
+        self._recording = False
+
+    def __enter__(self) -> "Log":
+        self._recording = True
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        super().__exit__(*exc)
+        self._recording = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.follow is not None:
+            self.follow()
+        began = time_ns()
+        out = func(*args, **kwargs) if kwargs else func(*args)
+        if self.settle is not None and func.namespace == "c10d":
+            self.settle(args)
+        ended = time_ns()
+        self.operators.append(Operator(began, ended, self.where, self.module, func.__name__))
+        if isinstance(out, torch.Tensor):
+            self.see(out, func.__name__, ended)
+        elif out is not None:
+            for tensor in tensors_in(out):
+                self.see(tensor, func.__name__, ended)
+        return out
+
+    def see(self, tensor: torch.Tensor, op: str, now: int) -> Storage | None:
+        """The record of `tensor`'s storage, made now if it was not known. None where a tensor has no bytes."""
+        if tensor.is_meta:
+            return None
+        try:
+            storage = tensor.untyped_storage()
+        except NotImplementedError:  # sparse and other layouts without one storage
+            return None
+        key = storage._cdata
+        known = self._alive.get(key)
+        if known is not None:
+            record = known.storage
+            nbytes = storage.nbytes()
+            if nbytes != record.nbytes:  # resized in place: one block goes, another comes
+                self._end(record, now)
+                return self._begin(storage, key, op, now)
+            return record
+        return self._begin(storage, key, op, now)
+
+    def _begin(self, storage: torch.UntypedStorage, key: int, op: str, now: int) -> Storage:
+        where, module = self.where, self.module
+        made = "workspace" if where.phase in WORKSPACE_PHASES and not self.recomputing else "activations"
+        fake = storage.device.type == "meta"
+        record = Storage(
+            storage.nbytes(),
+            0 if fake else storage.data_ptr(),
+            now,
+            where,
+            module,
+            op,
+            made,
+            recomputed=self.recomputing,
+        )
+        death = _Death(storage, self._gone)
+        death.key, death.storage = key, record
+        self._alive[key] = death
+        if record.nbytes:
+            self.events.append(Event(now, record.nbytes, record, where, module))
+        return record
+
+    def _gone(self, death: _Death) -> None:
+        if self._alive.get(death.key) is death:
+            del self._alive[death.key]
+        self._end(death.storage, time_ns())
+
+    def _end(self, record: Storage, now: int) -> None:
+        if self._recording and record.died is None:
+            record.died = now
+            if record.nbytes:
+                self.events.append(Event(now, -record.nbytes, record, self.where, self.module))
+
+    def enter(self, where: Where) -> None:
+        """From here on, what happens happens in `where`."""
+        self.where = where
+        self.events.append(Event(time_ns(), 0, None, where, self.module))
+
+    def save(self, tensor: torch.Tensor) -> None:
+        """Autograd keeps `tensor` for backward."""
+        record = self.see(tensor, "saved", time_ns())
+        if record is not None and record.saved_at is None:
+            record.saved_at = time_ns()
+            self.events.append(Event(record.saved_at, 0, record, self.where, self.module, saved=True))
+
+    def claim(self, category: str, name: str, tensor: torch.Tensor, base: bool = False) -> None:
+        """`tensor`'s storage is `category`, for its whole life. `base`: it was there before the log began."""
+        record = self.see(tensor, "", time_ns())
+        if record is None:
+            return
+        record.base = record.base or (base and not record.op)
+        if not record.name or RANK[category] < RANK[record.category]:
+            record.category, record.name = category, name

@@ -1,0 +1,119 @@
+"""What tells the log where it is: hooks on modules, gradients, optimizers and autograd's saved tensors.
+
+None of them changes a value or keeps a tensor alive; all of them go when their context ends.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from harness.ledger.log import Log, tensors_in
+
+
+def in_backward() -> bool:
+    """Whether autograd is running a backward pass now, in this thread."""
+    return torch._C._current_graph_task_id() != -1
+
+
+class Modules:
+    """Which module is running: forwards by a stack, backwards by the node that made each module's output."""
+
+    def __init__(self, log: Log, entered: Callable[[], None], left: Callable[[], None]) -> None:
+        self.log = log
+        self.names: dict[int, str] = {}
+        self._stack: list[tuple[str, bool]] = []
+        self._entered, self._left = entered, left
+
+    def name(self, module: torch.nn.Module, prefix: str = "") -> None:
+        """Take the names of `module` and all within it."""
+        for name, inner in module.named_modules(prefix=prefix):
+            self.names.setdefault(id(inner), name or type(inner).__name__)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        before = register_module_forward_pre_hook(self._before)
+        after = register_module_forward_hook(self._after, always_call=True)
+        try:
+            yield
+        finally:
+            before.remove()
+            after.remove()
+            self._stack.clear()
+
+    def _before(self, module: torch.nn.Module, inputs: Any) -> None:
+        log = self.log
+        if not self._stack and not in_backward():
+            self._entered()
+        self._stack.append((log.module, log.recomputing))
+        log.recomputing = in_backward()
+        log.module = self.names.get(id(module)) or type(module).__name__
+
+    def _after(self, module: torch.nn.Module, inputs: Any, output: Any) -> None:
+        log = self.log
+        name = log.module
+        if self._stack:
+            log.module, log.recomputing = self._stack.pop()
+        for tensor in _grad_outputs(output):
+            tensor.grad_fn.register_prehook(_Enter(log, name))  # type: ignore[union-attr]
+        if not self._stack and not in_backward():
+            self._left()
+
+
+def _grad_outputs(output: Any) -> Iterator[torch.Tensor]:
+    if isinstance(output, torch.Tensor):
+        if output.grad_fn is not None:
+            yield output
+    elif isinstance(output, (tuple, list, dict)):
+        for tensor in tensors_in(output):
+            if tensor.grad_fn is not None:
+                yield tensor
+
+
+class _Enter:
+    """Called when backward reaches a module's output: from here on it is that module's backward."""
+
+    __slots__ = ("log", "name")
+
+    def __init__(self, log: Log, name: str) -> None:
+        self.log, self.name = log, name
+
+    def __call__(self, gradients: Any) -> None:
+        self.log.module = self.name
+
+
+@contextmanager
+def watching_saved(log: Log) -> Iterator[None]:
+    """Tell `log` what autograd saves for backward. The hooks pass every tensor through as it is."""
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        log.save(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield
+
+
+@contextmanager
+def watching_steps(stepped: Callable[[], None]) -> Iterator[None]:
+    """Call `stepped` after any torch optimizer's step."""
+    handle = register_optimizer_step_post_hook(lambda *_: stepped())
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def settle(arguments: Any) -> None:
+    """Wait until the process group among a collective's `arguments` has let go of what it was given.
+
+    gloo's thread drops its references after the caller wakes, at a moment that no two runs share. A collective of
+    no elements comes after it in the thread's queue. Point-to-point operators have no such pairing.
+    """
+    for argument in arguments:
+        if isinstance(argument, torch.ScriptObject) and "ProcessGroup" in str(argument._type()):
+            group = torch.distributed.ProcessGroup.unbox(argument)
+            group.allreduce([torch.empty(0)]).wait()

@@ -1,0 +1,114 @@
+"""What owners say is theirs: a module, an optimizer, a DeepSpeed engine, a KV cache.
+
+Each function yields claims `(category, name, tensor)`. DeepSpeed's are read from its attributes by name, as of
+0.19; a tensor it holds under a name not listed here is claimed as `workspace` under that name, never lost.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from harness.ledger.log import tensors_in
+
+Claim = tuple[str, str, torch.Tensor]
+
+DEEPSPEED = {
+    # ZeRO-1 and 2
+    "bit16_groups_flat": "parameters",
+    "round_robin_bit16_groups": "parameters",
+    "parallel_partitioned_bit16_groups": "parameters",
+    "params_in_partition": "parameters",
+    "params_not_in_partition": "parameters",
+    "single_partition_of_fp32_groups": "optimizer",
+    "averaged_gradients": "gradients",
+    "all_grad_tensors": "gradients",
+    "accumulated_grads_in_cpu": "gradients",
+    "grads_in_partition": "gradients",
+    "temp_grad_buffer_for_cpu_offload": "communication",
+    "temp_grad_buffer_for_gpu_offload": "communication",
+    "param_buffer_of_bit16_for_cpu_offload_groups": "parameters",
+    # ZeRO-3
+    "fp16_partitioned_groups": "parameters",
+    "fp16_partitioned_groups_flat": "parameters",
+    "param_groups_fp16_flat_cpu_memory": "parameters",
+    "lp_param_buffer": "parameters",
+    "fp32_partitioned_groups_flat": "optimizer",
+    "grad_partitions_flat_buffer": "gradients",
+    "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition": "gradients",
+    # BF16_Optimizer
+    "bf16_groups_flat": "parameters",
+    "bf16_partitioned_groups": "parameters",
+    "fp32_groups_flat_partition": "optimizer",
+    "fp32_groups_gradients": "gradients",
+    "fp32_groups_gradient_dict": "gradients",
+    "fp32_groups_gradients_flat": "gradients",
+    "fp32_groups_actual_gradients_flat": "gradients",
+    "fp32_groups_gradient_flat_partition": "gradients",
+    # FP16_UnfusedOptimizer, which bf16 without ZeRO gets
+    "fp32_groups": "optimizer",
+}
+"""DeepSpeed 0.19's attributes that hold tensors, and what those are."""
+
+
+def module_claims(module: torch.nn.Module) -> Iterator[Claim]:
+    """Parameters and buffers; under ZeRO-3 this rank's shards, and the full parameters while they are gathered."""
+    for name, parameter in module.named_parameters():
+        yield from parameter_claims(name, parameter)
+    for name, buffer in module.named_buffers():
+        yield "parameters", name, buffer
+
+
+def parameter_claims(name: str, parameter: torch.nn.Parameter) -> Iterator[Claim]:
+    """One parameter's shard or data, and its gradient."""
+    shard = getattr(parameter, "ds_tensor", None)
+    if shard is None:
+        yield "parameters", name, parameter.data
+    else:
+        yield "parameters", name, shard
+        if parameter.data.numel():
+            yield "gathered", name, parameter.data
+    if parameter.grad is not None:
+        yield "gradients", name, parameter.grad
+
+
+def optimizer_claims(optimizer: Any) -> Iterator[Claim]:
+    """A torch optimizer's state, and the gradients of what it steps."""
+    for index, (parameter, state) in enumerate(optimizer.state.items()):
+        for key, value in state.items():
+            if isinstance(value, torch.Tensor):
+                yield "optimizer", f"state[{index}].{key}", value
+    for group in optimizer.param_groups:
+        for index, parameter in enumerate(group["params"]):
+            if parameter.grad is not None:
+                yield "gradients", f"grad[{index}]", parameter.grad
+
+
+def engine_claims(engine: Any) -> Iterator[Claim]:
+    """A DeepSpeed engine's module, its optimizer wrapper's buffers by name, and the torch optimizer inside."""
+    yield from module_claims(engine.module)
+    wrapper = engine.optimizer
+    inner = getattr(wrapper, "optimizer", wrapper)
+    yield from optimizer_claims(inner)
+    yield from bucket_claims(engine)
+    if inner is not wrapper:
+        for attribute, value in vars(wrapper).items():
+            category = DEEPSPEED.get(attribute, "workspace")
+            for tensor in tensors_in(value):
+                if not hasattr(tensor, "ds_tensor"):  # the module has spoken for its parameters
+                    yield category, f"{type(wrapper).__name__}.{attribute}", tensor
+
+
+def cache_claims(cache: Any) -> Iterator[Claim]:
+    """A transformers cache's keys and values, layer by layer, and whatever else its layers hold."""
+    for index, layer in enumerate(cache.layers):
+        for attribute, value in vars(layer).items():
+            for tensor in tensors_in(value):
+                yield "kv_cache", f"layers[{index}].{attribute}", tensor
+
+
+def bucket_claims(engine: Any) -> Iterator[Claim]:
+    """The buffers that ZeRO makes in backward and may drop before it ends; cheap enough to ask after every gradient."""
+    for dtype, bucket in getattr(engine.optimizer, "ipg_buckets", {}).items():
+        for tensor in tensors_in(bucket.buffer):
+            yield "communication", f"ipg_buckets[{str(dtype).removeprefix('torch.')}]", tensor

@@ -1,0 +1,213 @@
+"""From the log's events, and the allocator's where there are any, to peaks and phases. Plain data in, plain data out."""
+
+import math
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from harness.ledger.allocator import Allocation
+from harness.ledger.log import CATEGORIES, Event, Operator, Storage, Where
+
+CLOCK_ERROR = 500
+"""Nanoseconds by which the allocator's clock and the log's may disagree; far below the time between two operators."""
+
+NUMBER = 16
+"""Bytes of the largest 0-dim tensor that a Python number given to an operator becomes; no dispatch mode is shown it."""
+
+
+@dataclass
+class Peak:
+    """The moment when most bytes were alive. `categories` has every category, and `kernel` (None: not measured)."""
+
+    bytes: int
+    where: Where
+    module: str
+    op: str
+    categories: dict[str, int | None]
+    saved: int
+
+
+@dataclass
+class Phase:
+    """A phase of a step: the most bytes alive within it and the bytes alive at its end. None: not measured."""
+
+    where: Where
+    peak: int | None
+    end: int | None
+    categories: dict[str, int | None]
+    saved: int | None = None
+
+
+@dataclass
+class Category:
+    """A category's own highest total, and its total at the end."""
+
+    peak: int | None
+    end: int | None
+
+
+@dataclass
+class Books:
+    """The allocator's count at its own peak, and what of it no category explains. None: no allocator was heard."""
+
+    source: str | None = None
+    peak: int | None = None
+    unattributed: int | None = None
+    foreign: int | None = None  # bytes in the categories that another allocator holds: a mapped file, numpy
+
+
+@dataclass
+class Live:
+    """Running totals by category."""
+
+    totals: dict[str, int] = field(default_factory=lambda: dict.fromkeys(CATEGORIES, 0))
+    saved: int = 0
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.totals.values())
+
+    def apply(self, event: Event) -> None:
+        storage = event.storage
+        if storage is None:
+            return
+        if event.saved or (event.delta < 0 and storage.saved_at is not None):
+            self.saved += (event.delta or storage.nbytes) if storage.category == "activations" else 0
+        self.totals[storage.category] += event.delta
+
+
+def replay(events: Sequence[Event]) -> tuple[Peak, dict[str, Category], list[Phase]]:
+    """The storages' own story: the peak, each category's peak and end, and every phase in order of first entry."""
+    live = Live()
+    highest = dict.fromkeys(CATEGORIES, 0)
+    phases: dict[Where, Phase] = {}
+    peak = Peak(0, Where(0, "idle", 0), "", "", {**live.totals, "kernel": None}, 0)
+    total = 0
+    for event in events:
+        live.apply(event)
+        total += event.delta
+        phase = phases.get(event.where)
+        if phase is None or total > (phase.peak or 0):
+            phase = phases[event.where] = Phase(event.where, total, total, dict(live.totals), live.saved)
+        phase.end = total
+        if event.storage is not None:
+            category = event.storage.category
+            highest[category] = max(highest[category], live.totals[category])
+            if total > peak.bytes:
+                categories = {**live.totals, "kernel": None}
+                peak = Peak(total, event.where, event.module, event.storage.op, categories, live.saved)
+    return (
+        peak,
+        {name: Category(highest[name], live.totals[name]) for name in CATEGORIES},
+        list(phases.values()),
+    )
+
+
+@dataclass(slots=True, eq=False)
+class Block:
+    """A block of the allocator's, and the storage found to live in it."""
+
+    nbytes: int
+    born: float
+    died: float = math.inf
+    storage: Storage | None = None
+
+
+def blocks_of(allocations: Iterable[Allocation]) -> dict[int, list[Block]]:
+    """Blocks by address, in order of birth. A block whose birth was not heard is left out."""
+    blocks: dict[int, list[Block]] = {}
+    for event in allocations:
+        here = blocks.setdefault(event.pointer, [])
+        if event.delta > 0:
+            here.append(Block(event.delta, event.time))
+        elif here and here[-1].died == math.inf:
+            here[-1].died = event.time
+    return blocks
+
+
+def settle(storages: Iterable[Storage], blocks: dict[int, list[Block]]) -> list[Storage]:
+    """Put each storage into the block it lives in; those that live in none are returned."""
+    homeless = []
+    for storage in storages:
+        here = blocks.get(storage.pointer, [])
+        index = bisect_right(here, storage.born + CLOCK_ERROR, key=lambda block: block.born) - 1
+        block = here[index] if index >= 0 else None
+        if (
+            block
+            and block.storage is None
+            and block.nbytes == storage.nbytes
+            and block.died > storage.born - CLOCK_ERROR
+        ):
+            block.storage = storage
+            if block.died == math.inf and storage.died is not None:  # freed by a thread that reports nothing
+                block.died = storage.died
+        else:
+            homeless.append(storage)
+    return homeless
+
+
+def is_scratch(operators: Sequence[Operator], block: Block) -> bool:
+    """Whether `block` came and went within one operator's turn: a kernel's scratch, or a number given to it.
+
+    A turn lasts until the next operator begins, for a collective does its work while its caller waits.
+    """
+    if block.nbytes <= NUMBER and block.died != math.inf:
+        return True
+    index = bisect_right(operators, block.born + CLOCK_ERROR, key=lambda operator: operator.began)
+    ends = operators[index].began if index < len(operators) else math.inf
+    return index > 0 and block.died <= ends + CLOCK_ERROR
+
+
+def at_allocator_peak(
+    events: Sequence[Event], operators: Sequence[Operator], allocations: Iterable[Allocation], source: str
+) -> tuple[Peak, Books]:
+    """The allocator's own peak, made up of categories, `kernel` scratch, and what nobody explains."""
+    storages = [event.storage for event in events if event.storage is not None and event.delta > 0]
+    by_pointer = blocks_of(allocations)
+    homeless = settle(storages, by_pointer)
+    base = [storage for storage in homeless if storage.base]
+    blocks = [block for here in by_pointer.values() for block in here]
+    blocks += [Block(s.nbytes, s.born, s.died or math.inf, s) for s in base]
+    changes = sorted(_changes(blocks), key=lambda change: change[0])
+    total, peak, moment = 0, 0, -math.inf
+    for time, delta in changes:
+        total += delta
+        if total > peak:
+            peak, moment = total, time
+
+    def alive(thing: Block | Storage) -> bool:
+        return thing.born <= moment and (thing.died is None or thing.died > moment)
+
+    standing = [block for block in blocks if alive(block)]
+    foreign = [storage for storage in homeless if not storage.base and alive(storage)]
+    owned = [block.storage for block in standing if block.storage is not None] + foreign
+    categories: dict[str, int | None] = {
+        name: sum(storage.nbytes for storage in owned if storage.category == name) for name in CATEGORIES
+    }
+    nameless = [block for block in standing if block.storage is None]
+    scratch = [block for block in nameless if is_scratch(operators, block)]
+    categories["kernel"] = sum(block.nbytes for block in scratch)
+    saved = sum(
+        s.nbytes
+        for s in owned
+        if s.category == "activations" and s.saved_at is not None and s.saved_at <= moment
+    )
+    where, module, op = _place(operators, moment)
+    unattributed = sum(block.nbytes for block in nameless) - categories["kernel"]
+    books = Books(source, peak, unattributed, sum(storage.nbytes for storage in foreign))
+    return Peak(sum(v for v in categories.values() if v), where, module, op, categories, saved), books
+
+
+def _changes(blocks: Iterable[Block]) -> Iterator[tuple[float, int]]:
+    for block in blocks:
+        yield block.born, block.nbytes
+        if block.died != math.inf:
+            yield block.died, -block.nbytes
+
+
+def _place(operators: Sequence[Operator], moment: float) -> tuple[Where, str, str]:
+    index = bisect_right(operators, moment + CLOCK_ERROR, key=lambda operator: operator.began) - 1
+    if index < 0:
+        return Where(0, "idle", 0), "", ""
+    operator = operators[index]
+    return operator.where, operator.module, operator.name

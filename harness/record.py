@@ -1,0 +1,110 @@
+"""What a run leaves on disk: `record.json`, whole at every moment, and `failed` until the run says otherwise."""
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from harness.ledger import CATEGORIES, Ledger, Where
+
+SCHEMA = "harness.record/1"
+FILE = "record.json"
+PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "datasets", "hydra-core")
+
+
+def environment() -> dict[str, Any]:
+    """The versions and the machine that made the figures."""
+    import torch
+
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "command": sys.argv[1:],
+    }
+
+
+def rank_record(ledger: Ledger, rank: int, stage: int = 0) -> dict[str, Any]:
+    """One rank's books, in bytes. What was not measured is null."""
+    account = ledger.account()
+    peak = account.peak
+    return {
+        "rank": rank,
+        "stage": stage,
+        "stands_for": [rank],
+        "peak": {
+            "bytes": peak.bytes if peak else None,
+            "where": {**_where(peak.where), "module": peak.module, "op": peak.op} if peak else None,
+            "categories": dict(peak.categories) if peak else dict.fromkeys((*CATEGORIES, "kernel")),
+            "saved": peak.saved if peak else None,
+        },
+        "categories": {
+            name: asdict(account.categories[name])
+            if name in account.categories
+            else {"peak": None, "end": None}
+            for name in CATEGORIES
+        },
+        "phases": [
+            {
+                **_where(phase.where),
+                "peak": phase.peak,
+                "end": phase.end,
+                "categories": phase.categories,
+                "saved": phase.saved,
+            }
+            for phase in account.phases
+        ],
+        "allocator": asdict(account.books),
+    }
+
+
+def _where(where: Where) -> dict[str, Any]:
+    return {"step": where.step, "phase": where.phase, "micro_batch": where.micro_batch}
+
+
+def write(directory: Path, record: Mapping[str, Any]) -> None:
+    """Put `record` in `directory`, whole or not at all."""
+    partial = directory / f".{FILE}.{os.getpid()}.partial"
+    with partial.open("w") as stream:
+        json.dump(record, stream, indent=1)
+        stream.write("\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(partial, directory / FILE)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The record in a run's directory, or in a file. Raises ValueError with a sentence where there is none to read."""
+    file = path / FILE if path.is_dir() else path
+    try:
+        record = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{path} holds no {FILE}") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from None
+    schema = record.get("schema") if isinstance(record, dict) else None
+    if schema != SCHEMA:
+        raise ValueError(f"{file} has schema {schema!r}, and this version reads {SCHEMA!r}")
+    return record  # type: ignore[no-any-return]
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,141 @@
+"""One run from settings to record: the world is joined, the directory made, the mode run, the books written."""
+
+import os
+import sys
+import time
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from tqdm import tqdm
+
+from harness import failure, record, world
+from harness.ledger import Ledger
+from harness.settings import Refusal, Settings, check_world
+from harness.world import World
+
+
+def run(settings: Settings, cfg: DictConfig, words: list[str]) -> int:
+    """Carry out `settings`; the exit code. `words` are what was typed, for the sentences that repeat them.
+
+    Raises Refusal for what only a joined world can refuse.
+    """
+    rank, size, _ = world.environment()
+    check_world(settings, size, words)
+    with world.connected(settings.hardware.device, settings.world.timeout) as here:
+        directory = here.broadcast(_make_directory(settings, cfg) if here.leads else None)
+        if isinstance(directory, Refusal):
+            raise directory
+        assert directory is not None
+        return _Run(settings, cfg, here, directory).carry_out()
+
+
+def _make_directory(settings: Settings, cfg: DictConfig) -> Path | Refusal:
+    """The run's own directory with its config in it; a refusal where one is already there."""
+    asked = OmegaConf.select(cfg, "hydra.run.dir")
+    stamp = datetime.now().strftime("%Y-%m-%d/%H-%M-%S")
+    directory = Path(asked or f"outputs/{stamp}-{settings.mode}").absolute()
+    if (directory / record.FILE).exists():
+        return Refusal("hydra.run.dir", directory, "it already holds a run's record; name another directory")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        partial = directory / ".config.yaml.partial"
+        shown = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+        partial.write_text(OmegaConf.to_yaml(shown, resolve=True))
+        os.replace(partial, directory / "config.yaml")
+    except OSError as error:
+        return Refusal("hydra.run.dir", directory, f"it cannot be written: {error.strerror}")
+    return directory
+
+
+class _Run:
+    """One rank's part of a run: what it knows of itself, and how it ends."""
+
+    def __init__(self, settings: Settings, cfg: DictConfig, here: World, directory: Path) -> None:
+        self.settings, self.world, self.directory = settings, here, directory
+        self.ledger = Ledger(
+            mode=settings.ledger.mode,
+            steps=settings.ledger.steps,
+            settle_collectives=here.size > 1 and here.device.type == "cpu",
+        )
+        self.done: dict[str, Any] = {
+            "model": {"name": settings.model.name, "parameters": None, "dtype": None}
+        }
+        self.head = {
+            "schema": record.SCHEMA,
+            "status": "failed",
+            "mode": settings.mode,
+            "world": {
+                "kind": settings.world.kind,
+                "size": here.size,
+                "device": here.device.type,
+                "device_name": here.device_name,
+            },
+            "config": OmegaConf.to_container(cfg, resolve=True),
+            "environment": record.environment(),
+        }
+        self.head["config"].pop("hydra", None)
+
+    def carry_out(self) -> int:
+        """Run the mode; the exit code. Raises Refusal on rank 0; elsewhere it waits for rank 0 to say it first."""
+        failure.await_termination(lambda: self._fail(failure.peer_lost(self.directory, self.world)))
+        if self.world.leads:
+            self._write([], failure=failure.UNFINISHED)
+        try:
+            ranks = self.world.gather(self._run_mode())
+        except Refusal as refusal:
+            return self._refused(refusal)
+        except BaseException as error:  # noqa: BLE001 - whatever it was, the record says so before this process ends
+            return self._fail(failure.of(error, self.ledger.where, self.directory, self.world))
+        if self.world.leads:
+            self._write(ranks, status="complete")
+            self._say_where(ranks)
+        return 0
+
+    def _run_mode(self) -> dict[str, Any]:
+        """The mode's own run under the ledger; this rank's books."""
+        if self.settings.mode == "train":
+            from harness import train as mode
+        else:
+            from harness import infer as mode  # type: ignore[no-redef]
+        with self.ledger:
+            mode.run(self.settings, self.world, self.ledger, self.directory, self.say, self.done)
+        return record.rank_record(self.ledger, self.world.rank)
+
+    def say(self, line: str) -> None:
+        """Rank 0 speaks."""
+        if self.world.leads:
+            tqdm.write(line, file=sys.stdout)
+
+    def _write(self, ranks: list[dict[str, Any]], **more: Any) -> None:
+        record.write(self.directory, {**self.head, **more, **self.done, "ranks": ranks})
+
+    def _say_where(self, ranks: list[dict[str, Any]]) -> None:
+        from harness.compare import show
+
+        self.say(show(record.read(self.directory)))
+        self.say(f"record: {self.directory / record.FILE}")
+
+    def _refused(self, refusal: Refusal) -> int:
+        if self.world.leads:
+            for name in (record.FILE, "config.yaml"):
+                (self.directory / name).unlink(missing_ok=True)
+            with suppress(OSError):
+                self.directory.rmdir()
+            raise refusal
+        time.sleep(failure.PATIENCE)  # rank 0 has most likely found the same, and says it
+        print(f"harness: rank {self.world.rank}: {refusal}", file=sys.stderr, flush=True)
+        return 2
+
+    def _fail(self, found: failure.Failure | None) -> int:
+        """Leave a record that says what failed, unless the rank that failed first has left one; then end at once."""
+        if found is not None and failure.claim(self.directory, found):
+            books = (
+                record.rank_record(self.ledger, self.world.rank) if found.rank == self.world.rank else None
+            )
+            self._write([books] if books else [], failure=found.as_record())
+            print(f"harness: {found.sentence()}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(3)  # the others are gone or going: leaving in good order would wait for them

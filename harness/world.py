@@ -1,0 +1,111 @@
+"""Who am I among how many: torchrun's process group, or a world of one."""
+
+import os
+import platform
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+ORDERED_GLOO = "gloo_in_order"
+"""gloo with one thread, so that it lets go of tensors in the order of its collectives and memory is repeatable."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place: `rank` of `size`, and the device it computes on."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+    members: tuple[tuple[str, int], ...] = ()  # every rank's host name and process id
+
+    @property
+    def device_name(self) -> str:
+        """The device's own name."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine()
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is rank 0, the one that speaks and writes."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        if self.size > 1:
+            dist.barrier()
+
+    def broadcast(self, value: T) -> T:
+        """Rank 0's `value`, on every rank."""
+        if self.size == 1:
+            return value
+        box: list[Any] = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]  # type: ignore[no-any-return]
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's `value`, in rank order, on every rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def mean(self, value: float) -> float:
+        """The mean of every rank's `value`, summed in rank order so that it repeats to the bit."""
+        return sum(self.gather(value)) / self.size
+
+
+def environment() -> tuple[int, int, int]:
+    """torchrun's (rank, world size, local rank); a world of one without it."""
+    read = os.environ.get
+    return int(read("RANK", 0)), int(read("WORLD_SIZE", 1)), int(read("LOCAL_RANK", 0))
+
+
+@contextmanager
+def connected(device: str, timeout: float) -> Iterator[World]:
+    """Join torchrun's process group, or make a group of one that opens no port; leave it at the end.
+
+    `timeout` is in seconds. A rank that died is noticed at once, by its closed connections, and not by it.
+    """
+    rank, size, local_rank = environment()
+    where = _device(device, local_rank)
+    os.environ.setdefault("DS_ACCELERATOR", where.type)
+    os.environ.setdefault("LOCAL_RANK", str(local_rank))
+    backend = "nccl" if where.type == "cuda" else ORDERED_GLOO
+    if backend == ORDERED_GLOO and ORDERED_GLOO.upper() not in dist.Backend._plugins:
+        dist.Backend.register_backend(ORDERED_GLOO, _ordered_gloo, devices=["cpu"])
+    store = dist.HashStore() if size == 1 else None
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout)
+    )
+    try:
+        world = World(rank, size, local_rank, where)
+        yield replace(world, members=tuple(world.gather((socket.gethostname(), os.getpid()))))
+    finally:
+        dist.destroy_process_group()
+
+
+def _ordered_gloo(store: dist.Store, rank: int, size: int, timeout: timedelta) -> dist.ProcessGroupGloo:
+    options = dist.ProcessGroupGloo._Options()
+    options._timeout = timeout
+    options._threads = 1
+    options._devices = [dist.ProcessGroupGloo.create_default_device()]
+    return dist.ProcessGroupGloo(store, rank, size, options)
+
+
+def _device(name: str, local_rank: int) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        torch.cuda.set_device(local_rank)
+        return torch.device("cuda", local_rank)
+    return torch.device(name)
