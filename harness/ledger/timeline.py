@@ -53,7 +53,7 @@ class Books:
     source: str | None = None
     peak: int | None = None
     unattributed: int | None = None
-    foreign: int | None = None  # bytes in the categories that another allocator holds: a mapped file, numpy
+    foreign: int | None = None  # bytes in the categories that it never gave: a mapped file, numpy, or from before
 
 
 @dataclass
