@@ -1,0 +1,94 @@
+"""`key=value` words to one composed config: Hydra's groups in `conf/`, over the defaults of every knob."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, Quote, QuotedString
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+
+from harness.knobs import Refusal, Settings, knobs
+from harness.settings import nearest
+
+
+def directory() -> Path:
+    """`conf/`: inside the package in an installed wheel, beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    installed = package / "conf"
+    return installed if installed.is_dir() else package.parent / "conf"
+
+
+def groups() -> dict[str, list[str]]:
+    """Each group's options."""
+    folders = sorted(each for each in directory().iterdir() if each.is_dir())
+    return {folder.name: sorted(each.stem for each in folder.glob("*.yaml")) for folder in folders}
+
+
+def compose(words: Sequence[str]) -> DictConfig:
+    """The config that `words` ask for, with Hydra's own node in it (`hydra.run.dir`).
+
+    Raises Refusal for a word that cannot be read, and for an option or a key that does not exist.
+    """
+    overrides = [_parse(word) for word in words]
+    ConfigStore.instance().store("knobs", dataclasses.asdict(Settings()))
+    with initialize_config_dir(str(directory()), version_base="1.3"):
+        try:
+            lines = [str(override.input_line) for override in overrides]
+            return hydra_compose("config", lines, return_hydra_config=True)
+        except HydraException as error:
+            raise _refusal(error, overrides) from error
+
+
+def _parse(word: str) -> Override:
+    key, _, value = word.partition("=")
+    try:
+        override = OverridesParser.create().parse_override(_taken_as_typed(key, value) or word)
+    except HydraException as error:
+        raise Refusal(key, value, f"cannot be read; put quotes within quotes, as \"{key}='...'\"") from error
+    if override.is_sweep_override():
+        raise Refusal(key, value, "sweeps are not run; give one value, or a list as [a,b]")
+    options = groups().get(key)
+    if options and override.value() not in options:
+        raise Refusal(key, value, f"no such option; one of {', '.join(options)}")
+    return override
+
+
+def _taken_as_typed(key: str, value: str) -> str | None:
+    """The override in quotes where its value is text, so that a comma or a bracket in it means nothing to Hydra."""
+    knob = knobs().get(key)
+    if not (key in groups() or key == "hydra.run.dir" or (knob and knob.text)):
+        return None
+    if value == "null" or value.startswith(("'", '"', "[", "${")):
+        return None
+    return f"{key}={QuotedString(value, Quote.single).with_quotes()}"
+
+
+def _refusal(error: HydraException, overrides: Sequence[Override]) -> Refusal:
+    """Hydra's complaint about one of `overrides` as a sentence."""
+    said = str(error)
+    for override in overrides:
+        key = override.key_or_group
+        if f"'{key}'" in said or str(override.input_line) in said:
+            value = override.value()
+            if said.startswith("Could not override"):
+                return Refusal(key, value, nearest(key, _known(overrides)))
+            return Refusal(key, value, said.partition("\n")[0])
+    return Refusal("config", "conf/config.yaml", said)
+
+
+def _known(overrides: Sequence[Override]) -> list[str]:
+    """Every key of the config that the valid choices among `overrides` make."""
+    choices = [str(override.input_line) for override in overrides if override.key_or_group in groups()]
+    return list(_paths(hydra_compose("config", choices)))
+
+
+def _paths(node: DictConfig, prefix: str = "") -> Iterator[str]:
+    for name, value in node.items_ex(resolve=False):
+        yield f"{prefix}{name!s}"
+        if isinstance(value, DictConfig):
+            yield from _paths(value, f"{prefix}{name!s}.")

@@ -1,0 +1,247 @@
+"""Every knob: its type, its range, its default and what it is for.
+
+A field's place is its Hydra path (`Settings.train.steps` is `train.steps=`), and its docstring is what `--help` prints.
+Nothing here imports torch, so a wrong request is refused within a second.
+"""
+
+from functools import cache
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, TypeAdapter
+from pydantic.dataclasses import dataclass
+
+Positive = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+_STRICT = ConfigDict(extra="forbid", coerce_numbers_to_str=True, use_attribute_docstrings=True)
+
+
+class Refusal(Exception):
+    """A request that cannot be carried out: which key, which value, and what would work. One line, exit code 2."""
+
+    def __init__(self, key: str, value: object, remedy: str) -> None:
+        super().__init__(key, value, remedy)
+        self.key, self.value, self.remedy = key, value, remedy
+
+    def __str__(self) -> str:
+        return " ".join(f"{self.key}={_as_typed(self.value)}: {self.remedy}".split())
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Model:
+    name: str = "tiny"
+    """The name in the record."""
+    path: str | None = None
+    """Checkpoint directory or hub name; replaces the group's shape."""
+    random: bool = False
+    """Take only the config of model.path, with random weights."""
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    """How attention is computed."""
+    trust_remote_code: Literal[False] = False
+    """Code from a hub is never run."""
+    config: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of the transformers config."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Data:
+    kind: Literal["stdlib", "text", "hub"] = "stdlib"
+    """Set by data=."""
+    name: str | None = None
+    """data=hub: the dataset's name."""
+    path: str | None = None
+    """data=text: a file, a directory or a quoted glob."""
+    split: str = "train"
+    """data=hub: the split."""
+    column: str = "text"
+    """data=hub: the column that holds the text."""
+    streaming: bool = False
+    """data=hub: read as it goes, nothing stored."""
+    tokenizer: str | None = None
+    """Another tokenizer than the model's own; bytes where it has none."""
+    validation: Annotated[float, Field(ge=0, lt=1)] = 0.02
+    """Share of the text held out for validation."""
+    cache_dir: str | None = None
+    """Where token files are kept; null is datasets' own place."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Zero:
+    stage: Annotated[int, Field(ge=0, le=3)] = 1
+    """Set by zero=; 1 shards optimizer state, 2 gradients, 3 parameters."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """What lives in the host's memory."""
+    reduce_bucket_size: Positive = 5_000_000
+    """Elements of gradient reduced at once."""
+    allgather_bucket_size: Positive = 5_000_000
+    """Elements of parameter gathered at once."""
+    prefetch_bucket_size: NotNegative = 5_000_000
+    """Stage 3: elements fetched ahead."""
+    persistence_threshold: NotNegative = 10_000
+    """Stage 3: smaller parameters are never sharded."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Pipeline:
+    stages: Positive = 1
+    """How many ranks the layers are spread over."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Train:
+    steps: Positive = 100
+    """Optimizer steps of the whole run, those before a resume included."""
+    micro_batch: Positive = 4
+    """Sequences a rank takes at once."""
+    accumulation: Positive = 1
+    """Micro-batches in a step."""
+    batch: Positive | None = None
+    """Sequences in a step over all ranks; checked where given."""
+    sequence: Positive = 256
+    """Tokens in a sequence."""
+    learning_rate: PositiveFloat = 1e-3
+    """AdamW's, at its highest."""
+    warmup_steps: NotNegative = 0
+    """Steps from zero to the learning rate."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """What follows the warm-up."""
+    weight_decay: NotNegativeFloat = 0.1
+    """AdamW's."""
+    clip: NotNegativeFloat = 1.0
+    """Largest gradient norm; 0 is off."""
+    validate_every: NotNegative = 50
+    """Steps between validations; 0 is never."""
+    validation_batches: Positive = 8
+    """Micro-batches a rank validates on."""
+    save_every: NotNegative = 0
+    """Steps between full-state checkpoints; 0 is never."""
+    keep: Positive = 2
+    """Whole full-state checkpoints kept."""
+    resume: str | None = None
+    """Directory of the run to continue."""
+    export: bool = True
+    """Write checkpoint/ in transformers' format at the end."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Generation:
+    batch: Positive = 4
+    """Prompts a rank generates from at once."""
+    prompts: str | None = None
+    """File of prompts, one a line."""
+    prompt: list[str] = Field(default_factory=list)
+    """Prompts, as ['first one','second one']."""
+    count: Positive = 8
+    """Prompts sampled from the data where none are given."""
+    prompt_length: Positive = 64
+    """Tokens of a sampled prompt."""
+    max_new_tokens: Positive = 64
+    """Most tokens generated for a prompt."""
+    cache: Literal["dynamic", "static", "none"] = "dynamic"
+    """KV cache; none recomputes everything."""
+    sample: bool = False
+    """Draw tokens; false takes the likeliest."""
+    temperature: PositiveFloat = 1.0
+    """Sampling: below 1 is sharper."""
+    top_k: NotNegative = 0
+    """Sampling: only the k likeliest; 0 is off."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Sampling: only the likeliest that add up to p; 1 is off."""
+    stop_at_eos: bool = True
+    """End a sequence at the end-of-sequence token."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Ledger:
+    mode: Literal["exact", "phases", "off"] = "exact"
+    """Set by ledger=."""
+    steps: Positive = 3
+    """ledger=exact: first steps or batches so seen; phases after them."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class World:
+    kind: Literal["torchrun", "rehearsed"] = "torchrun"
+    """Set by world=."""
+    size: Positive | None = None
+    """Ranks this config is meant for; refused on any other number."""
+    timeout: PositiveFloat = 600.0
+    """Seconds a rank waits for the others."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Hardware:
+    name: str = "auto"
+    """The name in the record."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Auto is a GPU where there is one."""
+    memory: Positive | None = None
+    """Bytes a device has."""
+    bandwidth: PositiveFloat | None = None
+    """Bytes a second from the device's memory."""
+    flops_bf16: PositiveFloat | None = None
+    """Dense bf16 operations a second."""
+    link: PositiveFloat | None = None
+    """Bytes a second between devices, both directions together."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Settings:
+    mode: Literal["train", "infer"] = "train"
+    """What to run."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Of parameters, gradients, activations, KV cache."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Of weights, data order and sampling."""
+    checkpointing: Literal["none", "selective", "full"] = "none"
+    """Activations recomputed, not kept."""
+    model: Model = Model()
+    data: Data = Data()
+    zero: Zero = Zero()
+    pipeline: Pipeline = Pipeline()
+    train: Train = Train()
+    generation: Generation = Generation()
+    ledger: Ledger = Ledger()
+    world: World = World()
+    hardware: Hardware = Hardware()
+
+
+@dataclass(frozen=True)
+class Knob:
+    """What `--help` says of a key. `text` is whether any text will do."""
+
+    default: Any
+    choices: tuple[str, ...]
+    text: bool
+    meaning: str
+
+
+@cache
+def knobs() -> dict[str, Knob]:
+    """Every key's path, in the order they are declared."""
+    schema = TypeAdapter(Settings).json_schema()
+    found: dict[str, Knob] = {}
+    for name, field in schema["properties"].items():
+        group = schema["$defs"].get(field.get("$ref", "").rpartition("/")[2])
+        for key, value in group["properties"].items() if group else ():
+            found[f"{name}.{key}"] = _knob(value)
+        if not group:
+            found[name] = _knob(field)
+    return found
+
+
+def _knob(schema: dict[str, Any]) -> Knob:
+    choices = tuple(schema.get("enum", ()))
+    kinds = [each.get("type") for each in (schema, schema.get("items", {}), *schema.get("anyOf", ()))]
+    return Knob(
+        schema.get("default"), choices, "string" in kinds and not choices, schema.get("description", "")
+    )
+
+
+def _as_typed(value: object) -> str:
+    """A value as it is written on the command line."""
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
