@@ -2,10 +2,8 @@
 
 import logging
 import math
-import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -69,14 +67,12 @@ class Engine:
         self.inner = torch.optim.AdamW(
             model.parameters(), lr=train.learning_rate, weight_decay=train.weight_decay
         )
-        with _quiet_deepspeed():
-            import deepspeed
-
-            backend = "nccl" if world.device.type == "cuda" else "gloo"
-            deepspeed.init_distributed(dist_backend=backend, dist_init_required=False)
-            self.deepspeed, *_ = deepspeed.initialize(
-                model=model, optimizer=self.inner, config=deepspeed_config(settings, world.size)
-            )
+        deepspeed = _import_deepspeed()
+        backend = "nccl" if world.device.type == "cuda" else "gloo"
+        deepspeed.init_distributed(dist_backend=backend, dist_init_required=False)
+        self.deepspeed, *_ = deepspeed.initialize(
+            model=model, optimizer=self.inner, config=deepspeed_config(settings, world.size)
+        )
         ledger.own(engine=self.deepspeed)
 
     @property
@@ -93,7 +89,7 @@ class Engine:
         """Forward and backward over `tokens` [micro_batch, sequence]; the loss per token."""
         with self.ledger.phase("forward", step, micro_batch):
             loss = self.deepspeed(input_ids=tokens, labels=tokens, use_cache=False).loss
-        with self.ledger.phase("backward", step, micro_batch), _quiet_deepspeed():
+        with self.ledger.phase("backward", step, micro_batch):
             self.deepspeed.backward(loss)
             if not self.deepspeed.is_gradient_accumulation_boundary():
                 self.deepspeed.step()  # counts the micro-batch; the weights stay
@@ -104,7 +100,7 @@ class Engine:
         rate = learning_rate(self.settings.train, step)
         for group in self.inner.param_groups:
             group["lr"] = rate
-        with self.ledger.phase("step", step), _quiet_deepspeed():
+        with self.ledger.phase("step", step):
             self.deepspeed.step()
         return rate
 
@@ -114,15 +110,14 @@ class Engine:
         self.deepspeed.eval()
         losses = []
         for index, tokens in enumerate(batches):
-            with self.ledger.phase("validate", step, index), _quiet_deepspeed():
+            with self.ledger.phase("validate", step, index):
                 losses.append(float(self.deepspeed(input_ids=tokens, labels=tokens, use_cache=False).loss))
         self.deepspeed.train()
         return sum(losses) / len(losses)
 
     def full_state(self) -> dict[str, torch.Tensor] | None:
         """The whole model's weights on CPU at rank 0, None elsewhere. Every rank must call it."""
-        import deepspeed
-
+        deepspeed = _import_deepspeed()
         names = {id(parameter): name for name, parameter in self.module.named_parameters()}
         state: dict[str, torch.Tensor] = {}
         lead = torch.distributed.get_rank() == 0
@@ -135,16 +130,14 @@ class Engine:
         return state if lead else None
 
 
-@contextmanager
-def _quiet_deepspeed() -> Iterator[None]:
-    """Without DeepSpeed's banners and its calls of what torch has renamed; its errors still come."""
-    os.environ.setdefault("DS_LOG_LEVEL", "error")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        logger = logging.getLogger("DeepSpeed")
-        level = logger.level
-        logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            logger.setLevel(level)
+def _import_deepspeed() -> Any:
+    """DeepSpeed, without its banners, a shared-memory operator it would compile and never use here, and the
+    warnings that its calls of what torch has renamed would print at every step. Its errors still come.
+    """
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
