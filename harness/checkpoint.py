@@ -90,7 +90,7 @@ def newest_whole(directory: Path, key: str = "train.resume") -> tuple[Path, dict
     Raises Refusal where there is none.
     """
     home = directory / "state" if (directory / "state").is_dir() else directory
-    passed_over = []
+    passed_over: list[str] = []
     for candidate in sorted(home.glob("step-*"), reverse=True):
         try:
             return candidate, _whole(candidate), passed_over
@@ -152,8 +152,8 @@ def load(
 
 
 def _numpy_state() -> list[Any]:
-    name, keys, *rest = np.random.get_state()
-    return [name, keys.tolist(), *rest]
+    name, keys, *rest = np.random.get_state(legacy=True)
+    return [name, np.asarray(keys).tolist(), *rest]
 
 
 def _digest(file: Path) -> str:

@@ -22,7 +22,7 @@ def run(settings: Settings, cfg: DictConfig, words: list[str]) -> int:
 
     Raises Refusal for what only a joined world can refuse.
     """
-    rank, size, _ = world.environment()
+    _, size, _ = world.environment()
     check_world(settings, size, words)
     with world.connected(settings.hardware.device, settings.world.timeout) as here:
         directory = here.broadcast(_make_directory(settings, cfg) if here.leads else None)
@@ -59,6 +59,7 @@ class _Run:
             mode=settings.ledger.mode,
             steps=settings.ledger.steps,
             settle_collectives=here.size > 1 and here.device.type == "cpu",
+            device=here.device.type,
         )
         self.done: dict[str, Any] = {
             "model": {"name": settings.model.name, "parameters": None, "dtype": None}
@@ -87,7 +88,7 @@ class _Run:
             ranks = self.world.gather(self._run_mode())
         except Refusal as refusal:
             return self._refused(refusal)
-        except BaseException as error:  # noqa: BLE001 - whatever it was, the record says so before this process ends
+        except BaseException as error:  # whatever it was, the record says so before this process ends
             return self._fail(failure.of(error, self.ledger.where, self.directory, self.world))
         if self.world.leads:
             self._write(ranks, status="complete")

@@ -83,7 +83,7 @@ def connected(device: str, timeout: float) -> Iterator[World]:
     backend = "nccl" if where.type == "cuda" else ORDERED_GLOO
     if backend == ORDERED_GLOO and ORDERED_GLOO.upper() not in dist.Backend._plugins:
         dist.Backend.register_backend(ORDERED_GLOO, _ordered_gloo, devices=["cpu"])
-    store = dist.HashStore() if size == 1 else None
+    store = torch._C._distributed_c10d.HashStore() if size == 1 else None
     dist.init_process_group(
         backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout)
     )
@@ -94,12 +94,13 @@ def connected(device: str, timeout: float) -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def _ordered_gloo(store: dist.Store, rank: int, size: int, timeout: timedelta) -> dist.ProcessGroupGloo:
-    options = dist.ProcessGroupGloo._Options()
+def _ordered_gloo(store: Any, rank: int, size: int, timeout: timedelta) -> Any:
+    gloo: Any = dist.ProcessGroupGloo
+    options = gloo._Options()
     options._timeout = timeout
     options._threads = 1
-    options._devices = [dist.ProcessGroupGloo.create_default_device()]
-    return dist.ProcessGroupGloo(store, rank, size, options)
+    options._devices = [gloo.create_default_device()]
+    return gloo(store, rank, size, options)
 
 
 def _device(name: str, local_rank: int) -> torch.device:

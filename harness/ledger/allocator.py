@@ -31,7 +31,7 @@ class CpuAllocator:
 
     def start(self) -> bool:
         """Begin to record; False where somebody else's profiler already runs, for only one can."""
-        from torch._C._autograd import _enable_profiler, _prepare_profiler
+        from torch._C import _autograd
         from torch._C._profiler import ProfilerConfig, ProfilerState, RecordScope, _ExperimentalConfig
 
         if torch._C._autograd._profiler_enabled():
@@ -39,8 +39,9 @@ class CpuAllocator:
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # kineto writes to stderr at every start
         config = ProfilerConfig(ProfilerState.KINETO, False, True, False, False, False, _ExperimentalConfig())
         activities = {torch.profiler.ProfilerActivity.CPU}
-        _prepare_profiler(config, activities)
-        _enable_profiler(config, activities, {RecordScope.USER_SCOPE})
+        kineto: Any = _autograd
+        kineto._prepare_profiler(config, activities)
+        kineto._enable_profiler(config, activities, {RecordScope.USER_SCOPE})
         self.running = True
         return True
 
@@ -60,3 +61,25 @@ def _allocations(events: Any) -> Iterator[Allocation]:
             if fields.device.type == "cpu":
                 yield Allocation(event.start_time_ns, fields.ptr, fields.alloc_size)
         yield from _allocations(event.children)
+
+
+class CudaAllocator:
+    """PyTorch's CUDA caching allocator, through its own statistics, none of which is reset. It has no events to hear."""
+
+    source = "cuda"
+
+    def __init__(self) -> None:
+        self._before = 0
+
+    def start(self) -> bool:
+        """Remember the highest count so far."""
+        self._before = torch.cuda.max_memory_allocated()
+        return True
+
+    def stop(self) -> None:
+        """Statistics have no events."""
+
+    def highest(self) -> int | None:
+        """The highest count of allocated bytes; None where a moment before `start` was higher still."""
+        highest = torch.cuda.max_memory_allocated()
+        return highest if highest > self._before else None

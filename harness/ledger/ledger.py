@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Self
 import torch
 
 from harness.ledger import owners
-from harness.ledger.allocator import CpuAllocator
+from harness.ledger.allocator import CpuAllocator, CudaAllocator
 from harness.ledger.log import CATEGORIES, RANK, Log, Where
 from harness.ledger.observers import Modules, in_backward, settle, watching_saved, watching_steps
 from harness.ledger.timeline import Books, Category, Peak, Phase, at_allocator_peak, replay
@@ -40,6 +40,8 @@ class Ledger:
     `settle_collectives=True` makes frees after collectives happen in an order that repeats (see `observers.settle`); then every
     rank must have such a ledger, for it is a collective itself.
 
+    It accounts for one kind of device, "cpu" or "cuda": what is said, or the GPU where there is one.
+
     Raises ValueError for an unknown mode. A tensor that was alive before the block counts if an owner names it.
     """
 
@@ -53,15 +55,17 @@ class Ledger:
         mode: str = "exact",
         steps: int | None = None,
         settle_collectives: bool = False,
+        device: str | None = None,
     ) -> None:
         if mode not in MODES:
             raise ValueError(f"mode={mode!r}: a ledger is one of {', '.join(MODES)}")
         self.mode, self.steps = mode, steps
         self._settle = settle_collectives
         self.exact = False  # whether every tensor is being seen now
-        self._log = Log()
+        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self._log = Log(self.device)
         self._modules = Modules(self._log, self._forward_begins, self._forward_ends)
-        self._allocator = CpuAllocator()
+        self._allocator = CudaAllocator() if self.device == "cuda" else CpuAllocator()
         self._instruments = ExitStack()
         self._owners: dict[int, Claims] = {}
         self._caches: dict[int, Claims] = {}
@@ -132,7 +136,7 @@ class Ledger:
                 handle = parameter.register_post_accumulate_grad_hook(partial(self._gradient_made, name))
                 self._instruments.callback(handle.remove)
 
-    def _gradient_made(self, name: str, parameter: torch.Tensor) -> None:
+    def _gradient_made(self, name: str, parameter: torch.nn.Parameter) -> None:
         for claim in owners.parameter_claims(name, parameter):
             self._log.claim(*claim)
         if self._engine is not None:
@@ -185,7 +189,7 @@ class Ledger:
         held: dict[int, tuple[str, int]] = {}
         for claims in (*self._owners.values(), *self._caches.values()):
             for category, _, tensor in claims():
-                if tensor.is_meta:
+                if tensor.device.type != self.device:
                     continue
                 storage = tensor.untyped_storage()
                 known = held.get(storage._cdata)
@@ -286,6 +290,8 @@ class Ledger:
         allocations = self._allocator.stop()
         peak, categories, phases = replay(events)
         books = Books()
+        if isinstance(self._allocator, CudaAllocator):
+            books = Books(self._allocator.source, self._allocator.highest())
         if allocations is not None:
             peak, books = at_allocator_peak(events, operators, allocations, self._allocator.source)
         self._account = Account(peak, categories, phases, books)

@@ -103,8 +103,9 @@ def tensors_in(tree: Any) -> Iterator[torch.Tensor]:
 class Log(TorchDispatchMode):
     """A dispatch mode that logs storages. It holds no tensor and changes none."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu") -> None:
         super().__init__()
+        self.device = device
         self.where = Where(0, "idle", 0)
         self.module = ""
         self.recomputing = False
@@ -141,8 +142,8 @@ class Log(TorchDispatchMode):
         return out
 
     def see(self, tensor: torch.Tensor, op: str, now: int) -> Storage | None:
-        """The record of `tensor`'s storage, made now if it was not known. None where a tensor has no bytes."""
-        if tensor.is_meta:
+        """The record of `tensor`'s storage, made now if it was not known. None where it has none on this device."""
+        if tensor.device.type != self.device:
             return None
         try:
             storage = tensor.untyped_storage()

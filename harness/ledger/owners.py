@@ -74,7 +74,7 @@ def parameter_claims(name: str, parameter: torch.nn.Parameter) -> Iterator[Claim
 
 def optimizer_claims(optimizer: Any) -> Iterator[Claim]:
     """A torch optimizer's state, and the gradients of what it steps."""
-    for index, (parameter, state) in enumerate(optimizer.state.items()):
+    for index, state in enumerate(optimizer.state.values()):
         for key, value in state.items():
             if isinstance(value, torch.Tensor):
                 yield "optimizer", f"state[{index}].{key}", value

@@ -125,12 +125,16 @@ def blocks_of(allocations: Iterable[Allocation]) -> dict[int, list[Block]]:
     return blocks
 
 
+def _born(block: Block) -> float:
+    return block.born
+
+
 def settle(storages: Iterable[Storage], blocks: dict[int, list[Block]]) -> list[Storage]:
     """Put each storage into the block it lives in; those that live in none are returned."""
     homeless = []
     for storage in storages:
         here = blocks.get(storage.pointer, [])
-        index = bisect_right(here, storage.born + CLOCK_ERROR, key=lambda block: block.born) - 1
+        index = bisect_right(here, storage.born + CLOCK_ERROR, key=_born) - 1
         block = here[index] if index >= 0 else None
         if (
             block
@@ -186,14 +190,14 @@ def at_allocator_peak(
     }
     nameless = [block for block in standing if block.storage is None]
     scratch = [block for block in nameless if is_scratch(operators, block)]
-    categories["kernel"] = sum(block.nbytes for block in scratch)
+    kernel = categories["kernel"] = sum(block.nbytes for block in scratch)
     saved = sum(
         s.nbytes
         for s in owned
         if s.category == "activations" and s.saved_at is not None and s.saved_at <= moment
     )
     where, module, op = _place(operators, moment)
-    unattributed = sum(block.nbytes for block in nameless) - categories["kernel"]
+    unattributed = sum(block.nbytes for block in nameless) - kernel
     books = Books(source, peak, unattributed, sum(storage.nbytes for storage in foreign))
     return Peak(sum(v for v in categories.values() if v), where, module, op, categories, saved), books
 

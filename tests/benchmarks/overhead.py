@@ -1,0 +1,125 @@
+"""What the ledger and the harness cost, as ratios of interleaved steps in one process. Asserts nothing.
+
+    torchrun --standalone --nproc-per-node 2 tests/benchmarks/overhead.py [rounds=7] [model=small] [zero=2] [...]
+
+Every round runs one step of each kind, in turn; a ratio is taken within a round, and its median is printed with the
+lowest and highest. `off` is the harness's own step with no ledger; `bare` is DeepSpeed's three calls with nothing
+around them. torch's MemTracker gets a step of its own model, as it cannot see a second forward of the same one.
+"""
+
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch.distributed._tools.mem_tracker import MemTracker
+
+from harness import model, record
+from harness.config import compose
+from harness.engine import Engine
+from harness.ledger import Ledger
+from harness.settings import load
+from harness.world import connected
+
+
+def main(words: list[str]) -> None:
+    rounds = next((int(word.removeprefix("rounds=")) for word in words if word.startswith("rounds=")), 7)
+    own = [word for word in words if not word.startswith("rounds=")]
+    settings = load(compose(["model=small", "zero=2", *own]))
+    train = settings.train
+    with connected("auto", 600) as world:
+        dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
+        config = model.model_config(settings.model)
+        built = model.build(settings.model, config, dtype, torch.device("cpu"), 0)
+        engine = Engine(settings, world, Ledger(mode="off"), built)
+        generator = torch.Generator().manual_seed(world.rank)
+        tokens = torch.randint(0, config.vocab_size, (train.micro_batch, train.sequence), generator=generator)
+        tokens = tokens.to(world.device)
+
+        def harness_step(ledger: Ledger) -> None:
+            engine.ledger = ledger
+            for micro_batch in range(train.accumulation):
+                engine.micro_step(tokens, 0, micro_batch)
+            engine.apply(0)
+
+        def bare_step() -> None:
+            for _ in range(train.accumulation):
+                loss = engine.deepspeed(input_ids=tokens, labels=tokens, use_cache=False).loss
+                engine.deepspeed.backward(loss)
+                engine.deepspeed.step()
+                loss.item()
+
+        def with_ledger(mode: str) -> Callable[[], None]:
+            def step() -> None:
+                settle = world.size > 1 and world.device.type == "cpu"
+                with Ledger(mode=mode, settle_collectives=settle) as ledger:
+                    ledger.own(model=built, engine=engine.deepspeed)
+                    began = time.perf_counter()
+                    harness_step(ledger)
+                    inside.append(time.perf_counter() - began)
+
+            return step
+
+        inside: list[float] = []  # the step alone, without making the account after it
+        kinds: dict[str, Callable[[], None]] = {
+            "off": lambda: harness_step(Ledger(mode="off")),
+            "bare": bare_step,
+            "phases": with_ledger("phases"),
+            "exact": with_ledger("exact"),
+            "profiler": _within(_profiler, bare_step),
+            "MemTracker": _within(lambda: MemTracker(), bare_step),
+        }
+        bare_step()
+        seconds: dict[str, list[float]] = {name: [] for name in kinds}
+        for _ in range(rounds):
+            for name, step in kinds.items():
+                world.barrier()
+                inside.clear()
+                began = time.perf_counter()
+                try:
+                    step()
+                except NotImplementedError as error:  # MemTracker, at a second forward
+                    seconds[name].append(float("nan"))
+                    print(f"{name}: {error}", file=sys.stderr)
+                    continue
+                seconds[name].append(inside[0] if inside else time.perf_counter() - began)
+        if world.leads:
+            tell(seconds, settings.model.name, world.size, words)
+
+
+def tell(seconds: dict[str, list[float]], name: str, ranks: int, words: list[str]) -> None:
+    machine = record.environment()
+    print(f"{name}, {ranks} ranks, {' '.join(words)}; {machine['processor']}, {machine['threads']} threads a rank")
+    print(f"python {platform.python_version()}, {json.dumps(machine['packages'])}")
+    print(f"{'kind':<12}{'median step':>14}{'against off':>14}   lowest to highest")
+    for kind, own in seconds.items():
+        ratios = sorted(mine / off for mine, off in zip(own, seconds["off"], strict=True) if mine == mine)
+        if not ratios:
+            print(f"{kind:<12}{'did not run':>14}")
+            continue
+        print(
+            f"{kind:<12}{statistics.median(own) * 1000:>11.1f} ms{statistics.median(ratios):>14.3f}"
+            f"   {ratios[0]:.3f} to {ratios[-1]:.3f}"
+        )
+
+
+def _within(context: Callable[[], object], step: Callable[[], None]) -> Callable[[], None]:
+    def run() -> None:
+        with context():  # type: ignore[attr-defined]
+            step()
+
+    return run
+
+
+@contextmanager
+def _profiler() -> Iterator[None]:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True):
+        yield
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
