@@ -1,0 +1,215 @@
+"""Generation: prefill, then one token after another. Sequences are padded on the left, so all end together.
+
+B sequences, P columns of prompts, N of new tokens, V words. Every buffer is made once, before the first
+token; the loop takes views of them, copies no cache, and waits for the device only to look for an early end.
+(transformers itself looks, once a forward: at the mask of a padded batch unless the cache is static, and at
+the positions of one that is not padded where there is no cache.)
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import (
+    Cache,
+    LogitsProcessorList,
+    PreTrainedModel,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from harness.cache import KvBytes, kv_bytes, make
+from harness.ledger import Ledger
+
+PADDING = 0
+"""The id in padded places. Masked before, cut off after: any id in the vocabulary would do."""
+
+LOOK_EVERY = 16
+"""Tokens between looks at whether every sequence has ended, where the host must wait to look."""
+
+Choose = Callable[[Tensor, int], Tensor]
+"""From logits [B, V] in fp32 for the new token of this number (0 is the first) to that token, [B]."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts, the room for what follows them, and what the model must know to ignore their padding."""
+
+    tokens: Tensor  # [B, P + N] int64
+    mask: Tensor | None  # [B, P + N] int64, 0 on padding; None where nothing is padded
+    positions: Tensor  # [B, P + N] int64, counted from each prompt's first token
+    ended: Tensor  # [B] bool
+    eos: Tensor  # [E] int64, empty where nothing ends a sequence
+    width: int  # P
+
+    def write(self, token: Tensor, column: int) -> None:
+        """Put `token` [B] into `column`, except where a sequence has ended."""
+        if len(self.eos):
+            token = token.masked_fill(self.ended, PADDING)
+            self.ended.logical_or_(torch.isin(token, self.eos))
+        self.tokens[:, column] = token
+
+    def done(self, column: int) -> bool:
+        """Whether every sequence has ended before `column`; asked rarely where the answer is a wait."""
+        rarely = self.ended.device.type != "cpu" and (column - self.width) % LOOK_EVERY
+        return bool(len(self.eos)) and not rarely and bool(self.ended.all())
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What came of a batch. `tokens` has no padding, and nothing after a sequence's end."""
+
+    tokens: list[list[int]]
+    prefill_seconds: float
+    decode_seconds: float
+    kv: KvBytes | None
+
+
+def greedy(logits: Tensor, number: int) -> Tensor:
+    """The likeliest token."""
+    return logits.argmax(dim=-1)
+
+
+def draws(seed: int, sequences: Sequence[int], max_new_tokens: int, device: torch.device) -> Tensor:
+    """Uniform numbers in [0, 1) for `sampler`, [B, N] fp32: a row for each sequence, a column for each token.
+
+    `sequences` are their numbers in the whole run. A row depends on `seed` and its number alone: on no
+    neighbour, rank or device.
+    """
+    rows = [np.random.default_rng((seed, number)).random(max_new_tokens, np.float32) for number in sequences]
+    return torch.tensor(np.stack(rows), device=device)
+
+
+def sampler(uniform: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Choose:
+    """Draw, by `uniform` [B, N], from what temperature, top-k (0: off) and then top-p (1: off) leave."""
+    warp = LogitsProcessorList()
+    if temperature != 1.0:
+        warp.append(TemperatureLogitsWarper(temperature))
+    if top_k:
+        warp.append(TopKLogitsWarper(top_k))
+    if top_p < 1.0:
+        warp.append(TopPLogitsWarper(top_p))
+
+    def choose(logits: Tensor, number: int) -> Tensor:
+        up_to = warp(None, logits).softmax(dim=-1).cumsum(dim=-1)  # type: ignore[arg-type] # [B, V]
+        threshold = uniform[:, number, None] * up_to[:, -1:]  # [B, 1]; the sum is only nearly 1
+        return torch.searchsorted(up_to, threshold, right=True).squeeze(-1)
+
+    return choose
+
+
+def pad_left(
+    prompts: Sequence[Sequence[int]], max_new_tokens: int, eos: Sequence[int], device: torch.device
+) -> Batch:
+    """`prompts` of any lengths as one batch with room for `max_new_tokens`."""
+    width = max(map(len, prompts))
+    tokens = torch.full((len(prompts), width + max_new_tokens), PADDING)
+    mask = torch.ones_like(tokens)
+    for row, prompt in enumerate(prompts):
+        tokens[row, width - len(prompt) : width] = torch.tensor(prompt)
+        mask[row, : width - len(prompt)] = 0
+    positions = (mask.cumsum(dim=-1) - 1).clamp_(min=0)
+    padded = any(len(prompt) < width for prompt in prompts)
+    return Batch(
+        tokens.to(device),
+        mask.to(device) if padded else None,
+        positions.to(device),
+        torch.zeros(len(prompts), dtype=torch.bool, device=device),
+        torch.tensor(eos, dtype=torch.int64, device=device),
+        width,
+    )
+
+
+def next_token(
+    model: PreTrainedModel, batch: Batch, cache: Cache | None, begin: int, end: int, choose: Choose
+) -> None:
+    """Show the model columns `begin` to `end`; write what follows them into column `end`."""
+    logits = model(
+        input_ids=batch.tokens[:, begin:end],  # [B, end - begin]
+        attention_mask=None if batch.mask is None else batch.mask[:, :end],  # [B, end]
+        position_ids=batch.positions[:, begin:end],  # [B, end - begin]
+        past_key_values=cache,
+        use_cache=cache is not None,
+        logits_to_keep=1,
+    ).logits[:, -1]  # [B, V]
+    batch.write(choose(logits.float(), end - batch.width), end)
+
+
+def prefill(model: PreTrainedModel, batch: Batch, cache: Cache | None, choose: Choose) -> None:
+    """All prompts at once; each sequence's first new token."""
+    next_token(model, batch, cache, 0, batch.width, choose)
+
+
+def decode_one_token(
+    model: PreTrainedModel, batch: Batch, cache: Cache | None, end: int, choose: Choose
+) -> None:
+    """One more token for each sequence, from its last one; without a cache, from everything before it."""
+    next_token(model, batch, cache, 0 if cache is None else end - 1, end, choose)
+
+
+def decode_n_tokens(model: PreTrainedModel, batch: Batch, cache: Cache | None, choose: Choose) -> None:
+    """The rest of the new tokens, until the room is full or every sequence has ended."""
+    for end in range(batch.width + 1, batch.tokens.shape[1]):
+        if batch.done(end):
+            break
+        decode_one_token(model, batch, cache, end, choose)
+
+
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    cache: str = "dynamic",
+    eos: Sequence[int] = (),
+    choose: Choose = greedy,
+    ledger: Ledger,
+    step: int = 0,
+) -> Generated:
+    """Continue each of `prompts` (ids, none empty) by up to `max_new_tokens` >= 1, ending after any of `eos`.
+
+    `model` is in eval mode, `cache` a kind that `harness.cache.make` knows. Greedy tokens are those of
+    transformers' `generate` on the same left-padded batch. `ledger` sees a prefill and a decode, as `step`.
+    """
+    with ledger.phase("prefill", step):
+        batch = pad_left(prompts, max_new_tokens, eos, model.device)
+        for name in ("tokens", "mask", "positions", "ended", "eos"):
+            if (tensor := getattr(batch, name)) is not None:
+                ledger.claim("inputs", name, tensor)
+        length = batch.tokens.shape[1] - 1  # the last token is never shown to the model
+        held = make(cache, model.config, length)
+        ledger.own(cache=held)
+        started = clock(model.device)
+        prefill(model, batch, held, choose)
+        first = clock(model.device)
+    with ledger.phase("decode", step):
+        decode_n_tokens(model, batch, held, choose)
+        last = clock(model.device)
+        tokens = [_until(eos, row) for row in batch.tokens[:, batch.width :].tolist()]
+        measured = None if held is None else _measure(held, prompts, tokens)
+    ledger.disown(held)
+    return Generated(tokens, first - started, last - first, measured)
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, once the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _measure(cache: Cache, prompts: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]) -> KvBytes:
+    """What `cache` holds; a sequence's last token is in it only if the model was shown more after it."""
+    shown, width = int(cache.get_seq_length()), max(map(len, prompts))
+    real = [min(len(p) + len(n), shown - width + len(p)) for p, n in zip(prompts, tokens, strict=True)]
+    return kv_bytes(cache, real)
+
+
+def _until(eos: Sequence[int], row: list[int]) -> list[int]:
+    """`row` up to its first token in `eos`, that one included."""
+    return row[: next((place + 1 for place, token in enumerate(row) if token in eos), len(row))]
