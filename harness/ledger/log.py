@@ -125,6 +125,11 @@ class Log(TorchDispatchMode):
         super().__exit__(*exc)
         self._recording = False
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Not to be wrapped against tracing: the wrapper costs as much as the log, and only a compiler needs it."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.follow is not None:
             self.follow()

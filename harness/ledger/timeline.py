@@ -134,7 +134,7 @@ def settle(storages: Iterable[Storage], blocks: dict[int, list[Block]]) -> list[
     homeless = []
     for storage in storages:
         here = blocks.get(storage.pointer, [])
-        index = bisect_right(here, storage.born + CLOCK_ERROR, key=_born) - 1
+        index = bisect_right(here, storage.born + CLOCK_ERROR, key=_born) - 1  # type: ignore[arg-type]
         block = here[index] if index >= 0 else None
         if (
             block
