@@ -10,7 +10,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from harness.knobs import Refusal, Settings, knobs
 from harness.settings import nearest
@@ -29,8 +29,16 @@ def groups() -> dict[str, list[str]]:
     return {folder.name: sorted(each.stem for each in folder.glob("*.yaml")) for folder in folders}
 
 
+def defaults() -> dict[str, str]:
+    """The option each group has when none is asked for."""
+    listed = OmegaConf.load(directory() / "config.yaml").defaults
+    return {
+        str(key): str(option) for each in listed if OmegaConf.is_dict(each) for key, option in each.items()
+    }
+
+
 def compose(words: Sequence[str]) -> DictConfig:
-    """The config that `words` ask for, with Hydra's own node in it (`hydra.run.dir`).
+    """The config that `words` ask for; of Hydra's own node in it only `hydra.run.dir` is left.
 
     Raises Refusal for a word that cannot be read, and for an option or a key that does not exist.
     """
@@ -39,9 +47,13 @@ def compose(words: Sequence[str]) -> DictConfig:
     with initialize_config_dir(str(directory()), version_base="1.3"):
         try:
             lines = [str(override.input_line) for override in overrides]
-            return hydra_compose("config", lines, return_hydra_config=True)
+            cfg = hydra_compose("config", lines, return_hydra_config=True)
         except HydraException as error:
             raise _refusal(error, overrides) from error
+    run_dir = cfg.hydra.run.dir
+    with open_dict(cfg):
+        cfg.hydra = {"run": {"dir": run_dir}}
+    return cfg
 
 
 def _parse(word: str) -> Override:

@@ -26,7 +26,7 @@ class Refusal(Exception):
         self.key, self.value, self.remedy = key, value, remedy
 
     def __str__(self) -> str:
-        return " ".join(f"{self.key}={_as_typed(self.value)}: {self.remedy}".split())
+        return " ".join(f"{self.key}={as_typed(self.value)}: {self.remedy}".split())
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -235,13 +235,17 @@ def knobs() -> dict[str, Knob]:
 def _knob(schema: dict[str, Any]) -> Knob:
     choices = tuple(schema.get("enum", ()))
     kinds = [each.get("type") for each in (schema, schema.get("items", {}), *schema.get("anyOf", ()))]
-    return Knob(
-        schema.get("default"), choices, "string" in kinds and not choices, schema.get("description", "")
-    )
+    made: Any = {"array": [], "object": {}}.get(
+        kinds[0] or ""
+    )  # what a default_factory makes is not in a schema
+    text = "string" in kinds and not choices
+    return Knob(schema.get("default", made), choices, text, schema.get("description", ""))
 
 
-def _as_typed(value: object) -> str:
+def as_typed(value: object) -> str:
     """A value as it is written on the command line."""
+    if isinstance(value, list):
+        return f"[{','.join(map(as_typed, value))}]"
     if value is None:
         return "null"
     return str(value).lower() if isinstance(value, bool) else str(value)

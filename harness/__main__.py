@@ -1,0 +1,89 @@
+"""One door: `key=value` words compose a config and run it; a tool's name hands it the words that follow."""
+
+import os
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+from importlib import import_module
+
+from omegaconf import OmegaConf
+
+from harness import config
+from harness.knobs import Refusal, as_typed, knobs
+from harness.settings import load
+
+TOOLS = {"compare": "RUN RUN [...]   runs side by side, category by category; --json, --markdown"}
+
+USAGE = """\
+Train a causal language model or generate with one, and see what every byte on every rank is.
+
+  python -m harness mode=train [key=value ...]
+  python -m harness mode=infer model.path=RUN/checkpoint [key=value ...]
+  torchrun --standalone --nproc-per-node 2 -m harness mode=train zero=2 [key=value ...]
+  python -m harness --cfg job [key=value ...]     check and print the config, run nothing
+
+A run leaves record.json, config.yaml and what it made in hydra.run.dir=DIR, else in outputs/DATE/TIME-MODE.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Carry out what was typed; the exit code: 0 done, 1 a gate says no, 2 a wrong request, 3 a failed run."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _carry_out(words)
+    except Refusal as refusal:
+        return _refuse(str(refusal))
+
+
+def usage() -> str:
+    """What `--help` prints: the doors, the tools, the groups in `conf/` and every key."""
+    chosen = config.defaults()
+    lines = [USAGE, "Tools", *(f"  {name} {line}" for name, line in TOOLS.items())]
+    lines += ["", "Groups, as zero=2; * is what it is when nothing is said"]
+    for group, options in config.groups().items():
+        starred = (f"{each}*" if each == chosen.get(group) else each for each in options)
+        lines.append(f"  {group:<10} {'  '.join(starred)}")
+    lines += ["", "Keys, as train.steps=100, with what they are when nothing is said"]
+    for key, knob in knobs().items():
+        choices = f" ({', '.join(knob.choices)})" if knob.choices else ""
+        lines.append(f"  {f'{key}={as_typed(knob.default)}':<38} {knob.meaning}{choices}")
+    return "\n".join(lines)
+
+
+def _carry_out(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help"):
+        return _say(usage())
+    if words[0] in TOOLS:
+        return int(import_module(f"harness.{words[0]}").main(words[1:]))
+    only_print = words[:2] == ["--cfg", "job"]
+    words = words[2:] if only_print else words
+    for word in words:
+        if "=" not in word and not word.startswith("~"):
+            close = get_close_matches(word, [*TOOLS, "--help", "--cfg job"], n=1)
+            hint = f"did you mean {close[0]}?" if close else "--help lists the keys and the tools"
+            return _refuse(f"{word}: neither key=value nor a tool; {hint}")
+    cfg = config.compose(words)
+    settings = load(cfg)
+    if only_print:
+        ours = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
+        return _say(OmegaConf.to_yaml(ours, resolve=True))
+    from harness.run import run  # torch comes in here, once the request is known to make sense
+
+    return run(settings, cfg, words)
+
+
+def _say(text: str) -> int:
+    if os.environ.get("RANK", "0") == "0":
+        print(text.rstrip())
+    return 0
+
+
+def _refuse(sentence: str) -> int:
+    """One line on stderr; each node says it once, for a file may be missing on one of them only."""
+    if os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0":
+        print(f"harness: {sentence}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
