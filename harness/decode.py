@@ -26,7 +26,7 @@ from harness.cache import KvBytes, kv_bytes, make
 from harness.ledger import Ledger
 
 PADDING = 0
-"""The id in padded places. Masked before, cut off after: any id in the vocabulary would do."""
+"""The id in padded places. It is masked: any id in the vocabulary would do."""
 
 LOOK_EVERY = 16
 """Tokens between looks at whether every sequence has ended, where the host must wait to look."""
@@ -47,11 +47,10 @@ class Batch:
     width: int  # P
 
     def write(self, token: Tensor, column: int) -> None:
-        """Put `token` [B] into `column`, except where a sequence has ended."""
-        if len(self.eos):
-            token = token.masked_fill(self.ended, PADDING)
-            self.ended.logical_or_(torch.isin(token, self.eos))
+        """Put `token` [B] into `column`. What follows a sequence's end is cut off when all is done."""
         self.tokens[:, column] = token
+        if len(self.eos):
+            self.ended.logical_or_(torch.isin(token, self.eos))
 
     def done(self, column: int) -> bool:
         """Whether every sequence has ended before `column`; asked rarely where the answer is a wait."""

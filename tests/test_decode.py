@@ -137,6 +137,17 @@ def test_the_model_is_shown_each_token_once_and_asked_for_last_logits_only(cache
     assert asked == {1}
 
 
+def test_tokens_are_chosen_in_fp32() -> None:
+    seen = set()
+
+    def choose(logits: torch.Tensor, number: int) -> torch.Tensor:
+        seen.add(logits.dtype)
+        return greedy(logits, number)
+
+    ours(build(dtype=torch.bfloat16), PADDED, choose=choose)
+    assert seen == {torch.float32}
+
+
 class Waits(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the times that a tensor's value is read by the host."""
 
