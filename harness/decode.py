@@ -94,7 +94,7 @@ def sampler(uniform: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: fl
         warp.append(TopPLogitsWarper(top_p))
 
     def choose(logits: Tensor, number: int) -> Tensor:
-        up_to = warp(None, logits).softmax(dim=-1).cumsum(dim=-1)  # type: ignore[arg-type] # [B, V]
+        up_to = warp(None, logits).softmax(dim=-1).cumsum(dim=-1)  # [B, V]
         threshold = uniform[:, number, None] * up_to[:, -1:]  # [B, 1]; the sum is only nearly 1
         return torch.searchsorted(up_to, threshold, right=True).squeeze(-1)
 

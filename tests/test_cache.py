@@ -39,9 +39,7 @@ BATCH, SHOWN, ROOM = 2, 7, 12
 def show(config: PretrainedConfig, kind: str, dtype: torch.dtype, tokens: int = SHOWN) -> Any:
     """A cache of `kind` after a model of this shape was shown BATCH x `tokens`."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-        config, dtype=dtype
-    ).eval()
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     cache = make(kind, config, ROOM)
     with torch.no_grad():
         model(torch.ones(BATCH, tokens, dtype=torch.int64), past_key_values=cache)

@@ -39,9 +39,7 @@ CPU = torch.device("cpu")
 
 def build(shape: str = "grouped", attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> Any:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-        SHAPES[shape], dtype=dtype, attn_implementation=attention
-    )
+    model = AutoModelForCausalLM.from_config(SHAPES[shape], dtype=dtype, attn_implementation=attention)
     return model.eval()
 
 
@@ -148,7 +146,7 @@ def test_tokens_are_chosen_in_fp32() -> None:
     assert seen == {torch.float32}
 
 
-class Waits(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Waits(TorchDispatchMode):
     """Counts the times that a tensor's value is read by the host."""
 
     count = 0
@@ -164,7 +162,7 @@ def test_decoding_reads_no_value_back(cache: str, prompts: list[list[int]]) -> N
     model = build()
     batch, held = pad_left(prompts, NEW, (), CPU), make(cache, model.config, 11 + NEW)
     prefill(model, batch, held, greedy)
-    with Waits() as waits:  # type: ignore[no-untyped-call]
+    with Waits() as waits:
         decode_n_tokens(model, batch, held, greedy)
     assert waits.count == 0
 
