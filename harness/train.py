@@ -55,7 +55,7 @@ def run(
         bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s{_peak_line(ledger)}")
         if bar.disable and (step + 1) % max(1, train.steps // 10) == 0:
             say(f"step {step + 1}/{train.steps}  loss {loss:.3f}  {rate:,.0f} tokens/s{_peak_line(ledger)}")
-        if _due(step, train.validate_every, train.steps) and len(corpus.validation):
+        if _due(step, train.validate_every, train.steps) and corpus.validation is not None:
             held_out = data.loader(corpus.validation, train.micro_batch, world, settings.seed)
             loss = world.mean(engine.evaluate(islice(_on(world, held_out), train.validation_batches), step))
             training["validation"].append({"step": step + 1, "loss": loss})

@@ -31,7 +31,7 @@ PRECEDENCE = ("parameters", "optimizer", "communication", "gathered", "kv_cache"
 """Where two owners name one storage, the earlier word wins: a gradient that is a view of a bucket is the bucket."""
 RANK = {category: rank for rank, category in enumerate((*PRECEDENCE, "activations", "workspace"))}
 
-WORKSPACE_PHASES = frozenset({"idle", "setup", "backward", "step", "checkpoint"})
+WORKSPACE_PHASES = frozenset({"idle", "setup", "data", "backward", "step", "checkpoint"})
 """What is made in these phases, and never claimed, is scratch; what any other phase makes was made by a forward."""
 
 
