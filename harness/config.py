@@ -62,9 +62,13 @@ def _parse(word: str) -> Override:
         override = OverridesParser.create().parse_override(_taken_as_typed(key, value) or word)
     except HydraException as error:
         raise Refusal(key, value, f"cannot be read; put quotes within quotes, as \"{key}='...'\"") from error
+    key, options = override.key_or_group, groups().get(override.key_or_group)
     if override.is_sweep_override():
         raise Refusal(key, value, "sweeps are not run; give one value, or a list as [a,b]")
-    options = groups().get(key)
+    if options and (override.is_add() or override.is_force_add()):
+        raise Refusal(key, value, f"every group is there already; leave out the + of +{key}")
+    if override.is_delete() and not key.startswith("model.config."):
+        raise Refusal(key, value, "only keys of model.config can be left out")
     if options and override.value() not in options:
         raise Refusal(key, value, f"no such option; one of {', '.join(options)}")
     return override

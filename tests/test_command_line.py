@@ -1,0 +1,107 @@
+"""The one door, through its own process: what it prints, where, and the exit code."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from omegaconf import DictConfig, OmegaConf
+
+from harness import config
+from harness.knobs import knobs
+from harness.settings import load
+
+ROOT = Path(__file__).parents[1]
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+Door = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def door(tmp_path: Path) -> Door:
+    """`python -m harness` with words, in an empty directory and without torchrun's environment but for `variables`."""
+
+    def run(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        kept = {name: value for name, value in os.environ.items() if name not in TORCHRUN}
+        environment = {**kept, "PYTHONPATH": str(ROOT), **variables}
+        command = [sys.executable, "-m", "harness", *words]
+        return subprocess.run(
+            command, cwd=tmp_path, env=environment, text=True, capture_output=True, check=False
+        )
+
+    return run
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["-h"]])
+def test_help_lists_every_key_every_option_and_the_torchrun_line(door: Door, words: list[str]) -> None:
+    result = door(*words)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "torchrun --standalone" in result.stdout
+    for key in knobs():
+        assert f"  {key}=" in result.stdout
+    for group, options in config.groups().items():
+        line = next(line for line in result.stdout.splitlines() if line.startswith(f"  {group} "))
+        assert [each.rstrip("*") for each in line.split()[1:]] == options
+
+
+def test_help_names_only_tools_that_are_there(door: Door) -> None:
+    tools = door("--help").stdout.partition("Tools\n")[2].partition("\n\n")[0].splitlines()
+    assert tools
+    for line in tools:
+        assert (ROOT / "harness" / f"{line.split()[0]}.py").is_file()
+
+
+def test_a_wrong_request_is_refused_before_torch_is_imported(door: Door, tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    result = door("train.steps=0", PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "harness: train.steps=0: should be greater than or equal to 1\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["zero=7"], "harness: zero=7: no such option; one of 0, 1, 2, 3\n"),
+        (["train.clip=(("], "harness: train.clip=((: cannot be read; "),
+        (["compre"], "harness: compre: neither key=value nor a tool; did you mean compare?\n"),
+        (["--halp"], "harness: --halp: neither key=value nor a tool; did you mean --help?\n"),
+        (
+            ["mode=train", "loud"],
+            "harness: loud: neither key=value nor a tool; --help lists the keys and the tools\n",
+        ),
+        (["--cfg", "job", "zero=7"], "harness: zero=7: "),
+    ],
+)
+def test_a_wrong_word_is_one_line_on_stderr_and_exit_code_2(door: Door, words: list[str], said: str) -> None:
+    result = door(*words)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith(said)
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_world_that_torchrun_did_not_make_is_refused_with_the_line_to_type(
+    door: Door, tmp_path: Path
+) -> None:
+    result = door("mode=train", "world.size=2", "hydra.run.dir=run")
+    line = "torchrun --standalone --nproc-per-node 2 -m harness mode=train world.size=2 hydra.run.dir=run"
+    assert result.returncode == 2
+    assert result.stderr == f"harness: world.size=2: 1 rank here; start {line}\n"
+    assert not (tmp_path / "run").exists()
+
+
+def test_of_two_ranks_the_first_refuses_and_the_other_is_silent(door: Door) -> None:
+    other = door("zero=7", RANK="1", WORLD_SIZE="2", LOCAL_RANK="1")
+    assert (other.returncode, other.stdout, other.stderr) == (2, "", "")
+    first = door("zero=7", RANK="0", WORLD_SIZE="2", LOCAL_RANK="0")
+    assert first.stderr.startswith("harness: zero=7")
+
+
+def test_the_config_can_be_printed_without_a_run(door: Door, tmp_path: Path) -> None:
+    result = door("--cfg", "job", "zero=3", "train.steps=7")
+    assert result.returncode == 0
+    (tmp_path / "printed.yaml").write_text(result.stdout)
+    printed = load(DictConfig(OmegaConf.load(tmp_path / "printed.yaml")))
+    assert (printed.zero.stage, printed.train.steps, printed.model.name) == (3, 7, "tiny")
+    assert [each.name for each in tmp_path.iterdir()] == ["printed.yaml"]

@@ -1,0 +1,92 @@
+"""The package as others get it: light to import, and whole in a wheel."""
+
+import os
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from harness import config
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_importing_the_package_and_its_settings_imports_no_torch() -> None:
+    code = "import sys, harness, harness.settings, harness.config; print('torch' in sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=environment, text=True, capture_output=True, check=True
+    )
+    assert result.stdout == "False\n"
+
+
+def test_the_ledger_is_the_package_s_own_name() -> None:
+    import harness
+    from harness.ledger import Ledger
+
+    assert harness.Ledger is Ledger
+    with pytest.raises(AttributeError, match="no attribute 'Leger'"):
+        harness.Leger  # noqa: B018
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel of this checkout."""
+    where = tmp_path_factory.mktemp("wheel")
+    code = f"import hatchling.build; hatchling.build.build_wheel({str(where)!r})"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
+    (built,) = where.glob("*.whl")
+    return built
+
+
+def test_a_wheel_holds_every_page_of_conf(wheel: Path) -> None:
+    pages = {f"harness/conf/{each.relative_to(ROOT / 'conf')}" for each in (ROOT / "conf").rglob("*.yaml")}
+    assert pages <= set(zipfile.ZipFile(wheel).namelist())
+
+
+def test_an_installed_wheel_composes_its_own_config_away_from_the_checkout(
+    wheel: Path, tmp_path: Path
+) -> None:
+    site = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    code = (
+        "import sys, harness.config, harness.__main__ as door; print(harness.config.directory());"
+        "sys.exit(door.main(['--cfg', 'job', 'model=small']))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=environment,
+        text=True,
+        capture_output=True,
+        check=True,
+    )
+    assert result.stdout.startswith(f"{site}/harness/conf\n")
+    assert "name: small" in result.stdout
+
+
+def test_the_console_script_is_the_door(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (entry_points,) = (name for name in archive.namelist() if name.endswith("entry_points.txt"))
+        assert "harness = harness.__main__:main" in archive.read(entry_points).decode()
+
+
+def test_every_requirement_has_an_exact_version_in_the_constraints() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = project["dependencies"] + [
+        each for extra in project["optional-dependencies"].values() for each in extra
+    ]
+    pinned = {
+        line.partition("==")[0]
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if "==" in line
+    }
+    assert {each.partition(">=")[0] for each in wanted} <= {each.replace("_", "-") for each in pinned}
+
+
+def test_the_checkout_reads_the_pages_beside_the_package() -> None:
+    assert config.directory() == ROOT / "conf"
