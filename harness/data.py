@@ -197,6 +197,7 @@ def _stored(settings: Data, tokenizer: PreTrainedTokenizerBase) -> Any:
 def _make_row(
     settings: Data, files: list[Path] | None, tokenizer: PreTrainedTokenizerBase, partial: Path
 ) -> None:
+    datasets.disable_progress_bars()
     texts = datasets.Dataset.from_dict({settings.column: _read(settings, files)}) if files else _hub(settings)
     tokenized = _tokenized(texts, tokenizer, settings.column)
     row = tokenized.map(

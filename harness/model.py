@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils import logging
 
 from harness.knobs import Model, Refusal
 
@@ -55,6 +56,7 @@ def build(
     Every parameter has a storage of its own and of exactly its size. Raises Refusal where the memory is too small,
     or the checkpoint lacks a weight, has one too many, or one of another shape.
     """
+    logging.disable_progress_bar()
     _check_memory(settings, config, dtype, device)
     if settings.path is None or settings.random:
         set_seed(seed)

@@ -1,10 +1,12 @@
 """The ledger around plain PyTorch, with no harness: the books close, names are right, and nothing changes."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
@@ -94,8 +96,20 @@ def test_memory_of_another_allocator_is_foreign() -> None:
         tensor = torch.from_numpy(array)
         ledger.claim("inputs", "array", tensor)
         torch.ones(10)
-    assert ledger.allocator.foreign == ledger.peak.categories["inputs"] == 4000
-    assert ledger.allocator.peak == 40
+    assert ledger.allocator.foreign == ledger.categories["inputs"].peak == 4000
+    assert ledger.allocator.peak == ledger.peak.bytes == 40
+
+
+def test_a_mapped_file_is_foreign_and_not_the_allocators(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(1000), "b": torch.ones(500)}, tmp_path / "weights.safetensors")
+    with Ledger() as ledger:
+        held = load_file(tmp_path / "weights.safetensors")
+        for name, tensor in held.items():
+            ledger.claim("parameters", name, tensor)
+        copies = {name: tensor + 1 for name, tensor in held.items()}
+    assert ledger.allocator.unattributed == 0
+    assert ledger.allocator.peak == ledger.peak.bytes == sum(tensor.nbytes for tensor in copies.values())
+    assert ledger.allocator.foreign == 6000
 
 
 def test_a_gradient_is_a_gradient_from_its_birth_though_it_is_claimed_later() -> None:

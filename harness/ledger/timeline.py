@@ -53,7 +53,7 @@ class Books:
     source: str | None = None
     peak: int | None = None
     unattributed: int | None = None
-    foreign: int | None = None  # bytes in the categories that it never gave: a mapped file, numpy, or from before
+    foreign: int | None = None  # then alive, and in no figure here: a mapped file's, numpy's, or from before the log
 
 
 @dataclass
@@ -110,6 +110,7 @@ class Block:
     nbytes: int
     born: float
     died: float = math.inf
+    pointer: int = 0
     storage: Storage | None = None
 
 
@@ -119,7 +120,7 @@ def blocks_of(allocations: Iterable[Allocation]) -> dict[int, list[Block]]:
     for event in allocations:
         here = blocks.setdefault(event.pointer, [])
         if event.delta > 0:
-            here.append(Block(event.delta, event.time))
+            here.append(Block(event.delta, event.time, pointer=event.pointer))
         elif here and here[-1].died == math.inf:
             here[-1].died = event.time
     return blocks
@@ -162,6 +163,21 @@ def is_scratch(operators: Sequence[Operator], block: Block) -> bool:
     return index > 0 and block.died <= ends + CLOCK_ERROR
 
 
+def without_mappings(
+    blocks: list[Block], foreign: Sequence[Storage], operators: Sequence[Operator]
+) -> list[Block]:
+    """`blocks` without mapped files, which are reported as if allocated: storages of `foreign` lie within them."""
+    nameless = [block for block in blocks if block.storage is None and not is_scratch(operators, block)]
+    mappings = {
+        id(block)
+        for block in nameless
+        for storage in foreign
+        if block.pointer <= storage.pointer < block.pointer + block.nbytes and storage.nbytes < block.nbytes
+        if block.born <= storage.born < block.died
+    }
+    return [block for block in blocks if id(block) not in mappings]
+
+
 def at_allocator_peak(
     events: Sequence[Event], operators: Sequence[Operator], allocations: Iterable[Allocation], source: str
 ) -> tuple[Peak, Books]:
@@ -169,9 +185,9 @@ def at_allocator_peak(
     storages = [event.storage for event in events if event.storage is not None and event.delta > 0]
     by_pointer = blocks_of(allocations)
     homeless = settle(storages, by_pointer)
-    base = [storage for storage in homeless if storage.base]
-    blocks = [block for here in by_pointer.values() for block in here]
-    blocks += [Block(s.nbytes, s.born, s.died or math.inf, s) for s in base]
+    foreign = [storage for storage in homeless if not storage.base]
+    blocks = without_mappings([block for here in by_pointer.values() for block in here], foreign, operators)
+    blocks += [Block(s.nbytes, s.born, s.died or math.inf, storage=s) for s in homeless if s.base]
     changes = sorted(_changes(blocks), key=lambda change: change[0])
     total, peak, moment = 0, 0, -math.inf
     for time, delta in changes:
@@ -183,8 +199,7 @@ def at_allocator_peak(
         return thing.born <= moment and (thing.died is None or thing.died > moment)
 
     standing = [block for block in blocks if alive(block)]
-    foreign = [storage for storage in homeless if not storage.base and alive(storage)]
-    owned = [block.storage for block in standing if block.storage is not None] + foreign
+    owned = [block.storage for block in standing if block.storage is not None]
     categories: dict[str, int | None] = {
         name: sum(storage.nbytes for storage in owned if storage.category == name) for name in CATEGORIES
     }
@@ -198,7 +213,7 @@ def at_allocator_peak(
     )
     where, module, op = _place(operators, moment)
     unattributed = sum(block.nbytes for block in nameless) - kernel
-    books = Books(source, peak, unattributed, sum(storage.nbytes for storage in foreign))
+    books = Books(source, peak, unattributed, sum(storage.nbytes for storage in foreign if alive(storage)))
     return Peak(sum(v for v in categories.values() if v), where, module, op, categories, saved), books
 
 
