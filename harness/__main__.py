@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib import import_module
+from typing import NoReturn
 
 from omegaconf import OmegaConf
 
@@ -85,5 +86,13 @@ def _refuse(sentence: str) -> int:
     return 2
 
 
+def console() -> NoReturn:
+    """`main`, then the end at once: gloo's threads hold tensors, and one let go while Python is torn down aborts."""
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    raise SystemExit(main())
+    console()

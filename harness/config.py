@@ -53,7 +53,23 @@ def compose(words: Sequence[str]) -> DictConfig:
     run_dir = cfg.hydra.run.dir
     with open_dict(cfg):
         cfg.hydra = {"run": {"dir": run_dir}}
+        if cfg.model.path is not None:
+            _take_shape_from_path(cfg, overrides)
     return cfg
+
+
+def _take_shape_from_path(cfg: DictConfig, overrides: Sequence[Override]) -> None:
+    """Leave nothing of the group's shape in a config whose model comes from `model.path`, so that it says what runs."""
+    for override in overrides:
+        if override.key_or_group.startswith("model.config"):
+            raise Refusal(
+                override.key_or_group,
+                override.value(),
+                "model.path= brings a config of its own; leave one out",
+            )
+    cfg.model.config = {}
+    if not any(override.key_or_group == "model.name" for override in overrides):
+        cfg.model.name = cfg.model.path
 
 
 def _parse(word: str) -> Override:

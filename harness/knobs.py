@@ -32,7 +32,7 @@ class Refusal(Exception):
 @dataclass(frozen=True, config=_STRICT)
 class Model:
     name: str = "tiny"
-    """The name in the record."""
+    """The name in the record; that of model.path where it is given."""
     path: str | None = None
     """Checkpoint directory or hub name; replaces the group's shape."""
     random: bool = False

@@ -106,7 +106,7 @@ def test_a_mapped_file_is_foreign_and_not_the_allocators(tmp_path: Path) -> None
         held = load_file(tmp_path / "weights.safetensors")
         for name, tensor in held.items():
             ledger.claim("parameters", name, tensor)
-        copies = {name: tensor + 1 for name, tensor in held.items()}
+        copies = {name: tensor.clone() for name, tensor in held.items()}
     assert ledger.allocator.unattributed == 0
     assert ledger.allocator.peak == ledger.peak.bytes == sum(tensor.nbytes for tensor in copies.values())
     assert ledger.allocator.foreign == 6000

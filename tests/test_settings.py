@@ -218,6 +218,14 @@ def test_the_shape_of_a_checkpoint_replaces_that_of_the_group(tmp_path: Path) ->
     assert settings(f"model.path={tmp_path}", "train.sequence=64").model.path == str(tmp_path)
 
 
+def test_a_config_with_a_checkpoint_says_nothing_of_another_shape() -> None:
+    model = settings("model=small", "model.path=owner/name").model
+    assert (model.name, model.config) == ("owner/name", {})
+    assert settings("model.path=owner/name", "model.name=mine").model.name == "mine"
+    said = refusal("model.path=owner/name", "model.config.num_hidden_layers=2")
+    assert said.startswith("model.config.num_hidden_layers=2: model.path= brings a config of its own")
+
+
 def test_a_torn_config_of_a_checkpoint_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"hidden_size": 25')
     assert refusal(f"model.path={tmp_path}").startswith(
