@@ -1,0 +1,219 @@
+"""The inference run: prompts, shared out over ranks, continued in batches, gathered in their order."""
+
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from harness import model
+from harness.cache import KvBytes, kv_bytes_per_token
+from harness.decode import Choose, Generated, draws, generate, greedy, sampler
+from harness.ledger import Ledger
+from harness.prompts import Prompt, check, find, text_of
+from harness.settings import Settings
+from harness.world import World
+
+FILE = "generations.jsonl"
+SHOWN = 2
+"""How many of the texts a person sees at the end."""
+
+Say = Callable[[str], None]
+
+
+class Timing(NamedTuple):
+    """One batch: its sequences, their real tokens, and seconds."""
+
+    sequences: int
+    prompt_tokens: int
+    new_tokens: int
+    prefill_seconds: float
+    decode_seconds: float
+
+
+@dataclass
+class Share:
+    """What one rank did: new tokens by the prompt's number, and figures by batch."""
+
+    tokens: dict[int, list[int]] = field(default_factory=dict)
+    timings: list[Timing] = field(default_factory=list)
+    kv: list[KvBytes] = field(default_factory=list)
+
+    def add(self, prompts: Sequence[Prompt], numbers: Sequence[int], made: Generated) -> None:
+        """Take in the batch of the prompts with these `numbers`."""
+        self.tokens.update(zip(numbers, made.tokens, strict=True))
+        given, new = sum(len(prompts[number].tokens) for number in numbers), sum(map(len, made.tokens))
+        self.timings.append(Timing(len(numbers), given, new, made.prefill_seconds, made.decode_seconds))
+        if made.kv is not None:
+            self.kv.append(made.kv)
+
+
+def run(
+    settings: Settings, world: World, ledger: Ledger, directory: Path, say: Say, done: dict[str, Any]
+) -> dict[str, Any]:
+    """Continue every prompt into `generations.jsonl`; the record's `model`, `inference` and `performance`.
+
+    `done` is filled as the run goes, so that a run that fails still tells what it did. Raises Refusal.
+    """
+    began = time.perf_counter()
+    config = model.model_config(settings.model)
+    tokenizer = model.tokenizer(settings.model, settings.data.tokenizer)
+    prompts = find(settings, tokenizer)
+    check(prompts, config, settings.generation.max_new_tokens)
+    dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
+    with ledger.phase("setup"):
+        built = model.build(settings.model, config, dtype, world.device, settings.seed)
+        ledger.own(model=built.eval().requires_grad_(False))
+    done["model"] = {
+        "name": settings.model.name,
+        "parameters": model.count(built),
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    startup = time.perf_counter() - began
+    shares = world.gather(share_of(settings, world, ledger, built, prompts))
+    tokens = dict(sorted(pair for share in shares for pair in share.tokens.items()))
+    texts = [text_of(tokenizer, new) for new in tokens.values()]
+    if world.leads:
+        write(directory / FILE, prompts, list(tokens.values()), texts)
+    exact = settings.ledger.steps if settings.ledger.mode == "exact" else 0
+    done["performance"] = {"startup_seconds": startup, **performance(shares, exact)}
+    done["inference"] = {
+        "prompts": len(prompts),
+        "prompt_tokens": sum(len(prompt.tokens) for prompt in prompts),
+        "new_tokens": sum(map(len, tokens.values())),
+        "cache": settings.generation.cache,
+        "kv_bytes_per_token": kv_bytes_per_token(config, dtype),
+        **largest(shares),
+    }
+    _tell(say, prompts, texts, done)
+    return done
+
+
+def share_of(
+    settings: Settings, world: World, ledger: Ledger, built: PreTrainedModel, prompts: Sequence[Prompt]
+) -> Share:
+    """This rank's prompts, every `world.size`-th of them, in batches."""
+    asked = settings.generation
+    share, mine = Share(), range(world.rank, len(prompts), world.size)
+    quiet = None if world.leads else True  # None: only on a terminal
+    with tqdm(total=len(mine), disable=quiet, unit="prompt", leave=False, desc="generate") as bar:
+        for step, numbers in enumerate(batches(mine, asked.batch)):
+            made = generate(
+                built,
+                [prompts[number].tokens for number in numbers],
+                asked.max_new_tokens,
+                cache=asked.cache,
+                eos=end_tokens(built) if asked.stop_at_eos else (),
+                choose=_chooser(settings, ledger, numbers, built.device),
+                ledger=ledger,
+                step=step,
+            )
+            share.add(prompts, numbers, made)
+            bar.update(len(numbers))
+    return share
+
+
+def _chooser(settings: Settings, ledger: Ledger, numbers: Sequence[int], device: torch.device) -> Choose:
+    asked = settings.generation
+    if not asked.sample:
+        return greedy
+    uniform = draws(settings.seed, numbers, asked.max_new_tokens, device)
+    ledger.claim("inputs", "draws", uniform)
+    return sampler(uniform, asked.temperature, asked.top_k, asked.top_p)
+
+
+def batches(numbers: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    """`numbers` in runs of `size`; the last may be shorter."""
+    for begin in range(0, len(numbers), size):
+        yield numbers[begin : begin + size]
+
+
+def end_tokens(built: PreTrainedModel) -> list[int]:
+    """The tokens that the model itself says end a sequence; none, one or several."""
+    config = built.generation_config
+    found = None if config is None else config.eos_token_id
+    if found is None:
+        return []
+    return [found] if isinstance(found, int) else list(found)
+
+
+def write(
+    file: Path, prompts: Sequence[Prompt], tokens: Sequence[Sequence[int]], texts: Sequence[str]
+) -> None:
+    """A JSON line for each prompt, in their order; the whole file or none of it."""
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    with partial.open("w", encoding="ascii") as stream:
+        for prompt, new, text in zip(prompts, tokens, texts, strict=True):
+            line = {
+                "prompt": prompt.text,
+                "prompt_tokens": list(prompt.tokens),
+                "tokens": list(new),
+                "text": text,
+            }
+            stream.write(json.dumps(line) + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(partial, file)
+
+
+def performance(shares: Sequence[Share], exact: int) -> dict[str, Any]:
+    """Seconds, and tokens a second over all ranks.
+
+    An exact ledger slows a rank's first `exact` batches; they count only where it has no others.
+    """
+    working = [share.timings for share in shares if share.timings]
+    timed = [timing for timings in working for timing in (timings[exact:] or timings)]
+
+    def rate(tokens: int, seconds: float) -> float | None:
+        return len(working) * tokens / seconds if tokens and seconds else None
+
+    prefill, decode = sum(t.prefill_seconds for t in timed), sum(t.decode_seconds for t in timed)
+    new = sum(t.new_tokens for t in timed)
+    return {
+        "tokens_per_second": rate(new, prefill + decode),
+        "prefill_tokens_per_second": rate(sum(t.prompt_tokens for t in timed), prefill),
+        "decode_tokens_per_second": rate(new - sum(t.sequences for t in timed), decode),
+        "time_to_first_token_seconds": statistics.median(t.prefill_seconds for t in timed),
+        "generation_seconds": max(
+            sum(t.prefill_seconds + t.decode_seconds for t in each) for each in working
+        ),
+    }
+
+
+def largest(shares: Sequence[Share]) -> dict[str, int | None]:
+    """What the largest cache held when its batch ended, in bytes; None where nothing was cached."""
+    held = max((kv for share in shares for kv in share.kv), key=lambda kv: kv.reserved, default=None)
+    return {
+        "kv_bytes_per_token_measured": None if held is None else held.per_token,
+        "kv_reserved": None if held is None else held.reserved,
+        "kv_filled": None if held is None else held.filled,
+        "kv_live": None if held is None else held.live,
+    }
+
+
+def _tell(say: Say, prompts: Sequence[Prompt], texts: Sequence[str], done: dict[str, Any]) -> None:
+    speed, inference = done["performance"], done["inference"]
+    figures = [
+        f"{len(prompts)} prompt{'s' * (len(prompts) > 1)}",
+        f"{inference['new_tokens']:,} new tokens",
+        f"{speed['tokens_per_second'] or 0:,.0f} tokens/s",
+        f"first token after {speed['time_to_first_token_seconds'] * 1000:.1f} ms",
+        f"KV {inference['kv_bytes_per_token'] / 1024:g} KiB a token ({inference['cache']} cache)",
+    ]
+    say(", ".join(figures))
+    for prompt, text in list(zip(prompts, texts, strict=True))[:SHOWN]:
+        say(f"  prompt  {shown(prompt.text)}")
+        say(f"  text    {shown(text)}")
+
+
+def shown(text: str, width: int = 100) -> str:
+    """`text` on one line, quoted, its control characters escaped, cut after `width` characters."""
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return f"'{line}'" if len(line) <= width else f"'{line[:width]}'..."

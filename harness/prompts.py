@@ -1,0 +1,96 @@
+"""Prompts: where they come from, as tokens, and whether the model can take them."""
+
+import os
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from harness import data
+from harness.settings import Refusal, Settings
+
+
+class Prompt(NamedTuple):
+    """What to continue, and where it was given: the key, its value and the place in it."""
+
+    text: str
+    tokens: list[int]
+    key: str
+    value: object
+    place: str
+
+
+def find(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+    """From `generation.prompts`, else `generation.prompt`, else held-out text of the data. Raises Refusal."""
+    generation = settings.generation
+    key: str
+    if generation.prompts is not None:
+        key, value = "generation.prompts", generation.prompts
+        return [
+            Prompt(line, encode(tokenizer, line), key, value, f"line {number}")
+            for number, line in lines(key, value)
+        ]
+    if generation.prompt:
+        key = "generation.prompt"
+        return [
+            Prompt(text, encode(tokenizer, text), key, text[:40], f"prompt {number}")
+            for number, text in enumerate(generation.prompt, 1)
+        ]
+    key, length = "generation.prompt_length", generation.prompt_length
+    sampled = data.sample_prompts(settings.data, tokenizer, generation.count, length, settings.seed)
+    return [
+        Prompt(text_of(tokenizer, tokens), tokens, key, length, f"prompt {number}")
+        for number, tokens in enumerate(sampled, 1)
+    ]
+
+
+def lines(key: str, path: str) -> list[tuple[int, str]]:
+    """A UTF-8 file's lines, numbered; empty ones are passed over. Raises Refusal where none is left."""
+    try:
+        with open(os.path.expanduser(path), encoding="utf-8-sig") as file:
+            found = [(number, line.removesuffix("\n")) for number, line in enumerate(file, 1)]
+    except UnicodeDecodeError as error:
+        raise Refusal(key, path, f"it is not UTF-8 (byte {error.start}); save it as UTF-8 text") from None
+    except OSError as error:
+        raise Refusal(key, path, f"{error.strerror}; give a text file with one prompt a line") from None
+    found = [(number, line) for number, line in found if line]
+    if not found:
+        raise Refusal(key, path, "there is no prompt in it; write one a line")
+    return found
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """`text` as tokens to be continued: an end that the tokenizer puts after every text is taken off."""
+    end = [tokenizer.eos_token_id]
+    bare = tokenizer("a", add_special_tokens=False).input_ids
+    closes = tokenizer("a").input_ids[-1:] == end != bare[-1:]
+    tokens: list[int] = tokenizer(text, verbose=False).input_ids
+    return tokens[:-1] if closes else tokens
+
+
+def text_of(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
+    """`tokens` as text; those without one are left out: special ones, and ids that only the model has."""
+    known = [token for token in tokens if token < len(tokenizer)]
+    text = tokenizer.decode(known, skip_special_tokens=True)
+    return text if isinstance(text, str) else "".join(text)
+
+
+def check(prompts: Sequence[Prompt], config: PretrainedConfig, max_new_tokens: int) -> None:
+    """Refuse a prompt with no tokens, with more than the model allows with the new ones, or unknown ones."""
+    shape = config.get_text_config(decoder=True)
+    limit = getattr(shape, "max_position_embeddings", None)
+    for _, tokens, key, value, place in prompts:
+        if not tokens:
+            raise Refusal(key, value, f"{place} has no tokens; give it text")
+        if limit is not None and len(tokens) + max_new_tokens > limit:
+            ways = [f"shorten it to {limit - max_new_tokens}"] if max_new_tokens < limit else []
+            ways += [f"use generation.max_new_tokens={limit - len(tokens)}"] if len(tokens) < limit else []
+            raise Refusal(
+                key,
+                value,
+                f"{place} is {len(tokens)} tokens, {len(tokens) + max_new_tokens} with the new ones, and the "
+                f"model allows {limit} (max_position_embeddings); {' or '.join(ways) or 'shorten both'}",
+            )
+        if max(tokens) >= shape.vocab_size:
+            remedy = f"{place} has token {max(tokens)}, and the model knows {shape.vocab_size}"
+            raise Refusal(key, value, f"{remedy}; give the model's own tokenizer with data.tokenizer=")
