@@ -72,7 +72,7 @@ def test_an_installed_wheel_composes_its_own_config_away_from_the_checkout(
 def test_the_console_script_is_the_door(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         (entry_points,) = (name for name in archive.namelist() if name.endswith("entry_points.txt"))
-        assert "harness = harness.__main__:main" in archive.read(entry_points).decode()
+        assert "harness = harness.__main__:console" in archive.read(entry_points).decode()
 
 
 def test_every_requirement_has_an_exact_version_in_the_constraints() -> None:
