@@ -75,7 +75,7 @@ class Corpus:
 
 
 def corpus(
-    settings: Data, tokenizer: PreTrainedTokenizerBase, sequence: int, seed: int, world: World | None = None
+    settings: Data, tokenizer: PreTrainedTokenizerBase, sequence: int, world: World | None = None
 ) -> Corpus:
     """The corpus of `settings` in blocks of `sequence` tokens. Raises Refusal where there is no such text.
 
@@ -94,15 +94,15 @@ def corpus(
         if world is not None:
             world.barrier()
     blocks = len(row) // sequence
-    held_out = int(np.ceil(blocks * settings.validation))
-    if blocks - held_out < 1:
+    kept_out = int(np.ceil(blocks * settings.validation))
+    if blocks - kept_out < 1:
         raise Refusal(
             *_named(settings),
             f"it has {len(row):,} tokens, too few for a block of {sequence} to train on beside the share that "
             f"data.validation={settings.validation} holds out; give more text or a shorter train.sequence",
         )
-    validation = Blocks(row, sequence, blocks - held_out, blocks) if held_out else None
-    return Corpus(Blocks(row, sequence, 0, blocks - held_out), validation)
+    validation = Blocks(row, sequence, blocks - kept_out, blocks) if kept_out else None
+    return Corpus(Blocks(row, sequence, 0, blocks - kept_out), validation)
 
 
 def loader(
@@ -114,8 +114,7 @@ def loader(
     it. A last one that not every rank would have is left out. Raises Refusal where not even one fits.
     """
     if isinstance(blocks, Stream):
-        yield from islice(_epoch(blocks, micro_batch, world, None), skip, None)
-        return
+        return islice(_epoch(blocks, micro_batch, world, None), skip, None)
     each = len(blocks) // (micro_batch * world.size)
     if each == 0:
         raise Refusal(
@@ -124,10 +123,16 @@ def loader(
             f"{world.size} ranks take {micro_batch * world.size} sequences of {blocks.sequence} tokens at once, and "
             f"the data has {len(blocks)}; give more text, fewer ranks or a shorter train.sequence",
         )
-    for epoch in count(skip // each):
-        batches = _epoch(blocks, micro_batch, world, torch.Generator().manual_seed(seed + epoch))
-        first = skip % each if epoch == skip // each else 0
-        yield from skip_first_batches(batches, first) if first else batches
+    return _epochs(blocks, micro_batch, world, seed, *divmod(skip, each))
+
+
+def _epochs(
+    blocks: Blocks, micro_batch: int, world: World, seed: int, epoch: int, skip: int
+) -> Iterator[torch.Tensor]:
+    """Epoch after epoch from `epoch` on, of which the first `skip` micro-batches are left out."""
+    for number in count(epoch):
+        batches = _epoch(blocks, micro_batch, world, torch.Generator().manual_seed(seed + number))
+        yield from skip_first_batches(batches, skip) if number == epoch and skip else batches
 
 
 def _epoch(
@@ -156,11 +161,11 @@ def sample_prompts(
     settings: Data, tokenizer: PreTrainedTokenizerBase, number: int, length: int, seed: int
 ) -> list[list[int]]:
     """`number` prompts of `length` tokens from places in the held-out text that `seed` chooses. Raises Refusal."""
-    text = corpus(settings, tokenizer, length, seed)
+    text = corpus(settings, tokenizer, length)
     if isinstance(text.train, Stream):
-        return [block.tolist() for block in islice(text.validation or text.train, number)]
-    held_out = text.validation or text.train
-    assert isinstance(held_out, Blocks)
+        stream = text.validation if isinstance(text.validation, Stream) else text.train
+        return [block.tolist() for block in islice(stream, number)]
+    held_out = text.validation if isinstance(text.validation, Blocks) else text.train
     if len(held_out) < number:
         raise Refusal(
             "generation.count",
@@ -235,9 +240,15 @@ def _files(settings: Data) -> list[Path] | None:
     if given.is_dir():
         found = sorted(path for path in given.rglob("*") if path.is_file())
     else:
-        found = [given] if given.is_file() else [Path(name) for name in sorted(glob.glob(str(given), recursive=True))]
+        found = (
+            [given]
+            if given.is_file()
+            else [Path(name) for name in sorted(glob.glob(str(given), recursive=True))]
+        )
     if not found:
-        raise Refusal("data.path", settings.path, "there is no file; give a file, a directory or a quoted glob")
+        raise Refusal(
+            "data.path", settings.path, "there is no file; give a file, a directory or a quoted glob"
+        )
     return found
 
 

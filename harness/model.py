@@ -43,7 +43,9 @@ def model_config(settings: Model) -> PretrainedConfig:
         except Exception as error:  # a config's own checks raise what they like
             raise Refusal("model.config", settings.name, f"transformers refuses it: {error}") from error
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        key, value = ("model.path", settings.path) if settings.path else ("model.config.model_type", config.model_type)
+        key, value = (
+            ("model.path", settings.path) if settings.path else ("model.config.model_type", config.model_type)
+        )
         raise Refusal(key, value, f"{config.model_type} is no causal language model in transformers")
     return config
 
@@ -61,8 +63,10 @@ def build(
     if settings.path is None or settings.random:
         set_seed(seed)
         made = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=settings.attention)
-        return made.to(device)  # type: ignore[no-any-return]
-    os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")  # tensors made in other threads are in nobody's books
+        return made.to(device)
+    os.environ.setdefault(
+        "HF_DEACTIVATE_ASYNC_LOAD", "1"
+    )  # tensors made in other threads are in nobody's books
     with _loading(settings.path):
         loaded, report = AutoModelForCausalLM.from_pretrained(
             _local(settings.path),
@@ -83,7 +87,7 @@ def build(
                 f"its weights are not this model's: {len(found)} {problem.replace('_', ' ')}, {found[0]} first",
             )
     _own_storages(loaded)
-    return loaded  # type: ignore[no-any-return]
+    return loaded
 
 
 def count(model: torch.nn.Module) -> int:
@@ -96,7 +100,7 @@ def tokenizer(settings: Model, other: str | None = None) -> PreTrainedTokenizerB
     for key, place in (("data.tokenizer", other), ("model.path", settings.path)):
         if place is not None and (key == "data.tokenizer" or _has_tokenizer(place)):
             with _loading(place, key):
-                return AutoTokenizer.from_pretrained(_local(place), trust_remote_code=False)  # type: ignore[no-any-return]
+                return AutoTokenizer.from_pretrained(_local(place), trust_remote_code=False)
     return ByT5Tokenizer()
 
 
@@ -121,7 +125,9 @@ def size_in_bytes(config: PretrainedConfig, dtype: torch.dtype) -> int:
         return count(AutoModelForCausalLM.from_config(config)) * dtype.itemsize
 
 
-def _check_memory(settings: Model, config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> None:
+def _check_memory(
+    settings: Model, config: PretrainedConfig, dtype: torch.dtype, device: torch.device
+) -> None:
     needed = size_in_bytes(config, dtype)
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -162,7 +168,9 @@ def _loading(place: str, key: str = "model.path") -> Iterator[None]:
     except Refusal:
         raise
     except (OfflineModeIsEnabled, HfHubHTTPError, ConnectionError) as error:
-        raise Refusal(key, place, f"no such directory, and the hub did not give it: {_first(error)}") from error
+        raise Refusal(
+            key, place, f"no such directory, and the hub did not give it: {_first(error)}"
+        ) from error
     except SafetensorError as error:
         raise Refusal(key, place, f"a safetensors file in it is torn: {_first(error)}") from error
     except (OSError, ValueError, KeyError, RuntimeError) as error:

@@ -42,12 +42,16 @@ def _make_directory(settings: Settings, cfg: DictConfig) -> Path | Refusal:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         partial = directory / ".config.yaml.partial"
-        shown = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
-        partial.write_text(OmegaConf.to_yaml(shown, resolve=True))
+        partial.write_text(OmegaConf.to_yaml(_own(cfg), resolve=True))
         os.replace(partial, directory / "config.yaml")
     except OSError as error:
         return Refusal("hydra.run.dir", directory, f"it cannot be written: {error.strerror}")
     return directory
+
+
+def _own(cfg: DictConfig) -> DictConfig:
+    """`cfg` without Hydra's own node."""
+    return OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
 
 
 class _Run:
@@ -74,10 +78,9 @@ class _Run:
                 "device": here.device.type,
                 "device_name": here.device_name,
             },
-            "config": OmegaConf.to_container(cfg, resolve=True),
+            "config": OmegaConf.to_container(_own(cfg), resolve=True),
             "environment": record.environment(),
         }
-        self.head["config"].pop("hydra", None)
 
     def carry_out(self) -> int:
         """Run the mode; the exit code. Raises Refusal on rank 0; elsewhere it waits for rank 0 to say it first."""

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from harness import checkpoint, data, model
 from harness.engine import Engine
 from harness.ledger import Ledger
-from harness.settings import Settings
+from harness.settings import Refusal, Settings
 from harness.world import World
 
 Say = Callable[[str], None]
@@ -21,55 +21,46 @@ Say = Callable[[str], None]
 
 def run(
     settings: Settings, world: World, ledger: Ledger, directory: Path, say: Say, done: dict[str, Any]
-) -> dict[str, Any]:
-    """Train, and export the weights to `directory/checkpoint`; the record's `model`, `training` and `performance`.
+) -> None:
+    """Train, and export the weights to `directory/checkpoint`; `done` gets the record's parts as the run goes.
 
-    `done` is filled as the run goes, so that a run that fails still tells what it did. Raises Refusal.
+    Raises Refusal.
     """
     began = time.perf_counter()
     train = settings.train
     config = model.model_config(settings.model)
     tokenizer = model.tokenizer(settings.model, settings.data.tokenizer)
-    corpus = data.corpus(settings.data, tokenizer, train.sequence, settings.seed, world=world)
+    corpus = data.corpus(settings.data, tokenizer, train.sequence, world)
+    held_out = _held_out(settings, world, corpus)
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     with ledger.phase("setup"):
         built = model.build(settings.model, config, dtype, torch.device("cpu"), settings.seed)
-        parameters = model.count(built)
+        done["model"] = {
+            "name": settings.model.name,
+            "parameters": model.count(built),
+            "dtype": str(dtype)[6:],
+        }
         engine = Engine(settings, world, ledger, built)
-    done["model"] = {"name": settings.model.name, "parameters": parameters, "dtype": str(dtype)[6:]}
-    done["training"] = training = {"optimizer": engine.optimizer_class, "losses": [], "validation": []}
-    first, position = _resume(settings, world, engine, say)
-    training["first_step"] = first
-    batches = data.loader(corpus.train, train.micro_batch, world, settings.seed, skip=position)
-    say(f"{settings.model.name}: {parameters:,} parameters, {engine.optimizer_class}, {world.size} ranks")
-    performance = {"startup_seconds": time.perf_counter() - began}
-    seconds: list[float] = []
-    bar = tqdm(range(first, train.steps), disable=None if world.leads else True, unit="step", leave=False)
-    for step in bar:
-        started = time.perf_counter()
-        loss = _step(engine, batches, step, world)
-        _synchronize(world)
-        seconds.append(time.perf_counter() - started)
-        training["losses"].append(loss)
-        rate = train.micro_batch * train.accumulation * train.sequence * world.size / seconds[-1]
-        bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s{_peak_line(ledger)}")
-        if bar.disable and (step + 1) % max(1, train.steps // 10) == 0:
-            say(f"step {step + 1}/{train.steps}  loss {loss:.3f}  {rate:,.0f} tokens/s{_peak_line(ledger)}")
-        if _due(step, train.validate_every, train.steps) and corpus.validation is not None:
-            held_out = data.loader(corpus.validation, train.micro_batch, world, settings.seed)
-            loss = world.mean(engine.evaluate(islice(_on(world, held_out), train.validation_batches), step))
-            training["validation"].append({"step": step + 1, "loss": loss})
-            say(f"step {step + 1}/{train.steps}  validation loss {loss:.3f}")
+    first = _resume(settings, world, engine, say)
+    batches = data.loader(
+        corpus.train, train.micro_batch, world, settings.seed, skip=first * train.accumulation
+    )
+    say(
+        f"{settings.model.name}: {model.count(built):,} parameters, {engine.optimizer_class}, {world.size} ranks"
+    )
+    progress = Progress(settings, world, ledger, first, say, time.perf_counter() - began)
+    done["training"] = progress.training
+    done["training"]["optimizer"] = engine.optimizer_class
+    for step in progress:
+        progress.stepped(step, _step(engine, batches, step, world))
+        if held_out is not None and _due(step, train.validate_every, train.steps):
+            progress.validated(step, world.mean(engine.evaluate(held_out(), step)))
         if _due(step, train.save_every, None):
-            with ledger.phase("checkpoint", step):
-                checkpoint.save(
-                    engine, world, directory / "state", step + 1, identity(settings, world), train.keep
-                )
+            _save(settings, world, engine, directory, step)
+    done["performance"] = progress.rates()
     if train.export:
         with ledger.phase("checkpoint", train.steps):
             _export(engine, world, tokenizer, directory / "checkpoint")
-    performance.update(_rates(settings, world, seconds, first))
-    return {**done, "performance": performance}
 
 
 def identity(settings: Settings, world: World) -> dict[str, Any]:
@@ -87,16 +78,51 @@ def identity(settings: Settings, world: World) -> dict[str, Any]:
     }
 
 
-def _resume(settings: Settings, world: World, engine: Engine, say: Say) -> tuple[int, int]:
-    """Steps already taken, and micro-batches of this rank already used."""
+def _resume(settings: Settings, world: World, engine: Engine, say: Say) -> int:
+    """Steps already taken, once the state after them is back in place."""
     if settings.train.resume is None:
-        return 0, 0
+        return 0
     found, manifest, passed_over = checkpoint.newest_whole(Path(settings.train.resume))
     for reason in passed_over:
         say(reason)
-    steps = checkpoint.load(engine, world, found, manifest, identity(settings, world))
+    with engine.ledger.phase("checkpoint"):
+        steps = checkpoint.load(engine, world, found, manifest, identity(settings, world))
+    if steps >= settings.train.steps:
+        raise Refusal(
+            "train.steps", settings.train.steps, f"{found} already has {steps} steps; ask for more in all"
+        )
+    if engine.ledger.steps is not None:
+        engine.ledger.steps += steps  # the first steps of this run, not of the one before it
     say(f"resuming after step {steps}, from {found}")
-    return steps, steps * settings.train.accumulation
+    return steps
+
+
+def _save(settings: Settings, world: World, engine: Engine, directory: Path, step: int) -> None:
+    with engine.ledger.phase("checkpoint", step):
+        state = directory / "state"
+        checkpoint.save(engine, world, state, step + 1, identity(settings, world), settings.train.keep)
+
+
+def _held_out(
+    settings: Settings, world: World, corpus: data.Corpus
+) -> Callable[[], Iterator[torch.Tensor]] | None:
+    """A function to the validation batches, the same ones every time; None where none are asked for."""
+    train, blocks = settings.train, corpus.validation
+    if not train.validate_every or blocks is None:
+        return None
+    if isinstance(blocks, data.Blocks) and len(blocks) < train.micro_batch * world.size:
+        raise Refusal(
+            "data.validation",
+            settings.data.validation,
+            f"it holds out {len(blocks)} sequences, and {world.size} ranks validate {train.micro_batch} each at once; "
+            "raise it, or use train.validate_every=0",
+        )
+
+    def batches() -> Iterator[torch.Tensor]:
+        endless = data.loader(blocks, train.micro_batch, world, settings.seed)
+        return (tokens.to(world.device) for tokens in islice(endless, train.validation_batches))
+
+    return batches
 
 
 def _step(engine: Engine, batches: Iterator[torch.Tensor], step: int, world: World) -> float:
@@ -111,11 +137,6 @@ def _step(engine: Engine, batches: Iterator[torch.Tensor], step: int, world: Wor
     return world.mean(sum(losses) / len(losses))
 
 
-def _on(world: World, batches: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
-    for tokens in batches:
-        yield tokens.to(world.device)
-
-
 def _export(engine: Engine, world: World, tokenizer: Any, directory: Path) -> None:
     state = engine.full_state()
     if world.leads:
@@ -127,27 +148,69 @@ def _due(step: int, every: int, last: int | None) -> bool:
     return bool(every) and ((step + 1) % every == 0 or step + 1 == last)
 
 
-def _synchronize(world: World) -> None:
-    if world.device.type == "cuda":
-        torch.cuda.synchronize(world.device)
+class Progress:
+    """What a person sees of a run, and what the record keeps of its course."""
 
+    def __init__(
+        self, settings: Settings, world: World, ledger: Ledger, first: int, say: Say, startup: float
+    ) -> None:
+        self.settings, self.world, self.ledger, self.first, self.say = settings, world, ledger, first, say
+        self.losses: list[float] = []
+        self.validation: list[dict[str, float]] = []
+        self.seconds: list[float] = []
+        self.startup = startup
+        train = settings.train
+        self.tokens = train.micro_batch * train.accumulation * train.sequence * world.size
+        self.training: dict[str, Any] = {
+            "first_step": first,
+            "losses": self.losses,
+            "validation": self.validation,
+        }
 
-def _peak_line(ledger: Ledger) -> str:
-    peak = ledger.last_peak
-    if peak is None:
-        return ""
-    largest = sorted(((n, b) for n, b in peak.categories.items() if b), key=lambda pair: -pair[1])[:3]
-    parts = ", ".join(f"{name} {bytes_ / 2**20:.1f}" for name, bytes_ in largest)
-    return f"  peak {peak.bytes / 2**20:.1f} MiB ({parts})"
+    def __iter__(self) -> Iterator[int]:
+        """The steps to take, with a bar where rank 0 has a terminal."""
+        shown = None if self.world.leads else True
+        with tqdm(
+            range(self.first, self.settings.train.steps), disable=shown, unit="step", leave=False
+        ) as self.bar:
+            for step in self.bar:
+                self.began = time.perf_counter()
+                yield step
 
+    def stepped(self, step: int, loss: float) -> None:
+        """Step `step` (from 0) is done."""
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize(self.world.device)
+        self.seconds.append(time.perf_counter() - self.began)
+        self.losses.append(loss)
+        line = f"loss {loss:.3f}  {self.tokens / self.seconds[-1]:,.0f} tokens/s{self._peak()}"
+        steps = self.settings.train.steps
+        self.bar.set_postfix_str(line)
+        if self.bar.disable and (step + 1) % max(1, steps // 10) == 0:
+            self.say(f"step {step + 1}/{steps}  {line}")
 
-def _rates(settings: Settings, world: World, seconds: list[float], first: int) -> dict[str, Any]:
-    """Tokens a second over all ranks, from the median step; steps under an exact ledger count only if all are."""
-    exact = settings.ledger.steps if settings.ledger.mode == "exact" else 1
-    timed = seconds[max(0, exact - first) :] or seconds[1:] or seconds
-    if not timed:
-        return {"tokens_per_second": None, "step_seconds": None}
-    train = settings.train
-    tokens = train.micro_batch * train.accumulation * train.sequence * world.size
-    median = statistics.median(timed)
-    return {"tokens_per_second": tokens / median, "step_seconds": median, "steps_timed": len(timed)}
+    def validated(self, step: int, loss: float) -> None:
+        """Held-out text had this mean loss after step `step`."""
+        self.validation.append({"step": step + 1, "loss": loss})
+        self.say(f"step {step + 1}/{self.settings.train.steps}  validation loss {loss:.3f}")
+
+    def rates(self) -> dict[str, Any]:
+        """Tokens a second over all ranks by the median step; one under an exact ledger counts only if all are."""
+        ledger = self.settings.ledger
+        slowed = ledger.steps if ledger.mode == "exact" else 1
+        timed = self.seconds[slowed:] or self.seconds[1:] or self.seconds
+        median = statistics.median(timed)
+        return {
+            "tokens_per_second": self.tokens / median,
+            "step_seconds": median,
+            "steps_timed": len(timed),
+            "startup_seconds": self.startup,
+        }
+
+    def _peak(self) -> str:
+        peak = self.ledger.last_peak
+        if peak is None:
+            return ""
+        largest = sorted(((n, b) for n, b in peak.categories.items() if b), key=lambda pair: -pair[1])[:3]
+        parts = ", ".join(f"{name} {held / 2**20:.1f}" for name, held in largest)
+        return f"  peak {peak.bytes / 2**20:.1f} MiB ({parts})"

@@ -131,7 +131,9 @@ def test_adams_moments_come_with_the_first_step() -> None:
         train(model, adapt=ledger.own)
     ends = {(p.where.step, p.where.phase): p.categories["optimizer"] for p in ledger.phases}
     assert ends[0, "backward"] == 0
-    assert ends[1, "forward"] == 2 * size + 4 * count  # two moments, and a step count of 4 bytes for each parameter
+    assert (
+        ends[1, "forward"] == 2 * size + 4 * count
+    )  # two moments, and a step count of 4 bytes for each parameter
 
 
 def test_phases_are_read_off_the_loop() -> None:
@@ -187,7 +189,8 @@ def test_recomputed_activations_are_activations_inside_backward() -> None:
     def recomputed(x: torch.Tensor) -> torch.Tensor:
         return checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
 
-    for name, forward in {"none": block, "full": recomputed}.items():
+    forwards: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"none": block, "full": recomputed}
+    for name, forward in forwards.items():
         with Ledger(model=block) as ledger:
             forward(inputs).sum().backward()
         backward = next(p for p in ledger.phases if p.where.phase == "backward")
@@ -217,7 +220,9 @@ def test_a_static_cache_is_reserved_whole() -> None:
     with Ledger(model=model, cache=cache) as ledger, torch.no_grad():
         model(input_ids=torch.zeros(3, 20, dtype=torch.int64), past_key_values=cache, use_cache=True)
     keys_and_values = 2 * 2 * 2 * 16 * 50 * 3 * 4
-    counters = sum(v.nbytes for layer in cache.layers for v in vars(layer).values() if isinstance(v, torch.Tensor))
+    counters = sum(
+        v.nbytes for layer in cache.layers for v in vars(layer).values() if isinstance(v, torch.Tensor)
+    )
     assert ledger.categories["kv_cache"].end == counters >= keys_and_values
 
 
@@ -258,7 +263,10 @@ def test_an_exact_ledger_goes_on_as_phases_after_its_steps() -> None:
         for step in range(2):
             with ledger.phase("forward", step):
                 torch.ones(100)
-    assert [(p.where.step, p.peak) for p in ledger.phases if p.where.phase == "forward"] == [(0, 400), (1, None)]
+    assert [(p.where.step, p.peak) for p in ledger.phases if p.where.phase == "forward"] == [
+        (0, 400),
+        (1, None),
+    ]
     assert ledger.peak.bytes == 400
 
 
@@ -273,7 +281,8 @@ def test_a_ledger_that_is_off_accepts_everything_and_measures_nothing() -> None:
 def test_beside_somebody_elses_profiler_the_allocator_is_not_measured() -> None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]), Ledger() as ledger:
         torch.ones(10)
-    assert ledger.allocator.source is ledger.allocator.peak is ledger.allocator.unattributed is None
+    books = ledger.allocator
+    assert (books.source, books.peak, books.unattributed) == (None, None, None)
     assert ledger.peak.bytes == 40
     assert ledger.peak.categories["kernel"] is None
 
@@ -283,7 +292,8 @@ def test_no_hook_stays_behind_even_after_an_error() -> None:
     with pytest.raises(RuntimeError, match="inside"), Ledger(model=model):
         raise RuntimeError("inside")
     hooks = torch.nn.modules.module
-    assert not hooks._global_forward_hooks and not hooks._global_forward_pre_hooks
+    assert not hooks._global_forward_hooks
+    assert not hooks._global_forward_pre_hooks
     assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
     with Ledger() as after:
         torch.ones(1)
@@ -297,5 +307,5 @@ def test_an_unknown_mode_is_refused(bad: str) -> None:
 
 
 def test_an_unknown_category_is_refused() -> None:
-    with Ledger() as ledger, pytest.raises(ValueError, match="category='weights'.*parameters"):
+    with Ledger() as ledger, pytest.raises(ValueError, match=r"category='weights'.*parameters"):
         ledger.claim("weights", "w", torch.ones(1))

@@ -64,7 +64,7 @@ def _allocations(events: Any) -> Iterator[Allocation]:
 
 
 class CudaAllocator:
-    """PyTorch's CUDA caching allocator, through its own statistics, none of which is reset. It has no events to hear."""
+    """PyTorch's CUDA allocator, through its own statistics, none of which is reset. It has no events to hear."""
 
     source = "cuda"
 

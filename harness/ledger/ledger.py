@@ -37,8 +37,8 @@ class Ledger:
     with `own`, when they exist. Without `phase` the phases are read off the loop itself: a forward, its
     backward, the optimizer's step.
 
-    `settle_collectives=True` makes frees after collectives happen in an order that repeats (see `observers.settle`); then every
-    rank must have such a ledger, for it is a collective itself.
+    `settle_collectives=True` makes frees after collectives happen in an order that repeats (`observers.settle`);
+    then every rank must have such a ledger, for it is a collective itself.
 
     It accounts for one kind of device, "cpu" or "cuda": what is said, or the GPU where there is one.
 

@@ -1,4 +1,4 @@
-"""From the log's events, and the allocator's where there are any, to peaks and phases. Plain data in, plain data out."""
+"""From the log's events, and the allocator's where there are any, to peaks and phases. Plain data in and out."""
 
 import math
 from bisect import bisect_right
@@ -53,7 +53,9 @@ class Books:
     source: str | None = None
     peak: int | None = None
     unattributed: int | None = None
-    foreign: int | None = None  # then alive, and in no figure here: a mapped file's, numpy's, or from before the log
+    foreign: int | None = (
+        None  # then alive, and in no figure here: a mapped file's, numpy's, or from before the log
+    )
 
 
 @dataclass

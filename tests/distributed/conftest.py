@@ -11,7 +11,13 @@ import pytest
 from harness import record
 
 ROOT = Path(__file__).parents[2]
-QUICK = ("train.steps=3", "train.sequence=64", "train.micro_batch=2", "train.validate_every=0", "train.export=false")
+QUICK = (
+    "train.steps=3",
+    "train.sequence=64",
+    "train.micro_batch=2",
+    "train.validate_every=0",
+    "train.export=false",
+)
 """Three small steps, all of them under the exact ledger."""
 
 Run = subprocess.CompletedProcess[str]
@@ -32,7 +38,7 @@ def torchrun(words: Sequence[str], ranks: int = 2, timeout: float = 240) -> Run:
 
 @pytest.fixture(scope="session")
 def launch(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """A function of overrides to the finished run's directory. The same overrides are run once, unless `again` differs."""
+    """A function of overrides to the finished run's directory; the same ones are run once, unless `again` differs."""
     runs: dict[tuple[str, ...], Path] = {}
 
     def run(*words: str, ranks: int = 2, again: int = 0) -> Path:
