@@ -1,0 +1,136 @@
+"""Generation on two ranks from a checkpoint that two ranks trained: transformers' own tokens, and closed books."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from harness import record
+from harness.cache import kv_bytes_per_token
+from tests.distributed.conftest import QUICK, torchrun
+
+PROMPTS = ["def run(", "import os\\n", "x", "class Reader(object):", "żółw"]
+NEW, BATCH, RANKS = 16, 2, 2
+SAMPLED = ("generation.sample=true", "generation.top_k=40", "precision=fp32")
+
+Launch = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def checkpoint(launch: Launch) -> Path:
+    return launch("mode=train", "zero=2", *QUICK, "train.export=true") / "checkpoint"
+
+
+@pytest.fixture(scope="session")
+def generated(launch: Launch, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Launch:
+    """A function of overrides to the directory of a run that continued PROMPTS with them."""
+    file = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    file.write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
+    words = ("mode=infer", f"model.path={checkpoint}", f"generation.prompts={file}")
+    sizes = (f"generation.max_new_tokens={NEW}", f"generation.batch={BATCH}")
+    return lambda *more, **options: launch(*words, *sizes, *more, **options)
+
+
+def lines(directory: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (directory / "generations.jsonl").read_text().splitlines()]
+
+
+def expected(checkpoint: Path, dtype: torch.dtype, **options: Any) -> list[list[int]]:
+    """transformers' `generate` on each rank's own left-padded batches, put back in order."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, padding_side="left")
+    ends = model.generation_config.eos_token_id
+    made: dict[int, list[int]] = {}
+    for rank in range(RANKS):
+        mine = range(rank, len(PROMPTS), RANKS)
+        for first in range(0, len(mine), BATCH):
+            numbers = mine[first : first + BATCH]
+            texts = [PROMPTS[number] for number in numbers]
+            batch = tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt")
+            rows = model.generate(**batch, max_new_tokens=NEW, do_sample=False, **options)
+            for number, row in zip(numbers, rows[:, batch.input_ids.shape[1] :].tolist(), strict=True):
+                stop = row.index(ends) + 1 if ends in row else NEW
+                made[number] = row[:stop]
+    return [made[number] for number in range(len(PROMPTS))]
+
+
+@pytest.mark.parametrize(
+    ("cache", "precision"), [("dynamic", "bf16"), ("static", "bf16"), ("none", "bf16"), ("dynamic", "fp32")]
+)
+def test_two_ranks_give_transformers_tokens_and_their_books_close(
+    generated: Launch, checkpoint: Path, cache: str, precision: str
+) -> None:
+    directory = generated(f"generation.cache={cache}", f"precision={precision}")
+    kind = {"use_cache": False} if cache == "none" else {"cache_implementation": cache}
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    found = lines(directory)
+    assert [line["prompt"] for line in found] == PROMPTS
+    assert [line["tokens"] for line in found] == expected(checkpoint, dtype, **kind)
+    assert [line["text"] for line in found] == [
+        tokenizer.decode(line["tokens"], skip_special_tokens=True) for line in found
+    ]
+    for rank in record.read(directory)["ranks"]:
+        assert rank["allocator"]["unattributed"] == 0
+        assert sum(rank["peak"]["categories"].values()) == rank["peak"]["bytes"] == rank["allocator"]["peak"]
+        assert rank["peak"]["saved"] == 0
+        assert (rank["categories"]["kv_cache"]["peak"] == 0) == (cache == "none")
+
+
+def test_the_kv_bytes_told_are_the_formulas_and_a_static_cache_reserves_more(
+    generated: Launch, checkpoint: Path
+) -> None:
+    config = AutoModelForCausalLM.from_pretrained(checkpoint).config
+    per_token = kv_bytes_per_token(config, torch.bfloat16)
+    told = {}
+    for cache in ("dynamic", "static"):
+        told[cache] = record.read(generated(f"generation.cache={cache}", "precision=bf16"))["inference"]
+        assert told[cache]["kv_bytes_per_token"] == told[cache]["kv_bytes_per_token_measured"] == per_token
+    assert told["dynamic"]["kv_reserved"] == told["dynamic"]["kv_filled"] > told["dynamic"]["kv_live"]
+    assert told["static"]["kv_reserved"] - told["dynamic"]["kv_reserved"] == 8 * config.num_hidden_layers
+
+
+def test_two_runs_of_one_config_generate_the_same_and_give_the_same_books(generated: Launch) -> None:
+    first, second = generated(*SAMPLED), generated(*SAMPLED, again=1)
+    assert lines(first) == lines(second)
+    assert record.read(first)["ranks"] == record.read(second)["ranks"]
+    assert record.read(first)["inference"] == record.read(second)["inference"]
+
+
+def test_one_rank_samples_what_two_do(generated: Launch) -> None:
+    assert lines(generated(*SAMPLED, ranks=1)) == lines(generated(*SAMPLED))
+
+
+def test_a_rank_without_prompts_caches_nothing(launch: Launch, checkpoint: Path) -> None:
+    directory = launch(
+        "mode=infer",
+        f"model.path={checkpoint}",
+        "generation.prompt=['def main(']",
+        f"generation.max_new_tokens={NEW}",
+    )
+    assert [line["prompt"] for line in lines(directory)] == ["def main("]
+    first, second = record.read(directory)["ranks"]
+    assert first["categories"]["kv_cache"]["peak"] > 0 == second["categories"]["kv_cache"]["peak"]
+
+
+def test_a_prompt_that_is_too_long_is_said_once_and_nothing_is_written(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    file, directory = tmp_path / "prompts.txt", tmp_path / "out"
+    file.write_text("short\n" + "a" * 2000 + "\n")
+    words = [
+        "mode=infer",
+        f"model.path={checkpoint}",
+        f"generation.prompts={file}",
+        f"hydra.run.dir={directory}",
+    ]
+    result = torchrun(words)
+    assert result.returncode != 0
+    said = [line for line in result.stderr.splitlines() if line.startswith("harness:")]
+    assert len(said) == 1
+    assert f"generation.prompts={file}: line 2 is 2000 tokens" in said[0]
+    assert not directory.exists()
