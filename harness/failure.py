@@ -90,10 +90,14 @@ def await_termination(last: Callable[[], object]) -> None:
 
     torchrun sends SIGTERM to the others as soon as one rank is gone.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    heard, rung = os.pipe()
+    os.set_blocking(rung, False)
+    signal.set_wakeup_fd(rung, warn_on_full_buffer=False)
+    signal.signal(signal.SIGTERM, lambda *_: None)  # the main thread may never come to run it; the pipe is enough
 
     def wait() -> None:
-        signal.sigwait({signal.SIGTERM})
+        while signal.SIGTERM not in os.read(heard, 1):
+            pass
         last()
 
     threading.Thread(target=wait, name="await-termination", daemon=True).start()

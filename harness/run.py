@@ -2,6 +2,7 @@
 
 import os
 import sys
+import threading
 import time
 from contextlib import suppress
 from datetime import datetime
@@ -65,6 +66,7 @@ class _Run:
             settle_collectives=here.size > 1 and here.device.type == "cpu",
             device=here.device.type,
         )
+        self.ending = threading.Lock()
         self.done: dict[str, Any] = {
             "model": {"name": settings.model.name, "parameters": None, "dtype": None}
         }
@@ -135,6 +137,7 @@ class _Run:
 
     def _fail(self, found: failure.Failure | None) -> int:
         """Leave a record that says what failed, unless the rank that failed first has left one; then end at once."""
+        self.ending.acquire()  # never released: another thread of this process that fails waits for the end
         if found is not None and failure.claim(self.directory, found):
             books = (
                 record.rank_record(self.ledger, self.world.rank) if found.rank == self.world.rank else None

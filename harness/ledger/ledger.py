@@ -73,6 +73,7 @@ class Ledger:
         self._engine: Any = None
         self._told = False  # somebody names the phases; nothing is read off the loop
         self._stepped = False
+        self._broke: Where | None = None
         self._account = Account(None, {}, [], Books())
         self.own(model=model, optimizer=optimizer, engine=engine, cache=cache)
 
@@ -162,14 +163,17 @@ class Ledger:
         self._enter(Where(step, name, micro_batch))
         try:
             yield
+        except BaseException:
+            self._broke = self._broke or self._log.where
+            raise
         finally:
             self._leave(before)
             self._told = told
 
     @property
     def where(self) -> Where:
-        """The phase that is running now."""
-        return self._log.where
+        """The phase that is running now, or the one in which the first error left a phase."""
+        return self._broke or self._log.where
 
     def _enter(self, where: Where) -> None:
         if self.exact:

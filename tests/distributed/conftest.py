@@ -20,14 +20,15 @@ QUICK = (
 )
 """Three small steps, all of them under the exact ledger."""
 
+LAUNCHER = (sys.executable, "-m", "torch.distributed.run", "--standalone")
+
 Run = subprocess.CompletedProcess[str]
 
 
 def torchrun(words: Sequence[str], ranks: int = 2, timeout: float = 240) -> Run:
     """`harness` with `words` on `ranks` processes of this machine."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     return subprocess.run(
-        [*launcher, "-m", "harness", *words],
+        [*LAUNCHER, f"--nproc-per-node={ranks}", "-m", "harness", *words],
         cwd=ROOT,
         text=True,
         capture_output=True,

@@ -1,0 +1,21 @@
+"""The product, with an error of its own on rank 1 in the backward of its second step."""
+
+import os
+import sys
+
+from harness import engine
+from harness.__main__ import main
+
+if os.environ["RANK"] == "1":
+    import torch
+
+    class Fails(engine.Engine):
+        def micro_step(self, tokens: torch.Tensor, step: int, micro_batch: int) -> float:
+            if step == 1:
+                with self.ledger.phase("backward", step, micro_batch):
+                    raise ValueError("out of luck")
+            return super().micro_step(tokens, step, micro_batch)
+
+    engine.Engine = Fails  # type: ignore[misc]
+
+raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,141 @@
+"""Whole runs on two ranks: what they leave, how they go on, and how they fail."""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from harness import record
+from tests.distributed.conftest import LAUNCHER, QUICK, ROOT, torchrun
+
+Launch = Callable[..., Path]
+SAVED = ("mode=train", *QUICK, "train.steps=4", "train.save_every=1", "train.keep=4", "train.export=true")
+
+
+@pytest.fixture(scope="session", params=[("zero=2",), ("zero=3", "precision=fp32")], ids="-".join)
+def saved(request: pytest.FixtureRequest, launch: Launch) -> tuple[tuple[str, ...], Path]:
+    """The words of a run that saved after each of its four steps, and its directory."""
+    return request.param, launch(*SAVED, *request.param)
+
+
+def test_a_resumed_run_goes_on_bitwise_from_the_newest_whole_checkpoint(
+    saved: tuple[tuple[str, ...], Path], tmp_path: Path
+) -> None:
+    words, whole = saved
+    broken = shutil.copytree(whole, tmp_path / "broken")
+    with (broken / "state/step-00000004/rank-00001.safetensors").open("r+b") as file:
+        file.truncate(1000)
+    (broken / "state/step-00000003/manifest.json").unlink()
+    result = torchrun([*SAVED, *words, f"train.resume={broken}", f"hydra.run.dir={tmp_path}/resumed"])
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "step-00000004 is torn" in result.stdout
+    assert "step-00000003 is torn" in result.stdout
+    assert "resuming after step 2" in result.stdout
+    first, second = record.read(whole), record.read(tmp_path / "resumed")
+    assert second["training"]["losses"] == first["training"]["losses"][2:]
+    weights = "checkpoint/model.safetensors"
+    assert (tmp_path / "resumed" / weights).read_bytes() == (whole / weights).read_bytes()
+
+
+def test_a_checkpoint_of_another_run_is_refused(saved: tuple[tuple[str, ...], Path], tmp_path: Path) -> None:
+    _, whole = saved
+    result = torchrun([*SAVED, "zero=1", f"train.resume={whole}", f"hydra.run.dir={tmp_path}/out"])
+    assert "harness: train.resume=" in result.stderr
+    assert "zero.stage" in result.stderr
+    assert "exitcode  : 2" in result.stderr
+    assert not (tmp_path / "out/record.json").exists()
+
+
+def test_the_export_opens_in_transformers_with_its_tokenizer(saved: tuple[tuple[str, ...], Path]) -> None:
+    _, whole = saved
+    model = AutoModelForCausalLM.from_pretrained(whole / "checkpoint")
+    tokenizer = AutoTokenizer.from_pretrained(whole / "checkpoint")
+    loss = model(**_batch(tokenizer, ["import os\nimport sys\n" * 4])).loss
+    assert loss < 6.0  # below the loss of a model that knows nothing: ln 384 is 5.95
+
+
+def test_a_run_directory_is_never_overwritten(saved: tuple[tuple[str, ...], Path]) -> None:
+    words, whole = saved
+    before = (whole / record.FILE).read_bytes()
+    result = torchrun([*SAVED, *words, f"hydra.run.dir={whole}"])
+    assert "harness: hydra.run.dir=" in result.stderr
+    assert "Traceback (most recent call last)" not in result.stderr.partition("torch/distributed")[0]
+    assert (whole / record.FILE).read_bytes() == before
+
+
+def test_a_killed_rank_takes_the_run_down_and_is_the_one_named(tmp_path: Path) -> None:
+    words = ["mode=train", *QUICK, "train.steps=100000", f"hydra.run.dir={tmp_path}/out", "ledger.steps=1"]
+    with subprocess.Popen(
+        [*LAUNCHER, "--nproc-per-node=2", "-m", "harness", *words, "train.sequence=16"],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as launcher:
+        assert launcher.stdout is not None
+        next(line for line in launcher.stdout if "parameters" in line)
+        ranks = psutil.Process(launcher.pid).children()
+        victim = next(rank for rank in ranks if rank.environ().get("RANK") == "1")
+        victim.kill()
+        _, said = launcher.communicate(timeout=30)
+    assert launcher.returncode != 0, said
+    assert not any(rank.is_running() for rank in ranks)
+    failed = record.read(tmp_path / "out")
+    assert (failed["status"], failed["failure"]["rank"]) == ("failed", 1), said
+    assert "rank 1 failed" in said
+    assert "rank 0 failed" not in said
+
+
+def test_a_failing_rank_is_named_with_its_own_error(tmp_path: Path) -> None:
+    script = Path(__file__).with_name("fail_on_rank_1.py")
+    result = subprocess.run(
+        [*LAUNCHER, "--nproc-per-node=2", str(script), "mode=train", *QUICK, f"hydra.run.dir={tmp_path}/out"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        text=True,
+        capture_output=True,
+        timeout=120,
+        check=False,
+    )
+    failed = record.read(tmp_path / "out")
+    assert failed["status"] == "failed"
+    assert failed["failure"]["rank"] == 1
+    assert failed["failure"]["where"] == {"step": 1, "phase": "backward", "micro_batch": 0}
+    assert "out of luck" in failed["failure"]["error"]
+    assert (
+        "harness: rank 1 failed in step 1, backward of micro-batch 0: ValueError: out of luck"
+        in result.stderr
+    )
+    assert "rank 0 failed" not in result.stderr
+    (books,) = failed["ranks"]
+    assert books["rank"] == 1
+    assert books["peak"]["bytes"] > 0
+    assert "exitcode  : 3" in result.stderr
+
+
+def test_a_refusal_that_needs_the_ranks_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("too short to train on")
+    result = torchrun(
+        [
+            "mode=train",
+            *QUICK,
+            "data=text",
+            f"data.path={tmp_path}/short.txt",
+            f"hydra.run.dir={tmp_path}/out",
+        ]
+    )
+    (sentence,) = [line for line in result.stderr.splitlines() if line.startswith("harness: ")]
+    assert sentence.startswith(f"harness: data.path={tmp_path}/short.txt: it has 22 tokens")
+    assert not (tmp_path / "out").exists()
+
+
+def _batch(tokenizer: Any, texts: list[str]) -> dict[str, torch.Tensor]:
+    ids = tokenizer(texts, return_tensors="pt").input_ids
+    return {"input_ids": ids, "labels": ids}
