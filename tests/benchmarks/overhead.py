@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import psutil
 import torch
 from torch.distributed._tools.mem_tracker import MemTracker
 
@@ -73,10 +74,14 @@ def main(words: list[str]) -> None:
             "profiler": _within(_profiler, bare_step),
             "MemTracker": _within(lambda: MemTracker(), bare_step),
         }
+        startup = time.time() - psutil.Process().create_time()
         bare_step()
         seconds: dict[str, list[float]] = {name: [] for name in kinds}
-        for _ in range(rounds):
-            for name, step in kinds.items():
+        for number in range(rounds):
+            order = [*kinds][number % len(kinds) :] + [*kinds][
+                : number % len(kinds)
+            ]  # each is first as often
+            for name, step in ((name, kinds[name]) for name in order):
                 world.barrier()
                 inside.clear()
                 began = time.perf_counter()
@@ -89,6 +94,10 @@ def main(words: list[str]) -> None:
                 seconds[name].append(inside[0] if inside else time.perf_counter() - began)
         if world.leads:
             tell(seconds, settings.model.name, world.size, words)
+            tokens_a_step = train.micro_batch * train.accumulation * train.sequence * world.size
+            rates = {name: tokens_a_step / statistics.median(seconds[name]) for name in ("off", "bare")}
+            print(f"tokens/s: harness {rates['off']:,.0f}, bare DeepSpeed {rates['bare']:,.0f}")
+            print(f"from the process's start to its first step: {startup:.1f} s")
 
 
 def tell(seconds: dict[str, list[float]], name: str, ranks: int, words: list[str]) -> None:
