@@ -93,7 +93,9 @@ def await_termination(last: Callable[[], object]) -> None:
     heard, rung = os.pipe()
     os.set_blocking(rung, False)
     signal.set_wakeup_fd(rung, warn_on_full_buffer=False)
-    signal.signal(signal.SIGTERM, lambda *_: None)  # the main thread may never come to run it; the pipe is enough
+    signal.signal(
+        signal.SIGTERM, lambda *_: None
+    )  # the main thread may never come to run it; the pipe is enough
 
     def wait() -> None:
         while signal.SIGTERM not in os.read(heard, 1):

@@ -9,7 +9,6 @@ from typing import Any
 
 import psutil
 import torch
-from accelerate import init_empty_weights
 from accelerate.utils import set_seed
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from safetensors import SafetensorError
@@ -121,7 +120,7 @@ def export(
 
 def size_in_bytes(config: PretrainedConfig, dtype: torch.dtype) -> int:
     """Bytes of the model's parameters in `dtype`, counted without making them."""
-    with init_empty_weights():
+    with torch.device("meta"):
         return count(AutoModelForCausalLM.from_config(config)) * dtype.itemsize
 
 

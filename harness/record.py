@@ -8,9 +8,12 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from harness.ledger import CATEGORIES, Ledger, Where
+from harness.ledger.categories import CATEGORIES
+
+if TYPE_CHECKING:
+    from harness.ledger import Ledger, Where
 
 SCHEMA = "harness.record/1"
 FILE = "record.json"
@@ -31,7 +34,7 @@ def environment() -> dict[str, Any]:
     }
 
 
-def rank_record(ledger: Ledger, rank: int, stage: int = 0) -> dict[str, Any]:
+def rank_record(ledger: "Ledger", rank: int, stage: int = 0) -> dict[str, Any]:
     """One rank's books, in bytes. What was not measured is null."""
     account = ledger.account()
     peak = account.peak
@@ -65,7 +68,7 @@ def rank_record(ledger: Ledger, rank: int, stage: int = 0) -> dict[str, Any]:
     }
 
 
-def _where(where: Where) -> dict[str, Any]:
+def _where(where: "Where") -> dict[str, Any]:
     return {"step": where.step, "phase": where.phase, "micro_batch": where.micro_batch}
 
 

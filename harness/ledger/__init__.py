@@ -7,9 +7,33 @@
 It knows nothing of training, inference, Hydra or DeepSpeed's ways: owners say which storages are theirs.
 """
 
-from harness.ledger.allocator import CpuAllocator
-from harness.ledger.ledger import Ledger
-from harness.ledger.log import CATEGORIES, Where
-from harness.ledger.timeline import Books, Category, Peak, Phase
+from typing import TYPE_CHECKING, Any
+
+from harness.ledger.categories import CATEGORIES
+
+if TYPE_CHECKING:
+    from harness.ledger.allocator import CpuAllocator
+    from harness.ledger.ledger import Ledger
+    from harness.ledger.log import Where
+    from harness.ledger.timeline import Books, Category, Peak, Phase
 
 __all__ = ["CATEGORIES", "Books", "Category", "CpuAllocator", "Ledger", "Peak", "Phase", "Where"]
+
+_ROOMS = {
+    "Books": "timeline",
+    "Category": "timeline",
+    "CpuAllocator": "allocator",
+    "Ledger": "ledger",
+    "Peak": "timeline",
+    "Phase": "timeline",
+    "Where": "log",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """All but the categories need torch, and are imported when they are first asked for."""
+    from importlib import import_module
+
+    if name not in _ROOMS:
+        raise AttributeError(f"module 'harness.ledger' has no attribute {name!r}")
+    return getattr(import_module(f"harness.ledger.{_ROOMS[name]}"), name)

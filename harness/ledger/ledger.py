@@ -9,7 +9,8 @@ import torch
 
 from harness.ledger import owners
 from harness.ledger.allocator import CpuAllocator, CudaAllocator
-from harness.ledger.log import CATEGORIES, RANK, Log, Where
+from harness.ledger.categories import CATEGORIES
+from harness.ledger.log import RANK, Log, Where
 from harness.ledger.observers import Modules, in_backward, settle, watching_saved, watching_steps
 from harness.ledger.timeline import Books, Category, Peak, Phase, at_allocator_peak, replay
 

@@ -14,19 +14,6 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-CATEGORIES = (
-    "parameters",
-    "gathered",
-    "gradients",
-    "optimizer",
-    "activations",
-    "kv_cache",
-    "communication",
-    "inputs",
-    "workspace",
-)
-"""What a live storage can be; exactly one of these."""
-
 PRECEDENCE = ("parameters", "optimizer", "communication", "gathered", "kv_cache", "gradients", "inputs")
 """Where two owners name one storage, the earlier word wins: a gradient that is a view of a bucket is the bucket."""
 RANK = {category: rank for rank, category in enumerate((*PRECEDENCE, "activations", "workspace"))}

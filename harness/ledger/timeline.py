@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from harness.ledger.allocator import Allocation
-from harness.ledger.log import CATEGORIES, Event, Operator, Storage, Where
+from harness.ledger.categories import CATEGORIES
+from harness.ledger.log import Event, Operator, Storage, Where
 
 CLOCK_ERROR = 500
 """Nanoseconds by which the allocator's clock and the log's may disagree; far below the time between two operators."""

@@ -1,0 +1,183 @@
+"""Models from shapes and from checkpoints, and back: nothing is silently random, nothing is silently dropped."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer
+
+from harness import model
+from harness.knobs import Model, Refusal
+
+SHAPE = {
+    "model_type": "llama",
+    "vocab_size": 384,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+CPU = torch.device("cpu")
+
+
+def settings(**more: object) -> Model:
+    return Model(name="test", config={**SHAPE, **more})
+
+
+def made(given: Model, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.nn.Module:
+    built: torch.nn.Module = model.build(given, model.model_config(given), dtype, CPU, seed)
+    return built
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def exported(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[torch.nn.Module, Path]:
+    built = made(settings(), request.param)
+    model.export(built, None, ByT5Tokenizer(), tmp_path / "checkpoint")
+    return built, tmp_path / "checkpoint"
+
+
+def test_the_seed_alone_decides_the_weights() -> None:
+    first, again, other = made(settings()), made(settings()), made(settings(), seed=1)
+    pairs = zip(first.parameters(), again.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert not torch.equal(first.get_input_embeddings().weight, other.get_input_embeddings().weight)  # type: ignore[operator]
+
+
+def test_an_export_comes_back_bit_for_bit_with_its_tokenizer(exported: tuple[torch.nn.Module, Path]) -> None:
+    built, directory = exported
+    dtype = next(built.parameters()).dtype
+    loaded = made(Model(name="test", path=str(directory)), dtype)
+    for (name, a), (other, b) in zip(built.named_parameters(), loaded.named_parameters(), strict=True):
+        assert name == other
+        assert torch.equal(a, b), name
+    assert AutoModelForCausalLM.from_pretrained(directory).num_parameters() == model.count(built)
+    assert AutoTokenizer.from_pretrained(directory)("abc").input_ids == ByT5Tokenizer()("abc").input_ids
+
+
+def test_every_loaded_parameter_has_a_storage_of_its_own_size(exported: tuple[torch.nn.Module, Path]) -> None:
+    loaded = made(Model(name="test", path=str(exported[1])))
+    for name, parameter in loaded.named_parameters():
+        assert parameter.untyped_storage().nbytes() == parameter.nbytes, name
+        assert parameter.storage_offset() == 0
+
+
+def test_loaded_buffers_have_their_values(exported: tuple[torch.nn.Module, Path]) -> None:
+    built, directory = exported
+    loaded = made(Model(name="test", path=str(directory)), next(built.parameters()).dtype)
+    for (name, a), (_, b) in zip(built.named_buffers(), loaded.named_buffers(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:
+    built = made(settings(tie_word_embeddings=True))
+    model.export(built, dict(built.named_parameters()), ByT5Tokenizer(), tmp_path / "tied")
+    loaded = made(Model(name="test", path=str(tmp_path / "tied")))
+    assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight  # type: ignore[operator]
+    assert model.count(loaded) == model.count(built)
+
+
+def test_random_takes_only_the_config(exported: tuple[torch.nn.Module, Path]) -> None:
+    built, directory = exported
+    other = made(Model(name="test", path=str(directory), random=True), seed=5)
+    assert model.count(other) == model.count(built)
+    assert not torch.equal(next(other.parameters()).float(), next(built.parameters()).float())
+
+
+def test_a_failed_export_leaves_nothing_at_its_place(tmp_path: Path) -> None:
+    with pytest.raises(AttributeError):
+        model.export(made(settings()), None, None, tmp_path / "checkpoint")
+    assert not (tmp_path / "checkpoint").exists()
+
+
+def test_sizes_are_counted_without_making_anything() -> None:
+    given = settings()
+    config = model.model_config(given)
+    assert model.size_in_bytes(config, torch.bfloat16) == 2 * model.count(made(given))
+
+
+def test_a_model_larger_than_the_memory_is_refused() -> None:
+    given = settings(hidden_size=2**16, num_hidden_layers=2000, intermediate_size=2**18)
+    with pytest.raises(
+        Refusal, match=r"model=test: its parameters are [\d.]+ GiB in bfloat16, and .* are free"
+    ):
+        model.build(given, model.model_config(given), torch.bfloat16, CPU, 0)
+
+
+def damage_truncate(directory: Path) -> None:
+    with (directory / "model.safetensors").open("r+b") as file:
+        file.truncate(5000)
+
+
+def damage_drop(directory: Path) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    kept = {name: tensor.clone() for name, tensor in tensors.items() if "layers.1.mlp" not in name}
+    save_file(kept, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def damage_add(directory: Path) -> None:
+    tensors = {name: t.clone() for name, t in load_file(directory / "model.safetensors").items()}
+    save_file(
+        {**tensors, "model.extra": torch.ones(3)}, directory / "model.safetensors", metadata={"format": "pt"}
+    )
+
+
+def damage_shape(directory: Path) -> None:
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "intermediate_size": 96}))
+
+
+def damage_remove(directory: Path) -> None:
+    (directory / "model.safetensors").unlink()
+
+
+def damage_pickle(directory: Path) -> None:
+    torch.save(load_file(directory / "model.safetensors"), directory / "pytorch_model.bin")
+    (directory / "model.safetensors").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (damage_truncate, "torn"),
+        (damage_drop, "3 missing keys"),
+        (damage_add, "1 unexpected keys"),
+        (damage_shape, "mismatched keys"),
+        (damage_remove, "cannot be loaded"),
+        (damage_pickle, "cannot be loaded.*safetensors"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_and_never_random(damage: object, says: str, tmp_path: Path) -> None:
+    model.export(made(settings()), None, ByT5Tokenizer(), tmp_path / "checkpoint")
+    damage(tmp_path / "checkpoint")  # type: ignore[operator]
+    with pytest.raises(Refusal, match=f"model.path=.*{says}") as refusal:
+        made(Model(name="test", path=str(tmp_path / "checkpoint")))
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_model_that_generates_nothing_is_refused() -> None:
+    with pytest.raises(Refusal, match="vit is no causal language model"):
+        model.model_config(Model(name="test", config={"model_type": "vit"}))
+
+
+def test_an_unknown_architecture_is_refused() -> None:
+    with pytest.raises(Refusal, match=r"model.config=test: transformers refuses it"):
+        model.model_config(Model(name="test", config={"model_type": "no-such-model"}))
+
+
+def test_a_checkpoint_without_a_tokenizer_takes_bytes(
+    exported: tuple[torch.nn.Module, Path], tmp_path: Path
+) -> None:
+    bare = shutil.copytree(exported[1], tmp_path / "bare", ignore=shutil.ignore_patterns("*token*"))
+    assert isinstance(model.tokenizer(Model(name="test", path=str(bare))), ByT5Tokenizer)
+
+
+def test_a_tokenizer_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(Refusal, match=r"data.tokenizer=.*empty"):
+        model.tokenizer(settings(), str(tmp_path / "empty"))
