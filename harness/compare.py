@@ -23,6 +23,7 @@ class Run:
     title: str
     place: str
     figures: Mapping[str, int | None]  # of the worst rank, at its peak: categories, kernel, saved, total
+    highest: Mapping[str, int | None]  # of the worst rank: each category's own peak, whenever that was
     worst: int | None
     ranks: Mapping[int, int | None]  # each rank's peak
     allocator: int | None
@@ -67,7 +68,10 @@ def run_of(record: Mapping[str, Any], path: Path) -> Run:
         books = ranks[worst]["allocator"] if worst is not None else {"peak": None, "unattributed": None}
         figures = {name: _count(at_peak["categories"].get(name)) for name in ROWS}
         figures |= {SAVED: _count(at_peak["saved"]), "total": _count(at_peak["bytes"])}
-        title = f"{plain(record['mode'])} {plain(model['name'])}"
+        name = "/".join(str(model["name"]).split("/")[-2:])  # of a checkpoint's path, its end
+        own = ranks[worst]["categories"] if worst is not None else {}
+        highest = {name: _count(own.get(name, {}).get("peak")) for name in CATEGORIES}
+        title = f"{plain(record['mode'])} {plain(name)}"
         place = f"{world['size']} x {plain(world['device'])}"
         failure = None
         if record["status"] != "complete":
@@ -77,6 +81,7 @@ def run_of(record: Mapping[str, Any], path: Path) -> Run:
             title,
             place,
             figures,
+            highest,
             worst,
             peaks,
             _count(books["peak"]),
@@ -100,24 +105,27 @@ def compare(runs: Sequence[Run], markdown: bool = False, exact: bool = False) ->
     table.row("", *(run.place for run in runs), *("" for _ in others))
     zero = [name for name in ROWS if all(run.figures[name] == 0 for run in runs)]
     for name in (name for name in ROWS if name not in zero):
-        table.row(name, *_cells(runs, name, exact))
+        table.row(name, *_cells([run.figures[name] for run in runs], exact))
         if name == "activations":
-            table.row(SAVED, *_cells(runs, SAVED, exact))
+            table.row(SAVED, *_cells([run.figures[SAVED] for run in runs], exact))
     table.rule()
-    table.row("total", *_cells(runs, "total", exact))
+    table.row("total", *_cells([run.figures["total"] for run in runs], exact))
     table.row("allocator's own peak", *(size(run.allocator, exact) for run in runs), *("" for _ in others))
     table.row("unattributed", *(size(run.unattributed, exact) for run in runs), *("" for _ in others))
+    table.rule()
+    for name in (name for name in CATEGORIES if any(run.highest[name] for run in runs)):
+        table.row(f"highest {name}", *_cells([run.highest[name] for run in runs], exact))
     table.rule()
     for number in sorted({number for run in runs for number in run.ranks}):
         cells = [size(run.ranks[number], exact) if number in run.ranks else "" for run in runs]
         marks = [
-            f"{cell} worst" if number == run.worst and len(run.ranks) > 1 else cell
+            f"{cell} worst" if number == run.worst and len(set(run.ranks.values())) > 1 else cell
             for run, cell in zip(runs, cells, strict=True)
         ]
         table.row(f"rank {number}", *marks, *("" for _ in others))
     lines = [table.markdown() if markdown else table.text(), ""]
     if zero:
-        lines.append(f"zero in every run: {', '.join(zero)}")
+        lines.append(f"zero at these peaks: {', '.join(zero)}")
     if any(value is None for run in runs for value in run.figures.values()):
         lines.append("- not measured")
     lines += [f"{run.title} failed: {run.failure}" for run in runs if run.failure]
@@ -129,9 +137,9 @@ def _difference_titles(runs: Sequence[Run]) -> list[str]:
     return ["difference"] if len(runs) == 2 else [f"{run.title} difference" for run in runs[1:]]
 
 
-def _cells(runs: Sequence[Run], name: str, exact: bool) -> list[str]:
-    first, *others = (run.figures[name] for run in runs)
-    return [size(run.figures[name], exact) for run in runs] + [
+def _cells(figures: Sequence[int | None], exact: bool) -> list[str]:
+    first, *others = figures
+    return [size(figure, exact) for figure in figures] + [
         _difference(first, other, exact) for other in others
     ]
 
@@ -183,6 +191,7 @@ def as_json(runs: Sequence[Run]) -> dict[str, Any]:
                 "failure": run.failure,
                 "worst_rank": run.worst,
                 "peak": {name.strip(): value for name, value in run.figures.items()},
+                "highest": dict(run.highest),
                 "difference": {name.strip(): value for name, value in against(run).items()},
                 "ranks": [{"rank": number, "peak": peak} for number, peak in run.ranks.items()],
                 "allocator": {"peak": run.allocator, "unattributed": run.unattributed},
