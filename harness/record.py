@@ -47,6 +47,7 @@ def rank_record(ledger: "Ledger", rank: int, stage: int = 0) -> dict[str, Any]:
             "where": {**_where(peak.where), "module": peak.module, "op": peak.op} if peak else None,
             "categories": dict(peak.categories) if peak else dict.fromkeys((*CATEGORIES, "kernel")),
             "saved": peak.saved if peak else None,
+            "holdings": [asdict(holding) for holding in peak.holdings] if peak else None,
         },
         "categories": {
             name: asdict(account.categories[name])

@@ -35,19 +35,14 @@ def run(
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     with ledger.phase("setup"):
         built = model.build(settings.model, config, dtype, torch.device("cpu"), settings.seed)
-        done["model"] = {
-            "name": settings.model.name,
-            "parameters": model.count(built),
-            "dtype": str(dtype)[6:],
-        }
+        parameters = model.count(built)  # before ZeRO-3 leaves them empty
+        done["model"] = {"name": settings.model.name, "parameters": parameters, "dtype": str(dtype)[6:]}
         engine = Engine(settings, world, ledger, built)
     first = _resume(settings, world, engine, say)
     batches = data.loader(
         corpus.train, train.micro_batch, world, settings.seed, skip=first * train.accumulation
     )
-    say(
-        f"{settings.model.name}: {model.count(built):,} parameters, {engine.optimizer_class}, {world.size} ranks"
-    )
+    say(f"{settings.model.name}: {parameters:,} parameters, {engine.optimizer_class}, {world.size} ranks")
     progress = Progress(settings, world, ledger, first, say, time.perf_counter() - began)
     done["training"] = progress.training
     done["training"]["optimizer"] = engine.optimizer_class

@@ -221,10 +221,15 @@ def test_one_run_has_nothing_to_be_compared_with(
 
 
 def test_comparing_needs_no_torch(pair: list[Path]) -> None:
-    script = f"import sys; from harness import compare; compare.main({[*map(str, pair)]!r}); assert 'torch' not in sys.modules"
-    subprocess.run(
-        [sys.executable, "-c", script], check=True, capture_output=True, cwd=Path(__file__).parents[1]
+    words = [*map(str, pair)]
+    script = (
+        f"import sys; from harness import compare; compare.main({words!r}); print('torch' in sys.modules)"
     )
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", script], check=True, capture_output=True, cwd=root, text=True
+    )
+    assert done.stdout.splitlines()[-1] == "False"
 
 
 @pytest.mark.parametrize(

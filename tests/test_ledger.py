@@ -309,3 +309,21 @@ def test_an_unknown_mode_is_refused(bad: str) -> None:
 def test_an_unknown_category_is_refused() -> None:
     with Ledger() as ledger, pytest.raises(ValueError, match=r"category='weights'.*parameters"):
         ledger.claim("weights", "w", torch.ones(1))
+
+
+def test_the_holdings_of_the_peak_add_up_and_say_whose_they_are() -> None:
+    with Ledger() as ledger:
+        model = small_model()
+        ledger.own(model=model)
+        train(model, adapt=ledger.own)
+    kernel = ledger.peak.categories["kernel"] or 0
+    assert sum(holding.bytes for holding in ledger.peak.holdings) + kernel == ledger.peak.bytes
+    names = {(holding.category, holding.name) for holding in ledger.peak.holdings}
+    assert ("parameters", "model.embed_tokens.weight") in names
+    assert any(category == "activations" and "mlp" in name for category, name in names)
+
+
+def test_what_the_data_phase_makes_is_inputs_though_nobody_claims_it() -> None:
+    with Ledger() as ledger, ledger.phase("data"):
+        kept = torch.zeros(100)
+    assert ledger.categories["inputs"].end == kept.nbytes

@@ -202,7 +202,8 @@ class Ledger:
                     held[storage._cdata] = category, storage.nbytes()
         totals: dict[str, int | None] = dict.fromkeys(CATEGORIES)
         totals.update({name: sum(n for c, n in held.values() if c == name) for name in HELD})
-        self._account.phases.append(Phase(self._log.where, None, None, totals))
+        end = torch.cuda.memory_allocated() if self.device == "cuda" else None
+        self._account.phases.append(Phase(self._log.where, None, end, totals))
 
     def _forward_begins(self) -> None:
         where = self._log.where

@@ -18,8 +18,11 @@ PRECEDENCE = ("parameters", "optimizer", "communication", "gathered", "kv_cache"
 """Where two owners name one storage, the earlier word wins: a gradient that is a view of a bucket is the bucket."""
 RANK = {category: rank for rank, category in enumerate((*PRECEDENCE, "activations", "workspace"))}
 
-WORKSPACE_PHASES = frozenset({"idle", "setup", "data", "backward", "step", "checkpoint"})
-"""What is made in these phases, and never claimed, is scratch; what any other phase makes was made by a forward."""
+MADE_IN = {
+    "data": "inputs",
+    **dict.fromkeys(("idle", "setup", "backward", "step", "checkpoint"), "workspace"),
+}
+"""What a storage is that nobody claims, by the phase that made it; any other phase is a forward's."""
 
 
 class Where(NamedTuple):
@@ -122,7 +125,8 @@ class Log(TorchDispatchMode):
             self.follow()
         began = time_ns()
         out = func(*args, **kwargs) if kwargs else func(*args)
-        if self.settle is not None and func.namespace == "c10d":
+        collective = func.namespace == "c10d"
+        if collective and self.settle is not None:
             self.settle(args)
         ended = time_ns()
         self.operators.append(Operator(began, ended, self.where, self.module, func.__name__))
@@ -131,7 +135,16 @@ class Log(TorchDispatchMode):
         elif out is not None:
             for tensor in tensors_in(out):
                 self.see(tensor, func.__name__, ended)
+        if collective:
+            self._communicated(args, func.__name__, ended)
         return out
+
+    def _communicated(self, args: Any, op: str, now: int) -> None:
+        """What a collective sent or filled, and no owner names, is a bucket of its caller's."""
+        for tensor in tensors_in(args):
+            record = self.see(tensor, op, now)
+            if record is not None and not record.name:
+                record.category = "communication"
 
     def see(self, tensor: torch.Tensor, op: str, now: int) -> Storage | None:
         """The record of `tensor`'s storage, made now if it was not known. None where it has none on this device."""
@@ -154,7 +167,7 @@ class Log(TorchDispatchMode):
 
     def _begin(self, storage: torch.UntypedStorage, key: int, op: str, now: int) -> Storage:
         where, module = self.where, self.module
-        made = "workspace" if where.phase in WORKSPACE_PHASES and not self.recomputing else "activations"
+        made = "activations" if self.recomputing else MADE_IN.get(where.phase, "activations")
         fake = storage.device.type == "meta"
         record = Storage(
             storage.nbytes(),
