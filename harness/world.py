@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from harness.knobs import Refusal
+
 T = TypeVar("T")
 
 ORDERED_GLOO = "gloo_in_order"
@@ -74,7 +76,7 @@ def environment() -> tuple[int, int, int]:
 def connected(device: str, timeout: float) -> Iterator[World]:
     """Join torchrun's process group, or make a group of one that opens no port; leave it at the end.
 
-    `timeout` is in seconds. A rank that died is noticed at once, by its closed connections, and not by it.
+    `timeout` is in seconds. Raises Refusal for a device that is not there. A rank that died is noticed at once, by its closed connections, and not by it.
     """
     rank, size, local_rank = environment()
     where = _device(device, local_rank)
@@ -107,6 +109,15 @@ def _device(name: str, local_rank: int) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
+        there = torch.cuda.device_count()
+        if there == 0:
+            raise Refusal("hardware.device", name, "torch sees no GPU here; use hardware.device=cpu")
+        if local_rank >= there:
+            raise Refusal(
+                "hardware.device",
+                name,
+                f"each rank needs a GPU of its own; start --nproc-per-node {there} or fewer",
+            )
         torch.cuda.set_device(local_rank)
         return torch.device("cuda", local_rank)
     return torch.device(name)
