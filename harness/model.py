@@ -1,5 +1,6 @@
 """A transformers model: from a shape with random weights, or from a checkpoint; and back to one."""
 
+import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -10,8 +11,9 @@ from typing import Any
 import psutil
 import torch
 from accelerate.utils import set_seed
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-from safetensors import SafetensorError
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,19 +23,22 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-from transformers.utils import logging
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 from harness.knobs import Model, Refusal
 
-TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
+TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+TEXTS = ("*.json", "*.txt", "*.model", "*.jinja")
+WEIGHTS = ("model*.safetensors",)
+"""What is asked of a hub: configs and tokenizers, then weights; never pickles, never code."""
 
 
 def model_config(settings: Model) -> PretrainedConfig:
     """The transformers config of `settings`: its own shape, or that of `model.path`. Raises Refusal."""
     if settings.path is not None:
         with _loading(settings.path):
-            config = AutoConfig.from_pretrained(_local(settings.path), trust_remote_code=False)
+            config = AutoConfig.from_pretrained(_directory(settings.path), trust_remote_code=False)
     else:
         shape = dict(settings.config)
         kind = shape.pop("model_type", None)
@@ -41,7 +46,8 @@ def model_config(settings: Model) -> PretrainedConfig:
             config = AutoConfig.for_model(kind, **shape)
         except Exception as error:  # a config's own checks raise what they like
             raise Refusal("model.config", settings.name, f"transformers refuses it: {error}") from error
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    reads_ahead = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", True)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or reads_ahead:
         key, value = (
             ("model.path", settings.path) if settings.path else ("model.config.model_type", config.model_type)
         )
@@ -55,20 +61,20 @@ def build(
     """The model in `dtype` on `device`: weights of `model.path`, or random ones that `seed` alone decides.
 
     Every parameter has a storage of its own and of exactly its size. Raises Refusal where the memory is too small,
-    or the checkpoint lacks a weight, has one too many, or one of another shape.
+    or the checkpoint is torn, pickled, lacks a weight, has one too many, or one of another shape.
     """
-    logging.disable_progress_bar()
     _check_memory(settings, config, dtype, device)
+    set_seed(seed)
     if settings.path is None or settings.random:
-        set_seed(seed)
         made = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=settings.attention)
         return made.to(device)
-    os.environ.setdefault(
-        "HF_DEACTIVATE_ASYNC_LOAD", "1"
-    )  # tensors made in other threads are in nobody's books
+    # tensors made in other threads are in nobody's books
+    os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
     with _loading(settings.path):
+        directory = _directory(settings.path, TEXTS + WEIGHTS)
+        _check_files(settings.path, directory)
         loaded, report = AutoModelForCausalLM.from_pretrained(
-            _local(settings.path),
+            directory,
             config=config,
             dtype=dtype,
             attn_implementation=settings.attention,
@@ -78,13 +84,7 @@ def build(
             ignore_mismatched_sizes=True,  # they are reported, and refused below
             output_loading_info=True,
         )
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if found := sorted(map(str, report[problem])):
-            raise Refusal(
-                "model.path",
-                settings.path,
-                f"its weights are not this model's: {len(found)} {problem.replace('_', ' ')}, {found[0]} first",
-            )
+    _check_weights(settings.path, report)
     _own_storages(loaded)
     return loaded
 
@@ -95,12 +95,29 @@ def count(model: torch.nn.Module) -> int:
 
 
 def tokenizer(settings: Model, other: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer in `other` (`data.tokenizer`), else in `model.path`, else bytes. Raises Refusal."""
-    for key, place in (("data.tokenizer", other), ("model.path", settings.path)):
-        if place is not None and (key == "data.tokenizer" or _has_tokenizer(place)):
-            with _loading(place, key):
-                return AutoTokenizer.from_pretrained(_local(place), trust_remote_code=False)
-    return ByT5Tokenizer()
+    """The tokenizer in `other` (`data.tokenizer`), else in `model.path`, else bytes.
+
+    Raises Refusal where it cannot be loaded, or has more tokens than the model knows.
+    """
+    key, place = ("data.tokenizer", other) if other is not None else ("model.path", settings.path)
+    made = None
+    if place is not None:
+        with _loading(place, key):
+            directory = _directory(place)
+            if other is not None or any((directory / name).is_file() for name in TOKENIZER_FILES):
+                made = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    if made is None:
+        made = ByT5Tokenizer()
+    known = model_config(settings).get_text_config(decoder=True).vocab_size
+    if len(made) > known:
+        key, value = (key, place) if place is not None else ("model", settings.name)
+        raise Refusal(
+            key,
+            value,
+            f"the tokenizer has {len(made)} tokens, and the model knows {known}; give one that fits with "
+            "data.tokenizer=, or a model with a larger vocab_size",
+        )
+    return made
 
 
 def export(
@@ -113,8 +130,9 @@ def export(
     partial = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     assert isinstance(model, PreTrainedModel)
-    model.save_pretrained(partial, state_dict=dict(state) if state is not None else None)
-    tokens.save_pretrained(partial)
+    with _quiet():
+        model.save_pretrained(partial, state_dict=dict(state) if state is not None else None)
+        tokens.save_pretrained(partial)
     os.replace(partial, directory)
 
 
@@ -143,6 +161,50 @@ def _check_memory(
         )
 
 
+def _check_files(place: str, directory: Path) -> None:
+    """Refuse a checkpoint that is not in safetensors, or not all there, naming the file."""
+    names = [SAFE_WEIGHTS_NAME]
+    if not (directory / SAFE_WEIGHTS_NAME).is_file() and (directory / SAFE_WEIGHTS_INDEX_NAME).is_file():
+        try:
+            index = json.loads((directory / SAFE_WEIGHTS_INDEX_NAME).read_text())
+            names = sorted(set(index["weight_map"].values()))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise Refusal("model.path", place, f"{SAFE_WEIGHTS_INDEX_NAME} in it is torn: {error}") from error
+    elif not (directory / SAFE_WEIGHTS_NAME).is_file() and any(directory.glob("*.bin")):
+        raise Refusal(
+            "model.path",
+            place,
+            "its weights are pickled (*.bin), and opening a pickle can run code; where you trust them, convert them "
+            "once with transformers: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW)",
+        )
+    for name in names:
+        if not (directory / name).is_file():
+            raise Refusal("model.path", place, f"{name} is missing in it; give a whole checkpoint")
+        try:
+            with safe_open(directory / name, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise Refusal("model.path", place, f"{name} in it is torn: {_first(error)}") from error
+
+
+def _check_weights(place: str, report: Mapping[str, Any]) -> None:
+    """Refuse weights that are not the model's own, by transformers' `report` of loading them."""
+    problems = {
+        "missing": report["missing_keys"],
+        "unexpected": report["unexpected_keys"],
+        "of another shape": [
+            f"{name} ({list(was)}, not {list(should)})" for name, was, should in report["mismatched_keys"]
+        ],
+    }
+    for problem, found in problems.items():
+        if found:
+            raise Refusal(
+                "model.path",
+                place,
+                f"its weights are not this model's: {len(found)} {problem}, {min(found)} first",
+            )
+
+
 def _own_storages(model: torch.nn.Module) -> None:
     """Take parameters out of mapped files and out of storages larger than they are."""
     for parameter in model.parameters():
@@ -150,30 +212,39 @@ def _own_storages(model: torch.nn.Module) -> None:
             parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
 
 
-def _has_tokenizer(place: str) -> bool:
+def _directory(place: str, patterns: tuple[str, ...] = TEXTS) -> Path:
+    """`place` if it is a directory, else where the hub's files of that name are; only those with `patterns`."""
     local = Path(place).expanduser()
-    return not local.is_dir() or any((local / name).is_file() for name in TOKENIZER_FILES)
-
-
-def _local(place: str) -> str:
-    return os.path.expanduser(place)
+    return local if local.is_dir() else Path(snapshot_download(place, allow_patterns=list(patterns)))
 
 
 @contextmanager
 def _loading(place: str, key: str = "model.path") -> Iterator[None]:
     """What the loading of `place` may raise, as a sentence."""
     try:
-        yield
+        with _quiet():
+            yield
     except Refusal:
         raise
-    except (OfflineModeIsEnabled, HfHubHTTPError, ConnectionError) as error:
-        raise Refusal(
-            key, place, f"no such directory, and the hub did not give it: {_first(error)}"
-        ) from error
-    except SafetensorError as error:
-        raise Refusal(key, place, f"a safetensors file in it is torn: {_first(error)}") from error
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OfflineModeIsEnabled, LocalEntryNotFoundError, HfHubHTTPError, ConnectionError) as error:
+        told = " ".join(str(error).split())
+        raise Refusal(key, place, f"no such directory, and the hub did not give it: {told}") from error
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise Refusal(key, place, f"it cannot be loaded: {_first(error)}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from printing reports and bars: what is wrong is said once, and in one line."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _first(error: Any) -> str:

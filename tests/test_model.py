@@ -1,7 +1,9 @@
 """Models from shapes and from checkpoints, and back: nothing is silently random, nothing is silently dropped."""
 
 import json
+import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -60,11 +62,18 @@ def test_an_export_comes_back_bit_for_bit_with_its_tokenizer(exported: tuple[tor
     assert AutoTokenizer.from_pretrained(directory)("abc").input_ids == ByT5Tokenizer()("abc").input_ids
 
 
-def test_every_loaded_parameter_has_a_storage_of_its_own_size(exported: tuple[torch.nn.Module, Path]) -> None:
-    loaded = made(Model(name="test", path=str(exported[1])))
-    for name, parameter in loaded.named_parameters():
-        assert parameter.untyped_storage().nbytes() == parameter.nbytes, name
-        assert parameter.storage_offset() == 0
+def test_every_loaded_parameter_has_memory_of_its_own_and_of_its_size(
+    exported: tuple[torch.nn.Module, Path],
+) -> None:
+    built, directory = exported
+    loaded = made(Model(name="test", path=str(directory)), next(built.parameters()).dtype)
+    file = directory / "model.safetensors"
+    with file.open("r+b") as mapped:  # what is still a view of the file changes with it
+        mapped.write(bytes(file.stat().st_size))
+    for (name, a), b in zip(loaded.named_parameters(), built.parameters(), strict=True):
+        assert a.untyped_storage().nbytes() == a.nbytes, name
+        assert a.storage_offset() == 0
+        assert torch.equal(a, b), name
 
 
 def test_loaded_buffers_have_their_values(exported: tuple[torch.nn.Module, Path]) -> None:
@@ -80,6 +89,54 @@ def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:
     loaded = made(Model(name="test", path=str(tmp_path / "tied")))
     assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight  # type: ignore[operator]
     assert model.count(loaded) == model.count(built)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_every_architecture_comes_back_from_its_state_with_the_same_logits(
+    kind: str, tied: bool, tmp_path: Path
+) -> None:
+    shape = (
+        settings().config if kind != "gpt2" else {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 384}
+    )
+    built = made(Model(name="test", config={**shape, "model_type": kind, "tie_word_embeddings": tied}))
+    state = {name: parameter.detach().clone() for name, parameter in built.named_parameters()}
+    model.export(built, state, ByT5Tokenizer(), tmp_path / "checkpoint")
+    loaded = made(Model(name="test", path=str(tmp_path / "checkpoint")), seed=1)
+    tokens = torch.tensor([[5, 6, 7]])
+    assert torch.equal(loaded(tokens).logits, built.eval()(tokens).logits)
+    assert model.count(loaded) == model.count(built)
+
+
+def test_a_checkpoint_in_shards_is_the_same_checkpoint(exported: tuple[torch.nn.Module, Path]) -> None:
+    built, directory = exported
+    reshard(directory)
+    loaded = made(Model(name="test", path=str(directory)), next(built.parameters()).dtype)
+    for (name, a), (_, b) in zip(built.named_parameters(), loaded.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_a_name_on_the_hub_is_loaded_from_its_safetensors(
+    exported: tuple[torch.nn.Module, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built, directory = exported
+    home = tmp_path / "hub" / "models--owner--name"
+    (home / "refs").mkdir(parents=True)
+    (home / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(directory, home / "snapshots" / ("0" * 40))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    given = Model(name="test", path="owner/name")
+    loaded = made(given, next(built.parameters()).dtype)
+    assert torch.equal(next(loaded.parameters()), next(built.parameters()))
+    assert model.tokenizer(given)("abc").input_ids == ByT5Tokenizer()("abc").input_ids
+
+
+def test_a_name_that_the_hub_does_not_give_is_one_sentence() -> None:
+    with pytest.raises(
+        Refusal, match=r"model.path=nobody/nothing: no such directory, and the hub"
+    ) as refusal:
+        model.model_config(Model(name="test", path="nobody/nothing"))
+    assert "\n" not in str(refusal.value)
 
 
 def test_random_takes_only_the_config(exported: tuple[torch.nn.Module, Path]) -> None:
@@ -141,28 +198,73 @@ def damage_pickle(directory: Path) -> None:
     (directory / "model.safetensors").unlink()
 
 
+def reshard(directory: Path) -> None:
+    """The same weights in several files under an index."""
+    AutoModelForCausalLM.from_pretrained(directory).save_pretrained(directory, max_shard_size="20KB")
+    (directory / "model.safetensors").unlink()
+
+
+def damage_shard(directory: Path) -> None:
+    reshard(directory)
+    next(directory.glob("model-00002-of-*")).unlink()
+
+
+def damage_index(directory: Path) -> None:
+    reshard(directory)
+    (directory / "model.safetensors.index.json").write_text('{"weight_map": {"model.no')
+
+
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
-        (damage_truncate, "torn"),
-        (damage_drop, "3 missing keys"),
-        (damage_add, "1 unexpected keys"),
-        (damage_shape, "mismatched keys"),
-        (damage_remove, "cannot be loaded"),
-        (damage_pickle, "cannot be loaded.*safetensors"),
+        (damage_truncate, "model.safetensors in it is torn"),
+        (damage_drop, "3 missing, model.layers.1.mlp.down_proj.weight first"),
+        (damage_add, "1 unexpected, model.extra first"),
+        (damage_shape, r"of another shape, model.*mlp.down_proj.weight \(\[32, 64\], not \[32, 96\]\) first"),
+        (damage_remove, "model.safetensors is missing"),
+        (damage_pickle, "pickled.*convert them"),
+        (damage_shard, "model-00002-of-0000.*safetensors is missing"),
+        (damage_index, "model.safetensors.index.json in it is torn"),
     ],
 )
-def test_a_damaged_checkpoint_is_refused_and_never_random(damage: object, says: str, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_refused_in_one_line_and_never_random(
+    damage: Callable[[Path], None],
+    says: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model.export(made(settings()), None, ByT5Tokenizer(), tmp_path / "checkpoint")
-    damage(tmp_path / "checkpoint")  # type: ignore[operator]
+    damage(tmp_path / "checkpoint")
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    caplog.clear()
     with pytest.raises(Refusal, match=f"model.path=.*{says}") as refusal:
         made(Model(name="test", path=str(tmp_path / "checkpoint")))
     assert "\n" not in str(refusal.value)
+    assert not caplog.records
 
 
 def test_a_model_that_generates_nothing_is_refused() -> None:
     with pytest.raises(Refusal, match="vit is no causal language model"):
         model.model_config(Model(name="test", config={"model_type": "vit"}))
+
+
+def test_a_model_that_reads_ahead_is_refused() -> None:
+    with pytest.raises(Refusal, match=r"model.config.model_type=bert: .*no causal language model"):
+        model.model_config(Model(name="test", config={"model_type": "bert"}))
+
+
+def test_code_that_comes_with_a_checkpoint_is_refused_and_not_run(
+    exported: tuple[torch.nn.Module, Path],
+) -> None:
+    directory = exported[1]
+    config = json.loads((directory / "config.json").read_text())
+    theirs = {"model_type": "theirs", "auto_map": {"AutoConfig": "theirs.Config"}}
+    (directory / "config.json").write_text(json.dumps({**config, **theirs}))
+    (directory / "theirs.py").write_text(f"open({str(directory / 'ran')!r}, 'w')")
+    with pytest.raises(Refusal, match=r"model.path=.*custom code"):
+        model.model_config(Model(name="test", path=str(directory)))
+    assert not (directory / "ran").exists()
 
 
 def test_an_unknown_architecture_is_refused() -> None:
@@ -181,3 +283,11 @@ def test_a_tokenizer_that_is_not_there_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(Refusal, match=r"data.tokenizer=.*empty"):
         model.tokenizer(settings(), str(tmp_path / "empty"))
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_knows_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(Refusal, match=r"model=test: the tokenizer has 384 tokens, and the model knows 300"):
+        model.tokenizer(settings(vocab_size=300))
+    ByT5Tokenizer(extra_ids=200).save_pretrained(tmp_path)
+    with pytest.raises(Refusal, match=r"data.tokenizer=.* has 459 tokens, and the model knows 384"):
+        model.tokenizer(settings(), str(tmp_path))
