@@ -76,7 +76,8 @@ def environment() -> tuple[int, int, int]:
 def connected(device: str, timeout: float) -> Iterator[World]:
     """Join torchrun's process group, or make a group of one that opens no port; leave it at the end.
 
-    `timeout` is in seconds. Raises Refusal for a device that is not there. A rank that died is noticed at once, by its closed connections, and not by it.
+    `timeout` is in seconds; a rank that died is noticed at once, by its closed connections, and not by it.
+    Raises Refusal for a device that is not there.
     """
     rank, size, local_rank = environment()
     where = _device(device, local_rank)

@@ -41,7 +41,7 @@ class Ledger:
     `settle_collectives=True` makes frees after collectives happen in an order that repeats (`observers.settle`);
     then every rank must have such a ledger, for it is a collective itself.
 
-    It accounts for one kind of device, "cpu" or "cuda": what is said, or the GPU where there is one.
+    It accounts for one kind of device, "cpu" or "cuda": what is said, else the model's, else the GPU if it is in use.
 
     Raises ValueError for an unknown mode. A tensor that was alive before the block counts if an owner names it.
     """
@@ -63,7 +63,7 @@ class Ledger:
         self.mode, self.steps = mode, steps
         self._settle = settle_collectives
         self.exact = False  # whether every tensor is being seen now
-        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = device or _device_of(model)
         self._log = Log(self.device)
         self._modules = Modules(self._log, self._forward_begins, self._forward_ends)
         self._allocator = CudaAllocator() if self.device == "cuda" else CpuAllocator()
@@ -301,3 +301,10 @@ class Ledger:
         if allocations is not None:
             peak, books = at_allocator_peak(events, operators, allocations, self._allocator.source)
         self._account = Account(peak, categories, phases, books)
+
+
+def _device_of(model: torch.nn.Module | None) -> str:
+    parameter = None if model is None else next(model.parameters(), None)
+    if parameter is not None:
+        return parameter.device.type
+    return "cuda" if torch.cuda.is_initialized() else "cpu"

@@ -28,7 +28,7 @@ Run = subprocess.CompletedProcess[str]
 def torchrun(words: Sequence[str], ranks: int = 2, timeout: float = 240) -> Run:
     """`harness` with `words` on `ranks` processes of this machine."""
     return subprocess.run(
-        [*LAUNCHER, f"--nproc-per-node={ranks}", "-m", "harness", *words],
+        [*LAUNCHER, f"--nproc-per-node={ranks}", "-m", "harness", "hardware=cpu", *words],
         cwd=ROOT,
         text=True,
         capture_output=True,
