@@ -18,6 +18,7 @@ from harness.cache import KvBytes, kv_bytes_per_token
 from harness.decode import Choose, Generated, draws, generate, greedy, sampler
 from harness.ledger import Ledger
 from harness.prompts import Prompt, check, find, text_of
+from harness.record import Output
 from harness.settings import Settings
 from harness.world import World
 
@@ -55,13 +56,8 @@ class Share:
             self.kv.append(made.kv)
 
 
-def run(
-    settings: Settings, world: World, ledger: Ledger, directory: Path, say: Say, done: dict[str, Any]
-) -> dict[str, Any]:
-    """Continue every prompt into `generations.jsonl`; the record's `model`, `inference` and `performance`.
-
-    `done` is filled as the run goes, so that a run that fails still tells what it did. Raises Refusal.
-    """
+def run(settings: Settings, world: World, ledger: Ledger, out: Output) -> None:
+    """Continue every prompt into `generations.jsonl` in the run's directory. Raises Refusal."""
     began = time.perf_counter()
     config = model.model_config(settings.model)
     tokenizer = model.tokenizer(settings.model, settings.data.tokenizer)
@@ -71,20 +67,20 @@ def run(
     with ledger.phase("setup"):
         built = model.build(settings.model, config, dtype, world.device, settings.seed)
         ledger.own(model=built.eval().requires_grad_(False))
-    done["model"] = {
+    out.done["model"] = {
         "name": settings.model.name,
         "parameters": model.count(built),
         "dtype": str(dtype).removeprefix("torch."),
     }
     startup = time.perf_counter() - began
-    shares = world.gather(share_of(settings, world, ledger, built, prompts))
+    shares = world.gather(share_of(settings, world, ledger, built, prompts, out.flush))
     tokens = dict(sorted(pair for share in shares for pair in share.tokens.items()))
     texts = [text_of(tokenizer, new) for new in tokens.values()]
     if world.leads:
-        write(directory / FILE, prompts, list(tokens.values()), texts)
+        write(out.directory / FILE, prompts, list(tokens.values()), texts)
     exact = settings.ledger.steps if settings.ledger.mode == "exact" else 0
-    done["performance"] = {"startup_seconds": startup, **performance(shares, exact)}
-    done["inference"] = {
+    out.done["performance"] = {"startup_seconds": startup, **performance(shares, exact)}
+    out.done["inference"] = {
         "prompts": len(prompts),
         "prompt_tokens": sum(len(prompt.tokens) for prompt in prompts),
         "new_tokens": sum(map(len, tokens.values())),
@@ -92,12 +88,16 @@ def run(
         "kv_bytes_per_token": kv_bytes_per_token(config, dtype),
         **largest(shares),
     }
-    _tell(say, prompts, texts, done)
-    return done
+    _tell(out.say, prompts, texts, out.done)
 
 
 def share_of(
-    settings: Settings, world: World, ledger: Ledger, built: PreTrainedModel, prompts: Sequence[Prompt]
+    settings: Settings,
+    world: World,
+    ledger: Ledger,
+    built: PreTrainedModel,
+    prompts: Sequence[Prompt],
+    flush: Callable[[], None],
 ) -> Share:
     """This rank's prompts, every `world.size`-th of them, in batches."""
     asked = settings.generation
@@ -117,6 +117,7 @@ def share_of(
             )
             share.add(prompts, numbers, made)
             bar.update(len(numbers))
+            flush()
     return share
 
 

@@ -4,8 +4,8 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,16 @@ if TYPE_CHECKING:
 SCHEMA = "harness.record/1"
 FILE = "record.json"
 PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "datasets", "hydra-core")
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a mode is given to leave its traces with."""
+
+    directory: Path
+    say: Callable[[str], None]  # a line to the person, from rank 0
+    done: dict[str, Any]  # the record's parts, filled as the run goes, so that a failed run has them too
+    flush: Callable[[], None]  # put what is known so far on disk
 
 
 def environment() -> dict[str, Any]:

@@ -107,13 +107,20 @@ class _Run:
         else:
             from harness import infer as mode  # type: ignore[no-redef]
         with self.ledger:
-            mode.run(self.settings, self.world, self.ledger, self.directory, self.say, self.done)
+            out = record.Output(self.directory, self.say, self.done, self.flush)
+            mode.run(self.settings, self.world, self.ledger, out)
         return record.rank_record(self.ledger, self.world.rank)
 
     def say(self, line: str) -> None:
         """Rank 0 speaks."""
         if self.world.leads:
             tqdm.write(line, file=sys.stdout)
+
+    def flush(self) -> None:
+        """Leave what is known so far, for a run that is ended from outside and cannot say why."""
+        if self.world.leads:
+            unfinished = {**failure.UNFINISHED, "where": self.ledger.where._asdict()}
+            self._write([record.rank_record(self.ledger, self.world.rank)], failure=unfinished)
 
     def _write(self, ranks: list[dict[str, Any]], **more: Any) -> None:
         record.write(self.directory, {**self.head, **more, **self.done, "ranks": ranks})

@@ -13,19 +13,15 @@ from tqdm import tqdm
 from harness import checkpoint, data, model
 from harness.engine import Engine
 from harness.ledger import Ledger
+from harness.record import Output
 from harness.settings import Refusal, Settings
 from harness.world import World
 
 Say = Callable[[str], None]
 
 
-def run(
-    settings: Settings, world: World, ledger: Ledger, directory: Path, say: Say, done: dict[str, Any]
-) -> None:
-    """Train, and export the weights to `directory/checkpoint`; `done` gets the record's parts as the run goes.
-
-    Raises Refusal.
-    """
+def run(settings: Settings, world: World, ledger: Ledger, out: Output) -> None:
+    """Train, and export the weights to `checkpoint/` in the run's directory. Raises Refusal."""
     began = time.perf_counter()
     train = settings.train
     config = model.model_config(settings.model)
@@ -36,26 +32,28 @@ def run(
     with ledger.phase("setup"):
         built = model.build(settings.model, config, dtype, torch.device("cpu"), settings.seed)
         parameters = model.count(built)  # before ZeRO-3 leaves them empty
-        done["model"] = {"name": settings.model.name, "parameters": parameters, "dtype": str(dtype)[6:]}
+        out.done["model"] = {"name": settings.model.name, "parameters": parameters, "dtype": str(dtype)[6:]}
         engine = Engine(settings, world, ledger, built)
-    first = _resume(settings, world, engine, say)
+    first = _resume(settings, world, engine, out.say)
     batches = data.loader(
         corpus.train, train.micro_batch, world, settings.seed, skip=first * train.accumulation
     )
-    say(f"{settings.model.name}: {parameters:,} parameters, {engine.optimizer_class}, {world.size} ranks")
-    progress = Progress(settings, world, ledger, first, say, time.perf_counter() - began)
-    done["training"] = progress.training
-    done["training"]["optimizer"] = engine.optimizer_class
+    out.say(f"{settings.model.name}: {parameters:,} parameters, {engine.optimizer_class}, {world.size} ranks")
+    progress = Progress(settings, world, ledger, first, out.say, time.perf_counter() - began)
+    out.done["training"] = progress.training
+    out.done["training"]["optimizer"] = engine.optimizer_class
     for step in progress:
         progress.stepped(step, _step(engine, batches, step, world))
         if held_out is not None and _due(step, train.validate_every, train.steps):
             progress.validated(step, world.mean(engine.evaluate(held_out(), step)))
+        if _due(step, max(1, train.steps // 10), first + settings.ledger.steps):
+            out.flush()
         if _due(step, train.save_every, None):
-            _save(settings, world, engine, directory, step)
-    done["performance"] = progress.rates()
+            _save(settings, world, engine, out.directory, step)
+    out.done["performance"] = progress.rates()
     if train.export:
         with ledger.phase("checkpoint", train.steps):
-            _export(engine, world, tokenizer, directory / "checkpoint")
+            _export(engine, world, tokenizer, out.directory / "checkpoint")
 
 
 def identity(settings: Settings, world: World) -> dict[str, Any]:

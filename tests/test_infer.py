@@ -14,6 +14,7 @@ from harness.cache import KvBytes
 from harness.infer import Share, Timing, performance, share_of, shown
 from harness.ledger import Ledger
 from harness.prompts import Prompt, find
+from harness.record import Output
 from harness.settings import Generation, Model, Refusal, Settings
 from harness.world import World
 
@@ -61,6 +62,14 @@ def ask(checkpoint: Path, precision: str = "fp32", seed: int = 0, **generation: 
     return Settings(mode="infer", precision=precision, seed=seed, model=model, generation=asked)  # type: ignore[arg-type]
 
 
+def no_flush() -> None:
+    """These runs need nothing on disk before their end."""
+
+
+def quiet(directory: Path, done: dict[str, Any]) -> Output:
+    return Output(directory, lambda line: None, done, no_flush)
+
+
 @pytest.fixture
 def inferred(checkpoint: Path, tmp_path: Path) -> Infer:
     """A function of generation settings to what the record gets, and the lines that were written."""
@@ -68,7 +77,7 @@ def inferred(checkpoint: Path, tmp_path: Path) -> Infer:
     def run(**options: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         done: dict[str, Any] = {}
         ledger = Ledger(mode="off")
-        infer.run(ask(checkpoint, **options), ALONE, ledger, tmp_path, lambda line: None, done)
+        infer.run(ask(checkpoint, **options), ALONE, ledger, quiet(tmp_path, done))
         written = (tmp_path / "generations.jsonl").read_text().splitlines()
         return done, [json.loads(line) for line in written]
 
@@ -137,7 +146,8 @@ def test_ranks_share_the_prompts_out_and_change_no_text(
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     ledger = Ledger(mode="off")
     shares = [
-        share_of(settings, World(rank, size, 0, CPU), ledger, model, prompts).tokens for rank in range(size)
+        share_of(settings, World(rank, size, 0, CPU), ledger, model, prompts, no_flush).tokens
+        for rank in range(size)
     ]
     counts = [len(share) for share in shares]
     assert max(counts) - min(counts) <= 1
@@ -202,7 +212,7 @@ def test_one_new_token_has_no_decoding_rate(inferred: Infer) -> None:
 def test_a_run_under_the_exact_ledger_closes_its_books(checkpoint: Path, tmp_path: Path) -> None:
     done: dict[str, Any] = {}
     with Ledger(mode="exact") as ledger:
-        infer.run(ask(checkpoint), ALONE, ledger, tmp_path, lambda line: None, done)
+        infer.run(ask(checkpoint), ALONE, ledger, quiet(tmp_path, done))
     assert ledger.allocator.unattributed == 0
     assert ledger.peak.bytes == ledger.allocator.peak
     assert ledger.categories["kv_cache"].peak == pytest.approx(done["inference"]["kv_reserved"], rel=0.3)

@@ -270,6 +270,16 @@ def test_an_exact_ledger_goes_on_as_phases_after_its_steps() -> None:
     assert ledger.peak.bytes == 400
 
 
+def test_phases_mode_says_a_phase_again_only_when_it_holds_something_else() -> None:
+    model = small_model()
+    with Ledger(mode="phases") as ledger:
+        for step in range(4):
+            with ledger.phase("forward", step):
+                if step == 2:
+                    ledger.own(model=model)
+    assert [phase.where.step for phase in ledger.phases] == [0, 2]
+
+
 def test_a_ledger_that_is_off_accepts_everything_and_measures_nothing() -> None:
     with Ledger(mode="off") as ledger, ledger.phase("forward"):
         ledger.claim("inputs", "tokens", torch.ones(1))

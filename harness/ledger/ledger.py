@@ -75,6 +75,9 @@ class Ledger:
         self._told = False  # somebody names the phases; nothing is read off the loop
         self._stepped = False
         self._broke: Where | None = None
+        self._steady: dict[
+            tuple[str, int], dict[str, int | None]
+        ] = {}  # what each phase last held, in phases mode
         self._account = Account(None, {}, [], Books())
         self.own(model=model, optimizer=optimizer, engine=engine, cache=cache)
 
@@ -190,7 +193,10 @@ class Ledger:
         self._enter(before)
 
     def _sum_owners(self) -> None:
-        """Append what owners hold at the end of this phase; what only a log sees is not measured."""
+        """Append what owners hold at the end of this phase, unless it held as much when it last ended.
+
+        What only a log sees is not measured.
+        """
         held: dict[int, tuple[str, int]] = {}
         for claims in (*self._owners.values(), *self._caches.values()):
             for category, _, tensor in claims():
@@ -202,8 +208,11 @@ class Ledger:
                     held[storage._cdata] = category, storage.nbytes()
         totals: dict[str, int | None] = dict.fromkeys(CATEGORIES)
         totals.update({name: sum(n for c, n in held.values() if c == name) for name in HELD})
-        end = torch.cuda.memory_allocated() if self.device == "cuda" else None
-        self._account.phases.append(Phase(self._log.where, None, end, totals))
+        where = self._log.where
+        if self._steady.get(where[1:]) != totals:
+            self._steady[where[1:]] = totals
+            end = torch.cuda.memory_allocated() if self.device == "cuda" else None
+            self._account.phases.append(Phase(where, None, end, totals))
 
     def _forward_begins(self) -> None:
         where = self._log.where

@@ -89,6 +89,7 @@ def test_a_killed_rank_takes_the_run_down_and_is_the_one_named(tmp_path: Path) -
     assert not any(rank.is_running() for rank in ranks)
     failed = record.read(tmp_path / "out")
     assert (failed["status"], failed["failure"]["rank"]) == ("failed", 1), said
+    assert failed["model"]["parameters"] == 3_098_880
     assert "rank 1 failed" in said
     assert "rank 0 failed" not in said
 
