@@ -2,52 +2,70 @@
 
 import argparse
 import json
+import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from textwrap import fill
+from typing import Any, NamedTuple, NoReturn
 
 from harness.ledger.categories import CATEGORIES
-from harness.record import read
-from harness.tables import Table, plain, size
+from harness.record import FILE, read
+from harness.schema import Failure, Record, parse, printable
+from harness.tables import AT_LEAST, Table, difference, factor, size, tail
 
-ROWS = (*CATEGORIES, "kernel")
-SAVED = "  saved for backward"
+WIDTH = 100
+NAME = 24
+"""The longest name in a heading, so that two runs fit in `WIDTH`."""
+
+
+class Run(NamedTuple):
+    """A record, and where it lies."""
+
+    path: Path
+    record: Record
 
 
 @dataclass(frozen=True)
-class Run:
-    """One record, as far as it can be compared. Figures are bytes; None was not measured."""
+class Row:
+    """A figure of every run in bytes, each with a word before it; None for a word: there is nothing to be said."""
 
-    title: str
-    place: str
-    figures: Mapping[str, int | None]  # of the worst rank, at its peak: categories, kernel, saved, total
-    highest: Mapping[str, int | None]  # of the worst rank: each category's own peak, whenever that was
-    worst: int | None
-    ranks: Mapping[int, int | None]  # each rank's peak
-    allocator: int | None
-    unattributed: int | None
-    failure: str | None
+    name: str
+    figures: Sequence[int | None]
+    words: Sequence[str | None]
+
+    @classmethod
+    def of(cls, name: str, figures: Sequence[int | None]) -> "Row":
+        """A row without words."""
+        return cls(name, figures, [""] * len(figures))
+
+    def cells(self, exact: bool) -> list[str]:
+        """The figures as text."""
+        told = zip(self.words, self.figures, strict=True)
+        return ["" if word is None else f"{word}{size(figure, exact)}" for word, figure in told]
+
+    def apart(self, index: int, exact: bool) -> tuple[str, str]:
+        """How far run `index` is from the first, and the factor; "-" where their figures are not of a kind."""
+        pair = self.figures[0], self.figures[index]
+        if None in (self.words[0], self.words[index]):
+            return "", ""
+        if (self.words[0] == AT_LEAST) != (self.words[index] == AT_LEAST):
+            pair = None, None
+        return difference(*pair, exact), factor(*pair)
 
 
-def main(words: Sequence[str]) -> int:
+def main(argv: Sequence[str]) -> int:
     """`harness compare RUN RUN [...]`; the exit code."""
-    parser = argparse.ArgumentParser("harness compare", description="Hold the memory of runs side by side.")
-    parser.add_argument("run", nargs="+", type=Path, help="a run's directory, or its record.json")
-    form = parser.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="exact bytes, as JSON; null was not measured")
-    form.add_argument("--markdown", action="store_true", help="as a Markdown table")
-    parser.add_argument("--bytes", action="store_true", help="exact bytes in the table")
-    asked = parser.parse_args(words)
-    if len(asked.run) < 2:
-        return _refuse(f"{asked.run[0]} alone has nothing to be compared with; give two runs or more")
-    runs = []
-    for path in asked.run:
-        try:
-            runs.append(run_of(read(path), path))
-        except ValueError as error:
-            return _refuse(str(error))
+    try:
+        asked = _parser().parse_args(argv)
+        if len(asked.run) < 2:
+            raise ValueError("compare: there is nothing to compare with; name two runs or more")
+        runs = [Run(path, parse(read(path), str(path))) for path in asked.run]
+    except ValueError as error:
+        print(f"harness: {printable(str(error))}", file=sys.stderr)
+        return 2
     if asked.json:
         print(json.dumps(as_json(runs), indent=1))
     else:
@@ -55,182 +73,204 @@ def main(words: Sequence[str]) -> int:
     return 0
 
 
-def run_of(record: Mapping[str, Any], path: Path) -> Run:
-    """The comparable part of `record`. Raises ValueError, naming `path`, where a field is not what the schema says."""
-    try:
-        model, world = record["model"], record["world"]
-        ranks = {int(rank["rank"]): rank for rank in record["ranks"]}
-        peaks = {number: _count(rank["peak"]["bytes"]) for number, rank in ranks.items()}
-        worst = max(peaks, key=lambda number: (peaks[number] or 0, -number), default=None)
-        at_peak = (
-            ranks[worst]["peak"] if worst is not None else {"categories": {}, "saved": None, "bytes": None}
-        )
-        books = ranks[worst]["allocator"] if worst is not None else {"peak": None, "unattributed": None}
-        figures = {name: _count(at_peak["categories"].get(name)) for name in ROWS}
-        figures |= {SAVED: _count(at_peak["saved"]), "total": _count(at_peak["bytes"])}
-        name = "/".join(str(model["name"]).split("/")[-2:])  # of a checkpoint's path, its end
-        own = ranks[worst]["categories"] if worst is not None else {}
-        highest = {name: _count(own.get(name, {}).get("peak")) for name in CATEGORIES}
-        title = f"{plain(record['mode'])} {plain(name)}"
-        place = f"{world['size']} x {plain(world['device'])}"
-        failure = None
-        if record["status"] != "complete":
-            told = record.get("failure") or {}
-            failure = plain(told.get("error") or "it did not come to its end")
-        return Run(
-            title,
-            place,
-            figures,
-            highest,
-            worst,
-            peaks,
-            _count(books["peak"]),
-            _count(books["unattributed"]),
-            failure,
-        )
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{path} is no whole record: {type(error).__name__} {plain(str(error))}") from None
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"compare: {printable(message)}; --help says what there is")
 
 
-def _count(value: object) -> int | None:
-    if value is None or (isinstance(value, int) and not isinstance(value, bool)):
-        return value
-    raise TypeError(f"{value!r} is no count of bytes")
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        "harness compare",
+        description="Hold runs, of one mode or of both, side by side: what held the memory at the peak of each.",
+        epilog="A failed run is compared as far as it came. Exit code 2: a run has no record that can be read.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("run", nargs="*", type=Path, metavar="RUN", help="its directory, or its record.json")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="exact bytes as JSON; null: not measured")
+    form.add_argument("--markdown", action="store_true", help="a Markdown table, for a page or an issue")
+    parser.add_argument("--bytes", action="store_true", help="exact bytes in the table")
+    return parser
 
 
 def compare(runs: Sequence[Run], markdown: bool = False, exact: bool = False) -> str:
-    """The runs as one table: the worst rank's peak by category, then every rank's; differences are to the first."""
-    first, *others = runs
-    table = Table(["at the peak of the worst rank", *(run.title for run in runs), *_difference_titles(runs)])
-    table.row("", *(run.place for run in runs), *("" for _ in others))
-    zero = [name for name in ROWS if all(run.figures[name] == 0 for run in runs)]
-    for name in (name for name in ROWS if name not in zero):
-        table.row(name, *_cells([run.figures[name] for run in runs], exact))
-        if name == "activations":
-            table.row(SAVED, *_cells([run.figures[SAVED] for run in runs], exact))
-    table.rule()
-    table.row("total", *_cells([run.figures["total"] for run in runs], exact))
-    table.row("allocator's own peak", *(size(run.allocator, exact) for run in runs), *("" for _ in others))
-    table.row("unattributed", *(size(run.unattributed, exact) for run in runs), *("" for _ in others))
-    table.rule()
-    for name in (name for name in CATEGORIES if any(run.highest[name] for run in runs)):
-        table.row(f"highest {name}", *_cells([run.highest[name] for run in runs], exact))
-    table.rule()
-    for number in sorted({number for run in runs for number in run.ranks}):
-        cells = [size(run.ranks[number], exact) if number in run.ranks else "" for run in runs]
-        marks = [
-            f"{cell} worst" if number == run.worst and len(set(run.ranks.values())) > 1 else cell
-            for run, cell in zip(runs, cells, strict=True)
-        ]
-        table.row(f"rank {number}", *marks, *("" for _ in others))
-    lines = [table.markdown() if markdown else table.text(), ""]
-    if zero:
-        lines.append(f"zero at these peaks: {', '.join(zero)}")
-    if any(value is None for run in runs for value in run.figures.values()):
-        lines.append("- not measured")
-    lines += [f"{run.title} failed: {run.failure}" for run in runs if run.failure]
-    lines += [sentence(first, other) for other in others]
-    return "\n".join(lines)
-
-
-def _difference_titles(runs: Sequence[Run]) -> list[str]:
-    return ["difference"] if len(runs) == 2 else [f"{run.title} difference" for run in runs[1:]]
-
-
-def _cells(figures: Sequence[int | None], exact: bool) -> list[str]:
-    first, *others = figures
-    return [size(figure, exact) for figure in figures] + [
-        _difference(first, other, exact) for other in others
-    ]
-
-
-def _difference(first: int | None, other: int | None, exact: bool) -> str:
-    if first is None or other is None:
-        return "-"
-    if first == other:
-        return "same"
-    factor = f"  x{other / first:.2f}" if first and other else ""
-    return f"{'+' if other > first else '-'}{size(abs(other - first), exact)}{factor}"
-
-
-def sentence(first: Run, other: Run) -> str:
-    """What changed the most from `first` to `other`, in words."""
-    changes = {
-        name: (other.figures[name] or 0) - (first.figures[name] or 0)
-        for name in ROWS
-        if first.figures[name] is not None and other.figures[name] is not None
+    """The runs as one table, each held against the first; then, in words, what changed the most."""
+    names, records = names_of(runs), [run.record for run in runs]
+    pair, at_peak = len(runs) == 2, [*_at_peak(records)]
+    sections = {
+        "at the peak of the worst rank": at_peak,
+        "each category's own peak, whenever that was": [*_own_peaks(records)],
+        "each rank's peak": [*_ranks(records)],
     }
-    if not changes:
-        return f"{first.title} and {other.title}: not measured, so not compared."
-    name = max(changes, key=lambda name: abs(changes[name]))
-    if not changes[name]:
-        return f"{first.title} and {other.title} hold the same bytes in every category."
-    grew = "grew" if changes[name] > 0 else "shrank"
-    before, after = size(first.figures["total"]), size(other.figures["total"])
-    moved = f"{size(first.figures[name])} to {size(other.figures[name])}"
-    peak = f"the peak went from {before} to {after}"
-    return f"From {first.title} to {other.title} {name} {grew} the most, {moved}; {peak}."
+    table = Table(*map(_heading, records, names), *([["difference"], ["factor"]] if pair else []))
+    for title, rows in sections.items():
+        if rows:
+            table.section(title)
+        for row in rows:
+            if row.name == "total":
+                table.rule()
+            table.row(f"  {row.name}", *row.cells(exact), *(row.apart(1, exact) if pair else ()))
+    if not pair:
+        table.section(f"at the peak of the worst rank, against {names[0]}")
+        for row in at_peak:
+            others = (row.apart(index, exact) for index in range(1, len(runs)))
+            table.row(f"  {row.name}", "", *("  ".join(filter(None, cells)) for cells in others))
+    notes = [*_folded(records), *table.legend(), *_failures(records, names), *_changed(records, names, exact)]
+    if markdown:
+        return "\n\n".join([table.markdown(), *notes])
+    return "\n".join([table.text(), "", *(fill(note, WIDTH) for note in notes)])
+
+
+def names_of(runs: Sequence[Run]) -> list[str]:
+    """What tells the runs apart in a sentence: what ran, else the directory's name, else its whole path."""
+    places = [run.path.parent if run.path.name == FILE else run.path for run in runs]
+    titles = [run.record.title for run in runs]
+    for names in (titles, [printable(Path(os.path.abspath(place)).name) for place in places]):
+        if len(set(names)) == len(runs):
+            return names
+    return [printable(str(place)) for place in places]
+
+
+def _heading(record: Record, name: str) -> list[str]:
+    world, model = record.world, record.model
+    ran = [record.mode, model.short, f"{world.size} x {world.device}, {model.dtype or '-'}"]
+    lines = ran if name in (record.title, record.mode) else [name, *ran]
+    return [tail(line, NAME) for line in lines]
+
+
+def _categories(records: Sequence[Record]) -> list[str]:
+    """Every category in a fixed order; then what this version has no name for, and `kernel`."""
+    found = {name for r in records for name in (*r.worst.peak.categories, *r.worst.highest)}
+    return [*CATEGORIES, *sorted(found - {*CATEGORIES, "kernel"}), "kernel"]
+
+
+def _at_peak(records: Sequence[Record]) -> Iterator[Row]:
+    folded = {name for names in _fold(records).values() for name in names}
+    peaks, books = [r.worst.peak for r in records], [r.worst.allocator for r in records]
+    for name in _categories(records):
+        if name not in folded:
+            yield Row.of(name, [peak.categories.get(name) for peak in peaks])
+            if name == "activations":
+                yield Row.of("  saved for backward", [peak.saved for peak in peaks])
+    yield Row.of("total", [peak.bytes for peak in peaks])
+    yield Row.of("allocator's own peak", [each.peak for each in books])
+    yield Row.of("unattributed", [each.unattributed for each in books])
+    if any(each.foreign for each in books):
+        yield Row.of("foreign, in no figure", [each.foreign for each in books])
+
+
+def _fold(records: Sequence[Record]) -> dict[int | None, list[str]]:
+    """The categories that are 0 at every peak, and those that were measured at none."""
+    folded: dict[int | None, list[str]] = {0: [], None: []}
+    for name in _categories(records)[:-1]:  # kernel is always shown
+        for same, names in folded.items():
+            if all(record.worst.peak.categories.get(name) == same for record in records):
+                names.append(name)
+    return folded
+
+
+def _folded(records: Sequence[Record]) -> list[str]:
+    said = {0: "0 B at these peaks", None: "not measured at these peaks"}
+    return [f"{said[same]}: {', '.join(names)}" for same, names in _fold(records).items() if names]
+
+
+def _own_peaks(records: Sequence[Record]) -> Iterator[Row]:
+    for name in _categories(records):
+        tops = [(record.worst.highest.get(name), record.worst.seen.get(name)) for record in records]
+        least = [(seen or 0) > (top or 0) for top, seen in tops]
+        figures = [seen if more else top for more, (top, seen) in zip(least, tops, strict=True)]
+        if any(figures):
+            yield Row(name, figures, [AT_LEAST if more else "" for more in least])
+
+
+def _ranks(records: Sequence[Record]) -> Iterator[Row]:
+    """A row for each rank, or for neighbours that are alike in every run."""
+    numbers = sorted({number for record in records for number in record.peaks})
+
+    def alike(place: tuple[int, int]) -> tuple[int, list[tuple[int | None, str | None]]]:
+        index, number = place
+        return number - index, [(record.peaks.get(number), _word(record, number)) for record in records]
+
+    for (_, cells), group in groupby(enumerate(numbers), alike):
+        places = [number for _, number in group]
+        name = f"rank {places[0]}" if len(places) == 1 else f"ranks {places[0]} to {places[-1]}"
+        yield Row(name, [peak for peak, _ in cells], [word for _, word in cells])
+
+
+def _word(record: Record, number: int) -> str | None:
+    """What is said of a rank's peak; None where the run has no such rank."""
+    if number not in record.peaks and number >= record.world.size:
+        return None
+    return "worst " if number in record.worst.numbers and len(set(record.peaks.values())) > 1 else ""
+
+
+def _failures(records: Sequence[Record], names: Sequence[str]) -> Iterator[str]:
+    """Which runs failed, where, with what, and how much of them is known."""
+    for record, name in zip(records, names, strict=True):
+        if record.status == "failed":
+            told = record.failure or Failure()
+            rank = "" if told.rank is None else f" on rank {told.rank}"
+            where = "" if told.where is None else f" in step {told.where.step}, {told.where.phase}"
+            yield f"{name} failed{rank}{where}: {told.error or 'its record does not say why'}"
+            if len(record.peaks) < record.world.size:
+                yield f"{name} has the books of {len(record.peaks)} of its {record.world.size} ranks"
+
+
+def _changed(records: Sequence[Record], names: Sequence[str], exact: bool) -> Iterator[str]:
+    for other, name in zip(records[1:], names[1:], strict=True):
+        yield _sentence(records[0], names[0], other, name, exact)
+
+
+def _sentence(first: Record, first_name: str, other: Record, other_name: str, exact: bool) -> str:
+    """What changed the most from `first` to `other`."""
+    before, after = first.worst.peak.bytes, other.worst.peak.bytes
+    if before is None or after is None:
+        unknown = first_name if before is None else other_name
+        return f"The peak of {unknown} was not measured, so what changed the most is not known."
+    changes = _changes(first, other)
+    name = max(changes, key=lambda name: abs(changes[name] or 0), default="")
+    change = changes.get(name)
+    if not change:
+        return f"At its peak {other_name} holds what {first_name} does, in every category."
+    moved = f"{name} {'grew' if change > 0 else 'shrank'} the most, by {size(abs(change), exact)}"
+    if before == after:
+        return f"At its peak {other_name} holds as much as {first_name}; {moved}."
+    less = f"{size(abs(after - before), exact)} {'more' if after > before else 'less'}"
+    sizes = f"{size(after, exact)}, not {size(before, exact)}"
+    return f"At its peak {other_name} holds {less} than {first_name} ({sizes}): {moved}."
+
+
+def _changes(first: Record, other: Record) -> dict[str, int | None]:
+    """Bytes by category, from one peak to the other. None: not measured in both."""
+    base, mine = first.worst.peak.categories, other.worst.peak.categories
+    return {name: _change(base.get(name), mine.get(name)) for name in _categories([first, other])}
+
+
+def _change(first: int | None, other: int | None) -> int | None:
+    return None if first is None or other is None else other - first
 
 
 def as_json(runs: Sequence[Run]) -> dict[str, Any]:
-    """The same as plain data, in bytes."""
-    first = runs[0]
-
-    def against(run: Run) -> dict[str, int | None]:
-        return {
-            name: None
-            if (mine := run.figures[name]) is None or (base := first.figures[name]) is None
-            else mine - base
-            for name in run.figures
-        }
-
-    return {
-        "runs": [
+    """The same as plain data, in bytes: exact integers, and None for what was not measured."""
+    first = runs[0].record.worst.peak
+    told = []
+    for path, record in runs:
+        worst = record.worst
+        told.append(
             {
-                "title": run.title,
-                "failure": run.failure,
-                "worst_rank": run.worst,
-                "peak": {name.strip(): value for name, value in run.figures.items()},
-                "highest": dict(run.highest),
-                "difference": {name.strip(): value for name, value in against(run).items()},
-                "ranks": [{"rank": number, "peak": peak} for number, peak in run.ranks.items()],
-                "allocator": {"peak": run.allocator, "unattributed": run.unattributed},
+                "run": str(path),
+                **record.model_dump(include={"status", "mode", "model", "world", "failure"}),
+                "worst_rank": worst.rank if record.ranks else None,
+                "peak": worst.peak.model_dump(),
+                "difference": {
+                    "bytes": _change(first.bytes, worst.peak.bytes),
+                    "saved": _change(first.saved, worst.peak.saved),
+                    "categories": _changes(runs[0].record, record),
+                },
+                "highest": dict(worst.highest),
+                "at_least": dict(worst.seen),
+                "ranks": [{"rank": number, "peak": peak} for number, peak in record.peaks.items()],
+                "allocator": worst.allocator.model_dump(),
             }
-            for run in runs
-        ]
-    }
-
-
-def show(record: Mapping[str, Any]) -> str:
-    """What a run prints at its end: the worst rank's ledger as a table."""
-    run = run_of(record, Path("record"))
-    if run.worst is None or run.figures["total"] is None:
-        return "ledger  no peak was measured; ledger=exact does"
-    rank = next(rank for rank in record["ranks"] if rank["rank"] == run.worst)
-    total, where = run.figures["total"], rank["peak"]["where"]
-    table = Table(["", "at the peak", "share", "own peak", "at the end"])
-    for name in sorted(CATEGORIES, key=lambda name: -(run.figures[name] or 0)):
-        own = rank["categories"][name]
-        if own["peak"]:
-            share = f"{100 * (run.figures[name] or 0) / total:.0f}%"
-            table.row(name, size(run.figures[name]), share, size(own["peak"]), size(own["end"]))
-            if name == "activations":
-                table.row(SAVED, size(run.figures[SAVED]), "", "", "")
-    table.row("kernel", size(run.figures["kernel"]), "", "", "")
-    table.rule()
-    table.row("total", size(total), "", "", "")
-    zero = [name for name in CATEGORIES if not rank["categories"][name]["peak"]]
-    among = f", the worst of {len(run.ranks)}" if len(run.ranks) > 1 else ""
-    place = f"step {where['step']}, {where['phase']}"
-    lines = [
-        f"ledger  {run.title}, {run.place}: rank {run.worst}{among}; peak in {place}, "
-        f"{plain(where['module'] or 'outside any module')}",
-        table.text(),
-        f"allocator's own peak {size(run.allocator)}, unattributed {size(run.unattributed)}",
-    ]
-    return "\n".join([*lines, f"zero throughout: {', '.join(zero)}"] if zero else lines)
-
-
-def _refuse(sentence: str) -> int:
-    print(f"harness: {sentence}", file=sys.stderr)
-    return 2
+        )
+    return {"runs": told}

@@ -101,11 +101,11 @@ def read(path: Path) -> dict[str, Any]:
         record = json.loads(file.read_text())
     except FileNotFoundError:
         raise ValueError(f"{path} holds no {FILE}") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # torn, no text, or nested beyond all bounds
         raise ValueError(f"{file} cannot be read: {error}") from None
     schema = record.get("schema") if isinstance(record, dict) else None
     if schema != SCHEMA:
-        raise ValueError(f"{file} has schema {schema!r}, and this version reads {SCHEMA!r}")
+        raise ValueError(f"{file} has schema {repr(schema)[:40]}, and this version reads {SCHEMA!r}")
     return record  # type: ignore[no-any-return]
 
 

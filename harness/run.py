@@ -126,7 +126,7 @@ class _Run:
         record.write(self.directory, {**self.head, **more, **self.done, "ranks": ranks})
 
     def _say_where(self, ranks: list[dict[str, Any]]) -> None:
-        from harness.compare import show
+        from harness.show import show
 
         self.say(show(record.read(self.directory)))
         self.say(f"record: {self.directory / record.FILE}")

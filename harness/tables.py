@@ -1,6 +1,12 @@
 """Plain tables and byte counts for people to read."""
 
-UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+from collections.abc import Sequence
+
+UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+GAP = "   "
+AT_LEAST = ">= "
+SIGNS = {"-": "- not measured", AT_LEAST: ">= the most when a phase ended; in between nothing was watched"}
+"""What stands for a figure, or before it, and what is said of it under a table."""
 
 
 def size(count: int | None, exact: bool = False) -> str:
@@ -10,52 +16,97 @@ def size(count: int | None, exact: bool = False) -> str:
     if exact or abs(count) < 1024:
         return f"{count:,} B"
     value, unit = float(count), 0
-    while abs(value) >= 1024 and unit < len(UNITS) - 1:
+    while round(abs(value), 1) >= 1024 and unit < len(UNITS) - 1:
         value, unit = value / 1024, unit + 1
     return f"{value:,.1f} {UNITS[unit]}"
 
 
-def plain(value: object, longest: int = 60) -> str:
-    """`value` as one printable line of at most `longest` characters: records come from other people's disks."""
-    line = "".join(c if c.isprintable() else "?" for c in str(value))
-    return line if len(line) <= longest else f"...{line[3 - longest :]}"
+def difference(first: int | None, other: int | None, exact: bool = False) -> str:
+    """How much more, or less, `other` is than `first`."""
+    if first is None or other is None:
+        return "-"
+    if first == other:
+        return "same"
+    return f"{'+' if other > first else '-'}{size(abs(other - first), exact)}"
+
+
+def factor(first: int | None, other: int | None) -> str:
+    """`other` in units of `first`; nothing where that says nothing."""
+    return f"x {other / first:,.2f}" if first and other and first != other else ""
+
+
+def tail(text: str, longest: int) -> str:
+    """The end of `text`, which of a path says the most, in at most `longest` characters."""
+    return text if len(text) <= longest else f"...{text[3 - longest :]}"
 
 
 class Table:
-    """Rows under a head, the first column to the left and the others to the right."""
+    """Rows in titled sections. The first column is to the left, the others to the right under their headings."""
 
-    def __init__(self, head: list[str]) -> None:
-        self.head = head
-        self.rows: list[list[str] | None] = []
+    def __init__(self, *headings: Sequence[str]) -> None:
+        """One heading for each column after the first, as the lines it takes."""
+        height = max(map(len, headings))
+        padded = ([*[""] * (height - len(heading)), *heading] for heading in headings)
+        self._heads = [["", *line] for line in zip(*padded, strict=True)]
+        self._rows: list[list[str] | str | None] = []
+
+    def section(self, title: str) -> None:
+        """What follows stands under `title`."""
+        self._rows.append(title)
 
     def row(self, *cells: str) -> None:
-        """One row, a cell for each column."""
-        self.rows.append(list(cells))
+        """One row; cells left out at its end are empty."""
+        self._rows.append([*cells, *[""] * (len(self._heads[0]) - len(cells))])
 
     def rule(self) -> None:
-        """A line across."""
-        self.rows.append(None)
+        """A line across, in a terminal."""
+        self._rows.append(None)
+
+    def legend(self) -> list[str]:
+        """What the signs in it mean."""
+        cells = [f"{cell} " for row in self._rows if isinstance(row, list) for cell in row[1:]]
+        return [
+            meaning for sign, meaning in SIGNS.items() if any(c.startswith(sign.strip() + " ") for c in cells)
+        ]
 
     def text(self) -> str:
         """For a terminal."""
-        filled = [self.head, *(row for row in self.rows if row is not None)]
-        widths = [max(len(row[column]) for row in filled) for column in range(len(self.head))]
+        columns = zip(*self._heads, *(row for row in self._rows if isinstance(row, list)), strict=True)
+        widths = [max(map(len, column)) for column in columns]
 
         def line(row: list[str]) -> str:
-            first = row[0].ljust(widths[0])
-            rest = (cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))
-            return "   ".join([first, *rest]).rstrip()
+            others = (cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))
+            return GAP.join([row[0].ljust(widths[0]), *others]).rstrip()
 
-        across = "-" * (sum(widths) + 3 * (len(widths) - 1))
-        return "\n".join(
-            [line(self.head), across, *(across if row is None else line(row) for row in self.rows)]
-        )
+        across = "-" * (sum(widths) + len(GAP) * (len(widths) - 1))
+        lines = [line(head) for head in self._heads]
+        for row in self._rows:
+            if isinstance(row, str):
+                lines += [across, row]
+            else:
+                lines.append(across if row is None else line(row))
+        return "\n".join(lines)
 
     def markdown(self) -> str:
         """For a page; what would break the table is escaped."""
 
-        def line(row: list[str]) -> str:
-            return "| " + " | ".join(cell.strip().replace("|", "\\|") for cell in row) + " |"
+        def line(row: Sequence[str]) -> str:
+            return "| " + " | ".join(_escaped(cell) for cell in row) + " |"
 
-        marks = "| --- | " + " | ".join("---:" for _ in self.head[1:]) + " |"
-        return "\n".join([line(self.head), marks, *(line(row) for row in self.rows if row is not None)])
+        columns = len(self._heads[0])
+        headings = [" ".join(filter(None, lines)) for lines in zip(*self._heads, strict=True)]
+        lines = [line(headings), "| --- |" + " ---: |" * (columns - 1)]
+        for row in self._rows:
+            if isinstance(row, str):
+                lines.append(line([f"**{row}**", *[""] * (columns - 1)]))
+            elif row is not None:
+                lines.append(line(row))
+        return "\n".join(lines)
+
+
+def _escaped(cell: str) -> str:
+    indent = (len(cell) - len(cell.lstrip())) // 2
+    text = cell.strip()
+    for character in "\\|<`":
+        text = text.replace(character, f"\\{character}")
+    return "&emsp;" * max(0, indent - 1) + text

@@ -1,0 +1,110 @@
+"""What a run prints at its end: where the memory of its worst rank went, and what the run came to."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from harness.schema import Rank, Record, Where, parse
+from harness.tables import AT_LEAST, Table, size
+
+
+def show(record: Mapping[str, Any]) -> str:
+    """A run's ledger as lines to read. Raises ValueError where `record` is none."""
+    run = parse(record, "the record")
+    model, world, worst = run.model, run.world, run.worst
+    parameters = "parameters not counted" if model.parameters is None else f"{model.parameters:,} parameters"
+    lines = [f"{run.title}: {parameters}, {model.dtype or '-'}, {world.size} x {world.device}"]
+    if worst.peak.bytes is None and not worst.seen:
+        lines.append("no memory was measured; ledger=exact does")
+    else:
+        table = _table(run)
+        lines += [table.text(), *_notes(worst, table)]
+    return "\n".join([*lines, *_came_to(run)])
+
+
+def _table(run: Record) -> Table:
+    """The categories of the worst rank, largest first, then what they are held against."""
+    worst = run.worst
+    at_peak, total, books = worst.peak.categories, worst.peak.bytes, worst.allocator
+    table = Table(["at the peak"], ["share"], ["own peak"], ["at the end"])
+    table.section(_whose(run))
+    for name in _held(worst):
+        end = worst.categories[name].end
+        table.row(f"  {name}", *_part(at_peak.get(name), total), _own_peak(worst, name), size(end))
+        if name == "activations":
+            table.row("    saved for backward", *_part(worst.peak.saved, total))
+    table.row("  kernel", *_part(at_peak.get("kernel"), total))
+    table.rule()
+    table.row("  total", *_part(total, total))
+    table.row("  allocator's own peak", _said(books.peak))
+    table.row("  unattributed", _said(books.unattributed))
+    if books.foreign:
+        table.row("  foreign, in no figure", size(books.foreign))
+    return table
+
+
+def _whose(run: Record) -> str:
+    """Which rank is shown, of how many."""
+    ranks, peaks = run.world.size, run.peaks
+    if ranks == 1:
+        return f"rank {run.worst.rank}"
+    alike = len(peaks) == ranks and len(set(peaks.values())) == 1
+    return f"rank {run.worst.rank} of {ranks}, {'all alike' if alike else 'the worst'}"
+
+
+def _part(held: int | None, total: int | None) -> tuple[str, str]:
+    """Bytes, and what part they are of `total`."""
+    return size(held), "-" if held is None or not total else f"{held / total:.1%}"
+
+
+def _said(figure: int | None) -> str:
+    return "not measured" if figure is None else size(figure)
+
+
+def _own_peak(rank: Rank, name: str) -> str:
+    """A category's own peak, or what is known of it."""
+    peak, seen = rank.highest[name], rank.seen.get(name) or 0
+    return f"{AT_LEAST}{size(seen)}" if seen > (peak or 0) else size(peak)
+
+
+def _held(rank: Rank) -> list[str]:
+    """The categories that ever held a byte, the largest at the peak first."""
+    at_peak = rank.peak.categories
+    most = {name: max(peak or 0, rank.seen.get(name) or 0) for name, peak in rank.highest.items()}
+    held = [name for name in most if most[name] or at_peak.get(name)]
+    return sorted(held, key=lambda name: (-(at_peak.get(name) or 0), -most[name]))
+
+
+def _notes(rank: Rank, table: Table) -> Iterator[str]:
+    """What the table leaves out, what its signs mean, and where the peak was."""
+    others = [name for name in rank.highest if name not in _held(rank)]
+    zero = [name for name in others if rank.highest[name] == 0]
+    null = [name for name in others if rank.highest[name] is None]
+    if zero:
+        yield f"0 B throughout: {', '.join(zero)}"
+    if null:
+        yield f"not measured: {', '.join(null)}"
+    yield from table.legend()
+    if rank.peak.where is not None:
+        yield f"peak in {_place(rank.peak.where)}"
+
+
+def _place(where: Where) -> str:
+    micro_batch = f" of micro-batch {where.micro_batch}"
+    module = f"module {where.module}" if where.module else "outside any module"
+    return f"step {where.step}, {where.phase}{micro_batch}, {module}, {where.op or 'no operator'}"
+
+
+def _came_to(run: Record) -> Iterator[str]:
+    """Loss or answers, and how fast."""
+    speed, losses = run.performance, run.training.losses
+    parts = []
+    if losses:
+        parts.append(f"loss {losses[0]:.3f} to {losses[-1]:.3f} in {len(losses)} steps")
+    if speed.tokens_per_second is not None:
+        parts.append(f"{speed.tokens_per_second:,.0f} tokens/s")
+    if speed.time_to_first_token_seconds is not None:
+        parts.append(f"first token after {speed.time_to_first_token_seconds * 1000:,.1f} ms")
+    if run.inference.kv_bytes_per_token is not None:
+        parts.append(f"KV {size(run.inference.kv_bytes_per_token)} a token")
+    if parts:
+        yield ", ".join(parts)
