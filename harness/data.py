@@ -4,7 +4,7 @@ A corpus is one long row of tokens, cut into blocks of one sequence each; the la
 of the row is held out for validation.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
 from typing import Any
@@ -30,8 +30,28 @@ class Blocks(Dataset[torch.Tensor]):
         return self.last - self.first
 
     def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.tensor(self._tokens(index), dtype=torch.int64)
+
+    def order(self, seed: int) -> Sequence[int]:
+        """Every index once, shuffled by `seed`: in numpy, so that no tensor of it is in the run's books."""
+        return np.random.default_rng(seed).permutation(len(self)).tolist()  # type: ignore[no-any-return]
+
+    def _tokens(self, index: int) -> list[int]:
         begin = (self.first + index) * self.sequence
-        return torch.tensor(self.row[begin : begin + self.sequence]["token"], dtype=torch.int64)
+        return self.row[begin : begin + self.sequence]["token"]  # type: ignore[no-any-return]
+
+
+class NoText(Blocks):
+    """As many blocks as anybody asks for, all zeros: what a rehearsal reads, whatever its data would be."""
+
+    def __init__(self, sequence: int) -> None:
+        super().__init__(None, sequence, 0, 2**62)
+
+    def order(self, seed: int) -> Sequence[int]:
+        return range(len(self))
+
+    def _tokens(self, index: int) -> list[int]:
+        return [0] * self.sequence
 
 
 class Stream(IterableDataset[torch.Tensor]):
@@ -65,8 +85,11 @@ def corpus(
 ) -> Corpus:
     """The corpus of `settings` in blocks of `sequence` tokens. Raises Refusal where there is no such text.
 
-    With `world`, the first rank of each node prepares it and the others wait; without, this process does.
+    With `world`, the first rank of each node prepares it and the others wait; without, this process does. A
+    rehearsed world reads none of it.
     """
+    if world is not None and world.rehearsed:
+        return Corpus(NoText(sequence), NoText(sequence) if settings.validation else None)
     if settings.streaming:
         every = round(1 / settings.validation) if settings.validation else 0
         rows = text.streamed(settings, tokenizer)
@@ -117,18 +140,18 @@ def _epochs(
 ) -> Iterator[torch.Tensor]:
     """Epoch after epoch from `epoch` on, of which the first `skip` micro-batches are left out."""
     for number in count(epoch):
-        batches = _epoch(blocks, micro_batch, world, torch.Generator().manual_seed(seed + number))
+        batches = _epoch(blocks, micro_batch, world, blocks.order(seed + number))
         yield from skip_first_batches(batches, skip) if number == epoch and skip else batches
 
 
 def _epoch(
-    blocks: Blocks | Stream, micro_batch: int, world: World, shuffle: torch.Generator | None
+    blocks: Blocks | Stream, micro_batch: int, world: World, order: Sequence[int] | None
 ) -> DataLoader[torch.Tensor]:
     whole = DataLoader(
         blocks,
         micro_batch,
-        shuffle=shuffle is not None,
-        generator=shuffle or torch.Generator(),
+        sampler=order,
+        generator=torch.Generator(),  # of its own: the global random state is the model's
         collate_fn=torch.stack,
         drop_last=True,
     )

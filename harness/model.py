@@ -56,16 +56,23 @@ def model_config(settings: Model) -> PretrainedConfig:
 
 
 def build(
-    settings: Model, config: PretrainedConfig, dtype: torch.dtype, device: torch.device, seed: int
+    settings: Model,
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int,
+    rehearsed: bool = False,
 ) -> PreTrainedModel:
     """The model in `dtype` on `device`: weights of `model.path`, or random ones that `seed` alone decides.
 
     Every parameter has a storage of its own and of exactly its size. Raises Refusal where the memory is too small,
-    or the checkpoint is torn, pickled, lacks a weight, has one too many, or one of another shape.
+    or the checkpoint is torn, pickled, lacks a weight, has one too many, or one of another shape. Where it is
+    `rehearsed`, no memory is taken and no weight is read.
     """
-    _check_memory(settings, config, dtype, device)
+    if not rehearsed:
+        _check_memory(settings, config, dtype, device)
     set_seed(seed)
-    if settings.path is None or settings.random:
+    if settings.path is None or settings.random or rehearsed:
         made = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=settings.attention)
         return made.to(device)
     # tensors made in other threads are in nobody's books

@@ -1,12 +1,14 @@
 """Who am I among how many: torchrun's process group, or a world of one."""
 
 import os
+import pickle
 import platform
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from itertools import count
 from typing import Any, TypeVar
 
 import torch
@@ -29,6 +31,8 @@ class World:
     local_rank: int
     device: torch.device
     members: tuple[tuple[str, int], ...] = ()  # every rank's host name and process id
+    rehearsed: bool = False  # the others do not exist
+    _turns: Iterator[int] = field(default_factory=count, compare=False)
 
     @property
     def device_name(self) -> str:
@@ -40,6 +44,11 @@ class World:
         """Whether this is rank 0, the one that speaks and writes."""
         return self.rank == 0
 
+    @property
+    def alone(self) -> bool:
+        """Whether there is no other process: a world of one, or a rehearsed one of any size."""
+        return self.size == 1 or self.rehearsed
+
     def barrier(self) -> None:
         """Wait until every rank is here."""
         if self.size > 1:
@@ -47,23 +56,30 @@ class World:
 
     def broadcast(self, value: T) -> T:
         """Rank 0's `value`, on every rank."""
-        if self.size == 1:
-            return value
-        box: list[Any] = [value]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]  # type: ignore[no-any-return]
+        return self.gather(value)[0]
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's `value`, in rank order, on every rank."""
-        if self.size == 1:
+        """Every rank's `value`, in rank order, on every rank; in a rehearsal this rank's alone.
+
+        It goes through the group's store, for it is no tensor of the run and has no place in its books.
+        """
+        self.barrier()  # notices a peer that is gone, which the store would wait for
+        if self.alone:
             return [value]
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
-        return values
+        store, turn = dist.distributed_c10d._get_default_store(), f"harness/{next(self._turns)}"
+        store.set(f"{turn}/{self.rank}", pickle.dumps(value))  # type: ignore[arg-type]
+        if self.leads:
+            values = [store.get(f"{turn}/{rank}") for rank in range(self.size)]
+            store.set(turn, pickle.dumps(values))  # type: ignore[arg-type]
+        return [pickle.loads(each) for each in pickle.loads(store.get(turn))]
 
     def mean(self, value: float) -> float:
-        """The mean of every rank's `value`, summed in rank order so that it repeats to the bit."""
-        return sum(self.gather(value)) / self.size
+        """The mean of every rank's `value`."""
+        if self.size == 1:
+            return value
+        total = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return float(total) / self.size
 
 
 def environment() -> tuple[int, int, int]:

@@ -41,6 +41,8 @@ class Ledger:
     `settle_collectives=True` makes frees after collectives happen in an order that repeats (`observers.settle`);
     then every rank must have such a ledger, for it is a collective itself.
 
+    `allocator=False` holds the books against no allocator: where tensors are fake, nothing is allocated.
+
     It accounts for one kind of device, "cpu" or "cuda": what is said, else the model's, else the GPU if it is in use.
 
     Raises ValueError for an unknown mode. A tensor that was alive before the block counts if an owner names it.
@@ -57,6 +59,7 @@ class Ledger:
         steps: int | None = None,
         settle_collectives: bool = False,
         device: str | None = None,
+        allocator: bool = True,
     ) -> None:
         if mode not in MODES:
             raise ValueError(f"mode={mode!r}: a ledger is one of {', '.join(MODES)}")
@@ -66,7 +69,7 @@ class Ledger:
         self.device = device or _device_of(model)
         self._log = Log(self.device)
         self._modules = Modules(self._log, self._forward_begins, self._forward_ends)
-        self._allocator = CudaAllocator() if self.device == "cuda" else CpuAllocator()
+        self._allocator = (CudaAllocator if self.device == "cuda" else CpuAllocator)() if allocator else None
         self._instruments = ExitStack()
         self._owners: dict[int, Claims] = {}
         self._caches: dict[int, Claims] = {}
@@ -285,7 +288,8 @@ class Ledger:
 
     def _begin(self) -> None:
         self.exact = True
-        self._allocator.start()
+        if self._allocator is not None:
+            self._allocator.start()
         self._walk(base=True)
         enter = self._instruments.enter_context
         enter(self._modules.watching())
@@ -302,12 +306,11 @@ class Ledger:
         self._instruments.close()
         self.exact = False
         events, operators = self._log.events, self._log.operators
-        allocations = self._allocator.stop()
         peak, categories, phases = replay(events)
         books = Books()
         if isinstance(self._allocator, CudaAllocator):
             books = Books(self._allocator.source, self._allocator.highest())
-        if allocations is not None:
+        elif self._allocator is not None and (allocations := self._allocator.stop()) is not None:
             peak, books = at_allocator_peak(events, operators, allocations, self._allocator.source)
         self._account = Account(peak, categories, phases, books)
 

@@ -98,8 +98,8 @@ def replay(events: Sequence[Event]) -> tuple[Peak, dict[str, Category], list[Pha
     highest = dict.fromkeys(CATEGORIES, 0)
     phases: dict[Where, Phase] = {}
     peak = Peak(0, Where(0, "idle", 0), "", "", {**live.totals, "kernel": None}, 0)
-    total = 0
-    for event in events:
+    total = highest_at = 0
+    for index, event in enumerate(events):
         live.apply(event)
         total += event.delta
         phase = phases.get(event.where)
@@ -112,11 +112,24 @@ def replay(events: Sequence[Event]) -> tuple[Peak, dict[str, Category], list[Pha
             if total > peak.bytes:
                 categories = {**live.totals, "kernel": None}
                 peak = Peak(total, event.where, event.module, event.storage.op, categories, live.saved)
+                highest_at = index
+    peak.holdings = holdings_of(_alive(events[: highest_at + 1]))
     return (
         peak,
         {name: Category(highest[name], live.totals[name]) for name in CATEGORIES},
         list(phases.values()),
     )
+
+
+def _alive(events: Iterable[Event]) -> Iterable[Storage]:
+    """The storages that are alive after `events`."""
+    alive: dict[int, Storage] = {}
+    for event in events:
+        if event.storage is not None and event.delta > 0:
+            alive[id(event.storage)] = event.storage
+        elif event.storage is not None and event.delta < 0:
+            del alive[id(event.storage)]
+    return alive.values()
 
 
 @dataclass(slots=True, eq=False)
