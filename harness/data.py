@@ -30,13 +30,14 @@ class Blocks(Dataset[torch.Tensor]):
         return self.last - self.first
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        return torch.tensor(self._tokens(index), dtype=torch.int64)
+        return torch.tensor(self.tokens(index), dtype=torch.int64)
 
     def order(self, seed: int) -> Sequence[int]:
         """Every index once, shuffled by `seed`: in numpy, so that no tensor of it is in the run's books."""
         return np.random.default_rng(seed).permutation(len(self)).tolist()  # type: ignore[no-any-return]
 
-    def _tokens(self, index: int) -> list[int]:
+    def tokens(self, index: int) -> list[int]:
+        """Block `index`, in no tensor."""
         begin = (self.first + index) * self.sequence
         return self.row[begin : begin + self.sequence]["token"]  # type: ignore[no-any-return]
 
@@ -50,7 +51,7 @@ class NoText(Blocks):
     def order(self, seed: int) -> Sequence[int]:
         return range(len(self))
 
-    def _tokens(self, index: int) -> list[int]:
+    def tokens(self, index: int) -> list[int]:
         return [0] * self.sequence
 
 
@@ -167,9 +168,19 @@ def _epoch(
 
 
 def sample_prompts(
-    settings: Data, tokenizer: PreTrainedTokenizerBase, number: int, length: int, seed: int
+    settings: Data,
+    tokenizer: PreTrainedTokenizerBase,
+    number: int,
+    length: int,
+    seed: int,
+    rehearsed: bool = False,
 ) -> list[list[int]]:
-    """`number` prompts of `length` tokens from places in the held-out text that `seed` chooses. Raises Refusal."""
+    """`number` prompts of `length` tokens from places in the held-out text that `seed` chooses. Raises Refusal.
+
+    `rehearsed` ones are as long, and of no text.
+    """
+    if rehearsed:
+        return [NoText(length).tokens(place) for place in range(number)]
     given = corpus(settings, tokenizer, length)
     if isinstance(given.train, Stream):
         stream = given.validation if isinstance(given.validation, Stream) else given.train
@@ -183,4 +194,4 @@ def sample_prompts(
             "raise data.validation",
         )
     places = np.random.default_rng(seed).choice(len(held_out), number, replace=False)
-    return [held_out[int(place)].tolist() for place in places]
+    return [held_out.tokens(int(place)) for place in places]

@@ -61,11 +61,11 @@ def run(settings: Settings, world: World, ledger: Ledger, out: Output) -> None:
     began = time.perf_counter()
     config = model.model_config(settings.model)
     tokenizer = model.tokenizer(settings.model, settings.data.tokenizer)
-    prompts = find(settings, tokenizer)
+    prompts = find(settings, tokenizer, world.rehearsed)
     check(prompts, config, settings.generation.max_new_tokens)
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     with ledger.phase("setup"):
-        built = model.build(settings.model, config, dtype, world.device, settings.seed)
+        built = model.build(settings.model, config, dtype, world.device, settings.seed, world.rehearsed)
         ledger.own(model=built.eval().requires_grad_(False))
     out.done["model"] = {
         "name": settings.model.name,
@@ -74,20 +74,22 @@ def run(settings: Settings, world: World, ledger: Ledger, out: Output) -> None:
     }
     startup = time.perf_counter() - began
     shares = world.gather(share_of(settings, world, ledger, built, prompts, out.flush))
+    out.done["inference"] = {
+        "prompts": len(prompts),
+        "prompt_tokens": sum(len(prompt.tokens) for prompt in prompts),
+        "cache": settings.generation.cache,
+        "kv_bytes_per_token": kv_bytes_per_token(config, dtype),
+        **largest(shares),
+    }
+    if world.rehearsed:
+        return
     tokens = dict(sorted(pair for share in shares for pair in share.tokens.items()))
     texts = [text_of(tokenizer, new) for new in tokens.values()]
     if world.leads:
         write(out.directory / FILE, prompts, list(tokens.values()), texts)
     exact = settings.ledger.steps if settings.ledger.mode == "exact" else 0
+    out.done["inference"]["new_tokens"] = sum(map(len, tokens.values()))
     out.done["performance"] = {"startup_seconds": startup, **performance(shares, exact)}
-    out.done["inference"] = {
-        "prompts": len(prompts),
-        "prompt_tokens": sum(len(prompt.tokens) for prompt in prompts),
-        "new_tokens": sum(map(len, tokens.values())),
-        "cache": settings.generation.cache,
-        "kv_bytes_per_token": kv_bytes_per_token(config, dtype),
-        **largest(shares),
-    }
     _tell(out.say, prompts, texts, out.done)
 
 

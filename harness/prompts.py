@@ -20,8 +20,11 @@ class Prompt(NamedTuple):
     place: str
 
 
-def find(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
-    """From `generation.prompts`, else `generation.prompt`, else held-out text of the data. Raises Refusal."""
+def find(settings: Settings, tokenizer: PreTrainedTokenizerBase, rehearsed: bool = False) -> list[Prompt]:
+    """From `generation.prompts`, else `generation.prompt`, else held-out text of the data. Raises Refusal.
+
+    Where it is `rehearsed`, sampled prompts have their length and no text.
+    """
     generation = settings.generation
     key: str
     if generation.prompts is not None:
@@ -37,7 +40,9 @@ def find(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]
             for number, text in enumerate(generation.prompt, 1)
         ]
     key, length = "generation.prompt_length", generation.prompt_length
-    sampled = data.sample_prompts(settings.data, tokenizer, generation.count, length, settings.seed)
+    sampled = data.sample_prompts(
+        settings.data, tokenizer, generation.count, length, settings.seed, rehearsed
+    )
     return [
         Prompt(text_of(tokenizer, tokens), tokens, key, length, f"prompt {number}")
         for number, tokens in enumerate(sampled, 1)

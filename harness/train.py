@@ -30,7 +30,9 @@ def run(settings: Settings, world: World, ledger: Ledger, out: Output) -> None:
     held_out = _held_out(settings, world, corpus)
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     with ledger.phase("setup"):
-        built = model.build(settings.model, config, dtype, torch.device("cpu"), settings.seed, world.rehearsed)
+        built = model.build(
+            settings.model, config, dtype, torch.device("cpu"), settings.seed, world.rehearsed
+        )
         parameters = model.count(built)  # before ZeRO-3 leaves them empty
         out.done["model"] = {"name": settings.model.name, "parameters": parameters, "dtype": str(dtype)[6:]}
         engine = Engine(settings, world, ledger, built)

@@ -6,111 +6,137 @@ place is gone, or takes other arguments, is named by the error; one that would c
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import torch
 
+from harness.rehearsal import slices
+from harness.rehearsal.slices import Original
+
 
 class Shim(NamedTuple):
-    """`attribute` of `owner` (a module, or a class in one) is replaced by `stand_in`, which takes the same arguments."""
+    """`attribute` of `owner` (a module, or a class in one) is replaced by what `stand_in` makes of it.
+
+    That takes the same arguments.
+    """
 
     owner: str
     attribute: str
     reason: str
-    stand_in: Callable[..., Any]
+    stand_in: Callable[[Original], Original]
 
 
-def apply_to_module(self: torch.nn.Module, fn: Callable[[Any], Any], recurse: bool = True) -> Any:
-    """Convert in place by `.data`, as real parameters are."""
-    if recurse:
-        for child in self.children():
-            child._apply(fn)
-    with torch.no_grad():
-        for parameter in self._parameters.values():
-            if parameter is not None:
-                parameter.data = fn(parameter)
-                if parameter.grad is not None:
-                    parameter.grad.data = fn(parameter.grad)
-    for name, buffer in self._buffers.items():
-        if buffer is not None:
-            self._buffers[name] = fn(buffer)
-    return self
+def in_place(original: Original) -> Original:
+    """`Module._apply` that converts by `.data`, as it does real parameters."""
+
+    def stand_in(self: torch.nn.Module, fn: Callable[[Any], Any], recurse: bool = True) -> Any:
+        if recurse:
+            for child in self.children():
+                child._apply(fn)
+        with torch.no_grad():
+            for parameter in self._parameters.values():
+                if parameter is not None:
+                    parameter.data = fn(parameter)
+                    if parameter.grad is not None:
+                        parameter.grad.data = fn(parameter.grad)
+        for name, buffer in self._buffers.items():
+            if buffer is not None:
+                self._buffers[name] = fn(buffer)
+        return self
+
+    return stand_in
 
 
-def has_values(x: Any) -> bool:
-    """Not what transformers takes for a fake tensor: masks and positions have values here (`values.py`)."""
-    return False
+def with_values(original: Original) -> Original:
+    """transformers' `is_fake_tensor`: a mask or positions are none, for their values are known (`values.py`)."""
+
+    def stand_in(x: Any) -> bool:
+        return False
+
+    return stand_in
 
 
-def lengths_agree(lst: list[int]) -> None:
-    """Send the length of `lst` in a tensor as the original's, and take the others to have the same."""
-    _broadcast(torch.tensor(len(lst), dtype=torch.int64, device=_device()))
+def same_length(original: Original) -> Original:
+    """ZeRO-3's check of a list's length: the tensors are sent, and the others taken to have the same."""
+
+    def stand_in(lst: list[int]) -> None:
+        _broadcast(len(lst))
+
+    return stand_in
 
 
-def lists_agree(lst: list[int]) -> list[int]:
-    """Send `lst` in a tensor as the original's, and take the others to have the same."""
-    _broadcast(torch.tensor(lst, dtype=torch.int64, device=_device()))
-    return lst
+def same_list(original: Original) -> Original:
+    """ZeRO-3's `get_lst_from_rank0`, likewise."""
+
+    def stand_in(lst: list[int]) -> list[int]:
+        _broadcast(lst)
+        return lst
+
+    return stand_in
 
 
-def _broadcast(tensor: torch.Tensor) -> None:
+def _broadcast(numbers: int | list[int]) -> None:
     from deepspeed import comm
-
-    comm.broadcast(tensor, src=0)
-
-
-def _device() -> str:
     from deepspeed.accelerator import get_accelerator
 
-    return str(get_accelerator().current_device_name())
+    device = str(get_accelerator().current_device_name())
+    comm.broadcast(torch.tensor(numbers, dtype=torch.int64, device=device), src=0)
 
+
+ZERO12 = "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer"
+ZERO3 = "deepspeed.runtime.zero"
+ALONE = "there is no rank 0 to ask"
+ONCE_A_RANK = "it works once for every rank, and its time would grow with the world"
 
 SHIMS = (
     Shim(
         "torch.nn.Module",
         "_apply",
-        "torch swaps fake parameters instead of their data, which fails where anything refers to them weakly",
-        apply_to_module,
+        "torch swaps fake parameters, which fails where anything refers to them weakly",
+        in_place,
     ),
     Shim(
         "transformers.utils.import_utils",
         "is_fake_tensor",
-        "transformers takes another branch for a fake mask or positions, whose values it takes to be unknown",
-        has_values,
+        "transformers takes another branch where it takes values to be unknown",
+        with_values,
     ),
-    Shim(
-        "deepspeed.runtime.zero.utils",
-        "assert_lst_len_same_as_other_ranks",
-        "ZeRO-3 asks rank 0 how long its list is, and there is no rank 0",
-        lengths_agree,
-    ),
-    Shim(
-        "deepspeed.runtime.zero.utils",
-        "get_lst_from_rank0",
-        "ZeRO-3 asks rank 0 for its list, and there is no rank 0",
-        lists_agree,
-    ),
+    Shim(f"{ZERO3}.utils", "assert_lst_len_same_as_other_ranks", ALONE, same_length),
+    Shim(f"{ZERO3}.utils", "get_lst_from_rank0", ALONE, same_list),
+    Shim(f"{ZERO3}.stage3", "reduce_scatter_coalesced", ONCE_A_RANK, slices.reduce_scattered),
+    Shim(f"{ZERO3}.partition_parameters.AllGatherCoalescedHandle", "wait", ONCE_A_RANK, slices.gathered),
+    Shim(ZERO12, "average_tensor", ONCE_A_RANK, slices.averaged),
+    Shim(ZERO12, "allreduce_and_copy_with_multiple_ranks", ONCE_A_RANK, slices.sent),
+    Shim(ZERO12, "initialize_gradient_partition", ONCE_A_RANK, slices.placed),
+    Shim(ZERO12, "get_first_param_index", ONCE_A_RANK, slices.first_index),
+    Shim("torch.Tensor", "narrow", ONCE_A_RANK, slices.narrow),
 )
 
 
 @contextmanager
 def shimmed() -> Iterator[None]:
     """Within it every shim is in place. Raises RuntimeError, naming it, where one does not fit."""
-    before = []
-    try:
+    with ExitStack() as undo:
         for shim in SHIMS:
             owner = _find(shim.owner)
             original = getattr(owner, shim.attribute, None)
-            _check(shim, original)
-            before.append((owner, shim.attribute, original))
-            setattr(owner, shim.attribute, shim.stand_in)
+            replacement = shim.stand_in(original)  # type: ignore[arg-type]
+            _check(shim, original, replacement)
+            own = vars(owner).get(shim.attribute)
+            undo.callback(_put_back, owner, shim.attribute, own)
+            setattr(owner, shim.attribute, replacement)
         yield
-    finally:
-        for owner, attribute, original in reversed(before):
-            setattr(owner, attribute, original)
+
+
+def _put_back(owner: Any, attribute: str, own: Any) -> None:
+    """As it was: an inherited attribute is the parent's again."""
+    if own is None:
+        delattr(owner, attribute)
+    else:
+        setattr(owner, attribute, own)
 
 
 def _find(path: str) -> Any:
@@ -122,18 +148,22 @@ def _find(path: str) -> Any:
         return getattr(import_module(module), name, None)
 
 
-def _undecorated(function: Any) -> Any:
-    """What DeepSpeed's tracing decorator, which takes anything, calls."""
-    within = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
-    return next((each for each in within if inspect.isfunction(each)), function)
-
-
-def _check(shim: Shim, original: Any) -> None:
+def _check(shim: Shim, original: Any, replacement: Original) -> None:
+    """Raise where what is replaced is gone or takes other arguments; a function in C does not say which it takes."""
+    if inspect.ismethoddescriptor(original):
+        return
     taken = None if original is None else tuple(inspect.signature(_undecorated(original)).parameters)
-    expected = tuple(inspect.signature(shim.stand_in).parameters)
+    expected = tuple(inspect.signature(replacement).parameters)
     if taken != expected:
         package = shim.owner.partition(".")[0]
         found = "it is not there" if taken is None else f"it takes {taken}, not {expected}"
         raise RuntimeError(
-            f"a rehearsal replaces {shim.owner}.{shim.attribute} ({shim.reason}), and in {package} {version(package)} {found}"
+            f"a rehearsal replaces {shim.owner}.{shim.attribute}, for {shim.reason}; "
+            f"in {package} {version(package)} {found}"
         )
+
+
+def _undecorated(function: Any) -> Any:
+    """What DeepSpeed's tracing decorator, which takes anything, calls."""
+    within = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+    return next((each for each in within if inspect.isfunction(each)), function)

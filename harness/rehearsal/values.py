@@ -21,7 +21,7 @@ LARGEST = 2**20
 """Elements of the largest tensor that is computed: masks of [B, T] are far below it, [T, T] is never asked for."""
 
 UNKNOWN: dict[bool, Any] = {True: 1.0, False: 0}
-"""What an unknown number is taken to be, by whether it is floating-point: a loss, a norm, a token that a model chose."""
+"""What an unknown number (a loss, a norm, a token that a model chose) is taken to be, by whether it has a fraction."""
 
 _ITEM = torch.ops.aten._local_scalar_dense.default
 _EQUAL = torch.ops.aten.equal.default

@@ -1,0 +1,213 @@
+"""What DeepSpeed does once for every rank, done for the one that is rehearsed: the same bytes, at any size of world.
+
+ZeRO cuts what it sends into a slice for each rank and then uses its own. With 16,384 ranks that is 16,384 views for
+each parameter, which on fake tensors would take hours. A slice is a view: leaving it out changes no byte.
+"""
+
+import math
+import sys
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+
+Original = Callable[..., Any]
+
+SLICERS = frozenset({"_all_gather_dtype", "get_data_parallel_partitions"})
+"""Functions of DeepSpeed's that cut a tensor for all ranks in rank order, and use their own rank's slice."""
+
+
+class Slice(NamedTuple):
+    """A part of a flat tensor, not yet a view of it."""
+
+    whole: "Sliced"
+    begin: int
+    length: int
+
+    def numel(self) -> int:
+        """Its elements."""
+        return self.length
+
+    def data_ptr(self) -> int:
+        """Nowhere, as of any fake tensor."""
+        return 0
+
+
+class Sliced:
+    """A flat tensor that is cut lazily; else it is the tensor."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+        self.sent: set[tuple[int, bool]] = set()  # sizes of the groups of others' slices that were sent
+
+    def narrow(self, dim: int, start: int, length: int) -> Slice:
+        """The slice, as of a tensor."""
+        return Slice(self, start, length)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tensor, name)
+
+
+def narrow(original: Original) -> Original:
+    """`Tensor.narrow` that makes no view for the other ranks."""
+
+    def stand_in(self: torch.Tensor, dim: int, start: int, length: int) -> Any:
+        if sys._getframe(1).f_code.co_name in SLICERS:
+            from deepspeed import comm
+
+            if length and start // length != comm.get_rank():
+                return Slice(Sliced(self), start, length)
+        return original(self, dim, start, length)
+
+    return stand_in
+
+
+def gathered(original: Original) -> Original:
+    """ZeRO-3's `AllGatherCoalescedHandle.wait`: what it copies out of every rank's slice is copied at once."""
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    def stand_in(self: Any, handle_dependency: bool = True) -> None:
+        if self.complete:
+            return
+        self.allgather_handle.wait()
+        flat = next(
+            (each.whole.tensor for each in self.partitions if isinstance(each, Slice)), self.partitions[0]
+        )
+        for parameter in self.params:
+            part = flat.narrow(0, 0, parameter.ds_numel)
+            parameter.data = torch.cat([part]).view(parameter.ds_shape).to(parameter.ds_tensor.dtype)
+            parameter.ds_status = ZeroParamStatus.AVAILABLE
+        self.complete = True
+
+    return stand_in
+
+
+def reduce_scattered(original: Original) -> Original:
+    """ZeRO-3's `reduce_scatter_coalesced`: gradients and their padding are copied together, and one slice returned."""
+    from deepspeed import comm
+
+    def stand_in(tensors: Sequence[torch.Tensor], group: Any = None) -> list[torch.Tensor]:
+        rank, size = comm.get_rank(group), comm.get_world_size(group)
+        chunks = [math.ceil(tensor.numel() / size) for tensor in tensors]
+        if len(tensors) == 1 and tensors[0].numel() % size == 0:
+            flat = tensors[0].view(-1)
+        else:
+            parts = []
+            for tensor, chunk in zip(tensors, chunks, strict=True):
+                parts.append(tensor.view(-1))
+                if padding := size * chunk - tensor.numel():
+                    parts.append(torch.empty(padding, dtype=tensor.dtype, device=tensor.device))
+            flat = torch.cat(parts)
+        flat.div_(size)
+        mine = flat.narrow(0, rank * sum(chunks), sum(chunks))
+        comm.reduce_scatter_fn(mine, flat, group=group)
+        made, offset = [], 0
+        for tensor, chunk in zip(tensors, chunks, strict=True):
+            length = max(0, min(chunk, tensor.numel() - rank * chunk))
+            made.append(mine.narrow(0, offset, length))
+            offset += chunk
+        return made
+
+    return stand_in
+
+
+def averaged(original: Original) -> Original:
+    """ZeRO-1 and 2's `average_tensor`, which cuts a bucket for all ranks: lazily."""
+
+    def stand_in(self: Any, tensor: torch.Tensor, communication_data_type: torch.dtype) -> Any:
+        return original(self, Sliced(tensor), communication_data_type)
+
+    return stand_in
+
+
+def sent(original: Original) -> Original:
+    """ZeRO-1 and 2's all-reduce of a group of slices: every one with a slice of this rank's, of others one a size."""
+
+    def stand_in(
+        self: Any,
+        small_bucket: list[Slice],
+        communication_data_type: torch.dtype,
+        log: Any = None,
+        divide: bool = True,
+        process_group: Any = None,
+        bucket_ranks: Any = None,
+        output_bucket: Any = None,
+    ) -> Any:
+        from deepspeed import comm
+
+        rank, whole = comm.get_rank(process_group), small_bucket[0].whole
+        pieces: list[tuple[Slice, Any, Any]] = []
+        ours = False
+        for part, ranks, output in zip(small_bucket, bucket_ranks, output_bucket, strict=True):
+            mine = rank in ranks if isinstance(ranks, frozenset) else rank == ranks
+            ours = ours or mine
+            last = pieces[-1][0] if len(pieces) > 1 else None  # two pieces stay two: one alone is not copied
+            if last and not mine and pieces[-1][1] is None and last.begin + last.length == part.begin:
+                pieces[-1] = (last._replace(length=last.length + part.length), None, None)
+            else:
+                pieces.append((part, ranks if mine else None, output))
+        group = sum(part.length for part, _, _ in pieces), len(pieces) > 1
+        if not ours and group in whole.sent:
+            return
+        whole.sent.add(group)
+        original(
+            self,
+            [whole.tensor.narrow(0, part.begin, part.length) for part, _, _ in pieces],
+            communication_data_type,
+            log=log,
+            divide=divide,
+            process_group=process_group,
+            bucket_ranks=[frozenset() if ranks is None else ranks for _, ranks, _ in pieces],
+            output_bucket=[output for _, _, output in pieces],
+        )
+
+    return stand_in
+
+
+def placed(original: Original) -> Original:
+    """ZeRO-1 and 2's `initialize_gradient_partition`: the parameters of a partition found, and not looked for."""
+
+    def stand_in(self: Any, i: int, param_group: Sequence[Any], partition_id: int) -> None:
+        begins, start = _begins(self, i, param_group), self.partition_size[i] * partition_id
+        for place in _span(self, i, param_group, partition_id):
+            parameter = self.get_param_id(param_group[place])
+            self.param_to_partition_ids[i].setdefault(parameter, []).append(partition_id)
+            totals = self.total_grads_in_partition[i]
+            totals[partition_id] = totals.get(partition_id, 0) + 1
+            self.is_grad_computed[i][partition_id][parameter] = False
+            into, out_of = max(0, begins[place] - start), max(0, start - begins[place])
+            self.grad_partition_insertion_offset[i][partition_id][parameter] = into
+            self.grad_start_offset[i][partition_id][parameter] = out_of
+
+    return stand_in
+
+
+def first_index(original: Original) -> Original:
+    """ZeRO-1 and 2's `get_first_param_index`, likewise."""
+
+    def stand_in(self: Any, group_id: int, param_group: Sequence[Any], partition_id: int) -> int | None:
+        span = _span(self, group_id, param_group, partition_id)
+        return span[0] if span else None
+
+    return stand_in
+
+
+def _span(optimizer: Any, group: int, parameters: Sequence[Any], partition: int) -> range:
+    """The places of those of `parameters` that have a part in a partition of the flat group."""
+    begins, size = _begins(optimizer, group, parameters), optimizer.partition_size[group]
+    start = size * partition
+    first, last = bisect_left(begins, start), bisect_left(begins, start + size)
+    straddles = first > 0 and begins[first - 1] + parameters[first - 1].numel() > start
+    return range(first - straddles, last)
+
+
+def _begins(optimizer: Any, group: int, parameters: Sequence[Any]) -> list[int]:
+    """Where each of `parameters` begins in the flat group."""
+    known = optimizer.__dict__.setdefault("_rehearsal_begins", {})
+    if group not in known:
+        padding = optimizer.round_robin_bit16_padding[group]
+        sizes = [parameter.numel() + extra for parameter, extra in zip(parameters, padding, strict=False)]
+        known[group] = [0, *accumulate(sizes)][: len(sizes)]
+    return known[group]  # type: ignore[no-any-return]
