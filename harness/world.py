@@ -99,6 +99,7 @@ def connected(device: str, timeout: float) -> Iterator[World]:
     where = _device(device, local_rank)
     os.environ.setdefault("DS_ACCELERATOR", where.type)
     os.environ.setdefault("LOCAL_RANK", str(local_rank))
+    os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))  # DeepSpeed asks numactl without it
     backend = "nccl" if where.type == "cuda" else ORDERED_GLOO
     if backend == ORDERED_GLOO and ORDERED_GLOO.upper() not in dist.Backend._plugins:
         dist.Backend.register_backend(ORDERED_GLOO, _ordered_gloo, devices=["cpu"])

@@ -90,6 +90,12 @@ def tensors_in(tree: Any) -> Iterator[torch.Tensor]:
             yield from tensors_in(item)
 
 
+def device_type(tensor: torch.Tensor) -> str:
+    """Where `tensor` is; asked of a fake one without dispatching an operator for it."""
+    device: torch.device = getattr(tensor, "fake_device", None) or tensor.device
+    return device.type
+
+
 class Log(TorchDispatchMode):
     """A dispatch mode that logs storages. It holds no tensor and changes none."""
 
@@ -121,6 +127,8 @@ class Log(TorchDispatchMode):
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "prim":  # a fake tensor is asked what it is
+            return func(*args)
         if self.follow is not None:
             self.follow()
         began = time_ns()
@@ -148,7 +156,7 @@ class Log(TorchDispatchMode):
 
     def see(self, tensor: torch.Tensor, op: str, now: int) -> Storage | None:
         """The record of `tensor`'s storage, made now if it was not known. None where it has none on this device."""
-        if tensor.device.type != self.device:
+        if device_type(tensor) != self.device:
             return None
         try:
             storage = tensor.untyped_storage()

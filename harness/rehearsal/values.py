@@ -23,6 +23,7 @@ LARGEST = 2**20
 UNKNOWN: dict[bool, Any] = {True: 1.0, False: 0}
 """What an unknown number (a loss, a norm, a token that a model chose) is taken to be, by whether it has a fraction."""
 
+_DEVICE = torch.ops.prim.device.default
 _ITEM = torch.ops.aten._local_scalar_dense.default
 _EQUAL = torch.ops.aten.equal.default
 
@@ -40,6 +41,8 @@ class Values(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is _DEVICE:
+            return args[0].fake_device
         if func is _ITEM:
             return self._item(args[0])
         if func is _EQUAL:
