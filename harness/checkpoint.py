@@ -57,16 +57,22 @@ def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
 def save(
     engine: Engine, world: World, directory: Path, step: int, identity: dict[str, Any], keep: int
 ) -> Path:
-    """Write the state after `step` steps under `directory`, then drop all but the newest `keep`. Collective."""
+    """Write the state after `step` steps under `directory`, then drop all but the newest `keep`. Collective.
+
+    A rehearsal takes the memory that it takes, and writes nothing.
+    """
     final = directory / f"step-{step:08d}"
     partial = directory / f".{final.name}.partial"
-    if world.leads:
+    if world.leads and not world.rehearsed:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     world.barrier()
     file = partial / f"rank-{world.rank:05d}.safetensors"
     state = {**tensors(engine), **_random_state(world.device)}
-    save_file({name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}, file)
+    written = {name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}
+    if world.rehearsed:
+        return final
+    save_file(written, file)
     _flush(file)
     python = random.getstate()
     host = {"python": [python[0], list(python[1]), python[2]], "numpy": _numpy_state()}

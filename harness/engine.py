@@ -65,7 +65,10 @@ class Engine:
         train = settings.train
         ledger.own(model=model)
         self.inner = torch.optim.AdamW(
-            model.parameters(), lr=train.learning_rate, weight_decay=train.weight_decay
+            model.parameters(),
+            lr=train.learning_rate,
+            weight_decay=train.weight_decay,
+            foreach=world.kind == "cuda",  # as torch itself chooses; a rehearsal for a GPU is not on one
         )
         deepspeed = _import_deepspeed()
         backend = "nccl" if world.device.type == "cuda" else "gloo"

@@ -58,10 +58,20 @@ def of(error: BaseException, where: Where, directory: Path, world: World) -> Fai
         found = peer_lost(directory, world)
         if found is not None or (directory / CLAIM).exists():
             return found
-    with (directory / f"failure-rank{world.rank}.txt").open("w") as stream:
+    return _told(error, world.rank, where, directory)
+
+
+def of_rehearsal(error: Exception, directory: Path) -> Failure:
+    """A rehearsal's failure: of the rank that was rehearsed and the place in its run, as far as `error` notes them."""
+    rank, where = getattr(error, "rehearsed", (0, None))
+    return _told(error, rank, where, directory)
+
+
+def _told(error: BaseException, rank: int, where: Where | None, directory: Path) -> Failure:
+    with (directory / f"failure-rank{rank}.txt").open("w") as stream:
         traceback.print_exception(error, file=stream)
     told = " ".join(str(error).split())[:500]
-    return Failure(world.rank, where, f"{type(error).__name__}: {told}" if told else type(error).__name__)
+    return Failure(rank, where, f"{type(error).__name__}: {told}" if told else type(error).__name__)
 
 
 def peer_lost(directory: Path, world: World) -> Failure | None:

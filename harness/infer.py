@@ -104,9 +104,11 @@ def share_of(
     """This rank's prompts, every `world.size`-th of them, in batches."""
     asked = settings.generation
     share, mine = Share(), range(world.rank, len(prompts), world.size)
-    quiet = None if world.leads else True  # None: only on a terminal
+    quiet = None if world.leads and not world.rehearsed else True  # None: only on a terminal
     with tqdm(total=len(mine), disable=quiet, unit="prompt", leave=False, desc="generate") as bar:
         for step, numbers in enumerate(batches(mine, asked.batch)):
+            if world.rehearsed and step == settings.ledger.steps:
+                break  # nothing is seen after it
             made = generate(
                 built,
                 [prompts[number].tokens for number in numbers],

@@ -4,6 +4,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -23,6 +24,8 @@ def run(settings: Settings, cfg: DictConfig, words: list[str]) -> int:
 
     Raises Refusal for what only a joined world can refuse.
     """
+    if settings.world.kind == "rehearsed":
+        return _rehearse(settings, cfg)
     _, size, _ = world.environment()
     check_world(settings, size, words)
     with world.connected(settings.hardware.device, settings.world.timeout) as here:
@@ -31,6 +34,62 @@ def run(settings: Settings, cfg: DictConfig, words: list[str]) -> int:
             raise directory
         assert directory is not None
         return _Run(settings, cfg, here, directory).carry_out()
+
+
+def _rehearse(settings: Settings, cfg: DictConfig) -> int:
+    """The same, with no world: every role in a process of its own, and one record of them all."""
+    from harness import rehearsal
+
+    if world.environment()[1] > 1:
+        raise Refusal("world", "rehearsed", "one process rehearses any world; start it without torchrun")
+    assert settings.world.size is not None
+    check_world(settings, settings.world.size)
+    made = _make_directory(settings, cfg)
+    if isinstance(made, Refusal):
+        raise made
+    head = _head(settings, cfg, rehearsal.described(settings))
+    record.write(made, {**head, "failure": failure.UNFINISHED, "ranks": []})
+    try:
+        ranks, done = rehearsal.rehearse(settings)
+    except Refusal:
+        _remove(made)
+        raise
+    except Exception as error:
+        found = failure.of_rehearsal(error, made)
+        record.write(made, {**head, "failure": found.as_record(), "ranks": []})
+        print(f"harness: {found.sentence()}", file=sys.stderr, flush=True)
+        return 3
+    record.write(made, {**head, "status": "complete", **done, "ranks": ranks})
+    _say_where(made, print)
+    return 0
+
+
+def _head(settings: Settings, cfg: DictConfig, world: dict[str, Any]) -> dict[str, Any]:
+    """What is known of a run before it begins. It has failed until it says that it is complete."""
+    return {
+        "schema": record.SCHEMA,
+        "status": "failed",
+        "mode": settings.mode,
+        "world": world,
+        "model": {"name": settings.model.name, "parameters": None, "dtype": None},
+        "config": OmegaConf.to_container(_own(cfg), resolve=True),
+        "environment": record.environment(),
+    }
+
+
+def _say_where(directory: Path, say: Callable[[str], object]) -> None:
+    from harness.show import show
+
+    say(show(record.read(directory)))
+    say(f"record: {directory / record.FILE}")
+
+
+def _remove(directory: Path) -> None:
+    """A refused run leaves nothing."""
+    for name in (record.FILE, "config.yaml"):
+        (directory / name).unlink(missing_ok=True)
+    with suppress(OSError):
+        directory.rmdir()
 
 
 def _make_directory(settings: Settings, cfg: DictConfig) -> Path | Refusal:
@@ -67,22 +126,9 @@ class _Run:
             device=here.device.type,
         )
         self.ending = threading.Lock()
-        self.done: dict[str, Any] = {
-            "model": {"name": settings.model.name, "parameters": None, "dtype": None}
-        }
-        self.head = {
-            "schema": record.SCHEMA,
-            "status": "failed",
-            "mode": settings.mode,
-            "world": {
-                "kind": settings.world.kind,
-                "size": here.size,
-                "device": here.device.type,
-                "device_name": here.device_name,
-            },
-            "config": OmegaConf.to_container(_own(cfg), resolve=True),
-            "environment": record.environment(),
-        }
+        self.done: dict[str, Any] = {}
+        around = {"size": here.size, "device": here.device.type, "device_name": here.device_name}
+        self.head = _head(settings, cfg, {"kind": settings.world.kind, **around})
 
     def carry_out(self) -> int:
         """Run the mode; the exit code. Raises Refusal on rank 0; elsewhere it waits for rank 0 to say it first."""
@@ -97,7 +143,7 @@ class _Run:
             return self._fail(failure.of(error, self.ledger.where, self.directory, self.world))
         if self.world.leads:
             self._write(ranks, status="complete")
-            self._say_where(ranks)
+            _say_where(self.directory, self.say)
         return 0
 
     def _run_mode(self) -> dict[str, Any]:
@@ -125,18 +171,9 @@ class _Run:
     def _write(self, ranks: list[dict[str, Any]], **more: Any) -> None:
         record.write(self.directory, {**self.head, **more, **self.done, "ranks": ranks})
 
-    def _say_where(self, ranks: list[dict[str, Any]]) -> None:
-        from harness.show import show
-
-        self.say(show(record.read(self.directory)))
-        self.say(f"record: {self.directory / record.FILE}")
-
     def _refused(self, refusal: Refusal) -> int:
         if self.world.leads:
-            for name in (record.FILE, "config.yaml"):
-                (self.directory / name).unlink(missing_ok=True)
-            with suppress(OSError):
-                self.directory.rmdir()
+            _remove(self.directory)
             raise refusal
         time.sleep(failure.PATIENCE)  # rank 0 has most likely found the same, and says it
         print(f"harness: rank {self.world.rank}: {refusal}", file=sys.stderr, flush=True)

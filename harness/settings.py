@@ -60,7 +60,7 @@ def load(cfg: DictConfig) -> Settings:
         settings = TypeAdapter(Settings).validate_python(tree)
     except ValidationError as error:
         raise _refusal(error, tree) from None
-    for rule in (_parallelism, _model, _data, _train, _generation):
+    for rule in (_parallelism, _rehearsal, _model, _data, _train, _generation):
         rule(settings)
     return settings
 
@@ -120,8 +120,19 @@ def _parallelism(settings: Settings) -> None:
         raise Refusal("pipeline.stages", stages, "pipelines are not built yet; use pipeline.stages=1")
     if settings.checkpointing != "none":
         raise Refusal("checkpointing", settings.checkpointing, "not built yet; use checkpointing=none")
-    if settings.world.kind != "torchrun":
-        raise Refusal("world", settings.world.kind, "not built yet; use world=torchrun")
+
+
+def _rehearsal(settings: Settings) -> None:
+    if settings.world.kind != "rehearsed":
+        return
+    if settings.world.size is None:
+        raise Refusal("world.size", None, "world=rehearsed needs world.size=, the ranks to rehearse")
+    if settings.ledger.mode != "exact":
+        raise Refusal("ledger", settings.ledger.mode, "a rehearsal is what its ledger sees; use ledger=exact")
+    if settings.train.resume is not None:
+        raise Refusal(
+            "train.resume", settings.train.resume, "a rehearsal begins with the first step; leave it out"
+        )
 
 
 def _model(settings: Settings) -> None:

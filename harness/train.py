@@ -52,8 +52,9 @@ def run(settings: Settings, world: World, ledger: Ledger, out: Output) -> None:
             out.flush()
         if _due(step, train.save_every, None):
             _save(settings, world, engine, out.directory, step)
-    out.done["performance"] = progress.rates()
-    if train.export:
+    if not world.rehearsed:
+        out.done["performance"] = progress.rates()
+    if train.export and progress.whole:
         with ledger.phase("checkpoint", train.steps):
             _export(engine, world, tokenizer, out.directory / "checkpoint")
 
@@ -150,6 +151,10 @@ class Progress:
         self, settings: Settings, world: World, ledger: Ledger, first: int, say: Say, startup: float
     ) -> None:
         self.settings, self.world, self.ledger, self.first, self.say = settings, world, ledger, first, say
+        seen = settings.ledger.steps if world.rehearsed else settings.train.steps
+        self.last = min(
+            settings.train.steps, first + seen
+        )  # a rehearsal has nothing to show after what is seen
         self.losses: list[float] = []
         self.validation: list[dict[str, float]] = []
         self.seconds: list[float] = []
@@ -162,12 +167,15 @@ class Progress:
             "validation": self.validation,
         }
 
+    @property
+    def whole(self) -> bool:
+        """Whether the run goes to its end."""
+        return self.last == self.settings.train.steps
+
     def __iter__(self) -> Iterator[int]:
         """The steps to take, with a bar where rank 0 has a terminal."""
-        shown = None if self.world.leads else True
-        with tqdm(
-            range(self.first, self.settings.train.steps), disable=shown, unit="step", leave=False
-        ) as self.bar:
+        shown = None if self.world.leads and not self.world.rehearsed else True
+        with tqdm(range(self.first, self.last), disable=shown, unit="step", leave=False) as self.bar:
             for step in self.bar:
                 self.began = time.perf_counter()
                 yield step
@@ -177,6 +185,8 @@ class Progress:
         if self.world.device.type == "cuda":
             torch.cuda.synchronize(self.world.device)
         self.seconds.append(time.perf_counter() - self.began)
+        if self.world.rehearsed:
+            return
         self.losses.append(loss)
         line = f"loss {loss:.3f}  {self.tokens / self.seconds[-1]:,.0f} tokens/s{self._peak()}"
         steps = self.settings.train.steps
@@ -186,6 +196,8 @@ class Progress:
 
     def validated(self, step: int, loss: float) -> None:
         """Held-out text had this mean loss after step `step`."""
+        if self.world.rehearsed:
+            return
         self.validation.append({"step": step + 1, "loss": loss})
         self.say(f"step {step + 1}/{self.settings.train.steps}  validation loss {loss:.3f}")
 

@@ -32,6 +32,7 @@ class World:
     device: torch.device
     members: tuple[tuple[str, int], ...] = ()  # every rank's host name and process id
     rehearsed: bool = False  # the others do not exist
+    target: str = ""  # the kind of device whose bytes are wanted, where it is not this one
     _turns: Iterator[int] = field(default_factory=count, compare=False)
 
     @property
@@ -43,6 +44,11 @@ class World:
     def leads(self) -> bool:
         """Whether this is rank 0, the one that speaks and writes."""
         return self.rank == 0
+
+    @property
+    def kind(self) -> str:
+        """The kind of device that the run is for: "cpu" or "cuda"."""
+        return self.target or self.device.type
 
     @property
     def alone(self) -> bool:
@@ -99,7 +105,9 @@ def connected(device: str, timeout: float) -> Iterator[World]:
     where = _device(device, local_rank)
     os.environ.setdefault("DS_ACCELERATOR", where.type)
     os.environ.setdefault("LOCAL_RANK", str(local_rank))
-    os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))  # DeepSpeed asks numactl without it
+    os.environ.setdefault(
+        "LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")
+    )  # DeepSpeed asks numactl without it
     backend = "nccl" if where.type == "cuda" else ORDERED_GLOO
     if backend == ORDERED_GLOO and ORDERED_GLOO.upper() not in dist.Backend._plugins:
         dist.Backend.register_backend(ORDERED_GLOO, _ordered_gloo, devices=["cpu"])

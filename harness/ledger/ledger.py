@@ -41,7 +41,8 @@ class Ledger:
     `settle_collectives=True` makes frees after collectives happen in an order that repeats (`observers.settle`);
     then every rank must have such a ledger, for it is a collective itself.
 
-    `allocator=False` holds the books against no allocator: where tensors are fake, nothing is allocated.
+    `allocator=False` holds the books against no allocator: where tensors are fake, nothing is allocated. `block`
+    rounds each storage up to a multiple of so many bytes, as the allocator that is missing would.
 
     It accounts for one kind of device, "cpu" or "cuda": what is said, else the model's, else the GPU if it is in use.
 
@@ -60,6 +61,7 @@ class Ledger:
         settle_collectives: bool = False,
         device: str | None = None,
         allocator: bool = True,
+        block: int = 1,
     ) -> None:
         if mode not in MODES:
             raise ValueError(f"mode={mode!r}: a ledger is one of {', '.join(MODES)}")
@@ -67,7 +69,7 @@ class Ledger:
         self._settle = settle_collectives
         self.exact = False  # whether every tensor is being seen now
         self.device = device or _device_of(model)
-        self._log = Log(self.device)
+        self._log = Log(self.device, block)
         self._modules = Modules(self._log, self._forward_begins, self._forward_ends)
         self._allocator = (CudaAllocator if self.device == "cuda" else CpuAllocator)() if allocator else None
         self._instruments = ExitStack()

@@ -99,9 +99,9 @@ def device_type(tensor: torch.Tensor) -> str:
 class Log(TorchDispatchMode):
     """A dispatch mode that logs storages. It holds no tensor and changes none."""
 
-    def __init__(self, device: str = "cpu") -> None:
+    def __init__(self, device: str = "cpu", block: int = 1) -> None:
         super().__init__()
-        self.device = device
+        self.device, self.block = device, block
         self.where = Where(0, "idle", 0)
         self.module = ""
         self.recomputing = False
@@ -166,8 +166,7 @@ class Log(TorchDispatchMode):
         known = self._alive.get(key)
         if known is not None:
             record = known.storage
-            nbytes = storage.nbytes()
-            if nbytes != record.nbytes:  # resized in place: one block goes, another comes
+            if self._size(storage) != record.nbytes:  # resized in place: one block goes, another comes
                 self._end(record, now)
                 return self._begin(storage, key, op, now)
             return record
@@ -178,7 +177,7 @@ class Log(TorchDispatchMode):
         made = "activations" if self.recomputing else MADE_IN.get(where.phase, "activations")
         fake = storage.device.type == "meta"
         record = Storage(
-            storage.nbytes(),
+            self._size(storage),
             0 if fake else storage.data_ptr(),
             now,
             where,
@@ -193,6 +192,9 @@ class Log(TorchDispatchMode):
         if record.nbytes:
             self.events.append(Event(now, record.nbytes, record, where, module))
         return record
+
+    def _size(self, storage: torch.UntypedStorage) -> int:
+        return -(-storage.nbytes() // self.block) * self.block
 
     def _gone(self, death: _Death) -> None:
         if self._alive.get(death.key) is death:

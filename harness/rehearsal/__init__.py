@@ -1,1 +1,63 @@
 """A run without its world: the same code on fake tensors, for ranks that do not exist."""
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from typing import Any
+
+from tqdm import tqdm
+
+from harness.rehearsal.roles import Role, roles
+from harness.settings import Settings
+
+UNVERIFIED = "not verified on this hardware"
+"""What a rehearsal for a GPU is until it has been held against a run on one."""
+
+
+def described(settings: Settings) -> dict[str, Any]:
+    """The record's `world`: what is rehearsed."""
+    gpu = settings.hardware.device == "cuda"
+    return {
+        "kind": "rehearsed",
+        "size": settings.world.size,
+        "device": "cuda" if gpu else "cpu",
+        "device_name": settings.hardware.name if settings.hardware.device != "auto" else None,
+        "verified": UNVERIFIED if gpu else None,
+    }
+
+
+def rehearse(settings: Settings) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Every role of `settings`' world: the records of the ranks that were rehearsed, and the run's parts.
+
+    Raises Refusal as the run itself would, RuntimeError where a shim does not fit, and whatever the run raises.
+    """
+    wanted = roles(settings)
+    found: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
+    with tqdm(total=len(wanted), unit="role", desc="rehearse", leave=False, disable=None) as bar:
+        for role, rehearsed in _all(settings, wanted):
+            found[role.rank] = rehearsed
+            bar.update()
+    ranks = [{**found[r.rank][0], "stands_for": list(r.stands_for), "bounds": list(r.bounds)} for r in wanted]
+    return ranks, found[wanted[0].rank][1]
+
+
+def _all(
+    settings: Settings, wanted: list[Role]
+) -> Iterator[tuple[Role, tuple[dict[str, Any], dict[str, Any]]]]:
+    """Each role as it is done: one alone in this process, several in parallel."""
+    from harness.rehearsal.role import rehearse as one
+
+    if len(wanted) == 1:
+        yield wanted[0], one(settings, wanted[0].rank)
+        return
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["harness.rehearsal.role"])
+    with ProcessPoolExecutor(min(len(wanted), os.cpu_count() or 1), context) as pool:
+        running = {pool.submit(one, settings, role.rank): role for role in wanted}
+        try:
+            for done in as_completed(running):
+                yield running[done], done.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise

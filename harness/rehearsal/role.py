@@ -1,0 +1,46 @@
+"""One rank of a run, rehearsed in this process: the run's own code, on fake tensors, under the ledger."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+from harness import infer, record, train
+from harness.ledger import Ledger
+from harness.rehearsal.world import rehearsed
+from harness.settings import Settings
+
+GPU_BLOCK = 512
+"""Bytes that CUDA's caching allocator rounds up to: kMinBlockSize of c10/cuda/CUDACachingAllocator."""
+
+
+def rehearse(settings: Settings, rank: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Rank `rank` of `settings.world.size`: its part of `record.json`, and what the run says of itself.
+
+    Raises Refusal as the run itself would, and RuntimeError where a shim does not fit.
+    """
+    size, target = settings.world.size or 1, settings.hardware.device
+    mode = train if settings.mode == "train" else infer
+    done: dict[str, Any] = {}
+    with warnings.catch_warnings(), rehearsed(rank, size, "cuda" if target == "cuda" else "cpu") as world:
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+        ledger = Ledger(
+            steps=settings.ledger.steps,
+            device="cpu",
+            allocator=False,
+            block=GPU_BLOCK if target == "cuda" else 1,
+        )
+        try:
+            with ledger:
+                mode.run(settings, world, ledger, record.Output(Path("/dev/null"), _quiet, done, _nothing))
+        except Exception as error:
+            error.rehearsed = rank, ledger.where  # type: ignore[attr-defined]
+            raise
+    return record.rank_record(ledger, rank), done
+
+
+def _quiet(line: str) -> None:
+    """What a rehearsed rank would say of its losses means nothing."""
+
+
+def _nothing() -> None:
+    """There is nothing to flush."""
