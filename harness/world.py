@@ -103,23 +103,33 @@ def connected(device: str, timeout: float) -> Iterator[World]:
     """
     rank, size, local_rank = environment()
     where = _device(device, local_rank)
-    os.environ.setdefault("DS_ACCELERATOR", where.type)
-    os.environ.setdefault("LOCAL_RANK", str(local_rank))
-    os.environ.setdefault(
-        "LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1")
-    )  # DeepSpeed asks numactl without it
     backend = "nccl" if where.type == "cuda" else ORDERED_GLOO
     if backend == ORDERED_GLOO and ORDERED_GLOO.upper() not in dist.Backend._plugins:
         dist.Backend.register_backend(ORDERED_GLOO, _ordered_gloo, devices=["cpu"])
     store = torch._C._distributed_c10d.HashStore() if size == 1 else None
-    dist.init_process_group(
-        backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout)
-    )
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    with variables(DS_ACCELERATOR=where.type, LOCAL_RANK=local_rank, LOCAL_SIZE=here):
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout)
+        )
+        try:
+            world = World(rank, size, local_rank, where)
+            yield replace(world, members=tuple(world.gather((socket.gethostname(), os.getpid()))))
+        finally:
+            dist.destroy_process_group()
+
+
+@contextmanager
+def variables(**given: object) -> Iterator[None]:
+    """The environment with these in it: DeepSpeed reads its place there, and asks numactl for LOCAL_SIZE without it."""
+    before = dict(os.environ)
+    os.environ.update({name: str(value) for name, value in given.items()})
     try:
-        world = World(rank, size, local_rank, where)
-        yield replace(world, members=tuple(world.gather((socket.gethostname(), os.getpid()))))
-    finally:
-        dist.destroy_process_group()
+        yield
+    finally:  # whoever read it may have written to it
+        for name in set(os.environ) - set(before):
+            del os.environ[name]
+        os.environ.update(before)
 
 
 def _ordered_gloo(store: Any, rank: int, size: int, timeout: timedelta) -> Any:

@@ -150,7 +150,9 @@ def test_a_number_out_of_its_range_is_refused_by_its_key(words: str) -> None:
         ("zero=2 pipeline.stages=2", "zero=2", "with pipeline.stages=2 use zero=0 or 1"),
         ("pipeline.stages=2", "pipeline.stages=2", "use pipeline.stages=1"),
         ("checkpointing=full", "checkpointing=full", "use checkpointing=none"),
-        ("world=rehearsed", "world=rehearsed", "use world=torchrun"),
+        ("world=rehearsed", "world.size=null", "needs world.size="),
+        ("world=rehearsed world.size=2 ledger=phases", "ledger=phases", "use ledger=exact"),
+        ("world=rehearsed world.size=2 train.resume=/tmp", "train.resume=/tmp", "leave it out"),
         (
             "model.config.num_key_value_heads=3",
             "model.config.num_key_value_heads=3",

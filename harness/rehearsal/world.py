@@ -1,18 +1,18 @@
 """A fake world of any size: one rank of it, in this process, with no peers, no port and no device."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.state import PartialState
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from harness.rehearsal.shims import shimmed
 from harness.rehearsal.values import Values
-from harness.world import World
+from harness.world import World, variables
 
 _VIEWS = frozenset(
     getattr(torch.ops.aten, name).default
@@ -48,17 +48,24 @@ class Fakes(FakeTensorMode):
 @contextmanager
 def rehearsed(rank: int, size: int, target: str = "cpu") -> Iterator[World]:
     """Rank `rank` of a world of `size` devices of kind `target`; within it every tensor that is made is fake."""
-    variables = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": 0, "LOCAL_SIZE": 1, "DS_ACCELERATOR": "cpu"}
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update({name: str(value) for name, value in variables.items()})
-    dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
+    place = variables(RANK=rank, WORLD_SIZE=size, LOCAL_RANK=0, LOCAL_SIZE=1, DS_ACCELERATOR="cpu")
+    with place, shimmed(), _accelerate_forgets():
+        dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
+        try:
+            with Fakes(allow_non_fake_inputs=True), Values():
+                yield World(rank, size, 0, torch.device("cpu"), rehearsed=True, target=target)
+        finally:
+            dist.destroy_process_group()
+
+
+@contextmanager
+def _accelerate_forgets() -> Iterator[None]:
+    """accelerate remembers the world that it first saw in this process; this one is not to be remembered."""
+    state = PartialState._shared_state
+    before = dict(state)
+    state.clear()
     try:
-        with shimmed(), Fakes(allow_non_fake_inputs=True), Values():
-            yield World(rank, size, 0, torch.device("cpu"), rehearsed=True, target=target)
+        yield
     finally:
-        dist.destroy_process_group()
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        state.clear()
+        state.update(before)
