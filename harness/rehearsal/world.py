@@ -49,7 +49,7 @@ class Fakes(FakeTensorMode):
 def rehearsed(rank: int, size: int, target: str = "cpu") -> Iterator[World]:
     """Rank `rank` of a world of `size` devices of kind `target`; within it every tensor that is made is fake."""
     place = variables(RANK=rank, WORLD_SIZE=size, LOCAL_RANK=0, LOCAL_SIZE=1, DS_ACCELERATOR="cpu")
-    with place, shimmed(), _accelerate_forgets():
+    with place, shimmed(), _unknown():
         dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
         try:
             with Fakes(allow_non_fake_inputs=True), Values():
@@ -59,13 +59,29 @@ def rehearsed(rank: int, size: int, target: str = "cpu") -> Iterator[World]:
 
 
 @contextmanager
-def _accelerate_forgets() -> Iterator[None]:
-    """accelerate remembers the world that it first saw in this process; this one is not to be remembered."""
-    state = PartialState._shared_state
-    before = dict(state)
-    state.clear()
+def _unknown() -> Iterator[None]:
+    """DeepSpeed and accelerate remember the first world of a process. Here they know none; after it, what they knew."""
+    from deepspeed import comm
+    from deepspeed.utils import groups
+
+    made = {
+        name: type(value) for name, value in vars(groups).items() if name.startswith("_") and name.isupper()
+    }
+    first: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        (PartialState._shared_state, {}),
+        (vars(comm.comm), {"cdb": None}),
+        (
+            vars(groups),
+            {"mesh_device": None, **{n: {} if t is dict else None for n, t in made.items() if t is not str}},
+        ),
+    ]
+    before = [(memory, dict(memory)) for memory, _ in first]
+    PartialState._shared_state.clear()
+    for memory, fresh in first:
+        memory.update(fresh)
     try:
         yield
     finally:
-        state.clear()
-        state.update(before)
+        PartialState._shared_state.clear()
+        for memory, kept in before:
+            memory.update(kept)
