@@ -65,10 +65,11 @@ class Allocator(_Part):
 
 
 class Rank(_Part):
-    """One rank's books; a rehearsed one `stands_for` several."""
+    """One rank's books; a rehearsed one `stands_for` others, and `bounds` those that hold no more."""
 
     rank: Number
     stands_for: list[Number] = []
+    bounds: list[Number] = []
     peak: Peak
     categories: dict[Text, Category]
     phases: list[Phase] = []
@@ -110,6 +111,14 @@ class World(_Part):
     size: Annotated[int, Field(ge=1, lt=2**31)]
     device: Text
     device_name: Text | None = None
+    kind: Text | None = None
+    memory: Bytes | None = None
+    verified: Text | None = None
+
+    @property
+    def rehearsed(self) -> bool:
+        """Whether its ranks do not exist."""
+        return self.kind == "rehearsed"
 
 
 class Model(_Part):

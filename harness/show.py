@@ -12,12 +12,16 @@ def show(record: Mapping[str, Any]) -> str:
     run = parse(record, "the record")
     model, world, worst = run.model, run.world, run.worst
     parameters = "parameters not counted" if model.parameters is None else f"{model.parameters:,} parameters"
-    lines = [f"{run.title}: {parameters}, {model.dtype or '-'}, {world.size} x {world.device}"]
+    device = world.device_name if world.rehearsed and world.device_name else world.device
+    title = f"{run.title}, rehearsed" if world.rehearsed else run.title
+    lines = [f"{title}: {parameters}, {model.dtype or '-'}, {world.size} x {device}"]
     if worst.peak.bytes is None and not worst.seen:
         lines.append("no memory was measured; ledger=exact does")
     else:
         table = _table(run)
         lines += [table.text(), *_notes(worst, table)]
+    if world.rehearsed:
+        lines += _rehearsed(run)
     return "\n".join([*lines, *_came_to(run)])
 
 
@@ -35,11 +39,24 @@ def _table(run: Record) -> Table:
     table.row("  kernel", *_part(at_peak.get("kernel"), total))
     table.rule()
     table.row("  total", *_part(total, total))
-    table.row("  allocator's own peak", _said(books.peak))
-    table.row("  unattributed", _said(books.unattributed))
+    if not run.world.rehearsed:
+        table.row("  allocator's own peak", _said(books.peak))
+        table.row("  unattributed", _said(books.unattributed))
     if books.foreign:
         table.row("  foreign, in no figure", size(books.foreign))
     return table
+
+
+def _rehearsed(run: Record) -> Iterator[str]:
+    """What a rehearsal does not see, and whether what it sees fits."""
+    peak, memory, where = run.worst.peak.bytes, run.world.memory, run.world.device_name
+    yield "a rehearsal sees no scratch inside kernels (kernel), and nothing outside the framework's allocator"
+    if run.world.verified is not None:
+        yield f"{where or run.world.device}: {run.world.verified}"
+    if peak is not None and memory is not None:
+        left = memory - peak
+        fits = f"fits, with {size(left)} left" if left >= 0 else f"does not fit: {size(-left)} too much"
+        yield f"{size(peak)} of {size(memory)} on {where or run.world.device}: {fits}"
 
 
 def _whose(run: Record) -> str:
@@ -47,6 +64,10 @@ def _whose(run: Record) -> str:
     ranks, peaks = run.world.size, run.peaks
     if ranks == 1:
         return f"rank {run.worst.rank}"
+    if any(rank.bounds for rank in run.ranks):
+        return (
+            f"rank {run.worst.rank} of {ranks}, the worst of {len(run.ranks)} rehearsed; no other holds more"
+        )
     alike = len(peaks) == ranks and len(set(peaks.values())) == 1
     return f"rank {run.worst.rank} of {ranks}, {'all alike' if alike else 'the worst'}"
 

@@ -23,6 +23,7 @@ def described(settings: Settings) -> dict[str, Any]:
         "size": settings.world.size,
         "device": "cuda" if gpu else "cpu",
         "device_name": settings.hardware.name if settings.hardware.device != "auto" else None,
+        "memory": settings.hardware.memory,
         "verified": UNVERIFIED if gpu else None,
     }
 
