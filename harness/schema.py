@@ -33,6 +33,15 @@ class Where(_Part):
     op: Text = ""
 
 
+class Holding(_Part):
+    """Storages under one name: an owner's, or the module and the operator that made them."""
+
+    category: Text
+    name: Text
+    bytes: Bytes
+    storages: Number
+
+
 class Peak(_Part):
     """The moment when most bytes were alive, and what they were. None: not measured."""
 
@@ -40,6 +49,7 @@ class Peak(_Part):
     where: Where | None
     categories: dict[Text, Bytes | None]
     saved: Bytes | None = None
+    holdings: list[Holding] | None = None
 
 
 class Category(_Part):
@@ -50,9 +60,14 @@ class Category(_Part):
 
 
 class Phase(_Part):
-    """What was alive in a phase, by category."""
+    """What was alive in a phase, by category; the most, and what was left. None: not measured."""
 
     categories: dict[Text, Bytes | None]
+    step: Number = 0
+    phase: Text = ""
+    micro_batch: Number = 0
+    peak: Bytes | None = None
+    end: Bytes | None = None
 
 
 class Allocator(_Part):
@@ -152,6 +167,9 @@ class Inference(_Part):
     """What an inference run came to."""
 
     kv_bytes_per_token: Bytes | None = None
+    kv_reserved: Bytes | None = None
+    kv_filled: Bytes | None = None
+    kv_live: Bytes | None = None
 
 
 class Performance(_Part):
@@ -159,6 +177,12 @@ class Performance(_Part):
 
     tokens_per_second: float | None = None
     time_to_first_token_seconds: float | None = None
+
+
+class Environment(_Part):
+    """What made the figures."""
+
+    command: list[Text] = []
 
 
 class Record(_Part):
@@ -169,6 +193,8 @@ class Record(_Part):
     world: World
     model: Model
     ranks: list[Rank]
+    config: dict[str, Any] = {}
+    environment: Environment = Environment()
     failure: Failure | None = None
     training: Training = Training()
     inference: Inference = Inference()

@@ -39,8 +39,10 @@ __all__ = [
     "World",
     "Zero",
     "check_world",
+    "checked",
     "load",
     "nearest",
+    "typed",
 ]
 
 
@@ -56,10 +58,19 @@ def load(cfg: DictConfig) -> Settings:
         raise Refusal(error.full_key or "config", "?", str(error.msg or error)) from error
     if isinstance(tree.get("generation"), dict) and isinstance(tree["generation"].get("prompt"), str):
         tree["generation"]["prompt"] = [tree["generation"]["prompt"]]
+    return checked(typed(tree))
+
+
+def typed(tree: Mapping[str, Any]) -> Settings:
+    """A config's plain `tree` as settings, each field by itself. Raises `Refusal` as `load` does for a field."""
     try:
-        settings = TypeAdapter(Settings).validate_python(tree)
+        return TypeAdapter(Settings).validate_python(tree)
     except ValidationError as error:
         raise _refusal(error, tree) from None
+
+
+def checked(settings: Settings) -> Settings:
+    """`settings`, every rule checked that `load` checks. Raises `Refusal`."""
     for rule in (_parallelism, _rehearsal, _model, _data, _train, _generation):
         rule(settings)
     return settings
