@@ -63,12 +63,15 @@ class Engine:
     def __init__(self, settings: Settings, world: World, ledger: Ledger, model: torch.nn.Module) -> None:
         self.settings, self.ledger = settings, ledger
         train = settings.train
+        if settings.zero.stage < 3:  # as DeepSpeed would, before anybody can name what it moves
+            model.to(world.device)
         ledger.own(model=model)
         self.inner = torch.optim.AdamW(
             model.parameters(),
             lr=train.learning_rate,
             weight_decay=train.weight_decay,
-            foreach=world.kind == "cuda",  # as torch itself chooses; a rehearsal for a GPU is not on one
+            # as torch itself chooses; a rehearsal for a GPU is not on one
+            foreach=world.kind == "cuda" and settings.zero.offload == "none",
         )
         deepspeed = _import_deepspeed()
         backend = "nccl" if world.device.type == "cuda" else "gloo"

@@ -10,7 +10,7 @@ import torch
 from harness.ledger import owners
 from harness.ledger.allocator import CpuAllocator, CudaAllocator
 from harness.ledger.categories import CATEGORIES
-from harness.ledger.log import RANK, Log, Where, device_type
+from harness.ledger.log import RANK, Log, Where, device_of
 from harness.ledger.observers import Modules, in_backward, settle, watching_saved, watching_steps
 from harness.ledger.timeline import Books, Category, Peak, Phase, at_allocator_peak, replay
 
@@ -205,7 +205,7 @@ class Ledger:
         held: dict[int, tuple[str, int]] = {}
         for claims in (*self._owners.values(), *self._caches.values()):
             for category, _, tensor in claims():
-                if device_type(tensor) != self.device:
+                if device_of(tensor) != self.device:
                     continue
                 storage = tensor.untyped_storage()
                 known = held.get(storage._cdata)

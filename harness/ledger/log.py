@@ -90,10 +90,10 @@ def tensors_in(tree: Any) -> Iterator[torch.Tensor]:
             yield from tensors_in(item)
 
 
-def device_type(tensor: torch.Tensor) -> str:
-    """Where `tensor` is; asked of a fake one without dispatching an operator for it."""
-    device: torch.device = getattr(tensor, "fake_device", None) or tensor.device
-    return device.type
+def device_of(tensor: torch.Tensor) -> str:
+    """Where `tensor` is: the kind of device; of a fake one its whole name, asked for without an operator."""
+    fake = getattr(tensor, "fake_device", None)
+    return tensor.device.type if fake is None else str(fake)
 
 
 class Log(TorchDispatchMode):
@@ -156,7 +156,7 @@ class Log(TorchDispatchMode):
 
     def see(self, tensor: torch.Tensor, op: str, now: int) -> Storage | None:
         """The record of `tensor`'s storage, made now if it was not known. None where it has none on this device."""
-        if device_type(tensor) != self.device:
+        if device_of(tensor) != self.device:
             return None
         try:
             storage = tensor.untyped_storage()

@@ -25,7 +25,7 @@ def rehearse(settings: Settings, rank: int) -> tuple[dict[str, Any], dict[str, A
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         ledger = Ledger(
             steps=settings.ledger.steps,
-            device="cpu",
+            device=str(world.device),
             allocator=False,
             block=GPU_BLOCK if target == "cuda" else 1,
         )

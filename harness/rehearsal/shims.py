@@ -95,6 +95,53 @@ def plenty(original: Original) -> Original:
     return stand_in
 
 
+GPU = torch.device("cpu", 0)
+"""A fake GPU, beside the host that is `torch.device("cpu")`.
+
+A fake "cuda" cannot have gradients where torch has no CUDA. This one takes the CPU's attention kernel, which saves what
+the GPU's saves: q, k, v, out and log-sum-exp.
+"""
+
+
+def on_gpu(original: Original) -> Original:
+    """The accelerator's names for its device: the fake GPU's."""
+
+    def stand_in(self: Any, device_index: Any = None) -> str:
+        return str(GPU)
+
+    return stand_in
+
+
+def on_current_gpu(original: Original) -> Original:
+    """`on_gpu`, of the device in use."""
+
+    def stand_in(self: Any) -> str:
+        return str(GPU)
+
+    return stand_in
+
+
+def moved(original: Original) -> Original:
+    """`torch.tensor`, which makes a tensor on the host and would leave it there."""
+
+    def stand_in(data: Any, *, device: Any = None, **options: Any) -> torch.Tensor:
+        made: torch.Tensor = original(data, **options)
+        return made if device is None else made.to(device)
+
+    return stand_in
+
+
+def data_with_device(original: Any) -> Any:
+    """`FakeTensor.data`, whose setter would leave the device of what it sets behind."""
+
+    def put(self: Any, value: Any) -> None:
+        original.__set__(self, value)
+        self.fake_device = value.fake_device
+
+    return property(original.__get__, put)
+
+
+ACCELERATOR = "deepspeed.accelerator.cpu_accelerator.CPU_Accelerator"
 ZERO12 = "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer"
 ZERO3 = "deepspeed.runtime.zero"
 ALONE = "there is no rank 0 to ask"
@@ -114,7 +161,7 @@ SHIMS = (
         with_values,
     ),
     Shim(
-        "deepspeed.accelerator.cpu_accelerator.CPU_Accelerator",
+        ACCELERATOR,
         "available_memory",
         "ZeRO-1 and 2 take another way where this machine has little memory free",
         plenty,
@@ -131,14 +178,27 @@ SHIMS = (
 )
 
 
+TWO_DEVICES = "there is a GPU beside the host, which DeepSpeed takes for its accelerator"
+
+GPU_SHIMS = (
+    Shim(ACCELERATOR, "device_name", TWO_DEVICES, on_gpu),
+    Shim(ACCELERATOR, "current_device_name", TWO_DEVICES, on_current_gpu),
+    Shim("torch", "tensor", TWO_DEVICES, moved),
+    Shim("torch._subclasses.fake_tensor.FakeTensor", "data", TWO_DEVICES, data_with_device),
+)
+
+
 @contextmanager
-def shimmed() -> Iterator[None]:
-    """Within it every shim is in place. Raises RuntimeError, naming it, where one does not fit."""
+def shimmed(gpu: bool = False) -> Iterator[None]:
+    """Within it every shim is in place, with `gpu` those for a GPU too.
+
+    Raises RuntimeError, naming it, where one does not fit.
+    """
     with ExitStack() as undo:
-        for shim in SHIMS:
+        for shim in (*SHIMS, *(GPU_SHIMS if gpu else ())):
             owner = _find(shim.owner)
             original = getattr(owner, shim.attribute, None)
-            replacement = shim.stand_in(original)  # type: ignore[arg-type]
+            replacement = shim.stand_in(original)
             _check(shim, original, replacement)
             own = vars(owner).get(shim.attribute)
             undo.callback(_put_back, owner, shim.attribute, own)
@@ -165,7 +225,11 @@ def _find(path: str) -> Any:
 
 def _check(shim: Shim, original: Any, replacement: Original) -> None:
     """Raise where what is replaced is gone or takes other arguments; a function in C does not say which it takes."""
-    if inspect.ismethoddescriptor(original):
+    if (
+        inspect.isbuiltin(original)
+        or inspect.ismethoddescriptor(original)
+        or inspect.isdatadescriptor(original)
+    ):
         return
     taken = None if original is None else tuple(inspect.signature(_undecorated(original)).parameters)
     expected = tuple(inspect.signature(replacement).parameters)

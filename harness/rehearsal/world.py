@@ -10,7 +10,7 @@ from accelerate.state import PartialState
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from harness.rehearsal.shims import shimmed
+from harness.rehearsal.shims import GPU, shimmed
 from harness.rehearsal.values import Values
 from harness.world import World, variables
 
@@ -42,18 +42,26 @@ class Fakes(FakeTensorMode):
         if func.namespace == "c10d":  # what it returns are its arguments
             with in_kernel_invocation_manager(self):
                 return func(*args, **kwargs)
-        return self.dispatch(func, types, args, kwargs)
+        made = self.dispatch(func, types, args, kwargs)
+        if type(made) is FakeTensor:
+            made.constant = None  # Values knows it, and on which device it is
+        return made
 
 
 @contextmanager
 def rehearsed(rank: int, size: int, target: str = "cpu") -> Iterator[World]:
-    """Rank `rank` of a world of `size` devices of kind `target`; within it every tensor that is made is fake."""
+    """Rank `rank` of a world of `size` devices of kind `target`; within it every tensor that is made is fake.
+
+    Where `target` is "cuda" there are two fake devices: the world's own, and the host.
+    """
+    gpu = target == "cuda"
+    device = GPU if gpu else torch.device("cpu")
     place = variables(RANK=rank, WORLD_SIZE=size, LOCAL_RANK=0, LOCAL_SIZE=1, DS_ACCELERATOR="cpu")
-    with place, shimmed(), _unknown():
+    with place, shimmed(gpu), _unknown():
         dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
         try:
             with Fakes(allow_non_fake_inputs=True), Values():
-                yield World(rank, size, 0, torch.device("cpu"), rehearsed=True, target=target)
+                yield World(rank, size, 0, device, rehearsed=True, target=target)
         finally:
             dist.destroy_process_group()
 
