@@ -13,7 +13,10 @@ from harness import config
 from harness.knobs import Refusal, as_typed, knobs
 from harness.settings import load
 
-TOOLS = {"compare": "RUN RUN [...]   runs side by side, category by category; --json, --markdown"}
+TOOLS = {
+    "compare": "RUN RUN [...]   runs side by side, category by category; --json, --markdown",
+    "explain": "RUN             what holds its memory, and the change that would save most; --no-rehearsal, --json",
+}
 
 USAGE = """\
 Train a causal language model or generate with one, and see what every byte on every rank is.

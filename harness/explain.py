@@ -1,0 +1,151 @@
+"""`harness explain RUN`: what a run's peak is made of, what surprises in it, and the change that would save most."""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from textwrap import fill
+from typing import NoReturn
+
+from harness.record import read
+from harness.schema import Rank, Record, parse, printable
+from harness.surprises import SURPRISES, WHY, Finding, Run, failure, unattributed
+from harness.tables import size
+
+WIDTH = 100
+LARGEST = 3
+"""How many categories, and how many holdings, are named."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """`harness explain RUN`; the exit code."""
+    try:
+        asked = _parser().parse_args(argv)
+        record = parse(read(asked.run), str(asked.run))
+    except ValueError as error:
+        print(f"harness: {printable(str(error))}", file=sys.stderr)
+        return 2
+    findings = list(explain(record))
+    if asked.rehearsal:
+        from harness.savings import savings  # its processes import torch
+
+        findings += savings(record)
+    if asked.json:
+        print(json.dumps([finding._asdict() for finding in findings], indent=1))
+    else:
+        print(text(record, findings))
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"explain: {printable(message)}; --help says what there is")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        "harness explain",
+        description="Say what holds a run's memory, what surprises in it, and which change would save most.",
+        epilog="The change is rehearsed with the run's own config. Exit code 2: there is no record that can be read.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="its directory, or its record.json")
+    parser.add_argument(
+        "--no-rehearsal", dest="rehearsal", action="store_false", help="the record alone, in a second"
+    )
+    parser.add_argument("--json", action="store_true", help="the same as JSON: kind, sentence, bytes")
+    return parser
+
+
+def explain(record: Record) -> Iterator[Finding]:
+    """What the record alone shows, the most important first."""
+    run = Run(record)
+    for found in (failure, unattributed, made_of, holdings, ranks, *SURPRISES):
+        yield from found(run)
+
+
+def text(record: Record, findings: Sequence[Finding]) -> str:
+    """The findings for a terminal, under what ran."""
+    world = record.world
+    kind = ", rehearsed" if world.rehearsed else ""
+    lines = [f"{record.title}{kind}, {world.size} x {(kind and world.device_name) or world.device}"]
+    for finding in findings:
+        sentence = printable(finding.sentence)
+        lines.append(
+            f"  {sentence}" if finding.kind == "command" else fill(sentence, WIDTH, subsequent_indent="  ")
+        )
+    return "\n".join(lines)
+
+
+def made_of(run: Run) -> Iterator[Finding]:
+    """The worst rank's peak, by category, and when it is."""
+    peak = run.peak
+    if peak.bytes is None:
+        yield Finding("peak", "No peak was measured; ledger=exact measures it.", None)
+        return
+    largest = sorted(((held or 0, name) for name, held in peak.categories.items()), reverse=True)
+    named = [pair for pair in largest[:LARGEST] if pair[0]]
+    rest = peak.bytes - sum(held for held, _ in named)
+    parts = [f"{size(held)} {name} ({held / peak.bytes:.0%})" for held, name in named]
+    parts += [f"{size(rest)} others"] if rest else []
+    where = ""
+    if peak.where is not None:
+        module = f"in {peak.where.module}" if peak.where.module else "outside any module"
+        micro_batch = f" of micro-batch {peak.where.micro_batch}" if peak.where.micro_batch else ""
+        where = f" That is in step {peak.where.step}, {peak.where.phase}{micro_batch}, {module}."
+    yield Finding(
+        "peak", f"{_who(run)} {size(peak.bytes)} at its peak: {', '.join(parts)}.{where}", peak.bytes
+    )
+
+
+def _who(run: Run) -> str:
+    """Whose peak it is, with a verb."""
+    peaks = run.record.peaks
+    known = {number for rank in run.record.ranks for number in (*rank.numbers, *rank.bounds)}
+    if run.size == 1:
+        return "It holds"
+    if len(peaks) == run.size and len(set(peaks.values())) == 1:
+        return f"Each of the {run.size} ranks holds"
+    return f"Rank {run.worst.rank} of {run.size}{', the highest,' if len(known) == run.size else ''} holds"
+
+
+def holdings(run: Run) -> Iterator[Finding]:
+    """The largest holdings by name, those of all layers as one."""
+    together: dict[tuple[str, str], int] = {}
+    for holding in run.holdings:
+        name = re.sub(r"(?<=[.\[])\d+(?=[.\]])", "*", holding.name), holding.category
+        if holding.name != "others":
+            together[name] = together.get(name, 0) + holding.bytes
+    folded = {holding.category for holding in run.holdings if holding.name == "others"}
+    largest = sorted(together.items(), key=lambda pair: (-pair[1], pair[0]))[:LARGEST]
+    parts = [
+        f"{name} {'at least ' if category in folded and '*' in name else ''}{size(held)}"
+        for (name, category), held in largest
+    ]
+    if parts:
+        yield Finding("holdings", f"Largest by name: {'; '.join(parts)}.", sum(held for _, held in largest))
+
+
+def ranks(run: Run) -> Iterator[Finding]:
+    """How much higher the worst rank is than the lowest, and of what it has more."""
+    measured = [rank for rank in run.record.ranks if rank.peak.bytes is not None]
+    if len({rank.peak.bytes for rank in measured}) < 2:
+        return
+    lowest = min(measured, key=lambda rank: (rank.peak.bytes or 0, rank.rank))
+    apart = run.whole - (lowest.peak.bytes or 0)
+    more = _more(run.worst, lowest)
+    most = max(more, key=lambda name: more[name], default="")
+    has = f", with {size(more[most])} more {most}" if more.get(most, 0) > 0 else ""
+    why = next((f": {reason}" for name, reason in WHY.items() if more.get(name, 0) > 0), "")
+    sentence = f"Rank {run.worst.rank} is {size(apart)} above rank {lowest.rank}{has}{why}."
+    yield Finding("worst_rank", sentence, apart)
+
+
+def _more(one: Rank, other: Rank) -> dict[str, int]:
+    """By category, how much more `one` has at its peak than `other` at its own."""
+    return {
+        name: (held or 0) - (other.peak.categories.get(name) or 0)
+        for name, held in one.peak.categories.items()
+    }

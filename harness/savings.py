@@ -1,0 +1,239 @@
+"""Which single change of a run's config would save most, each rehearsed: a figure of the engine's, not a rule's.
+
+A row of `TRAIN` or `INFER` is a change that keeps what the run means: the same model, the same sequences in a step,
+the same tokens for a prompt. The rules of the settings refuse those that cannot be.
+"""
+
+import os
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from typing import Any, NamedTuple
+
+from omegaconf import OmegaConf
+from tqdm import tqdm
+
+from harness import config
+from harness.knobs import Refusal, Settings, as_typed
+from harness.schema import Record
+from harness.settings import check_world, checked, typed
+from harness.surprises import Finding
+from harness.tables import size
+
+Tree = Mapping[str, Any]
+
+
+class Change(NamedTuple):
+    """New values by key, from the settings that ran, and what they cost besides."""
+
+    values: Callable[[Settings], dict[str, Any]]
+    cost: str
+
+
+TRAIN = (
+    Change(lambda s: {"zero.stage": s.zero.stage + 1}, "more communication"),
+    Change(lambda s: {"zero.stage": s.zero.stage - 1}, "less communication"),
+    Change(
+        lambda s: {
+            "train.micro_batch": s.train.micro_batch // 2,
+            "train.accumulation": s.train.accumulation * 2,
+        },
+        "twice the passes, each of half the sequences",
+    ),
+    Change(lambda s: {"zero.reduce_bucket_size": s.zero.reduce_bucket_size // 10}, "more, smaller messages"),
+    Change(
+        lambda s: {"zero.prefetch_bucket_size": s.zero.prefetch_bucket_size // 10}, "waits for parameters"
+    ),
+    Change(lambda s: {"zero.offload": "optimizer"}, "the optimizer steps on the host"),
+    Change(
+        lambda s: {"zero.offload": "all"}, "the optimizer steps on the host, and parameters come from there"
+    ),
+    Change(lambda s: {"checkpointing": "selective"}, "some activations are computed twice"),
+    Change(lambda s: {"checkpointing": "full"}, "every forward is computed twice"),
+    Change(lambda s: {"model.attention": "sdpa"}, "nothing"),
+)
+INFER = (
+    Change(lambda s: {"generation.batch": s.generation.batch // 2}, "half the prompts at once"),
+    Change(lambda s: {"generation.cache": "static"}, "room for the longest answer from the start"),
+    Change(lambda s: {"generation.cache": "dynamic"}, "a copy of a layer's cache at each token"),
+    Change(lambda s: {"model.attention": "sdpa"}, "nothing"),
+)
+
+SPELLED = {"zero.stage": "zero"}
+"""The keys that are typed as their group's option."""
+
+
+class Rehearsed(NamedTuple):
+    """A change and the highest peak of any rank with it, in bytes."""
+
+    values: dict[str, Any]
+    cost: str
+    peak: int
+
+    @property
+    def words(self) -> str:
+        """As it is typed."""
+        return " ".join(f"{SPELLED.get(key, key)}={as_typed(value)}" for key, value in self.values.items())
+
+
+def savings(record: Record) -> Iterator[Finding]:
+    """Whether a rehearsal agrees with the record; what would save most, and what was tried besides."""
+    try:
+        base = settings_of(record, {})
+    except Refusal as refusal:
+        yield Finding("saving", f"No change was rehearsed, for the run itself cannot be: {refusal}.", None)
+        return
+    changes = list(candidates(record, base))
+    peaks = rehearse([base, *(settings for settings, _, _ in changes)])
+    before = peaks[0]
+    if isinstance(before, str):
+        yield Finding("saving", f"No change was rehearsed, for the run itself could not be: {before}", None)
+        return
+    tried = [
+        Rehearsed(values, cost, peak)
+        for (_, values, cost), peak in zip(changes, peaks[1:], strict=True)
+        if isinstance(peak, int)
+    ]
+    tried.sort(key=lambda change: change.peak)
+    yield from agreement(record, before)
+    yield from _stage_three(base, before, tried)
+    yield from _saving(record, before, tried)
+
+
+def settings_of(record: Record, values: Mapping[str, Any]) -> Settings:
+    """The record's config with `values` in it, for a rehearsal. Raises Refusal where it cannot be."""
+    if not record.config:
+        raise Refusal("config", None, "the record has none")
+    typed(record.config)  # its groups are groups
+    around = {
+        "world.kind": "rehearsed",
+        "world.size": record.world.size,
+        "hardware.device": record.world.device,
+        "ledger.mode": "exact",
+        "train.resume": None,
+    }
+    settings = checked(typed(changed(record.config, {**around, **values})))
+    check_world(settings, record.world.size)
+    return settings
+
+
+def changed(tree: Tree, values: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of `tree` with `values`, by their paths, in it."""
+    made = dict(tree)
+    for path, value in values.items():
+        head, _, rest = path.partition(".")
+        made[head] = changed(made.get(head, {}), {rest: value}) if rest else value
+    return made
+
+
+def candidates(record: Record, base: Settings) -> Iterator[tuple[Settings, dict[str, Any], str]]:
+    """The changes that are possible, none of them what is there already: settings, values by key, cost."""
+    for change in TRAIN if base.mode == "train" else INFER:
+        values = change.values(base)
+        try:
+            settings = settings_of(record, values)
+        except Refusal:
+            continue
+        same = settings.train.micro_batch * settings.train.accumulation == (
+            base.train.micro_batch * base.train.accumulation
+        )
+        if same and settings != base:
+            yield settings, values, change.cost
+
+
+def rehearse(wanted: Sequence[Settings]) -> list[int | str]:
+    """The highest peak of any rank under each of `wanted`, in bytes, in parallel; or why there is none."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["harness.rehearsal.role", "harness.rehearsal.roles"])
+    with ProcessPoolExecutor(min(len(wanted), os.cpu_count() or 1), context) as pool:
+        running = [pool.submit(highest, settings) for settings in wanted]
+        for _ in tqdm(as_completed(running), total=len(running), desc="rehearse", leave=False, disable=None):
+            pass
+        return [each.result() for each in running]
+
+
+def highest(settings: Settings) -> int | str:
+    """The highest peak of any rank of a rehearsal, in bytes; or, in words, why it failed."""
+    from harness.rehearsal.role import rehearse as one
+    from harness.rehearsal.roles import roles
+
+    try:
+        peaks: list[int] = [one(settings, role.rank)[0]["peak"]["bytes"] for role in roles(settings)]
+        return max(peaks)
+    except Exception as error:  # another process asked; the error's class may not be known there
+        return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+def agreement(record: Record, rehearsed: int) -> Iterator[Finding]:
+    """Whether the rehearsal of the run gives the record's own figure: then its savings can be trusted."""
+    peak = record.worst.peak
+    if peak.bytes is None or record.status == "failed":
+        return
+    kernel = peak.categories.get("kernel") or 0
+    apart = peak.bytes - kernel - rehearsed
+    without = f", its {size(kernel)} of scratch inside kernels left out" if kernel else ""
+    if not apart and not record.world.rehearsed:
+        sentence = f"A rehearsal of this run gives the same peak, to the byte{without}."
+        yield Finding("agreement", sentence, 0)
+    elif apart:
+        more = "more" if apart > 0 else "less"
+        sentence = (
+            f"A rehearsal of this run gives {size(rehearsed)}; the record has {size(abs(apart))} {more}"
+            f"{without}. Take the saving as near, not exact."
+        )
+        yield Finding("agreement", sentence, apart)
+
+
+def _stage_three(base: Settings, before: int, tried: Sequence[Rehearsed]) -> Iterator[Finding]:
+    """ZeRO-3 that takes more than ZeRO-2 would."""
+    for change in tried:
+        if base.zero.stage == 3 and change.values == {"zero.stage": 2} and change.peak < before:
+            sentence = (
+                f"ZeRO-3 takes {size(before - change.peak)} more here than ZeRO-2 would "
+                f"({size(before)} against {size(change.peak)}): "
+                "what it gathers and its buckets outweigh what it shards."
+            )
+            yield Finding("zero3", sentence, before - change.peak)
+
+
+def _saving(record: Record, before: int, tried: Sequence[Rehearsed]) -> Iterator[Finding]:
+    """The best change with the command for it, then the others."""
+    others = [f"{change.words} ({_apart(before, change.peak)})" for change in tried]
+    if not tried or tried[0].peak >= before:
+        sentence = "No single change that was rehearsed saves anything"
+        yield Finding("saving", f"{sentence}: {'; '.join(others)}." if others else f"{sentence}.", 0)
+        return
+    best = tried[0]
+    saved = before - best.peak
+    sentence = (
+        f"{best.words} would save {size(saved)} (from {size(before)} to {size(best.peak)} at the peak, "
+        f"rehearsed). It costs {best.cost}."
+    )
+    yield Finding("saving", sentence, saved)
+    yield Finding("command", command(record, best), None)
+    if others[1:]:
+        yield Finding("others", f"Rehearsed too: {'; '.join(others[1:])}.", None)
+
+
+def _apart(before: int, after: int) -> str:
+    if before == after:
+        return "the same"
+    return f"{size(abs(after - before))} {'less' if after < before else 'more'}"
+
+
+def command(record: Record, change: Rehearsed) -> str:
+    """The line that runs `record`'s config with `change`; where what was typed does not make it, the change alone."""
+    gone = {*change.values, *(SPELLED.get(key, key) for key in change.values), "hydra.run.dir"}
+    kept = [word for word in record.environment.command if word.partition("=")[0] not in gone]
+    words = [*kept, *change.words.split()]
+    start = "python -m harness"
+    if not record.world.rehearsed and record.world.size > 1:
+        start = f"torchrun --standalone --nproc-per-node {record.world.size} -m harness"
+    try:
+        cfg = config.compose(words)
+        made: Any = OmegaConf.to_container(cfg, resolve=True)
+    except (Refusal, ValueError):
+        made = {}
+    same = {key: made[key] for key in made if key != "hydra"} == changed(record.config, change.values)
+    return f"{start} {shlex.join(words if same else ['...', *change.words.split()])}"
