@@ -40,7 +40,12 @@ def rehearse(settings: Settings) -> tuple[list[dict[str, Any]], dict[str, Any]]:
             found[role.rank] = rehearsed
             bar.update()
     ranks = [{**found[r.rank][0], "stands_for": list(r.stands_for), "bounds": list(r.bounds)} for r in wanted]
-    return ranks, found[wanted[0].rank][1]
+    return ranks, max((found[role.rank][1] for role in wanted), key=_cached)
+
+
+def _cached(done: dict[str, Any]) -> int:
+    """The bytes of the largest KV cache that a role saw, which are the run's."""
+    return done.get("inference", {}).get("kv_reserved") or 0
 
 
 def _all(
