@@ -63,8 +63,12 @@ class Engine:
     def __init__(self, settings: Settings, world: World, ledger: Ledger, model: torch.nn.Module) -> None:
         self.settings, self.ledger = settings, ledger
         train = settings.train
-        if settings.zero.stage < 3:  # as DeepSpeed would, before anybody can name what it moves
-            model.to(world.device)
+        deepspeed, config = _import_deepspeed(), deepspeed_config(settings, world.size)
+        backend = "nccl" if world.device.type == "cuda" else "gloo"
+        deepspeed.init_distributed(dist_backend=backend, dist_init_required=False)
+        if settings.zero.stage == 3:  # a parameter at a time: no device ever holds them all
+            deepspeed.zero.Init(module=model, config_dict_or_path=config)
+        model.to(world.device)  # as DeepSpeed would, before anybody can name what it moves
         ledger.own(model=model)
         self.inner = torch.optim.AdamW(
             model.parameters(),
@@ -73,12 +77,7 @@ class Engine:
             # as torch itself chooses; a rehearsal for a GPU is not on one
             foreach=world.kind == "cuda" and settings.zero.offload == "none",
         )
-        deepspeed = _import_deepspeed()
-        backend = "nccl" if world.device.type == "cuda" else "gloo"
-        deepspeed.init_distributed(dist_backend=backend, dist_init_required=False)
-        self.deepspeed, *_ = deepspeed.initialize(
-            model=model, optimizer=self.inner, config=deepspeed_config(settings, world.size)
-        )
+        self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=self.inner, config=config)
         ledger.own(engine=self.deepspeed)
 
     @property

@@ -68,7 +68,10 @@ def rehearsed(rank: int, size: int, target: str = "cpu") -> Iterator[World]:
 
 @contextmanager
 def _unknown() -> Iterator[None]:
-    """DeepSpeed and accelerate remember the first world of a process. Here they know none; after it, what they knew."""
+    """DeepSpeed and accelerate remember the first world of a process. Here they know none; after it, what they knew.
+
+    ZeRO-3 leaves its own `linear` in torch for good: that too is what it was.
+    """
     from deepspeed import comm
     from deepspeed.utils import groups
 
@@ -78,6 +81,7 @@ def _unknown() -> Iterator[None]:
     first: list[tuple[dict[str, Any], dict[str, Any]]] = [
         (PartialState._shared_state, {}),
         (vars(comm.comm), {"cdb": None}),
+        (vars(torch.nn.functional), {"linear": torch._C._nn.linear}),
         (
             vars(groups),
             {"mesh_device": None, **{n: {} if t is dict else None for n, t in made.items() if t is not str}},
