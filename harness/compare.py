@@ -133,7 +133,8 @@ def names_of(runs: Sequence[Run]) -> list[str]:
 
 def _heading(record: Record, name: str) -> list[str]:
     world, model = record.world, record.model
-    ran = [record.mode, model.short, f"{world.size} x {world.device}, {model.dtype or '-'}"]
+    mode = f"{record.mode}, rehearsed" if world.rehearsed else record.mode
+    ran = [mode, model.short, f"{world.devices}, {model.dtype or '-'}"]
     lines = ran if name in (record.title, record.mode) else [name, *ran]
     return [tail(line, NAME) for line in lines]
 

@@ -135,6 +135,11 @@ class World(_Part):
         """Whether its ranks do not exist."""
         return self.kind == "rehearsed"
 
+    @property
+    def devices(self) -> str:
+        """How many of which; a rehearsal's by the name of its hardware."""
+        return f"{self.size} x {(self.rehearsed and self.device_name) or self.device}"
+
 
 class Model(_Part):
     """What ran."""

@@ -12,9 +12,8 @@ def show(record: Mapping[str, Any]) -> str:
     run = parse(record, "the record")
     model, world, worst = run.model, run.world, run.worst
     parameters = "parameters not counted" if model.parameters is None else f"{model.parameters:,} parameters"
-    device = world.device_name if world.rehearsed and world.device_name else world.device
     title = f"{run.title}, rehearsed" if world.rehearsed else run.title
-    lines = [f"{title}: {parameters}, {model.dtype or '-'}, {world.size} x {device}"]
+    lines = [f"{title}: {parameters}, {model.dtype or '-'}, {world.devices}"]
     if worst.peak.bytes is None and not worst.seen:
         lines.append("no memory was measured; ledger=exact does")
     else:
