@@ -168,7 +168,8 @@ def highest(settings: Settings) -> int | str:
 def agreement(record: Record, rehearsed: int) -> Iterator[Finding]:
     """Whether the rehearsal of the run gives the record's own figure: then its savings can be trusted."""
     peak = record.worst.peak
-    if peak.bytes is None or record.status == "failed":
+    if record.status == "failed" or peak.bytes is None:
+        yield Finding("rehearsal", f"A rehearsal of the whole run peaks at {size(rehearsed)}.", rehearsed)
         return
     kernel = peak.categories.get("kernel") or 0
     apart = peak.bytes - kernel - rehearsed
@@ -199,7 +200,7 @@ def _stage_three(base: Settings, before: int, tried: Sequence[Rehearsed]) -> Ite
 
 def _saving(record: Record, before: int, tried: Sequence[Rehearsed]) -> Iterator[Finding]:
     """The best change with the command for it, then the others."""
-    others = [f"{change.words} ({_apart(before, change.peak)})" for change in tried]
+    others = [f"{change.words} ({_apart(before, change.peak)})" for change in tried if change.peak != before]
     if not tried or tried[0].peak >= before:
         sentence = "No single change that was rehearsed saves anything"
         yield Finding("saving", f"{sentence}: {'; '.join(others)}." if others else f"{sentence}.", 0)
@@ -217,8 +218,6 @@ def _saving(record: Record, before: int, tried: Sequence[Rehearsed]) -> Iterator
 
 
 def _apart(before: int, after: int) -> str:
-    if before == after:
-        return "the same"
     return f"{size(abs(after - before))} {'less' if after < before else 'more'}"
 
 
