@@ -73,6 +73,8 @@ def _unknown() -> Iterator[None]:
     ZeRO-3 leaves its own `linear` in torch for good: that too is what it was.
     """
     from deepspeed import comm
+    from deepspeed.accelerator import real_accelerator
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
     from deepspeed.utils import groups
 
     made = {
@@ -81,6 +83,7 @@ def _unknown() -> Iterator[None]:
     first: list[tuple[dict[str, Any], dict[str, Any]]] = [
         (PartialState._shared_state, {}),
         (vars(comm.comm), {"cdb": None}),
+        (vars(real_accelerator), {"ds_accelerator": CPU_Accelerator()}),
         (vars(torch.nn.functional), {"linear": torch._C._nn.linear}),
         (
             vars(groups),
