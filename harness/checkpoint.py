@@ -69,17 +69,9 @@ def save(
     world.barrier()
     file = partial / f"rank-{world.rank:05d}.safetensors"
     state = {**tensors(engine), **_random_state(world.device)}
-    written = {name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}
-    if world.rehearsed:
-        return final
-    save_file(written, file)
-    _flush(file)
-    python = random.getstate()
-    host = {"python": [python[0], list(python[1]), python[2]], "numpy": _numpy_state()}
-    entries = world.gather(
-        {"name": file.name, "bytes": file.stat().st_size, "sha256": _digest(file), "host": host}
-    )
-    if world.leads:
+    state = {name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}
+    entries = world.gather({} if world.rehearsed else _written(state, file))
+    if world.leads and not world.rehearsed:
         manifest = {"schema": SCHEMA, "step": step, "identity": identity, "files": entries}
         (partial / "manifest.json").write_text(json.dumps(manifest))
         _flush(partial / "manifest.json")
@@ -88,6 +80,15 @@ def save(
             shutil.rmtree(old)
     world.barrier()
     return final
+
+
+def _written(state: dict[str, torch.Tensor], file: Path) -> dict[str, Any]:
+    """This rank's entry in the manifest, once `state` and the host's random state are on disk."""
+    save_file(state, file)
+    _flush(file)
+    python = random.getstate()
+    host = {"python": [python[0], list(python[1]), python[2]], "numpy": _numpy_state()}
+    return {"name": file.name, "bytes": file.stat().st_size, "sha256": _digest(file), "host": host}
 
 
 def newest_whole(directory: Path, key: str = "train.resume") -> tuple[Path, dict[str, Any], list[str]]:

@@ -103,6 +103,8 @@ def reduce_scattered(original: Original) -> Original:
         flat.div_(size)
         mine = flat.narrow(0, rank * sum(chunks), sum(chunks))
         comm.reduce_scatter_fn(mine, flat, group=group)
+        if flat.device == torch.device("cpu"):
+            flat.clone()  # gloo reduces a copy, which it frees when it is done; NCCL needs none
         made, offset = [], 0
         for tensor, chunk in zip(tensors, chunks, strict=True):
             length = max(0, min(chunk, tensor.numel() - rank * chunk))
