@@ -85,6 +85,7 @@ class Rank(_Part):
     rank: Number
     stands_for: list[Number] = []
     bounds: list[Number] = []
+    why: Text = ""
     peak: Peak
     categories: dict[Text, Category]
     phases: list[Phase] = []
@@ -129,6 +130,7 @@ class World(_Part):
     kind: Text | None = None
     memory: Bytes | None = None
     verified: Text | None = None
+    differences: list[Text] = []
 
     @property
     def rehearsed(self) -> bool:

@@ -50,6 +50,10 @@ def _rehearsed(run: Record) -> Iterator[str]:
     """What a rehearsal does not see, and whether what it sees fits."""
     peak, memory, where = run.worst.peak.bytes, run.world.memory, run.world.device_name
     yield "a rehearsal sees no scratch inside kernels (kernel), and nothing outside the framework's allocator"
+    if run.worst.why:
+        yield f"rank {run.worst.rank} is the worst: {run.worst.why}"
+    if run.world.differences:
+        yield f"{len(run.world.differences)} known to differ from a real run: differences, in the record's world"
     if run.world.verified is not None:
         yield f"{where or run.world.device}: {run.world.verified}"
     if peak is not None and memory is not None:

@@ -25,7 +25,18 @@ def described(settings: Settings) -> dict[str, Any]:
         "device_name": settings.hardware.name if settings.hardware.device != "auto" else None,
         "memory": settings.hardware.memory,
         "verified": UNVERIFIED if gpu else None,
+        "differences": list(_differences(settings)),
     }
+
+
+def _differences(settings: Settings) -> Iterator[str]:
+    """What is known to differ from a real run of the same config, a sentence each."""
+    if settings.model.path is not None and not settings.model.random:
+        yield "weights are made and not read: while a real run reads them, in setup, it holds one parameter twice"
+    if settings.mode == "infer" and settings.generation.stop_at_eos:
+        yield "no sequence ends early: generation goes on to generation.max_new_tokens"
+    if settings.mode == "train":
+        yield "no text is read: where a real run's data ends and begins anew, it has no next batch at hand"
 
 
 def rehearse(settings: Settings) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -39,7 +50,15 @@ def rehearse(settings: Settings) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         for role, rehearsed in _all(settings, wanted):
             found[role.rank] = rehearsed
             bar.update()
-    ranks = [{**found[r.rank][0], "stands_for": list(r.stands_for), "bounds": list(r.bounds)} for r in wanted]
+    ranks = [
+        {
+            **found[role.rank][0],
+            "stands_for": list(role.stands_for),
+            "bounds": list(role.bounds),
+            "why": role.why,
+        }
+        for role in wanted
+    ]
     return ranks, max((found[role.rank][1] for role in wanted), key=_cached)
 
 

@@ -6,9 +6,10 @@ is a higher peak. So of any two ranks one whose buffer is as large and as early 
 no other one outdoes are rehearsed.
 """
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import TypeVar
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -17,39 +18,56 @@ from harness import model, prompts
 from harness.infer import batches
 from harness.settings import Settings
 
+Key = TypeVar("Key", bound=Hashable)
+
+EXPORTS = "it alone exports the model"
+
 ALIGNMENT = 2
 """Elements of which each rank's partition is a multiple in ZeRO-1 and 2: DeepSpeed's nccl_start_alignment_factor."""
 
 
 @dataclass(frozen=True)
 class Role:
-    """`rank` is rehearsed; `stands_for` hold the same bytes, itself among them, and `bounds` no more than it."""
+    """`rank` is rehearsed; `stands_for` hold the same bytes, itself among them, and `bounds` no more than it.
+
+    `why` is what sets it apart from the others: empty where nothing does.
+    """
 
     rank: int
     stands_for: tuple[int, ...]
     bounds: tuple[int, ...] = ()
+    why: str = ""
 
 
 def roles(settings: Settings) -> list[Role]:
     """The ranks to rehearse. Raises Refusal where the model cannot be read."""
     size = settings.world.size or 1
     if settings.mode == "infer":
-        return _alike(_shares(settings, size))
+        return _alike(_shares(settings, size), _told_batches)
     exports = settings.train.export and settings.train.steps < settings.ledger.steps
     if settings.zero.stage in (0, 3) or size == 1:
-        return _alike(["leads" if exports and rank == 0 else "" for rank in range(size)])
+        return _alike([exports and rank == 0 for rank in range(size)], lambda leads: EXPORTS if leads else "")
     return _outdone(_partitions(settings, size), exports)
 
 
-def _alike(keys: Sequence[Hashable]) -> list[Role]:
+def _alike(keys: Sequence[Key], why: Callable[[Key], str]) -> list[Role]:
     """One role for each of `keys`, which say by rank what is held."""
-    ranks: dict[Hashable, list[int]] = {}
+    ranks: dict[Key, list[int]] = {}
     for rank, key in enumerate(keys):
         ranks.setdefault(key, []).append(rank)
-    return [Role(same[0], tuple(same)) for same in ranks.values()]
+    told = why if len(ranks) > 1 else lambda key: ""
+    return [Role(same[0], tuple(same), why=told(key)) for key, same in ranks.items()]
 
 
-def _shares(settings: Settings, size: int) -> list[Hashable]:
+def _told_batches(batches: tuple[tuple[int, ...], ...]) -> str:
+    return (
+        "its batches are " + ", ".join(f"{len(b)} x {max(b)} tokens" for b in batches)
+        if batches
+        else "no prompt"
+    )
+
+
+def _shares(settings: Settings, size: int) -> list[tuple[tuple[int, ...], ...]]:
     """By rank, the lengths of the prompts in each of the batches that are seen."""
     tokenizer = model.tokenizer(settings.model, settings.data.tokenizer)
     lengths = [len(prompt.tokens) for prompt in prompts.find(settings, tokenizer, rehearsed=True)]
@@ -93,7 +111,16 @@ def _outdone(partitions: Sequence[tuple[int, int]], exports: bool) -> list[Role]
     bounds: dict[int, list[int]] = {rank: [] for rank in kept}
     for rank in sorted(set(order) - set(kept)):
         bounds[next(other for other in kept if _outdoes(partitions[other], partitions[rank]))].append(rank)
-    return [Role(rank, (rank,), tuple(outdone)) for rank, outdone in sorted(bounds.items())]
+    end = max(last for _, last in partitions)
+    return [
+        Role(rank, (rank,), tuple(outdone), _told_partition(*partitions[rank], end))
+        for rank, outdone in sorted(bounds.items())
+    ]
+
+
+def _told_partition(held: int, last: int, end: int) -> str:
+    reached = "first" if last == end else f"after {end - last} others"
+    return f"the parameters in its partition have {held:,} elements, and backward reaches the last of them {reached}"
 
 
 def _outdoes(one: Iterable[int], other: Iterable[int]) -> bool:
