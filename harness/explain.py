@@ -10,13 +10,20 @@ from textwrap import fill
 from typing import NoReturn
 
 from harness.record import read
-from harness.schema import Rank, Record, parse, printable
-from harness.surprises import SURPRISES, WHY, Finding, Run, failure, unattributed
+from harness.schema import Failure, Rank, Record, parse, printable
+from harness.surprises import SURPRISES, Finding, Run
 from harness.tables import size
 
 WIDTH = 100
 LARGEST = 3
 """How many categories, and how many holdings, are named."""
+
+WHY = {
+    "gradients": "its share of the parameters touches larger ones, whose gradients it holds whole",
+    "kv_cache": "its prompts are longer or more",
+    "inputs": "its prompts are longer or more",
+}
+"""What it means that one rank has more of a category than another; the first that fits is the reason."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -62,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
 def explain(record: Record) -> Iterator[Finding]:
     """What the record alone shows, the most important first."""
     run = Run(record)
-    for found in (failure, unattributed, made_of, holdings, ranks, *SURPRISES):
+    for found in (failure, unattributed, made_of, holdings, ranks, *SURPRISES, not_in_them):
         yield from found(run)
 
 
@@ -79,11 +86,47 @@ def text(record: Record, findings: Sequence[Finding]) -> str:
     return "\n".join(lines)
 
 
+def failure(run: Run) -> Iterator[Finding]:
+    """A run that failed: where, with what, and how much of it is known."""
+    record = run.record
+    if record.status != "failed":
+        return
+    told = record.failure or Failure()
+    rank = "It failed" if told.rank is None else f"Rank {told.rank} failed"
+    where = "" if told.where is None else f" in step {told.where.step}, {told.where.phase}"
+    yield Finding("failure", f"{rank}{where}: {told.error or 'its record does not say why'}", None)
+    known = len(record.peaks)
+    if known < run.size:
+        books = "no rank has left its books" if not known else f"{known} of {run.size} ranks left its books"
+        yield Finding("failure", f"Nothing is known beyond that: {books}.", None)
+
+
+def unattributed(run: Run) -> Iterator[Finding]:
+    """Bytes that the allocator counted and the ledger cannot name."""
+    missing = {rank.rank: _missing(rank) for rank in run.record.ranks}
+    worst = max(missing, key=lambda number: missing[number], default=0)
+    if missing.get(worst, 0) > 0:
+        figure = missing[worst]
+        sentence = (
+            f"CAUTION: on rank {worst} the allocator counted {size(figure)} that the ledger cannot name. "
+            "No category below has them."
+        )
+        yield Finding("unattributed", sentence, figure)
+
+
+def _missing(rank: Rank) -> int:
+    books = rank.allocator
+    if books.unattributed is None and books.peak is not None and rank.peak.bytes is not None:
+        return books.peak - rank.peak.bytes  # an allocator that tells its peak, and not what it is made of
+    return books.unattributed or 0
+
+
 def made_of(run: Run) -> Iterator[Finding]:
     """The worst rank's peak, by category, and when it is."""
     peak = run.peak
     if peak.bytes is None:
-        yield Finding("peak", "No peak was measured; ledger=exact measures it.", None)
+        if run.record.ranks:
+            yield Finding("peak", "No peak was measured; ledger=exact measures it.", None)
         return
     largest = sorted(((held or 0, name) for name, held in peak.categories.items()), reverse=True)
     named = [pair for pair in largest[:LARGEST] if pair[0]]
@@ -149,3 +192,22 @@ def _more(one: Rank, other: Rank) -> dict[str, int]:
         name: (held or 0) - (other.peak.categories.get(name) or 0)
         for name, held in one.peak.categories.items()
     }
+
+
+def not_in_them(run: Run) -> Iterator[Finding]:
+    """What is in none of the figures."""
+    world = run.record.world
+    gpu = world.device != "cpu"
+    around = ["the CUDA context, NCCL's buffers", "the allocator's slack"] if gpu else []
+    if world.rehearsed:
+        parts = ["scratch inside kernels", *around]
+        verified = f" ({world.verified})" if world.verified else ""
+        yield Finding("rehearsed", f"Rehearsed figures{verified}: not in them are {_and(parts)}.", None)
+    elif gpu:
+        yield Finding(
+            "outside_torch", f"nvidia-smi shows more: not in these figures are {_and(around)}.", None
+        )
+
+
+def _and(parts: list[str]) -> str:
+    return " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))

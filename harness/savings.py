@@ -45,16 +45,19 @@ TRAIN = (
     Change(
         lambda s: {"zero.prefetch_bucket_size": s.zero.prefetch_bucket_size // 10}, "waits for parameters"
     ),
-    Change(lambda s: {"zero.offload": "optimizer"}, "the optimizer steps on the host"),
+    Change(lambda s: {"zero.offload": "optimizer"}, "an optimizer that steps on the host"),
     Change(
-        lambda s: {"zero.offload": "all"}, "the optimizer steps on the host, and parameters come from there"
+        lambda s: {"zero.offload": "all"},
+        "an optimizer that steps on the host, and parameters fetched from there",
     ),
-    Change(lambda s: {"checkpointing": "selective"}, "some activations are computed twice"),
-    Change(lambda s: {"checkpointing": "full"}, "every forward is computed twice"),
+    Change(lambda s: {"checkpointing": "selective"}, "some activations computed twice"),
+    Change(lambda s: {"checkpointing": "full"}, "every forward computed twice"),
     Change(lambda s: {"model.attention": "sdpa"}, "nothing"),
 )
 INFER = (
-    Change(lambda s: {"generation.batch": s.generation.batch // 2}, "half the prompts at once"),
+    Change(
+        lambda s: {"generation.batch": s.generation.batch // 2}, "twice the batches, each of half the prompts"
+    ),
     Change(lambda s: {"generation.cache": "static"}, "room for the longest answer from the start"),
     Change(lambda s: {"generation.cache": "dynamic"}, "a copy of a layer's cache at each token"),
     Change(lambda s: {"model.attention": "sdpa"}, "nothing"),
@@ -64,17 +67,25 @@ SPELLED = {"zero.stage": "zero"}
 """The keys that are typed as their group's option."""
 
 
+WORTH = 0.01
+"""The share of the peak below which a saving is not worth a change."""
+
+
 class Rehearsed(NamedTuple):
-    """A change and the highest peak of any rank with it, in bytes."""
+    """A change and the highest peak of any rank with it, in bytes; or, in words, why there is none."""
 
     values: dict[str, Any]
     cost: str
-    peak: int
+    peak: int | str
 
     @property
     def words(self) -> str:
         """As it is typed."""
         return " ".join(f"{SPELLED.get(key, key)}={as_typed(value)}" for key, value in self.values.items())
+
+    def more(self, before: int) -> int:
+        """Bytes that it takes more than `before`; 0 where it is not known."""
+        return self.peak - before if isinstance(self.peak, int) else 0
 
 
 def savings(record: Record) -> Iterator[Finding]:
@@ -91,14 +102,15 @@ def savings(record: Record) -> Iterator[Finding]:
         yield Finding("saving", f"No change was rehearsed, for the run itself could not be: {before}", None)
         return
     tried = [
-        Rehearsed(values, cost, peak)
-        for (_, values, cost), peak in zip(changes, peaks[1:], strict=True)
-        if isinstance(peak, int)
+        Rehearsed(values, cost, peak) for (_, values, cost), peak in zip(changes, peaks[1:], strict=True)
     ]
-    tried.sort(key=lambda change: change.peak)
+    tried.sort(key=lambda change: change.more(before))
     yield from agreement(record, before)
-    yield from _stage_three(base, before, tried)
-    yield from _saving(record, before, tried)
+    yield from stage_three(base, before, tried)
+    yield from ranked(record, before, tried)
+    failed = [change.words for change in tried if isinstance(change.peak, str)]
+    if failed:
+        yield Finding("not_rehearsed", f"Could not be rehearsed: {'; '.join(failed)}.", None)
 
 
 def settings_of(record: Record, values: Mapping[str, Any]) -> Settings:
@@ -186,29 +198,29 @@ def agreement(record: Record, rehearsed: int) -> Iterator[Finding]:
         yield Finding("agreement", sentence, apart)
 
 
-def _stage_three(base: Settings, before: int, tried: Sequence[Rehearsed]) -> Iterator[Finding]:
+def stage_three(base: Settings, before: int, tried: Sequence[Rehearsed]) -> Iterator[Finding]:
     """ZeRO-3 that takes more than ZeRO-2 would."""
     for change in tried:
-        if base.zero.stage == 3 and change.values == {"zero.stage": 2} and change.peak < before:
+        saved = -change.more(before)
+        if base.zero.stage == 3 and change.values == {"zero.stage": 2} and saved > 0:
             sentence = (
-                f"ZeRO-3 takes {size(before - change.peak)} more here than ZeRO-2 would "
-                f"({size(before)} against {size(change.peak)}): "
-                "what it gathers and its buckets outweigh what it shards."
+                f"ZeRO-3 takes {size(saved)} more here than ZeRO-2 would ({size(before)} against "
+                f"{size(before - saved)}): what it gathers and its buckets outweigh what it shards."
             )
-            yield Finding("zero3", sentence, before - change.peak)
+            yield Finding("zero3", sentence, saved)
 
 
-def _saving(record: Record, before: int, tried: Sequence[Rehearsed]) -> Iterator[Finding]:
+def ranked(record: Record, before: int, tried: Sequence[Rehearsed]) -> Iterator[Finding]:
     """The best change with the command for it, then the others."""
-    others = [f"{change.words} ({_apart(before, change.peak)})" for change in tried if change.peak != before]
-    if not tried or tried[0].peak >= before:
-        sentence = "No single change that was rehearsed saves anything"
-        yield Finding("saving", f"{sentence}: {'; '.join(others)}." if others else f"{sentence}.", 0)
+    others = [f"{change.words} ({_apart(change.more(before))})" for change in tried if change.more(before)]
+    saved = -tried[0].more(before) if tried else 0
+    if saved < WORTH * before:
+        sentence = f"No single change that was rehearsed saves as much as {WORTH:.0%}"
+        yield Finding("saving", f"{sentence}{': ' * bool(others)}{'; '.join(others)}.", max(0, saved))
         return
     best = tried[0]
-    saved = before - best.peak
     sentence = (
-        f"{best.words} would save {size(saved)} (from {size(before)} to {size(best.peak)} at the peak, "
+        f"{best.words} would save {size(saved)} (from {size(before)} to {size(before - saved)} at the peak, "
         f"rehearsed). It costs {best.cost}."
     )
     yield Finding("saving", sentence, saved)
@@ -217,8 +229,8 @@ def _saving(record: Record, before: int, tried: Sequence[Rehearsed]) -> Iterator
         yield Finding("others", f"Rehearsed too: {'; '.join(others[1:])}.", None)
 
 
-def _apart(before: int, after: int) -> str:
-    return f"{size(abs(after - before))} {'less' if after < before else 'more'}"
+def _apart(more: int) -> str:
+    return f"{size(abs(more))} {'more' if more > 0 else 'less'}"
 
 
 def command(record: Record, change: Rehearsed) -> str:

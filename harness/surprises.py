@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from harness.knobs import Refusal, Settings
-from harness.schema import Failure, Holding, Phase, Rank, Record
+from harness.schema import Holding, Phase, Record
 from harness.settings import typed
 from harness.tables import size
 
@@ -31,13 +31,6 @@ MOMENTS = 8
 
 LOSS = ("_log_softmax", "_log_softmax_backward_data", "nll_loss_backward")
 """Operators of the cross-entropy that make a tensor as large as the logits, in fp32."""
-
-WHY = {
-    "gradients": "its share of the parameters touches larger ones, whose gradients it holds whole",
-    "kv_cache": "its prompts are longer or more",
-    "inputs": "its prompts are longer or more",
-}
-"""What it means that one rank has more of a category than another; the first that fits is the reason."""
 
 
 class Finding(NamedTuple):
@@ -100,41 +93,6 @@ class Run:
         return max((p.peak or 0 for p in self.worst.phases if p.step == step and p.phase in STEPS), default=0)
 
 
-def failure(run: Run) -> Iterator[Finding]:
-    """A run that failed: where, with what, and how much of it is known."""
-    record = run.record
-    if record.status != "failed":
-        return
-    told = record.failure or Failure()
-    rank = "It failed" if told.rank is None else f"Rank {told.rank} failed"
-    where = "" if told.where is None else f" in step {told.where.step}, {told.where.phase}"
-    yield Finding("failure", f"{rank}{where}: {told.error or 'its record does not say why'}", None)
-    known = len(record.peaks)
-    if known < run.size:
-        books = "no rank has left its books" if not known else f"{known} of {run.size} ranks left its books"
-        yield Finding("failure", f"What follows ends there: {books}.", None)
-
-
-def unattributed(run: Run) -> Iterator[Finding]:
-    """Bytes that the allocator counted and the ledger cannot name."""
-    missing = {rank.rank: _missing(rank) for rank in run.record.ranks}
-    worst = max(missing, key=lambda number: missing[number], default=0)
-    if missing.get(worst, 0) > 0:
-        figure = missing[worst]
-        sentence = (
-            f"CAUTION: on rank {worst} the allocator counted {size(figure)} that the ledger cannot name. "
-            "No category below has them."
-        )
-        yield Finding("unattributed", sentence, figure)
-
-
-def _missing(rank: Rank) -> int:
-    books = rank.allocator
-    if books.unattributed is None and books.peak is not None and rank.peak.bytes is not None:
-        return books.peak - rank.peak.bytes  # an allocator that tells its peak, and not what it is made of
-    return books.unattributed or 0
-
-
 def outside_a_step(run: Run) -> Iterator[Finding]:
     """The peak is in set-up, in a checkpoint: not where people look for it."""
     where = run.peak.where
@@ -189,7 +147,7 @@ def first_step(run: Run) -> Iterator[Finding]:
     if came > 0:
         sentence = (
             f"It ends with its first step. Adam's moments came at the end of that: the next step would begin "
-            f"with {size(came)} more than this one."
+            f"with {size(came)} more than this one did."
         )
         yield Finding("first_step", sentence, came)
     elif had < (coming := _moments(run)):
@@ -331,25 +289,6 @@ def offload(run: Run) -> Iterator[Finding]:
         yield Finding("offload", sentence, held)
 
 
-def not_in_them(run: Run) -> Iterator[Finding]:
-    """What is in none of the figures."""
-    world = run.record.world
-    gpu = world.device != "cpu"
-    around = ["the CUDA context, NCCL's buffers", "the allocator's slack"] if gpu else []
-    if world.rehearsed:
-        parts = ["scratch inside kernels", *around]
-        verified = f" ({world.verified})" if world.verified else ""
-        yield Finding("rehearsed", f"Rehearsed figures{verified}: not in them are {_and(parts)}.", None)
-    elif gpu:
-        yield Finding(
-            "outside_torch", f"nvidia-smi shows more: not in these figures are {_and(around)}.", None
-        )
-
-
-def _and(parts: list[str]) -> str:
-    return " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))
-
-
 SURPRISES: tuple[Callable[[Run], Iterator[Finding]], ...] = (
     outside_a_step,
     first_step,
@@ -361,6 +300,5 @@ SURPRISES: tuple[Callable[[Run], Iterator[Finding]], ...] = (
     padding,
     cache_copies,
     same_on_more_ranks,
-    not_in_them,
 )
 """In the order in which they are told."""

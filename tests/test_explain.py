@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from harness import config, explain
 from harness.rehearsal.role import rehearse
 from harness.rehearsal.roles import roles
-from harness.savings import candidates, settings_of
+from harness.savings import Rehearsed, candidates, ranked, settings_of
 from harness.schema import Record, parse
 from harness.settings import load
 from harness.surprises import Finding
@@ -290,6 +290,19 @@ def test_a_record_that_its_rehearsal_does_not_reach_says_by_how_much(
     findings = {each["kind"]: each for each in told(put(tmp_path, record), capsys)}
     assert findings["agreement"]["bytes"] == 4096
     assert "not exact" in findings["agreement"]["sentence"]
+
+
+def test_a_saving_that_is_next_to_nothing_is_no_advice() -> None:
+    record = parse(record_of(f"{TRAIN} zero=2"), "it")
+    halved = Rehearsed({"train.micro_batch": 2, "train.accumulation": 2}, "time", 991)
+    stage = Rehearsed({"zero.stage": 3}, "time", 1010)
+    (only,) = ranked(record, 1000, [halved, stage])
+    assert only.sentence.endswith(
+        "as much as 1%: train.micro_batch=2 train.accumulation=2 (9 B less); zero=3 (10 B more)."
+    )
+    best, line, others = ranked(record, 1000, [halved._replace(peak=990), stage])
+    assert (best.bytes, others.sentence) == (10, "Rehearsed too: zero=3 (10 B more).")
+    assert line.sentence.endswith("train.micro_batch=2 train.accumulation=2")
 
 
 def changes(record: Record) -> list[dict[str, Any]]:
