@@ -75,7 +75,8 @@ class Engine:
             lr=train.learning_rate,
             weight_decay=train.weight_decay,
             # as torch itself chooses; a rehearsal for a GPU is not on one
-            foreach=world.kind == "cuda" and settings.zero.offload == "none",
+            foreach=world.kind == "cuda" and settings.zero.offload == "none" and not train.fused,
+            fused=train.fused,
         )
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=self.inner, config=config)
         ledger.own(engine=self.deepspeed)

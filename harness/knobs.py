@@ -109,6 +109,8 @@ class Train:
     """What follows the warm-up."""
     weight_decay: NotNegativeFloat = 0.1
     """AdamW's."""
+    fused: bool = False
+    """AdamW in one kernel, without temporaries."""
     clip: NotNegativeFloat = 1.0
     """Largest gradient norm; 0 is off."""
     validate_every: NotNegative = 50

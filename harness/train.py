@@ -69,6 +69,7 @@ def identity(settings: Settings, world: World) -> dict[str, Any]:
         "train.micro_batch": settings.train.micro_batch,
         "train.accumulation": settings.train.accumulation,
         "train.sequence": settings.train.sequence,
+        "train.fused": settings.train.fused,
         "model": settings.model.path or settings.model.name,
         "seed": settings.seed,
     }
