@@ -174,14 +174,18 @@ def holdings(run: Run) -> Iterator[Finding]:
 def ranks(run: Run) -> Iterator[Finding]:
     """How much higher the worst rank is than the lowest, and of what it has more."""
     measured = [rank for rank in run.record.ranks if rank.peak.bytes is not None]
+    told = run.worst.why
     if len({rank.peak.bytes for rank in measured}) < 2:
+        if told and len(measured) == 1:
+            yield Finding("worst_rank", f"Rank {run.worst.rank} is the worst: {told}.", None)
         return
     lowest = min(measured, key=lambda rank: (rank.peak.bytes or 0, rank.rank))
     apart = run.whole - (lowest.peak.bytes or 0)
     more = _more(run.worst, lowest)
     most = max(more, key=lambda name: more[name], default="")
     has = f", with {size(more[most])} more {most}" if more.get(most, 0) > 0 else ""
-    why = next((f": {reason}" for name, reason in WHY.items() if more.get(name, 0) > 0), "")
+    reason = told or next((reason for name, reason in WHY.items() if more.get(name, 0) > 0), "")
+    why = f": {reason}" if reason else ""
     sentence = f"Rank {run.worst.rank} is {size(apart)} above rank {lowest.rank}{has}{why}."
     yield Finding("worst_rank", sentence, apart)
 

@@ -118,6 +118,15 @@ def test_the_worst_rank_is_named_with_the_reason() -> None:
     assert "its prompts are longer" in findings["worst_rank"].sentence
 
 
+def test_a_reason_that_the_record_gives_is_told() -> None:
+    record = record_of(f"{TRAIN} zero=2")
+    for rank in record["ranks"]:
+        rank["why"] = "it has the embedding"
+    assert "worst_rank" not in found(record)  # both hold as much
+    record["ranks"] = [{**record["ranks"][0], "stands_for": [0], "bounds": [1]}]
+    assert found(record)["worst_rank"] == ("worst_rank", "Rank 0 is the worst: it has the embedding.", None)
+
+
 def test_ranks_that_are_alike_are_not_compared() -> None:
     assert "worst_rank" not in found(record_of(f"{TRAIN} zero=2"))
 
