@@ -25,6 +25,9 @@ MADE_IN = {
 """What a storage is that nobody claims, by the phase that made it; any other phase is a forward's."""
 
 
+_DEVICE = torch.ops.prim.device.default
+
+
 class Where(NamedTuple):
     """A place in the run: which step, which phase of it, which micro-batch."""
 
@@ -82,11 +85,11 @@ def tensors_in(tree: Any) -> Iterator[torch.Tensor]:
     """Every tensor in nested tuples, lists and dicts."""
     if isinstance(tree, torch.Tensor):
         yield tree
-    elif isinstance(tree, (tuple, list)):
-        for item in tree:
-            yield from tensors_in(item)
-    elif isinstance(tree, dict):
-        for item in tree.values():
+        return
+    for item in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, (tuple, list)) else ():
+        if isinstance(item, torch.Tensor):
+            yield item
+        elif isinstance(item, (tuple, list, dict)):
             yield from tensors_in(item)
 
 
@@ -127,7 +130,9 @@ class Log(TorchDispatchMode):
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "prim":  # a fake tensor is asked what it is
+        if func is _DEVICE and (fake := getattr(args[0], "fake_device", None)) is not None:
+            return fake
+        if func.namespace == "prim":  # a tensor is asked what it is
             return func(*args)
         if self.follow is not None:
             self.follow()

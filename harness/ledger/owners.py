@@ -63,11 +63,11 @@ def parameter_claims(name: str, parameter: torch.nn.Parameter) -> Iterator[Claim
     """One parameter's shard or data, and its gradient."""
     shard = getattr(parameter, "ds_tensor", None)
     if shard is None:
-        yield "parameters", name, parameter.data
+        yield "parameters", name, parameter
     else:
         yield "parameters", name, shard
-        if parameter.data.numel():
-            yield "gathered", name, parameter.data
+        if parameter.numel():
+            yield "gathered", name, parameter
     if parameter.grad is not None:
         yield "gradients", name, parameter.grad
 
