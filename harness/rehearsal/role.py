@@ -1,6 +1,9 @@
 """One rank of a run, rehearsed in this process: the run's own code, on fake tensors, under the ledger."""
 
+import gc
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +33,22 @@ def rehearse(settings: Settings, rank: int) -> tuple[dict[str, Any], dict[str, A
             block=GPU_BLOCK if target == "cuda" else 1,
         )
         try:
-            with ledger:
+            with _settled(), ledger:
                 mode.run(settings, world, ledger, record.Output(Path("/dev/null"), _quiet, done, _nothing))
         except Exception as error:
             error.rehearsed = rank, ledger.where  # type: ignore[attr-defined]
             raise
     return record.rank_record(ledger, rank), done
+
+
+@contextmanager
+def _settled() -> Iterator[None]:
+    """Within it the garbage collector passes over what is there now: most of a rehearsal's objects are its modules'."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _quiet(line: str) -> None:

@@ -95,6 +95,15 @@ def plenty(original: Original) -> Original:
     return stand_in
 
 
+def supported(original: Original) -> Original:
+    """`is_zero_supported_optimizer`: torch's own AdamW is."""
+
+    def stand_in(optimizer: Any) -> bool:
+        return isinstance(optimizer, torch.optim.AdamW)
+
+    return stand_in
+
+
 GPU = torch.device("cpu", 0)
 """A fake GPU, beside the host that is `torch.device("cpu")`.
 
@@ -167,6 +176,12 @@ SHIMS = (
         plenty,
     ),
     Shim(f"{ZERO3}.utils", "assert_lst_len_same_as_other_ranks", ALONE, same_length),
+    Shim(
+        "deepspeed.runtime.engine",
+        "is_zero_supported_optimizer",
+        "it imports a compiler to know another optimizer by, which takes a second",
+        supported,
+    ),
     Shim(f"{ZERO3}.utils", "get_lst_from_rank0", ALONE, same_list),
     Shim(f"{ZERO3}.stage3", "reduce_scatter_coalesced", ONCE_A_RANK, slices.reduce_scattered),
     Shim(f"{ZERO3}.partition_parameters.AllGatherCoalescedHandle", "wait", ONCE_A_RANK, slices.gathered),
