@@ -124,6 +124,8 @@ class Engine:
     def full_state(self) -> dict[str, torch.Tensor] | None:
         """The whole model's weights on CPU at rank 0, None elsewhere. Every rank must call it."""
         deepspeed = _import_deepspeed()
+        if self.settings.zero.stage == 3:
+            self.deepspeed.empty_partition_cache()  # a forward has fetched ahead what can now not be gathered
         names = {id(parameter): name for name, parameter in self.module.named_parameters()}
         state: dict[str, torch.Tensor] = {}
         lead = torch.distributed.get_rank() == 0
