@@ -130,6 +130,15 @@ def on_current_gpu(original: Original) -> Original:
     return stand_in
 
 
+def is_on_gpu(original: Original) -> Original:
+    """The accelerator's `on_accelerator`: the host is not on it."""
+
+    def stand_in(self: Any, tensor: torch.Tensor) -> bool:
+        return tensor.device == GPU
+
+    return stand_in
+
+
 def moved(original: Original) -> Original:
     """`torch.tensor`, which makes a tensor on the host and would leave it there."""
 
@@ -198,6 +207,7 @@ TWO_DEVICES = "there is a GPU beside the host, which DeepSpeed takes for its acc
 GPU_SHIMS = (
     Shim(ACCELERATOR, "device_name", TWO_DEVICES, on_gpu),
     Shim(ACCELERATOR, "current_device_name", TWO_DEVICES, on_current_gpu),
+    Shim(ACCELERATOR, "on_accelerator", TWO_DEVICES, is_on_gpu),
     Shim("torch", "tensor", TWO_DEVICES, moved),
     Shim("torch._subclasses.fake_tensor.FakeTensor", "data", TWO_DEVICES, data_with_device),
 )
