@@ -107,15 +107,17 @@ def share_of(
     quiet = None if world.leads and not world.rehearsed else True  # None: only on a terminal
     with tqdm(total=len(mine), disable=quiet, unit="prompt", leave=False, desc="generate") as bar:
         for step, numbers in enumerate(batches(mine, asked.batch)):
+            choose = _chooser(settings, ledger, numbers, built.device)
             if world.rehearsed and step == settings.ledger.steps:
-                break  # nothing is seen after it
+                ledger.enough()  # as at the next prefill
+                break
             made = generate(
                 built,
                 [prompts[number].tokens for number in numbers],
                 asked.max_new_tokens,
                 cache=asked.cache,
                 eos=end_tokens(built) if asked.stop_at_eos else (),
-                choose=_chooser(settings, ledger, numbers, built.device),
+                choose=choose,
                 ledger=ledger,
                 step=step,
             )

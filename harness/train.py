@@ -52,6 +52,8 @@ def run(settings: Settings, world: World, ledger: Ledger, out: Output) -> None:
             out.flush()
         if _due(step, train.save_every, None):
             _save(settings, world, engine, out.directory, step)
+    if not progress.whole:
+        ledger.enough()  # as at the next step, before anything is let go
     if not world.rehearsed:
         out.done["performance"] = progress.rates()
     if train.export and progress.whole:

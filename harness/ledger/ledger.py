@@ -92,8 +92,7 @@ class Ledger:
         return self
 
     def __exit__(self, *exc: Any) -> None:
-        if self.exact:
-            self._finish()
+        self.enough()
 
     # -- owners ------------------------------------------------------------------------------------------------
 
@@ -165,8 +164,8 @@ class Ledger:
     @contextmanager
     def phase(self, name: str, step: int = 0, micro_batch: int = 0) -> Iterator[None]:
         """Within it, everything happens in phase `name` of `step` and `micro_batch`."""
-        if self.exact and self.steps is not None and step >= self.steps:
-            self._finish()
+        if self.steps is not None and step >= self.steps:
+            self.enough()
         before, told = self._log.where, self._told
         self._told = True
         self._enter(Where(step, name, micro_batch))
@@ -178,6 +177,11 @@ class Ledger:
         finally:
             self._leave(before)
             self._told = told
+
+    def enough(self) -> None:
+        """From here on see no more than `"phases"` does, as from step `steps` on."""
+        if self.exact:
+            self._finish()
 
     @property
     def where(self) -> Where:

@@ -1,0 +1,202 @@
+"""A run and its rehearsal hold the same bytes: every category's peak and end and every phase of it, on every rank.
+
+Every ZeRO stage meets every offload it may have, each in both precisions and both counts of accumulation, and every
+stage, precision and count meet in some cell. What else decides bytes varies by stage, one thing at a time: buckets
+smaller than a parameter, validation and checkpoints, eager attention and the end of what is seen, nothing or all kept
+whole, tied weights and learned positions, a world that divides nothing evenly. Generation has every cache, padded or
+not.
+
+All cells of a number of ranks are run under one torchrun. What an allocator saw (`kernel`, and a peak with it) is no
+storage and not compared; a rehearsal has none.
+"""
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness import record
+from harness.config import compose
+from harness.rehearsal.role import rehearse
+from harness.settings import Settings, load
+from tests.distributed.conftest import LAUNCHER, ROOT
+
+Words = tuple[str, ...]
+Books = dict[str, Any]
+
+TINY = ("hardware=cpu", "model.config.num_hidden_layers=2")
+TRAIN = ("mode=train", "train.sequence=32", "train.micro_batch=1", "train.steps=3", "train.validate_every=0")
+INFER = ("mode=infer", "generation.max_new_tokens=5", "generation.batch=2", "generation.stop_at_eos=false")
+GPT2 = (
+    "hardware=cpu",
+    "model=gpt2",
+    *(
+        f"model.config.{key}"
+        for key in ("n_layer=2", "n_embd=64", "n_head=2", "n_positions=64", "vocab_size=500")
+    ),
+    *("model.config.bos_token_id=1", "model.config.eos_token_id=1"),
+)
+UNEVEN = ("model.config.vocab_size=1000", "model.config.intermediate_size=689")
+PROMPTS = ["a", "longer", "the longest of them", "b", "cd"]
+
+OFFLOADS = {0: ("none",), 1: ("none", "optimizer"), 2: ("none", "optimizer"), 3: ("none", "optimizer", "all")}
+STAGES = tuple(OFFLOADS)
+MATRIX = [
+    (*TINY, *TRAIN, f"zero={stage}", f"zero.offload={offload}", precision, accumulation)
+    for stage in STAGES
+    for offload in OFFLOADS[stage]
+    for precision, accumulation in (
+        ("precision=bf16", "train.accumulation=2"),
+        ("precision=fp32", "train.accumulation=1"),
+    )
+]
+SMALL_BUCKETS = ("zero.reduce_bucket_size=100000", "zero.allgather_bucket_size=100000")
+BY_STAGE = [
+    (*TINY, *TRAIN, f"zero={stage}", *words)
+    for stage in STAGES
+    for words in [
+        (*SMALL_BUCKETS, "precision=fp32", "train.accumulation=2"),
+        ("train.steps=2", "train.validate_every=1", "train.validation_batches=2", "train.save_every=1"),
+        ("train.steps=4", "train.micro_batch=2", "train.clip=0", "model.attention=eager"),
+    ]
+]
+SHARDED_WHOLLY = [
+    (*TINY, *TRAIN, "zero=3", "zero.persistence_threshold=0", "zero.prefetch_bucket_size=0"),
+    (*TINY, *TRAIN, "zero=3", "zero.persistence_threshold=0", "zero.reduce_bucket_size=100000"),
+    (*TINY, *TRAIN, "zero=3", "zero.persistence_threshold=100000000"),
+]
+TIED = [(*GPT2, *TRAIN, f"zero={stage}") for stage in STAGES]
+GENERATION = [
+    *(
+        (*TINY, *INFER, f"generation.cache={c}", "generation.prompts=PROMPTS")
+        for c in ("dynamic", "static", "none")
+    ),
+    *((*TINY, *INFER, f"generation.cache={c}", "precision=fp32") for c in ("dynamic", "static", "none")),
+    (
+        *TINY,
+        *INFER,
+        "generation.sample=true",
+        "generation.top_k=5",
+        "generation.top_p=0.9",
+        "generation.temperature=0.5",
+    ),
+    (*TINY, *INFER, "generation.sample=true", "generation.prompts=PROMPTS", "generation.cache=static"),
+    (*TINY, *INFER, "model.attention=eager", "generation.prompts=PROMPTS"),
+    (*TINY, *INFER, "generation.sample=true", "generation.batch=1"),
+    (*GPT2, *INFER, "generation.prompts=PROMPTS"),
+]
+CELLS: dict[int, list[Words]] = {
+    2: [*MATRIX, *BY_STAGE, *SHARDED_WHOLLY, *TIED, *GENERATION],
+    3: [(*TINY, *UNEVEN, *TRAIN, f"zero={stage}", "train.accumulation=2") for stage in STAGES]
+    + [(*TINY, *UNEVEN, *TRAIN, "zero=3", "zero.offload=all", "zero.persistence_threshold=0")]
+    + [(*TINY, *INFER, "generation.prompts=PROMPTS")],
+}
+
+TEST = "test_a_rehearsal_holds_the_bytes_of_the_run"
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of PROMPTS, whose lengths differ within a batch."""
+    file = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    file.write_text("\n".join(PROMPTS) + "\n")
+    return file
+
+
+@pytest.fixture(scope="module")
+def run(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, prompts: Path
+) -> Callable[[int, Words], Books]:
+    """A function of a number of ranks and words to the record of that run; a number's cells are run all at once."""
+    functions = [item for item in request.session.items if isinstance(item, pytest.Function)]
+    cells: set[Any] = {each.callspec.params["cell"] for each in functions if each.originalname == TEST}
+    done: dict[tuple[int, Words], Path] = {}
+
+    def read(ranks: int, words: Words) -> Books:
+        if (ranks, words) not in done:
+            mine = [cell for cell in cells if cell[0] == ranks]
+            places = [tmp_path_factory.mktemp("run") / "out" for _ in mine]
+            listed = tmp_path_factory.mktemp("cells") / "cells.json"
+            placed = [
+                [*_placed(cell[1], prompts), f"hydra.run.dir={place}"]
+                for cell, place in zip(mine, places, strict=True)
+            ]
+            listed.write_text(json.dumps(placed))
+            _run_all(listed, ranks)
+            done.update(zip(mine, places, strict=True))
+        found = record.read(done[ranks, words])
+        assert found["status"] == "complete", found["failure"]
+        return found
+
+    return read
+
+
+def _run_all(cells: Path, ranks: int) -> None:
+    script = Path(__file__).with_name("one_after_another.py")
+    result = subprocess.run(
+        [*LAUNCHER, f"--nproc-per-node={ranks}", str(script), str(cells)],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        timeout=600,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+
+
+def _placed(words: Words, prompts: Path) -> list[str]:
+    return [word.replace("=PROMPTS", f"={prompts}") for word in words]
+
+
+def settings_of(words: Words, size: int, prompts: Path) -> Settings:
+    """The settings of a rehearsal of `words` on `size` ranks."""
+    return load(compose([*_placed(words, prompts), "world=rehearsed", f"world.size={size}"]))
+
+
+def seen(rank: Books, steps: int = 3) -> dict[tuple[int, str, int], Books]:
+    """The phases of the first steps by place: a rehearsal reads no text, and may first enter them in another order."""
+    phases = {(phase["step"], phase["phase"], phase["micro_batch"]): phase for phase in rank["phases"]}
+    return {place: phase for place, phase in phases.items() if place[0] < steps}
+
+
+def differences(real: Books, rehearsed: Books) -> list[tuple[Any, ...]]:
+    """Where the two books differ: the place, the figure, the run's bytes and the rehearsal's."""
+    found: list[tuple[Any, ...]] = [
+        (name, figure, bytes_, rehearsed["categories"][name][figure])
+        for name, category in real["categories"].items()
+        for figure, bytes_ in category.items()
+        if rehearsed["categories"][name][figure] != bytes_
+    ]
+    ours, theirs = seen(real), seen(rehearsed)
+    for place in ours.keys() | theirs.keys():
+        left, right = ours.get(place), theirs.get(place)
+        if left is None or right is None:
+            found.append((place, "is there", left is not None, right is not None))
+        else:
+            found += [(place, key, left[key], right[key]) for key in left if left[key] != right[key]]
+    return found
+
+
+def name(cell: tuple[int, Words]) -> str:
+    """A cell by what is its own."""
+    ranks, words = cell
+    common = {*TINY, *GPT2, *TRAIN, *INFER} - {"model=gpt2", "mode=train", "mode=infer"}
+    own = [word.replace("model.config.", "").replace("=", ":") for word in words if word not in common]
+    return ",".join([f"{ranks}-ranks", *own])
+
+
+@pytest.mark.parametrize("cell", [(ranks, words) for ranks in CELLS for words in CELLS[ranks]], ids=name)
+def test_a_rehearsal_holds_the_bytes_of_the_run(
+    run: Callable[[int, Words], Books], prompts: Path, cell: tuple[int, Words]
+) -> None:
+    ranks, words = cell
+    real, settings = run(ranks, words), settings_of(words, ranks, prompts)
+    assert [books["rank"] for books in real["ranks"]] == list(range(ranks))
+    for rank, books in enumerate(real["ranks"]):
+        rehearsed, done = rehearse(settings, rank)
+        assert differences(books, json.loads(json.dumps(rehearsed))) == []
+        assert rehearsed["peak"]["bytes"] == max(phase["peak"] for phase in seen(books).values())
+        assert done["model"] == real["model"]
