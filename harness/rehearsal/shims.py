@@ -196,6 +196,7 @@ SHIMS = (
     Shim(f"{ZERO3}.partition_parameters.AllGatherCoalescedHandle", "wait", ONCE_A_RANK, slices.gathered),
     Shim(ZERO12, "average_tensor", ONCE_A_RANK, slices.averaged),
     Shim(ZERO12, "allreduce_and_copy_with_multiple_ranks", ONCE_A_RANK, slices.sent),
+    Shim(ZERO12, "initialize_gradient_partitioning_data_structures", ONCE_A_RANK, slices.booked),
     Shim(ZERO12, "initialize_gradient_partition", ONCE_A_RANK, slices.placed),
     Shim(ZERO12, "get_first_param_index", ONCE_A_RANK, slices.first_index),
     Shim("torch.Tensor", "narrow", ONCE_A_RANK, slices.narrow),

@@ -7,6 +7,7 @@ each parameter, which on fake tensors would take hours. A slice is a view: leavi
 import math
 import sys
 from bisect import bisect_left
+from collections import UserDict
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -164,6 +165,25 @@ def sent(original: Original) -> Original:
             bucket_ranks=[frozenset() if ranks is None else ranks for _, ranks, _ in pieces],
             output_bucket=[output for _, _, output in pieces],
         )
+
+    return stand_in
+
+
+PARTITIONS = (
+    *("param_to_partition_ids", "is_partition_reduced", "first_param_index_in_partition", "is_grad_computed"),
+    *("total_grads_in_partition", "remaining_grads_in_partition"),
+    *("grad_partition_insertion_offset", "grad_start_offset"),
+)
+"""What ZeRO-1 and 2 keep for every rank's partition: numbers."""
+
+
+def booked(original: Original) -> Original:
+    """ZeRO-1 and 2's `initialize_gradient_partitioning_data_structures`, in books that nobody searches for tensors."""
+
+    def stand_in(self: Any) -> None:
+        original(self)
+        for name in PARTITIONS:
+            setattr(self, name, UserDict(getattr(self, name)))
 
     return stand_in
 
