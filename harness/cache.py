@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from transformers import Cache, DynamicCache, PretrainedConfig, StaticCache
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, StaticLayer
 
 from harness.ledger.owners import cache_claims
 
@@ -42,6 +42,29 @@ def make(kind: str, config: PretrainedConfig, length: int) -> Cache | None:
     if kind == "static":
         return StaticCache(config=config, max_cache_len=length)
     raise ValueError(f"kind={kind!r}: a cache is one of dynamic, static, none")
+
+
+def can_advance(cache: Cache | None) -> bool:
+    """Whether `advance` knows every layer of `cache`."""
+    return cache is None or all(type(layer) in (DynamicLayer, StaticLayer) for layer in cache.layers)
+
+
+def advance(cache: Cache | None, positions: int) -> None:
+    """Let `cache` be as long as after `positions` more tokens of each sequence, whatever they would have been.
+
+    It takes no more memory than the last of those tokens would have: for a rehearsal, whose tokens mean nothing.
+    """
+    for layer in [] if cache is None else cache.layers:
+        if isinstance(layer, StaticLayer):
+            layer.cumulative_length.add_(positions)
+        else:
+            layer.keys = _longer(layer.keys, positions)
+            layer.values = _longer(layer.values, positions)
+
+
+def _longer(tensor: torch.Tensor, positions: int) -> torch.Tensor:
+    batch, heads, _, width = tensor.shape
+    return torch.cat([tensor, tensor.new_empty(1).expand(batch, heads, positions, width)], dim=-2)
 
 
 def kv_bytes_per_token(config: PretrainedConfig, dtype: torch.dtype) -> int:

@@ -22,7 +22,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from harness.cache import KvBytes, kv_bytes, make
+from harness.cache import KvBytes, advance, can_advance, kv_bytes, make
 from harness.ledger import Ledger
 
 PADDING = 0
@@ -30,6 +30,9 @@ PADDING = 0
 
 LOOK_EVERY = 16
 """Tokens between looks at whether every sequence has ended, where the host must wait to look."""
+
+FIRST_AND_LAST = 4
+"""Tokens at each end of a decode of which only the ends are wanted."""
 
 Choose = Callable[[Tensor, int], Tensor]
 """From logits [B, V] in fp32 for the new token of this number (0 is the first) to that token, [B]."""
@@ -150,9 +153,23 @@ def decode_one_token(
     next_token(model, batch, cache, 0 if cache is None else end - 1, end, choose)
 
 
-def decode_n_tokens(model: PreTrainedModel, batch: Batch, cache: Cache | None, choose: Choose) -> None:
-    """The rest of the new tokens, until the room is full or every sequence has ended."""
-    for end in range(batch.width + 1, batch.tokens.shape[1]):
+def decode_n_tokens(
+    model: PreTrainedModel, batch: Batch, cache: Cache | None, choose: Choose, ends_only: bool = False
+) -> None:
+    """The rest of the new tokens, until the room is full or every sequence has ended.
+
+    `ends_only`: of many, only the first and the last ones, between which the cache grows at once; a rehearsal of
+    them all would show the same bytes.
+    """
+    columns = range(batch.width + 1, batch.tokens.shape[1])
+    skipped = range(columns.start + FIRST_AND_LAST, columns.stop - FIRST_AND_LAST)
+    if not ends_only or not can_advance(cache):
+        skipped = range(0)
+    for end in columns:
+        if skipped and end == skipped.start:
+            advance(cache, len(skipped))
+        if end in skipped:
+            continue
         if batch.done(end):
             break
         decode_one_token(model, batch, cache, end, choose)
@@ -169,11 +186,13 @@ def generate(
     choose: Choose = greedy,
     ledger: Ledger,
     step: int = 0,
+    ends_only: bool = False,
 ) -> Generated:
     """Continue each of `prompts` (ids, none empty) by up to `max_new_tokens` >= 1, ending after any of `eos`.
 
     `model` is in eval mode, `cache` a kind that `harness.cache.make` knows. Greedy tokens are those of
-    transformers' `generate` on the same left-padded batch. `ledger` sees a prefill and a decode, as `step`.
+    transformers' `generate` on the same left-padded batch. `ledger` sees a prefill and a decode, as `step`; with
+    `ends_only`, only the first and last tokens of the decode, and what is generated means nothing.
     """
     with ledger.phase("prefill", step):
         batch = pad_left(prompts, max_new_tokens, eos, model.device)
@@ -187,7 +206,7 @@ def generate(
         prefill(model, batch, held, choose)
         first = clock(model.device)
     with ledger.phase("decode", step):
-        decode_n_tokens(model, batch, held, choose)
+        decode_n_tokens(model, batch, held, choose, ends_only)
         last = clock(model.device)
         tokens = [_until(eos, row) for row in batch.tokens[:, batch.width :].tolist()]
         measured = None if held is None else _measure(held, prompts, tokens)

@@ -120,6 +120,7 @@ def share_of(
                 choose=choose,
                 ledger=ledger,
                 step=step,
+                ends_only=world.rehearsed,
             )
             share.add(prompts, numbers, made)
             bar.update(len(numbers))
