@@ -154,21 +154,22 @@ def decode_one_token(
 
 
 def decode_n_tokens(
-    model: PreTrainedModel, batch: Batch, cache: Cache | None, choose: Choose, ends_only: bool = False
+    model: PreTrainedModel,
+    batch: Batch,
+    cache: Cache | None,
+    choose: Choose,
+    skip: Callable[[int], None] | None = None,
 ) -> None:
     """The rest of the new tokens, until the room is full or every sequence has ended.
 
-    `ends_only`: of many, only the first and the last ones, between which the cache grows at once; a rehearsal of
-    them all would show the same bytes.
+    With `skip`, of many only the first and the last ones, between which it is told how many to let the cache grow by.
     """
     columns = range(batch.width + 1, batch.tokens.shape[1])
     skipped = range(columns.start + FIRST_AND_LAST, columns.stop - FIRST_AND_LAST)
-    if not ends_only or not can_advance(cache):
-        skipped = range(0)
     for end in columns:
-        if skipped and end == skipped.start:
-            advance(cache, len(skipped))
-        if end in skipped:
+        if skip is not None and end in skipped:
+            if end == skipped.start:
+                skip(len(skipped))
             continue
         if batch.done(end):
             break
@@ -194,6 +195,11 @@ def generate(
     transformers' `generate` on the same left-padded batch. `ledger` sees a prefill and a decode, as `step`; with
     `ends_only`, only the first and last tokens of the decode, and what is generated means nothing.
     """
+
+    def skip(tokens: int) -> None:
+        advance(held, tokens)
+        ledger.own(cache=held)  # names what it holds now, as the end of each forward would
+
     with ledger.phase("prefill", step):
         batch = pad_left(prompts, max_new_tokens, eos, model.device)
         for name in ("tokens", "mask", "positions", "ended", "eos"):
@@ -206,7 +212,7 @@ def generate(
         prefill(model, batch, held, choose)
         first = clock(model.device)
     with ledger.phase("decode", step):
-        decode_n_tokens(model, batch, held, choose, ends_only)
+        decode_n_tokens(model, batch, held, choose, skip if ends_only and can_advance(held) else None)
         last = clock(model.device)
         tokens = [_until(eos, row) for row in batch.tokens[:, batch.width :].tolist()]
         measured = None if held is None else _measure(held, prompts, tokens)
