@@ -1,12 +1,15 @@
 """Which ranks of a world must be rehearsed, and for whom each stands.
 
 With ZeRO-0 and 3 every rank holds the same. With ZeRO-1 and 2 a rank copies the gradients of the parameters that its
-partition touches into a buffer of their whole size, made when backward reaches the last of them: more bytes, earlier,
-is a higher peak. So of any two ranks one whose buffer is as large and as early holds no less, and only the ranks that
-no other one outdoes are rehearsed.
+partition touches into a buffer of their whole size, made when the first of them is reduced: ZeRO-2 reduces within
+backward, from the last parameter to the first; ZeRO-1 after it, from the first to the last. Either way memory falls as
+it goes, so more bytes, earlier, is a higher peak: of any two ranks one whose buffer is as large and as early peaks no
+lower. Where the optimizer is offloaded there is no such buffer, and the peak is where the largest piece of the
+partition is copied. Only the ranks that no other one outdoes are rehearsed.
 """
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TypeVar
@@ -28,7 +31,7 @@ ALIGNMENT = 2
 
 @dataclass(frozen=True)
 class Role:
-    """`rank` is rehearsed; `stands_for` hold the same bytes, itself among them, and `bounds` no more than it.
+    """`rank` is rehearsed; `stands_for` hold the same bytes, itself among them, and `bounds` peak no higher than it.
 
     `why` is what sets it apart from the others: empty where nothing does.
     """
@@ -47,7 +50,7 @@ def roles(settings: Settings) -> list[Role]:
     exports = settings.train.export and settings.train.steps < settings.ledger.steps
     if settings.zero.stage in (0, 3) or size == 1:
         return _alike([exports and rank == 0 for rank in range(size)], lambda leads: EXPORTS if leads else "")
-    return _outdone(_partitions(settings, size), exports)
+    return _outdone(_partitions(settings, size), exports, settings.zero.offload != "none")
 
 
 def _alike(keys: Sequence[Key], why: Callable[[Key], str]) -> list[Role]:
@@ -79,49 +82,80 @@ def _shares(settings: Settings, size: int) -> list[tuple[tuple[int, ...], ...]]:
     ]
 
 
-def _partitions(settings: Settings, size: int) -> list[tuple[int, int]]:
-    """By rank, how many elements the parameters in its partition have, and the place of the last of them."""
+@dataclass(frozen=True)
+class Partition:
+    """What of a rank's partition decides its peak, in elements."""
+
+    held: int  # of the parameters that it touches
+    moment: int  # how many others are reduced before the first of them
+    largest: int  # of the largest piece in it
+    largest_moment: int  # of that one
+    pieces: int  # how many parameters it touches
+
+    def outdoes(self, other: "Partition", offloaded: bool) -> bool:
+        """Whether the rank with it peaks no lower than the one with `other`."""
+        if offloaded and not (
+            self.largest >= other.largest
+            and self.largest_moment <= other.moment
+            and self.pieces >= other.pieces  # each has a norm of its own
+        ):
+            return False
+        return self.held >= other.held and self.moment <= other.moment
+
+    def told(self) -> str:
+        """It as what sets a rank apart."""
+        when = f"after {self.moment} others" if self.moment else "first"
+        return f"the parameters in its partition have {self.held:,} elements, and are reduced {when}"
+
+
+def _partitions(settings: Settings, size: int) -> list[Partition]:
+    """Every rank's."""
     with torch.device("meta"):
         built = AutoModelForCausalLM.from_config(model.model_config(settings.model))
     ends = list(accumulate(parameter.numel() for parameter in built.parameters()))
-    partition = -(-ends[-1] // (ALIGNMENT * size)) * ALIGNMENT
+    begins = [0, *ends[:-1]]
+    length = -(-ends[-1] // (ALIGNMENT * size)) * ALIGNMENT
+    last = None if settings.zero.stage == 1 else len(ends) - 1
     found, first = [], 0
-    for rank in range(size):
-        start, end = rank * partition, (rank + 1) * partition
+    for start in range(0, size * length, length):
         while first < len(ends) and ends[first] <= start:
             first += 1
-        last = first
-        while last < len(ends) and ends[last] < end:
-            last += 1
-        last = min(last, len(ends) - 1)
-        held = ends[last] - (ends[first - 1] if first else 0) if first < len(ends) else 0
-        found.append((held, last))
+        places = range(first, bisect_left(begins, start + length))
+        pieces = [
+            (
+                min(ends[place], start + length) - max(begins[place], start),
+                place if last is None else last - place,
+            )
+            for place in places
+        ]
+        largest, moment = max(pieces, key=lambda piece: (piece[0], -piece[1]), default=(0, len(ends)))
+        first_moment = min((moment for _, moment in pieces), default=len(ends))
+        held = ends[places[-1]] - begins[first] if places else 0
+        found.append(Partition(held, first_moment, largest, moment, len(pieces)))
     return found
 
 
-def _outdone(partitions: Sequence[tuple[int, int]], exports: bool) -> list[Role]:
+def _outdone(partitions: Sequence[Partition], exports: bool, offloaded: bool) -> list[Role]:
     """The ranks that none outdoes, and rank 0 where it alone exports; each bounds those that it outdoes."""
-    order = sorted(range(len(partitions)), key=lambda rank: (partitions[rank], -rank), reverse=True)
+
+    def outdoing(rank: int) -> int | None:
+        return next((other for other in kept if partitions[other].outdoes(partitions[rank], offloaded)), None)
+
     kept: list[int] = []
-    for rank in order:  # by size: one is outdone where an earlier one is as early
-        if not any(partitions[other][1] >= partitions[rank][1] for other in kept):
+    for rank in sorted(
+        range(len(partitions)), key=lambda rank: (-partitions[rank].held, partitions[rank].moment)
+    ):
+        if outdoing(rank) is None:
             kept.append(rank)
     if exports and 0 not in kept:
         kept.append(0)
     bounds: dict[int, list[int]] = {rank: [] for rank in kept}
-    for rank in sorted(set(order) - set(kept)):
-        bounds[next(other for other in kept if _outdoes(partitions[other], partitions[rank]))].append(rank)
-    end = max(last for _, last in partitions)
+    for rank in range(len(partitions)):
+        if rank not in bounds:
+            other = outdoing(rank)
+            assert other is not None
+            bounds[other].append(rank)
     return [
-        Role(rank, (rank,), tuple(outdone), _told_partition(*partitions[rank], end))
+        Role(rank, (rank,), tuple(outdone), partitions[rank].told())
         for rank, outdone in sorted(bounds.items())
     ]
-
-
-def _told_partition(held: int, last: int, end: int) -> str:
-    reached = "first" if last == end else f"after {end - last} others"
-    return f"the parameters in its partition have {held:,} elements, and backward reaches the last of them {reached}"
-
-
-def _outdoes(one: Iterable[int], other: Iterable[int]) -> bool:
-    return all(a >= b for a, b in zip(one, other, strict=True))

@@ -1,5 +1,6 @@
 """A fake world of any size: one rank of it, in this process, with no peers, no port and no device."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -116,12 +117,14 @@ def rehearsed(rank: int, size: int, target: str = "cpu") -> Iterator[World]:
     device = GPU if gpu else torch.device("cpu")
     place = variables(RANK=rank, WORLD_SIZE=size, LOCAL_RANK=0, LOCAL_SIZE=1, DS_ACCELERATOR="cpu")
     with place, shimmed(gpu), _unknown():
+        hook = sys.excepthook  # the group puts its rank before every traceback, after its end too
         dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
         try:
             with Fakes(), Values():
                 yield World(rank, size, 0, device, rehearsed=True, target=target)
         finally:
             dist.destroy_process_group()
+            sys.excepthook = hook
 
 
 @contextmanager
