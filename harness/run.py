@@ -38,7 +38,7 @@ def run(settings: Settings, cfg: DictConfig, words: list[str]) -> int:
 
 def _rehearse(settings: Settings, cfg: DictConfig) -> int:
     """The same, with no world: every role in a process of its own, and one record of them all."""
-    from harness import rehearsal
+    from harness.rehearsal import run as rehearsal
 
     if world.environment()[1] > 1:
         raise Refusal("world", "rehearsed", "one process rehearses any world; start it without torchrun")

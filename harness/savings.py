@@ -4,18 +4,15 @@ A row of `TRAIN` or `INFER` is a change that keeps what the run means: the same 
 the same tokens for a prompt. The rules of the settings refuse those that cannot be.
 """
 
-import os
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
 from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
-from tqdm import tqdm
 
 from harness import config
 from harness.knobs import Refusal, Settings, as_typed
+from harness.rehearsal.pool import progress, rehearse_all, workers
 from harness.schema import Record
 from harness.settings import check_world, checked, typed
 from harness.surprises import Finding
@@ -156,25 +153,8 @@ def candidates(record: Record, base: Settings) -> Iterator[tuple[Settings, dict[
 
 def rehearse(wanted: Sequence[Settings]) -> list[int | str]:
     """The highest peak of any rank under each of `wanted`, in bytes, in parallel; or why there is none."""
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["harness.rehearsal.role", "harness.rehearsal.roles"])
-    with ProcessPoolExecutor(min(len(wanted), os.cpu_count() or 1), context) as pool:
-        running = [pool.submit(highest, settings) for settings in wanted]
-        for _ in tqdm(as_completed(running), total=len(running), desc="rehearse", leave=False, disable=None):
-            pass
-        return [each.result() for each in running]
-
-
-def highest(settings: Settings) -> int | str:
-    """The highest peak of any rank of a rehearsal, in bytes; or, in words, why it failed."""
-    from harness.rehearsal.role import rehearse as one
-    from harness.rehearsal.roles import roles
-
-    try:
-        peaks: list[int] = [one(settings, role.rank)[0]["peak"]["bytes"] for role in roles(settings)]
-        return max(peaks)
-    except Exception as error:  # another process asked; the error's class may not be known there
-        return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    with workers(len(wanted)) as pool, progress(len(wanted)) as bar:
+        return [found.failure or found.bytes for found in rehearse_all(pool, wanted, bar)]
 
 
 def agreement(record: Record, rehearsed: int) -> Iterator[Finding]:

@@ -1,0 +1,63 @@
+"""Many rehearsals at once, in processes that have imported everything already.
+
+Nothing here imports torch: whoever asks for rehearsals need not.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from multiprocessing import get_context
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from harness.settings import Settings
+
+
+class Worst(NamedTuple):
+    """The rank of a rehearsal with the highest peak; or, in words, why there is none."""
+
+    bytes: int
+    rank: int
+    categories: dict[str, int]
+    failure: str = ""
+
+
+@contextmanager
+def workers(tasks: int) -> Iterator[ProcessPoolExecutor]:
+    """A pool for so many tasks, on as many cores as there are. Those not begun when it is left are not begun."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["harness.rehearsal.role", "harness.rehearsal.roles"])
+    pool = ProcessPoolExecutor(min(tasks, os.cpu_count() or 1), context)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def rehearse_all(pool: ProcessPoolExecutor, wanted: Sequence[Settings], bar: Any = None) -> list[Worst]:
+    """The worst rank under each of `wanted`, in parallel. `bar` is told of each that is done."""
+    running = [pool.submit(worst, settings) for settings in wanted]
+    for _ in as_completed(running):
+        if bar is not None:
+            bar.update()
+    return [each.result() for each in running]
+
+
+def progress(total: int | None) -> Any:
+    """A bar for so many rehearsals, on a terminal."""
+    return tqdm(total=total, unit="rehearsal", desc="rehearse", leave=False, disable=None)
+
+
+def worst(settings: Settings) -> Worst:
+    """The rank with the highest peak of all the roles of `settings`' world."""
+    from harness.rehearsal.role import rehearse
+    from harness.rehearsal.roles import roles
+
+    try:
+        peaks = [(role.rank, rehearse(settings, role.rank)[0]["peak"]) for role in roles(settings)]
+        rank, peak = max(peaks, key=lambda pair: pair[1]["bytes"])
+    except Exception as error:  # another process asked; the error's class may not be known there
+        return Worst(0, 0, {}, " ".join(f"{type(error).__name__}: {error}".split())[:200])
+    return Worst(peak["bytes"], rank, {name: held or 0 for name, held in peak["categories"].items()})

@@ -1,0 +1,79 @@
+"""A whole rehearsal: every role of a world, and one record of them all."""
+
+from collections.abc import Iterator
+from concurrent.futures import as_completed
+from typing import Any
+
+from tqdm import tqdm
+
+from harness.rehearsal import UNVERIFIED
+from harness.rehearsal.pool import workers
+from harness.rehearsal.roles import Role, roles
+from harness.settings import Settings
+
+
+def described(settings: Settings) -> dict[str, Any]:
+    """The record's `world`: what is rehearsed."""
+    gpu = settings.hardware.device == "cuda"
+    return {
+        "kind": "rehearsed",
+        "size": settings.world.size,
+        "device": "cuda" if gpu else "cpu",
+        "device_name": settings.hardware.name if settings.hardware.device != "auto" else None,
+        "memory": settings.hardware.memory,
+        "verified": UNVERIFIED if gpu else None,
+        "differences": list(_differences(settings)),
+    }
+
+
+def _differences(settings: Settings) -> Iterator[str]:
+    """What is known to differ from a real run of the same config, a sentence each."""
+    if settings.model.path is not None and not settings.model.random:
+        yield "weights are made and not read: while a real run reads them, in setup, it holds one parameter twice"
+    if settings.mode == "infer" and settings.generation.stop_at_eos:
+        yield "no sequence ends early: generation goes on to generation.max_new_tokens"
+    if settings.mode == "train":
+        yield "no text is read: where a real run's data ends and begins anew, it has no next batch at hand"
+
+
+def rehearse(settings: Settings) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Every role of `settings`' world: the records of the ranks that were rehearsed, and the run's parts.
+
+    Raises Refusal as the run itself would, RuntimeError where a shim does not fit, and whatever the run raises.
+    """
+    wanted = roles(settings)
+    found: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
+    with tqdm(total=len(wanted), unit="role", desc="rehearse", leave=False, disable=None) as bar:
+        for role, rehearsed in _all(settings, wanted):
+            found[role.rank] = rehearsed
+            bar.update()
+    ranks = [
+        {
+            **found[role.rank][0],
+            "stands_for": list(role.stands_for),
+            "bounds": list(role.bounds),
+            "why": role.why,
+        }
+        for role in wanted
+    ]
+    return ranks, max((found[role.rank][1] for role in wanted), key=_cached)
+
+
+def _cached(done: dict[str, Any]) -> int:
+    """The bytes of the largest KV cache that a role saw, which are the run's."""
+    return done.get("inference", {}).get("kv_reserved") or 0
+
+
+def _all(
+    settings: Settings, wanted: list[Role]
+) -> Iterator[tuple[Role, tuple[dict[str, Any], dict[str, Any]]]]:
+    """Each role as it is done: one alone in this process, several in parallel."""
+    from harness.rehearsal.role import rehearse as one
+
+    if len(wanted) == 1:
+        yield wanted[0], one(settings, wanted[0].rank)
+        return
+    with workers(len(wanted)) as pool:
+        running = {pool.submit(one, settings, role.rank): role for role in wanted}
+        for done in as_completed(running):
+            yield running[done], done.result()
