@@ -23,10 +23,11 @@ from accelerate.commands.estimate import estimate_training_usage
 from accelerate.utils import calculate_maximum_sizes
 from transformers import AutoModel, AutoModelForCausalLM
 
-from harness import record, rehearsal
+from harness import record
 from harness.config import compose
 from harness.knobs import Settings, Zero
 from harness.model import model_config
+from harness.rehearsal.run import rehearse
 from harness.settings import load
 
 MODELS = ("llama2-7b", "llama3-8b", "llama2-70b")
@@ -107,7 +108,7 @@ def rehearsed(model: str, stage: int, world: int, more: Sequence[str] = LONG) ->
     """What a rehearsal sees of the rank that holds most."""
     asked = ["world=rehearsed", f"world.size={world}", *words(model, stage, more)]
     settings: Settings = load(compose(asked))
-    return held(rehearsal.rehearse(settings)[0])
+    return held(rehearse(settings)[0])
 
 
 def real(model: str, stage: int, world: int = 2) -> Held:
