@@ -16,7 +16,7 @@ from harness.settings import Settings
 
 
 class Worst(NamedTuple):
-    """The rank of a rehearsal with the highest peak; or, in words, why there is none."""
+    """The rank of a rehearsal with the highest peak, and what is in it; or, in words, why there is none."""
 
     bytes: int
     rank: int
@@ -60,4 +60,4 @@ def worst(settings: Settings) -> Worst:
         rank, peak = max(peaks, key=lambda pair: pair[1]["bytes"])
     except Exception as error:  # another process asked; the error's class may not be known there
         return Worst(0, 0, {}, " ".join(f"{type(error).__name__}: {error}".split())[:200])
-    return Worst(peak["bytes"], rank, {name: held or 0 for name, held in peak["categories"].items()})
+    return Worst(peak["bytes"], rank, {name: held for name, held in peak["categories"].items() if held})
