@@ -55,7 +55,12 @@ def settings(*words: str, size: int = 2) -> Settings:
         ("zero=2", "zero.reduce_bucket_size=100000"),
         ("zero=1", "zero.reduce_bucket_size=100000", "train.sequence=64"),
         ("zero=2", "precision=fp32", "train.accumulation=2"),
-        ("zero=2", "zero.offload=optimizer", "zero.reduce_bucket_size=100000"),
+        (
+            "zero=2",
+            "zero.offload=optimizer",
+            "zero.reduce_bucket_size=100000",
+            "model.config.vocab_size=3000",
+        ),
         ("zero=1", "train.export=true", "train.steps=1", *UNEVEN),
     ],
     ids=",".join,

@@ -4,8 +4,9 @@ With ZeRO-0 and 3 every rank holds the same. With ZeRO-1 and 2 a rank copies the
 partition touches into a buffer of their whole size, made when the first of them is reduced: ZeRO-2 reduces within
 backward, from the last parameter to the first; ZeRO-1 after it, from the first to the last. Either way memory falls as
 it goes, so more bytes, earlier, is a higher peak: of any two ranks one whose buffer is as large and as early peaks no
-lower. Where the optimizer is offloaded there is no such buffer, and the peak is where the largest piece of the
-partition is copied. Only the ranks that no other one outdoes are rehearsed.
+lower. Where the optimizer is offloaded there is no such buffer: pieces of gradients are copied, whole ones let go, and
+only a rank with no less of the same parameters is sure to peak no lower. Only the ranks that no other one outdoes are
+rehearsed.
 """
 
 from bisect import bisect_left
@@ -88,18 +89,16 @@ class Partition:
 
     held: int  # of the parameters that it touches
     moment: int  # how many others are reduced before the first of them
-    largest: int  # of the largest piece in it
-    largest_moment: int  # of that one
-    pieces: int  # how many parameters it touches
+    pieces: tuple[int, ...]  # of each of them, what is in the partition
+    first: int  # the place of the first of them in the model
 
     def outdoes(self, other: "Partition", offloaded: bool) -> bool:
         """Whether the rank with it peaks no lower than the one with `other`."""
-        if offloaded and not (
-            self.largest >= other.largest
-            and self.largest_moment <= other.moment
-            and self.pieces >= other.pieces  # each has a norm of its own
-        ):
-            return False
+        if offloaded:
+            same = (self.first, len(self.pieces)) == (other.first, len(other.pieces))
+            return same and all(
+                ours >= theirs for ours, theirs in zip(self.pieces, other.pieces, strict=True)
+            )
         return self.held >= other.held and self.moment <= other.moment
 
     def told(self) -> str:
@@ -115,23 +114,17 @@ def _partitions(settings: Settings, size: int) -> list[Partition]:
     ends = list(accumulate(parameter.numel() for parameter in built.parameters()))
     begins = [0, *ends[:-1]]
     length = -(-ends[-1] // (ALIGNMENT * size)) * ALIGNMENT
-    last = None if settings.zero.stage == 1 else len(ends) - 1
     found, first = [], 0
     for start in range(0, size * length, length):
         while first < len(ends) and ends[first] <= start:
             first += 1
-        places = range(first, bisect_left(begins, start + length))
-        pieces = [
-            (
-                min(ends[place], start + length) - max(begins[place], start),
-                place if last is None else last - place,
-            )
-            for place in places
-        ]
-        largest, moment = max(pieces, key=lambda piece: (piece[0], -piece[1]), default=(0, len(ends)))
-        first_moment = min((moment for _, moment in pieces), default=len(ends))
-        held = ends[places[-1]] - begins[first] if places else 0
-        found.append(Partition(held, first_moment, largest, moment, len(pieces)))
+        after = bisect_left(begins, start + length)
+        pieces = tuple(
+            min(ends[place], start + length) - max(begins[place], start) for place in range(first, after)
+        )
+        held = ends[after - 1] - begins[first] if pieces else 0
+        moment = len(ends) if not pieces else first if settings.zero.stage == 1 else len(ends) - after
+        found.append(Partition(held, moment, pieces, first))
     return found
 
 

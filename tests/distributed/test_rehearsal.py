@@ -21,6 +21,7 @@ import pytest
 from harness import record
 from harness.config import compose
 from harness.rehearsal.role import rehearse
+from harness.rehearsal.roles import roles
 from harness.settings import Settings, load
 from tests.distributed.conftest import LAUNCHER, ROOT
 
@@ -92,10 +93,20 @@ CELLS: dict[int, list[Words]] = {
     2: [*MATRIX, *BY_STAGE, *SHARDED_WHOLLY, *TIED, *GENERATION],
     3: [(*TINY, *UNEVEN, *TRAIN, f"zero={stage}", "train.accumulation=2") for stage in STAGES]
     + [(*TINY, *UNEVEN, *TRAIN, "zero=3", "zero.offload=all", "zero.persistence_threshold=0")]
+    + [
+        (
+            *TINY,
+            *UNEVEN,
+            *TRAIN,
+            "zero=3",
+            "zero.persistence_threshold=0",
+            "train.steps=2",
+            "train.export=true",
+        )
+    ]
+    + [(*TINY, *UNEVEN, *TRAIN, *SMALL_BUCKETS, "zero=1", "train.sequence=64")]
     + [(*TINY, *INFER, "generation.prompts=PROMPTS")],
 }
-
-TEST = "test_a_rehearsal_holds_the_bytes_of_the_run"
 
 
 @pytest.fixture(scope="module")
@@ -112,21 +123,22 @@ def run(
 ) -> Callable[[int, Words], Books]:
     """A function of a number of ranks and words to the record of that run; a number's cells are run all at once."""
     functions = [item for item in request.session.items if isinstance(item, pytest.Function)]
-    cells: set[Any] = {each.callspec.params["cell"] for each in functions if each.originalname == TEST}
+    mine = [each for each in functions if each.path == Path(__file__)]
+    cells: set[Any] = {each.callspec.params["cell"] for each in mine}
     done: dict[tuple[int, Words], Path] = {}
 
     def read(ranks: int, words: Words) -> Books:
         if (ranks, words) not in done:
-            mine = [cell for cell in cells if cell[0] == ranks]
-            places = [tmp_path_factory.mktemp("run") / "out" for _ in mine]
+            alike = [cell for cell in cells if cell[0] == ranks]
+            places = [tmp_path_factory.mktemp("run") / "out" for _ in alike]
             listed = tmp_path_factory.mktemp("cells") / "cells.json"
             placed = [
                 [*_placed(cell[1], prompts), f"hydra.run.dir={place}"]
-                for cell, place in zip(mine, places, strict=True)
+                for cell, place in zip(alike, places, strict=True)
             ]
             listed.write_text(json.dumps(placed))
             _run_all(listed, ranks)
-            done.update(zip(mine, places, strict=True))
+            done.update(zip(alike, places, strict=True))
         found = record.read(done[ranks, words])
         assert found["status"] == "complete", found["failure"]
         return found
@@ -200,3 +212,16 @@ def test_a_rehearsal_holds_the_bytes_of_the_run(
         assert differences(books, json.loads(json.dumps(rehearsed))) == []
         assert rehearsed["peak"]["bytes"] == max(phase["peak"] for phase in seen(books).values())
         assert done["model"] == real["model"]
+
+
+@pytest.mark.parametrize("cell", [(3, words) for words in CELLS[3]], ids=name)
+def test_a_rank_stands_for_its_like_in_the_run_and_bounds_none_above_it(
+    run: Callable[[int, Words], Books], prompts: Path, cell: tuple[int, Words]
+) -> None:
+    ranks, words = cell
+    real = run(ranks, words)["ranks"]
+    peaks = [max(phase["peak"] for phase in seen(books).values()) for books in real]
+    for each in roles(settings_of(words, ranks, prompts)):
+        assert all(real[rank]["categories"] == real[each.rank]["categories"] for rank in each.stands_for)
+        assert all(seen(real[rank]) == seen(real[each.rank]) for rank in each.stands_for)
+        assert all(peaks[rank] <= peaks[each.rank] for rank in each.bounds)
