@@ -87,6 +87,11 @@ GENERATION = [
     (*TINY, *INFER, "generation.sample=true", "generation.prompts=PROMPTS", "generation.cache=static"),
     (*TINY, *INFER, "model.attention=eager", "generation.prompts=PROMPTS"),
     (*TINY, *INFER, "generation.sample=true", "generation.batch=1"),
+    *(
+        (*TINY, *INFER, f"generation.cache={c}", "generation.prompts=PROMPTS", "generation.max_new_tokens=40")
+        for c in ("dynamic", "static", "none")
+    ),
+    (*TINY, *INFER, "generation.sample=true", "generation.max_new_tokens=40"),
     (*GPT2, *INFER, "generation.prompts=PROMPTS"),
 ]
 CELLS: dict[int, list[Words]] = {
