@@ -1,7 +1,24 @@
-"""How far something can be raised before it does not fit, asked a step at a time."""
+"""The search of `harness fit`: configs along axes, each climbed until it does not fit, every verdict a rehearsal's."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import product
+from typing import NamedTuple
+
+from harness import config
+from harness.knobs import Refusal, Settings
+from harness.rehearsal.pool import Worst, progress, rehearse_all, workers
+from harness.settings import check_world, load
+
+AXES = {
+    "train": {"zero": "0,1,2,3", "zero.offload": "none", "checkpointing": "none", "train.micro_batch": ""},
+    "infer": {"generation.prompt_length": "64", "generation.max_new_tokens": "64", "generation.batch": ""},
+}
+"""Keys that take a list, with what is tried when nothing is said. The last one is climbed: more of it is more bytes."""
+
+LAST_RESORT = ("optimizer", "all")
+"""What zero.offload may be where nothing else fits, and nobody said what it should be."""
 
 HIGHEST = 1024
 """Where a climb by doubling ends."""
@@ -49,3 +66,181 @@ class Climb:
     def refused(self) -> None:
         """What was wanted cannot be: neither can more of it."""
         self.over = True
+
+
+class Trial(NamedTuple):
+    """A config that was rehearsed, as the words that make it; `left` of the memory, below 0 where it does not fit."""
+
+    words: tuple[str, ...]
+    settings: Settings
+    worst: Worst
+    left: int
+
+    @property
+    def fits(self) -> bool:
+        """Whether there is room."""
+        return not self.worst.failure and self.left >= 0
+
+
+class Fit:
+    """What was asked for: configs along axes, and the memory they must fit into. Raises Refusal."""
+
+    def __init__(self, words: Sequence[str], reserve: int = 0) -> None:
+        given = dict(word.partition("=")[::2] for word in words)
+        for word in words:
+            if "=" not in word:
+                raise ValueError(f"fit: {word}: neither key=value nor an option; --help says what there is")
+        self.mode = given.get("mode", "train")
+        if self.mode not in AXES:
+            raise Refusal("mode", self.mode, "no such mode; one of train, infer")
+        if self.mode == "infer" and {"generation.prompts", "generation.prompt"} & set(given):
+            raise Refusal("generation.prompts", "...", "fit asks for lengths; give generation.prompt_length=")
+        self.axes = {key: given.get(key, values) for key, values in AXES[self.mode].items()}
+        self.given, self.reserve = given, reserve
+        ours = {*self.axes, "world", "world.size", "ledger", "ledger.steps", "generation.count"}
+        self.words = [word for word in words if word.partition("=")[0] not in ours]
+        size_given = given.get("world.size", "")
+        self.world = int(size_given) if size_given.isdecimal() else 1
+        self.climbs = self._climbs({}, self.axes)
+        lowest = self.climbs[0].wants() or 1
+        first = self.settings(
+            [*self.climbs[0].words, f"{self.climbs[0].key}={lowest}", *self._accumulation(lowest)]
+        )
+        if first.hardware.memory is None:
+            remedy = "fit must know what a device has; give hardware=NAME or hardware.memory=BYTES"
+            raise Refusal("hardware.memory", None, remedy)
+        self.memory = first.hardware.memory
+
+    def settings(self, chosen: Sequence[str]) -> Settings:
+        """The rehearsal of a config with `chosen`, a word for each axis. Raises Refusal."""
+        around = [f"world.size={self.given['world.size']}"] if "world.size" in self.given else []
+        values = dict(word.partition("=")[::2] for word in chosen)
+        if self.mode == "infer" and around:
+            with suppress(ValueError):  # the settings say it better
+                count = int(values["generation.batch"]) * int(self.given["world.size"])
+                around.append(f"generation.count={count}")
+        every = [*self.words, *chosen, "world=rehearsed", "ledger=exact", "ledger.steps=2", *around]
+        try:
+            settings = load(config.compose(every))
+        except Refusal as refusal:
+            if not refusal.remedy.startswith("sweeps"):
+                raise
+            lists = ", ".join(self.axes)
+            raise Refusal(
+                refusal.key, refusal.value, f"give one value; lists may be given for {lists}"
+            ) from None
+        check_world(settings, settings.world.size or 1)
+        return settings
+
+    def search(self) -> list[Trial]:
+        """Every config that had to be rehearsed. Raises Refusal where all that was asked for is refused."""
+        trials = self._climb(self.climbs)
+        if self.mode == "train" and "zero.offload" not in self.given:
+            for offload in LAST_RESORT:
+                if not any(trial.fits for trial in trials):
+                    trials += self._climb(self._climbs({"zero.offload": offload}, ()))
+        return trials
+
+    def _climbs(self, changed: dict[str, str], asked: Container[str]) -> list[Climb]:
+        """One for each combination of the axes but the last, which it climbs, that the settings do not refuse.
+
+        Raises Refusal where a value of an axis that is `asked` for can be in none.
+        """
+        *fixed, climbed = self.axes
+        choices = [
+            [f"{key}={value}" for value in changed.get(key, self.axes[key]).split(",")] for key in fixed
+        ]
+        values = [value for value in self.axes[climbed].split(",") if value]
+        rungs = sorted({_whole(climbed, value) for value in values})
+        possible: list[Climb] = []
+        refused: dict[str, Refusal] = {}
+        for words in product(*choices):
+            try:
+                lowest = (rungs or [1])[0]
+                self.settings([*words, f"{climbed}={lowest}", *self._accumulation(lowest)])
+                possible.append(Climb(words, climbed, rungs))
+            except Refusal as refusal:
+                for word in words:
+                    refused.setdefault(word, refusal)
+        for word, reason in refused.items():
+            nowhere = not any(word in climb.words for climb in possible)
+            if nowhere and word.partition("=")[0] in asked:
+                raise reason
+        return possible
+
+    def _climb(self, climbs: Sequence[Climb]) -> list[Trial]:
+        """Every climb a rung at a time, all of them at once."""
+        trials: list[Trial] = []
+        refusals: list[Refusal] = []
+        with workers(len(climbs)) as pool, progress(None) as bar:
+            while True:
+                asked = list(self._rungs(climbs, refusals))
+                if not asked:
+                    break
+                found = rehearse_all(pool, [settings for _, _, settings in asked], bar)
+                for (climb, words, settings), worst in zip(asked, found, strict=True):
+                    trial = Trial(words, settings, worst, self.memory - self.reserve - worst.bytes)
+                    climb.told(trial.fits, exactly=self.mode == "infer")
+                    trials.append(trial)
+        if not trials and refusals:
+            raise refusals[0]
+        return trials
+
+    def _rungs(
+        self, climbs: Sequence[Climb], refusals: list[Refusal]
+    ) -> Iterator[tuple[Climb, tuple[str, ...], Settings]]:
+        """What each climb wants to know next; one whose config is refused is over."""
+        for climb in climbs:
+            while (rung := climb.wants()) is not None:
+                try:
+                    words = (*climb.words, f"{climb.key}={rung}", *self._accumulation(rung))
+                    yield climb, words, self.settings(words)
+                    break
+                except Refusal as refusal:
+                    refusals.append(refusal)
+                    climb.refused()
+
+    def _accumulation(self, micro_batch: int) -> Iterator[str]:
+        """What makes `train.batch` of it, where one is given. Raises Refusal where nothing does."""
+        if self.mode == "train" and "train.batch" in self.given and "train.accumulation" not in self.given:
+            batch, together = _whole("train.batch", self.given["train.batch"]), micro_batch * self.world
+            if batch % together:
+                raise Refusal(
+                    "train.batch", batch, f"no multiple of train.micro_batch={micro_batch} on {self.world}"
+                )
+            yield f"train.accumulation={batch // together}"
+
+    def ranked(self, trials: Sequence[Trial]) -> list[Trial]:
+        """Of each combination the largest that fits, cheapest first."""
+        largest: dict[tuple[str, ...], Trial] = {}
+        for trial in trials:
+            key = tuple(word for word in trial.words if word.partition("=")[0] in [*self.axes][:-1])
+            if trial.fits and (key not in largest or self._rung(trial) > self._rung(largest[key])):
+                largest[key] = trial
+        return sorted(largest.values(), key=lambda trial: cost(trial.settings))
+
+    def _rung(self, trial: Trial) -> int:
+        return trial.settings.train.micro_batch if self.mode == "train" else trial.settings.generation.batch
+
+
+def cost(settings: Settings) -> tuple[float, ...]:
+    """What a config is ranked by, the cheapest first.
+
+    In training the elements that a rank sends for each parameter and sequence: 2 a step under ZeRO-0 and 1, 1 a step
+    and 1 a micro-batch under ZeRO-2, 3 a micro-batch under ZeRO-3 (Rajbhandari et al. 2020, arXiv 1910.02054,
+    section 7); before it whether the host's link is used, after it the stage.
+    """
+    if settings.mode == "infer":
+        generation = settings.generation
+        return (-(generation.prompt_length + generation.max_new_tokens) * generation.batch,)
+    zero, train = settings.zero, settings.train
+    step = {0: 2.0, 1: 2.0, 2: 1.0 + train.accumulation, 3: 3.0 * train.accumulation}[zero.stage]
+    offload = ("none", *LAST_RESORT).index(zero.offload)
+    recompute = ("none", "selective", "full").index(settings.checkpointing)
+    return offload, recompute, step / (train.micro_batch * train.accumulation), zero.stage
+
+
+def _whole(key: str, value: str) -> int:
+    if not value.isascii() or not value.isdecimal() or int(value) < 1:
+        raise Refusal(key, value, "should be whole numbers of 1 or more, as 1,2,4")
+    return int(value)

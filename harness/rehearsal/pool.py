@@ -29,7 +29,7 @@ def workers(tasks: int) -> Iterator[ProcessPoolExecutor]:
     """A pool for so many tasks, on as many cores as there are. Those not begun when it is left are not begun."""
     context = get_context("forkserver")
     context.set_forkserver_preload(["harness.rehearsal.role", "harness.rehearsal.roles"])
-    pool = ProcessPoolExecutor(min(tasks, os.cpu_count() or 1), context)
+    pool = ProcessPoolExecutor(max(1, min(tasks, os.cpu_count() or 1)), context)
     try:
         yield pool
     finally:

@@ -1,0 +1,177 @@
+"""`harness fit`: every verdict is a rehearsal's, nothing that fits is passed over, and the last line is what to run."""
+
+import json
+import shlex
+from itertools import product
+
+import pytest
+
+from harness import config
+from harness.__main__ import main
+from harness.fit import parse_size
+from harness.knobs import Refusal
+from harness.rehearsal.pool import worst
+from harness.search import HIGHEST, Climb, Fit, cost
+from harness.settings import load
+
+SMALL = ["mode=train", "model=tiny", "world.size=2", "train.sequence=32"]
+
+
+def climbed(limit: int, exactly: bool = False, rungs: tuple[int, ...] = ()) -> tuple[list[int], int]:
+    """What a climb asks for where all up to `limit` fits, and the highest that it finds."""
+    climb, asked = Climb((), "key", rungs), []
+    while (wanted := climb.wants()) is not None:
+        asked.append(wanted)
+        climb.told(wanted <= limit, exactly)
+    return asked, climb.fits
+
+
+def test_a_climb_doubles_until_something_does_not_fit() -> None:
+    assert climbed(5) == ([1, 2, 4, 8], 4)
+    assert climbed(0) == ([1], 0)
+    assert climbed(10**9)[1] == HIGHEST
+
+
+@pytest.mark.parametrize("limit", [0, 1, 2, 3, 5, 6, 7, 11, 100, 1023])
+def test_an_exact_climb_finds_the_highest_of_all(limit: int) -> None:
+    asked, highest = climbed(limit, exactly=True)
+    assert highest == limit
+    assert len(asked) <= 2 * HIGHEST.bit_length()
+
+
+def test_given_rungs_are_climbed_in_order_and_no_further_than_needed() -> None:
+    assert climbed(3, rungs=(1, 2, 3, 6, 12)) == ([1, 2, 3, 6], 3)
+
+
+def test_pruning_gives_what_trying_everything_gives(capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*SMALL, "hardware.memory=50000000", "zero=1,2,3", "train.micro_batch=1,2,4"]
+    assert main(["fit", *words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    verdicts = {tuple(trial["words"]): trial for trial in found["trials"]}
+    for zero, micro_batch in product((1, 2, 3), (1, 2, 4)):
+        words = [
+            f"zero={zero}",
+            "zero.offload=none",
+            "checkpointing=none",
+            f"train.micro_batch={micro_batch}",
+        ]
+        settings = load(config.compose([*SMALL, *words, "world=rehearsed", "ledger.steps=2"]))
+        itself = worst(settings)
+        trial = verdicts.get(tuple(words))
+        if trial is None:
+            assert itself.bytes > 50_000_000
+        else:
+            assert (trial["peak"], trial["rank"]) == (itself.bytes, itself.rank)
+            assert trial["fits"] == (itself.bytes <= 50_000_000)
+    assert 0 < len(verdicts) < 9
+
+
+def test_the_last_line_is_a_command_that_the_harness_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", *SMALL, "hardware.memory=50000000", "train.batch=8", "zero=2"]) == 0
+    told = capsys.readouterr().out.rstrip().splitlines()
+    start, _, words = told[-1].partition(" -m harness ")
+    assert start == "torchrun --standalone --nproc-per-node 2"
+    settings = load(config.compose(shlex.split(words)))
+    assert (settings.zero.stage, settings.model.name) == (2, "tiny")
+    assert settings.train.micro_batch * settings.train.accumulation * 2 == 8
+    assert any(line.startswith("  zero=2") for line in told)
+
+
+def test_the_largest_batch_in_inference_is_the_largest_that_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["mode=infer", "model=tiny", "world.size=1", "generation.prompt_length=32"]
+    given = [*words, "generation.max_new_tokens=16", "hardware.memory=8000000"]
+    assert main(["fit", *given, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    batch = int(found["ranked"][0][-1].partition("=")[2])
+    for tried, fits in ((batch, True), (batch + 1, False)):
+        more = [f"generation.batch={tried}", f"generation.count={tried}", "world=rehearsed"]
+        settings = load(config.compose([*given, *more]))
+        assert (worst(settings).bytes <= 8_000_000) == fits
+
+
+def test_offload_is_tried_only_where_nothing_else_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    # on a GPU the optimizer's 17.7 MiB a rank are what does not fit
+    gpu = [*SMALL, "hardware=h100-sxm", "zero=2", "train.micro_batch=1", "--json"]
+    assert main(["fit", *gpu, "hardware.memory=30000000"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [trial["fits"] for trial in found["trials"]] == [False, True]
+    assert "zero.offload=optimizer" in found["command"]
+    assert main(["fit", *gpu, "hardware.memory=60000000"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["trials"]) == 1
+
+
+def test_nothing_that_fits_is_said_with_the_nearest_miss(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", *SMALL, "hardware.memory=1000000", "zero=2"]) == 1
+    told = capsys.readouterr().out.rstrip().splitlines()
+    assert told[-1].startswith("nothing fits; zero=2 train.micro_batch=1 comes nearest")
+
+
+def test_what_is_kept_free_is_not_given_away(capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*SMALL, "hardware.memory=50000000", "zero=2", "train.micro_batch=1", "--json"]
+    assert main(["fit", *words, "--reserve", "6MiB"]) in (0, 1)
+    kept = json.loads(capsys.readouterr().out)
+    main(["fit", *words])
+    whole = json.loads(capsys.readouterr().out)
+    assert whole["trials"][0]["left"] - kept["trials"][0]["left"] == 6 * 2**20
+
+
+def test_less_sent_is_cheaper_and_a_larger_micro_batch_makes_it_less() -> None:
+    def of(*words: str) -> tuple[float, ...]:
+        return cost(load(config.compose(["mode=train", *words])))
+
+    assert of("zero=1", "train.accumulation=2") < of("zero=2", "train.accumulation=2")
+    assert of("zero=2") < of("zero=3")
+    assert of("zero=3", "train.micro_batch=8") < of("zero=2", "train.micro_batch=4")
+    assert of("zero=3", "train.micro_batch=1") < of("zero=1", "train.micro_batch=8", "zero.offload=optimizer")
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("world.size=2", "hardware.memory=null: fit must know what a device has"),
+        ("hardware=h100-sxm", "world.size=null: world=rehearsed needs world.size="),
+        ("world.size=2 hardware=h100-sxm zero=1,7", "zero=7: no such option; one of 0, 1, 2, 3"),
+        (
+            "world.size=2 hardware=h100-sxm train.steps=1,2",
+            "train.steps=1,2: give one value; lists may be given",
+        ),
+        (
+            "world.size=2 hardware=h100-sxm train.micro_batch=1,x",
+            "train.micro_batch=x: should be whole numbers",
+        ),
+        (
+            "world.size=2 hardware=h100-sxm zero=0 zero.offload=optimizer",
+            "zero.offload=optimizer: zero=0 shards",
+        ),
+        ("world.size=2 hardware=h100-sxm checkpointing=none,fully", "checkpointing=fully: should be"),
+        ("world.size=2 hardware=h100-sxm foo=1", "foo=1: no such key"),
+        ("world.size=2 hardware=h100-sxm train.batch=7", "train.batch=7: "),
+        (
+            "mode=infer world.size=1 hardware=h100-sxm generation.prompts=a.txt",
+            "generation.prompts=...: fit asks",
+        ),
+        ("mode=fly", "mode=fly: no such mode; one of train, infer"),
+        ("world.size=2 bar", "fit: bar: neither key=value nor an option"),
+        ("world.size=2 --reserve 3furlongs", "--reserve=3furlongs: not a size"),
+    ],
+)
+def test_bad_input_is_one_sentence(words: str, sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", *words.split()]) == 2
+    told = capsys.readouterr()
+    assert told.err.startswith(f"harness: {sentence}")
+    assert (told.err.count("\n"), told.out) == (1, "")
+
+
+def test_sizes_are_read_as_they_are_written() -> None:
+    assert [parse_size(text) for text in ("0", "500", "2GiB", "1.5 KiB")] == [0, 500, 2**31, 1536]
+    with pytest.raises(ValueError, match="not a size"):
+        parse_size("-1GiB")
+
+
+def test_a_value_that_is_possible_somewhere_is_not_refused() -> None:
+    words = [*SMALL, "hardware.memory=50000000", "zero=0,2", "zero.offload=none,optimizer"]
+    combinations = [climb.words for climb in Fit(words).climbs]
+    assert ("zero=0", "zero.offload=optimizer", "checkpointing=none") not in combinations
+    assert len(combinations) == 3
+    with pytest.raises(Refusal, match="zero=0 shards nothing"):
+        Fit([*SMALL, "hardware.memory=50000000", "zero=0", "zero.offload=optimizer"])
