@@ -24,6 +24,10 @@ UNSEEN = (
     "scratch inside kernels and what lies outside the framework (CUDA context, NCCL) is not in these figures"
 )
 
+PASSED_OVER = (
+    "where ZeRO-1 or 2 is offloaded, the largest partitions were rehearsed; another may peak a little higher"
+)
+
 
 def main(argv: Sequence[str]) -> int:
     """`harness fit`; the exit code: 0 something fits, 1 nothing does, 2 a wrong request."""
@@ -87,6 +91,8 @@ def text(fit: Fit, trials: Sequence[Trial]) -> str:
         table.row(*_row(fit, trial))
     failed = [f"not rehearsed: {' '.join(t.words)}: {t.worst.failure}" for t in trials if t.worst.failure]
     lines = [table.text(), "", RANKING[fit.mode], UNSEEN, *failed]
+    if any(trial.worst.passed_over for trial in trials):
+        lines.append(PASSED_OVER)
     lines.append(f"{len(trials)} configs rehearsed; what needs more than one that does not fit was not")
     if fitting:
         return "\n".join([*lines, "", command(fit, fitting[0])])
@@ -138,6 +144,7 @@ def data(fit: Fit, trials: Sequence[Trial]) -> dict[str, object]:
                 "peak": None if trial.worst.failure else trial.worst.bytes,
                 "left": None if trial.worst.failure else trial.left,
                 "rank": trial.worst.rank,
+                "roles_passed_over": trial.worst.passed_over,
                 "categories": trial.worst.categories,
                 "failure": trial.worst.failure or None,
             }

@@ -15,6 +15,10 @@ from tqdm import tqdm
 from harness.settings import Settings
 
 
+MOST = 4
+"""Roles that are rehearsed to find the worst of a config among many. Only an offloaded ZeRO-1 or 2 has more."""
+
+
 class Worst(NamedTuple):
     """The rank of a rehearsal with the highest peak, and what is in it; or, in words, why there is none."""
 
@@ -22,6 +26,8 @@ class Worst(NamedTuple):
     rank: int
     categories: dict[str, int]
     failure: str = ""
+    passed_over: int = 0
+    """Roles with smaller partitions than the `MOST` that were rehearsed: one of them may peak a little higher."""
 
 
 @contextmanager
@@ -51,13 +57,15 @@ def progress(total: int | None) -> Any:
 
 
 def worst(settings: Settings) -> Worst:
-    """The rank with the highest peak of all the roles of `settings`' world."""
+    """The rank with the highest peak of the roles of `settings`' world, the `MOST` with the largest partitions."""
     from harness.rehearsal.role import rehearse
     from harness.rehearsal.roles import roles
 
     try:
-        peaks = [(role.rank, rehearse(settings, role.rank)[0]["peak"]) for role in roles(settings)]
+        every = sorted(roles(settings), key=lambda role: -role.held)
+        peaks = [(role.rank, rehearse(settings, role.rank)[0]["peak"]) for role in every[:MOST]]
         rank, peak = max(peaks, key=lambda pair: pair[1]["bytes"])
     except Exception as error:  # another process asked; the error's class may not be known there
         return Worst(0, 0, {}, " ".join(f"{type(error).__name__}: {error}".split())[:200])
-    return Worst(peak["bytes"], rank, {name: held for name, held in peak["categories"].items() if held})
+    held = {name: count for name, count in peak["categories"].items() if count}
+    return Worst(peak["bytes"], rank, held, passed_over=max(0, len(every) - MOST))

@@ -41,26 +41,34 @@ class Role:
     stands_for: tuple[int, ...]
     bounds: tuple[int, ...] = ()
     why: str = ""
+    held: int = 0
+    """Elements that its partition touches, or tokens of its largest batch: with more, more bytes, or nearly."""
 
 
 def roles(settings: Settings) -> list[Role]:
     """The ranks to rehearse. Raises Refusal where the model cannot be read."""
     size = settings.world.size or 1
     if settings.mode == "infer":
-        return _alike(_shares(settings, size), _told_batches)
+        return _alike(_shares(settings, size), _told_batches, _largest_batch)
     exports = settings.train.export and settings.train.steps < settings.ledger.steps
     if settings.zero.stage in (0, 3) or size == 1:
         return _alike([exports and rank == 0 for rank in range(size)], lambda leads: EXPORTS if leads else "")
     return _outdone(_partitions(settings, size), exports, settings.zero.offload != "none")
 
 
-def _alike(keys: Sequence[Key], why: Callable[[Key], str]) -> list[Role]:
+def _alike(
+    keys: Sequence[Key], why: Callable[[Key], str], held: Callable[[Key], int] = lambda key: 0
+) -> list[Role]:
     """One role for each of `keys`, which say by rank what is held."""
     ranks: dict[Key, list[int]] = {}
     for rank, key in enumerate(keys):
         ranks.setdefault(key, []).append(rank)
     told = why if len(ranks) > 1 else lambda key: ""
-    return [Role(same[0], tuple(same), why=told(key)) for key, same in ranks.items()]
+    return [Role(same[0], tuple(same), why=told(key), held=held(key)) for key, same in ranks.items()]
+
+
+def _largest_batch(batches: tuple[tuple[int, ...], ...]) -> int:
+    return max((len(batch) * max(batch) for batch in batches), default=0)
 
 
 def _told_batches(batches: tuple[tuple[int, ...], ...]) -> str:
@@ -149,6 +157,6 @@ def _outdone(partitions: Sequence[Partition], exports: bool, offloaded: bool) ->
             assert other is not None
             bounds[other].append(rank)
     return [
-        Role(rank, (rank,), tuple(outdone), partitions[rank].told())
+        Role(rank, (rank,), tuple(outdone), partitions[rank].told(), partitions[rank].held)
         for rank, outdone in sorted(bounds.items())
     ]
