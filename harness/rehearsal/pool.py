@@ -14,7 +14,6 @@ from tqdm import tqdm
 
 from harness.settings import Settings
 
-
 MOST = 4
 """Roles that are rehearsed to find the worst of a config among many. Only an offloaded ZeRO-1 or 2 has more."""
 
