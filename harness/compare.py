@@ -1,6 +1,5 @@
 """Runs side by side: what held the memory at each run's peak, category by category. It reads records, and no torch."""
 
-import argparse
 import json
 import os
 import sys
@@ -9,12 +8,13 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from textwrap import fill
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 from harness.ledger.categories import CATEGORIES
 from harness.record import FILE, read
 from harness.schema import Failure, Record, parse, printable
 from harness.tables import AT_LEAST, Table, difference, factor, size, tail
+from harness.tool import Parser
 
 WIDTH = 100
 NAME = 24
@@ -73,17 +73,11 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"compare: {printable(message)}; --help says what there is")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        "harness compare",
+def _parser() -> Parser:
+    parser = Parser(
+        "compare",
         description="Hold runs, of one mode or of both, side by side: what held the memory at the peak of each.",
         epilog="A failed run is compared as far as it came. Exit code 2: a run has no record that can be read.",
-        allow_abbrev=False,
     )
     parser.add_argument("run", nargs="*", type=Path, metavar="RUN", help="its directory, or its record.json")
     form = parser.add_mutually_exclusive_group()

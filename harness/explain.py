@@ -1,18 +1,17 @@
 """`harness explain RUN`: what a run's peak is made of, what surprises in it, and the change that would save most."""
 
-import argparse
 import json
 import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from textwrap import fill
-from typing import NoReturn
 
 from harness.record import read
 from harness.schema import Failure, Rank, Record, parse, printable
 from harness.surprises import SURPRISES, Finding, Run
 from harness.tables import size
+from harness.tool import Parser
 
 WIDTH = 100
 LARGEST = 3
@@ -46,17 +45,11 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"explain: {printable(message)}; --help says what there is")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        "harness explain",
+def _parser() -> Parser:
+    parser = Parser(
+        "explain",
         description="Say what holds a run's memory, what surprises in it, and which change would save most.",
         epilog="The change is rehearsed with the run's own config. Exit code 2: there is no record that can be read.",
-        allow_abbrev=False,
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="its directory, or its record.json")
     parser.add_argument(

@@ -1,14 +1,13 @@
 """`harness fit`: which of the sensible configs fit into a device's memory, each rehearsed, and which costs least."""
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import NoReturn
 
 from harness.search import AXES, Fit, Trial
 from harness.tables import UNITS, Table, size
+from harness.tool import Parser
 
 LISTED = 6
 """How many of those that do not fit are shown, the closest first."""
@@ -42,18 +41,12 @@ def main(argv: Sequence[str]) -> int:
     return 0 if any(trial.fits for trial in trials) else 1
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"fit: {message}; --help says what there is")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        "harness fit",
+def _parser() -> Parser:
+    parser = Parser(
+        "fit",
         description="Rehearse the configs that could run on a device, and rank those that fit.",
         usage="harness fit mode=train|infer world.size=N hardware=NAME [key=value[,value...] ...]",
         epilog="Lists may be given for " + ", ".join(key for axes in AXES.values() for key in axes) + ".",
-        allow_abbrev=False,
     )
     parser.add_argument("--reserve", default="0", metavar="SIZE", help="memory to keep free, as 2GiB")
     parser.add_argument("--json", action="store_true", help="every rehearsal, as data")
