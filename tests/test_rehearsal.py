@@ -20,11 +20,11 @@ from harness.__main__ import main
 from harness.config import compose
 from harness.ledger import Ledger
 from harness.rehearsal import UNVERIFIED, role, shims, slices
+from harness.rehearsal.fakes import Fakes
 from harness.rehearsal.role import GPU_BLOCK, rehearse
 from harness.rehearsal.roles import roles
 from harness.rehearsal.shims import ONCE_A_RANK, Shim, shimmed
 from harness.rehearsal.values import UNKNOWN, Values
-from harness.rehearsal.world import Fakes
 from harness.settings import Settings, load
 
 TINY = ("hardware=cpu", "model.config.num_hidden_layers=2")

@@ -72,9 +72,9 @@ def one(name: str, stage: str, size: str, *more: str) -> None:
     start = clock()
     from harness import engine, model, train
     from harness.config import compose
+    from harness.rehearsal.fakes import Fakes
     from harness.rehearsal.role import rehearse
     from harness.rehearsal.roles import roles
-    from harness.rehearsal.world import Fakes
     from harness.settings import load
 
     parts = dict.fromkeys(PARTS, 0.0)
