@@ -543,3 +543,29 @@ def test_a_rehearsal_for_a_gpu_is_unverified_and_in_its_allocators_blocks(
     assert GPU_BLOCK == 512
     assert sum(sizes) > 0
     assert [size for size in sizes if size % GPU_BLOCK] == []
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(
+    ("stage", "offload"), [(1, "optimizer"), (2, "optimizer"), (3, "optimizer"), (3, "all")]
+)
+def test_what_is_offloaded_is_on_the_host_and_not_on_the_gpu(
+    stage: int, offload: str, accumulation: int
+) -> None:
+    words = (f"zero={stage}", f"train.accumulation={accumulation}", "hardware=h100-sxm")
+    kept, _ = rehearse(settings(*words), 0)
+    record, _ = rehearse(settings(*words, f"zero.offload={offload}"), 0)
+    assert kept["categories"]["optimizer"]["end"] > 0
+    assert record["categories"]["optimizer"]["end"] == 0
+    persistent = "zero.persistence_threshold=0"  # or small parameters stay, offloaded or not
+    whole, _ = rehearse(settings(*words, f"zero.offload={offload}", persistent), 0)
+    on_gpu = whole["categories"]["parameters"]["end"]
+    buffers = 512 * 2  # rotary frequencies, which nothing shards
+    assert (on_gpu == buffers) == (offload == "all")
+
+
+def test_no_device_holds_a_zero_3_model_whole() -> None:
+    words = ("zero=3", "hardware=h100-sxm", "model=small", "zero.reduce_bucket_size=100000")
+    record, done = rehearse(settings(*words, size=64), 0)
+    setup = next(phase for phase in record["phases"] if phase["phase"] == "setup")
+    assert setup["peak"] < 2 * done["model"]["parameters"]  # bytes of all of them in bf16
