@@ -15,7 +15,6 @@ from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
-from harness import text
 from harness.knobs import Data, Refusal
 from harness.world import World
 
@@ -91,6 +90,8 @@ def corpus(
     """
     if world is not None and world.rehearsed:
         return Corpus(NoText(sequence), NoText(sequence) if settings.validation else None)
+    from harness import text  # slow to import, and not for a rehearsal
+
     if settings.streaming:
         every = round(1 / settings.validation) if settings.validation else 0
         rows = text.streamed(settings, tokenizer)
