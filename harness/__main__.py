@@ -92,7 +92,11 @@ def _refuse(sentence: str) -> int:
 
 def console() -> NoReturn:
     """`main`, then the end at once: gloo's threads hold tensors, and one let go while Python is torn down aborts."""
-    code = main()
+    try:
+        code = main()
+    except KeyboardInterrupt:
+        print("harness: interrupted", file=sys.stderr)
+        code = 130  # as shells say it
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -4,6 +4,7 @@ Nothing here imports torch: whoever asks for rehearsals need not.
 """
 
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -31,14 +32,23 @@ class Worst(NamedTuple):
 
 @contextmanager
 def workers(tasks: int) -> Iterator[ProcessPoolExecutor]:
-    """A pool for so many tasks, on as many cores as there are. Those not begun when it is left are not begun."""
+    """A pool for so many tasks, on as many cores as there are. Where it is left by an exception, nothing goes on."""
     context = get_context("forkserver")
     context.set_forkserver_preload(["harness.rehearsal.role", "harness.rehearsal.roles"])
-    pool = ProcessPoolExecutor(max(1, min(tasks, os.cpu_count() or 1)), context)
+    pool = ProcessPoolExecutor(max(1, min(tasks, os.cpu_count() or 1)), context, _leave_interrupts)
     try:
         yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
+    except BaseException:
+        for process in list((pool._processes or {}).values()):
+            process.kill()  # a rehearsal has nothing to lose
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    pool.shutdown()
+
+
+def _leave_interrupts() -> None:
+    """A terminal interrupts every process; the one that asked ends these."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def rehearse_all(pool: ProcessPoolExecutor, wanted: Sequence[Settings], bar: Any = None) -> list[Worst]:
