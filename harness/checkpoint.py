@@ -17,13 +17,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from harness.engine import Engine
+from harness.pipeline import Pipeline
 from harness.settings import Refusal
 from harness.world import World
 
 SCHEMA = "harness.checkpoint/1"
 
 
-def masters(engine: Engine) -> list[torch.Tensor]:
+def masters(engine: Engine | Pipeline) -> list[torch.Tensor]:
     """This rank's fp32 masters, in the optimizer's order; the parameters themselves where there are no others."""
     wrapper = engine.deepspeed.optimizer
     if wrapper is engine.inner:
@@ -34,7 +35,7 @@ def masters(engine: Engine) -> list[torch.Tensor]:
     return [parameter for group in wrapper.fp32_groups for parameter in group]
 
 
-def tensors(engine: Engine) -> dict[str, torch.Tensor]:
+def tensors(engine: Engine | Pipeline) -> dict[str, torch.Tensor]:
     """Every tensor of this rank that the next step depends on, by name: weights, masters, optimizer state."""
     named = {}
     for name, parameter in engine.module.named_parameters():
@@ -55,7 +56,7 @@ def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def save(
-    engine: Engine, world: World, directory: Path, step: int, identity: dict[str, Any], keep: int
+    engine: Engine | Pipeline, world: World, directory: Path, step: int, identity: dict[str, Any], keep: int
 ) -> Path:
     """Write the state after `step` steps under `directory`, then drop all but the newest `keep`. Collective.
 
@@ -123,7 +124,11 @@ def _whole(candidate: Path) -> dict[str, Any]:
 
 
 def load(
-    engine: Engine, world: World, checkpoint: Path, manifest: dict[str, Any], identity: dict[str, Any]
+    engine: Engine | Pipeline,
+    world: World,
+    checkpoint: Path,
+    manifest: dict[str, Any],
+    identity: dict[str, Any],
 ) -> int:
     """Put the state back, in place; the number of steps already taken. Raises Refusal where it is another run's."""
     for name, value in identity.items():

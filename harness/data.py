@@ -121,18 +121,18 @@ def loader(
 ) -> Iterator[torch.Tensor]:
     """This rank's micro-batches, int64 [micro_batch, sequence], epoch after epoch, from the `skip`-th on.
 
-    Their order is decided by `seed` and the epoch alone; a global batch is `world.size` consecutive micro-batches of
-    it. A last one that not every rank would have is left out. Raises Refusal where not even one fits.
+    Their order is decided by `seed` and the epoch alone; a global batch is `world.replicas` consecutive micro-batches
+    of it. A last one that not every replica would have is left out. Raises Refusal where not even one fits.
     """
     if isinstance(blocks, Stream):
         return islice(_epoch(blocks, micro_batch, world, None), skip, None)
-    each = len(blocks) // (micro_batch * world.size)
+    each = len(blocks) // (micro_batch * world.replicas)
     if each == 0:
         raise Refusal(
             "train.micro_batch",
             micro_batch,
-            f"{world.size} ranks take {micro_batch * world.size} sequences of {blocks.sequence} tokens at once, and "
-            f"the data has {len(blocks)}; give more text, fewer ranks or a shorter train.sequence",
+            f"{world.replicas} ranks take {micro_batch * world.replicas} sequences of {blocks.sequence} tokens, "
+            f"and the data has {len(blocks)}; give more text, fewer ranks or a shorter train.sequence",
         )
     return _epochs(blocks, micro_batch, world, seed, *divmod(skip, each))
 
@@ -159,8 +159,8 @@ def _epoch(
     )
     return prepare_data_loader(  # type: ignore[no-any-return]
         whole,
-        num_processes=world.size,
-        process_index=world.rank,
+        num_processes=world.replicas,
+        process_index=world.replica,
         put_on_device=False,
         rng_types=[],
         dispatch_batches=False,

@@ -1,4 +1,4 @@
-"""DeepSpeed behind two verbs, `micro_step` and `apply`. Every default of its that matters is said out loud."""
+"""DeepSpeed behind one verb, `train_step`. Every default of its that matters is said out loud."""
 
 import logging
 import math
@@ -13,8 +13,8 @@ from harness.settings import Settings, Train
 from harness.world import World
 
 
-def deepspeed_config(settings: Settings, world_size: int) -> dict[str, Any]:
-    """DeepSpeed's own configuration for `settings`.
+def deepspeed_config(settings: Settings, replicas: int) -> dict[str, Any]:
+    """DeepSpeed's own configuration for `settings`, with so many whole models.
 
     Its defaults clip gradients at 1.0 and skip steps that overflow in bf16; here both are said, and only what
     `settings` asks for happens. Bucket sizes and thresholds are in elements.
@@ -35,7 +35,7 @@ def deepspeed_config(settings: Settings, world_size: int) -> dict[str, Any]:
     if zero.offload == "all":
         optimization["offload_param"] = {"device": "cpu"}
     return {
-        "train_batch_size": train.micro_batch * train.accumulation * world_size,
+        "train_batch_size": train.micro_batch * train.accumulation * replicas,
         "train_micro_batch_size_per_gpu": train.micro_batch,
         "gradient_accumulation_steps": train.accumulation,
         "gradient_clipping": train.clip,
@@ -61,24 +61,15 @@ class Engine:
     """A model in DeepSpeed's hands. `settings` decide ZeRO's stage, precision, accumulation and the optimizer."""
 
     def __init__(self, settings: Settings, world: World, ledger: Ledger, model: torch.nn.Module) -> None:
-        self.settings, self.ledger = settings, ledger
-        train = settings.train
-        deepspeed, config = _import_deepspeed(), deepspeed_config(settings, world.size)
-        backend = "nccl" if world.device.type == "cuda" else "gloo"
-        deepspeed.init_distributed(dist_backend=backend, dist_init_required=False)
+        self.settings, self.world, self.ledger = settings, world, ledger
+        deepspeed, config = import_deepspeed(world), deepspeed_config(settings, world.replicas)
         if settings.zero.stage == 3:  # a parameter at a time: no device ever holds them all
             deepspeed.zero.Init(module=model, config_dict_or_path=config)
         model.to(world.device)  # as DeepSpeed would, before anybody can name what it moves
         ledger.own(model=model)
-        self.inner = torch.optim.AdamW(
-            model.parameters(),
-            lr=train.learning_rate,
-            weight_decay=train.weight_decay,
-            # as torch itself chooses; a rehearsal for a GPU is not on one
-            foreach=world.kind == "cuda" and settings.zero.offload == "none" and not train.fused,
-            fused=train.fused,
-        )
+        self.inner = adamw(settings, world, model)
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=self.inner, config=config)
+        self.inner.state.clear()  # without ZeRO it has taken a step on no gradients, and Adam would count it
         ledger.own(engine=self.deepspeed)
 
     @property
@@ -87,11 +78,29 @@ class Engine:
         return self.deepspeed.module  # type: ignore[no-any-return]
 
     @property
+    def whole(self) -> torch.nn.Module:
+        """The model that `full_state` is the state of."""
+        return self.module
+
+    @property
     def optimizer_class(self) -> str:
         """DeepSpeed picks one by stage and precision; which one is part of the record."""
         return type(self.deepspeed.optimizer).__name__
 
-    def micro_step(self, tokens: torch.Tensor, step: int, micro_batch: int) -> float:
+    def train_step(self, batches: Iterator[torch.Tensor], step: int) -> float:
+        """One optimizer step over the next micro-batches [micro_batch, sequence]; the loss per token on every rank."""
+        losses = []
+        for micro_batch in range(self.settings.train.accumulation):
+            with self.ledger.phase("data", step, micro_batch):
+                tokens = next(batches).to(self.world.device)
+                self.ledger.claim("inputs", "tokens", tokens)
+            losses.append(self._micro_step(tokens, step, micro_batch))
+        set_rate(self.inner, self.settings.train, step)
+        with self.ledger.phase("step", step):
+            self.deepspeed.step()
+        return self.world.mean(sum(losses) / len(losses))
+
+    def _micro_step(self, tokens: torch.Tensor, step: int, micro_batch: int) -> float:
         """Forward and backward over `tokens` [micro_batch, sequence]; the loss per token."""
         with self.ledger.phase("forward", step, micro_batch):
             loss = self.deepspeed(input_ids=tokens, labels=tokens, use_cache=False).loss
@@ -101,34 +110,25 @@ class Engine:
                 self.deepspeed.step()  # counts the micro-batch; the weights stay
         return float(loss.detach())
 
-    def apply(self, step: int) -> float:
-        """Step the optimizer with step `step`'s learning rate, which is returned."""
-        rate = learning_rate(self.settings.train, step)
-        for group in self.inner.param_groups:
-            group["lr"] = rate
-        with self.ledger.phase("step", step):
-            self.deepspeed.step()
-        return rate
-
     @torch.no_grad()
     def evaluate(self, batches: Iterator[torch.Tensor], step: int) -> float:
-        """The mean loss per token over `batches` of [micro_batch, sequence]."""
+        """The mean loss per token over `batches` of [micro_batch, sequence], on every rank."""
         self.deepspeed.eval()
         losses = []
         for index, tokens in enumerate(batches):
             with self.ledger.phase("validate", step, index):
                 losses.append(float(self.deepspeed(input_ids=tokens, labels=tokens, use_cache=False).loss))
         self.deepspeed.train()
-        return sum(losses) / len(losses)
+        return self.world.mean(sum(losses) / len(losses))
 
     def full_state(self) -> dict[str, torch.Tensor] | None:
         """The whole model's weights on CPU at rank 0, None elsewhere. Every rank must call it."""
-        deepspeed = _import_deepspeed()
+        deepspeed = import_deepspeed(self.world)
         if self.settings.zero.stage == 3:
             self.deepspeed.empty_partition_cache()  # a forward has fetched ahead what can now not be gathered
         names = {id(parameter): name for name, parameter in self.module.named_parameters()}
         state: dict[str, torch.Tensor] = {}
-        lead = torch.distributed.get_rank() == 0
+        lead = self.world.leads
         for (
             parameter
         ) in self.module.parameters():  # one at a time: no rank ever holds the whole model on its device
@@ -138,9 +138,29 @@ class Engine:
         return state if lead else None
 
 
-def _import_deepspeed() -> Any:
-    """DeepSpeed, without its banners, a shared-memory operator it would compile and never use here, and the
-    warnings that its calls of what torch has renamed would print at every step. Its errors still come.
+def adamw(settings: Settings, world: World, model: torch.nn.Module) -> torch.optim.AdamW:
+    """torch's own AdamW over `model`, as `settings` ask for it."""
+    train = settings.train
+    return torch.optim.AdamW(
+        model.parameters(),
+        lr=train.learning_rate,
+        weight_decay=train.weight_decay,
+        # as torch itself chooses; a rehearsal for a GPU is not on one
+        foreach=world.kind == "cuda" and settings.zero.offload == "none" and not train.fused,
+        fused=train.fused,
+    )
+
+
+def set_rate(optimizer: torch.optim.Optimizer, train: Train, step: int) -> None:
+    """Give `optimizer` the learning rate of `step`."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(train, step)
+
+
+def import_deepspeed(world: World) -> Any:
+    """DeepSpeed in the group that `world` has joined, without its banners, a shared-memory operator it would compile
+    and never use here, and the warnings that its calls of what torch has renamed would print at every step. Its
+    errors still come.
     """
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -148,4 +168,6 @@ def _import_deepspeed() -> Any:
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    backend = "nccl" if world.device.type == "cuda" else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, dist_init_required=False)
     return deepspeed

@@ -87,6 +87,10 @@ class Zero:
 class Pipeline:
     stages: Positive = 1
     """How many ranks the layers are spread over."""
+    split: Literal["uniform", "parameters", "memory"] | list[Positive] = "uniform"
+    """Layers of each stage: evenly, by parameters, by rehearsed peak, or as [3,5]."""
+    groups: Positive | None = None
+    """Generation: groups of prompts in flight; null is one a stage."""
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -26,6 +26,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
+from harness import weights
 from harness.knobs import Model, Refusal
 
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -37,7 +38,7 @@ WEIGHTS = ("model*.safetensors",)
 def model_config(settings: Model) -> PretrainedConfig:
     """The transformers config of `settings`: its own shape, or that of `model.path`. Raises Refusal."""
     if settings.path is not None:
-        with _loading(settings.path):
+        with loading(settings.path):
             config = AutoConfig.from_pretrained(_directory(settings.path), trust_remote_code=False)
     else:
         shape = dict(settings.config)
@@ -70,16 +71,16 @@ def build(
     `rehearsed`, no memory is taken and no weight is read.
     """
     if not rehearsed:
-        _check_memory(settings, config, dtype, device)
-    set_seed(seed)
+        check_memory(settings, size_in_bytes(config, dtype), dtype, device)
     if settings.path is None or settings.random or rehearsed:
-        made = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=settings.attention)
-        return made.to(device)
+        made = weights.outline(config, dtype, settings.attention)
+        weights.make(made, list(weights.modules(made)), made, device, seed)
+        return made
+    set_seed(seed)
     # tensors made in other threads are in nobody's books
     os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
-    with _loading(settings.path):
-        directory = _directory(settings.path, TEXTS + WEIGHTS)
-        _check_files(settings.path, directory)
+    directory = whole_checkpoint(settings.path)
+    with loading(settings.path):
         loaded, report = AutoModelForCausalLM.from_pretrained(
             directory,
             config=config,
@@ -109,7 +110,7 @@ def tokenizer(settings: Model, other: str | None = None) -> PreTrainedTokenizerB
     key, place = ("data.tokenizer", other) if other is not None else ("model.path", settings.path)
     made = None
     if place is not None:
-        with _loading(place, key):
+        with loading(place, key):
             directory = _directory(place)
             if other is not None or any((directory / name).is_file() for name in TOKENIZER_FILES):
                 made = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
@@ -149,10 +150,16 @@ def size_in_bytes(config: PretrainedConfig, dtype: torch.dtype) -> int:
         return count(AutoModelForCausalLM.from_config(config)) * dtype.itemsize
 
 
-def _check_memory(
-    settings: Model, config: PretrainedConfig, dtype: torch.dtype, device: torch.device
-) -> None:
-    needed = size_in_bytes(config, dtype)
+def whole_checkpoint(place: str) -> Path:
+    """The directory of `place`, its weights all there and in safetensors. Raises Refusal."""
+    with loading(place):
+        directory = _directory(place, TEXTS + WEIGHTS)
+        _check_files(place, directory)
+    return directory
+
+
+def check_memory(settings: Model, needed: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse a model, or a part of one, whose parameters take `needed` bytes where fewer are free."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
     else:
@@ -226,7 +233,7 @@ def _directory(place: str, patterns: tuple[str, ...] = TEXTS) -> Path:
 
 
 @contextmanager
-def _loading(place: str, key: str = "model.path") -> Iterator[None]:
+def loading(place: str, key: str = "model.path") -> Iterator[None]:
     """What the loading of `place` may raise, as a sentence."""
     try:
         with _quiet():

@@ -28,7 +28,7 @@ def run(settings: Settings, cfg: DictConfig, words: list[str]) -> int:
         return _rehearse(settings, cfg)
     _, size, _ = world.environment()
     check_world(settings, size, words)
-    with world.connected(settings.hardware.device, settings.world.timeout) as here:
+    with world.connected(settings.hardware.device, settings.world.timeout, settings.pipeline.stages) as here:
         directory = here.broadcast(_make_directory(settings, cfg) if here.leads else None)
         if isinstance(directory, Refusal):
             raise directory
@@ -152,10 +152,17 @@ class _Run:
             from harness import train as mode
         else:
             from harness import infer as mode  # type: ignore[no-redef]
+        if self.world.stages > 1:
+            from harness.proof import prove
+
+            prove(self.settings)
         with self.ledger:
             out = record.Output(self.directory, self.say, self.done, self.flush)
             mode.run(self.settings, self.world, self.ledger, out)
-        return record.rank_record(self.ledger, self.world.rank)
+        return self._books()
+
+    def _books(self) -> dict[str, Any]:
+        return record.rank_record(self.ledger, self.world.rank, self.world.stage)
 
     def say(self, line: str) -> None:
         """Rank 0 speaks."""
@@ -166,7 +173,7 @@ class _Run:
         """Leave what is known so far, for a run that is ended from outside and cannot say why."""
         if self.world.leads:
             unfinished = {**failure.UNFINISHED, "where": self.ledger.where._asdict()}
-            self._write([record.rank_record(self.ledger, self.world.rank)], failure=unfinished)
+            self._write([self._books()], failure=unfinished)
 
     def _write(self, ranks: list[dict[str, Any]], **more: Any) -> None:
         record.write(self.directory, {**self.head, **more, **self.done, "ranks": ranks})
@@ -183,9 +190,7 @@ class _Run:
         """Leave a record that says what failed, unless the rank that failed first has left one; then end at once."""
         self.ending.acquire()  # never released: another thread of this process that fails waits for the end
         if found is not None and failure.claim(self.directory, found):
-            books = (
-                record.rank_record(self.ledger, self.world.rank) if found.rank == self.world.rank else None
-            )
+            books = self._books() if found.rank == self.world.rank else None
             self._write([books] if books else [], failure=found.as_record())
             print(f"harness: {found.sentence()}", file=sys.stderr, flush=True)
         sys.stdout.flush()

@@ -127,8 +127,6 @@ def _parallelism(settings: Settings) -> None:
             zero.stage,
             f"a pipeline keeps whole gradients; with pipeline.stages={stages} use zero=0 or 1",
         )
-    if stages > 1:
-        raise Refusal("pipeline.stages", stages, "pipelines are not built yet; use pipeline.stages=1")
     if settings.checkpointing != "none":
         raise Refusal("checkpointing", settings.checkpointing, "not built yet; use checkpointing=none")
 

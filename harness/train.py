@@ -9,12 +9,15 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
+from transformers import PretrainedConfig
 
-from harness import checkpoint, data, model
+from harness import checkpoint, data, model, stage, weights
 from harness.engine import Engine
 from harness.ledger import Ledger
+from harness.pipeline import Pipeline
 from harness.record import Output
 from harness.settings import Refusal, Settings
+from harness.split import ranges, split_of
 from harness.world import World
 
 Say = Callable[[str], None]
@@ -30,12 +33,8 @@ def run(settings: Settings, world: World, ledger: Ledger, out: Output) -> None:
     held_out = _held_out(settings, world, corpus)
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     with ledger.phase("setup"):
-        built = model.build(
-            settings.model, config, dtype, torch.device("cpu"), settings.seed, world.rehearsed
-        )
-        parameters = model.count(built)  # before ZeRO-3 leaves them empty
-        out.done["model"] = {"name": settings.model.name, "parameters": parameters, "dtype": str(dtype)[6:]}
-        engine = Engine(settings, world, ledger, built)
+        engine, parameters = _engine(settings, config, dtype, world, ledger)
+    out.done["model"] = {"name": settings.model.name, "parameters": parameters, "dtype": str(dtype)[6:]}
     first = _resume(settings, world, engine, out.say)
     batches = data.loader(
         corpus.train, train.micro_batch, world, settings.seed, skip=first * train.accumulation
@@ -45,9 +44,9 @@ def run(settings: Settings, world: World, ledger: Ledger, out: Output) -> None:
     out.done["training"] = progress.training
     out.done["training"]["optimizer"] = engine.optimizer_class
     for step in progress:
-        progress.stepped(step, _step(engine, batches, step, world))
+        progress.stepped(step, engine.train_step(batches, step))
         if held_out is not None and _due(step, train.validate_every, train.steps):
-            progress.validated(step, world.mean(engine.evaluate(held_out(), step)))
+            progress.validated(step, engine.evaluate(held_out(), step))
         if _due(step, max(1, train.steps // 10), first + settings.ledger.steps):
             out.flush()
         if _due(step, train.save_every, None):
@@ -61,10 +60,26 @@ def run(settings: Settings, world: World, ledger: Ledger, out: Output) -> None:
             _export(engine, world, tokenizer, out.directory / "checkpoint")
 
 
+def _engine(
+    settings: Settings, config: PretrainedConfig, dtype: torch.dtype, world: World, ledger: Ledger
+) -> tuple[Engine | Pipeline, int]:
+    """This rank's part of the model in DeepSpeed's hands, and the parameters of the whole."""
+    asked, cpu = (settings.model, config, dtype), torch.device("cpu")
+    if world.stages == 1:
+        built = model.build(*asked, cpu, settings.seed, world.rehearsed)
+        parameters = model.count(built)  # before ZeRO-3 leaves them empty
+        return Engine(settings, world, ledger, built), parameters
+    split = split_of(settings, config)
+    part = stage.build(*asked, cpu, settings.seed, ranges(split)[world.stage], world.rehearsed)
+    whole = weights.outline(config, dtype, settings.model.attention)
+    return Pipeline(settings, world, ledger, part, whole, split), model.count(whole)
+
+
 def identity(settings: Settings, world: World) -> dict[str, Any]:
     """What must be the same for a checkpoint to be this run's own."""
     return {
         "world.size": world.size,
+        "pipeline.stages": world.stages,
         "zero.stage": settings.zero.stage,
         "zero.offload": settings.zero.offload,
         "precision": settings.precision,
@@ -77,7 +92,7 @@ def identity(settings: Settings, world: World) -> dict[str, Any]:
     }
 
 
-def _resume(settings: Settings, world: World, engine: Engine, say: Say) -> int:
+def _resume(settings: Settings, world: World, engine: Engine | Pipeline, say: Say) -> int:
     """Steps already taken, once the state after them is back in place."""
     if settings.train.resume is None:
         return 0
@@ -96,7 +111,7 @@ def _resume(settings: Settings, world: World, engine: Engine, say: Say) -> int:
     return steps
 
 
-def _save(settings: Settings, world: World, engine: Engine, directory: Path, step: int) -> None:
+def _save(settings: Settings, world: World, engine: Engine | Pipeline, directory: Path, step: int) -> None:
     with engine.ledger.phase("checkpoint", step):
         state = directory / "state"
         checkpoint.save(engine, world, state, step + 1, identity(settings, world), settings.train.keep)
@@ -109,12 +124,12 @@ def _held_out(
     train, blocks = settings.train, corpus.validation
     if not train.validate_every or blocks is None:
         return None
-    if isinstance(blocks, data.Blocks) and len(blocks) < train.micro_batch * world.size:
+    if isinstance(blocks, data.Blocks) and len(blocks) < train.micro_batch * world.replicas:
         raise Refusal(
             "data.validation",
             settings.data.validation,
-            f"it holds out {len(blocks)} sequences, and {world.size} ranks validate {train.micro_batch} each at once; "
-            "raise it, or use train.validate_every=0",
+            f"it holds out {len(blocks)} sequences, and {world.replicas} ranks validate {train.micro_batch} each at "
+            "once; raise it, or use train.validate_every=0",
         )
 
     def batches() -> Iterator[torch.Tensor]:
@@ -124,22 +139,10 @@ def _held_out(
     return batches
 
 
-def _step(engine: Engine, batches: Iterator[torch.Tensor], step: int, world: World) -> float:
-    """One optimizer step; the loss per token over every micro-batch of every rank."""
-    losses = []
-    for micro_batch in range(engine.settings.train.accumulation):
-        with engine.ledger.phase("data", step, micro_batch):
-            tokens = next(batches).to(world.device)
-            engine.ledger.claim("inputs", "tokens", tokens)
-        losses.append(engine.micro_step(tokens, step, micro_batch))
-    engine.apply(step)
-    return world.mean(sum(losses) / len(losses))
-
-
-def _export(engine: Engine, world: World, tokenizer: Any, directory: Path) -> None:
+def _export(engine: Engine | Pipeline, world: World, tokenizer: Any, directory: Path) -> None:
     state = engine.full_state()
     if world.leads and not world.rehearsed:
-        model.export(engine.module, state, tokenizer, directory)
+        model.export(engine.whole, state, tokenizer, directory)
     world.barrier()
 
 
@@ -163,7 +166,7 @@ class Progress:
         self.seconds: list[float] = []
         self.startup = startup
         train = settings.train
-        self.tokens = train.micro_batch * train.accumulation * train.sequence * world.size
+        self.tokens = train.micro_batch * train.accumulation * train.sequence * world.replicas
         self.training: dict[str, Any] = {
             "first_step": first,
             "losses": self.losses,

@@ -33,6 +33,7 @@ class World:
     members: tuple[tuple[str, int], ...] = ()  # every rank's host name and process id
     rehearsed: bool = False  # the others do not exist
     target: str = ""  # the kind of device whose bytes are wanted, where it is not this one
+    stages: int = 1  # of a pipeline; the ranks of a stage follow each other, as in DeepSpeed's topology
     _turns: Iterator[int] = field(default_factory=count, compare=False)
 
     @property
@@ -44,6 +45,25 @@ class World:
     def leads(self) -> bool:
         """Whether this is rank 0, the one that speaks and writes."""
         return self.rank == 0
+
+    @property
+    def replicas(self) -> int:
+        """How many whole models there are."""
+        return self.size // self.stages
+
+    @property
+    def stage(self) -> int:
+        """Which part of the model this rank has."""
+        return self.rank // self.replicas
+
+    @property
+    def replica(self) -> int:
+        """Which of the whole models it is a part of."""
+        return self.rank % self.replicas
+
+    def at_stage(self, stage: int) -> int:
+        """The rank that has `stage` of this rank's replica."""
+        return stage * self.replicas + self.replica
 
     @property
     def kind(self) -> str:
@@ -95,10 +115,11 @@ def environment() -> tuple[int, int, int]:
 
 
 @contextmanager
-def connected(device: str, timeout: float) -> Iterator[World]:
+def connected(device: str, timeout: float, stages: int = 1) -> Iterator[World]:
     """Join torchrun's process group, or make a group of one that opens no port; leave it at the end.
 
-    `timeout` is in seconds; a rank that died is noticed at once, by its closed connections, and not by it.
+    `stages` must divide its size. `timeout` is in seconds; a rank that died is noticed at once, by its closed
+    connections, and not by it.
     Raises Refusal for a device that is not there.
     """
     rank, size, local_rank = environment()
@@ -113,7 +134,7 @@ def connected(device: str, timeout: float) -> Iterator[World]:
             backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout)
         )
         try:
-            world = World(rank, size, local_rank, where)
+            world = World(rank, size, local_rank, where, stages=stages)
             yield replace(world, members=tuple(world.gather((socket.gethostname(), os.getpid()))))
         finally:
             dist.destroy_process_group()

@@ -25,6 +25,9 @@ MADE_IN = {
 """What a storage is that nobody claims, by the phase that made it; any other phase is a forward's."""
 
 
+POINT_TO_POINT = ("send", "recv_", "recv_any_source_")
+"""What passes a tensor on from one rank to another: it stays what it is."""
+
 _DEVICE = torch.ops.prim.device.default
 
 
@@ -138,7 +141,7 @@ class Log(TorchDispatchMode):
             self.follow()
         began = time_ns()
         out = func(*args, **kwargs) if kwargs else func(*args)
-        collective = func.namespace == "c10d"
+        collective = func.namespace == "c10d" and func.__name__.partition(".")[0] not in POINT_TO_POINT
         if collective and self.settle is not None:
             self.settle(args)
         ended = time_ns()

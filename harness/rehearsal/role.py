@@ -9,6 +9,7 @@ from typing import Any
 
 from harness import infer, record, train
 from harness.ledger import Ledger
+from harness.proof import prove
 from harness.rehearsal.world import rehearsed
 from harness.settings import Settings
 
@@ -23,8 +24,14 @@ def rehearse(settings: Settings, rank: int) -> tuple[dict[str, Any], dict[str, A
     """
     size, target = settings.world.size or 1, settings.hardware.device
     mode = train if settings.mode == "train" else infer
+    stages = settings.pipeline.stages
+    if stages > 1:
+        prove(settings)
     done: dict[str, Any] = {}
-    with warnings.catch_warnings(), rehearsed(rank, size, "cuda" if target == "cuda" else "cpu") as world:
+    with (
+        warnings.catch_warnings(),
+        rehearsed(rank, size, "cuda" if target == "cuda" else "cpu", stages) as world,
+    ):
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         ledger = Ledger(
             steps=settings.ledger.steps,
@@ -38,7 +45,7 @@ def rehearse(settings: Settings, rank: int) -> tuple[dict[str, Any], dict[str, A
         except Exception as error:
             error.rehearsed = rank, ledger.where  # type: ignore[attr-defined]
             raise
-    return record.rank_record(ledger, rank), done
+    return record.rank_record(ledger, rank, world.stage), done
 
 
 @contextmanager

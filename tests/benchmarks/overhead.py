@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import repeat
 
 import psutil
 import torch
@@ -43,9 +44,7 @@ def main(words: list[str]) -> None:
 
         def harness_step(ledger: Ledger) -> None:
             engine.ledger = ledger
-            for micro_batch in range(train.accumulation):
-                engine.micro_step(tokens, 0, micro_batch)
-            engine.apply(0)
+            engine.train_step(repeat(tokens), 0)
 
         def bare_step() -> None:
             for _ in range(train.accumulation):

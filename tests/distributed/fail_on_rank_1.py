@@ -10,11 +10,11 @@ if os.environ["RANK"] == "1":
     import torch
 
     class Fails(engine.Engine):
-        def micro_step(self, tokens: torch.Tensor, step: int, micro_batch: int) -> float:
+        def _micro_step(self, tokens: torch.Tensor, step: int, micro_batch: int) -> float:
             if step == 1:
                 with self.ledger.phase("backward", step, micro_batch):
                     raise ValueError("out of luck")
-            return super().micro_step(tokens, step, micro_batch)
+            return super()._micro_step(tokens, step, micro_batch)
 
     engine.Engine = Fails  # type: ignore[misc]
 

@@ -1,0 +1,207 @@
+"""The proof that a model may be cut: its stages, one after another, give what the whole gives, bit for bit.
+
+It is made on the CPU before a run starts, on a small model: the run's own config with narrow layers, in the run's dtype
+and attention, padded and not, and with the run's cache. A model that changes what its layers are given in its own
+`forward` (granite scales embeddings, GPT-2 adds positions) would do so in every stage; it is refused.
+"""
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from harness import weights
+from harness.cache import make
+from harness.knobs import Refusal, Settings
+from harness.model import count, model_config
+from harness.split import ranges, split_of, uniform
+from harness.stage import Stage
+
+INNER = {"intermediate_size": 96, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
+OUTER = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+NARROW: Sequence[Mapping[str, int]] = (
+    {"vocab_size": 128, **INNER, **OUTER, "head_dim": 16},
+    {"vocab_size": 128, **INNER, **OUTER},
+    {"vocab_size": 128, **INNER},
+    {},
+)
+"""Widths of the small model, the narrowest first: some architectures need more."""
+
+LARGEST = 300_000_000
+"""Parameters of the largest model that is tried."""
+
+PROMPT, ALL = 6, 8
+"""Tokens of a prompt, and with those that follow it."""
+
+
+class Shown(NamedTuple):
+    """What a model is shown in one forward; with `labels` it is asked for a loss."""
+
+    tokens: Tensor  # [2, T]
+    told: Mapping[str, Tensor]  # mask [2, past + T] and positions [2, T], or nothing
+
+
+def prove(settings: Settings) -> None:
+    """Raise Refusal where the model, cut into stages as `settings` ask, is not shown to be the whole one."""
+    config = model_config(settings.model)
+    split = split_of(settings, config)
+    kept = settings.generation.cache if settings.mode == "infer" else "none"
+    shape = json.dumps(config.to_dict(), sort_keys=True)
+    reason = difference(shape, settings.model.attention, settings.precision, kept, tuple(split))
+    if reason is not None:
+        remedy = f"{config.model_type} cannot be cut into stages: {reason}; use pipeline.stages=1"
+        raise Refusal("pipeline.stages", len(split), remedy)
+
+
+@cache
+@torch.no_grad()
+def difference(shape: str, attention: str, precision: str, kept: str, split: tuple[int, ...]) -> str | None:
+    """How the stages of a small model of `shape` (its config as JSON) differ from the whole; None: in nothing."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    given = json.loads(shape)
+    kind = given.pop("model_type")
+    failed = "each is too large"
+    with torch.random.fork_rng(devices=[]):
+        for widths in NARROW:
+            try:
+                config, layers = small(AutoConfig.for_model(kind, **given), widths, split)
+                if count(weights.outline(config, dtype)) > LARGEST:
+                    continue
+                whole = AutoModelForCausalLM.from_config(
+                    config, dtype=dtype, attn_implementation=attention
+                ).eval()
+                expected = [_whole(whole, case, kept) for case in _cases(kept)]
+            except Exception as error:  # an architecture that cannot be so narrow fails in a way of its own
+                failed = _first_line(error)
+                continue
+            return _compared(whole, layers, kept, expected)
+    return f"none of the small models of it runs, so nothing shows that it can ({failed})"
+
+
+def small(
+    config: PretrainedConfig, widths: Mapping[str, int], split: Sequence[int]
+) -> tuple[PretrainedConfig, Sequence[int]]:
+    """`config` with narrow layers, and how many in each stage; fewer in all where they are all of a kind."""
+    made = copy.deepcopy(config)
+    text = made.get_text_config(decoder=True)
+    number, stages = sum(split), len(split)
+    kinds = [value for value in vars(text).values() if isinstance(value, list) and len(value) == number]
+    alike = all(len({str(each) for each in value}) == 1 for value in kinds)
+    if alike and number > 2 * stages:
+        split, wanted = uniform(2 * stages, stages), 2 * stages
+        for key, value in list(vars(text).items()):
+            if isinstance(value, list) and len(value) == number:
+                setattr(text, key, value[:wanted])
+        text.num_hidden_layers = wanted
+    for key, width in widths.items():
+        if getattr(text, key, None) is not None:
+            setattr(text, key, width)
+    if widths and config.get_text_config(decoder=True).num_attention_heads == getattr(
+        config.get_text_config(decoder=True), "num_key_value_heads", None
+    ):
+        text.num_key_value_heads = text.num_attention_heads
+    for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        if isinstance(getattr(text, key, None), int):
+            setattr(text, key, 0)
+    return made, split
+
+
+def _cases(kept: str) -> list[tuple[Shown, ...]]:
+    """A batch at once, one that is padded on the left, and, with a cache, that one a token at a time."""
+    tokens = torch.arange(2 * ALL).reshape(2, ALL) * 7 % 97 + 1
+    mask = torch.ones_like(tokens)
+    mask[0, :3] = 0
+    positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)
+    parts = [(0, PROMPT), *((end - 1, end) for end in range(PROMPT + 1, ALL + 1))]
+
+    def padded(begin: int, end: int) -> Shown:
+        return Shown(tokens[:, begin:end], {"mask": mask[:, :end], "positions": positions[:, begin:end]})
+
+    at_once: list[tuple[Shown, ...]] = [(Shown(tokens, {}),), (padded(0, ALL),)]
+    return at_once if kept == "none" else [*at_once, tuple(padded(*part) for part in parts)]
+
+
+def _whole(model: PreTrainedModel, case: Sequence[Shown], kept: str) -> list[Tensor]:
+    """The logits of each forward of `case`; where it is one alone, the loss too."""
+    keep = make(kept if len(case) > 1 else "none", model.config, ALL)
+    found = []
+    for tokens, told in case:
+        named = {"attention_mask": told.get("mask"), "position_ids": told.get("positions")}
+        named = {name: value for name, value in named.items() if value is not None}
+        labels = {"labels": tokens} if len(case) == 1 else {}
+        out = model(input_ids=tokens, past_key_values=keep, use_cache=keep is not None, **named, **labels)
+        found += [out.logits, *([out.loss] if labels else [])]
+    return found
+
+
+def _compared(
+    whole: PreTrainedModel, layers: Sequence[int], kept: str, expected: Sequence[list[Tensor]]
+) -> str | None:
+    """What differs between the stages, with the weights of `whole`, and what that gave."""
+    found = dict(whole.named_parameters(remove_duplicate=False))
+    try:
+        stages = [_stage(whole, span, found) for span in ranges(layers)]
+        for case, wanted in zip(_cases(kept), expected, strict=True):
+            reason = _chained(stages, case, kept, wanted)
+            if reason is not None:
+                return reason
+    except Exception as error:  # the model's own code, fed what it did not expect
+        return f"a stage of it fails ({_first_line(error)})"
+    return None
+
+
+def _stage(whole: PreTrainedModel, layers: range, found: Mapping[str, nn.Parameter]) -> Stage:
+    """A stage as a run makes it, with these parameters."""
+    outline = weights.outline(whole.config, whole.dtype, whole.config._attn_implementation)
+    tree = list(weights.modules(outline))
+    made = Stage(outline, layers)
+    weights.make(outline, tree, made, torch.device("cpu"), seed=0)
+    for name, parameter in made.owned().items():
+        parameter.data.copy_(found[name])
+    return made.eval()
+
+
+def _chained(
+    stages: Sequence[Stage], case: Sequence[Shown], kept: str, wanted: Sequence[Tensor]
+) -> str | None:
+    """What differs where the stages are shown `case` one after another."""
+    keeps = [make(kept if len(case) > 1 else "none", stage.config, ALL) for stage in stages]
+    left = list(wanted)
+    for tokens, told in case:
+        given = tokens
+        for number, (stage, keep) in enumerate(zip(stages, keeps, strict=True)):
+            seen: list[Tensor] = []
+            hook = stage.layers[0].register_forward_pre_hook(_taking(seen), with_kwargs=True)
+            out = stage(given, **told, cache=keep)
+            hook.remove()
+            if number and not (seen and torch.equal(seen[0], given)):
+                return (
+                    f"its own forward changes the hidden states before stage {number}'s first layer, where it should "
+                    "only pass them on: it scales embeddings there, adds positions or the like"
+                )
+            given = out
+        pairs = [("logits", given, left.pop(0))]
+        if len(case) == 1:
+            pairs.append(("loss", stages[-1].loss(given, tokens), left.pop(0)))
+        for name, mine, whole in pairs:
+            if not torch.equal(mine, whole):
+                apart = float((mine.float() - whole.float()).abs().max())
+                how = ", padded" if told else ""
+                return f"the {name} of its stages differ from those of the whole by up to {apart:.2g}{how}"
+    return None
+
+
+def _taking(seen: list[Tensor]) -> Any:
+    def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+        seen.append(args[0] if args else kwargs["hidden_states"])
+
+    return hook
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0][:160]

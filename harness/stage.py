@@ -1,0 +1,220 @@
+"""A causal language model cut into stages: one object that trains in a pipeline and generates with a KV cache.
+
+A stage is the transformers model itself with a part of its layers; the first has the embedding, the last the head.
+What comes before the layers in the model's own code, and after them, runs in every stage: where that changes what a
+stage was given, the model cannot be cut, and `proof.py` finds out.
+"""
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, GenerationConfig, PretrainedConfig, PreTrainedModel
+
+from harness import model, weights
+from harness.knobs import Model
+from harness.model import check_memory, count, loading, whole_checkpoint
+
+
+class Layers(nn.ModuleList):
+    """Layers that keep the numbers they have in the whole model, so that their names are the same."""
+
+    def __init__(self, layers: list[nn.Module], first: int) -> None:
+        super().__init__()
+        for number, layer in enumerate(layers, first):
+            self.add_module(str(number), layer)
+
+    def __getitem__(self, index: int | slice) -> Any:
+        return list(self._modules.values())[index]
+
+
+class Stage(nn.Module):
+    """`layers` of a causal language model, of which all else is cut away.
+
+    H is the hidden size, V the vocabulary. `model` is changed, and is the stage's own from then on.
+    Raises LookupError where `model` has no list of layers, or they share parameters.
+    """
+
+    def __init__(self, model: PreTrainedModel, layers: range) -> None:
+        super().__init__()
+        path, every = layers_of(model)
+        self.first, self.last = layers.start == 0, layers.stop == len(every)
+        names: dict[int, list[str]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            names.setdefault(id(parameter), []).append(name)
+        if any(
+            len(same) > 1 and any(name.startswith(f"{path}.") for name in same) for same in names.values()
+        ):
+            raise LookupError("its layers share parameters")
+        home, place = _parent(model, path)
+        for drop in _not_of(model, path, self.first, self.last):
+            owner, key = _parent(model, drop)
+            setattr(owner, key, nn.Identity())
+        kept = list(every)[layers.start : layers.stop]
+        numbered = Layers(kept, layers.start)
+        setattr(home, place, numbered)
+        _renumber(kept, layers.start)
+        _configure(model, layers, len(every))
+        self.model = model
+        self.config: PretrainedConfig = model.config
+        """The model's, with this stage's layers alone: what a cache of its own is made from."""
+        self._within = (home, numbered)  # the model, and no second children of this one
+        self._names = {name: names[id(p)][0] for name, p in model.named_parameters()}
+        self.tied = frozenset(same[0] for same in names.values() if len(same) > 1)
+        """The first names of parameters that the first stage and the last both have."""
+
+    @property
+    def layers(self) -> Layers:
+        """Its own."""
+        return self._within[1]
+
+    def owned(self) -> dict[str, nn.Parameter]:
+        """Its parameters by the first names that they have in the whole model."""
+        return {self._names[name]: parameter for name, parameter in self.model.named_parameters()}
+
+    def forward(
+        self,
+        given: Tensor,
+        mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: Cache | None = None,
+        keep: int = 0,
+    ) -> Tensor:
+        """From tokens [B, T], or hidden states [B, T, H] after the first stage, to hidden states or the last's logits.
+
+        Those are [B, T, V], or [B, keep, V] of the last `keep` positions. `mask` [B, past + T] is 0 on padding, and
+        `positions` are [B, T].
+        """
+        more = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache}
+        named: dict[str, Any] = {name: value for name, value in more.items() if value is not None}
+        named["input_ids" if self.first else "inputs_embeds"] = given
+        named["use_cache"] = cache is not None
+        if self.last and keep:
+            named["logits_to_keep"] = keep
+        if not self.last:
+            hidden: Tensor = self._within[0](**named).last_hidden_state
+            return hidden
+        logits: Tensor = self.model(**named).logits
+        return logits
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The model's own loss per token, of logits [B, T, V] and labels [B, T]."""
+        vocabulary = _text(self.config).vocab_size
+        loss: Tensor = self.model.loss_function(logits=logits, labels=labels, vocab_size=vocabulary)
+        return loss
+
+
+def layers_of(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """The list of a model's layers and its name. Raises LookupError where there is none."""
+    number = _text(model.config).num_hidden_layers
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == number
+    ]
+    if not found:
+        raise LookupError(f"it has no one list of its {number} layers")
+    return min(found, key=lambda pair: pair[0].count("."))
+
+
+def owners(whole: PreTrainedModel, split: Sequence[int]) -> dict[str, int]:
+    """Which stage has each parameter of `whole`, by its first name; of the two that have a tied one, the first."""
+    path, _ = layers_of(whole)
+    not_first = tuple(f"{name}." for name in _not_of(whole, path, first=True, last=False))
+    stage_of = [stage for stage, layers in enumerate(split) for _ in range(layers)]
+    found = {}
+    for name, _ in whole.named_parameters():
+        if name.startswith(f"{path}."):
+            found[name] = stage_of[int(name.removeprefix(f"{path}.").partition(".")[0])]
+        else:
+            found[name] = len(split) - 1 if name.startswith(not_first) else 0
+    return found
+
+
+def build(
+    settings: Model,
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int,
+    layers: range,
+    rehearsed: bool = False,
+) -> Stage:
+    """The stage with `layers`: its weights are those of `model.build`'s whole, of which no more is ever in memory.
+
+    Raises Refusal as that does. A checkpoint whose tensors transformers renames or merges is loaded whole first.
+    """
+    stored = settings.path is not None and not settings.random and not rehearsed
+    directory = whole_checkpoint(str(settings.path)) if stored else None
+    whole = weights.outline(config, dtype, settings.attention)
+    tree = list(weights.modules(whole))
+    stage = Stage(whole, layers)
+    if not rehearsed:
+        check_memory(settings, count(stage) * dtype.itemsize, dtype, device)
+    weights.make(whole, tree, stage, device, seed)
+    if directory is None:
+        return stage
+    owned = stage.owned()
+    with loading(str(settings.path)):
+        if not weights.read(owned, directory):
+            merged = model.build(settings, config, dtype, torch.device("cpu"), seed)
+            found = dict(merged.named_parameters(remove_duplicate=False))
+            for name, parameter in owned.items():
+                parameter.data.copy_(found[name])
+        if (directory / "generation_config.json").is_file():
+            stage.model.generation_config = GenerationConfig.from_pretrained(directory)
+    return stage
+
+
+def _text(config: PretrainedConfig) -> PretrainedConfig:
+    return config.get_text_config(decoder=True)
+
+
+def _parent(model: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """The module that has `path`, and its name there."""
+    home, _, name = path.rpartition(".")
+    return model.get_submodule(home), name
+
+
+def _not_of(model: PreTrainedModel, path: str, first: bool, last: bool) -> Iterator[str]:
+    """The modules beside the layers, and beside what holds them, that a stage has no use for."""
+    parts = path.split(".")
+    for depth in range(len(parts)):
+        home = ".".join(parts[:depth])
+        before = True
+        for name, child in list(model.get_submodule(home).named_children()):
+            if name == parts[depth]:
+                before = False
+                continue
+            own = next(child.parameters(), None) is not None or "Norm" in type(child).__name__
+            within = depth == len(parts) - 1
+            if own and not (first if within and before else last):
+                yield f"{home}.{name}".lstrip(".")
+
+
+def _renumber(layers: list[nn.Module], first: int) -> None:
+    """Layers look their cache up by number, and a stage's cache begins with its own first layer."""
+    for layer in layers:
+        for module in layer.modules():
+            if isinstance(number := getattr(module, "layer_idx", None), int):
+                module.layer_idx = number - first  # type: ignore[assignment]
+
+
+def _configure(model: PreTrainedModel, layers: range, number: int) -> None:
+    """A config of these layers alone, wherever the model keeps its config."""
+    whole = model.config
+    part = copy.deepcopy(whole)
+    text = _text(part)
+    for key, value in list(vars(text).items()):
+        if isinstance(value, list) and len(value) == number:  # what each layer is
+            setattr(text, key, value[layers.start : layers.stop])
+    text.num_hidden_layers = len(layers)
+    was = _text(whole)
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if config is whole:
+            module.config = part
+        elif config is was:
+            module.config = text
