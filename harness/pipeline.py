@@ -50,6 +50,7 @@ class Pipeline:
         self.stage, self.whole, self.split = stage, whole, split
         deepspeed, config = import_deepspeed(world), deepspeed_config(settings, world.replicas)
         stage.to(world.device)
+        stage.receives = [settings.train.micro_batch, settings.train.sequence, stage.hidden]
         ledger.own(model=stage.model)
         self.inner = adamw(settings, world, stage)
         with contextlib.redirect_stdout(

@@ -58,6 +58,8 @@ class Stage(nn.Module):
         _renumber(kept, layers.start)
         _configure(model, layers, len(every))
         self.model = model
+        self.receives: list[int] = []
+        """The shape of the hidden states that are sent to it in training, once that is known."""
         self.config: PretrainedConfig = model.config
         """The model's, with this stage's layers alone: what a cache of its own is made from."""
         self._within = (home, numbered)  # the model, and no second children of this one
@@ -69,6 +71,11 @@ class Stage(nn.Module):
     def layers(self) -> Layers:
         """Its own."""
         return self._within[1]
+
+    @property
+    def hidden(self) -> int:
+        """H."""
+        return int(_text(self.config).hidden_size)
 
     def owned(self) -> dict[str, nn.Parameter]:
         """Its parameters by the first names that they have in the whole model."""

@@ -86,6 +86,22 @@ def _broadcast(numbers: int | list[int]) -> None:
     comm.broadcast(torch.tensor(numbers, dtype=torch.int64, device=device), src=0)
 
 
+def received(original: Original) -> Original:
+    """The pipeline engine's `_recv_tensor_meta`: what it asks for is a micro-batch of hidden states, as stages send."""
+
+    def stand_in(self: Any, send_stage: int) -> torch.Tensor:
+        from deepspeed.runtime.pipe import p2p
+        from deepspeed.runtime.pipe.engine import TENSOR_META_SIZE
+
+        told = torch.empty(TENSOR_META_SIZE, dtype=torch.int32, device=self.device)
+        p2p.recv(told, send_stage)
+        stage = self.module.forward_funcs[0]
+        made: torch.Tensor = self._allocate_or_extend_buffers(0, stage.receives, next(stage.parameters()).dtype)
+        return made
+
+    return stand_in
+
+
 def plenty(original: Original) -> Original:
     """The accelerator's `available_memory`: this machine's is not the run's, which has room or will not fit anyway."""
 
@@ -199,6 +215,12 @@ SHIMS = (
     Shim(ZERO12, "initialize_gradient_partitioning_data_structures", ONCE_A_RANK, slices.booked),
     Shim(ZERO12, "initialize_gradient_partition", ONCE_A_RANK, slices.placed),
     Shim(ZERO12, "get_first_param_index", ONCE_A_RANK, slices.first_index),
+    Shim(
+        "deepspeed.runtime.pipe.engine.PipelineEngine",
+        "_recv_tensor_meta",
+        "there is no stage before it that would say what it sends",
+        received,
+    ),
     Shim("torch.Tensor", "narrow", ONCE_A_RANK, slices.narrow),
 )
 
