@@ -44,6 +44,7 @@ def run(settings: Settings, world: World, ledger: Ledger, out: Output) -> None:
     out.done["training"] = progress.training
     out.done["training"]["optimizer"] = engine.optimizer_class
     for step in progress:
+        ledger.begins(step)
         progress.stepped(step, engine.train_step(batches, step))
         if held_out is not None and _due(step, train.validate_every, train.steps):
             progress.validated(step, engine.evaluate(held_out(), step))

@@ -164,9 +164,8 @@ class Ledger:
     @contextmanager
     def phase(self, name: str, step: int = 0, micro_batch: int = 0) -> Iterator[None]:
         """Within it, everything happens in phase `name` of `step` and `micro_batch`."""
-        if self.steps is not None and step >= self.steps:
-            self.enough()
-        before, told = self._log.where, self._told
+        self.begins(step)
+        before, module, told = self._log.where, self._log.module, self._told
         self._told = True
         self._enter(Where(step, name, micro_batch))
         try:
@@ -176,7 +175,12 @@ class Ledger:
             raise
         finally:
             self._leave(before)
-            self._told = told
+            self._log.module, self._told = module, told  # where a backward ends is no module's
+
+    def begins(self, step: int) -> None:
+        """Step `step` begins: say so where a run lets go of anything before the first phase of it."""
+        if self.steps is not None and step >= self.steps:
+            self.enough()
 
     def enough(self) -> None:
         """From here on see no more than `"phases"` does, as from step `steps` on."""
@@ -246,6 +250,7 @@ class Ledger:
             if where.phase == "forward":
                 self._turn(where._replace(phase="backward"))
         elif where.phase == "backward":
+            self._log.module = ""
             self._turn(Where(where.step, "step", where.micro_batch))
 
     def _optimizer_stepped(self) -> None:
