@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from harness.engine import adamw, deepspeed_config, import_deepspeed, set_rate
 from harness.ledger import Ledger
 from harness.settings import Settings
-from harness.stage import Stage, owners
+from harness.stage import Stage, parts
 from harness.world import World
 
 PHASES: Mapping[str, tuple[str, int]] = {
@@ -53,9 +53,7 @@ class Pipeline:
         stage.receives = [settings.train.micro_batch, settings.train.sequence, stage.hidden]
         ledger.own(model=stage.model)
         self.inner = adamw(settings, world, stage)
-        with contextlib.redirect_stdout(
-            io.StringIO()
-        ):  # DeepSpeed prints its partition and what it thinks it takes
+        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints what it thinks it takes
             module = _module(world, stage)
             self.deepspeed, *_ = deepspeed.initialize(model=module, optimizer=self.inner, config=config)
         ledger.own(engine=self.deepspeed)
@@ -93,17 +91,21 @@ class Pipeline:
     def full_state(self) -> dict[str, torch.Tensor] | None:
         """The whole model's weights on CPU at rank 0, None elsewhere. Every rank must call it."""
         own, world = self.stage.owned(), self.world
-        outline = dict(self.whole.named_parameters())
         state: dict[str, torch.Tensor] = {}
-        for name, stage in owners(self.whole, self.split).items():
-            if world.rank == stage * world.replicas and not world.leads:
-                dist.send(own[name].detach(), 0)
-            if world.leads and stage == 0:
-                state[name] = own[name].detach().to("cpu", copy=True)
-            elif world.leads:
-                arrived = torch.empty_like(outline[name], device=world.device)
-                dist.recv(arrived, stage * world.replicas)
-                state[name] = arrived.to("cpu")
+        seen: set[int] = set()  # a tied one is in two stages
+        for stage, part in enumerate(parts(self.whole, self.split)):
+            for name, outline in part.items():
+                if id(outline) in seen:
+                    continue
+                seen.add(id(outline))
+                if world.rank == stage * world.replicas and not world.leads:
+                    dist.send(own[name].detach(), 0)
+                if world.leads and stage == 0:
+                    state[name] = own[name].detach().to("cpu", copy=True)
+                elif world.leads:
+                    arrived = torch.empty_like(outline, device=world.device)
+                    dist.recv(arrived, stage * world.replicas)
+                    state[name] = arrived.to("cpu")
         return state if world.leads else None
 
     def _begin(self, step: int, training: bool) -> None:

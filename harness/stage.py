@@ -6,7 +6,7 @@ stage was given, the model cannot be cut, and `proof.py` finds out.
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -126,18 +126,33 @@ def layers_of(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     return min(found, key=lambda pair: pair[0].count("."))
 
 
-def owners(whole: PreTrainedModel, split: Sequence[int]) -> dict[str, int]:
-    """Which stage has each parameter of `whole`, by its first name; of the two that have a tied one, the first."""
+def parts(whole: PreTrainedModel, split: Sequence[int]) -> list[dict[str, nn.Parameter]]:
+    """The parameters of each stage by their names in `whole`, in the order in which it has them; tied ones in two."""
     path, _ = layers_of(whole)
     not_first = tuple(f"{name}." for name in _not_of(whole, path, first=True, last=False))
     stage_of = [stage for stage, layers in enumerate(split) for _ in range(layers)]
-    found = {}
-    for name, _ in whole.named_parameters():
+    found: list[dict[str, nn.Parameter]] = [{} for _ in split]
+    for name, parameter in whole.named_parameters(remove_duplicate=False):
         if name.startswith(f"{path}."):
-            found[name] = stage_of[int(name.removeprefix(f"{path}.").partition(".")[0])]
+            stage = stage_of[int(name.removeprefix(f"{path}.").partition(".")[0])]
         else:
-            found[name] = len(split) - 1 if name.startswith(not_first) else 0
+            stage = len(split) - 1 if name.startswith(not_first) else 0
+        found[stage][name] = parameter
     return found
+
+
+def layer_kinds(whole: PreTrainedModel) -> list[Hashable]:
+    """What each layer of `whole` is: layers of one kind have parameters of the same shapes, and compute alike."""
+    _, layers = layers_of(whole)
+    text = _text(whole.config)
+    told = [value for value in vars(text).values() if isinstance(value, list) and len(value) == len(layers)]
+    return [
+        (
+            tuple((name, tuple(parameter.shape)) for name, parameter in layer.named_parameters()),
+            tuple(str(value[number]) for value in told),
+        )
+        for number, layer in enumerate(layers)
+    ]
 
 
 def build(

@@ -9,14 +9,17 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from multiprocessing import get_context
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tqdm import tqdm
 
 from harness.settings import Settings
 
+if TYPE_CHECKING:
+    from harness.rehearsal.roles import Role
+
 MOST = 4
-"""Roles that are rehearsed to find the worst of a config among many. Only an offloaded ZeRO-1 or 2 has more."""
+"""Roles of a stage that are rehearsed to find the worst of a config among many. Offloaded ZeRO-1 and 2 have more."""
 
 
 class Worst(NamedTuple):
@@ -66,15 +69,20 @@ def progress(total: int | None) -> Any:
 
 
 def worst(settings: Settings) -> Worst:
-    """The rank with the highest peak of the roles of `settings`' world, the `MOST` with the largest partitions."""
+    """The rank with the highest peak of the roles of `settings`' world, of a stage the `MOST` with the most to hold."""
     from harness.rehearsal.role import rehearse
     from harness.rehearsal.roles import roles
 
     try:
-        every = sorted(roles(settings), key=lambda role: -role.held)
-        peaks = [(role.rank, rehearse(settings, role.rank)[0]["peak"]) for role in every[:MOST]]
+        every = sorted((role for role in roles(settings) if not role.outdone), key=lambda role: -role.held)
+        tried = [role for stage in {role.stage for role in every} for role in _of(every, stage)[:MOST]]
+        peaks = [(role.rank, rehearse(settings, role.rank)[0]["peak"]) for role in tried]
         rank, peak = max(peaks, key=lambda pair: pair[1]["bytes"])
     except Exception as error:  # another process asked; the error's class may not be known there
         return Worst(0, 0, {}, " ".join(f"{type(error).__name__}: {error}".split())[:200])
     held = {name: count for name, count in peak["categories"].items() if count}
-    return Worst(peak["bytes"], rank, held, passed_over=max(0, len(every) - MOST))
+    return Worst(peak["bytes"], rank, held, passed_over=len(every) - len(tried))
+
+
+def _of(roles: "Sequence[Role]", stage: int) -> "list[Role]":
+    return [role for role in roles if role.stage == stage]

@@ -1,5 +1,9 @@
 """Which ranks of a world must be rehearsed, and for whom each stands.
 
+Every stage of a pipeline has its own layers, and keeps as many micro-batches as there are stages from it on: each is
+rehearsed, and what follows holds of the ranks of one stage. Where only the highest peak is asked for, a stage between
+the ends need not be, when an earlier one there has the same layers.
+
 With ZeRO-0 and 3 every rank holds the same. With ZeRO-1 and 2 a rank copies the gradients of the parameters that its
 partition touches into a buffer of their whole size, made when the first of them is reduced: ZeRO-2 reduces within
 backward, from the last parameter to the first; ZeRO-1 after it, from the first to the last. Either way memory falls as
@@ -13,14 +17,15 @@ from bisect import bisect_left
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
-from transformers import AutoModelForCausalLM
 
-from harness import model, prompts
+from harness import model, prompts, weights
 from harness.infer import batches
 from harness.settings import Settings
+from harness.split import ranges, split_of
+from harness.stage import layer_kinds, parts
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -43,17 +48,77 @@ class Role:
     why: str = ""
     held: int = 0
     """Elements that its partition touches, or tokens of its largest batch: with more, more bytes, or nearly."""
+    stage: int = 0
+    outdone: bool = False
+    """Whether it peaks no higher than a role of an earlier stage."""
+
+    def at(self, stage: int, replicas: int, told: str, outdone: bool) -> "Role":
+        """It, of the first ranks, as that of a later stage."""
+        first = stage * replicas
+        return Role(
+            self.rank + first,
+            tuple(rank + first for rank in self.stands_for),
+            tuple(rank + first for rank in self.bounds),
+            "; ".join(part for part in (told, self.why) if part),
+            self.held,
+            stage,
+            outdone,
+        )
 
 
 def roles(settings: Settings) -> list[Role]:
-    """The ranks to rehearse. Raises Refusal where the model cannot be read."""
-    size = settings.world.size or 1
-    if settings.mode == "infer":
-        return _alike(_shares(settings, size), _told_batches, _largest_batch)
+    """The ranks to rehearse. Raises Refusal where the model cannot be read, or cut into so many stages."""
+    stages = settings.pipeline.stages
+    replicas = (settings.world.size or 1) // stages
     exports = settings.train.export and settings.train.steps < settings.ledger.steps
-    if settings.zero.stage in (0, 3) or size == 1:
-        return _alike([exports and rank == 0 for rank in range(size)], lambda leads: EXPORTS if leads else "")
-    return _outdone(_partitions(settings, size), exports, settings.zero.offload != "none")
+    cut = _cut(settings) if stages > 1 or _sharded(settings, replicas) else []
+    shares = _shares(settings, replicas) if settings.mode == "infer" else []
+    found = []
+    for stage in range(stages):
+        leads = exports and stage == 0
+        if settings.mode == "infer":
+            within = _alike(shares, _told_batches, _largest_batch)
+        elif _sharded(settings, replicas):
+            partitions = _partitions(cut[stage].sizes, settings.zero.stage, replicas)
+            within = _outdone(partitions, leads, settings.zero.offload != "none")
+        else:
+            keys = [leads and replica == 0 for replica in range(replicas)]
+            within = _alike(keys, lambda first: EXPORTS if first else "")
+        told = f"stage {stage} of {stages}, layers {cut[stage].told}" if stages > 1 else ""
+        again = stage < stages - 1 and any(cut[stage].kinds == each.kinds for each in cut[1:stage])
+        found += [role.at(stage, replicas, told, again) for role in within]
+    return found
+
+
+def _sharded(settings: Settings, replicas: int) -> bool:
+    """Whether ranks with the same parameters have different parts of what belongs to them."""
+    return settings.mode == "train" and settings.zero.stage in (1, 2) and replicas > 1
+
+
+class Cut(NamedTuple):
+    """A stage, or the whole where there is one."""
+
+    sizes: list[int]  # elements of its parameters, in the order in which it has them
+    kinds: list[Hashable]  # what its layers are, in words that compare
+    told: str  # their numbers
+
+
+def _cut(settings: Settings) -> list[Cut]:
+    """Each stage of the model."""
+    config = model.model_config(settings.model)
+    whole = weights.outline(config, torch.bfloat16)
+    if settings.pipeline.stages == 1:
+        return [Cut([parameter.numel() for parameter in whole.parameters()], [], "")]
+    split = split_of(settings, config)
+    kinds = layer_kinds(whole)
+    return [
+        Cut(
+            [parameter.numel() for parameter in part.values()],
+            kinds[layers.start : layers.stop],
+            f"{layers.start} to {layers.stop - 1}",
+        )
+        for part, layers in zip(parts(whole, split), ranges(split), strict=True)
+    ]
 
 
 def _alike(
@@ -115,15 +180,13 @@ class Partition:
         return f"the parameters in its partition have {self.held:,} elements, and are reduced {when}"
 
 
-def _partitions(settings: Settings, size: int) -> list[Partition]:
-    """Every rank's."""
-    with torch.device("meta"):
-        built = AutoModelForCausalLM.from_config(model.model_config(settings.model))
-    ends = list(accumulate(parameter.numel() for parameter in built.parameters()))
+def _partitions(sizes: Sequence[int], zero: int, replicas: int) -> list[Partition]:
+    """Every replica's, of parameters with so many elements."""
+    ends = list(accumulate(sizes))
     begins = [0, *ends[:-1]]
-    length = -(-ends[-1] // (ALIGNMENT * size)) * ALIGNMENT
+    length = -(-ends[-1] // (ALIGNMENT * replicas)) * ALIGNMENT
     found, first = [], 0
-    for start in range(0, size * length, length):
+    for start in range(0, replicas * length, length):
         while first < len(ends) and ends[first] <= start:
             first += 1
         after = bisect_left(begins, start + length)
@@ -131,7 +194,7 @@ def _partitions(settings: Settings, size: int) -> list[Partition]:
             min(ends[place], start + length) - max(begins[place], start) for place in range(first, after)
         )
         held = ends[after - 1] - begins[first] if pieces else 0
-        moment = len(ends) if not pieces else first if settings.zero.stage == 1 else len(ends) - after
+        moment = len(ends) if not pieces else first if zero == 1 else len(ends) - after
         found.append(Partition(held, moment, pieces, first))
     return found
 

@@ -96,7 +96,9 @@ def received(original: Original) -> Original:
         told = torch.empty(TENSOR_META_SIZE, dtype=torch.int32, device=self.device)
         p2p.recv(told, send_stage)
         stage = self.module.forward_funcs[0]
-        made: torch.Tensor = self._allocate_or_extend_buffers(0, stage.receives, next(stage.parameters()).dtype)
+        made: torch.Tensor = self._allocate_or_extend_buffers(
+            0, stage.receives, next(stage.parameters()).dtype
+        )
         return made
 
     return stand_in

@@ -58,7 +58,9 @@ def narrow(original: Original) -> Original:
         if sys._getframe(1).f_code.co_name in SLICERS:
             from deepspeed import comm
 
-            if length and start // length != comm.get_rank() % (self.numel() // length):  # its replica's number
+            if length and start // length != comm.get_rank() % (
+                self.numel() // length
+            ):  # its replica's number
                 return Slice(Sliced(self), start, length)
         return original(self, dim, start, length)
 
