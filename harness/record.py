@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from harness.ledger.categories import CATEGORIES
 
 if TYPE_CHECKING:
-    from harness.ledger import Ledger, Where
+    from harness.ledger import Forwards, Ledger, Where
 
 SCHEMA = "harness.record/1"
 FILE = "record.json"
@@ -75,8 +75,16 @@ def rank_record(ledger: "Ledger", rank: int, stage: int = 0) -> dict[str, Any]:
             }
             for phase in account.phases
         ],
+        "forwards": _forwards(account.forwards),
         "allocator": asdict(account.books),
     }
+
+
+def _forwards(most: "Forwards | None") -> dict[str, Any] | None:
+    if most is None:
+        return None
+    where = _where(most.where) if most.where else None
+    return {"alive": most.alive, "bytes": sum(most.stashes), "stashes": list(most.stashes), "where": where}
 
 
 def _where(where: "Where") -> dict[str, Any]:

@@ -70,6 +70,15 @@ class Phase(_Part):
     end: Bytes | None = None
 
 
+class Forwards(_Part):
+    """The most forwards that waited for their backward at once; each one's saved bytes then, the oldest first."""
+
+    alive: Number
+    bytes: Bytes
+    stashes: list[Bytes] = []
+    where: Where | None = None
+
+
 class Allocator(_Part):
     """The allocator's own count, what of it nobody explains, and what is in no figure of the ledger."""
 
@@ -83,12 +92,14 @@ class Rank(_Part):
     """One rank's books; a rehearsed one `stands_for` others, and `bounds` those that hold no more."""
 
     rank: Number
+    stage: Number = 0
     stands_for: list[Number] = []
     bounds: list[Number] = []
     why: Text = ""
     peak: Peak
     categories: dict[Text, Category]
     phases: list[Phase] = []
+    forwards: Forwards | None = None
     allocator: Allocator
 
     @property

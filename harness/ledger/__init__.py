@@ -13,16 +13,18 @@ from harness.ledger.categories import CATEGORIES
 
 if TYPE_CHECKING:
     from harness.ledger.allocator import CpuAllocator
+    from harness.ledger.forwards import Forwards
     from harness.ledger.ledger import Ledger
     from harness.ledger.log import Where
     from harness.ledger.timeline import Books, Category, Peak, Phase
 
-__all__ = ["CATEGORIES", "Books", "Category", "CpuAllocator", "Ledger", "Peak", "Phase", "Where"]
+__all__ = ["CATEGORIES", "Books", "Category", "CpuAllocator", "Forwards", "Ledger", "Peak", "Phase", "Where"]
 
 _ROOMS = {
     "Books": "timeline",
     "Category": "timeline",
     "CpuAllocator": "allocator",
+    "Forwards": "forwards",
     "Ledger": "ledger",
     "Peak": "timeline",
     "Phase": "timeline",

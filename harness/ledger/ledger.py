@@ -10,6 +10,7 @@ import torch
 from harness.ledger import owners
 from harness.ledger.allocator import CpuAllocator, CudaAllocator
 from harness.ledger.categories import CATEGORIES
+from harness.ledger.forwards import Forwards, in_flight
 from harness.ledger.log import RANK, Log, Where, device_of
 from harness.ledger.observers import Modules, in_backward, settle, watching_saved, watching_steps
 from harness.ledger.timeline import Books, Category, Peak, Phase, at_allocator_peak, replay
@@ -28,6 +29,7 @@ class Account(NamedTuple):
     categories: dict[str, Category]
     phases: list[Phase]
     books: Books
+    forwards: Forwards | None = None
 
 
 class Ledger:
@@ -267,7 +269,8 @@ class Ledger:
         """What was measured so far; while exact, up to this moment and without the allocator's side."""
         if not self.exact:
             return self._account
-        return Account(*replay(list(self._log.events)), Books())
+        events = list(self._log.events)
+        return Account(*replay(events), Books(), in_flight(events))
 
     @property
     def last_peak(self) -> Peak | None:
@@ -291,6 +294,11 @@ class Ledger:
     def phases(self) -> list[Phase]:
         """Every phase, in order of its first entry."""
         return self.account().phases
+
+    @property
+    def forwards(self) -> Forwards | None:
+        """The most forwards that waited for their backward at once; None where nothing was measured exactly."""
+        return self.account().forwards
 
     @property
     def allocator(self) -> Books:
@@ -323,7 +331,7 @@ class Ledger:
             books = Books(self._allocator.source, self._allocator.highest())
         elif self._allocator is not None and (allocations := self._allocator.stop()) is not None:
             peak, books = at_allocator_peak(events, operators, allocations, self._allocator.source)
-        self._account = Account(peak, categories, phases, books)
+        self._account = Account(peak, categories, phases, books, in_flight(events))
 
 
 def _device_of(model: torch.nn.Module | None) -> str:

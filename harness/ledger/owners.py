@@ -91,6 +91,7 @@ def engine_claims(engine: Any) -> Iterator[Claim]:
     inner = getattr(wrapper, "optimizer", wrapper)
     yield from optimizer_claims(inner)
     yield from bucket_claims(engine)
+    yield from boundary_claims(engine)
     if inner is not wrapper:
         for attribute, value in vars(wrapper).items():
             category = DEEPSPEED.get(attribute, "workspace")
@@ -105,6 +106,18 @@ def cache_claims(cache: Any) -> Iterator[Claim]:
         for attribute, value in vars(layer).items():
             for tensor in tensors_in(value):
                 yield "kv_cache", f"layers[{index}].{attribute}", tensor
+
+
+def boundary_claims(engine: Any) -> Iterator[Claim]:
+    """What a pipeline's engine receives, and what its forwards were given: hidden states, or tokens."""
+    given = getattr(engine, "pipe_buffers", {})
+    held = {f"pipe_buffers[{name}]": given.get(name) for name in ("inputs", "labels")}
+    for name in ("pipe_recv_buf", "grad_layer"):
+        held[name] = getattr(engine, name, None)
+    for name, value in held.items():
+        for tensor in tensors_in((value,)):
+            category = "activations" if tensor.dtype.is_floating_point else "inputs"
+            yield category, f"{type(engine).__name__}.{name}", tensor
 
 
 def bucket_claims(engine: Any) -> Iterator[Claim]:
