@@ -175,6 +175,15 @@ class Failure(_Part):
     error: Text | None = None
 
 
+class Pipeline(_Part):
+    """The layers of each stage; `bubble` is the part of a training step in which a stage waits for the others."""
+
+    stages: Number = 1
+    split: list[Number] = []
+    micro_batches: Number | None = None
+    bubble: float | None = None
+
+
 class Training(_Part):
     """What a training run came to."""
 
@@ -214,6 +223,7 @@ class Record(_Part):
     config: dict[str, Any] = {}
     environment: Environment = Environment()
     failure: Failure | None = None
+    pipeline: Pipeline = Pipeline()
     training: Training = Training()
     inference: Inference = Inference()
     performance: Performance = Performance()

@@ -38,6 +38,7 @@ __all__ = [
     "Train",
     "World",
     "Zero",
+    "check_split",
     "check_world",
     "checked",
     "load",
@@ -71,7 +72,7 @@ def typed(tree: Mapping[str, Any]) -> Settings:
 
 def checked(settings: Settings) -> Settings:
     """`settings`, every rule checked that `load` checks. Raises `Refusal`."""
-    for rule in (_parallelism, _rehearsal, _model, _data, _train, _generation):
+    for rule in (_parallelism, _pipeline, _rehearsal, _model, _data, _train, _generation):
         rule(settings)
     return settings
 
@@ -129,6 +130,37 @@ def _parallelism(settings: Settings) -> None:
         )
     if settings.checkpointing != "none":
         raise Refusal("checkpointing", settings.checkpointing, "not built yet; use checkpointing=none")
+
+
+def _pipeline(settings: Settings) -> None:
+    asked, batch = settings.pipeline, settings.generation.batch
+    if asked.stages == 1:
+        for key, value, default in (("split", asked.split, "uniform"), ("groups", asked.groups, None)):
+            if value != default:
+                raise Refusal(f"pipeline.{key}", value, "one stage needs none; add pipeline.stages=")
+        return
+    if settings.mode == "infer" and asked.groups is not None and asked.groups > batch:
+        raise Refusal(
+            "pipeline.groups", asked.groups, f"each has a prompt or more, and generation.batch={batch}"
+        )
+    layers = _first(_shape(settings.model), "num_hidden_layers", "n_layer")[1]
+    if isinstance(layers, int):
+        check_split(asked, layers)
+
+
+def check_split(asked: Pipeline, layers: int) -> None:
+    """Refuse more stages than `layers`, and a list that does not give each stage its own."""
+    stages, split = asked.stages, asked.split
+    if stages > layers:
+        raise Refusal("pipeline.stages", stages, f"the model has {layers} layers; use {layers} or fewer")
+    if isinstance(split, list) and len(split) != stages:
+        raise Refusal(
+            "pipeline.split",
+            split,
+            f"names the layers of {len(split)} stages, and pipeline.stages={stages}",
+        )
+    if isinstance(split, list) and sum(split) != layers:
+        raise Refusal("pipeline.split", split, f"adds up to {sum(split)} layers, and the model has {layers}")
 
 
 def _rehearsal(settings: Settings) -> None:
