@@ -317,10 +317,13 @@ def _first(shape: Mapping[str, Any], *names: str) -> tuple[str, Any]:
     return next(((name, shape[name]) for name in names if shape.get(name) is not None), (names[0], None))
 
 
-def _refusal(error: ValidationError, tree: object) -> Refusal:
+def _refusal(error: ValidationError, tree: Mapping[str, Any]) -> Refusal:
     """pydantic's first complaint as a sentence."""
     first = error.errors()[0]
     parts = [str(part) for part in first["loc"]]
+    if parts[:2] == ["pipeline", "split"]:
+        choices = "uniform, parameters, memory, or the layers of each stage, 1 or more, as [3,5]"
+        return Refusal("pipeline.split", tree["pipeline"]["split"], f"should be {choices}")
     key, value, text = ".".join(parts), first["input"], first["msg"]
     if first["type"] == "unexpected_keyword_argument":
         return Refusal(key, value, nearest(key, _keys()))
