@@ -205,6 +205,7 @@ def _failures(records: Sequence[Record], names: Sequence[str]) -> Iterator[str]:
         if record.status == "failed":
             told = record.failure or Failure()
             rank = "" if told.rank is None else f" on rank {told.rank}"
+            rank += "" if told.stage is None else f", stage {told.stage},"
             where = "" if told.where is None else f" in step {told.where.step}, {told.where.phase}"
             yield f"{name} failed{rank}{where}: {told.error or 'its record does not say why'}"
             if len(record.peaks) < record.world.size:

@@ -168,9 +168,10 @@ class Model(_Part):
 
 
 class Failure(_Part):
-    """Which rank failed, where, and with what."""
+    """Which rank failed, and stage of a pipeline, where, and with what."""
 
     rank: Number | None = None
+    stage: Number | None = None
     where: Where | None = None
     error: Text | None = None
 

@@ -69,6 +69,18 @@ SHARDED_WHOLLY = [
     (*TINY, *TRAIN, "zero=3", "zero.persistence_threshold=0", "zero.reduce_bucket_size=100000"),
     (*TINY, *TRAIN, "zero=3", "zero.persistence_threshold=100000000"),
 ]
+PIPELINED = [
+    (*TINY, *TRAIN, "pipeline.stages=2", f"zero={stage}", precision, f"train.accumulation={accumulation}")
+    for stage, precision, accumulation in (
+        (0, "precision=fp32", 1),
+        (0, "precision=bf16", 3),
+        (1, "precision=bf16", 1),
+        (1, "precision=fp32", 3),
+    )
+]
+STAGES_OF_4 = ("hardware=cpu", *TRAIN, "pipeline.stages=4", "train.accumulation=5", "precision=bf16")
+TWO_BY_TWO = (*TINY, *UNEVEN, *TRAIN, "pipeline.stages=2", "train.accumulation=2")
+EVERYTHING = ("train.steps=2", "train.validate_every=1", "train.save_every=1", "train.export=true")
 TIED = [(*GPT2, *TRAIN, f"zero={stage}") for stage in STAGES]
 GENERATION = [
     *(
@@ -95,7 +107,14 @@ GENERATION = [
     (*GPT2, *INFER, "generation.prompts=PROMPTS"),
 ]
 CELLS: dict[int, list[Words]] = {
-    2: [*MATRIX, *BY_STAGE, *SHARDED_WHOLLY, *TIED, *GENERATION],
+    2: [*MATRIX, *BY_STAGE, *SHARDED_WHOLLY, *TIED, *PIPELINED, *GENERATION],
+    4: [
+        (*STAGES_OF_4, "zero=0", "model.config.num_hidden_layers=7", "pipeline.split=[1,2,2,2]"),
+        (*STAGES_OF_4, "zero=1", "model.config.tie_word_embeddings=true", *EVERYTHING),
+        (*TWO_BY_TWO, "zero=1"),
+        (*TWO_BY_TWO, "zero=1", "zero.offload=optimizer", "precision=fp32"),
+        (*TWO_BY_TWO, "zero=0", *EVERYTHING),
+    ],
     3: [(*TINY, *UNEVEN, *TRAIN, f"zero={stage}", "train.accumulation=2") for stage in STAGES]
     + [(*TINY, *UNEVEN, *TRAIN, "zero=3", "zero.offload=all", "zero.persistence_threshold=0")]
     + [
@@ -219,7 +238,7 @@ def test_a_rehearsal_holds_the_bytes_of_the_run(
         assert done["model"] == real["model"]
 
 
-@pytest.mark.parametrize("cell", [(3, words) for words in CELLS[3]], ids=name)
+@pytest.mark.parametrize("cell", [(ranks, words) for ranks in (3, 4) for words in CELLS[ranks]], ids=name)
 def test_a_rank_stands_for_its_like_in_the_run_and_bounds_none_above_it(
     run: Callable[[int, Words], Books], prompts: Path, cell: tuple[int, Words]
 ) -> None:
