@@ -50,6 +50,7 @@ TRAIN = (
     Change(lambda s: {"checkpointing": "selective"}, "some activations computed twice"),
     Change(lambda s: {"checkpointing": "full"}, "every forward computed twice"),
     Change(lambda s: {"model.attention": "sdpa"}, "nothing"),
+    Change(lambda s: {"pipeline.split": "memory"}, "other layers on each stage"),
 )
 INFER = (
     Change(

@@ -189,6 +189,7 @@ class Training(_Part):
     """What a training run came to."""
 
     losses: list[float] = []
+    optimizer: Text | None = None
 
 
 class Inference(_Part):
@@ -238,6 +239,15 @@ class Record(_Part):
     def worst(self) -> Rank:
         """The first of the ranks with the highest peak."""
         return max(self.ranks, key=lambda rank: (rank.peak.bytes or 0, -rank.rank), default=UNHEARD)
+
+    @cached_property
+    def by_stage(self) -> Mapping[int, Rank]:
+        """Of each stage of a pipeline the first of the ranks with the highest peak."""
+        found: dict[int, Rank] = {}
+        for rank in self.ranks:
+            if rank.stage not in found or (rank.peak.bytes or 0) > (found[rank.stage].peak.bytes or 0):
+                found[rank.stage] = rank
+        return found
 
     @cached_property
     def peaks(self) -> Mapping[int, int | None]:
