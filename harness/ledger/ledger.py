@@ -162,8 +162,11 @@ class Ledger:
     # -- phases ------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def phase(self, name: str, step: int = 0, micro_batch: int = 0) -> Iterator[None]:
-        """Within it, everything happens in phase `name` of `step` and `micro_batch`."""
+    def phase(self, name: str, step: int = 0, micro_batch: int = 0, *, again: bool = False) -> Iterator[None]:
+        """Within it, everything happens in phase `name` of `step` and `micro_batch`.
+
+        With `again` it will be entered once more, and no owner is asked at its end: for what is short and frequent.
+        """
         if self.steps is not None and step >= self.steps:
             self.enough()
         before, told = self._log.where, self._told
@@ -175,7 +178,10 @@ class Ledger:
             self._broke = self._broke or self._log.where
             raise
         finally:
-            self._leave(before)
+            if again:
+                self._enter(before)
+            else:
+                self._leave(before)
             self._told = told
 
     def enough(self) -> None:
