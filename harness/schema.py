@@ -201,11 +201,20 @@ class Inference(_Part):
     kv_live: Bytes | None = None
 
 
+class Idleness(_Part):
+    """A stage of a pipeline that generated: a replica's seconds at work, and the part of them all that it waited."""
+
+    stage: Number
+    busy_seconds: float
+    idle: float
+
+
 class Performance(_Part):
     """Over all ranks."""
 
     tokens_per_second: float | None = None
     time_to_first_token_seconds: float | None = None
+    stages: list[Idleness] | None = None
 
 
 class Environment(_Part):
