@@ -149,10 +149,10 @@ def share_of(
                 break
             given = [[prompts[number].tokens for number in group] for group in groups]
             how: Any = {"cache": asked.cache, "eos": eos, "step": step, "ends_only": world.rehearsed}
-            if relay is None:
-                made = generate(built, *given, asked.max_new_tokens, choose=choose[0], ledger=ledger, **how)
-            else:
+            if isinstance(relay, Relay):
                 made = relay.generate(given, asked.max_new_tokens, choose=choose, **how)
+            else:
+                made = generate(built, given[0], asked.max_new_tokens, choose=choose[0], ledger=ledger, **how)
             share.add(prompts, numbers, made)
             bar.update(len(numbers))
             flush()

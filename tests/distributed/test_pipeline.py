@@ -3,19 +3,15 @@
 All runs on a number of ranks are made under one torchrun.
 """
 
-import json
-import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from harness import record
-from tests.distributed.conftest import LAUNCHER, ROOT
+from tests.distributed.conftest import complete, run_each
 
 Words = tuple[str, ...]
 
@@ -73,36 +69,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     def find(ranks: int, *words: str) -> Path:
         if (ranks, words) not in done:
             places = [tmp_path_factory.mktemp("run") / "out" for _ in RUNS[ranks]]
-            _run_all(ranks, places, tmp_path_factory.mktemp("runs") / "runs.json")
+            run_each([(*COMMON, *words) for words in RUNS[ranks]], places, ranks)
             done.update({(ranks, each): place for each, place in zip(RUNS[ranks], places, strict=True)})
         return done[ranks, words]
 
     return find
 
 
-def _run_all(ranks: int, places: Sequence[Path], listed: Path) -> None:
-    pairs = zip(RUNS[ranks], places, strict=True)
-    listed.write_text(json.dumps([[*COMMON, *words, f"hydra.run.dir={place}"] for words, place in pairs]))
-    script = Path(__file__).with_name("one_after_another.py")
-    result = subprocess.run(
-        [*LAUNCHER, f"--nproc-per-node={ranks}", str(script), str(listed)],
-        cwd=ROOT,
-        text=True,
-        capture_output=True,
-        timeout=400,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
-
-
-def read(directory: Path) -> dict[str, Any]:
-    found = record.read(directory)
-    assert found["status"] == "complete", found["failure"]
-    return found
-
-
 def losses(directory: Path) -> list[float]:
-    found = read(directory)["training"]
+    found = complete(directory)["training"]
     return [*found["losses"], *(each["loss"] for each in found["validation"])]
 
 
@@ -143,7 +118,7 @@ def test_the_first_step_without_zero_is_adams_first(run: Callable[..., Path]) ->
 
 @pytest.mark.parametrize(("ranks", "words"), PIPELINED, ids=str)
 def test_every_rank_closes_its_books(run: Callable[..., Path], ranks: int, words: Words) -> None:
-    found = read(run(ranks, *words))
+    found = complete(run(ranks, *words))
     assert len(found["ranks"]) == ranks
     for rank in found["ranks"]:
         assert rank["allocator"]["unattributed"] == 0
@@ -154,7 +129,7 @@ def test_every_rank_closes_its_books(run: Callable[..., Path], ranks: int, words
 def test_a_stage_keeps_a_forward_for_each_stage_from_it_on(
     run: Callable[..., Path], ranks: int, words: Words
 ) -> None:
-    found = read(run(ranks, *words))
+    found = complete(run(ranks, *words))
     stages, micro_batches = found["pipeline"]["stages"], found["pipeline"]["micro_batches"]
     for rank in found["ranks"]:
         assert rank["stage"] == rank["rank"] * stages // ranks
@@ -165,13 +140,13 @@ def test_a_stage_keeps_a_forward_for_each_stage_from_it_on(
 
 @pytest.mark.parametrize(("ranks", "words"), [(1, each) for each in RUNS[1]], ids=str)
 def test_a_whole_model_keeps_one(run: Callable[..., Path], ranks: int, words: Words) -> None:
-    (rank,) = read(run(ranks, *words))["ranks"]
+    (rank,) = complete(run(ranks, *words))["ranks"]
     assert rank["forwards"]["alive"] == 1
 
 
 def test_what_crosses_between_stages_is_called_by_its_name(run: Callable[..., Path]) -> None:
     hidden = 2 * 128 * 256 * 4  # micro-batch, sequence, width, fp32
-    for rank in read(run(4, *LONG))["ranks"]:
+    for rank in complete(run(4, *LONG))["ranks"]:
         named = {h["name"].partition("Engine.")[2]: h for h in rank["peak"]["holdings"]}
         given = rank["forwards"]["alive"] + (
             rank["stage"] == 3
@@ -186,21 +161,11 @@ def test_an_export_of_two_stages_opens_whole_and_in_four(run: Callable[..., Path
     words: Words = ("zero=1", "precision=fp32", "pipeline.stages=2")
     checkpoint = run(2, *words) / "checkpoint"
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
-    assert model.num_parameters() == read(run(2, *words))["model"]["parameters"]
-    listed = tmp_path / "runs.json"
+    assert model.num_parameters() == complete(run(2, *words))["model"]["parameters"]
     again = [*COMMON, "zero=1", "precision=fp32", f"model.path={checkpoint}", "train.export=false"]
     found = {}
     for ranks in (1, 4):
-        place = tmp_path / str(ranks)
-        listed.write_text(json.dumps([[*again, f"pipeline.stages={ranks}", f"hydra.run.dir={place}"]]))
-        script = Path(__file__).with_name("one_after_another.py")
-        subprocess.run(
-            [*LAUNCHER, f"--nproc-per-node={ranks}", str(script), str(listed)],
-            cwd=ROOT,
-            capture_output=True,
-            timeout=200,
-            check=True,
-        )
-        found[ranks] = losses(place)
+        run_each([[*again, f"pipeline.stages={ranks}"]], [tmp_path / str(ranks)], ranks)
+        found[ranks] = losses(tmp_path / str(ranks))
     assert found[4] == pytest.approx(found[1], abs=FP32)
     assert found[4][0] < losses(run(2, *words))[0]

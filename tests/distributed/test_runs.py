@@ -71,7 +71,12 @@ def test_a_run_directory_is_never_overwritten(saved: tuple[tuple[str, ...], Path
 
 
 @pytest.mark.parametrize(
-    ("more", "named"), [([], "rank 1"), (["pipeline.stages=2", "zero=1"], "rank 1, stage 1,")]
+    ("more", "named"),
+    [
+        ([], "rank 1"),
+        (["pipeline.stages=2", "zero=1"], "rank 1, stage 1,"),
+        (["mode=infer", "pipeline.stages=2", "generation.max_new_tokens=900"], "rank 1, stage 1,"),
+    ],
 )
 def test_a_killed_rank_takes_the_run_down_and_is_the_one_named(
     tmp_path: Path, more: list[str], named: str
