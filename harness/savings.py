@@ -47,8 +47,8 @@ TRAIN = (
         lambda s: {"zero.offload": "all"},
         "an optimizer that steps on the host, and parameters fetched from there",
     ),
-    Change(lambda s: {"checkpointing": "selective"}, "some activations computed twice"),
-    Change(lambda s: {"checkpointing": "full"}, "every forward computed twice"),
+    Change(lambda s: {"checkpointing.mode": "selective"}, "some activations computed twice"),
+    Change(lambda s: {"checkpointing.mode": "full"}, "every forward computed twice"),
     Change(lambda s: {"model.attention": "sdpa"}, "nothing"),
 )
 INFER = (
@@ -60,7 +60,7 @@ INFER = (
     Change(lambda s: {"model.attention": "sdpa"}, "nothing"),
 )
 
-SPELLED = {"zero.stage": "zero"}
+SPELLED = {"zero.stage": "zero", "checkpointing.mode": "checkpointing"}
 """The keys that are typed as their group's option."""
 
 

@@ -236,7 +236,7 @@ def cost(settings: Settings) -> tuple[float, ...]:
     zero, train = settings.zero, settings.train
     step = {0: 2.0, 1: 2.0, 2: 1.0 + train.accumulation, 3: 3.0 * train.accumulation}[zero.stage]
     offload = ("none", *LAST_RESORT).index(zero.offload)
-    recompute = ("none", "selective", "full").index(settings.checkpointing)
+    recompute = ("none", "selective", "full").index(settings.checkpointing.mode)
     return offload, recompute, step / (train.micro_batch * train.accumulation), zero.stage
 
 
