@@ -24,9 +24,7 @@ ATTENTION = (
     "_scaled_dot_product_fused_attention_overrideable",
 )
 KEPT = [
-    getattr(torch.ops.aten, name).default
-    for name in (*PRODUCTS, *ATTENTION)
-    if hasattr(torch.ops.aten, name)
+    getattr(torch.ops.aten, name).default for name in (*PRODUCTS, *ATTENTION) if hasattr(torch.ops.aten, name)
 ]
 """The operators whose results `selective` keeps: matrix products and attention, nearly all of the arithmetic."""
 
