@@ -3,6 +3,7 @@
 A surprise is a function from a `Run` to the findings that it makes, none where the figures do not show it.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import NamedTuple
@@ -178,6 +179,44 @@ def logits(run: Run) -> Iterator[Finding]:
     yield Finding("logits", sentence, total)
 
 
+def checkpointing(run: Run) -> Iterator[Finding]:
+    """Recomputing layers has no hold on this peak, or little, and why."""
+    asked, where = run.settings and run.settings.checkpointing, run.peak.where
+    if asked is None or asked.mode == "none" or where is None:
+        return
+    name, held = f"checkpointing={asked.mode}", run.held("activations")
+    layers = _layers(run.settings)
+    recomputed = len(asked.layers) or -(-layers // asked.every)
+    beside = sum(h.bytes for h in run.holdings if h.category == "activations" and not _of_layer(h))
+    if where.phase not in ("forward", "backward"):
+        sentence = f"{name} does not reach this peak: in {where.phase} no layer keeps activations."
+    elif held < NOTABLE * run.whole:
+        sentence = f"{name} has little left to save: activations are {size(held)} of the peak."
+    elif 2 * beside >= held:
+        sentence = (
+            f"{name} has little left to save: {size(beside)} of the {size(held)} of activations are made "
+            "outside the layers, as logits are."
+        )
+    elif layers == 1:
+        sentence = f"{name} saves nothing of a single layer: in backward all it kept is there again at once."
+    elif 2 * recomputed <= layers:
+        sentence = f"{name} is for {recomputed} of {layers} layers; the others keep their activations."
+    else:
+        return
+    yield Finding("checkpointing", sentence, held)
+
+
+def _layers(settings: Settings | None) -> int:
+    """The model's; 0 where the config does not say."""
+    shape = settings.model.config if settings else {}
+    return int(shape.get("num_hidden_layers") or shape.get("n_layer") or 0)
+
+
+def _of_layer(holding: Holding) -> bool:
+    """Whether a layer made it: those have numbers."""
+    return holding.name == "others" or bool(re.search(r"\.\d+[.:]", holding.name))
+
+
 def _as_large(holding: Holding, one: int) -> bool:
     """Whether these are made by the head or the loss, and each as large as the logits, in fp32 or in half of it."""
     module = holding.name.rpartition(": ")[0]
@@ -293,6 +332,7 @@ SURPRISES: tuple[Callable[[Run], Iterator[Finding]], ...] = (
     outside_a_step,
     first_step,
     logits,
+    checkpointing,
     bucket,
     still_gathered,
     offload,
