@@ -181,11 +181,13 @@ def logits(run: Run) -> Iterator[Finding]:
 
 def checkpointing(run: Run) -> Iterator[Finding]:
     """Recomputing layers has no hold on this peak, or little, and why."""
-    asked, where = run.settings and run.settings.checkpointing, run.peak.where
-    if asked is None or asked.mode == "none" or where is None:
+    settings, where = run.settings, run.peak.where
+    if settings is None or settings.checkpointing.mode == "none" or where is None:
         return
+    asked = settings.checkpointing
     name, held = f"checkpointing={asked.mode}", run.held("activations")
-    layers = _layers(run.settings)
+    shape = settings.model.config
+    layers = int(shape.get("num_hidden_layers") or shape.get("n_layer") or 0)  # 0: it does not say
     recomputed = len(asked.layers) or -(-layers // asked.every)
     beside = sum(h.bytes for h in run.holdings if h.category == "activations" and not _of_layer(h))
     if where.phase not in ("forward", "backward"):
@@ -204,12 +206,6 @@ def checkpointing(run: Run) -> Iterator[Finding]:
     else:
         return
     yield Finding("checkpointing", sentence, held)
-
-
-def _layers(settings: Settings | None) -> int:
-    """The model's; 0 where the config does not say."""
-    shape = settings.model.config if settings else {}
-    return int(shape.get("num_hidden_layers") or shape.get("n_layer") or 0)
 
 
 def _of_layer(holding: Holding) -> bool:
