@@ -159,7 +159,11 @@ class Fit:
             these = [climb for climb in climbs if word in climb.words]
             for climb in these:
                 climb.fits = reached.get(_without(climb.words, word), 0)
-            trials += self._climb(these)
+            try:
+                trials += self._climb(these)
+            except Refusal:  # nothing above what less recomputation has reached
+                if not trials:
+                    raise
             reached |= {_without(climb.words, word): climb.fits for climb in these}
         return trials
 

@@ -3,7 +3,7 @@
 Every ZeRO stage meets every offload it may have, each in both precisions and both counts of accumulation, and every
 stage, precision and count meet in some cell. What else decides bytes varies by stage, one thing at a time: buckets
 smaller than a parameter, validation and checkpoints, eager attention and the end of what is seen, nothing or all kept
-whole, tied weights and learned positions, a world that divides nothing evenly. Generation has every cache, padded or
+whole, tied weights and learned positions, layers that are recomputed, a world that divides nothing evenly. Generation has every cache, padded or
 not.
 
 All cells of a number of ranks are run under one torchrun. What an allocator saw (`kernel`, and a peak with it) is no
@@ -70,6 +70,18 @@ SHARDED_WHOLLY = [
     (*TINY, *TRAIN, "zero=3", "zero.persistence_threshold=100000000"),
 ]
 TIED = [(*GPT2, *TRAIN, f"zero={stage}") for stage in STAGES]
+MODES = ("checkpointing=selective", "checkpointing=full")
+RECOMPUTED = [
+    *((*TINY, *TRAIN, f"zero={stage}", mode, "train.accumulation=2") for stage in STAGES for mode in MODES),
+    *((*GPT2, *TRAIN, "zero=2", "model.attention=eager", mode) for mode in MODES),
+    *(
+        (*TINY, *TRAIN, "zero=3", "zero.persistence_threshold=0", "+model.config.attention_bias=true", mode)
+        for mode in MODES
+    ),
+    *((*TINY, *TRAIN, "pipeline.stages=2", "train.accumulation=4", mode) for mode in MODES),
+    (*TINY, *TRAIN, "train.validate_every=1", "checkpointing=full", "checkpointing.layers=[1]"),
+    (*TINY, *TRAIN, "precision=fp32", "checkpointing=selective", "checkpointing.every=2"),
+]
 GENERATION = [
     *(
         (*TINY, *INFER, f"generation.cache={c}", "generation.prompts=PROMPTS")
@@ -95,7 +107,7 @@ GENERATION = [
     (*GPT2, *INFER, "generation.prompts=PROMPTS"),
 ]
 CELLS: dict[int, list[Words]] = {
-    2: [*MATRIX, *BY_STAGE, *SHARDED_WHOLLY, *TIED, *GENERATION],
+    2: [*MATRIX, *BY_STAGE, *SHARDED_WHOLLY, *TIED, *RECOMPUTED, *GENERATION],
     3: [(*TINY, *UNEVEN, *TRAIN, f"zero={stage}", "train.accumulation=2") for stage in STAGES]
     + [(*TINY, *UNEVEN, *TRAIN, "zero=3", "zero.offload=all", "zero.persistence_threshold=0")]
     + [
