@@ -140,7 +140,7 @@ def test_rows_keep_the_order_of_the_categories_whatever_is_largest(compared: Com
 
 
 def test_what_is_recomputed_is_shown_where_any_run_recomputes(compared: Compared) -> None:
-    plain, recomputing = record_of(**TRAIN), record_of(**TRAIN)
+    plain, recomputing = (record_of(activations=4 * KIB, saved=3 * KIB) for _ in range(2))
     assert "recomputed" not in compared(plain, plain)
     recomputing["ranks"][0]["peak"]["recomputed"] = 2 * KIB
     assert row(compared(plain, recomputing), "recomputed in backward") == ["-", "2.0 KiB", "-"]
