@@ -200,7 +200,8 @@ def checkpointing(run: Run) -> Iterator[Finding]:
             "outside the layers, as logits are."
         )
     elif layers == 1:
-        sentence = f"{name} saves nothing of a single layer: in backward all it kept is there again at once."
+        again = size(run.peak.recomputed)
+        sentence = f"{name} recomputes a single layer: in backward all of it is there again at once, {again}."
     elif 2 * recomputed <= layers:
         sentence = f"{name} is for {recomputed} of {layers} layers; the others keep their activations."
     else:
