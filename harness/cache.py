@@ -1,7 +1,7 @@
 """The KV cache: which one, and what it holds."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 
 import torch
 from transformers import Cache, DynamicCache, PretrainedConfig, StaticCache
@@ -98,3 +98,13 @@ def kv_bytes(cache: Cache, rows: Sequence[int] | None = None) -> KvBytes:
         filled += batch * kept * position
         live += sum(min(row, kept) for row in rows or [kept] * batch) * position
     return KvBytes(reserved, filled, live, positions)
+
+
+def of_groups(parts: Sequence[KvBytes]) -> KvBytes:
+    """What caches of different sequences hold together."""
+    return KvBytes(*map(sum, zip(*map(astuple, parts), strict=True)))
+
+
+def of_stages(parts: Sequence[KvBytes]) -> KvBytes:
+    """What caches of the same sequences hold together, each of other layers."""
+    return replace(of_groups(parts), positions=max(part.positions for part in parts))

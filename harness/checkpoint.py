@@ -23,13 +23,20 @@ from harness.world import World
 
 SCHEMA = "harness.checkpoint/1"
 
+FLAT_MASTERS = (
+    "fp32_partitioned_groups_flat",  # ZeRO-3
+    "single_partition_of_fp32_groups",  # ZeRO-1 and 2
+    "fp32_groups_flat_partition",  # BF16_Optimizer
+)
+"""Where DeepSpeed's optimizers keep flat masters."""
+
 
 def masters(engine: Engine | Pipeline) -> list[torch.Tensor]:
     """This rank's fp32 masters, in the optimizer's order; the parameters themselves where there are no others."""
     wrapper = engine.deepspeed.optimizer
     if wrapper is engine.inner:
         return [parameter for group in engine.inner.param_groups for parameter in group["params"]]
-    for attribute in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups"):
+    for attribute in FLAT_MASTERS:
         if hasattr(wrapper, attribute):
             return list(getattr(wrapper, attribute))
     return [parameter for group in wrapper.fp32_groups for parameter in group]

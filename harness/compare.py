@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 from harness.ledger.categories import CATEGORIES
 from harness.record import FILE, read
-from harness.schema import Failure, Record, parse, printable
+from harness.schema import UNHEARD, Failure, Record, parse, printable
+from harness.stages import grew
 from harness.tables import AT_LEAST, Table, difference, factor, size, tail
 from harness.tool import Parser
 
@@ -94,7 +95,7 @@ def compare(runs: Sequence[Run], markdown: bool = False, exact: bool = False) ->
     sections = {
         "at the peak of the worst rank": at_peak,
         "each category's own peak, whenever that was": [*_own_peaks(records)],
-        "each rank's peak": [*_ranks(records)],
+        _lined_up(records): [*(_stages(records) if _cut(records) else _ranks(records))],
     }
     table = Table(*map(_heading, records, names), *([["difference"], ["factor"]] if pair else []))
     for title, rows in sections.items():
@@ -180,6 +181,31 @@ def _own_peaks(records: Sequence[Record]) -> Iterator[Row]:
             yield Row(name, figures, [AT_LEAST if more else "" for more in least])
 
 
+def _cut(records: Sequence[Record]) -> bool:
+    return any(record.pipeline.stages > 1 for record in records)
+
+
+def _lined_up(records: Sequence[Record]) -> str:
+    return "the peak of each stage's worst rank" if _cut(records) else "each rank's peak"
+
+
+def _stages(records: Sequence[Record]) -> Iterator[Row]:
+    """Two rows for each stage: its peak, and what its forwards keep until their backward, with how many those are."""
+    for stage in sorted({stage for record in records for stage in record.by_stage}):
+        ranks = [record.by_stage.get(stage, UNHEARD) for record in records]
+        words = [
+            _word(record, rank.rank) if rank is not UNHEARD else None
+            for record, rank in zip(records, ranks, strict=True)
+        ]
+        yield Row(f"stage {stage}", [rank.peak.bytes for rank in ranks], words)
+        kept = [
+            (rank.forwards.alive, rank.forwards.bytes) if rank.forwards else (None, None) for rank in ranks
+        ]
+        alive = ["" if number is None else f"{number}: " for number, _ in kept]
+        words = [None if word is None else number for word, number in zip(words, alive, strict=True)]
+        yield Row("  forwards alive", [bytes_ for _, bytes_ in kept], words)
+
+
 def _ranks(records: Sequence[Record]) -> Iterator[Row]:
     """A row for each rank, or for neighbours that are alike in every run."""
     numbers = sorted({number for record in records for number in record.peaks})
@@ -207,6 +233,7 @@ def _failures(records: Sequence[Record], names: Sequence[str]) -> Iterator[str]:
         if record.status == "failed":
             told = record.failure or Failure()
             rank = "" if told.rank is None else f" on rank {told.rank}"
+            rank += "" if told.stage is None else f", stage {told.stage},"
             where = "" if told.where is None else f" in step {told.where.step}, {told.where.phase}"
             yield f"{name} failed{rank}{where}: {told.error or 'its record does not say why'}"
             if len(record.peaks) < record.world.size:
@@ -216,6 +243,7 @@ def _failures(records: Sequence[Record], names: Sequence[str]) -> Iterator[str]:
 def _changed(records: Sequence[Record], names: Sequence[str], exact: bool) -> Iterator[str]:
     for other, name in zip(records[1:], names[1:], strict=True):
         yield _sentence(records[0], names[0], other, name, exact)
+        yield from grew(records[0], names[0], other, name)
 
 
 def _sentence(first: Record, first_name: str, other: Record, other_name: str, exact: bool) -> str:

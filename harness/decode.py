@@ -7,8 +7,9 @@ the positions of one that is not padded where there is no cache.)
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from transformers import (
     Cache,
     LogitsProcessorList,
+    PretrainedConfig,
     PreTrainedModel,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -69,6 +71,7 @@ class Generated:
     prefill_seconds: float
     decode_seconds: float
     kv: KvBytes | None
+    waited_seconds: float = 0.0  # of these, for other stages
 
 
 def greedy(logits: Tensor, number: int) -> Tensor:
@@ -164,16 +167,20 @@ def decode_n_tokens(
 
     With `skip`, of many only the first and the last ones, between which it is told how many to let the cache grow by.
     """
-    columns = range(batch.width + 1, batch.tokens.shape[1])
-    skipped = range(columns.start + FIRST_AND_LAST, columns.stop - FIRST_AND_LAST)
-    for end in columns:
-        if skip is not None and end in skipped:
-            if end == skipped.start:
-                skip(len(skipped))
-            continue
+    for end, skipped in turns(range(batch.width + 1, batch.tokens.shape[1]), skip is not None):
+        if skip is not None and skipped:
+            skip(skipped)
         if batch.done(end):
             break
         decode_one_token(model, batch, cache, end, choose)
+
+
+def turns(columns: range, ends_only: bool) -> Iterator[tuple[int, int]]:
+    """Each of `columns`, and how many were left out before it: none, or the middle ones of many."""
+    middle = range(columns.start + FIRST_AND_LAST, columns.stop - FIRST_AND_LAST)
+    for column in columns:
+        if not ends_only or column not in middle:
+            yield column, len(middle) if ends_only and column == middle.stop else 0
 
 
 @torch.no_grad()
@@ -196,28 +203,51 @@ def generate(
     `ends_only`, only the first and last tokens of the decode, and what is generated means nothing.
     """
 
-    def skip(tokens: int) -> None:
-        advance(held, tokens)
-        ledger.own(cache=held)  # names what it holds now, as the end of each forward would
-
     with ledger.phase("prefill", step):
-        batch = pad_left(prompts, max_new_tokens, eos, model.device)
-        for name in ("tokens", "mask", "positions", "ended", "eos"):
-            if (tensor := getattr(batch, name)) is not None:
-                ledger.claim("inputs", name, tensor)
-        length = batch.tokens.shape[1] - 1  # the last token is never shown to the model
-        held = make(cache, model.config, length)
-        ledger.own(cache=held)
+        batch, held = ready(prompts, max_new_tokens, cache, eos, model.config, model.device, ledger)
         started = clock(model.device)
         prefill(model, batch, held, choose)
         first = clock(model.device)
+    skip = partial(grow, held, ledger) if ends_only and can_advance(held) else None
     with ledger.phase("decode", step):
-        decode_n_tokens(model, batch, held, choose, skip if ends_only and can_advance(held) else None)
+        decode_n_tokens(model, batch, held, choose, skip)
         last = clock(model.device)
-        tokens = [_until(eos, row) for row in batch.tokens[:, batch.width :].tolist()]
-        measured = None if held is None else _measure(held, prompts, tokens)
+        tokens, measured = finish(batch, held, prompts, eos)
     ledger.disown(held)
     return Generated(tokens, first - started, last - first, measured)
+
+
+def ready(
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    cache: str,
+    eos: Sequence[int],
+    config: PretrainedConfig,
+    device: torch.device,
+    ledger: Ledger,
+) -> tuple[Batch, Cache | None]:
+    """`prompts` as a batch, and the empty cache of a model of `config` for it: what `ledger` is told of."""
+    batch = pad_left(prompts, max_new_tokens, eos, device)
+    for name in ("tokens", "mask", "positions", "ended", "eos"):
+        if (tensor := getattr(batch, name)) is not None:
+            ledger.claim("inputs", name, tensor)
+    held = make(cache, config, batch.tokens.shape[1] - 1)  # the last token is never shown to the model
+    ledger.own(cache=held)
+    return batch, held
+
+
+def grow(cache: Cache | None, ledger: Ledger, tokens: int) -> None:
+    """Let `cache` be as after so many more tokens, and `ledger` know what it then holds, as after any forward."""
+    advance(cache, tokens)
+    ledger.own(cache=cache)
+
+
+def finish(
+    batch: Batch, cache: Cache | None, prompts: Sequence[Sequence[int]], eos: Sequence[int]
+) -> tuple[list[list[int]], KvBytes | None]:
+    """The new tokens of each of `prompts`, up to its end, and what `cache` came to hold."""
+    tokens = [_until(eos, row) for row in batch.tokens[:, batch.width :].tolist()]
+    return tokens, None if cache is None else _measure(cache, prompts, tokens)
 
 
 def clock(device: torch.device) -> float:

@@ -9,6 +9,7 @@ from textwrap import fill
 
 from harness.record import read
 from harness.schema import Failure, Rank, Record, parse, printable
+from harness.stages import STAGES, kept_by
 from harness.surprises import SURPRISES, Finding, Run
 from harness.tables import size
 from harness.tool import Parser
@@ -62,7 +63,7 @@ def _parser() -> Parser:
 def explain(record: Record) -> Iterator[Finding]:
     """What the record alone shows, the most important first."""
     run = Run(record)
-    for found in (failure, unattributed, made_of, holdings, ranks, *SURPRISES, not_in_them):
+    for found in (failure, unattributed, made_of, holdings, ranks, *STAGES, *SURPRISES, not_in_them):
         yield from found(run)
 
 
@@ -178,6 +179,11 @@ def ranks(run: Run) -> Iterator[Finding]:
     most = max(more, key=lambda name: more[name], default="")
     has = f", with {size(more[most])} more {most}" if more.get(most, 0) > 0 else ""
     reason = told or next((reason for name, reason in WHY.items() if more.get(name, 0) > 0), "")
+    if run.worst.stage != lowest.stage:
+        ours, theirs = (f"stage {rank.stage} keeps {kept_by(rank)}" for rank in (run.worst, lowest))
+        reason = (
+            f"{ours} for their backward, {theirs}" if run.record.mode == "train" else "they are of two stages"
+        )
     why = f": {reason}" if reason else ""
     sentence = f"Rank {run.worst.rank} is {size(apart)} above rank {lowest.rank}{has}{why}."
     yield Finding("worst_rank", sentence, apart)

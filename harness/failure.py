@@ -7,7 +7,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,16 +40,19 @@ class Failure:
     rank: int
     where: Where | None
     error: str
+    stage: int | None = None  # of a pipeline
 
     def as_record(self) -> dict[str, Any]:
         """As `record.json` has it."""
-        return {"rank": self.rank, "where": self.where._asdict() if self.where else None, "error": self.error}
+        where = self.where._asdict() if self.where else None
+        return {"rank": self.rank, "stage": self.stage, "where": where, "error": self.error}
 
     def sentence(self) -> str:
         """One line for a person."""
         where = self.where
         place = f" in step {where.step}, {where.phase} of micro-batch {where.micro_batch}" if where else ""
-        return f"rank {self.rank} failed{place}: {self.error}"
+        stage = "" if self.stage is None else f", stage {self.stage},"
+        return f"rank {self.rank}{stage} failed{place}: {self.error}"
 
 
 def of(error: BaseException, where: Where, directory: Path, world: World) -> Failure | None:
@@ -58,7 +61,7 @@ def of(error: BaseException, where: Where, directory: Path, world: World) -> Fai
         found = peer_lost(directory, world)
         if found is not None or (directory / CLAIM).exists():
             return found
-    return _told(error, world.rank, where, directory)
+    return replace(_told(error, world.rank, where, directory), stage=_stage(world, world.rank))
 
 
 def of_rehearsal(error: Exception, directory: Path) -> Failure:
@@ -80,9 +83,14 @@ def peer_lost(directory: Path, world: World) -> Failure | None:
     while time.monotonic() < deadline and not (directory / CLAIM).exists():
         for rank, (host, pid) in enumerate(world.members):
             if host == socket.gethostname() and not _alive(pid):
-                return Failure(rank, None, f"its process {pid} is gone without a word; was it killed?")
+                gone = f"its process {pid} is gone without a word; was it killed?"
+                return Failure(rank, None, gone, _stage(world, rank))
         time.sleep(0.05)
     return None
+
+
+def _stage(world: World, rank: int) -> int | None:
+    return rank // world.replicas if world.stages > 1 else None
 
 
 def claim(directory: Path, found: Failure) -> bool:

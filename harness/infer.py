@@ -6,20 +6,24 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
-from harness import model
-from harness.cache import KvBytes, kv_bytes_per_token
+from harness import model, stage, weights
+from harness.cache import KvBytes, kv_bytes_per_token, of_stages
 from harness.decode import Choose, Generated, draws, generate, greedy, sampler
 from harness.ledger import Ledger
 from harness.prompts import Prompt, check, find, text_of
 from harness.record import Output
+from harness.relay import Relay
 from harness.settings import Settings
+from harness.split import ranges, split_of
+from harness.stage import Stage
 from harness.world import World
 
 FILE = "generations.jsonl"
@@ -27,16 +31,23 @@ SHOWN = 2
 """How many of the texts a person sees at the end."""
 
 Say = Callable[[str], None]
+T = TypeVar("T")
 
 
 class Timing(NamedTuple):
-    """One batch: its sequences, their real tokens, and seconds."""
+    """One batch: its sequences, their real tokens, and seconds; `waited_seconds` of them for other stages."""
 
     sequences: int
     prompt_tokens: int
     new_tokens: int
     prefill_seconds: float
     decode_seconds: float
+    waited_seconds: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """From its first prompt to its last token."""
+        return self.prefill_seconds + self.decode_seconds
 
 
 @dataclass
@@ -51,7 +62,8 @@ class Share:
         """Take in the batch of the prompts with these `numbers`."""
         self.tokens.update(zip(numbers, made.tokens, strict=True))
         given, new = sum(len(prompts[number].tokens) for number in numbers), sum(map(len, made.tokens))
-        self.timings.append(Timing(len(numbers), given, new, made.prefill_seconds, made.decode_seconds))
+        seconds = made.prefill_seconds, made.decode_seconds, made.waited_seconds
+        self.timings.append(Timing(len(numbers), given, new, *seconds))
         if made.kv is not None:
             self.kv.append(made.kv)
 
@@ -65,15 +77,19 @@ def run(settings: Settings, world: World, ledger: Ledger, out: Output) -> None:
     check(prompts, config, settings.generation.max_new_tokens)
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     with ledger.phase("setup"):
-        built = model.build(settings.model, config, dtype, world.device, settings.seed, world.rehearsed)
-        ledger.own(model=built.eval().requires_grad_(False))
+        built, parameters = _built(settings, config, dtype, world, ledger)
     out.done["model"] = {
         "name": settings.model.name,
-        "parameters": model.count(built),
+        "parameters": parameters,
         "dtype": str(dtype).removeprefix("torch."),
     }
+    if world.stages > 1:
+        out.say(
+            f"{settings.model.name}: {parameters:,} parameters in {world.stages} stages, {world.size} ranks"
+        )
     startup = time.perf_counter() - began
-    shares = world.gather(share_of(settings, world, ledger, built, prompts, out.flush))
+    by_rank = world.gather(share_of(settings, world, ledger, built, prompts, out.flush))
+    shares = of_replicas(by_rank, world.replicas)
     out.done["inference"] = {
         "prompts": len(prompts),
         "prompt_tokens": sum(len(prompt.tokens) for prompt in prompts),
@@ -90,54 +106,76 @@ def run(settings: Settings, world: World, ledger: Ledger, out: Output) -> None:
     exact = settings.ledger.steps if settings.ledger.mode == "exact" else 0
     out.done["inference"]["new_tokens"] = sum(map(len, tokens.values()))
     out.done["performance"] = {"startup_seconds": startup, **performance(shares, exact)}
+    if world.stages > 1:
+        out.done["performance"]["stages"] = idleness(by_rank, world.stages, exact)
     _tell(out.say, prompts, texts, out.done)
+
+
+def _built(
+    settings: Settings, config: PretrainedConfig, dtype: torch.dtype, world: World, ledger: Ledger
+) -> tuple[PreTrainedModel | Stage, int]:
+    """The model, or this rank's stage of it, and the parameters of the whole."""
+    asked = settings.model, config, dtype, world.device, settings.seed
+    if world.stages == 1:
+        built = model.build(*asked, world.rehearsed)
+        ledger.own(model=built.eval().requires_grad_(False))
+        return built, model.count(built)
+    part = stage.build(*asked, ranges(split_of(settings, config))[world.stage], world.rehearsed)
+    part.eval().requires_grad_(False)
+    ledger.own(model=part.model)
+    return part, model.count(weights.outline(config, dtype, settings.model.attention))
 
 
 def share_of(
     settings: Settings,
     world: World,
     ledger: Ledger,
-    built: PreTrainedModel,
+    built: PreTrainedModel | Stage,
     prompts: Sequence[Prompt],
     flush: Callable[[], None],
 ) -> Share:
-    """This rank's prompts, every `world.size`-th of them, in batches."""
+    """This replica's prompts, every `world.replicas`-th of them, in batches."""
     asked = settings.generation
-    share, mine = Share(), range(world.rank, len(prompts), world.size)
+    share, mine = Share(), range(world.replica, len(prompts), world.replicas)
+    relay = Relay(built, world, ledger) if isinstance(built, Stage) else None
+    eos = end_tokens(built if relay is None else relay.stage.model) if asked.stop_at_eos else ()
     quiet = None if world.leads and not world.rehearsed else True  # None: only on a terminal
     with tqdm(total=len(mine), disable=quiet, unit="prompt", leave=False, desc="generate") as bar:
         for step, numbers in enumerate(batches(mine, asked.batch)):
-            choose = _chooser(settings, ledger, numbers, built.device)
+            groups = cut(numbers, 1 if relay is None else settings.pipeline.groups or world.stages)
+            choose = [_chooser(settings, world, ledger, group) for group in groups]
             if world.rehearsed and step == settings.ledger.steps:
                 ledger.enough()  # as at the next prefill
                 break
-            made = generate(
-                built,
-                [prompts[number].tokens for number in numbers],
-                asked.max_new_tokens,
-                cache=asked.cache,
-                eos=end_tokens(built) if asked.stop_at_eos else (),
-                choose=choose,
-                ledger=ledger,
-                step=step,
-                ends_only=world.rehearsed,
-            )
+            given = [[prompts[number].tokens for number in group] for group in groups]
+            how: Any = {"cache": asked.cache, "eos": eos, "step": step, "ends_only": world.rehearsed}
+            if isinstance(relay, Relay):
+                made = relay.generate(given, asked.max_new_tokens, choose=choose, **how)
+            else:
+                made = generate(built, given[0], asked.max_new_tokens, choose=choose[0], ledger=ledger, **how)
             share.add(prompts, numbers, made)
             bar.update(len(numbers))
             flush()
     return share
 
 
-def _chooser(settings: Settings, ledger: Ledger, numbers: Sequence[int], device: torch.device) -> Choose:
+def _chooser(settings: Settings, world: World, ledger: Ledger, numbers: Sequence[int]) -> Choose:
     asked = settings.generation
-    if not asked.sample:
+    if not asked.sample or world.stage < world.stages - 1:  # only the last stage chooses
         return greedy
-    uniform = draws(settings.seed, numbers, asked.max_new_tokens, device)
+    uniform = draws(settings.seed, numbers, asked.max_new_tokens, world.device)
     ledger.claim("inputs", "draws", uniform)
     return sampler(uniform, asked.temperature, asked.top_k, asked.top_p)
 
 
-def batches(numbers: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+def cut(numbers: Sequence[int], groups: int) -> list[Sequence[int]]:
+    """`numbers` in so many runs as even as can be, or fewer where they are fewer; none is empty."""
+    groups = min(groups, len(numbers))
+    ends = [len(numbers) * group // groups for group in range(groups + 1)]
+    return [numbers[begin:end] for begin, end in pairwise(ends)]
+
+
+def batches(numbers: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     """`numbers` in runs of `size`; the last may be shorter."""
     for begin in range(0, len(numbers), size):
         yield numbers[begin : begin + size]
@@ -171,13 +209,35 @@ def write(
     os.replace(partial, file)
 
 
+def of_replicas(shares: Sequence[Share], replicas: int) -> list[Share]:
+    """The ranks' shares as one a replica: the last stage knows tokens and times, and a cache is all stages' together.
+
+    A rehearsal has one rank's alone.
+    """
+    of_each = [shares[replica::replicas] for replica in range(replicas)]
+    return [
+        Share(
+            stages[-1].tokens,
+            stages[-1].timings,
+            [of_stages(each) for each in zip(*(share.kv for share in stages), strict=True)],
+        )
+        for stages in of_each
+        if stages
+    ]
+
+
+def _timed(share: Share, exact: int) -> list[Timing]:
+    """Its batches; those that an exact ledger slowed, the first `exact`, only where there are no others."""
+    return share.timings[exact:] or share.timings
+
+
 def performance(shares: Sequence[Share], exact: int) -> dict[str, Any]:
-    """Seconds, and tokens a second over all ranks.
+    """Seconds, and tokens a second over all replicas, of which `shares` are.
 
     An exact ledger slows a rank's first `exact` batches; they count only where it has no others.
     """
-    working = [share.timings for share in shares if share.timings]
-    timed = [timing for timings in working for timing in (timings[exact:] or timings)]
+    working = [share for share in shares if share.timings]
+    timed = [timing for share in working for timing in _timed(share, exact)]
 
     def rate(tokens: int, seconds: float) -> float | None:
         return len(working) * tokens / seconds if tokens and seconds else None
@@ -189,14 +249,27 @@ def performance(shares: Sequence[Share], exact: int) -> dict[str, Any]:
         "prefill_tokens_per_second": rate(sum(t.prompt_tokens for t in timed), prefill),
         "decode_tokens_per_second": rate(new - sum(t.sequences for t in timed), decode),
         "time_to_first_token_seconds": statistics.median(t.prefill_seconds for t in timed),
-        "generation_seconds": max(
-            sum(t.prefill_seconds + t.decode_seconds for t in each) for each in working
-        ),
+        "generation_seconds": max(sum(t.seconds for t in share.timings) for share in working),
     }
 
 
+def idleness(shares: Sequence[Share], stages: int, exact: int) -> list[dict[str, Any]]:
+    """Of every stage, a replica's seconds at work, and the part of all its seconds that it waited for other stages.
+
+    `shares` are the ranks'. Batches count as in `performance`.
+    """
+    found = []
+    for number, of_stage in enumerate(batches(shares, len(shares) // stages)):
+        timed = [_timed(share, exact) for share in of_stage if share.timings]
+        seconds = sum(timing.seconds for timings in timed for timing in timings)
+        waited = sum(timing.waited_seconds for timings in timed for timing in timings)
+        busy = (seconds - waited) / len(timed)
+        found.append({"stage": number, "busy_seconds": busy, "idle": waited / seconds})
+    return found
+
+
 def largest(shares: Sequence[Share]) -> dict[str, int | None]:
-    """What the largest cache held when its batch ended, in bytes; None where nothing was cached."""
+    """What the largest cache of a replica held when its batch ended, in bytes; None where nothing was cached."""
     held = max((kv for share in shares for kv in share.kv), key=lambda kv: kv.reserved, default=None)
     return {
         "kv_bytes_per_token_measured": None if held is None else held.per_token,
@@ -216,6 +289,8 @@ def _tell(say: Say, prompts: Sequence[Prompt], texts: Sequence[str], done: dict[
         f"KV {inference['kv_bytes_per_token'] / 1024:g} KiB a token ({inference['cache']} cache)",
     ]
     say(", ".join(figures))
+    if stages := speed.get("stages"):
+        say(", ".join(f"stage {each['stage']} idle {each['idle']:.0%}" for each in stages))
     for prompt, text in list(zip(prompts, texts, strict=True))[:SHOWN]:
         say(f"  prompt  {shown(prompt.text)}")
         say(f"  text    {shown(text)}")

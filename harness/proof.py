@@ -150,8 +150,10 @@ def _compared(
             reason = _chained(stages, case, kept, wanted)
             if reason is not None:
                 return reason
-    except Exception as error:  # the model's own code, fed what it did not expect
-        return f"a stage of it fails ({_first_line(error)})"
+    except LookupError as error:
+        return str(error.args[0])
+    except Exception as error:  # a shape of model that nobody has seen
+        return f"to cut it fails ({_first_line(error)})"
     return None
 
 
@@ -177,7 +179,11 @@ def _chained(
         for number, (stage, keep) in enumerate(zip(stages, keeps, strict=True)):
             seen: list[Tensor] = []
             hook = stage.layers[0].register_forward_pre_hook(_taking(seen), with_kwargs=True)
-            out = stage(given, **told, cache=keep)
+            try:
+                out = stage(given, **told, cache=keep)
+            except Exception as error:  # the model's own code, fed what it did not expect
+                what = "hidden states" if number else "tokens"
+                return f"stage {number} of it fails where it is given {what} ({_first_line(error)})"
             hook.remove()
             if number and not (seen and torch.equal(seen[0], given)):
                 return (

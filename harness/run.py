@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -153,13 +154,37 @@ class _Run:
         else:
             from harness import infer as mode  # type: ignore[no-redef]
         if self.world.stages > 1:
-            from harness.proof import prove
-
-            prove(self.settings)
+            self._cut()
         with self.ledger:
             out = record.Output(self.directory, self.say, self.done, self.flush)
             mode.run(self.settings, self.world, self.ledger, out)
         return self._books()
+
+    def _cut(self) -> None:
+        """Decide which layers each stage has, and see that the stages are the whole. Raises Refusal, on every rank."""
+        from harness import split
+        from harness.model import model_config
+        from harness.proof import prove
+
+        found: Any = self.world.broadcast(self._split() if self.world.leads else None)
+        if isinstance(found, Refusal):
+            raise found
+        self.settings = replace(self.settings, pipeline=replace(self.settings.pipeline, split=found))
+        prove(self.settings)
+        layers = split.split_of(self.settings, model_config(self.settings.model))
+        self.done["pipeline"] = split.told(self.settings, layers)
+
+    def _split(self) -> Any:
+        """The settings' split; a list where they ask for one by `memory`; or why there is none."""
+        from harness.rehearsal.balance import in_parallel
+
+        settings, here = self.settings, self.world
+        device = replace(settings.hardware, device="cuda" if here.kind == "cuda" else "cpu")
+        around = replace(settings.world, kind="rehearsed", size=here.size)
+        try:
+            return in_parallel(replace(settings, world=around, hardware=device)).pipeline.split
+        except Refusal as refusal:
+            return refusal
 
     def _books(self) -> dict[str, Any]:
         return record.rank_record(self.ledger, self.world.rank, self.world.stage)

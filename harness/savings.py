@@ -58,6 +58,7 @@ TRAIN = (
         "every activation kept",
     ),
     Change(lambda s: {"model.attention": "sdpa"}, "nothing"),
+    Change(lambda s: {"pipeline.split": "memory"}, "other layers on each stage"),
 )
 INFER = (
     Change(

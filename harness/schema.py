@@ -170,17 +170,28 @@ class Model(_Part):
 
 
 class Failure(_Part):
-    """Which rank failed, where, and with what."""
+    """Which rank failed, and stage of a pipeline, where, and with what."""
 
     rank: Number | None = None
+    stage: Number | None = None
     where: Where | None = None
     error: Text | None = None
+
+
+class Pipeline(_Part):
+    """The layers of each stage; `bubble` is the part of a training step in which a stage waits for the others."""
+
+    stages: Number = 1
+    split: list[Number] = []
+    micro_batches: Number | None = None
+    bubble: float | None = None
 
 
 class Training(_Part):
     """What a training run came to."""
 
     losses: list[float] = []
+    optimizer: Text | None = None
 
 
 class Inference(_Part):
@@ -192,11 +203,20 @@ class Inference(_Part):
     kv_live: Bytes | None = None
 
 
+class Idleness(_Part):
+    """A stage of a pipeline that generated: a replica's seconds at work, and the part of them all that it waited."""
+
+    stage: Number
+    busy_seconds: float
+    idle: float
+
+
 class Performance(_Part):
     """Over all ranks."""
 
     tokens_per_second: float | None = None
     time_to_first_token_seconds: float | None = None
+    stages: list[Idleness] | None = None
 
 
 class Environment(_Part):
@@ -216,6 +236,7 @@ class Record(_Part):
     config: dict[str, Any] = {}
     environment: Environment = Environment()
     failure: Failure | None = None
+    pipeline: Pipeline = Pipeline()
     training: Training = Training()
     inference: Inference = Inference()
     performance: Performance = Performance()
@@ -229,6 +250,15 @@ class Record(_Part):
     def worst(self) -> Rank:
         """The first of the ranks with the highest peak."""
         return max(self.ranks, key=lambda rank: (rank.peak.bytes or 0, -rank.rank), default=UNHEARD)
+
+    @cached_property
+    def by_stage(self) -> Mapping[int, Rank]:
+        """Of each stage of a pipeline the first of the ranks with the highest peak."""
+        found: dict[int, Rank] = {}
+        for rank in self.ranks:
+            if rank.stage not in found or (rank.peak.bytes or 0) > (found[rank.stage].peak.bytes or 0):
+                found[rank.stage] = rank
+        return found
 
     @cached_property
     def peaks(self) -> Mapping[int, int | None]:

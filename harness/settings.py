@@ -41,6 +41,7 @@ __all__ = [
     "World",
     "Zero",
     "check_layers",
+    "check_split",
     "check_world",
     "checked",
     "load",
@@ -74,7 +75,7 @@ def typed(tree: Mapping[str, Any]) -> Settings:
 
 def checked(settings: Settings) -> Settings:
     """`settings`, every rule checked that `load` checks. Raises `Refusal`."""
-    for rule in (_parallelism, _rehearsal, _model, _checkpointing, _data, _train, _generation):
+    for rule in (_parallelism, _pipeline, _rehearsal, _model, _checkpointing, _data, _train, _generation):
         rule(settings)
     return settings
 
@@ -141,6 +142,37 @@ def _parallelism(settings: Settings) -> None:
             zero.stage,
             f"a pipeline keeps whole gradients; with pipeline.stages={stages} use zero=0 or 1",
         )
+
+
+def _pipeline(settings: Settings) -> None:
+    asked, batch = settings.pipeline, settings.generation.batch
+    if asked.stages == 1:
+        for key, value, default in (("split", asked.split, "uniform"), ("groups", asked.groups, None)):
+            if value != default:
+                raise Refusal(f"pipeline.{key}", value, "one stage needs none; add pipeline.stages=")
+        return
+    if settings.mode == "infer" and asked.groups is not None and asked.groups > batch:
+        raise Refusal(
+            "pipeline.groups", asked.groups, f"each has a prompt or more, and generation.batch={batch}"
+        )
+    layers = _first(_shape(settings.model), "num_hidden_layers", "n_layer")[1]
+    if isinstance(layers, int):
+        check_split(asked, layers)
+
+
+def check_split(asked: Pipeline, layers: int) -> None:
+    """Refuse more stages than `layers`, and a list that does not give each stage its own."""
+    stages, split = asked.stages, asked.split
+    if stages > layers:
+        raise Refusal("pipeline.stages", stages, f"the model has {layers} layers; use {layers} or fewer")
+    if isinstance(split, list) and len(split) != stages:
+        raise Refusal(
+            "pipeline.split",
+            split,
+            f"names the layers of {len(split)} stages, and pipeline.stages={stages}",
+        )
+    if isinstance(split, list) and sum(split) != layers:
+        raise Refusal("pipeline.split", split, f"adds up to {sum(split)} layers, and the model has {layers}")
 
 
 def _rehearsal(settings: Settings) -> None:
@@ -315,10 +347,13 @@ def _first(shape: Mapping[str, Any], *names: str) -> tuple[str, Any]:
     return next(((name, shape[name]) for name in names if shape.get(name) is not None), (names[0], None))
 
 
-def _refusal(error: ValidationError, tree: object) -> Refusal:
+def _refusal(error: ValidationError, tree: Mapping[str, Any]) -> Refusal:
     """pydantic's first complaint as a sentence."""
     first = error.errors()[0]
     parts = [str(part) for part in first["loc"]]
+    if parts[:2] == ["pipeline", "split"]:
+        choices = "uniform, parameters, memory, or the layers of each stage, 1 or more, as [3,5]"
+        return Refusal("pipeline.split", tree["pipeline"]["split"], f"should be {choices}")
     key, value, text = ".".join(parts), first["input"], first["msg"]
     if first["type"] == "unexpected_keyword_argument":
         return Refusal(key, value, nearest(key, _keys()))

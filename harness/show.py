@@ -19,6 +19,8 @@ def show(record: Mapping[str, Any]) -> str:
     else:
         table = _table(run)
         lines += [table.text(), *_notes(worst, table)]
+    if run.pipeline.stages > 1:
+        lines += _stages(run)
     if world.rehearsed:
         lines += _rehearsed(run)
     return "\n".join([*lines, *_came_to(run)])
@@ -46,6 +48,22 @@ def _table(run: Record) -> Table:
     if books.foreign:
         table.row("  foreign, in no figure", size(books.foreign))
     return table
+
+
+def _stages(run: Record) -> Iterator[str]:
+    """Which stage has what, what of it waits for a backward, and how long each waits for the others."""
+    cut, seen = run.pipeline, {rank.stage: rank for rank in reversed(run.ranks)}
+    layers = ", ".join(map(str, cut.split))
+    waits = (
+        ""
+        if cut.bubble is None
+        else f"; each waits {cut.bubble:.0%} of a step ({cut.micro_batches} micro-batches)"
+    )
+    yield f"{cut.stages} stages of {layers} layers{waits}"
+    alive = [seen[stage].forwards for stage in sorted(seen)]
+    if run.mode == "train" and all(each is not None for each in alive) and len(alive) == cut.stages:
+        told = ", ".join(f"{each.alive} ({size(each.bytes)})" for each in alive if each is not None)
+        yield f"forwards alive at once, by stage: {told}"
 
 
 def _rehearsed(run: Record) -> Iterator[str]:

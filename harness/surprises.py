@@ -158,7 +158,7 @@ def first_step(run: Run) -> Iterator[Finding]:
 
 def _moments(run: Run) -> int:
     """Bytes of the moments that a rank's share of the parameters has; 0 where that is not known."""
-    if run.stage is None or run.record.model.parameters is None:
+    if run.stage is None or run.record.model.parameters is None or run.record.pipeline.stages > 1:
         return 0
     return MOMENTS * -(-run.record.model.parameters // (run.size if run.stage else 1))
 
@@ -251,7 +251,7 @@ def still_gathered(run: Run) -> Iterator[Finding]:
 
 def same_on_more_ranks(run: Run) -> Iterator[Finding]:
     """Most of the peak is not shared out, so more ranks do not make it smaller."""
-    if run.size == 1 or not run.whole:
+    if run.size == 1 or not run.whole or run.record.pipeline.stages > 1:
         return
     if run.record.mode == "infer":
         whole = run.held("parameters")

@@ -171,8 +171,11 @@ class Ledger:
     # -- phases ------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def phase(self, name: str, step: int = 0, micro_batch: int = 0) -> Iterator[None]:
-        """Within it, everything happens in phase `name` of `step` and `micro_batch`."""
+    def phase(self, name: str, step: int = 0, micro_batch: int = 0, *, again: bool = False) -> Iterator[None]:
+        """Within it, everything happens in phase `name` of `step` and `micro_batch`.
+
+        With `again` it will be entered once more, and no owner is asked at its end: for what is short and frequent.
+        """
         self.begins(step)
         before, module, told = self._log.where, self._log.module, self._told
         self._told = True
@@ -183,7 +186,10 @@ class Ledger:
             self._broke = self._broke or self._log.where
             raise
         finally:
-            self._leave(before)
+            if again:
+                self._enter(before)
+            else:
+                self._leave(before)
             self._log.module, self._told = module, told  # where a backward ends is no module's
 
     def begins(self, step: int) -> None:

@@ -37,14 +37,14 @@ class Worst(NamedTuple):
 def workers(tasks: int) -> Iterator[ProcessPoolExecutor]:
     """A pool for so many tasks, on as many cores as there are. Where it is left by an exception, nothing goes on."""
     context = get_context("forkserver")
-    context.set_forkserver_preload(["harness.rehearsal.role", "harness.rehearsal.roles"])
+    context.set_forkserver_preload(["harness.rehearsal.balance"])
     pool = ProcessPoolExecutor(max(1, min(tasks, os.cpu_count() or 1)), context, _leave_interrupts)
     try:
         yield pool
     except BaseException:
         for process in list((pool._processes or {}).values()):
             process.kill()  # a rehearsal has nothing to lose
-        pool.shutdown(wait=False, cancel_futures=True)
+        pool.shutdown(cancel_futures=True)
         raise
     pool.shutdown()
 
@@ -70,10 +70,12 @@ def progress(total: int | None) -> Any:
 
 def worst(settings: Settings) -> Worst:
     """The rank with the highest peak of the roles of `settings`' world, of a stage the `MOST` with the most to hold."""
+    from harness.rehearsal.balance import resolved
     from harness.rehearsal.role import rehearse
     from harness.rehearsal.roles import roles
 
     try:
+        settings = resolved(settings)
         every = sorted((role for role in roles(settings) if not role.outdone), key=lambda role: -role.held)
         tried = [role for stage in {role.stage for role in every} for role in _of(every, stage)[:MOST]]
         peaks = [(role.rank, rehearse(settings, role.rank)[0]["peak"]) for role in tried]

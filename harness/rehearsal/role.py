@@ -9,9 +9,11 @@ from typing import Any
 
 from harness import infer, record, train
 from harness.ledger import Ledger
+from harness.model import model_config
 from harness.proof import prove
 from harness.rehearsal.world import rehearsed
 from harness.settings import Settings
+from harness.split import split_of, told
 
 GPU_BLOCK = 512
 """Bytes that CUDA's caching allocator rounds up to: kMinBlockSize of c10/cuda/CUDACachingAllocator."""
@@ -25,9 +27,10 @@ def rehearse(settings: Settings, rank: int) -> tuple[dict[str, Any], dict[str, A
     size, target = settings.world.size or 1, settings.hardware.device
     mode = train if settings.mode == "train" else infer
     stages = settings.pipeline.stages
+    done: dict[str, Any] = {}
     if stages > 1:
         prove(settings)
-    done: dict[str, Any] = {}
+        done["pipeline"] = told(settings, split_of(settings, model_config(settings.model)))
     with (
         warnings.catch_warnings(),
         rehearsed(rank, size, "cuda" if target == "cuda" else "cpu", stages) as world,

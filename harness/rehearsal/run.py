@@ -7,6 +7,7 @@ from typing import Any
 from tqdm import tqdm
 
 from harness.rehearsal import UNVERIFIED
+from harness.rehearsal.balance import in_parallel
 from harness.rehearsal.pool import workers
 from harness.rehearsal.roles import Role, roles
 from harness.settings import Settings
@@ -41,6 +42,7 @@ def rehearse(settings: Settings) -> tuple[list[dict[str, Any]], dict[str, Any]]:
 
     Raises Refusal as the run itself would, RuntimeError where a shim does not fit, and whatever the run raises.
     """
+    settings = in_parallel(settings)
     wanted = roles(settings)
     found: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
     with tqdm(total=len(wanted), unit="role", desc="rehearse", leave=False, disable=None) as bar:

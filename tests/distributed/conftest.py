@@ -1,5 +1,6 @@
 """Runs of the product through its own launcher, each made once a session and looked at by many tests."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -35,6 +36,30 @@ def torchrun(words: Sequence[str], ranks: int = 2, timeout: float = 240) -> Run:
         timeout=timeout,
         check=False,
     )
+
+
+def run_each(runs: Sequence[Sequence[str]], places: Sequence[Path], ranks: int, timeout: float = 600) -> None:
+    """`harness` with each of `runs`' words, one after another under one torchrun, into `places`."""
+    listed = places[0].parent / "runs.json"
+    pairs = zip(runs, places, strict=True)
+    listed.write_text(json.dumps([[*words, f"hydra.run.dir={place}"] for words, place in pairs]))
+    script = Path(__file__).with_name("one_after_another.py")
+    result = subprocess.run(
+        [*LAUNCHER, f"--nproc-per-node={ranks}", str(script), str(listed)],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        timeout=timeout,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+
+
+def complete(directory: Path) -> dict[str, Any]:
+    """The record of a run that must not have failed."""
+    found = record.read(directory)
+    assert found["status"] == "complete", found["failure"]
+    return found
 
 
 @pytest.fixture(scope="session")

@@ -11,19 +11,17 @@ storage and not compared; a rehearsal has none.
 """
 
 import json
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from harness import record
 from harness.config import compose
 from harness.rehearsal.role import rehearse
 from harness.rehearsal.roles import roles
 from harness.settings import Settings, load
-from tests.distributed.conftest import LAUNCHER, ROOT
+from tests.distributed.conftest import complete, run_each
 
 Words = tuple[str, ...]
 Books = dict[str, Any]
@@ -69,6 +67,19 @@ SHARDED_WHOLLY = [
     (*TINY, *TRAIN, "zero=3", "zero.persistence_threshold=0", "zero.reduce_bucket_size=100000"),
     (*TINY, *TRAIN, "zero=3", "zero.persistence_threshold=100000000"),
 ]
+PIPELINED = [
+    (*TINY, *TRAIN, "pipeline.stages=2", f"zero={stage}", precision, f"train.accumulation={accumulation}")
+    for stage, precision, accumulation in (
+        (0, "precision=fp32", 1),
+        (0, "precision=bf16", 3),
+        (1, "precision=bf16", 1),
+        (1, "precision=fp32", 3),
+    )
+]
+STAGES_OF_4 = ("hardware=cpu", *TRAIN, "pipeline.stages=4", "train.accumulation=5", "precision=bf16")
+TWO_BY_TWO = (*TINY, *UNEVEN, *TRAIN, "pipeline.stages=2", "train.accumulation=2")
+EVERYTHING = ("train.steps=2", "train.validate_every=1", "train.save_every=1", "train.export=true")
+RELAYED = ("pipeline.stages=2", "generation.prompts=PROMPTS", "generation.batch=3")
 TIED = [(*GPT2, *TRAIN, f"zero={stage}") for stage in STAGES]
 MODES = ("checkpointing=selective", "checkpointing=full")
 RECOMPUTED = [
@@ -105,9 +116,21 @@ GENERATION = [
     ),
     (*TINY, *INFER, "generation.sample=true", "generation.max_new_tokens=40"),
     (*GPT2, *INFER, "generation.prompts=PROMPTS"),
+    *((*TINY, *INFER, *RELAYED, f"generation.cache={c}") for c in ("dynamic", "static", "none")),
+    (*TINY, *INFER, *RELAYED, "pipeline.groups=1", "generation.sample=true", "precision=fp32"),
+    (*TINY, *INFER, *RELAYED, "generation.max_new_tokens=40"),
 ]
 CELLS: dict[int, list[Words]] = {
-    2: [*MATRIX, *BY_STAGE, *SHARDED_WHOLLY, *TIED, *RECOMPUTED, *GENERATION],
+    2: [*MATRIX, *BY_STAGE, *SHARDED_WHOLLY, *TIED, *PIPELINED, *RECOMPUTED, *GENERATION],
+    4: [
+        (*STAGES_OF_4, "zero=0", "model.config.num_hidden_layers=7", "pipeline.split=[1,2,2,2]"),
+        (*STAGES_OF_4, "zero=1", "model.config.tie_word_embeddings=true", *EVERYTHING),
+        (*TWO_BY_TWO, "zero=1"),
+        (*TWO_BY_TWO, "zero=1", "zero.offload=optimizer", "precision=fp32"),
+        (*TWO_BY_TWO, "zero=0", *EVERYTHING),
+        (*TINY, *INFER, *RELAYED, "pipeline.groups=3"),
+        ("hardware=cpu", *INFER, *RELAYED, "pipeline.stages=4", "generation.max_new_tokens=40"),
+    ],
     3: [(*TINY, *UNEVEN, *TRAIN, f"zero={stage}", "train.accumulation=2") for stage in STAGES]
     + [(*TINY, *UNEVEN, *TRAIN, "zero=3", "zero.offload=all", "zero.persistence_threshold=0")]
     + [
@@ -148,32 +171,11 @@ def run(
         if (ranks, words) not in done:
             alike = [cell for cell in cells if cell[0] == ranks]
             places = [tmp_path_factory.mktemp("run") / "out" for _ in alike]
-            listed = tmp_path_factory.mktemp("cells") / "cells.json"
-            placed = [
-                [*_placed(cell[1], prompts), f"hydra.run.dir={place}"]
-                for cell, place in zip(alike, places, strict=True)
-            ]
-            listed.write_text(json.dumps(placed))
-            _run_all(listed, ranks)
+            run_each([_placed(cell[1], prompts) for cell in alike], places, ranks)
             done.update(zip(alike, places, strict=True))
-        found = record.read(done[ranks, words])
-        assert found["status"] == "complete", found["failure"]
-        return found
+        return complete(done[ranks, words])
 
     return read
-
-
-def _run_all(cells: Path, ranks: int) -> None:
-    script = Path(__file__).with_name("one_after_another.py")
-    result = subprocess.run(
-        [*LAUNCHER, f"--nproc-per-node={ranks}", str(script), str(cells)],
-        cwd=ROOT,
-        text=True,
-        capture_output=True,
-        timeout=600,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
 
 
 def _placed(words: Words, prompts: Path) -> list[str]:
@@ -231,7 +233,7 @@ def test_a_rehearsal_holds_the_bytes_of_the_run(
         assert done["model"] == real["model"]
 
 
-@pytest.mark.parametrize("cell", [(3, words) for words in CELLS[3]], ids=name)
+@pytest.mark.parametrize("cell", [(ranks, words) for ranks in (3, 4) for words in CELLS[ranks]], ids=name)
 def test_a_rank_stands_for_its_like_in_the_run_and_bounds_none_above_it(
     run: Callable[[int, Words], Books], prompts: Path, cell: tuple[int, Words]
 ) -> None:

@@ -70,8 +70,25 @@ def test_a_run_directory_is_never_overwritten(saved: tuple[tuple[str, ...], Path
     assert (whole / record.FILE).read_bytes() == before
 
 
-def test_a_killed_rank_takes_the_run_down_and_is_the_one_named(tmp_path: Path) -> None:
-    words = ["mode=train", *QUICK, "train.steps=100000", f"hydra.run.dir={tmp_path}/out", "ledger.steps=1"]
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        ([], "rank 1"),
+        (["pipeline.stages=2", "zero=1"], "rank 1, stage 1,"),
+        (["mode=infer", "pipeline.stages=2", "generation.max_new_tokens=900"], "rank 1, stage 1,"),
+    ],
+)
+def test_a_killed_rank_takes_the_run_down_and_is_the_one_named(
+    tmp_path: Path, more: list[str], named: str
+) -> None:
+    words = [
+        "mode=train",
+        *QUICK,
+        "train.steps=100000",
+        f"hydra.run.dir={tmp_path}/out",
+        "ledger.steps=1",
+        *more,
+    ]
     with subprocess.Popen(
         [*LAUNCHER, "--nproc-per-node=2", "-m", "harness", *words, "train.sequence=16"],
         cwd=ROOT,
@@ -90,8 +107,8 @@ def test_a_killed_rank_takes_the_run_down_and_is_the_one_named(tmp_path: Path) -
     failed = record.read(tmp_path / "out")
     assert (failed["status"], failed["failure"]["rank"]) == ("failed", 1), said
     assert failed["model"]["parameters"] == 3_098_880
-    assert "rank 1 failed" in said
-    assert "rank 0 failed" not in said
+    assert f"{named} failed" in said
+    assert "rank 0" not in said.partition("harness: ")[2].partition("failed")[0]
 
 
 def test_a_failing_rank_is_named_with_its_own_error(tmp_path: Path) -> None:
