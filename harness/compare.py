@@ -148,6 +148,8 @@ def _at_peak(records: Sequence[Record]) -> Iterator[Row]:
             yield Row.of(name, [peak.categories.get(name) for peak in peaks])
             if name == "activations":
                 yield Row.of("  saved for backward", [peak.saved for peak in peaks])
+                if any(peak.recomputed for peak in peaks):
+                    yield Row.of("  recomputed in backward", [peak.recomputed for peak in peaks])
     yield Row.of("total", [peak.bytes for peak in peaks])
     yield Row.of("allocator's own peak", [each.peak for each in books])
     yield Row.of("unattributed", [each.unattributed for each in books])
@@ -288,6 +290,7 @@ def as_json(runs: Sequence[Run]) -> dict[str, Any]:
                 "difference": {
                     "bytes": _change(first.bytes, worst.peak.bytes),
                     "saved": _change(first.saved, worst.peak.saved),
+                    "recomputed": _change(first.recomputed, worst.peak.recomputed),
                     "categories": _changes(runs[0].record, record),
                 },
                 "highest": dict(worst.highest),

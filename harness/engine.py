@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
+from harness import checkpointing
 from harness.ledger import Ledger
 from harness.settings import Settings, Train
 from harness.world import World
@@ -60,13 +62,14 @@ def learning_rate(train: Train, step: int) -> float:
 class Engine:
     """A model in DeepSpeed's hands. `settings` decide ZeRO's stage, precision, accumulation and the optimizer."""
 
-    def __init__(self, settings: Settings, world: World, ledger: Ledger, model: torch.nn.Module) -> None:
+    def __init__(self, settings: Settings, world: World, ledger: Ledger, model: PreTrainedModel) -> None:
         self.settings, self.world, self.ledger = settings, world, ledger
         deepspeed, config = import_deepspeed(world), deepspeed_config(settings, world.replicas)
         if settings.zero.stage == 3:  # a parameter at a time: no device ever holds them all
             deepspeed.zero.Init(module=model, config_dict_or_path=config)
         model.to(world.device)  # as DeepSpeed would, before anybody can name what it moves
         ledger.own(model=model)
+        checkpointing.apply(model, settings.checkpointing)
         self.inner = adamw(settings, world, model)
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=self.inner, config=config)
         self.inner.state.clear()  # without ZeRO it has taken a step on no gradients, and Adam would count it

@@ -16,12 +16,17 @@ NODE = 8
 """Devices of a node, in the command for more than one."""
 
 RANKING = {
-    "train": "ranked by what a rank sends for each sequence (arXiv 1910.02054, section 7); offload last",
+    "train": "ranked by what a rank sends for each sequence (arXiv 1910.02054, section 7); recomputation later, offload last",
     "infer": "ranked by the tokens that are held at once, batch x (prompt + new)",
 }
 UNSEEN = (
     "scratch inside kernels and what lies outside the framework (CUDA context, NCCL) is not in these figures"
 )
+
+LEFT_OUT = {
+    "train": "not those that need more than one that does not fit, nor those that recompute what need not be",
+    "infer": "not those that need more than one that does not fit",
+}
 
 PASSED_OVER = (
     "where ZeRO-1 or 2 is offloaded, the largest partitions were rehearsed; another may peak a little higher"
@@ -86,7 +91,7 @@ def text(fit: Fit, trials: Sequence[Trial]) -> str:
     lines = [table.text(), "", RANKING[fit.mode], UNSEEN, *failed]
     if any(trial.worst.passed_over for trial in trials):
         lines.append(PASSED_OVER)
-    lines.append(f"{len(trials)} configs rehearsed; what needs more than one that does not fit was not")
+    lines.append(f"{len(trials)} configs rehearsed; {LEFT_OUT[fit.mode]}")
     if fitting:
         return "\n".join([*lines, "", command(fit, fitting[0])])
     near = closest[0] if closest else None

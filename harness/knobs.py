@@ -84,6 +84,16 @@ class Zero:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class Checkpointing:
+    mode: Literal["none", "selective", "full"] = "none"
+    """Set by checkpointing=; full keeps a layer's input, selective its matrix products and attention too."""
+    layers: list[NotNegative] = Field(default_factory=list)
+    """The layers it is for, from 0, as [0,1]; empty is all."""
+    every: Positive = 1
+    """It is for every n-th layer, from the first."""
+
+
+@dataclass(frozen=True, config=_STRICT)
 class Pipeline:
     stages: Positive = 1
     """How many ranks the layers are spread over."""
@@ -201,11 +211,10 @@ class Settings:
     """Of parameters, gradients, activations, KV cache."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Of weights, data order and sampling."""
-    checkpointing: Literal["none", "selective", "full"] = "none"
-    """Activations recomputed, not kept."""
     model: Model = Model()
     data: Data = Data()
     zero: Zero = Zero()
+    checkpointing: Checkpointing = Checkpointing()
     pipeline: Pipeline = Pipeline()
     train: Train = Train()
     generation: Generation = Generation()

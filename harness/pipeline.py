@@ -10,9 +10,11 @@ import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel
 
+from harness import checkpointing
 from harness.engine import adamw, deepspeed_config, import_deepspeed, set_rate
 from harness.ledger import Ledger
 from harness.settings import Settings
+from harness.split import ranges
 from harness.stage import Stage, parts
 from harness.world import World
 
@@ -52,6 +54,7 @@ class Pipeline:
         stage.to(world.device)
         stage.receives = [settings.train.micro_batch, settings.train.sequence, stage.hidden]
         ledger.own(model=stage.model)
+        checkpointing.apply(stage.model, settings.checkpointing, ranges(split)[world.stage].start)
         self.inner = adamw(settings, world, stage)
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints what it thinks it takes
             module = _module(world, stage)

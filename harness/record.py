@@ -57,6 +57,7 @@ def rank_record(ledger: "Ledger", rank: int, stage: int = 0) -> dict[str, Any]:
             "where": {**_where(peak.where), "module": peak.module, "op": peak.op} if peak else None,
             "categories": dict(peak.categories) if peak else dict.fromkeys((*CATEGORIES, "kernel")),
             "saved": peak.saved if peak else None,
+            "recomputed": peak.recomputed if peak else None,
             "holdings": [asdict(holding) for holding in peak.holdings] if peak else None,
         },
         "categories": {
@@ -72,6 +73,7 @@ def rank_record(ledger: "Ledger", rank: int, stage: int = 0) -> dict[str, Any]:
                 "end": phase.end,
                 "categories": phase.categories,
                 "saved": phase.saved,
+                "recomputed": phase.recomputed,
             }
             for phase in account.phases
         ],

@@ -47,8 +47,16 @@ TRAIN = (
         lambda s: {"zero.offload": "all"},
         "an optimizer that steps on the host, and parameters fetched from there",
     ),
-    Change(lambda s: {"checkpointing": "selective"}, "some activations computed twice"),
-    Change(lambda s: {"checkpointing": "full"}, "every forward computed twice"),
+    Change(lambda s: {"checkpointing.mode": "selective"}, "some activations computed twice"),
+    Change(lambda s: {"checkpointing.mode": "full"}, "every forward computed twice"),
+    Change(
+        lambda s: {
+            "checkpointing.mode": "none",
+            **({"checkpointing.layers": []} if s.checkpointing.layers else {}),
+            **({"checkpointing.every": 1} if s.checkpointing.every > 1 else {}),
+        },
+        "every activation kept",
+    ),
     Change(lambda s: {"model.attention": "sdpa"}, "nothing"),
     Change(lambda s: {"pipeline.split": "memory"}, "other layers on each stage"),
 )
@@ -61,7 +69,7 @@ INFER = (
     Change(lambda s: {"model.attention": "sdpa"}, "nothing"),
 )
 
-SPELLED = {"zero.stage": "zero"}
+SPELLED = {"zero.stage": "zero", "checkpointing.mode": "checkpointing"}
 """The keys that are typed as their group's option."""
 
 
@@ -105,6 +113,7 @@ def savings(record: Record) -> Iterator[Finding]:
     tried.sort(key=lambda change: change.more(before))
     yield from agreement(record, before)
     yield from stage_three(base, before, tried)
+    yield from recomputation(base, before, tried)
     yield from ranked(record, before, tried)
     failed = [change.words for change in tried if isinstance(change.peak, str)]
     if failed:
@@ -189,6 +198,20 @@ def stage_three(base: Settings, before: int, tried: Sequence[Rehearsed]) -> Iter
                 f"{size(before - saved)}): what it gathers and its buckets outweigh what it shards."
             )
             yield Finding("zero3", sentence, saved)
+
+
+def recomputation(base: Settings, before: int, tried: Sequence[Rehearsed]) -> Iterator[Finding]:
+    """What checkpointing saves, from the rehearsal without it."""
+    for change in tried:
+        if change.values.get("checkpointing.mode") == "none" and isinstance(change.peak, int):
+            saved, mode = change.peak - before, base.checkpointing.mode
+            if saved < WORTH * change.peak:
+                what = f"only {size(saved)}" if saved > 0 else "nothing"
+                sentence = f"checkpointing={mode} saves {what} here, and computes again for it"
+            else:
+                sentence = f"checkpointing={mode} saves {size(saved)} here"
+            sentence += f": without it the peak is {size(change.peak)}, rehearsed."
+            yield Finding("recomputation", sentence, saved)
 
 
 def ranked(record: Record, before: int, tried: Sequence[Rehearsed]) -> Iterator[Finding]:

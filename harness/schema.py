@@ -49,6 +49,7 @@ class Peak(_Part):
     where: Where | None
     categories: dict[Text, Bytes | None]
     saved: Bytes | None = None
+    recomputed: Bytes | None = None
     holdings: list[Holding] | None = None
 
 
@@ -68,6 +69,7 @@ class Phase(_Part):
     micro_batch: Number = 0
     peak: Bytes | None = None
     end: Bytes | None = None
+    recomputed: Bytes | None = None
 
 
 class Forwards(_Part):

@@ -12,10 +12,18 @@ from harness.rehearsal.pool import Worst, progress, rehearse_all, workers
 from harness.settings import check_world, load
 
 AXES = {
-    "train": {"zero": "0,1,2,3", "zero.offload": "none", "checkpointing": "none", "train.micro_batch": ""},
+    "train": {
+        "zero": "0,1,2,3",
+        "zero.offload": "none",
+        "checkpointing": "none,selective,full",
+        "train.micro_batch": "",
+    },
     "infer": {"generation.prompt_length": "64", "generation.max_new_tokens": "64", "generation.batch": ""},
 }
 """Keys that take a list, with what is tried when nothing is said. The last one is climbed: more of it is more bytes."""
+
+RECOMPUTED = ("none", "selective", "full")
+"""What checkpointing may be, each computing more again than the one before, and keeping less."""
 
 LAST_RESORT = ("optimizer", "all")
 """What zero.offload may be where nothing else fits, and nobody said what it should be."""
@@ -101,7 +109,7 @@ class Fit:
         self.words = [word for word in words if word.partition("=")[0] not in ours]
         size_given = given.get("world.size", "")
         self.world = int(size_given) if size_given.isdecimal() else 1
-        self.climbs = self._climbs({}, self.axes)
+        self.climbs = self._climbs({}, given)
         lowest = self.climbs[0].wants() or 1
         first = self.settings(
             [*self.climbs[0].words, f"{self.climbs[0].key}={lowest}", *self._accumulation(lowest)]
@@ -134,17 +142,35 @@ class Fit:
 
     def search(self) -> list[Trial]:
         """Every config that had to be rehearsed. Raises Refusal where all that was asked for is refused."""
-        trials = self._climb(self.climbs)
+        trials = self._least_first(self.climbs)
         if self.mode == "train" and "zero.offload" not in self.given:
             for offload in LAST_RESORT:
                 if not any(trial.fits for trial in trials):
-                    trials += self._climb(self._climbs({"zero.offload": offload}, ()))
+                    trials += self._least_first(self._climbs({"zero.offload": offload}, ()))
+        return trials
+
+    def _least_first(self, climbs: Sequence[Climb]) -> list[Trial]:
+        """Every climb; where nobody said what to recompute, one that recomputes more begins where less has ended."""
+        if self.mode == "infer" or "checkpointing" in self.given:
+            return self._climb(climbs)
+        trials: list[Trial] = []
+        reached: dict[tuple[str, ...], int] = {}
+        for word in [f"checkpointing={mode}" for mode in RECOMPUTED]:
+            these = [climb for climb in climbs if word in climb.words]
+            for climb in these:
+                climb.fits = reached.get(_without(climb.words, word), 0)
+            try:
+                trials += self._climb(these)
+            except Refusal:  # nothing above what less recomputation has reached
+                if not trials:
+                    raise
+            reached |= {_without(climb.words, word): climb.fits for climb in these}
         return trials
 
     def _climbs(self, changed: dict[str, str], asked: Container[str]) -> list[Climb]:
         """One for each combination of the axes but the last, which it climbs, that the settings do not refuse.
 
-        Raises Refusal where a value of an axis that is `asked` for can be in none.
+        Raises Refusal where a value of an axis that is `asked` for can be in none, or nothing is possible at all.
         """
         *fixed, climbed = self.axes
         choices = [
@@ -166,6 +192,8 @@ class Fit:
             nowhere = not any(word in climb.words for climb in possible)
             if nowhere and word.partition("=")[0] in asked:
                 raise reason
+        if asked and not possible:
+            raise next(iter(refused.values()))
         return possible
 
     def _climb(self, climbs: Sequence[Climb]) -> list[Trial]:
@@ -236,8 +264,12 @@ def cost(settings: Settings) -> tuple[float, ...]:
     zero, train = settings.zero, settings.train
     step = {0: 2.0, 1: 2.0, 2: 1.0 + train.accumulation, 3: 3.0 * train.accumulation}[zero.stage]
     offload = ("none", *LAST_RESORT).index(zero.offload)
-    recompute = ("none", "selective", "full").index(settings.checkpointing)
+    recompute = RECOMPUTED.index(settings.checkpointing.mode)
     return offload, recompute, step / (train.micro_batch * train.accumulation), zero.stage
+
+
+def _without(words: tuple[str, ...], word: str) -> tuple[str, ...]:
+    return tuple(each for each in words if each != word)
 
 
 def _whole(key: str, value: str) -> int:

@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
 from harness.knobs import (
+    Checkpointing,
     Data,
     Generation,
     Hardware,
@@ -27,6 +28,7 @@ from harness.knobs import (
 )
 
 __all__ = [
+    "Checkpointing",
     "Data",
     "Generation",
     "Hardware",
@@ -38,6 +40,7 @@ __all__ = [
     "Train",
     "World",
     "Zero",
+    "check_layers",
     "check_split",
     "check_world",
     "checked",
@@ -72,7 +75,7 @@ def typed(tree: Mapping[str, Any]) -> Settings:
 
 def checked(settings: Settings) -> Settings:
     """`settings`, every rule checked that `load` checks. Raises `Refusal`."""
-    for rule in (_parallelism, _pipeline, _rehearsal, _model, _data, _train, _generation):
+    for rule in (_parallelism, _pipeline, _rehearsal, _model, _checkpointing, _data, _train, _generation):
         rule(settings)
     return settings
 
@@ -102,6 +105,17 @@ def check_world(settings: Settings, size: int, words: Sequence[str] = ()) -> Non
         )
 
 
+def check_layers(checkpointing: Checkpointing, number: int) -> None:
+    """Refuse layers to recompute that a model of `number` layers does not have."""
+    for layer in checkpointing.layers:
+        if layer >= number:
+            remedy = f"there is no layer {layer}; the model has {number}, from 0 to {number - 1}"
+            raise Refusal("checkpointing.layers", checkpointing.layers, remedy)
+    if checkpointing.every > number:
+        remedy = f"the model has {number} layers; give no more than that, or checkpointing.layers=[0]"
+        raise Refusal("checkpointing.every", checkpointing.every, remedy)
+
+
 def nearest(key: str, known: Iterable[str]) -> str:
     """The remedy for an unknown `key`: the closest known one, by the whole path or by its last name."""
     known = list(known)
@@ -128,8 +142,6 @@ def _parallelism(settings: Settings) -> None:
             zero.stage,
             f"a pipeline keeps whole gradients; with pipeline.stages={stages} use zero=0 or 1",
         )
-    if settings.checkpointing != "none":
-        raise Refusal("checkpointing", settings.checkpointing, "not built yet; use checkpointing=none")
 
 
 def _pipeline(settings: Settings) -> None:
@@ -201,6 +213,24 @@ def _model(settings: Settings) -> None:
         raise Refusal(
             key, value, f"prompt and new tokens are {asked}, and the model allows {longest} ({most})"
         )
+
+
+def _checkpointing(settings: Settings) -> None:
+    asked = settings.checkpointing
+    if settings.mode == "infer" and asked.mode != "none":
+        remedy = "inference keeps nothing to recompute; use checkpointing=none"
+        raise Refusal("checkpointing", asked.mode, remedy)
+    for key, value, off in (("layers", asked.layers, []), ("every", asked.every, 1)):
+        if asked.mode == "none" and value != off:
+            remedy = "checkpointing=none recomputes no layer; use checkpointing=selective or full"
+            raise Refusal(f"checkpointing.{key}", value, remedy)
+    if asked.layers and asked.every > 1:
+        raise Refusal("checkpointing.every", asked.every, "give either it or checkpointing.layers=, not both")
+    if len(set(asked.layers)) < len(asked.layers):
+        raise Refusal("checkpointing.layers", asked.layers, "give each layer once")
+    _, layers = _first(_shape(settings.model), "num_hidden_layers", "n_layer")
+    if layers is not None:
+        check_layers(asked, layers)
 
 
 def _shape(model: Model) -> Mapping[str, Any]:

@@ -37,6 +37,8 @@ def _table(run: Record) -> Table:
         table.row(f"  {name}", *_part(at_peak.get(name), total), _own_peak(worst, name), size(end))
         if name == "activations":
             table.row("    saved for backward", *_part(worst.peak.saved, total))
+            if worst.peak.recomputed:
+                table.row("    recomputed in backward", *_part(worst.peak.recomputed, total))
     table.row("  kernel", *_part(at_peak.get("kernel"), total))
     table.rule()
     table.row("  total", *_part(total, total))

@@ -3,6 +3,7 @@
 A surprise is a function from a `Run` to the findings that it makes, none where the figures do not show it.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import NamedTuple
@@ -178,6 +179,41 @@ def logits(run: Run) -> Iterator[Finding]:
     yield Finding("logits", sentence, total)
 
 
+def checkpointing(run: Run) -> Iterator[Finding]:
+    """Recomputing layers has no hold on this peak, or little, and why."""
+    settings, where = run.settings, run.peak.where
+    if settings is None or settings.checkpointing.mode == "none" or where is None:
+        return
+    asked = settings.checkpointing
+    name, held = f"checkpointing={asked.mode}", run.held("activations")
+    shape = settings.model.config
+    layers = int(shape.get("num_hidden_layers") or shape.get("n_layer") or 0)  # 0: it does not say
+    recomputed = len(asked.layers) or -(-layers // asked.every)
+    beside = sum(h.bytes for h in run.holdings if h.category == "activations" and not _of_layer(h))
+    if where.phase not in ("forward", "backward"):
+        sentence = f"{name} does not reach this peak: in {where.phase} no layer keeps activations."
+    elif held < NOTABLE * run.whole:
+        sentence = f"{name} has little left to save: activations are {size(held)} of the peak."
+    elif 2 * beside >= held:
+        sentence = (
+            f"{name} has little left to save: {size(beside)} of the {size(held)} of activations are made "
+            "outside the layers, as logits are."
+        )
+    elif layers == 1:
+        again = size(run.peak.recomputed)
+        sentence = f"{name} recomputes a single layer: in backward all of it is there again at once, {again}."
+    elif 2 * recomputed <= layers:
+        sentence = f"{name} is for {recomputed} of {layers} layers; the others keep their activations."
+    else:
+        return
+    yield Finding("checkpointing", sentence, held)
+
+
+def _of_layer(holding: Holding) -> bool:
+    """Whether a layer made it: those have numbers."""
+    return holding.name == "others" or bool(re.search(r"\.\d+[.:]", holding.name))
+
+
 def _as_large(holding: Holding, one: int) -> bool:
     """Whether these are made by the head or the loss, and each as large as the logits, in fp32 or in half of it."""
     module = holding.name.rpartition(": ")[0]
@@ -293,6 +329,7 @@ SURPRISES: tuple[Callable[[Run], Iterator[Finding]], ...] = (
     outside_a_step,
     first_step,
     logits,
+    checkpointing,
     bucket,
     still_gathered,
     offload,

@@ -16,7 +16,7 @@ from harness.engine import Engine
 from harness.ledger import Ledger
 from harness.pipeline import Pipeline
 from harness.record import Output
-from harness.settings import Refusal, Settings
+from harness.settings import Refusal, Settings, check_layers
 from harness.split import ranges, split_of
 from harness.world import World
 
@@ -65,6 +65,7 @@ def _engine(
     settings: Settings, config: PretrainedConfig, dtype: torch.dtype, world: World, ledger: Ledger
 ) -> tuple[Engine | Pipeline, int]:
     """This rank's part of the model in DeepSpeed's hands, and the parameters of the whole."""
+    check_layers(settings.checkpointing, config.get_text_config(decoder=True).num_hidden_layers)
     asked, cpu = (settings.model, config, dtype), torch.device("cpu")
     if world.stages == 1:
         built = model.build(*asked, cpu, settings.seed, world.rehearsed)

@@ -139,6 +139,18 @@ def test_rows_keep_the_order_of_the_categories_whatever_is_largest(compared: Com
     ]
 
 
+def test_what_is_recomputed_is_shown_where_any_run_recomputes(compared: Compared) -> None:
+    plain, recomputing = (record_of(activations=4 * KIB, saved=3 * KIB) for _ in range(2))
+    assert "recomputed" not in compared(plain, plain)
+    recomputing["ranks"][0]["peak"]["recomputed"] = 2 * KIB
+    assert row(compared(plain, recomputing), "recomputed in backward") == ["-", "2.0 KiB", "-"]
+    plain["ranks"][0]["peak"]["recomputed"] = 0
+    text = compared(plain, recomputing)
+    assert row(text, "recomputed in backward") == ["0 B", "2.0 KiB", "+2.0 KiB"]
+    assert "    recomputed in backward" in show(recomputing)
+    assert "recomputed" not in show(plain)
+
+
 def test_what_is_saved_for_backward_is_a_part_of_the_activations_and_nothing_in_inference(
     compared: Compared,
 ) -> None:

@@ -25,6 +25,7 @@ QUICK = "train.steps=2 train.sequence=64"
 TRAIN = f"mode=train world.size=2 {QUICK}"
 INFER = "mode=infer world.size=2 generation.max_new_tokens=4"
 LOGITS = f"{TRAIN} zero=2 model.config.vocab_size=8000 train.sequence=256"
+LARGE = f"{TRAIN} zero=2 train.micro_batch=16"
 GATHERED = f"{TRAIN} zero=3 train.steps=3"  # validation is the last that an exact ledger sees
 UNEVEN = f"{INFER} generation.prompt=['a','{'long' * 25}','b','c']"
 
@@ -137,6 +138,7 @@ SHOWN = {
     "bucket": (f"{TRAIN} zero=3", f"{TRAIN} zero=3 zero.reduce_bucket_size=100000"),
     "first_step": (f"{TRAIN} zero=0", INFER),
     "logits": (LOGITS, f"{TRAIN} zero=2"),
+    "checkpointing": (f"{LOGITS} checkpointing=full", f"{LARGE} checkpointing=selective"),
     "gathered": (GATHERED, f"{GATHERED} train.validate_every=0"),
     "offload": (f"{TRAIN} zero=2 zero.offload=optimizer", f"{TRAIN} zero=2"),
     "ranks": (f"{TRAIN} zero=2", f"mode=train world.size=1 {QUICK} zero=2"),
@@ -185,6 +187,40 @@ def test_the_figures_of_a_cache_are_the_records() -> None:
     record = record_of(INFER)
     highest = record["ranks"][0]["categories"]["kv_cache"]["peak"]
     assert found(record)["cache_copies"].bytes == highest - record["inference"]["kv_reserved"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            f"{TRAIN} zero=2 checkpointing=full",
+            "does not reach this peak: in step no layer keeps activations",
+        ),
+        (
+            f"{TRAIN} zero=0 checkpointing=full",
+            "does not reach this peak: in step no layer keeps activations",
+        ),
+        (f"{LOGITS} checkpointing=full", "of activations are made outside the layers, as logits are"),
+        (f"{LARGE} checkpointing=full checkpointing.layers=[1]", "is for 1 of 4 layers; the others keep"),
+        (f"{LARGE} checkpointing=full checkpointing.every=2", "is for 2 of 4 layers; the others keep"),
+        (f"{LARGE} checkpointing=full model.config.num_hidden_layers=1", "recomputes a single layer: "),
+    ],
+)
+def test_the_reason_why_checkpointing_has_little_hold_on_a_peak_is_in_its_figures(
+    words: str, said: str
+) -> None:
+    record = record_of(words)
+    finding = found(record)["checkpointing"]
+    assert said in finding.sentence
+    assert finding.bytes == record["ranks"][0]["peak"]["categories"]["activations"]
+
+
+def test_activations_that_are_a_small_part_of_the_peak_leave_little_to_save() -> None:
+    record = record_of(f"{LARGE} checkpointing=full")
+    assert "checkpointing" not in found(record)
+    for rank in record["ranks"]:
+        rank["peak"]["bytes"] *= 11
+    assert "has little left to save: activations are " in found(record)["checkpointing"].sentence
 
 
 def test_room_that_no_token_came_to_is_said() -> None:
@@ -287,6 +323,18 @@ def test_a_saving_is_what_the_two_runs_differ_by(tmp_path: Path, capsys: pytest.
     assert findings["agreement"]["bytes"] == 0
     assert "to the byte" in findings["agreement"]["sentence"]
     assert findings["zero3"]["bytes"] == before - peak_of(f"{TRAIN} zero=2")
+
+
+@pytest.mark.parametrize("words", [f"{LARGE} checkpointing=full", f"{TRAIN} zero=0 checkpointing=full"])
+def test_what_checkpointing_saves_is_what_a_run_without_it_takes_more(
+    words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = record_of(words)
+    findings = {each["kind"]: each for each in told(put(tmp_path, record), capsys)}
+    saved = peak_of(words.removesuffix(" checkpointing=full")) - record["ranks"][0]["peak"]["bytes"]
+    assert findings["recomputation"]["bytes"] == saved
+    said = f"saves {size(saved)} here" if saved else "saves nothing here, and computes again for it"
+    assert said in findings["recomputation"]["sentence"]
 
 
 def test_a_record_that_its_rehearsal_does_not_reach_says_by_how_much(

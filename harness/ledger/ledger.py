@@ -12,7 +12,14 @@ from harness.ledger.allocator import CpuAllocator, CudaAllocator
 from harness.ledger.categories import CATEGORIES
 from harness.ledger.forwards import Forwards, in_flight
 from harness.ledger.log import RANK, Log, Where, device_of
-from harness.ledger.observers import Modules, in_backward, settle, watching_saved, watching_steps
+from harness.ledger.observers import (
+    Modules,
+    in_backward,
+    settle,
+    watching_checkpoints,
+    watching_saved,
+    watching_steps,
+)
 from harness.ledger.timeline import Books, Category, Peak, Phase, at_allocator_peak, replay
 
 MODES = ("exact", "phases", "off")
@@ -320,6 +327,7 @@ class Ledger:
         enter(self._modules.watching())
         enter(watching_steps(self._optimizer_stepped))
         enter(watching_saved(self._log))
+        enter(watching_checkpoints(self._log))
         for model in self._models:
             self._hook_gradients(model)
         self._log.follow = self._follow

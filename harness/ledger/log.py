@@ -182,7 +182,6 @@ class Log(TorchDispatchMode):
 
     def _begin(self, storage: torch.UntypedStorage, key: int, op: str, now: int) -> Storage:
         where, module = self.where, self.module
-        made = "activations" if self.recomputing else MADE_IN.get(where.phase, "activations")
         fake = storage.device.type == "meta"
         record = Storage(
             self._size(storage),
@@ -191,7 +190,7 @@ class Log(TorchDispatchMode):
             where,
             module,
             op,
-            made,
+            self.makes,
             recomputed=self.recomputing,
         )
         death = _Death(storage, self._gone)
@@ -200,6 +199,11 @@ class Log(TorchDispatchMode):
         if record.nbytes:
             self.events.append(Event(now, record.nbytes, record, where, module))
         return record
+
+    @property
+    def makes(self) -> str:
+        """What a storage is that is made now, and that nobody will claim."""
+        return "activations" if self.recomputing else MADE_IN.get(self.where.phase, "activations")
 
     def _size(self, storage: torch.UntypedStorage) -> int:
         return -(-storage.nbytes() // self.block) * self.block

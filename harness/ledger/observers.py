@@ -4,10 +4,12 @@ None of them changes a value or keeps a tensor alive; all of them go when their 
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from time import time_ns
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -48,9 +50,13 @@ class Modules:
         log = self.log
         if not self._stack and not in_backward():
             self._entered()
-        self._stack.append((log.module, log.recomputing))
+        name = self.names.get(id(module)) or type(module).__name__
+        within = log.module
+        if log.recomputing and not self._stack:  # a layer's forward is called again, and not the layer
+            within = name.rpartition(".")[0]
+        self._stack.append((within, log.recomputing))
         log.recomputing = in_backward()
-        log.module = self.names.get(id(module)) or type(module).__name__
+        log.module = name
 
     def _after(self, module: torch.nn.Module, inputs: Any, output: Any) -> None:
         log = self.log
@@ -94,6 +100,49 @@ def watching_saved(log: Log) -> Iterator[None]:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield
+
+
+@contextmanager
+def watching_checkpoints(log: Log) -> Iterator[None]:
+    """Tell `log` what torch's checkpointing keeps beside autograd, and when it computes again.
+
+    It keeps the state of the random numbers, which no operator makes, and the results that its policy chooses.
+    """
+    own: Any = torch.utils.checkpoint
+    take = torch.get_rng_state
+
+    def taken() -> torch.Tensor:
+        state = take()
+        log.see(state, take.__name__, time_ns())
+        if not in_backward() and log.makes == "activations":
+            log.save(state)
+        return state
+
+    class Kept(own._VersionWrapper):
+        def __init__(self, val: Any) -> None:
+            super().__init__(val)
+            if isinstance(val, torch.Tensor):
+                log.save(val)
+
+    class Again(own._recomputation_hook):
+        def __enter__(self) -> Any:
+            self._before = log.module, log.recomputing
+            log.recomputing = True
+            return super().__enter__()
+
+        def __exit__(self, *exc: Any) -> None:
+            super().__exit__(*exc)
+            log.module, log.recomputing = self._before
+
+    with ExitStack() as undo:
+        for owner, name, stand_in in (
+            (torch, "get_rng_state", taken),
+            (own, "_VersionWrapper", Kept),
+            (own, "_recomputation_hook", Again),
+        ):
+            undo.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, stand_in)
         yield
 
 

@@ -38,6 +38,7 @@ class Peak:
     op: str
     categories: dict[str, int | None]
     saved: int
+    recomputed: int
     holdings: list[Holding] = field(default_factory=list)  # largest first; the small ones as one a category
 
 
@@ -50,6 +51,7 @@ class Phase:
     end: int | None
     categories: dict[str, int | None]
     saved: int | None = None
+    recomputed: int | None = None
 
 
 @dataclass
@@ -78,6 +80,7 @@ class Live:
 
     totals: dict[str, int] = field(default_factory=lambda: dict.fromkeys(CATEGORIES, 0))
     saved: int = 0
+    recomputed: int = 0
 
     @property
     def bytes(self) -> int:
@@ -89,6 +92,8 @@ class Live:
             return
         if event.saved or (event.delta < 0 and storage.saved_at is not None):
             self.saved += (event.delta or storage.nbytes) if storage.category == "activations" else 0
+        if storage.recomputed and storage.category == "activations":
+            self.recomputed += event.delta
         self.totals[storage.category] += event.delta
 
 
@@ -97,21 +102,31 @@ def replay(events: Sequence[Event]) -> tuple[Peak, dict[str, Category], list[Pha
     live = Live()
     highest = dict.fromkeys(CATEGORIES, 0)
     phases: dict[Where, Phase] = {}
-    peak = Peak(0, Where(0, "idle", 0), "", "", {**live.totals, "kernel": None}, 0)
+    peak = Peak(0, Where(0, "idle", 0), "", "", {**live.totals, "kernel": None}, 0, 0)
     total = highest_at = 0
     for index, event in enumerate(events):
         live.apply(event)
         total += event.delta
         phase = phases.get(event.where)
         if phase is None or total > (phase.peak or 0):
-            phase = phases[event.where] = Phase(event.where, total, total, dict(live.totals), live.saved)
+            totals: dict[str, int | None] = {**live.totals}
+            phase = Phase(event.where, total, total, totals, live.saved, live.recomputed)
+            phases[event.where] = phase
         phase.end = total
         if event.storage is not None:
             category = event.storage.category
             highest[category] = max(highest[category], live.totals[category])
             if total > peak.bytes:
                 categories = {**live.totals, "kernel": None}
-                peak = Peak(total, event.where, event.module, event.storage.op, categories, live.saved)
+                peak = Peak(
+                    total,
+                    event.where,
+                    event.module,
+                    event.storage.op,
+                    categories,
+                    live.saved,
+                    live.recomputed,
+                )
                 highest_at = index
     peak.holdings = holdings_of(_alive(events[: highest_at + 1]))
     return (
@@ -240,11 +255,12 @@ def at_allocator_peak(
         for s in owned
         if s.category == "activations" and s.saved_at is not None and s.saved_at <= moment
     )
+    recomputed = sum(s.nbytes for s in owned if s.category == "activations" and s.recomputed)
     where, module, op = _place(operators, moment)
     unattributed = sum(block.nbytes for block in nameless) - kernel
     books = Books(source, peak, unattributed, sum(storage.nbytes for storage in foreign if alive(storage)))
     total_held = sum(held for held in categories.values() if held)
-    return Peak(total_held, where, module, op, categories, saved, holdings_of(owned)), books
+    return Peak(total_held, where, module, op, categories, saved, recomputed, holdings_of(owned)), books
 
 
 def holdings_of(storages: Iterable[Storage]) -> list[Holding]:

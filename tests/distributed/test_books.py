@@ -43,6 +43,43 @@ def test_the_books_close_with_offload_and_accumulation(trained: Trained, words: 
         assert sum(rank["peak"]["categories"].values()) == rank["allocator"]["peak"]
 
 
+RECOMPUTING: dict[str, tuple[str, ...]] = {
+    "zero=1": ("zero=1", "train.accumulation=2"),
+    "zero=3": (
+        *("zero=3", "zero.persistence_threshold=0", "zero.prefetch_bucket_size=200000"),
+        "+model.config.attention_bias=true",
+    ),
+    "dropout": (
+        *(
+            "zero=2",
+            "model=gpt2",
+            "model.config.n_layer=4",
+            "model.config.n_embd=64",
+            "model.config.n_head=2",
+        ),
+        *("model.config.n_positions=64", "model.config.vocab_size=500"),
+        *("model.config.bos_token_id=1", "model.config.eos_token_id=1"),
+    ),
+    "stages": ("zero=1", "pipeline.stages=2", "train.accumulation=4"),
+}
+
+
+@pytest.mark.parametrize("name", RECOMPUTING)
+def test_recomputation_changes_no_loss_and_every_byte_of_it_is_named(trained: Trained, name: str) -> None:
+    words = RECOMPUTING[name]
+    plain = trained(*words)
+    for mode in ("selective", "full"):
+        record = trained(*words, f"checkpointing={mode}")
+        assert record["training"]["losses"] == plain["training"]["losses"]
+        for rank, before in zip(record["ranks"], plain["ranks"], strict=True):
+            assert rank["allocator"]["unattributed"] == 0
+            assert sum(rank["peak"]["categories"].values()) == rank["allocator"]["peak"]
+            kept, was = (sum(each["forwards"]["stashes"]) for each in (rank, before))
+            assert kept < was
+            recomputed = {p["phase"] for p in rank["phases"] if p["recomputed"]}
+            assert recomputed <= {"backward"}
+
+
 def test_zero3_states_are_exact(trained: Trained) -> None:
     record = trained("zero=3", "zero.persistence_threshold=0", *STATES)
     assert record["model"]["parameters"] == N

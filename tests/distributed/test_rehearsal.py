@@ -3,8 +3,8 @@
 Every ZeRO stage meets every offload it may have, each in both precisions and both counts of accumulation, and every
 stage, precision and count meet in some cell. What else decides bytes varies by stage, one thing at a time: buckets
 smaller than a parameter, validation and checkpoints, eager attention and the end of what is seen, nothing or all kept
-whole, tied weights and learned positions, a world that divides nothing evenly. Generation has every cache, padded or
-not.
+whole, tied weights and learned positions, layers that are recomputed, a world that divides nothing evenly. Generation
+has every cache, padded or not.
 
 All cells of a number of ranks are run under one torchrun. What an allocator saw (`kernel`, and a peak with it) is no
 storage and not compared; a rehearsal has none.
@@ -81,6 +81,18 @@ TWO_BY_TWO = (*TINY, *UNEVEN, *TRAIN, "pipeline.stages=2", "train.accumulation=2
 EVERYTHING = ("train.steps=2", "train.validate_every=1", "train.save_every=1", "train.export=true")
 RELAYED = ("pipeline.stages=2", "generation.prompts=PROMPTS", "generation.batch=3")
 TIED = [(*GPT2, *TRAIN, f"zero={stage}") for stage in STAGES]
+MODES = ("checkpointing=selective", "checkpointing=full")
+RECOMPUTED = [
+    *((*TINY, *TRAIN, f"zero={stage}", MODES[stage % 2]) for stage in (0, 1, 2)),
+    *((*GPT2, *TRAIN, "zero=2", "model.attention=eager", mode) for mode in MODES),
+    *(
+        (*TINY, *TRAIN, "zero=3", "zero.persistence_threshold=0", "+model.config.attention_bias=true", mode)
+        for mode in MODES
+    ),
+    (*TINY, *TRAIN, "pipeline.stages=2", "train.accumulation=4", "checkpointing=full"),
+    (*TINY, *TRAIN, "train.validate_every=1", "checkpointing=full", "checkpointing.layers=[1]"),
+    (*TINY, *TRAIN, "precision=fp32", "checkpointing=selective", "checkpointing.every=2"),
+]
 GENERATION = [
     *(
         (*TINY, *INFER, f"generation.cache={c}", "generation.prompts=PROMPTS")
@@ -109,7 +121,7 @@ GENERATION = [
     (*TINY, *INFER, *RELAYED, "generation.max_new_tokens=40"),
 ]
 CELLS: dict[int, list[Words]] = {
-    2: [*MATRIX, *BY_STAGE, *SHARDED_WHOLLY, *TIED, *PIPELINED, *GENERATION],
+    2: [*MATRIX, *BY_STAGE, *SHARDED_WHOLLY, *TIED, *PIPELINED, *RECOMPUTED, *GENERATION],
     4: [
         (*STAGES_OF_4, "zero=0", "model.config.num_hidden_layers=7", "pipeline.split=[1,2,2,2]"),
         (*STAGES_OF_4, "zero=1", "model.config.tie_word_embeddings=true", *EVERYTHING),
