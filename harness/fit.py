@@ -16,7 +16,8 @@ NODE = 8
 """Devices of a node, in the command for more than one."""
 
 RANKING = {
-    "train": "ranked by what a rank sends for each sequence (arXiv 1910.02054, section 7); recomputation later, offload last",
+    "train": "ranked by what a rank sends for each sequence (arXiv 1910.02054, section 7); "
+    "those that recompute after those, offloaded ones last",
     "infer": "ranked by the tokens that are held at once, batch x (prompt + new)",
 }
 UNSEEN = (
@@ -114,7 +115,8 @@ def _row(fit: Fit, trial: Trial) -> list[str]:
 
 def _short(trial: Trial) -> list[str]:
     """The words that differ among trials, or were chosen."""
-    return [word for word in trial.words if word not in ("zero.offload=none", "checkpointing=none")]
+    plain = ("zero.offload=none", "pipeline.stages=1", "checkpointing=none")
+    return [word for word in trial.words if word not in plain]
 
 
 def command(fit: Fit, trial: Trial) -> str:

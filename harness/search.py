@@ -8,13 +8,14 @@ from typing import NamedTuple
 
 from harness import config
 from harness.knobs import Refusal, Settings
-from harness.rehearsal.pool import Worst, progress, rehearse_all, workers
+from harness.rehearsal.pool import Worst, decisive, progress, rehearse_all, workers
 from harness.settings import check_world, load
 
 AXES = {
     "train": {
         "zero": "0,1,2,3",
         "zero.offload": "none",
+        "pipeline.stages": "1",
         "checkpointing": "none,selective,full",
         "train.micro_batch": "",
     },
@@ -112,7 +113,11 @@ class Fit:
         self.climbs = self._climbs({}, given)
         lowest = self.climbs[0].wants() or 1
         first = self.settings(
-            [*self.climbs[0].words, f"{self.climbs[0].key}={lowest}", *self._accumulation(lowest)]
+            [
+                *self.climbs[0].words,
+                f"{self.climbs[0].key}={lowest}",
+                *self._accumulation(self.climbs[0].words, lowest),
+            ]
         )
         if first.hardware.memory is None:
             remedy = "fit must know what a device has; give hardware=NAME or hardware.memory=BYTES"
@@ -183,7 +188,7 @@ class Fit:
         for words in product(*choices):
             try:
                 lowest = (rungs or [1])[0]
-                self.settings([*words, f"{climbed}={lowest}", *self._accumulation(lowest)])
+                self.settings([*words, f"{climbed}={lowest}", *self._accumulation(words, lowest)])
                 possible.append(Climb(words, climbed, rungs))
             except Refusal as refusal:
                 for word in words:
@@ -205,7 +210,7 @@ class Fit:
                 asked = list(self._rungs(climbs, refusals))
                 if not asked:
                     break
-                found = rehearse_all(pool, [settings for _, _, settings in asked], bar)
+                found = rehearse_all(pool, [decisive(settings) for _, _, settings in asked], bar)
                 for (climb, words, settings), worst in zip(asked, found, strict=True):
                     trial = Trial(words, settings, worst, self.memory - self.reserve - worst.bytes)
                     climb.told(trial.fits, exactly=self.mode == "infer")
@@ -221,20 +226,22 @@ class Fit:
         for climb in climbs:
             while (rung := climb.wants()) is not None:
                 try:
-                    words = (*climb.words, f"{climb.key}={rung}", *self._accumulation(rung))
+                    words = (*climb.words, f"{climb.key}={rung}", *self._accumulation(climb.words, rung))
                     yield climb, words, self.settings(words)
                     break
                 except Refusal as refusal:
                     refusals.append(refusal)
                     climb.refused()
 
-    def _accumulation(self, micro_batch: int) -> Iterator[str]:
+    def _accumulation(self, words: Sequence[str], micro_batch: int) -> Iterator[str]:
         """What makes `train.batch` of it, where one is given. Raises Refusal where nothing does."""
         if self.mode == "train" and "train.batch" in self.given and "train.accumulation" not in self.given:
-            batch, together = _whole("train.batch", self.given["train.batch"]), micro_batch * self.world
+            stages = dict(word.partition("=")[::2] for word in words)["pipeline.stages"]
+            replicas = max(1, self.world // _whole("pipeline.stages", stages))
+            batch, together = _whole("train.batch", self.given["train.batch"]), micro_batch * replicas
             if batch % together:
                 raise Refusal(
-                    "train.batch", batch, f"no multiple of train.micro_batch={micro_batch} on {self.world}"
+                    "train.batch", batch, f"no multiple of train.micro_batch={micro_batch} on {replicas}"
                 )
             yield f"train.accumulation={batch // together}"
 
@@ -256,7 +263,8 @@ def cost(settings: Settings) -> tuple[float, ...]:
 
     In training the elements that a rank sends for each parameter and sequence: 2 a step under ZeRO-0 and 1, 1 a step
     and 1 a micro-batch under ZeRO-2, 3 a micro-batch under ZeRO-3 (Rajbhandari et al. 2020, arXiv 1910.02054,
-    section 7); before it whether the host's link is used, after it the stage.
+    section 7), of the parameters that its stage of a pipeline has. Before it whether the host's link is used, what is
+    computed twice, and the part of a step that stages wait for each other; after it ZeRO's stage.
     """
     if settings.mode == "infer":
         generation = settings.generation
@@ -265,7 +273,9 @@ def cost(settings: Settings) -> tuple[float, ...]:
     step = {0: 2.0, 1: 2.0, 2: 1.0 + train.accumulation, 3: 3.0 * train.accumulation}[zero.stage]
     offload = ("none", *LAST_RESORT).index(zero.offload)
     recompute = RECOMPUTED.index(settings.checkpointing.mode)
-    return offload, recompute, step / (train.micro_batch * train.accumulation), zero.stage
+    stages = settings.pipeline.stages
+    waits = (stages - 1) / (train.accumulation + stages - 1)
+    return offload, recompute, waits, step / (train.micro_batch * train.accumulation * stages), zero.stage
 
 
 def _without(words: tuple[str, ...], word: str) -> tuple[str, ...]:

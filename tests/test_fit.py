@@ -10,7 +10,7 @@ from harness import config
 from harness.__main__ import main
 from harness.fit import parse_size
 from harness.knobs import Refusal
-from harness.rehearsal.pool import worst
+from harness.rehearsal.pool import decisive, worst
 from harness.search import HIGHEST, RECOMPUTED, Climb, Fit, cost
 from harness.settings import load
 
@@ -52,6 +52,7 @@ def test_pruning_gives_what_trying_everything_gives(capsys: pytest.CaptureFixtur
         words = [
             f"zero={zero}",
             "zero.offload=none",
+            "pipeline.stages=1",
             f"checkpointing={mode}",
             f"train.micro_batch={micro_batch}",
         ]
@@ -60,7 +61,7 @@ def test_pruning_gives_what_trying_everything_gives(capsys: pytest.CaptureFixtur
         trial = verdicts.get(tuple(words))
         if trial is None:
             less = [f"checkpointing={each}" for each in RECOMPUTED[: RECOMPUTED.index(mode)]]
-            instead = [verdicts.get((*words[:2], each, words[3])) for each in less]
+            instead = [verdicts.get((*words[:3], each, words[4])) for each in less]
             assert itself.bytes > 50_000_000 or any(found and found["fits"] for found in instead)
         else:
             assert (trial["peak"], trial["rank"]) == (itself.bytes, itself.rank)
@@ -184,3 +185,37 @@ def test_a_value_that_is_possible_somewhere_is_not_refused() -> None:
     assert len(combinations) == 3
     with pytest.raises(Refusal, match="zero=0 shards nothing"):
         Fit([*SMALL, "hardware.memory=50000000", "zero=0", "zero.offload=optimizer"])
+
+
+def test_stages_are_an_axis_that_is_ranked_by_how_long_they_wait(capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        *(word for word in SMALL if not word.startswith("world.size=")),
+        *(
+            "world.size=4",
+            "hardware.memory=200000000",
+            "zero=1,2",
+            "checkpointing=none",
+            "pipeline.stages=1,2,4",
+        ),
+        *("train.micro_batch=1", "train.batch=16"),
+    ]
+    assert main(["fit", *words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    told = [dict(word.partition("=")[::2] for word in words) for words in found["ranked"]]
+    ranked = [(each["zero"], each["pipeline.stages"], each["train.accumulation"]) for each in told]
+    assert ranked == [
+        ("1", "1", "4"),
+        ("2", "1", "4"),
+        ("1", "2", "8"),
+        ("1", "4", "16"),
+    ]  # ZeRO-2 has no stages
+
+
+def test_more_micro_batches_than_decide_a_peak_add_their_losses_and_no_more() -> None:
+    words = [*SMALL, "ledger.steps=2", "world=rehearsed", "train.accumulation=7"]
+    for stages, zero in ((1, 2), (1, 3), (2, 1)):
+        many = load(config.compose([*words, f"zero={zero}", f"pipeline.stages={stages}", "world.size=2"]))
+        few = decisive(many)
+        assert few.train.accumulation == stages + 1
+        apart = worst(many).bytes - worst(few).bytes
+        assert apart in (0, 4 * (7 - few.train.accumulation))

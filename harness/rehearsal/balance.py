@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from harness.model import model_config
-from harness.rehearsal.pool import progress, workers
+from harness.rehearsal.pool import decisive, progress, workers
 from harness.rehearsal.role import rehearse
 from harness.rehearsal.roles import roles
 from harness.settings import Settings, check_split
@@ -63,6 +63,7 @@ def _in_turn(tasks: Sequence[Task]) -> Sequence[int]:
 def _short(settings: Settings) -> Settings:
     """What decides the peak of a step: the second has all that any has."""
     steps = 2 if settings.mode == "train" else 1
+    settings = decisive(settings)
     train = replace(
         settings.train,
         steps=2,
@@ -71,8 +72,6 @@ def _short(settings: Settings) -> Settings:
         save_every=0,
         export=False,
         resume=None,
-        accumulation=min(settings.train.accumulation, settings.pipeline.stages + 1),
-        batch=None,
     )
     return replace(settings, train=train, ledger=replace(settings.ledger, mode="exact", steps=steps))
 
