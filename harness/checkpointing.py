@@ -13,7 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from harness.ledger.log import tensors_in
 from harness.settings import Checkpointing, Refusal
-from harness.stage import layers_of
+from harness.stage import Uncuttable, layers_of
 
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm")
 ATTENTION = (
@@ -61,7 +61,7 @@ def _chosen(model: PreTrainedModel, asked: Checkpointing, first: int) -> Iterato
         return
     try:
         _, layers = layers_of(model)
-    except LookupError as error:
+    except Uncuttable as error:
         raise Refusal("checkpointing", asked.mode, f"{error}; use checkpointing=none") from error
     for number, layer in enumerate(layers, first):
         if number in asked.layers or (not asked.layers and number % asked.every == 0):

@@ -20,10 +20,10 @@ from harness.cache import make
 from harness.knobs import Refusal, Settings
 from harness.model import count, model_config
 from harness.split import ranges, split_of, uniform
-from harness.stage import Stage
+from harness.stage import Stage, Uncuttable
 
 INNER = {"intermediate_size": 96, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
-OUTER = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+OUTER = {"rotary_dim": 8, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
 NARROW: Sequence[Mapping[str, int]] = (
     {"vocab_size": 128, **INNER, **OUTER, "head_dim": 16},
     {"vocab_size": 128, **INNER, **OUTER},
@@ -150,8 +150,8 @@ def _compared(
             reason = _chained(stages, case, kept, wanted)
             if reason is not None:
                 return reason
-    except LookupError as error:
-        return str(error.args[0])
+    except Uncuttable as error:
+        return str(error)
     except Exception as error:  # a shape of model that nobody has seen
         return f"to cut it fails ({_first_line(error)})"
     return None

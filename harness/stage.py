@@ -18,6 +18,10 @@ from harness.knobs import Model
 from harness.model import check_memory, count, loading, whole_checkpoint
 
 
+class Uncuttable(Exception):
+    """A model that is no list of layers with something before and something after; says why."""
+
+
 class Layers(nn.ModuleList):
     """Layers that keep the numbers they have in the whole model, so that their names are the same."""
 
@@ -34,7 +38,7 @@ class Stage(nn.Module):
     """`layers` of a causal language model, of which all else is cut away.
 
     H is the hidden size, V the vocabulary. `model` is changed, and is the stage's own from then on.
-    Raises LookupError where `model` has no list of layers, or they share parameters.
+    Raises Uncuttable where `model` has no list of layers, or they share parameters.
     """
 
     def __init__(self, model: PreTrainedModel, layers: range) -> None:
@@ -47,7 +51,7 @@ class Stage(nn.Module):
         if any(
             len(same) > 1 and any(name.startswith(f"{path}.") for name in same) for same in names.values()
         ):
-            raise LookupError("its layers share parameters")
+            raise Uncuttable("its layers share parameters")
         home, place = _parent(model, path)
         for drop in _not_of(model, path, self.first, self.last):
             owner, key = _parent(model, drop)
@@ -114,7 +118,7 @@ class Stage(nn.Module):
 
 
 def layers_of(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The list of a model's layers and its name. Raises LookupError where there is none."""
+    """The list of a model's layers and its name. Raises Uncuttable where there is none."""
     number = _text(model.config).num_hidden_layers
     found = [
         (name, module)
@@ -122,7 +126,7 @@ def layers_of(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         if isinstance(module, nn.ModuleList) and len(module) == number
     ]
     if not found:
-        raise LookupError(f"it has no one list of its {number} layers")
+        raise Uncuttable(f"it has no one list of its {number} layers")
     return min(found, key=lambda pair: pair[0].count("."))
 
 
