@@ -16,7 +16,8 @@ NODE = 8
 """Devices of a node, in the command for more than one."""
 
 RANKING = {
-    "train": "ranked by what a rank sends for each sequence (arXiv 1910.02054, section 7); recomputation later, offload last",
+    "train": "ranked by what a rank sends for each sequence (arXiv 1910.02054, section 7); recomputation later, "
+    "offload last",
     "infer": "ranked by the tokens that are held at once, batch x (prompt + new)",
 }
 UNSEEN = (
