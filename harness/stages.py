@@ -82,7 +82,7 @@ def grew(first: Record, first_name: str, other: Record, other_name: str) -> Iter
     law = (
         "inference has no backward"
         if "infer" in (first.mode, other.mode)
-        else "a stage keeps one for each from it on"
+        else "a stage keeps one for each stage from it on"
     )
     yield f"Of activations kept for backward at once, {parts[0]}, and {parts[1]}: {law}."
 
