@@ -1,6 +1,7 @@
 """Recomputed layers: gradients bit for bit those of kept ones, and the bytes that the published formulas say."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from harness import Ledger
 from harness.checkpointing import apply, selective
 from harness.ledger import Where
+from harness.rehearsal.world import rehearsed
 from harness.settings import Checkpointing, Refusal
 from harness.stage import layers_of
 
@@ -265,6 +267,18 @@ def test_the_state_of_the_random_numbers_is_an_activation_by_name() -> None:
         ]
     again = [s for s in states if s.recomputed]  # what the recomputation of each goes back to
     assert [(s.category, s.where.phase) for s in again] == [("activations", "backward")] * 4
+
+
+def test_a_rehearsed_state_has_the_name_and_the_bytes_of_a_real_one() -> None:
+    books = []
+    for around in (nullcontext(), rehearsed(0, 1)):
+        with around, Ledger(device="cpu", allocator=False) as ledger, ledger.phase("forward"):
+            state = torch.get_rng_state()
+            torch.set_rng_state(state)
+            state.clone()
+        books.append((ledger.peak, ledger.categories))
+    assert books[0] == books[1]
+    assert [holding.name for holding in books[0][0].holdings] == ["forward: clone", "forward: get_rng_state"]
 
 
 def test_torch_is_as_it_was_when_the_ledger_ends() -> None:

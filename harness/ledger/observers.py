@@ -114,7 +114,7 @@ def watching_checkpoints(log: Log) -> Iterator[None]:
 
     def taken() -> torch.Tensor:
         state = take()
-        log.see(state, take.__name__, time_ns())
+        log.see(state, "get_rng_state", time_ns())
         if not in_backward() and log.makes == "activations":
             log.save(state)
         return state

@@ -12,6 +12,7 @@ from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import torch
+from torch._guards import detect_fake_mode
 
 from harness.rehearsal import slices
 from harness.rehearsal.slices import Original
@@ -104,6 +105,26 @@ def received(original: Original) -> Original:
     return stand_in
 
 
+def fake_state(original: Original) -> Original:
+    """`torch.get_rng_state`, whose tensor no operator makes: a fake one."""
+
+    def stand_in() -> torch.Tensor:
+        mode = detect_fake_mode()
+        assert mode is not None
+        return mode.from_tensor(original())
+
+    return stand_in
+
+
+def no_state(original: Original) -> Original:
+    """`torch.set_rng_state`: nothing that is drawn has a value."""
+
+    def stand_in(new_state: torch.Tensor) -> None:
+        pass
+
+    return stand_in
+
+
 def plenty(original: Original) -> Original:
     """The accelerator's `available_memory`: this machine's is not the run's, which has room or will not fit anyway."""
 
@@ -180,6 +201,7 @@ def data_with_device(original: Any) -> Any:
 ACCELERATOR = "deepspeed.accelerator.cpu_accelerator.CPU_Accelerator"
 ZERO12 = "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer"
 ZERO3 = "deepspeed.runtime.zero"
+NOT_FAKE = "a real tensor becomes a second, fake one where an operator takes it"
 ALONE = "there is no rank 0 to ask"
 ONCE_A_RANK = "it works once for every rank, and its time would grow with the world"
 
@@ -196,6 +218,8 @@ SHIMS = (
         "transformers takes another branch where it takes values to be unknown",
         with_values,
     ),
+    Shim("torch", "get_rng_state", NOT_FAKE, fake_state),
+    Shim("torch", "set_rng_state", NOT_FAKE, no_state),
     Shim(
         ACCELERATOR,
         "available_memory",
