@@ -1,8 +1,8 @@
 """The proof that a model may be cut: its stages, one after another, give what the whole gives, bit for bit.
 
-It is made on the CPU before a run starts, on a small model: the run's own config with narrow layers, in the run's dtype
-and attention, padded and not, and with the run's cache. A model that changes what its layers are given in its own
-`forward` (granite scales embeddings, GPT-2 adds positions) would do so in every stage; it is refused.
+It is made on the CPU before a run starts, on a small model: the run's own config, layers and split, but narrow, in the
+run's dtype and attention, padded and not, and with the run's cache. A model that changes what its layers are given in
+its own `forward` (granite scales embeddings, GPT-2 adds positions) would do so in every stage; it is refused.
 """
 
 import copy
@@ -19,11 +19,17 @@ from harness import weights
 from harness.cache import make
 from harness.knobs import Refusal, Settings
 from harness.model import count, model_config
-from harness.split import ranges, split_of, uniform
+from harness.split import ranges, split_of
 from harness.stage import Stage, Uncuttable
 
 INNER = {"intermediate_size": 96, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
-OUTER = {"rotary_dim": 8, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+OUTER = {
+    "rotary_dim": 8,
+    "sliding_window": 4,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 NARROW: Sequence[Mapping[str, int]] = (
     {"vocab_size": 128, **INNER, **OUTER, "head_dim": 16},
     {"vocab_size": 128, **INNER, **OUTER},
@@ -69,7 +75,7 @@ def difference(shape: str, attention: str, precision: str, kept: str, split: tup
     with torch.random.fork_rng(devices=[]):
         for widths in NARROW:
             try:
-                config, layers = small(AutoConfig.for_model(kind, **given), widths, split)
+                config = small(AutoConfig.for_model(kind, **given), widths)
                 if count(weights.outline(config, dtype)) > LARGEST:
                     continue
                 whole = AutoModelForCausalLM.from_config(
@@ -79,25 +85,14 @@ def difference(shape: str, attention: str, precision: str, kept: str, split: tup
             except Exception as error:  # an architecture that cannot be so narrow fails in a way of its own
                 failed = _first_line(error)
                 continue
-            return _compared(whole, layers, kept, expected)
+            return _compared(whole, split, kept, expected)
     return f"none of the small models of it runs, so nothing shows that it can ({failed})"
 
 
-def small(
-    config: PretrainedConfig, widths: Mapping[str, int], split: Sequence[int]
-) -> tuple[PretrainedConfig, Sequence[int]]:
-    """`config` with narrow layers, and how many in each stage; fewer in all where they are all of a kind."""
+def small(config: PretrainedConfig, widths: Mapping[str, int]) -> PretrainedConfig:
+    """`config` with as many layers, but narrow ones."""
     made = copy.deepcopy(config)
     text = made.get_text_config(decoder=True)
-    number, stages = sum(split), len(split)
-    kinds = [value for value in vars(text).values() if isinstance(value, list) and len(value) == number]
-    alike = all(len({str(each) for each in value}) == 1 for value in kinds)
-    if alike and number > 2 * stages:
-        split, wanted = uniform(2 * stages, stages), 2 * stages
-        for key, value in list(vars(text).items()):
-            if isinstance(value, list) and len(value) == number:
-                setattr(text, key, value[:wanted])
-        text.num_hidden_layers = wanted
     for key, width in widths.items():
         if getattr(text, key, None) is not None:
             setattr(text, key, width)
@@ -108,7 +103,7 @@ def small(
     for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
         if isinstance(getattr(text, key, None), int):
             setattr(text, key, 0)
-    return made, split
+    return made
 
 
 def _cases(kept: str) -> list[tuple[Shown, ...]]:
