@@ -3,11 +3,13 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch._C._distributed_c10d import TCPStore
 
 from harness import record
 
@@ -24,6 +26,7 @@ QUICK = (
 LAUNCHER = (sys.executable, "-m", "torch.distributed.run", "--standalone")
 
 Run = subprocess.CompletedProcess[str]
+Launch = Callable[..., Path]
 
 
 def torchrun(words: Sequence[str], ranks: int = 2, timeout: float = 240) -> Run:
@@ -38,32 +41,54 @@ def torchrun(words: Sequence[str], ranks: int = 2, timeout: float = 240) -> Run:
     )
 
 
-def run_each(runs: Sequence[Sequence[str]], places: Sequence[Path], ranks: int, timeout: float = 600) -> None:
-    """`harness` with each of `runs`' words, one after another under one torchrun, into `places`."""
-    listed = places[0].parent / "runs.json"
-    pairs = zip(runs, places, strict=True)
-    listed.write_text(json.dumps([[*words, f"hydra.run.dir={place}"] for words, place in pairs]))
-    script = Path(__file__).with_name("one_after_another.py")
-    result = subprocess.run(
-        [*LAUNCHER, f"--nproc-per-node={ranks}", str(script), str(listed)],
-        cwd=ROOT,
-        text=True,
-        capture_output=True,
-        timeout=timeout,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
+class Warm:
+    """A torchrun that waits for words: each run forks from ranks that have imported everything."""
 
+    def __init__(self, ranks: int, log: Path) -> None:
+        self.ranks, self.log, self.done = ranks, log, 0
+        self.store = TCPStore(
+            "localhost", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=240)
+        )
+        script = Path(__file__).with_name("one_after_another.py")
+        with log.open("w") as said:
+            self.process = subprocess.Popen(
+                [*LAUNCHER, f"--nproc-per-node={ranks}", str(script), str(self.store.port)],
+                cwd=ROOT,
+                stdout=said,
+                stderr=subprocess.STDOUT,
+            )
 
-def complete(directory: Path) -> dict[str, Any]:
-    """The record of a run that must not have failed."""
-    found = record.read(directory)
-    assert found["status"] == "complete", found["failure"]
-    return found
+    def run(self, words: Sequence[str]) -> None:
+        """`harness` with `words` on every rank, which must end well."""
+        number, before = self.done, self.log.stat().st_size
+        self.done += 1
+        self.store.set(f"{number}/words", json.dumps([*words]))
+        codes = [int(self.store.get(f"{number}/exit/{rank}")) for rank in range(self.ranks)]
+        assert codes == [0] * self.ranks, self.log.read_bytes()[before:].decode()[-4000:]
+
+    def close(self) -> None:
+        """Let its ranks go."""
+        self.store.set(f"{self.done}/words", "null")
+        self.process.wait(timeout=60)
 
 
 @pytest.fixture(scope="session")
-def launch(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], Warm]]:
+    """A function of a number of ranks to the one torchrun that has so many."""
+    running: dict[int, Warm] = {}
+
+    def find(ranks: int) -> Warm:
+        if ranks not in running:
+            running[ranks] = Warm(ranks, tmp_path_factory.mktemp("ranks") / f"{ranks}.log")
+        return running[ranks]
+
+    yield find
+    for each in running.values():
+        each.close()
+
+
+@pytest.fixture(scope="session")
+def launch(warm: Callable[[int], Warm], tmp_path_factory: pytest.TempPathFactory) -> Launch:
     """A function of overrides to the finished run's directory; the same ones are run once, unless `again` differs."""
     runs: dict[tuple[str, ...], Path] = {}
 
@@ -71,12 +96,18 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         key = (*words, str(ranks), str(again))
         if key not in runs:
             directory = tmp_path_factory.mktemp("run") / "out"
-            result = torchrun([*words, f"hydra.run.dir={directory}"], ranks)
-            assert result.returncode == 0, result.stderr[-4000:]
+            warm(ranks).run(["hardware=cpu", *words, f"hydra.run.dir={directory}"])
             runs[key] = directory
         return runs[key]
 
     return run
+
+
+def complete(directory: Path) -> dict[str, Any]:
+    """The record of a run that must not have failed."""
+    found = record.read(directory)
+    assert found["status"] == "complete", found["failure"]
+    return found
 
 
 @pytest.fixture(scope="session")

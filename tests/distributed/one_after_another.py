@@ -1,27 +1,32 @@
-"""The product, under torchrun, for each of several lists of words: forks of processes that have imported it once."""
+"""The product, under torchrun, for each list of words that the tests' store gives: forks of processes that have
+imported it once. How each rank's run ended goes back to the store."""
 
 import json
 import os
 import sys
-from pathlib import Path
+from datetime import timedelta
+from itertools import count
 
 from torch._C._distributed_c10d import TCPStore
 
 from harness import infer, train  # noqa: F401 - what is slow to import
 from harness.__main__ import main
 
-address, rank = os.environ["MASTER_ADDR"], os.environ["RANK"]
-agents = TCPStore(address, int(os.environ["MASTER_PORT"]), is_master=False)
-for number, words in enumerate(json.loads(Path(sys.argv[1]).read_text())):
-    key = f"one_after_another/{number}"
+rank, address = os.environ["RANK"], os.environ["MASTER_ADDR"]
+tests = TCPStore("localhost", int(sys.argv[1]), is_master=False, timeout=timedelta(hours=2))
+for number in count():
+    words = json.loads(tests.get(f"{number}/words"))
+    if words is None:
+        break
     if rank == "0":  # each run meets at a store of its own, as under a torchrun of its own
         own = TCPStore(address, 0, is_master=True, wait_for_workers=False)
-        agents.set(key, str(own.port))
-    os.environ["MASTER_PORT"] = agents.get(key).decode()
+        tests.set(f"{number}/port", str(own.port))
+    os.environ["MASTER_PORT"] = tests.get(f"{number}/port").decode()
     child = os.fork()
     if child == 0:
         code = main(words)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-    os.waitpid(child, 0)  # how it went is in its record
+    _, status = os.waitpid(child, 0)
+    tests.set(f"{number}/exit/{rank}", str(os.waitstatus_to_exitcode(status)))

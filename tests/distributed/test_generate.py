@@ -1,7 +1,6 @@
 """Generation on two ranks from a checkpoint that two ranks trained: transformers' own tokens, and closed books."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from harness import record
 from harness.cache import kv_bytes_per_token
-from tests.distributed.conftest import QUICK, torchrun
+from tests.distributed.conftest import QUICK, Launch, torchrun
 
 PROMPTS = ["def run(", "import os\\n", "x", "class Reader(object):", "żółw"]
 NEW, BATCH, RANKS = 16, 2, 2
 SAMPLED = ("generation.sample=true", "generation.top_k=40", "precision=fp32")
-
-Launch = Callable[..., Path]
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,4 @@
-"""A pipeline trains the model that one rank trains, keeps what its schedule says, and its books close.
-
-All runs on a number of ranks are made under one torchrun.
-"""
+"""A pipeline trains the model that one rank trains, keeps what its schedule says, and its books close."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.distributed.conftest import complete, run_each
+from tests.distributed.conftest import Launch, complete
 
 Words = tuple[str, ...]
 
@@ -62,18 +59,9 @@ MEAN = 1e-5
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def run(launch: Launch) -> Callable[..., Path]:
     """A function of a number of ranks and words to the directory of that run."""
-    done: dict[tuple[int, Words], Path] = {}
-
-    def find(ranks: int, *words: str) -> Path:
-        if (ranks, words) not in done:
-            places = [tmp_path_factory.mktemp("run") / "out" for _ in RUNS[ranks]]
-            run_each([(*COMMON, *words) for words in RUNS[ranks]], places, ranks)
-            done.update({(ranks, each): place for each, place in zip(RUNS[ranks], places, strict=True)})
-        return done[ranks, words]
-
-    return find
+    return lambda ranks, *words: launch(*COMMON, *words, ranks=ranks)
 
 
 def losses(directory: Path) -> list[float]:
@@ -162,10 +150,7 @@ def test_an_export_of_two_stages_opens_whole_and_in_four(run: Callable[..., Path
     checkpoint = run(2, *words) / "checkpoint"
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
     assert model.num_parameters() == complete(run(2, *words))["model"]["parameters"]
-    again = [*COMMON, "zero=1", "precision=fp32", f"model.path={checkpoint}", "train.export=false"]
-    found = {}
-    for ranks in (1, 4):
-        run_each([[*again, f"pipeline.stages={ranks}"]], [tmp_path / str(ranks)], ranks)
-        found[ranks] = losses(tmp_path / str(ranks))
+    again = ("zero=1", "precision=fp32", f"model.path={checkpoint}", "train.export=false")
+    found = {ranks: losses(run(ranks, *again, f"pipeline.stages={ranks}")) for ranks in (1, 4)}
     assert found[4] == pytest.approx(found[1], abs=FP32)
     assert found[4][0] < losses(run(2, *words))[0]

@@ -6,7 +6,7 @@ smaller than a parameter, validation and checkpoints, eager attention and the en
 whole, tied weights and learned positions, layers that are recomputed, a world that divides nothing evenly. Generation
 has every cache, padded or not.
 
-All cells of a number of ranks are run under one torchrun. What an allocator saw (`kernel`, and a peak with it) is no
+What an allocator saw (`kernel`, and a peak with it) is no
 storage and not compared; a rehearsal has none.
 """
 
@@ -21,7 +21,7 @@ from harness.config import compose
 from harness.rehearsal.role import rehearse
 from harness.rehearsal.roles import roles
 from harness.settings import Settings, load
-from tests.distributed.conftest import complete, run_each
+from tests.distributed.conftest import Launch, complete
 
 Words = tuple[str, ...]
 Books = dict[str, Any]
@@ -158,24 +158,9 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, prompts: Path
-) -> Callable[[int, Words], Books]:
-    """A function of a number of ranks and words to the record of that run; a number's cells are run all at once."""
-    functions = [item for item in request.session.items if isinstance(item, pytest.Function)]
-    mine = [each for each in functions if each.path == Path(__file__)]
-    cells: set[Any] = {each.callspec.params["cell"] for each in mine}
-    done: dict[tuple[int, Words], Path] = {}
-
-    def read(ranks: int, words: Words) -> Books:
-        if (ranks, words) not in done:
-            alike = [cell for cell in cells if cell[0] == ranks]
-            places = [tmp_path_factory.mktemp("run") / "out" for _ in alike]
-            run_each([_placed(cell[1], prompts) for cell in alike], places, ranks)
-            done.update(zip(alike, places, strict=True))
-        return complete(done[ranks, words])
-
-    return read
+def run(launch: Launch, prompts: Path) -> Callable[[int, Words], Books]:
+    """A function of a number of ranks and words to the record of that run."""
+    return lambda ranks, words: complete(launch(*_placed(words, prompts), ranks=ranks))
 
 
 def _placed(words: Words, prompts: Path) -> list[str]:

@@ -1,7 +1,4 @@
-"""Stages that generate give transformers' own tokens, keep nothing for a backward, and close their books.
-
-All runs on a number of ranks are made under one torchrun.
-"""
+"""Stages that generate give transformers' own tokens, keep nothing for a backward, and close their books."""
 
 import json
 from collections.abc import Callable
@@ -11,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, LlamaConfig
 
-from tests.distributed.conftest import complete, run_each
+from tests.distributed.conftest import Launch, complete
 
 Words = tuple[str, ...]
 
@@ -85,21 +82,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Callable[..., Path]:
+def run(launch: Launch, tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Callable[..., Path]:
     """A function of a number of ranks and words to the directory of that run."""
-    done: dict[tuple[int, Words], Path] = {}
     file = tmp_path_factory.mktemp("prompts") / "prompts.txt"
     file.write_text("\n".join(PROMPTS) + "\n")
     given = (*COMMON, f"model.path={checkpoint}", f"generation.prompts={file}")
-
-    def find(ranks: int, words: Words) -> Path:
-        if (ranks, words) not in done:
-            places = [tmp_path_factory.mktemp("run") / "out" for _ in RUNS[ranks]]
-            run_each([(*given, *each) for each in RUNS[ranks]], places, ranks)
-            done.update({(ranks, each): place for each, place in zip(RUNS[ranks], places, strict=True)})
-        return done[ranks, words]
-
-    return find
+    return lambda ranks, words: launch(*given, *words, ranks=ranks)
 
 
 def tokens(directory: Path) -> list[list[int]]:

@@ -3,7 +3,6 @@
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from harness import record
-from tests.distributed.conftest import LAUNCHER, QUICK, ROOT, torchrun
+from tests.distributed.conftest import LAUNCHER, QUICK, ROOT, Launch, torchrun
 
-Launch = Callable[..., Path]
 SAVED = ("mode=train", *QUICK, "train.steps=4", "train.save_every=1", "train.keep=4", "train.export=true")
 
 
