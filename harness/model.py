@@ -74,7 +74,9 @@ def build(
         check_memory(settings, size_in_bytes(config, dtype), dtype, device)
     if settings.path is None or settings.random or rehearsed:
         made = weights.outline(config, dtype, settings.attention)
-        weights.make(made, list(weights.modules(made)), made, device, seed)
+        unset = weights.make(made, list(weights.modules(made)), made, device, seed)
+        if settings.path is None or settings.random:
+            check_values(settings, unset)
         return made
     set_seed(seed)
     # tensors made in other threads are in nobody's books
@@ -173,6 +175,14 @@ def check_memory(settings: Model, needed: int, dtype: torch.dtype, device: torch
             f"its parameters are {needed / gib:.1f} GiB in {str(dtype)[6:]}, and {free / gib:.1f} GiB of {device.type} "
             "memory are free; use a smaller model or a machine with more",
         )
+
+
+def check_values(settings: Model, unset: set[str]) -> None:
+    """Refuse a model with parameters or buffers, `unset`, that nothing gives a value."""
+    if unset:
+        key, value = ("model.path", settings.path) if settings.path else ("model", settings.name)
+        remedy = f"transformers has no first value for its {min(unset)}; only a checkpoint of it, read whole, has one"
+        raise Refusal(key, value, remedy)
 
 
 def _check_files(place: str, directory: Path) -> None:

@@ -6,7 +6,7 @@ stage was given, the model cannot be cut, and `proof.py` finds out.
 """
 
 import copy
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from transformers import Cache, GenerationConfig, PretrainedConfig, PreTrainedMo
 
 from harness import model, weights
 from harness.knobs import Model
-from harness.model import check_memory, count, loading, whole_checkpoint
+from harness.model import check_memory, check_values, count, loading, whole_checkpoint
 
 
 class Uncuttable(Exception):
@@ -68,8 +68,8 @@ class Stage(nn.Module):
         """The model's, with this stage's layers alone: what a cache of its own is made from."""
         self._within = (home, numbered)  # the model, and no second children of this one
         self._names = {name: names[id(p)][0] for name, p in model.named_parameters()}
-        self.tied = frozenset(same[0] for same in names.values() if len(same) > 1)
-        """The first names of parameters that the first stage and the last both have."""
+        self.tied = {same[0]: same[1:] for same in names.values() if len(same) > 1}
+        """The first names of parameters that the first stage and the last both have, and their others."""
 
     @property
     def layers(self) -> Layers:
@@ -84,6 +84,12 @@ class Stage(nn.Module):
     def owned(self) -> dict[str, nn.Parameter]:
         """Its parameters by the first names that they have in the whole model."""
         return {self._names[name]: parameter for name, parameter in self.model.named_parameters()}
+
+    def stored(self) -> dict[str, Tensor]:
+        """What a checkpoint has of it, by the first names in the whole model: parameters, and buffers that are kept."""
+        buffers = dict(self.model.named_buffers())
+        kept = {name: buffers[name] for name in self.model.state_dict() if name in buffers}
+        return {**self.owned(), **kept}
 
     def forward(
         self,
@@ -172,26 +178,42 @@ def build(
 
     Raises Refusal as that does. A checkpoint whose tensors transformers renames or merges is loaded whole first.
     """
-    stored = settings.path is not None and not settings.random and not rehearsed
-    directory = whole_checkpoint(str(settings.path)) if stored else None
+    reads = settings.path is not None and not settings.random
+    directory = whole_checkpoint(str(settings.path)) if reads and not rehearsed else None
     whole = weights.outline(config, dtype, settings.attention)
+    plain = directory is not None and weights.familiar(whole, directory)
     tree = list(weights.modules(whole))
     stage = Stage(whole, layers)
     if not rehearsed:
         check_memory(settings, count(stage) * dtype.itemsize, dtype, device)
-    weights.make(whole, tree, stage, device, seed)
+    unset = weights.make(whole, tree, stage, device, seed)
+    stored = stage.stored() if reads else {}
+    check_values(settings, unset - set(stored))
     if directory is None:
         return stage
-    owned = stage.owned()
+    for name in weights.in_full(whole, stored):
+        stored[name].data = stored[name].data.float()
     with loading(str(settings.path)):
-        if not weights.read(owned, directory):
-            merged = model.build(settings, config, dtype, torch.device("cpu"), seed)
-            found = dict(merged.named_parameters(remove_duplicate=False))
-            for name, parameter in owned.items():
-                parameter.data.copy_(found[name])
+        if not (plain and weights.read(stored, directory)):
+            _copy(stored, stage.tied, model.build(settings, config, dtype, torch.device("cpu"), seed))
         if (directory / "generation_config.json").is_file():
             stage.model.generation_config = GenerationConfig.from_pretrained(directory)
     return stage
+
+
+def _copy(stored: Mapping[str, Tensor], tied: Mapping[str, Sequence[str]], whole: PreTrainedModel) -> None:
+    """Fill `stored` from `whole`. Raises ValueError where that has parameters apart that should be `tied`."""
+    found: dict[str, Tensor] = {
+        **dict(whole.named_parameters(remove_duplicate=False)),
+        **dict(whole.named_buffers()),
+    }
+    for name, others in tied.items():
+        if any(found[other] is not found[name] for other in others):
+            raise ValueError(
+                f"{name} and {others[0]} differ in it, and its config ties them; say tie_word_embeddings=false there"
+            )
+    for name, tensor in stored.items():
+        tensor.data.copy_(found[name])
 
 
 def _text(config: PretrainedConfig) -> PretrainedConfig:

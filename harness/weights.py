@@ -5,18 +5,24 @@ so the weights of a part are those of the whole, whoever has the part.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from accelerate.utils import set_seed
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.core_model_loading import build_glob_alternation
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-Owned = Mapping[str, nn.Parameter]
-"""Parameters by the first name that they have in the whole model."""
+Stored = Mapping[str, Tensor]
+"""Parameters, and buffers that a checkpoint has, by the first name that they have in the whole model."""
+
+Home = dict[str, Any]
+"""A module's own parameters, or its buffers."""
 
 
 def outline(config: PretrainedConfig, dtype: torch.dtype, attention: str | None = None) -> PreTrainedModel:
@@ -41,69 +47,119 @@ def make(
     kept: nn.Module,
     device: torch.device,
     seed: int,
-) -> None:
+) -> set[str]:
     """Give the parameters and buffers of `kept`, a part of `model`, memory on `device` and random values.
 
     `tree` is `modules(model)`, of the whole. A parameter that has two names there is initialised as the first says.
+    Returns the names of those that transformers gives no value: what is in them is what was in the memory.
     """
-    parameters = {id(parameter) for parameter in kept.parameters()}
-    buffers = {id(buffer) for buffer in kept.buffers()}
-    replaced: dict[int, nn.Parameter] = {}
-    outlines = []  # kept alive, so that no other parameter takes the place in memory that names one
+    held = {id(tensor) for tensor in (*kept.parameters(), *kept.buffers())}
+    by_name = dict(tree)
+    replaced: dict[int, Tensor] = {}
+    outlines = []  # kept alive, so that no other tensor takes the place in memory that names one
+    made: dict[str, tuple[Home, Tensor]] = {}
     for name, module in tree:
-        fresh = False
-        for key, parameter in module._parameters.items():
-            if parameter is None or id(parameter) not in parameters:
+        own: tuple[Home, ...] = (module._parameters, module._buffers)
+        for home, key in [(each, key) for each in own for key in each]:
+            outlined = home[key]
+            if outlined is None or id(outlined) not in held:
                 continue
-            if id(parameter) not in replaced:
-                outlines.append(parameter)
-                fresh = True
-                replaced[id(parameter)] = nn.Parameter(
-                    torch.empty_like(parameter, device="cpu"), parameter.requires_grad
-                )
-            module._parameters[key] = replaced[id(parameter)]
-        for key, buffer in module._buffers.items():
-            if buffer is not None and id(buffer) in buffers:
-                fresh = True
-                module._buffers[key] = torch.empty_like(buffer, device="cpu")
-        if fresh:
-            _initialise(model, name, module, device, seed)
+            if id(outlined) in replaced:
+                _drawn(replaced[id(outlined)])
+            else:
+                outlines.append(outlined)
+                replaced[id(outlined)] = _empty(outlined)
+            home[key] = replaced[id(outlined)]
+            made[f"{name}.{key}"] = home, replaced[id(outlined)]
+        if isinstance(module, PreTrainedModel):
+            _settle(module, device)
+        _initialise(_within(by_name, name), name, module, seed)
+        if isinstance(by_name.get(name.rpartition(".")[0]), nn.ModuleList):
+            _settle(module, device)  # a layer: the host has one at a time
     set_seed(seed)  # what follows is the same whatever part was made
+    unset = {name for name, (_, tensor) in made.items() if not tensor._version}  # nothing wrote into it
+    return {name for name in unset if made[name][0][name.rpartition(".")[2]] is made[name][1]}
+
+
+def _empty(outlined: Tensor) -> Tensor:
+    made = torch.empty_like(outlined, device="cpu")
+    return nn.Parameter(made, outlined.requires_grad) if isinstance(outlined, nn.Parameter) else made
 
 
 @torch.no_grad()
-def _initialise(
-    model: PreTrainedModel, name: str, module: nn.Module, device: torch.device, seed: int
-) -> None:
+def _initialise(within: PreTrainedModel, name: str, module: nn.Module, seed: int) -> None:
     """As transformers does, but from a seed of its own; on the host, so that every device gets the same."""
-    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
-    torch.manual_seed(int.from_bytes(digest))
-    model._init_weights(module)
-    for parameter in module._parameters.values():
-        if parameter is not None and not parameter.is_meta:
-            parameter._is_hf_initialized = True  # type: ignore[attr-defined]
-            parameter.data = parameter.data.to(device)
-    for key, buffer in module._buffers.items():
-        if buffer is not None and not buffer.is_meta:
-            module._buffers[key] = buffer.to(device)
+    if any(not tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
+        digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+        torch.manual_seed(int.from_bytes(digest))
+        within._init_weights(module)
 
 
-def read(owned: Owned, directory: Path) -> bool:
-    """Fill `owned` from the safetensors files in `directory`, one tensor at a time.
+def _within(by_name: Mapping[str, nn.Module], name: str) -> PreTrainedModel:
+    """The model, or model of a model, that initialises the module of this name."""
+    while not isinstance(found := by_name[name], PreTrainedModel):
+        name = name.rpartition(".")[0]
+    return found
+
+
+def _settle(module: nn.Module, device: torch.device) -> None:
+    """Move what `module` has to `device`, and let no model draw it again: one that has more would draw others."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        if not tensor.is_meta:
+            tensor.data = tensor.data.to(device)
+    for parameter in module.parameters():
+        _drawn(parameter)
+
+
+def _drawn(tensor: Tensor) -> None:
+    """Have transformers leave it as it is."""
+    tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+
+
+def familiar(model: PreTrainedModel, directory: Path) -> bool:
+    """Whether all tensors in `directory` are the whole `model`'s, tied ones the same, or transformers passes over them."""
+    places = _places(directory)
+    for pair in model.all_tied_weights_keys.items():
+        if all(name in places for name in pair):
+            one, other = (_tensor(places, name) for name in pair)
+            if not torch.equal(one, other):
+                return False
+    strange = set(places) - set(model.state_dict())
+    found = SimpleNamespace(missing_keys=set(), unexpected_keys=strange)
+    model._adjust_missing_and_unexpected_keys(found)
+    return not found.unexpected_keys
+
+
+def in_full(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
+    """Those of `names` that transformers reads in fp32 whatever the rest is in."""
+    plan = model._get_dtype_plan(model.dtype)
+    if not plan:
+        return []
+    pattern, *_ = build_glob_alternation(list(plan))
+    return [name for name in names if pattern.search(name)]
+
+
+def read(stored: Stored, directory: Path) -> bool:
+    """Fill `stored` from the safetensors files in `directory`, one tensor at a time.
 
     False, and nothing is done, where not all of them are there under their own names and in their own shapes.
     """
     places = _places(directory)
-    if not all(name in places for name in owned):
+    if not all(name in places for name in stored):
         return False
-    for name, parameter in owned.items():
+    for name, tensor in stored.items():
         with safe_open(places[name], framework="pt") as file:
-            if tuple(file.get_slice(name).get_shape()) != tuple(parameter.shape):
+            if tuple(file.get_slice(name).get_shape()) != tuple(tensor.shape):
                 return False
-    for name, parameter in owned.items():
-        with safe_open(places[name], framework="pt") as file:
-            parameter.data.copy_(file.get_tensor(name))
+    for name, tensor in stored.items():
+        tensor.data.copy_(_tensor(places, name))
     return True
+
+
+def _tensor(places: Mapping[str, Path], name: str) -> Tensor:
+    with safe_open(places[name], framework="pt") as file:
+        found: Tensor = file.get_tensor(name)
+    return found
 
 
 def _places(directory: Path) -> dict[str, Path]:
