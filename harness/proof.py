@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from harness import weights
 from harness.cache import make
@@ -41,6 +41,9 @@ NARROW: Sequence[Mapping[str, int]] = (
 LARGEST = 300_000_000
 """Parameters of the largest model that is tried."""
 
+MOVED = 0.1
+"""How far parameters are moved: enough to be seen in bf16."""
+
 PROMPT, ALL = 6, 8
 """Tokens of a prompt, and with those that follow it."""
 
@@ -58,7 +61,8 @@ def prove(settings: Settings) -> None:
     split = split_of(settings, config)
     kept = settings.generation.cache if settings.mode == "infer" else "none"
     shape = json.dumps(config.to_dict(), sort_keys=True)
-    reason = difference(shape, settings.model.attention, settings.precision, kept, tuple(split))
+    trains = settings.mode == "train"
+    reason = difference(shape, settings.model.attention, settings.precision, kept, tuple(split), trains)
     if reason is not None:
         remedy = f"{config.model_type} cannot be cut into stages: {reason}; use pipeline.stages=1"
         raise Refusal("pipeline.stages", len(split), remedy)
@@ -66,7 +70,9 @@ def prove(settings: Settings) -> None:
 
 @cache
 @torch.no_grad()
-def difference(shape: str, attention: str, precision: str, kept: str, split: tuple[int, ...]) -> str | None:
+def difference(
+    shape: str, attention: str, precision: str, kept: str, split: tuple[int, ...], trains: bool = False
+) -> str | None:
     """How the stages of a small model of `shape` (its config as JSON) differ from the whole; None: in nothing."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     given = json.loads(shape)
@@ -78,14 +84,12 @@ def difference(shape: str, attention: str, precision: str, kept: str, split: tup
                 config = small(AutoConfig.for_model(kind, **given), widths)
                 if count(weights.outline(config, dtype)) > LARGEST:
                     continue
-                whole = AutoModelForCausalLM.from_config(
-                    config, dtype=dtype, attn_implementation=attention
-                ).eval()
+                whole = _made(config, dtype, attention)
                 expected = [_whole(whole, case, kept) for case in _cases(kept)]
             except Exception as error:  # an architecture that cannot be so narrow fails in a way of its own
                 failed = _first_line(error)
                 continue
-            return _compared(whole, split, kept, expected)
+            return _compared(whole, split, kept, expected, trains)
     return f"none of the small models of it runs, so nothing shows that it can ({failed})"
 
 
@@ -104,6 +108,18 @@ def small(config: PretrainedConfig, widths: Mapping[str, int]) -> PretrainedConf
         if isinstance(getattr(text, key, None), int):
             setattr(text, key, 0)
     return made
+
+
+def _made(config: PretrainedConfig, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+    """The whole as a run makes it, its parameters moved: a gate that is shut at first hides what it lets through."""
+    whole = weights.outline(config, dtype, attention)
+    unset = weights.make(whole, list(weights.modules(whole)), whole, torch.device("cpu"), seed=0)
+    tensors = {**dict(whole.named_parameters()), **dict(whole.named_buffers())}
+    for name in unset & set(tensors):
+        tensors[name].zero_()  # a run has a checkpoint's
+    for parameter in whole.parameters():
+        parameter.add_(torch.randn_like(parameter), alpha=MOVED)
+    return whole.eval()
 
 
 def _cases(kept: str) -> list[tuple[Shown, ...]]:
@@ -135,31 +151,31 @@ def _whole(model: PreTrainedModel, case: Sequence[Shown], kept: str) -> list[Ten
 
 
 def _compared(
-    whole: PreTrainedModel, layers: Sequence[int], kept: str, expected: Sequence[list[Tensor]]
+    whole: PreTrainedModel, layers: Sequence[int], kept: str, expected: Sequence[list[Tensor]], trains: bool
 ) -> str | None:
     """What differs between the stages, with the weights of `whole`, and what that gave."""
-    found = dict(whole.named_parameters(remove_duplicate=False))
+    found = {**dict(whole.named_parameters(remove_duplicate=False)), **dict(whole.named_buffers())}
     try:
         stages = [_stage(whole, span, found) for span in ranges(layers)]
         for case, wanted in zip(_cases(kept), expected, strict=True):
             reason = _chained(stages, case, kept, wanted)
             if reason is not None:
                 return reason
+        return _trained(stages) if trains else None
     except Uncuttable as error:
         return str(error)
     except Exception as error:  # a shape of model that nobody has seen
         return f"to cut it fails ({_first_line(error)})"
-    return None
 
 
-def _stage(whole: PreTrainedModel, layers: range, found: Mapping[str, nn.Parameter]) -> Stage:
-    """A stage as a run makes it, with these parameters."""
+def _stage(whole: PreTrainedModel, layers: range, found: Mapping[str, Tensor]) -> Stage:
+    """A stage as a run makes it, with these weights."""
     outline = weights.outline(whole.config, whole.dtype, whole.config._attn_implementation)
     tree = list(weights.modules(outline))
     made = Stage(outline, layers)
     weights.make(outline, tree, made, torch.device("cpu"), seed=0)
-    for name, parameter in made.owned().items():
-        parameter.data.copy_(found[name])
+    for name, tensor in made.stored().items():
+        tensor.data.copy_(found[name])
     return made.eval()
 
 
@@ -194,6 +210,33 @@ def _chained(
                 apart = float((mine.float() - whole.float()).abs().max())
                 how = ", padded" if told else ""
                 return f"the {name} of its stages differ from those of the whole by up to {apart:.2g}{how}"
+    return None
+
+
+def _trained(stages: Sequence[Stage]) -> str | None:
+    """What stages in training do to hidden states outside of their layers, where chance hides it from a comparison."""
+    given = _cases("none")[0][0].tokens
+    for number, stage in enumerate(stages):
+        seen: list[Tensor] = []
+        made: list[Any] = []
+        hooks = [
+            stage.layers[0].register_forward_pre_hook(_taking(seen), with_kwargs=True),
+            stage.layers[-1].register_forward_hook(lambda layer, args, out, made=made: made.append(out)),
+        ]
+        out = stage.train()(given)
+        for hook in hooks:
+            hook.remove()
+        left = made[0] if isinstance(made[0], Tensor) else made[0][0]
+        for where, same in (
+            ("before", number == 0 or torch.equal(seen[0], given)),
+            ("after", stage.last or torch.equal(left, out)),
+        ):
+            if not same:
+                return (
+                    f"in training its own forward changes the hidden states {where} stage {number}'s layers: it drops "
+                    "some of them out there, or the like"
+                )
+        given = out
     return None
 
 

@@ -117,7 +117,7 @@ def _drawn(tensor: Tensor) -> None:
 
 
 def familiar(model: PreTrainedModel, directory: Path) -> bool:
-    """Whether all tensors in `directory` are the whole `model`'s, tied ones the same, or transformers passes over them."""
+    """Whether the tensors in `directory` are the whole `model`'s, tied ones equal, or such as transformers ignores."""
     places = _places(directory)
     for pair in model.all_tied_weights_keys.items():
         if all(name in places for name in pair):

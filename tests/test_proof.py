@@ -4,7 +4,8 @@ import json
 from typing import Any
 
 import pytest
-from transformers import AutoConfig
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from harness import proof
 from harness.config import compose
@@ -26,13 +27,16 @@ PASS = (
         "phi3",
     ),
     *("olmo2", "falcon", "mpt", "stablelm", "starcoder2", "gpt_neox", "cohere", "glm4", "smollm3", "exaone4"),
-    "deepseek_v3",
+    *("deepseek_v3", "gptj", "codegen", "apertus"),
 )
 FEWER = {
     "deepseek_v3": {"n_routed_experts": 8, "n_group": 2, "topk_group": 1},
-    "jamba": {"num_experts": 2},
+    "jamba": {"num_experts": 2, "num_hidden_layers": 32},
+    "gpt_neo": {"num_hidden_layers": 24},
 }
 """What makes a default config quicker, and changes nothing that is proven."""
+LAYERS = 7
+"""More than the period of any kind's layers."""
 REFUSED = {
     "gpt2": "stage 1 of it fails where it is given hidden states",
     "opt": "stage 1 of it fails where it is given hidden states",
@@ -40,7 +44,6 @@ REFUSED = {
     "biogpt": "stage 1 of it fails where it is given hidden states",
     "xglm": "its own forward changes the hidden states before stage 1's first layer",
     "nanochat": "its own forward changes the hidden states before stage",
-    "gptj": "the logits of its stages differ from those of the whole",
     "jamba": "stage 1 of it fails where it is given hidden states",
 }
 
@@ -51,11 +54,13 @@ def difference(
     precision: str = "bf16",
     kept: str = "dynamic",
     stages: int = 3,
+    trains: bool = False,
     **more: Any,
 ) -> str | None:
-    config = AutoConfig.for_model(kind, **FEWER.get(kind, {}), **more)
+    config = AutoConfig.for_model(kind, **{"num_hidden_layers": LAYERS, **FEWER.get(kind, {}), **more})
     split = tuple(uniform(config.get_text_config(decoder=True).num_hidden_layers, stages))
-    return proof.difference(json.dumps(config.to_dict(), sort_keys=True), attention, precision, kept, split)
+    shape = json.dumps(config.to_dict(), sort_keys=True)
+    return proof.difference(shape, attention, precision, kept, split, trains)
 
 
 @pytest.mark.parametrize("kind", PASS)
@@ -93,6 +98,45 @@ def test_a_loss_that_needs_every_stage_is_refused() -> None:
     told = difference("mixtral", kept="none", output_router_logits=True)
     assert told is not None
     assert told.startswith("the loss of its stages differ from those of the whole by")
+
+
+@pytest.mark.parametrize(
+    ("kind", "key"), [("phi", "embd_pdrop"), ("gpt_neox", "hidden_dropout"), ("codegen", "embd_pdrop")]
+)
+def test_dropout_beside_the_layers_is_refused_in_training_alone(kind: str, key: str) -> None:
+    dropped: Any = {key: 0.1}
+    assert difference(kind, kept="none", **dropped) is None
+    assert difference(kind, kept="none", trains=True) is None
+    told = difference(kind, kept="none", trains=True, **dropped)
+    assert told is not None
+    assert told.startswith("in training its own forward changes the hidden states before stage 1's layers")
+
+
+def test_dropout_within_the_layers_is_not() -> None:
+    assert difference("falcon", kept="none", trains=True, hidden_dropout=0.1, attention_dropout=0.1) is None
+
+
+class Gated(LlamaForCausalLM):
+    """Its gate is shut until it is trained."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        self.model.gate = torch.nn.Parameter(torch.zeros(()))
+        self.model.register_forward_pre_hook(_shifted, with_kwargs=True)
+
+
+def _shifted(module: Any, args: Any, kwargs: Any) -> Any:
+    embedded = kwargs.pop("inputs_embeds", None)
+    if embedded is None:
+        embedded = module.embed_tokens(kwargs.pop("input_ids"))
+    return args, {**kwargs, "input_ids": None, "inputs_embeds": embedded * (1 + module.gate)}
+
+
+def test_what_does_nothing_before_it_is_trained_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(AutoModelForCausalLM._model_mapping._extra_content, LlamaConfig, Gated)
+    told = difference("llama", rms_norm_eps=1e-4)  # not a config that was proven before
+    assert told is not None
+    assert told.startswith("its own forward changes the hidden states before stage 1's first layer")
 
 
 @pytest.mark.parametrize(("words", "reason"), [(["model=gpt2"], "fails where it is given hidden states")])
