@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from harness import checkpointing
 from harness.ledger import Ledger
 from harness.settings import Settings, Train
+from harness.weights import lasting
 from harness.world import World
 
 
@@ -138,6 +139,10 @@ class Engine:
             with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_tensor")):
                 if lead:
                     state[names[id(parameter)]] = parameter.detach().to("cpu", copy=True)
+        if lead:
+            state |= {
+                name: buffer.detach().to("cpu", copy=True) for name, buffer in lasting(self.module).items()
+            }
         return state if lead else None
 
 

@@ -93,16 +93,18 @@ class Pipeline:
 
     def full_state(self) -> dict[str, torch.Tensor] | None:
         """The whole model's weights on CPU at rank 0, None elsewhere. Every rank must call it."""
-        own, world = self.stage.owned(), self.world
+        own, world = self.stage.stored(), self.world
         state: dict[str, torch.Tensor] = {}
         seen: set[int] = set()  # a tied one is in two stages
-        for stage, part in enumerate(parts(self.whole, self.split)):
+        for stage, part in enumerate(parts(self.whole, self.split, buffers=True)):
             for name, outline in part.items():
                 if id(outline) in seen:
                     continue
                 seen.add(id(outline))
                 if world.rank == stage * world.replicas and not world.leads:
-                    dist.send(own[name].detach(), 0)
+                    dist.send(
+                        own[name].detach().to(outline.dtype), 0
+                    )  # DeepSpeed may have changed a buffer's
                 if world.leads and stage == 0:
                     state[name] = own[name].detach().to("cpu", copy=True)
                 elif world.leads:

@@ -87,9 +87,7 @@ class Stage(nn.Module):
 
     def stored(self) -> dict[str, Tensor]:
         """What a checkpoint has of it, by the first names in the whole model: parameters, and buffers that are kept."""
-        buffers = dict(self.model.named_buffers())
-        kept = {name: buffers[name] for name in self.model.state_dict() if name in buffers}
-        return {**self.owned(), **kept}
+        return {**self.owned(), **weights.lasting(self.model)}
 
     def forward(
         self,
@@ -136,18 +134,22 @@ def layers_of(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     return min(found, key=lambda pair: pair[0].count("."))
 
 
-def parts(whole: PreTrainedModel, split: Sequence[int]) -> list[dict[str, nn.Parameter]]:
-    """The parameters of each stage by their names in `whole`, in the order in which it has them; tied ones in two."""
+def parts(whole: PreTrainedModel, split: Sequence[int], buffers: bool = False) -> list[dict[str, Tensor]]:
+    """The parameters of each stage by their names in `whole`, in the order in which it has them; tied ones in two.
+
+    After them come the buffers that a checkpoint has, where they are asked for.
+    """
     path, _ = layers_of(whole)
     not_first = tuple(f"{name}." for name in _not_of(whole, path, first=True, last=False))
     stage_of = [stage for stage, layers in enumerate(split) for _ in range(layers)]
-    found: list[dict[str, nn.Parameter]] = [{} for _ in split]
-    for name, parameter in whole.named_parameters(remove_duplicate=False):
+    found: list[dict[str, Tensor]] = [{} for _ in split]
+    every: dict[str, Tensor] = dict(whole.named_parameters(remove_duplicate=False))
+    for name, tensor in (every | weights.lasting(whole) if buffers else every).items():
         if name.startswith(f"{path}."):
             stage = stage_of[int(name.removeprefix(f"{path}.").partition(".")[0])]
         else:
             stage = len(split) - 1 if name.startswith(not_first) else 0
-        found[stage][name] = parameter
+        found[stage][name] = tensor
     return found
 
 

@@ -41,6 +41,16 @@ def modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module
     yield prefix.removesuffix("."), model
 
 
+def lasting(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers that a checkpoint has, by name."""
+    return {
+        f"{name}.{key}".removeprefix("."): buffer
+        for name, module in model.named_modules()
+        for key, buffer in module._buffers.items()
+        if buffer is not None and key not in module._non_persistent_buffers_set
+    }
+
+
 def make(
     model: PreTrainedModel,
     tree: list[tuple[str, nn.Module]],

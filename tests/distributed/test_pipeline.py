@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.distributed.conftest import Launch, complete
 
@@ -154,3 +154,25 @@ def test_an_export_of_two_stages_opens_whole_and_in_four(run: Callable[..., Path
     found = {ranks: losses(run(ranks, *again, f"pipeline.stages={ranks}")) for ranks in (1, 4)}
     assert found[4] == pytest.approx(found[1], abs=FP32)
     assert found[4][0] < losses(run(2, *words))[0]
+
+
+def test_an_export_has_the_buffers_of_every_stage(run: Callable[..., Path], tmp_path: Path) -> None:
+    sizes = {"vocab_size": 384, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16}
+    heads = {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "first_k_dense_replace": 1}
+    built = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("glm4_moe", **sizes, **heads, **experts, pad_token_id=0)
+    )
+    for name, buffer in built.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.copy_(torch.rand_like(buffer))
+    built.save_pretrained(tmp_path)
+    given = load_file(tmp_path / "model.safetensors")
+    for stages in (1, 3):
+        words = ("zero=0", "precision=fp32", f"model.path={tmp_path}", f"pipeline.stages={stages}")
+        directory = run(stages, *words, "train.steps=1", "train.validate_every=0")
+        kept = load_file(directory / "checkpoint/model.safetensors")
+        assert kept.keys() == given.keys()
+        routers = [name for name in given if name.endswith("e_score_correction_bias")]
+        assert len(routers) == 2
+        assert all(torch.equal(kept[name], given[name]) for name in routers)
