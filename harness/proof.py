@@ -26,6 +26,7 @@ INNER = {"intermediate_size": 96, "moe_intermediate_size": 32, "shared_expert_in
 OUTER = {
     "rotary_dim": 8,
     "sliding_window": 4,
+    "attention_chunk_size": 4,
     "hidden_size": 64,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,

@@ -27,10 +27,11 @@ PASS = (
         "phi3",
     ),
     *("olmo2", "falcon", "mpt", "stablelm", "starcoder2", "gpt_neox", "cohere", "glm4", "smollm3", "exaone4"),
-    *("deepseek_v3", "gptj", "codegen", "apertus"),
+    *("deepseek_v3", "gptj", "codegen", "apertus", "llama4_text"),
 )
 FEWER = {
     "deepseek_v3": {"n_routed_experts": 8, "n_group": 2, "topk_group": 1},
+    "llama4_text": {"num_local_experts": 4},
     "jamba": {"num_experts": 2, "num_hidden_layers": 32},
     "gpt_neo": {"num_hidden_layers": 24},
 }

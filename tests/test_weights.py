@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from harness import model, stage
+from harness import model, stage, weights
 from harness.knobs import Model, Refusal
 from harness.split import ranges
 from harness.stage import Stage
@@ -113,7 +113,7 @@ def test_weights_are_spread_as_transformers_spreads_them(kind: str) -> None:
         if bool((tensor == tensor.flatten()[0]).all()):
             assert torch.equal(mine[name], tensor), name
         elif tensor.numel() > 500:  # the spread of fewer says little
-            assert float(mine[name].std()) == pytest.approx(float(tensor.std()), rel=0.2), name
+            assert mine[name].std().item() == pytest.approx(tensor.std().item(), rel=0.2), name
 
 
 def test_all_that_a_model_has_gets_a_value(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,6 +158,21 @@ def test_a_checkpoint_comes_into_stages_in_transformers_values_and_types(
     save(kind, tmp_path)
     whole, stages = read(tmp_path, dtype)
     assert_same(stages, whole)
+
+
+@pytest.mark.parametrize("kind", ["llama", "glm4_moe", "bloom"])
+def test_what_is_asked_of_each_stage_for_a_checkpoint_is_what_it_has(kind: str) -> None:
+    whole = weights.outline(config_of(kind), torch.float32, "eager")
+    asked = stage.parts(whole, [1, 2], buffers=True)
+    stages = [
+        stage.build(settings_of(kind), config_of(kind), torch.float32, CPU, 0, each)
+        for each in ranges([1, 2])
+    ]
+    first = {other: name for each in stages for name, others in each.tied.items() for other in others}
+    assert [{first.get(name, name) for name in part} for part in asked] == [
+        set(each.stored()) for each in stages
+    ]
+    assert set().union(*asked) == set(whole.state_dict())
 
 
 def test_a_tied_head_that_is_not_in_the_file_is_read_at_both_ends(tmp_path: Path) -> None:
