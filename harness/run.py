@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from harness import failure, record, world
 from harness.ledger import Ledger
-from harness.settings import Refusal, Settings, check_world
+from harness.rules import check_world
+from harness.settings import Refusal, Settings
 from harness.world import World
 
 

@@ -7,7 +7,8 @@ from harness.model import model_config
 from harness.rehearsal.pool import decisive, progress, workers
 from harness.rehearsal.role import rehearse
 from harness.rehearsal.roles import roles
-from harness.settings import Settings, check_split
+from harness.rules import check_split
+from harness.settings import Settings
 from harness.split import balanced, ranges, uniform
 
 ROUNDS = 6
