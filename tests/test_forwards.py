@@ -1,0 +1,73 @@
+"""How many forwards wait for their backward, counted in plain loops whose answer is known."""
+
+import torch
+
+from harness import Ledger
+
+WIDTH, BATCH = 64, 8
+
+
+def model() -> torch.nn.Sequential:
+    """Linear, tanh, linear: autograd saves the tanh's output, [BATCH, WIDTH] fp32, once for each forward."""
+    return torch.nn.Sequential(torch.nn.Linear(WIDTH, WIDTH), torch.nn.Tanh(), torch.nn.Linear(WIDTH, 1))
+
+
+STASH = BATCH * WIDTH * 4
+
+
+def loss_of(net: torch.nn.Module) -> torch.Tensor:
+    made: torch.Tensor = net(torch.ones(BATCH, WIDTH)).sum()
+    return made
+
+
+def test_one_after_another_there_is_one() -> None:
+    net = model()
+    with Ledger(model=net) as ledger:
+        for _ in range(3):
+            loss_of(net).backward()
+    assert ledger.forwards is not None
+    assert (ledger.forwards.alive, ledger.forwards.stashes) == (1, (STASH,))
+
+
+def test_all_forwards_before_any_backward_are_all_alive() -> None:
+    net = model()
+    with Ledger(model=net) as ledger:
+        given, losses = torch.ones(BATCH, WIDTH), []
+        for number in range(4):
+            with ledger.phase("forward", 0, number):
+                losses.append(net(given).sum())
+        for number, loss in enumerate(losses):
+            with ledger.phase("backward", 0, number):
+                loss.backward()
+    assert ledger.forwards is not None
+    assert ledger.forwards.stashes == (STASH,) * 4
+    assert ledger.forwards.where == (0, "forward", 3)
+
+
+def test_what_outlives_its_backward_is_no_forward() -> None:
+    net, kept = model(), []
+    with Ledger(model=net) as ledger:
+        for number in range(3):
+            with ledger.phase("forward", 0, number):
+                hidden = net[1](net[0](torch.ones(BATCH, WIDTH)))
+                kept.append(hidden.detach())
+                loss = net[2](hidden).sum()
+            with ledger.phase("backward", 0, number):
+                loss.backward()
+    assert ledger.forwards is not None
+    assert ledger.forwards.alive == 1
+
+
+def test_without_gradients_there_is_none() -> None:
+    net = model()
+    with Ledger(model=net) as ledger, torch.no_grad():
+        loss_of(net)
+    assert ledger.forwards is not None
+    assert (ledger.forwards.alive, ledger.forwards.stashes, ledger.forwards.where) == (0, (), None)
+
+
+def test_where_nothing_is_seen_the_number_is_not_known() -> None:
+    net = model()
+    with Ledger(model=net, mode="phases") as ledger:
+        loss_of(net).backward()
+    assert ledger.forwards is None
