@@ -34,7 +34,9 @@ LONG = (
     ),
     "generation.max_new_tokens=3",
 )
-"""Enough to show at once that a stage's peak is there."""
+"""Four groups with enough to show at once that a stage's peak is there."""
+BOUNDARY = 4 * 100 * 64 * 4
+"""Bytes of the hidden states of one such group: sequences, tokens, hidden size, fp32."""
 TWO, FOUR = "pipeline.stages=2", "pipeline.stages=4"
 GREEDY: dict[int, list[Words]] = {
     2: [
@@ -195,9 +197,21 @@ def test_what_a_stage_receives_is_an_activation_and_no_communication(run: Callab
         assert rank["peak"]["where"]["phase"] == "prefill"
         (received,) = [each for each in rank["peak"]["holdings"] if each["name"] == "received hidden states"]
         assert received["category"] == "activations"
-        assert received["bytes"] == 4 * 100 * 64 * 4  # a group of sequences, tokens, hidden, fp32
+        assert received["bytes"] == BOUNDARY
     for rank in (first, *others):
         assert rank["categories"]["communication"]["peak"] == 1  # a barrier's
+
+
+def test_a_stage_keeps_one_group_of_what_it_sent_however_many_follow(run: Callable[..., Path]) -> None:
+    *senders, _ = complete(run(4, (FOUR, *LONG)))["ranks"]
+    for rank in senders:
+        held = {
+            phase["micro_batch"]: phase["categories"]["activations"]
+            for phase in rank["phases"]
+            if phase["phase"] == "prefill"
+        }
+        assert held == {0: held[0], **dict.fromkeys((1, 2, 3), held[0] + BOUNDARY)}
+        assert rank["categories"]["activations"]["end"] == 0
 
 
 def test_the_caches_of_all_stages_hold_what_one_would(run: Callable[..., Path]) -> None:
