@@ -8,7 +8,6 @@ import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import replace
 from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -62,16 +61,6 @@ def rehearse_all(pool: ProcessPoolExecutor, wanted: Sequence[Settings], bar: Any
         if bar is not None:
             bar.update()
     return [each.result() for each in running]
-
-
-def decisive(settings: Settings) -> Settings:
-    """`settings` with no more micro-batches than decide the peak of a step.
-
-    With one more than there are stages each has kept all that it ever keeps, gradients among it; a pipeline's last
-    stage keeps the loss of each further one, 4 bytes.
-    """
-    few = min(settings.train.accumulation, settings.pipeline.stages + 1)
-    return replace(settings, train=replace(settings.train, accumulation=few, batch=None))
 
 
 def progress(total: int | None) -> Any:
