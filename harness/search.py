@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 from harness import config
 from harness.knobs import Refusal, Settings
-from harness.rehearsal.pool import Worst, decisive, progress, rehearse_all, workers
+from harness.rehearsal import decisive
+from harness.rehearsal.pool import Worst, progress, rehearse_all, workers
 from harness.rules import check_world
 from harness.settings import load
 

@@ -55,13 +55,14 @@ def load(cfg: DictConfig) -> Settings:
         tree: Any = OmegaConf.to_container(ours, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise Refusal(error.full_key or "config", "?", str(error.msg or error)) from error
-    if isinstance(tree.get("generation"), dict) and isinstance(tree["generation"].get("prompt"), str):
-        tree["generation"]["prompt"] = [tree["generation"]["prompt"]]
     return checked(typed(tree))
 
 
 def typed(tree: Mapping[str, Any]) -> Settings:
     """A config's plain `tree` as settings, each field by itself. Raises `Refusal` as `load` does for a field."""
+    generation = tree.get("generation")
+    if isinstance(generation, Mapping) and isinstance(generation.get("prompt"), str):
+        tree = {**tree, "generation": {**generation, "prompt": [generation["prompt"]]}}
     try:
         return TypeAdapter(Settings).validate_python(tree)
     except ValidationError as error:

@@ -93,26 +93,26 @@ def read(owned: Owned, directory: Path) -> bool:
 
     False, and nothing is done, where not all of them are there under their own names and in their own shapes.
     """
-    places = _places(directory)
-    if not all(name in places for name in owned):
+    stored = _stored(directory)
+    if any(stored.get(name, (None, None))[1] != tuple(parameter.shape) for name, parameter in owned.items()):
         return False
-    for name, parameter in owned.items():
-        with safe_open(places[name], framework="pt") as file:
-            if tuple(file.get_slice(name).get_shape()) != tuple(parameter.shape):
-                return False
-    for name, parameter in owned.items():
-        with safe_open(places[name], framework="pt") as file:
-            parameter.data.copy_(file.get_tensor(name))
+    for place in sorted({stored[name][0] for name in owned}):
+        with safe_open(place, framework="pt") as file:
+            for name, parameter in owned.items():
+                if stored[name][0] == place:
+                    parameter.data.copy_(file.get_tensor(name))
     return True
 
 
-def _places(directory: Path) -> dict[str, Path]:
-    """Which file each tensor is in."""
+def _stored(directory: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
+    """Which file each tensor is in, and its shape."""
     files = [directory / SAFE_WEIGHTS_NAME]
     if (directory / SAFE_WEIGHTS_INDEX_NAME).is_file() and not files[0].is_file():
         files = sorted(directory.glob("model-*.safetensors"))
-    found = {}
+    found: dict[str, tuple[Path, tuple[int, ...]]] = {}
     for path in files:
-        with safe_open(path, framework="pt") as file:
-            found.update(dict.fromkeys(file.keys(), path))
+        with safe_open(
+            path, framework="numpy"
+        ) as file:  # for torch it would map the file, as if it allocated it
+            found |= {name: (path, tuple(file.get_slice(name).get_shape())) for name in file.keys()}  # noqa: SIM118
     return found

@@ -10,7 +10,8 @@ from harness import config
 from harness.__main__ import main
 from harness.fit import parse_size
 from harness.knobs import Refusal
-from harness.rehearsal.pool import decisive, worst
+from harness.rehearsal import decisive
+from harness.rehearsal.pool import worst
 from harness.search import HIGHEST, RECOMPUTED, Climb, Fit, cost
 from harness.settings import load
 

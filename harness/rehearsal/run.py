@@ -1,14 +1,14 @@
 """A whole rehearsal: every role of a world, and one record of them all."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import as_completed
 from typing import Any
 
 from tqdm import tqdm
 
 from harness.rehearsal import UNVERIFIED
-from harness.rehearsal.balance import in_parallel
-from harness.rehearsal.pool import workers
+from harness.rehearsal.balance import Task, peak, resolved
+from harness.rehearsal.pool import progress, workers
 from harness.rehearsal.roles import Role, roles
 from harness.settings import Settings
 
@@ -42,7 +42,7 @@ def rehearse(settings: Settings) -> tuple[list[dict[str, Any]], dict[str, Any]]:
 
     Raises Refusal as the run itself would, RuntimeError where a shim does not fit, and whatever the run raises.
     """
-    settings = in_parallel(settings)
+    settings = balanced(settings)
     wanted = roles(settings)
     found: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
     with tqdm(total=len(wanted), unit="role", desc="rehearse", leave=False, disable=None) as bar:
@@ -59,6 +59,22 @@ def rehearse(settings: Settings) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         for role in wanted
     ]
     return ranks, max((found[role.rank][1] for role in wanted), key=_cached)
+
+
+def balanced(settings: Settings) -> Settings:
+    """`settings` with a list of layers where they ask for `memory`: many rehearsals at once, with a progress bar."""
+    if settings.pipeline.stages == 1 or settings.pipeline.split != "memory":
+        return settings
+    with workers(2 * settings.pipeline.stages) as pool, progress(None) as bar:
+
+        def measure(tasks: Sequence[Task]) -> list[int]:
+            found = []
+            for highest in pool.map(peak, tasks):
+                found.append(highest)
+                bar.update()
+            return found
+
+        return resolved(settings, measure)
 
 
 def _cached(done: dict[str, Any]) -> int:
