@@ -29,7 +29,8 @@ PASS = (
     "deepseek_v3",
 )
 FEWER = {
-    "deepseek_v3": {"n_routed_experts": 8, "n_group": 2, "topk_group": 1},
+    "deepseek_v3": {"num_hidden_layers": 8, "n_routed_experts": 8, "n_group": 2, "topk_group": 1},
+    "falcon": {"num_hidden_layers": 8},
     "jamba": {"num_experts": 2},
 }
 """What makes a default config quicker, and changes nothing that is proven."""
