@@ -12,6 +12,9 @@ from harness.rehearsal.pool import progress, workers
 from harness.rehearsal.roles import Role, roles
 from harness.settings import Settings
 
+MEASURED = ("kv_bytes_per_token_measured", "kv_reserved", "kv_filled", "kv_live")
+"""Figures that `infer.largest` has of one rank's own layers."""
+
 
 def described(settings: Settings) -> dict[str, Any]:
     """The record's `world`: what is rehearsed."""
@@ -58,7 +61,21 @@ def rehearse(settings: Settings) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         }
         for role in wanted
     ]
-    return ranks, max((found[role.rank][1] for role in wanted), key=_cached)
+    assert settings.world.size is not None
+    replicas = settings.world.size // settings.pipeline.stages
+    by_replica: dict[int, list[dict[str, Any]]] = {}
+    for role in wanted:
+        by_replica.setdefault(role.rank % replicas, []).append(found[role.rank][1])
+    return ranks, max(map(_whole, by_replica.values()), key=_cached)
+
+
+def _whole(stages: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the stages of a replica say of it: its KV cache is all of theirs."""
+    told = [done["inference"] for done in stages if "inference" in done]
+    if not told:
+        return stages[0]
+    held = {key: sum(each[key] for each in told) for key in MEASURED if told[0][key] is not None}
+    return {**stages[0], "inference": {**told[0], **held}}
 
 
 def balanced(settings: Settings) -> Settings:
@@ -78,7 +95,7 @@ def balanced(settings: Settings) -> Settings:
 
 
 def _cached(done: dict[str, Any]) -> int:
-    """The bytes of the largest KV cache that a role saw, which are the run's."""
+    """The bytes of a replica's largest KV cache: the largest of all is the run's."""
     return done.get("inference", {}).get("kv_reserved") or 0
 
 
