@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from textwrap import fill
 
+from harness.cached import CACHED
 from harness.record import read
 from harness.schema import Failure, Rank, Record, parse, printable
 from harness.stages import STAGES, kept_by
@@ -63,7 +64,7 @@ def _parser() -> Parser:
 def explain(record: Record) -> Iterator[Finding]:
     """What the record alone shows, the most important first."""
     run = Run(record)
-    for found in (failure, unattributed, made_of, holdings, ranks, *STAGES, *SURPRISES, not_in_them):
+    for found in (failure, unattributed, made_of, holdings, ranks, *STAGES, *CACHED, *SURPRISES, not_in_them):
         yield from found(run)
 
 

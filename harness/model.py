@@ -140,7 +140,7 @@ def export(
     partial = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     assert isinstance(model, PreTrainedModel)
-    with _quiet():
+    with quiet():
         model.save_pretrained(partial, state_dict=dict(state) if state is not None else None)
         tokens.save_pretrained(partial)
     os.replace(partial, directory)
@@ -205,7 +205,7 @@ def _check_files(place: str, directory: Path) -> None:
         if not (directory / name).is_file():
             raise Refusal("model.path", place, f"{name} is missing in it; give a whole checkpoint")
         try:
-            with safe_open(directory / name, framework="pt"):
+            with safe_open(directory / name, framework="numpy"):
                 pass
         except SafetensorError as error:
             raise Refusal("model.path", place, f"{name} in it is torn: {_first(error)}") from error
@@ -246,7 +246,7 @@ def _directory(place: str, patterns: tuple[str, ...] = TEXTS) -> Path:
 def loading(place: str, key: str = "model.path") -> Iterator[None]:
     """What the loading of `place` may raise, as a sentence."""
     try:
-        with _quiet():
+        with quiet():
             yield
     except Refusal:
         raise
@@ -258,7 +258,7 @@ def loading(place: str, key: str = "model.path") -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep transformers from printing reports and bars: what is wrong is said once, and in one line."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

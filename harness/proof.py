@@ -18,7 +18,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from harness import weights
 from harness.cache import make
 from harness.knobs import Refusal, Settings
-from harness.model import count, model_config
+from harness.model import count, model_config, quiet
 from harness.split import ranges, split_of
 from harness.stage import Stage, Uncuttable
 
@@ -79,7 +79,7 @@ def difference(
     given = json.loads(shape)
     kind = given.pop("model_type")
     failed = "each is too large"
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), quiet():
         for widths in NARROW:
             try:
                 config = small(AutoConfig.for_model(kind, **given), widths)

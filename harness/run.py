@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from harness import failure, record, world
 from harness.ledger import Ledger
-from harness.settings import Refusal, Settings, check_world
+from harness.rules import check_world
+from harness.settings import Refusal, Settings
 from harness.world import World
 
 
@@ -176,13 +177,13 @@ class _Run:
 
     def _split(self) -> Any:
         """The settings' split; a list where they ask for one by `memory`; or why there is none."""
-        from harness.rehearsal.balance import in_parallel
+        from harness.rehearsal.run import balanced
 
         settings, here = self.settings, self.world
         device = replace(settings.hardware, device="cuda" if here.kind == "cuda" else "cpu")
         around = replace(settings.world, kind="rehearsed", size=here.size)
         try:
-            return in_parallel(replace(settings, world=around, hardware=device)).pipeline.split
+            return balanced(replace(settings, world=around, hardware=device)).pipeline.split
         except Refusal as refusal:
             return refusal
 

@@ -13,8 +13,9 @@ from omegaconf import OmegaConf
 from harness import config
 from harness.knobs import Refusal, Settings, as_typed
 from harness.rehearsal.pool import progress, rehearse_all, workers
+from harness.rules import check_world
 from harness.schema import Record
-from harness.settings import check_world, checked, typed
+from harness.settings import checked, typed
 from harness.surprises import Finding
 from harness.tables import size
 

@@ -8,8 +8,10 @@ from typing import NamedTuple
 
 from harness import config
 from harness.knobs import Refusal, Settings
-from harness.rehearsal.pool import Worst, decisive, progress, rehearse_all, workers
-from harness.settings import check_world, load
+from harness.rehearsal import decisive
+from harness.rehearsal.pool import Worst, progress, rehearse_all, workers
+from harness.rules import check_world
+from harness.settings import load
 
 AXES = {
     "train": {

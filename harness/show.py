@@ -54,11 +54,10 @@ def _stages(run: Record) -> Iterator[str]:
     """Which stage has what, what of it waits for a backward, and how long each waits for the others."""
     cut, seen = run.pipeline, {rank.stage: rank for rank in reversed(run.ranks)}
     layers = ", ".join(map(str, cut.split))
-    waits = (
-        ""
-        if cut.bubble is None
-        else f"; each waits {cut.bubble:.0%} of a step ({cut.micro_batches} micro-batches)"
-    )
+    waits = ""
+    if cut.bubble is not None:
+        plural = "es" * (cut.micro_batches != 1)
+        waits = f"; each waits {cut.bubble:.0%} of a step ({cut.micro_batches} micro-batch{plural})"
     yield f"{cut.stages} stages of {layers} layers{waits}"
     alive = [seen[stage].forwards for stage in sorted(seen)]
     if run.mode == "train" and all(each is not None for each in alive) and len(alive) == cut.stages:

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 
 from harness import weights
 from harness.knobs import Settings
-from harness.settings import check_split
+from harness.rules import check_split
 from harness.stage import parts
 
 Cost = Callable[[int, int, int], float]

@@ -10,9 +10,9 @@ from harness.tables import size
 def stash(run: Run) -> Iterator[Finding]:
     """A stage keeps the activations of several forwards at once."""
     record, first = run.record, run.record.by_stage.get(0)
-    if record.pipeline.stages < 2 or record.mode != "train" or first is None or not first.forwards:
+    kept = first.forwards if first else None
+    if record.pipeline.stages < 2 or first is None or kept is None or kept.alive < 2:
         return
-    kept = first.forwards
     counts = [rank.forwards.alive for _, rank in sorted(record.by_stage.items()) if rank.forwards]
     sentence = (
         f"Stage 0 of {record.pipeline.stages} keeps {kept_by(first)} for their backward at once, {size(kept.bytes)}; "

@@ -16,7 +16,8 @@ from harness.engine import Engine
 from harness.ledger import Ledger
 from harness.pipeline import Pipeline
 from harness.record import Output
-from harness.settings import Refusal, Settings, check_layers
+from harness.rules import check_layers
+from harness.settings import Refusal, Settings
 from harness.split import ranges, split_of
 from harness.world import World
 

@@ -128,13 +128,11 @@ def _drawn(tensor: Tensor) -> None:
 
 def familiar(model: PreTrainedModel, directory: Path) -> bool:
     """Whether the tensors in `directory` are the whole `model`'s, tied ones equal, or such as transformers ignores."""
-    places = _places(directory)
+    stored = _stored(directory)
     for pair in model.all_tied_weights_keys.items():
-        if all(name in places for name in pair):
-            one, other = (_tensor(places, name) for name in pair)
-            if not torch.equal(one, other):
-                return False
-    strange = set(places) - set(model.state_dict())
+        if all(name in stored for name in pair) and not _equal(stored, pair):
+            return False
+    strange = set(stored) - set(model.state_dict())
     found = SimpleNamespace(missing_keys=set(), unexpected_keys=strange)
     model._adjust_missing_and_unexpected_keys(found)
     return not found.unexpected_keys
@@ -149,36 +147,40 @@ def in_full(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
     return [name for name in names if pattern.search(name)]
 
 
-def read(stored: Stored, directory: Path) -> bool:
-    """Fill `stored` from the safetensors files in `directory`, one tensor at a time.
+def read(owned: Stored, directory: Path) -> bool:
+    """Fill `owned` from the safetensors files in `directory`, one tensor at a time.
 
     False, and nothing is done, where not all of them are there under their own names and in their own shapes.
     """
-    places = _places(directory)
-    if not all(name in places for name in stored):
+    stored = _stored(directory)
+    if any(stored.get(name, (None, None))[1] != tuple(tensor.shape) for name, tensor in owned.items()):
         return False
-    for name, tensor in stored.items():
-        with safe_open(places[name], framework="pt") as file:
-            if tuple(file.get_slice(name).get_shape()) != tuple(tensor.shape):
-                return False
-    for name, tensor in stored.items():
-        tensor.data.copy_(_tensor(places, name))
+    for place in sorted({stored[name][0] for name in owned}):
+        with safe_open(place, framework="pt") as file:
+            for name, tensor in owned.items():
+                if stored[name][0] == place:
+                    tensor.data.copy_(file.get_tensor(name))
     return True
 
 
-def _tensor(places: Mapping[str, Path], name: str) -> Tensor:
-    with safe_open(places[name], framework="pt") as file:
-        found: Tensor = file.get_tensor(name)
-    return found
+def _equal(stored: Mapping[str, tuple[Path, tuple[int, ...]]], names: tuple[str, str]) -> bool:
+    """Whether two tensors of a checkpoint are the same."""
+    found = []
+    for name in names:
+        with safe_open(stored[name][0], framework="pt") as file:
+            found.append(file.get_tensor(name))
+    return torch.equal(*found)
 
 
-def _places(directory: Path) -> dict[str, Path]:
-    """Which file each tensor is in."""
+def _stored(directory: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
+    """Which file each tensor is in, and its shape."""
     files = [directory / SAFE_WEIGHTS_NAME]
     if (directory / SAFE_WEIGHTS_INDEX_NAME).is_file() and not files[0].is_file():
         files = sorted(directory.glob("model-*.safetensors"))
-    found = {}
+    found: dict[str, tuple[Path, tuple[int, ...]]] = {}
     for path in files:
-        with safe_open(path, framework="pt") as file:
-            found.update(dict.fromkeys(file.keys(), path))
+        with safe_open(
+            path, framework="numpy"
+        ) as file:  # for torch it would map the file, as if it allocated it
+            found |= {name: (path, tuple(file.get_slice(name).get_shape())) for name in file.keys()}  # noqa: SIM118
     return found

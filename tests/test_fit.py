@@ -10,7 +10,8 @@ from harness import config
 from harness.__main__ import main
 from harness.fit import parse_size
 from harness.knobs import Refusal
-from harness.rehearsal.pool import decisive, worst
+from harness.rehearsal import decisive
+from harness.rehearsal.pool import worst
 from harness.search import HIGHEST, RECOMPUTED, Climb, Fit, cost
 from harness.settings import load
 
@@ -44,11 +45,11 @@ def test_given_rungs_are_climbed_in_order_and_no_further_than_needed() -> None:
 
 
 def test_pruning_gives_what_trying_everything_gives(capsys: pytest.CaptureFixture[str]) -> None:
-    words = [*SMALL, "hardware.memory=50000000", "zero=1,2,3", "train.micro_batch=1,2,4"]
+    words = [*SMALL, "hardware.memory=50000000", "zero=2,3", "train.micro_batch=1,2,4"]
     assert main(["fit", *words, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     verdicts = {tuple(trial["words"]): trial for trial in found["trials"]}
-    for zero, mode, micro_batch in product((1, 2, 3), RECOMPUTED, (1, 2, 4)):
+    for zero, mode, micro_batch in product((2, 3), RECOMPUTED, (1, 2, 4)):
         words = [
             f"zero={zero}",
             "zero.offload=none",
@@ -66,7 +67,7 @@ def test_pruning_gives_what_trying_everything_gives(capsys: pytest.CaptureFixtur
         else:
             assert (trial["peak"], trial["rank"]) == (itself.bytes, itself.rank)
             assert trial["fits"] == (itself.bytes <= 50_000_000)
-    assert 0 < len(verdicts) < 27
+    assert 0 < len(verdicts) < 18
 
 
 def test_the_last_line_is_a_command_that_the_harness_takes(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,103 +1,118 @@
-"""Forwards wait for their backward as long as autograd keeps what they saved; in inference there are none."""
-
-from collections.abc import Callable
+"""How many forwards wait for their backward, counted in plain loops whose answer is known."""
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 from harness import Ledger
-from harness.ledger.forwards import Forwards
 
 Schedule = list[tuple[str, int]]
-ONE_AT_A_TIME: Schedule = [("forward", 0), ("backward", 0), ("forward", 1), ("backward", 1)]
-TWO_AT_ONCE: Schedule = [("forward", 0), ("forward", 1), ("backward", 0), ("backward", 1)]
-ONE_AHEAD: Schedule = [
-    *[("forward", 0), ("forward", 1), ("backward", 0), ("forward", 2)],
-    *[("backward", 1), ("backward", 2)],
-]
-ROWS = (3, 5, 7)
-"""Of each micro-batch, so that what it saves has a size of its own."""
+
+WIDTH, BATCH = 64, 8
 
 
-def network() -> nn.Module:
-    return nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 8), nn.Softmax(dim=-1))
+def model() -> torch.nn.Sequential:
+    """Linear, tanh, linear: autograd saves the tanh's output, [BATCH, WIDTH] fp32, once for each forward."""
+    return torch.nn.Sequential(torch.nn.Linear(WIDTH, WIDTH), torch.nn.Tanh(), torch.nn.Linear(WIDTH, 1))
 
 
-def saved_by(model: nn.Module, given: Tensor) -> int:
-    """Bytes that autograd keeps of a forward, parameters and what was given apart, as its own hooks tell."""
-    storages: dict[int, Tensor] = {}
-    known = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), given)}
+STASH = BATCH * WIDTH * 4
 
-    def pack(tensor: Tensor) -> Tensor:
-        storages[tensor.untyped_storage().data_ptr()] = tensor
+
+def loss_of(net: torch.nn.Module) -> torch.Tensor:
+    made: torch.Tensor = net(torch.ones(BATCH, WIDTH)).sum()
+    return made
+
+
+def test_one_after_another_there_is_one() -> None:
+    net = model()
+    with Ledger(model=net) as ledger:
+        for _ in range(3):
+            loss_of(net).backward()
+    assert ledger.forwards is not None
+    assert (ledger.forwards.alive, ledger.forwards.stashes) == (1, (STASH,))
+
+
+def test_all_forwards_before_any_backward_are_all_alive() -> None:
+    net = model()
+    with Ledger(model=net) as ledger:
+        given, losses = torch.ones(BATCH, WIDTH), []
+        for number in range(4):
+            with ledger.phase("forward", 0, number):
+                losses.append(net(given).sum())
+        for number, loss in enumerate(losses):
+            with ledger.phase("backward", 0, number):
+                loss.backward()
+    assert ledger.forwards is not None
+    assert ledger.forwards.stashes == (STASH,) * 4
+    assert ledger.forwards.where == (0, "forward", 3)
+
+
+def test_what_outlives_its_backward_is_no_forward() -> None:
+    net, kept = model(), []
+    with Ledger(model=net) as ledger:
+        for number in range(3):
+            with ledger.phase("forward", 0, number):
+                hidden = net[1](net[0](torch.ones(BATCH, WIDTH)))
+                kept.append(hidden.detach())
+                loss = net[2](hidden).sum()
+            with ledger.phase("backward", 0, number):
+                loss.backward()
+    assert ledger.forwards is not None
+    assert ledger.forwards.alive == 1
+
+
+def test_without_gradients_there_is_none() -> None:
+    net = model()
+    with Ledger(model=net) as ledger, torch.no_grad():
+        loss_of(net)
+    assert ledger.forwards is not None
+    assert (ledger.forwards.alive, ledger.forwards.stashes, ledger.forwards.where) == (0, (), None)
+
+
+def test_where_nothing_is_seen_the_number_is_not_known() -> None:
+    net = model()
+    with Ledger(model=net, mode="phases") as ledger:
+        loss_of(net).backward()
+    assert ledger.forwards is None
+
+
+def saved(net: torch.nn.Module, rows: int) -> int:
+    """Bytes that autograd keeps of a forward over so many rows, its input and parameters apart, as its hooks tell."""
+    given, kept = torch.ones(rows, WIDTH), {}
+    known = {tensor.data_ptr() for tensor in (*net.parameters(), given)}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = model(given)
+        out = net(given)
     assert out.requires_grad
-    return sum(tensor.untyped_storage().nbytes() for place, tensor in storages.items() if place not in known)
-
-
-def followed(
-    schedule: Schedule, mode: str = "exact", steps: int = 1, keep: Callable[[Tensor], None] | None = None
-) -> tuple[Forwards | None, nn.Module]:
-    """The forwards that a ledger saw while `schedule` was followed."""
-    model = network()
-    with Ledger(model=model, mode=mode) as ledger:
-        for step in range(steps):
-            waiting: dict[int, Tensor] = {}
-            for phase, number in schedule:
-                with ledger.phase("data", step, number):
-                    given = torch.ones(ROWS[number], 16)
-                with ledger.phase(phase, step, number):
-                    if phase == "forward":
-                        waiting[number] = model(given)
-                        if keep is not None:
-                            keep(waiting[number])
-                    elif phase == "backward":
-                        waiting.pop(number).sum().backward()
-                    else:
-                        with torch.no_grad():
-                            model(given)
-    return ledger.forwards, model
+    return sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in known)
 
 
 @pytest.mark.parametrize(
-    ("schedule", "alive"), [(ONE_AT_A_TIME, (1,)), (TWO_AT_ONCE, (0, 1)), (ONE_AHEAD, (1, 2))]
+    ("schedule", "alive"),
+    [
+        ([("forward", 0), ("backward", 0), ("forward", 1), ("backward", 1)], (1,)),
+        ([("forward", 0), ("forward", 1), ("backward", 0), ("forward", 2), ("backward", 1)], (1, 2)),
+        ([("forward", 1), ("validate", 2), ("backward", 1), ("forward", 0), ("backward", 0)], (1,)),
+    ],
 )
-@pytest.mark.parametrize("steps", [1, 2])
-def test_as_many_are_alive_as_the_schedule_has_waiting_with_the_bytes_autograd_saved(
-    schedule: Schedule, alive: tuple[int, ...], steps: int
+def test_each_keeps_what_autograd_saved_whatever_the_schedule(
+    schedule: Schedule, alive: tuple[int, ...]
 ) -> None:
-    found, model = followed(schedule, steps=steps)
-    assert found is not None
-    assert found.alive == len(alive)
-    assert found.stashes == tuple(saved_by(model, torch.ones(ROWS[number], 16)) for number in alive)
-    assert found.where is not None
-    assert found.where.phase == "forward"
-    assert found.where.micro_batch == alive[-1]
-
-
-def test_inference_has_none() -> None:
-    found, _ = followed([("prefill", 0), ("decode", 0), ("decode", 1)])
-    assert found == Forwards(0, (), None)
-
-
-def test_a_forward_without_gradients_has_none_between_those_with_them() -> None:
-    found, _ = followed([("forward", 0), ("validate", 1), ("backward", 0)])
-    assert found is not None
-    assert found.alive == 1
-
-
-def test_what_outlives_its_backward_waits_for_nothing() -> None:
-    kept: list[Tensor] = []
-    found, _ = followed(ONE_AT_A_TIME, keep=kept.append)  # softmax saves its output
-    assert len(kept) == 2
-    assert found is not None
-    assert found.alive == 1
-
-
-def test_they_are_not_measured_where_only_phases_are() -> None:
-    found, _ = followed(TWO_AT_ONCE, mode="phases")
-    assert found is None
+    net = torch.nn.Sequential(*model(), torch.nn.Softmax(dim=-1))
+    with Ledger(model=net) as ledger:
+        waiting: dict[int, torch.Tensor] = {}
+        for phase, number in schedule:
+            with ledger.phase("data", 0, number):
+                given = torch.ones(number + 3, WIDTH)  # each is of a size of its own
+            with ledger.phase(phase, 0, number), torch.set_grad_enabled(phase != "validate"):
+                if phase == "backward":
+                    waiting.pop(number).sum().backward()
+                else:
+                    waiting[number] = net(given)
+    assert ledger.forwards is not None
+    assert ledger.forwards.stashes == tuple(saved(net, number + 3) for number in alive)
+    assert ledger.forwards.where == (0, "forward", alive[-1])

@@ -10,7 +10,8 @@ from omegaconf import OmegaConf
 
 from harness import config
 from harness.knobs import knobs
-from harness.settings import Refusal, Settings, Train, check_world, load
+from harness.rules import check_world
+from harness.settings import Refusal, Settings, Train, load
 
 MODELS = config.groups()["model"]
 

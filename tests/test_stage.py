@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from harness import model, proof, stage, weights
+from harness import Ledger, model, proof, stage, weights
 from harness.cache import make
 from harness.knobs import Model, Refusal
 from harness.split import ranges
@@ -169,6 +169,18 @@ def test_a_checkpoint_comes_into_stages_as_into_the_whole(
     for part in read(directory, split):
         for key, parameter in part.owned().items():
             assert torch.equal(parameter, expected[key]), key
+
+
+def test_a_checkpoints_file_is_no_memory_of_the_stage_that_reads_it(tmp_path: Path) -> None:
+    whole_of("llama").save_pretrained(tmp_path / "whole")
+    file = (tmp_path / "whole/model.safetensors").stat().st_size
+    asked = Model(name="saved", path=str(tmp_path / "whole"))
+    with Ledger(device="cpu") as ledger:
+        part = stage.build(asked, model.model_config(asked), torch.float32, CPU, 0, range(1))
+        ledger.own(model=part.model)
+    held = sum(parameter.nbytes for parameter in part.parameters())
+    assert ledger.allocator.unattributed == 0
+    assert ledger.peak.bytes < held + file // 2
 
 
 def test_a_checkpoint_without_a_tensor_of_a_stage_is_refused(tmp_path: Path) -> None:

@@ -4,10 +4,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from harness.model import model_config
-from harness.rehearsal.pool import decisive, progress, workers
+from harness.rehearsal import decisive
 from harness.rehearsal.role import rehearse
 from harness.rehearsal.roles import roles
-from harness.settings import Settings, check_split
+from harness.rules import check_split
+from harness.settings import Settings
 from harness.split import balanced, ranges, uniform
 
 ROUNDS = 6
@@ -29,22 +30,6 @@ def resolved(settings: Settings, measure: Measure | None = None) -> Settings:
     layers = model_config(settings.model).get_text_config(decoder=True).num_hidden_layers
     check_split(settings.pipeline, layers)
     return _with(settings, _by_memory(_short(settings), layers, measure or _in_turn))
-
-
-def in_parallel(settings: Settings) -> Settings:
-    """The same, as many tasks at once as there are cores, with a progress bar."""
-    if settings.pipeline.stages == 1 or settings.pipeline.split != "memory":
-        return settings
-    with workers(2 * settings.pipeline.stages) as pool, progress(None) as bar:
-
-        def measure(tasks: Sequence[Task]) -> list[int]:
-            found = []
-            for highest in pool.map(peak, tasks):
-                found.append(highest)
-                bar.update()
-            return found
-
-        return resolved(settings, measure)
 
 
 def peak(task: Task) -> int:

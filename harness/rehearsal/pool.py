@@ -6,9 +6,8 @@ Nothing here imports torch: whoever asks for rehearsals need not.
 import os
 import signal
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
 from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -56,22 +55,15 @@ def _leave_interrupts() -> None:
 
 
 def rehearse_all(pool: ProcessPoolExecutor, wanted: Sequence[Settings], bar: Any = None) -> list[Worst]:
-    """The worst rank under each of `wanted`, in parallel. `bar` is told of each that is done."""
-    running = [pool.submit(worst, settings) for settings in wanted]
-    for _ in as_completed(running):
+    """The worst rank under each of `wanted`, all their ranks in parallel. `bar` is told of each that is done."""
+    asked = [each.result() for each in [pool.submit(candidates, settings) for settings in wanted]]
+    running = [[pool.submit(_peak, each.settings, rank) for rank in each.ranks] for each in asked]
+    found = []
+    for each, peaks in zip(asked, running, strict=True):
+        found.append(_highest(each, [peak.result() for peak in peaks]))
         if bar is not None:
             bar.update()
-    return [each.result() for each in running]
-
-
-def decisive(settings: Settings) -> Settings:
-    """`settings` with no more micro-batches than decide the peak of a step.
-
-    With one more than there are stages each has kept all that it ever keeps, gradients among it; a pipeline's last
-    stage keeps the loss of each further one, 4 bytes.
-    """
-    few = min(settings.train.accumulation, settings.pipeline.stages + 1)
-    return replace(settings, train=replace(settings.train, accumulation=few, batch=None))
+    return found
 
 
 def progress(total: int | None) -> Any:
@@ -79,22 +71,58 @@ def progress(total: int | None) -> Any:
     return tqdm(total=total, unit="rehearsal", desc="rehearse", leave=False, disable=None)
 
 
+class Candidates(NamedTuple):
+    """The ranks of a config among which the worst is; or, in words, why there are none."""
+
+    settings: Settings
+    ranks: list[int]
+    passed_over: int = 0
+    failure: str = ""
+
+
 def worst(settings: Settings) -> Worst:
     """The rank with the highest peak of the roles of `settings`' world, of a stage the `MOST` with the most to hold."""
+    asked = candidates(settings)
+    return _highest(asked, [_peak(asked.settings, rank) for rank in asked.ranks])
+
+
+def candidates(settings: Settings) -> Candidates:
+    """The ranks to rehearse for `worst`."""
     from harness.rehearsal.balance import resolved
-    from harness.rehearsal.role import rehearse
     from harness.rehearsal.roles import roles
 
     try:
         settings = resolved(settings)
         every = sorted((role for role in roles(settings) if not role.outdone), key=lambda role: -role.held)
-        tried = [role for stage in {role.stage for role in every} for role in _of(every, stage)[:MOST]]
-        peaks = [(role.rank, rehearse(settings, role.rank)[0]["peak"]) for role in tried]
-        rank, peak = max(peaks, key=lambda pair: pair[1]["bytes"])
-    except Exception as error:  # another process asked; the error's class may not be known there
-        return Worst(0, 0, {}, " ".join(f"{type(error).__name__}: {error}".split())[:200])
+    except Exception as error:
+        return Candidates(settings, [], failure=_words(error))
+    tried = [role.rank for stage in {role.stage for role in every} for role in _of(every, stage)[:MOST]]
+    return Candidates(settings, tried, len(every) - len(tried))
+
+
+def _peak(settings: Settings, rank: int) -> dict[str, Any] | str:
+    """A rank's peak, as its record has it; or why there is none."""
+    from harness.rehearsal.role import rehearse
+
+    try:
+        peak: dict[str, Any] = rehearse(settings, rank)[0]["peak"]
+    except Exception as error:
+        return _words(error)
+    return {**peak, "rank": rank}
+
+
+def _highest(asked: Candidates, peaks: Sequence[dict[str, Any] | str]) -> Worst:
+    failure = asked.failure or next((peak for peak in peaks if isinstance(peak, str)), "")
+    if failure:
+        return Worst(0, 0, {}, failure)
+    peak = max((peak for peak in peaks if not isinstance(peak, str)), key=lambda peak: peak["bytes"])
     held = {name: count for name, count in peak["categories"].items() if count}
-    return Worst(peak["bytes"], rank, held, passed_over=len(every) - len(tried))
+    return Worst(peak["bytes"], peak["rank"], held, passed_over=asked.passed_over)
+
+
+def _words(error: Exception) -> str:
+    """Another process asked; the error's class may not be known there."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 def _of(roles: "Sequence[Role]", stage: int) -> "list[Role]":

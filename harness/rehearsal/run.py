@@ -1,16 +1,19 @@
 """A whole rehearsal: every role of a world, and one record of them all."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import as_completed
 from typing import Any
 
 from tqdm import tqdm
 
 from harness.rehearsal import UNVERIFIED
-from harness.rehearsal.balance import in_parallel
-from harness.rehearsal.pool import workers
+from harness.rehearsal.balance import Task, peak, resolved
+from harness.rehearsal.pool import progress, workers
 from harness.rehearsal.roles import Role, roles
 from harness.settings import Settings
+
+MEASURED = ("kv_bytes_per_token_measured", "kv_reserved", "kv_filled", "kv_live")
+"""Figures that `infer.largest` has of one rank's own layers."""
 
 
 def described(settings: Settings) -> dict[str, Any]:
@@ -42,7 +45,7 @@ def rehearse(settings: Settings) -> tuple[list[dict[str, Any]], dict[str, Any]]:
 
     Raises Refusal as the run itself would, RuntimeError where a shim does not fit, and whatever the run raises.
     """
-    settings = in_parallel(settings)
+    settings = balanced(settings)
     wanted = roles(settings)
     found: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
     with tqdm(total=len(wanted), unit="role", desc="rehearse", leave=False, disable=None) as bar:
@@ -58,11 +61,41 @@ def rehearse(settings: Settings) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         }
         for role in wanted
     ]
-    return ranks, max((found[role.rank][1] for role in wanted), key=_cached)
+    assert settings.world.size is not None
+    replicas = settings.world.size // settings.pipeline.stages
+    by_replica: dict[int, list[dict[str, Any]]] = {}
+    for role in wanted:
+        by_replica.setdefault(role.rank % replicas, []).append(found[role.rank][1])
+    return ranks, max(map(_whole, by_replica.values()), key=_cached)
+
+
+def _whole(stages: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the stages of a replica say of it: its KV cache is all of theirs."""
+    told = [done["inference"] for done in stages if "inference" in done]
+    if not told:
+        return stages[0]
+    held = {key: sum(each[key] for each in told) for key in MEASURED if told[0][key] is not None}
+    return {**stages[0], "inference": {**told[0], **held}}
+
+
+def balanced(settings: Settings) -> Settings:
+    """`settings` with a list of layers where they ask for `memory`: many rehearsals at once, with a progress bar."""
+    if settings.pipeline.stages == 1 or settings.pipeline.split != "memory":
+        return settings
+    with workers(2 * settings.pipeline.stages) as pool, progress(None) as bar:
+
+        def measure(tasks: Sequence[Task]) -> list[int]:
+            found = []
+            for highest in pool.map(peak, tasks):
+                found.append(highest)
+                bar.update()
+            return found
+
+        return resolved(settings, measure)
 
 
 def _cached(done: dict[str, Any]) -> int:
-    """The bytes of the largest KV cache that a role saw, which are the run's."""
+    """The bytes of a replica's largest KV cache: the largest of all is the run's."""
     return done.get("inference", {}).get("kv_reserved") or 0
 
 

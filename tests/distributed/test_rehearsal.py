@@ -20,6 +20,7 @@ import pytest
 from harness.config import compose
 from harness.rehearsal.role import rehearse
 from harness.rehearsal.roles import roles
+from harness.rehearsal.run import rehearse as rehearse_all
 from harness.settings import Settings, load
 from tests.distributed.conftest import Launch, complete
 
@@ -130,6 +131,8 @@ CELLS: dict[int, list[Words]] = {
         (*TWO_BY_TWO, "zero=0", *EVERYTHING),
         (*TINY, *INFER, *RELAYED, "pipeline.groups=3"),
         ("hardware=cpu", *INFER, *RELAYED, "pipeline.stages=4", "generation.max_new_tokens=40"),
+        ("hardware=cpu", *INFER, *RELAYED, "pipeline.stages=4", "generation.stop_at_eos=true"),
+        (*TINY, *INFER, "pipeline.stages=2", "generation.prompt=[x]", "generation.max_new_tokens=1"),
     ],
     3: [(*TINY, *UNEVEN, *TRAIN, f"zero={stage}", "train.accumulation=2") for stage in STAGES]
     + [(*TINY, *UNEVEN, *TRAIN, "zero=3", "zero.offload=all", "zero.persistence_threshold=0")]
@@ -229,3 +232,16 @@ def test_a_rank_stands_for_its_like_in_the_run_and_bounds_none_above_it(
         assert all(real[rank]["categories"] == real[each.rank]["categories"] for rank in each.stands_for)
         assert all(seen(real[rank]) == seen(real[each.rank]) for rank in each.stands_for)
         assert all(peaks[rank] <= peaks[each.rank] for rank in each.bounds)
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [(ranks, words) for ranks in CELLS for words in CELLS[ranks] if {*RELAYED} <= {*words}],
+    ids=name,
+)
+def test_a_rehearsal_says_of_the_kv_cache_what_the_run_says(
+    run: Callable[[int, Words], Books], prompts: Path, cell: tuple[int, Words]
+) -> None:
+    ranks, words = cell
+    real = {key: figure for key, figure in run(ranks, words)["inference"].items() if key != "new_tokens"}
+    assert rehearse_all(settings_of(words, ranks, prompts))[1]["inference"] == real

@@ -24,27 +24,42 @@ COMMON = (
 )
 SAMPLED = ("generation.sample=true", "generation.top_k=40")
 WHOLE_LENGTH = ("generation.stop_at_eos=false", "generation.cache=static")
+EACH_BY_ITSELF, ONE_TOKEN = "pipeline.groups=5", "generation.max_new_tokens=1"
+LONG = (
+    *(
+        "generation.prompts=null",
+        "generation.prompt_length=100",
+        "generation.count=16",
+        "generation.batch=16",
+    ),
+    "generation.max_new_tokens=3",
+)
+"""Four groups with enough to show at once that a stage's peak is there."""
+BOUNDARY = 4 * 100 * 64 * 4
+"""Bytes of the hidden states of one such group: sequences, tokens, hidden size, fp32."""
 TWO, FOUR = "pipeline.stages=2", "pipeline.stages=4"
 GREEDY: dict[int, list[Words]] = {
     2: [
         *((TWO, f"generation.cache={cache}") for cache in CACHES),
         (TWO, "generation.batch=3"),
         (TWO, "pipeline.groups=1"),
-        (TWO, "pipeline.groups=5"),
+        (TWO, EACH_BY_ITSELF),
         (TWO, "pipeline.split=[1,3]"),
     ],
     4: [
         *((FOUR, f"generation.cache={cache}") for cache in CACHES),
+        (FOUR, EACH_BY_ITSELF),
         (TWO, "generation.batch=2"),
     ],
 }
 RUNS: dict[int, list[Words]] = {
     1: [SAMPLED, WHOLE_LENGTH],
-    2: [*GREEDY[2], (TWO, *SAMPLED), (TWO, *WHOLE_LENGTH)],
+    2: [*GREEDY[2], (TWO, *SAMPLED), (TWO, *WHOLE_LENGTH), (TWO, ONE_TOKEN)],
     4: [
         *GREEDY[4],
         (FOUR, *SAMPLED),
         (FOUR, *WHOLE_LENGTH),
+        (FOUR, ONE_TOKEN),
         (TWO, "generation.prompts=null", "generation.prompt=x"),
     ],
 }
@@ -87,7 +102,7 @@ def run(launch: Launch, tmp_path_factory: pytest.TempPathFactory, checkpoint: Pa
     file = tmp_path_factory.mktemp("prompts") / "prompts.txt"
     file.write_text("\n".join(PROMPTS) + "\n")
     given = (*COMMON, f"model.path={checkpoint}", f"generation.prompts={file}")
-    return lambda ranks, words: launch(*given, *words, ranks=ranks)
+    return lambda ranks, words, **more: launch(*given, *words, ranks=ranks, **more)
 
 
 def tokens(directory: Path) -> list[list[int]]:
@@ -126,6 +141,22 @@ def test_what_is_sampled_does_not_depend_on_the_stages(
     assert len({tuple(row) for row in whole}) == len(PROMPTS)
 
 
+@pytest.mark.parametrize(("ranks", "stages"), [(2, TWO), (4, FOUR)])
+def test_one_new_token_is_the_first_of_many(
+    run: Callable[..., Path], expected: list[list[int]], ranks: int, stages: str
+) -> None:
+    assert tokens(run(ranks, (stages, ONE_TOKEN))) == [row[:1] for row in expected]
+
+
+@pytest.mark.parametrize(("ranks", "stages"), [(2, TWO), (4, FOUR)])
+def test_a_group_that_has_ended_is_shown_to_no_stage_any_more(
+    run: Callable[..., Path], expected: list[list[int]], ranks: int, stages: str
+) -> None:
+    kv = complete(run(ranks, (stages, EACH_BY_ITSELF)))["inference"]
+    shown = sum(len(prompt) + len(row) - 1 for prompt, row in zip(PROMPTS, expected, strict=True))
+    assert kv["kv_reserved"] == kv["kv_live"] == shown * kv["kv_bytes_per_token"]
+
+
 def test_a_replica_without_a_prompt_waits_for_the_other(
     run: Callable[..., Path], expected: list[list[int]]
 ) -> None:
@@ -152,6 +183,35 @@ def test_a_stage_keeps_no_more_with_more_stages(run: Callable[..., Path]) -> Non
         for each in ran
     ]
     assert peaks == sorted(peaks, reverse=True)
+
+
+@pytest.mark.parametrize("words", [(), WHOLE_LENGTH], ids=str)
+def test_two_runs_of_one_config_give_the_same_books(run: Callable[..., Path], words: Words) -> None:
+    again = complete(run(4, (FOUR, *words), again=1))
+    assert complete(run(4, (FOUR, *words)))["ranks"] == again["ranks"]
+
+
+def test_what_a_stage_receives_is_an_activation_and_no_communication(run: Callable[..., Path]) -> None:
+    first, *others = complete(run(4, (FOUR, *LONG)))["ranks"]
+    for rank in others:
+        assert rank["peak"]["where"]["phase"] == "prefill"
+        (received,) = [each for each in rank["peak"]["holdings"] if each["name"] == "received hidden states"]
+        assert received["category"] == "activations"
+        assert received["bytes"] == BOUNDARY
+    for rank in (first, *others):
+        assert rank["categories"]["communication"]["peak"] == 1  # a barrier's
+
+
+def test_a_stage_keeps_one_group_of_what_it_sent_however_many_follow(run: Callable[..., Path]) -> None:
+    *senders, _ = complete(run(4, (FOUR, *LONG)))["ranks"]
+    for rank in senders:
+        held = {
+            phase["micro_batch"]: phase["categories"]["activations"]
+            for phase in rank["phases"]
+            if phase["phase"] == "prefill"
+        }
+        assert held == {0: held[0], **dict.fromkeys((1, 2, 3), held[0] + BOUNDARY)}
+        assert rank["categories"]["activations"]["end"] == 0
 
 
 def test_the_caches_of_all_stages_hold_what_one_would(run: Callable[..., Path]) -> None:

@@ -1,0 +1,51 @@
+"""What a KV cache does to a run's memory, each found in figures of its record. It reads no torch."""
+
+from collections.abc import Iterator
+
+from harness.surprises import NOTABLE, Finding, Run
+from harness.tables import size
+
+
+def kv_cache(run: Run) -> Iterator[Finding]:
+    """The KV cache outgrows the parameters."""
+    held, parameters = run.highest("kv_cache"), run.highest("parameters")
+    if run.record.mode == "infer" and held > parameters:
+        token = run.record.inference.kv_bytes_per_token
+        each = f"; it takes {size(token)} for each token of each sequence" if token else ""
+        sentence = (
+            f"The KV cache grows to {size(held)}, more than the {size(parameters)} of parameters{each}."
+        )
+        yield Finding("kv_cache", sentence, held)
+
+
+def padding(run: Run) -> Iterator[Finding]:
+    """Much of the KV cache holds padding, or nothing."""
+    kv = run.record.inference
+    if kv.kv_reserved is None or kv.kv_filled is None or kv.kv_live is None:
+        return
+    wasted, unused = kv.kv_filled - kv.kv_live, kv.kv_reserved - kv.kv_filled
+    parts = [f"{size(wasted)} are padding"] if wasted >= NOTABLE * kv.kv_reserved else []
+    parts += [f"{size(unused)} were never filled"] if unused >= NOTABLE * kv.kv_reserved else []
+    if parts and kv.kv_reserved > 0:
+        sentence = (
+            f"Of {size(kv.kv_reserved)} of KV cache {kv.kv_live / kv.kv_reserved:.0%} hold tokens: "
+            f"{' and '.join(parts)}."
+        )
+        yield Finding("padding", sentence, wasted + unused)
+
+
+def cache_copies(run: Run) -> Iterator[Finding]:
+    """A dynamic cache exists twice, in part, while it copies itself to grow."""
+    reserved, highest = run.record.inference.kv_reserved, run.highest("kv_cache")
+    dynamic = run.settings is not None and run.settings.generation.cache == "dynamic"
+    if dynamic and reserved and highest - reserved >= NOTABLE * reserved:
+        copied = highest - reserved
+        sentence = (
+            f"The dynamic cache copies a layer to add a token: for that moment KV takes {size(highest)}, "
+            f"{size(copied)} more than it keeps. A static cache does not."
+        )
+        yield Finding("cache_copies", sentence, copied)
+
+
+CACHED = (kv_cache, padding, cache_copies)
+"""In the order in which they are told."""

@@ -1,0 +1,280 @@
+"""Every rule between knobs, each with its sentence."""
+
+import glob
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from harness.knobs import Checkpointing, Generation, Model, Pipeline, Refusal, Settings
+
+
+def check(settings: Settings) -> None:
+    """Raise Refusal for an impossible combination, as far as neither torch nor the other ranks must be asked."""
+    for rule in (_parallelism, _pipeline, _rehearsal, _model, _checkpointing, _data, _train, _generation):
+        rule(settings)
+
+
+def check_world(settings: Settings, size: int, words: Sequence[str] = ()) -> None:
+    """Refuse a world of `size` ranks that `settings` cannot run in; `words` are what was typed after `harness`."""
+    world, stages, train = settings.world, settings.pipeline.stages, settings.train
+    if world.size is not None and world.size != size:
+        raise Refusal("world.size", world.size, f"{_ranks(size)} here; start {_torchrun(world.size, words)}")
+    if size % stages:
+        enough = -(-size // stages) * stages
+        raise Refusal(
+            "pipeline.stages",
+            stages,
+            f"{_ranks(size)} here, and stages must divide them evenly; start {_torchrun(enough, words)}",
+        )
+    together = train.micro_batch * size // stages
+    if settings.mode == "train" and train.batch is not None and train.batch != together * train.accumulation:
+        remedy = (
+            f"train.accumulation={train.batch // together} makes that"
+            if train.batch % together == 0
+            else f"it must be a multiple of that, as {-(-train.batch // together) * together} is"
+        )
+        product = f"train.micro_batch={train.micro_batch} on {_ranks(size // stages, 'replica')} is {together} at once"
+        raise Refusal(
+            "train.batch", train.batch, f"{product}, train.accumulation={train.accumulation}; {remedy}"
+        )
+
+
+def check_layers(checkpointing: Checkpointing, number: int) -> None:
+    """Refuse layers to recompute that a model of `number` layers does not have."""
+    for layer in checkpointing.layers:
+        if layer >= number:
+            remedy = f"there is no layer {layer}; the model has {number}, from 0 to {number - 1}"
+            raise Refusal("checkpointing.layers", checkpointing.layers, remedy)
+    if checkpointing.every > number:
+        remedy = f"the model has {number} layers; give no more than that, or checkpointing.layers=[0]"
+        raise Refusal("checkpointing.every", checkpointing.every, remedy)
+
+
+def _parallelism(settings: Settings) -> None:
+    zero, stages = settings.zero, settings.pipeline.stages
+    if zero.offload != "none" and zero.stage == 0:
+        raise Refusal("zero.offload", zero.offload, "zero=0 shards nothing to offload; use zero=1, 2 or 3")
+    if zero.offload == "all" and zero.stage != 3:
+        raise Refusal(
+            "zero.offload",
+            "all",
+            f"only zero=3 offloads parameters; with zero={zero.stage} use zero.offload=optimizer",
+        )
+    if stages > 1 and zero.stage > 1:
+        raise Refusal(
+            "zero",
+            zero.stage,
+            f"a pipeline keeps whole gradients; with pipeline.stages={stages} use zero=0 or 1",
+        )
+
+
+def _pipeline(settings: Settings) -> None:
+    asked, batch = settings.pipeline, settings.generation.batch
+    if asked.stages == 1:
+        for key, value, default in (("split", asked.split, "uniform"), ("groups", asked.groups, None)):
+            if value != default:
+                raise Refusal(f"pipeline.{key}", value, "one stage needs none; add pipeline.stages=")
+        return
+    if settings.mode == "infer" and asked.groups is not None and asked.groups > batch:
+        raise Refusal(
+            "pipeline.groups", asked.groups, f"each has a prompt or more, and generation.batch={batch}"
+        )
+    layers = _first(_shape(settings.model), "num_hidden_layers", "n_layer")[1]
+    if isinstance(layers, int):
+        check_split(asked, layers)
+
+
+def check_split(asked: Pipeline, layers: int) -> None:
+    """Refuse more stages than `layers`, and a list that does not give each stage its own."""
+    stages, split = asked.stages, asked.split
+    if stages > layers:
+        raise Refusal("pipeline.stages", stages, f"the model has {layers} layers; use {layers} or fewer")
+    if isinstance(split, list) and len(split) != stages:
+        raise Refusal(
+            "pipeline.split",
+            split,
+            f"names the layers of {len(split)} stages, and pipeline.stages={stages}",
+        )
+    if isinstance(split, list) and sum(split) != layers:
+        raise Refusal("pipeline.split", split, f"adds up to {sum(split)} layers, and the model has {layers}")
+
+
+def _rehearsal(settings: Settings) -> None:
+    if settings.world.kind != "rehearsed":
+        return
+    if settings.world.size is None:
+        raise Refusal("world.size", None, "world=rehearsed needs world.size=, the ranks to rehearse")
+    if settings.ledger.mode != "exact":
+        raise Refusal("ledger", settings.ledger.mode, "a rehearsal is what its ledger sees; use ledger=exact")
+    if settings.train.resume is not None:
+        raise Refusal(
+            "train.resume", settings.train.resume, "a rehearsal begins with the first step; leave it out"
+        )
+
+
+def _model(settings: Settings) -> None:
+    model = settings.model
+    shape = _shape(model)
+    prefix = "model.config." if model.path is None else f"{model.path}/config.json: "
+    heads, kv_heads = _first(shape, "num_attention_heads", "n_head"), _first(shape, "num_key_value_heads")
+    hidden, layers = _first(shape, "hidden_size", "n_embd"), _first(shape, "num_hidden_layers", "n_layer")
+    for name, value in (heads, kv_heads, hidden, layers):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise Refusal(prefix + name, value, "should be a whole number, 1 or more")
+    if heads[1] and kv_heads[1] and heads[1] % kv_heads[1]:
+        raise Refusal(prefix + kv_heads[0], kv_heads[1], f"must divide {heads[0]}={heads[1]} evenly")
+    if heads[1] and hidden[1] and shape.get("head_dim") is None and hidden[1] % heads[1]:
+        raise Refusal(prefix + hidden[0], hidden[1], f"must be a multiple of {heads[0]}={heads[1]}")
+    most, longest = _first(shape, "max_position_embeddings", "n_positions")
+    train, generation = settings.train, settings.generation
+    if settings.mode == "train" and longest and train.sequence > longest:
+        raise Refusal("train.sequence", train.sequence, f"the model allows {longest} tokens ({most})")
+    asked = generation.max_new_tokens + (1 if _given(generation) else generation.prompt_length)
+    if settings.mode == "infer" and longest and asked > longest:
+        key, value = "generation.max_new_tokens", generation.max_new_tokens
+        if asked - value >= longest:
+            key, value = "generation.prompt_length", generation.prompt_length
+        raise Refusal(
+            key, value, f"prompt and new tokens are {asked}, and the model allows {longest} ({most})"
+        )
+
+
+def _checkpointing(settings: Settings) -> None:
+    asked = settings.checkpointing
+    if settings.mode == "infer" and asked.mode != "none":
+        remedy = "inference keeps nothing to recompute; use checkpointing=none"
+        raise Refusal("checkpointing", asked.mode, remedy)
+    for key, value, off in (("layers", asked.layers, []), ("every", asked.every, 1)):
+        if asked.mode == "none" and value != off:
+            remedy = "checkpointing=none recomputes no layer; use checkpointing=selective or full"
+            raise Refusal(f"checkpointing.{key}", value, remedy)
+    if asked.layers and asked.every > 1:
+        raise Refusal("checkpointing.every", asked.every, "give either it or checkpointing.layers=, not both")
+    if len(set(asked.layers)) < len(asked.layers):
+        raise Refusal("checkpointing.layers", asked.layers, "give each layer once")
+    _, layers = _first(_shape(settings.model), "num_hidden_layers", "n_layer")
+    if layers is not None:
+        check_layers(asked, layers)
+
+
+def _shape(model: Model) -> Mapping[str, Any]:
+    """Keyword arguments of the model's transformers config, as far as they can be known without a hub."""
+    if model.path is None:
+        if model.random or model.config:
+            return model.config
+        raise Refusal(
+            "model", model.name, "the group gives no config; choose one with model= or give model.path="
+        )
+    path = os.path.expanduser(model.path)
+    config = os.path.join(path, "config.json")
+    if not os.path.isdir(path):
+        if path.count("/") == 1 and path[0] not in "./~" and not os.path.isdir(os.path.dirname(path)):
+            return {}  # an owner/name on a hub
+        raise Refusal("model.path", model.path, "no such directory; give one that holds config.json")
+    if not os.path.isfile(config):
+        inside = os.path.join(model.path, "checkpoint")
+        found = os.path.isfile(os.path.join(os.path.expanduser(inside), "config.json"))
+        remedy = f"did you mean model.path={inside}?" if found else "give a directory that holds one"
+        raise Refusal("model.path", model.path, f"it holds no config.json; {remedy}")
+    try:
+        with open(config, encoding="utf-8") as file:
+            shape = json.load(file)
+    except (OSError, ValueError) as error:
+        raise Refusal("model.path", model.path, f"its config.json cannot be read: {error}") from error
+    if not isinstance(shape, dict):
+        raise Refusal("model.path", model.path, "its config.json is no transformers config")
+    return shape
+
+
+def _data(settings: Settings) -> None:
+    data = settings.data
+    if data.kind == "text":
+        if data.path is None:
+            raise Refusal(
+                "data.path", None, "data=text needs data.path=, a file, a directory or a quoted glob"
+            )
+        _files("data.path", data.path)
+    elif data.path is not None:
+        raise Refusal("data.path", data.path, f"data={data.kind} reads no path; use data=text")
+    if data.kind == "hub" and data.name is None:
+        raise Refusal("data.name", None, "data=hub needs data.name=, the dataset's name")
+    if data.kind != "hub" and data.name is not None:
+        raise Refusal("data.name", data.name, f"data={data.kind} takes no name; use data=hub")
+    if data.kind != "hub" and data.streaming:
+        raise Refusal("data.streaming", True, f"data={data.kind} is memory-mapped; only data=hub streams")
+
+
+def _files(key: str, path: str) -> None:
+    """Refuse a file, directory or glob that gives no text."""
+    where = os.path.expanduser(path)
+    if os.path.isdir(where):
+        found = [os.path.join(top, name) for top, _, names in os.walk(where) for name in names]
+    else:
+        found = (
+            [where] if os.path.isfile(where) else [each for each in glob.glob(where) if os.path.isfile(each)]
+        )
+    if not found and not os.path.isdir(where):
+        raise Refusal(key, path, "no such file; give a file, a directory or a quoted glob that exists")
+    if not any(os.path.getsize(each) for each in found):
+        raise Refusal(key, path, "there is no text in it; give a file that is not empty")
+
+
+def _train(settings: Settings) -> None:
+    train = settings.train
+    if settings.mode == "infer":
+        if train.resume is not None:
+            raise Refusal(
+                "train.resume", train.resume, "mode=infer resumes nothing; give model.path= a checkpoint"
+            )
+        return
+    if train.sequence < 2:
+        raise Refusal("train.sequence", train.sequence, "a next token to predict takes 2 or more")
+    if train.warmup_steps >= train.steps and train.warmup_steps > 0:
+        raise Refusal(
+            "train.warmup_steps", train.warmup_steps, f"must be fewer than train.steps={train.steps}"
+        )
+    if train.save_every > train.steps:
+        raise Refusal(
+            "train.save_every", train.save_every, f"would never save within train.steps={train.steps}"
+        )
+    if train.resume is not None and not os.path.isdir(os.path.expanduser(train.resume)):
+        raise Refusal("train.resume", train.resume, "no such directory; give that of a run with checkpoints")
+
+
+def _generation(settings: Settings) -> None:
+    generation = settings.generation
+    if settings.mode == "train":
+        return
+    if generation.prompts is not None and generation.prompt:
+        raise Refusal(
+            "generation.prompts", generation.prompts, "give either it or generation.prompt=, not both"
+        )
+    if generation.prompts is not None:
+        _files("generation.prompts", generation.prompts)
+    if not generation.sample:
+        for key, value, off in (
+            ("temperature", generation.temperature, 1.0),
+            ("top_k", generation.top_k, 0),
+            ("top_p", generation.top_p, 1.0),
+        ):
+            if value != off:
+                remedy = "the likeliest token is taken whatever it is; add generation.sample=true"
+                raise Refusal(f"generation.{key}", value, remedy)
+
+
+def _given(generation: Generation) -> bool:
+    return generation.prompts is not None or bool(generation.prompt)
+
+
+def _first(shape: Mapping[str, Any], *names: str) -> tuple[str, Any]:
+    """The first of `names` that `shape` has, and its value; models spell one thing in several ways."""
+    return next(((name, shape[name]) for name in names if shape.get(name) is not None), (names[0], None))
+
+
+def _ranks(count: int, name: str = "rank") -> str:
+    return f"{count} {name}" if count == 1 else f"{count} {name}s"
+
+
+def _torchrun(size: int, words: Sequence[str]) -> str:
+    return " ".join(["torchrun --standalone --nproc-per-node", str(size), "-m harness", *words])
