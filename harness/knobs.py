@@ -155,8 +155,18 @@ class Generation:
     """Tokens of a sampled prompt."""
     max_new_tokens: Positive = 64
     """Most tokens generated for a prompt."""
-    cache: Literal["dynamic", "static", "none"] = "dynamic"
+    cache: Literal["dynamic", "static", "paged", "quantized", "offloaded", "none"] = "dynamic"
     """KV cache; none recomputes everything."""
+    batching: Literal["static", "continuous"] = "static"
+    """Continuous: a prompt that ends leaves its place to the next; static: all of a batch wait for the last."""
+    workload: str | None = None
+    """File of requests, a JSON object a line: a prompt or its prompt_length, and its own max_new_tokens."""
+    lengths: Literal["fixed", "uniform", "skewed"] = "fixed"
+    """Of sampled prompts and what follows them: all the longest, or drawn by seed from 1 to it."""
+    tensor_parallel: Positive = 1
+    """How many ranks share each layer, by transformers' own plan."""
+    compile: bool = False
+    """Compile the decoding step; needs cache=static."""
     sample: bool = False
     """Draw tokens; false takes the likeliest."""
     temperature: PositiveFloat = 1.0

@@ -1,17 +1,16 @@
 """Every rule between knobs, each with its sentence."""
 
-import glob
-import json
 import os
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from harness.knobs import Checkpointing, Generation, Model, Pipeline, Refusal, Settings
+from harness.knobs import Checkpointing, Pipeline, Refusal, Settings
+from harness.rules.infer import generation, given
+from harness.rules.sources import files, first, shape_of
 
 
 def check(settings: Settings) -> None:
     """Raise Refusal for an impossible combination, as far as neither torch nor the other ranks must be asked."""
-    for rule in (_parallelism, _pipeline, _rehearsal, _model, _checkpointing, _data, _train, _generation):
+    for rule in (_parallelism, _pipeline, _rehearsal, _model, _checkpointing, _data, _train, generation):
         rule(settings)
 
 
@@ -80,7 +79,7 @@ def _pipeline(settings: Settings) -> None:
         raise Refusal(
             "pipeline.groups", asked.groups, f"each has a prompt or more, and generation.batch={batch}"
         )
-    layers = _first(_shape(settings.model), "num_hidden_layers", "n_layer")[1]
+    layers = first(shape_of(settings.model), "num_hidden_layers", "n_layer")[1]
     if isinstance(layers, int):
         check_split(asked, layers)
 
@@ -115,10 +114,10 @@ def _rehearsal(settings: Settings) -> None:
 
 def _model(settings: Settings) -> None:
     model = settings.model
-    shape = _shape(model)
+    shape = shape_of(model)
     prefix = "model.config." if model.path is None else f"{model.path}/config.json: "
-    heads, kv_heads = _first(shape, "num_attention_heads", "n_head"), _first(shape, "num_key_value_heads")
-    hidden, layers = _first(shape, "hidden_size", "n_embd"), _first(shape, "num_hidden_layers", "n_layer")
+    heads, kv_heads = first(shape, "num_attention_heads", "n_head"), first(shape, "num_key_value_heads")
+    hidden, layers = first(shape, "hidden_size", "n_embd"), first(shape, "num_hidden_layers", "n_layer")
     for name, value in (heads, kv_heads, hidden, layers):
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise Refusal(prefix + name, value, "should be a whole number, 1 or more")
@@ -126,11 +125,11 @@ def _model(settings: Settings) -> None:
         raise Refusal(prefix + kv_heads[0], kv_heads[1], f"must divide {heads[0]}={heads[1]} evenly")
     if heads[1] and hidden[1] and shape.get("head_dim") is None and hidden[1] % heads[1]:
         raise Refusal(prefix + hidden[0], hidden[1], f"must be a multiple of {heads[0]}={heads[1]}")
-    most, longest = _first(shape, "max_position_embeddings", "n_positions")
+    most, longest = first(shape, "max_position_embeddings", "n_positions")
     train, generation = settings.train, settings.generation
     if settings.mode == "train" and longest and train.sequence > longest:
         raise Refusal("train.sequence", train.sequence, f"the model allows {longest} tokens ({most})")
-    asked = generation.max_new_tokens + (1 if _given(generation) else generation.prompt_length)
+    asked = generation.max_new_tokens + (1 if given(generation) else generation.prompt_length)
     if settings.mode == "infer" and longest and asked > longest:
         key, value = "generation.max_new_tokens", generation.max_new_tokens
         if asked - value >= longest:
@@ -153,38 +152,9 @@ def _checkpointing(settings: Settings) -> None:
         raise Refusal("checkpointing.every", asked.every, "give either it or checkpointing.layers=, not both")
     if len(set(asked.layers)) < len(asked.layers):
         raise Refusal("checkpointing.layers", asked.layers, "give each layer once")
-    _, layers = _first(_shape(settings.model), "num_hidden_layers", "n_layer")
+    _, layers = first(shape_of(settings.model), "num_hidden_layers", "n_layer")
     if layers is not None:
         check_layers(asked, layers)
-
-
-def _shape(model: Model) -> Mapping[str, Any]:
-    """Keyword arguments of the model's transformers config, as far as they can be known without a hub."""
-    if model.path is None:
-        if model.random or model.config:
-            return model.config
-        raise Refusal(
-            "model", model.name, "the group gives no config; choose one with model= or give model.path="
-        )
-    path = os.path.expanduser(model.path)
-    config = os.path.join(path, "config.json")
-    if not os.path.isdir(path):
-        if path.count("/") == 1 and path[0] not in "./~" and not os.path.isdir(os.path.dirname(path)):
-            return {}  # an owner/name on a hub
-        raise Refusal("model.path", model.path, "no such directory; give one that holds config.json")
-    if not os.path.isfile(config):
-        inside = os.path.join(model.path, "checkpoint")
-        found = os.path.isfile(os.path.join(os.path.expanduser(inside), "config.json"))
-        remedy = f"did you mean model.path={inside}?" if found else "give a directory that holds one"
-        raise Refusal("model.path", model.path, f"it holds no config.json; {remedy}")
-    try:
-        with open(config, encoding="utf-8") as file:
-            shape = json.load(file)
-    except (OSError, ValueError) as error:
-        raise Refusal("model.path", model.path, f"its config.json cannot be read: {error}") from error
-    if not isinstance(shape, dict):
-        raise Refusal("model.path", model.path, "its config.json is no transformers config")
-    return shape
 
 
 def _data(settings: Settings) -> None:
@@ -194,7 +164,7 @@ def _data(settings: Settings) -> None:
             raise Refusal(
                 "data.path", None, "data=text needs data.path=, a file, a directory or a quoted glob"
             )
-        _files("data.path", data.path)
+        files("data.path", data.path)
     elif data.path is not None:
         raise Refusal("data.path", data.path, f"data={data.kind} reads no path; use data=text")
     if data.kind == "hub" and data.name is None:
@@ -203,21 +173,6 @@ def _data(settings: Settings) -> None:
         raise Refusal("data.name", data.name, f"data={data.kind} takes no name; use data=hub")
     if data.kind != "hub" and data.streaming:
         raise Refusal("data.streaming", True, f"data={data.kind} is memory-mapped; only data=hub streams")
-
-
-def _files(key: str, path: str) -> None:
-    """Refuse a file, directory or glob that gives no text."""
-    where = os.path.expanduser(path)
-    if os.path.isdir(where):
-        found = [os.path.join(top, name) for top, _, names in os.walk(where) for name in names]
-    else:
-        found = (
-            [where] if os.path.isfile(where) else [each for each in glob.glob(where) if os.path.isfile(each)]
-        )
-    if not found and not os.path.isdir(where):
-        raise Refusal(key, path, "no such file; give a file, a directory or a quoted glob that exists")
-    if not any(os.path.getsize(each) for each in found):
-        raise Refusal(key, path, "there is no text in it; give a file that is not empty")
 
 
 def _train(settings: Settings) -> None:
@@ -240,36 +195,6 @@ def _train(settings: Settings) -> None:
         )
     if train.resume is not None and not os.path.isdir(os.path.expanduser(train.resume)):
         raise Refusal("train.resume", train.resume, "no such directory; give that of a run with checkpoints")
-
-
-def _generation(settings: Settings) -> None:
-    generation = settings.generation
-    if settings.mode == "train":
-        return
-    if generation.prompts is not None and generation.prompt:
-        raise Refusal(
-            "generation.prompts", generation.prompts, "give either it or generation.prompt=, not both"
-        )
-    if generation.prompts is not None:
-        _files("generation.prompts", generation.prompts)
-    if not generation.sample:
-        for key, value, off in (
-            ("temperature", generation.temperature, 1.0),
-            ("top_k", generation.top_k, 0),
-            ("top_p", generation.top_p, 1.0),
-        ):
-            if value != off:
-                remedy = "the likeliest token is taken whatever it is; add generation.sample=true"
-                raise Refusal(f"generation.{key}", value, remedy)
-
-
-def _given(generation: Generation) -> bool:
-    return generation.prompts is not None or bool(generation.prompt)
-
-
-def _first(shape: Mapping[str, Any], *names: str) -> tuple[str, Any]:
-    """The first of `names` that `shape` has, and its value; models spell one thing in several ways."""
-    return next(((name, shape[name]) for name in names if shape.get(name) is not None), (names[0], None))
 
 
 def _ranks(count: int, name: str = "rank") -> str:
