@@ -6,7 +6,7 @@ token; the loop takes views of them, copies no cache, and waits for the device o
 the positions of one that is not padded where there is no cache.)
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -27,6 +27,7 @@ from harness.cache import KvBytes, advance, can_advance, kv_bytes, make
 from harness.clock import Marks, clock
 from harness.compiled import Compiled
 from harness.ledger import Ledger
+from harness.skipped import Turns, filled_in
 
 PADDING = 0
 """The id in padded places. It is masked: any id in the vocabulary would do."""
@@ -179,13 +180,15 @@ def decode_n_tokens(
     choose: Choose,
     marks: Marks,
     skip: Callable[[int], None] | None = None,
+    fill_in: Callable[[Turns], Turns] = iter,
 ) -> None:
     """The rest of the new tokens, until the room is full or every sequence has ended, each with a mark.
 
     Each is made from its sequence's last one; unless that is `cached`, from everything before it. With `skip`, of many
-    only the first and the last ones, between which it is told how many to let the cache grow by.
+    only the first and the last ones, between which it is told how many to let the cache grow by, and `fill_in` is
+    given the turns.
     """
-    for end, skipped in turns(range(batch.width + 1, batch.tokens.shape[1]), skip is not None):
+    for end, skipped in fill_in(turns(range(batch.width + 1, batch.tokens.shape[1]), skip is not None)):
         if skip is not None and skipped:
             skip(skipped)
         if batch.done(end):
@@ -194,7 +197,7 @@ def decode_n_tokens(
         marks.mark()
 
 
-def turns(columns: range, ends_only: bool) -> Iterator[tuple[int, int]]:
+def turns(columns: range, ends_only: bool) -> Turns:
     """Each of `columns`, and how many were left out before it: none, or the middle ones of many."""
     middle = range(columns.start + FIRST_AND_LAST, columns.stop - FIRST_AND_LAST)
     for column in columns:
@@ -239,7 +242,7 @@ def generate(
     with ledger.phase("decode", step):
         if compiled is not None:
             show = compiled.shown(batch.mask)
-        decode_n_tokens(show, batch, held is not None, choose, marks, skip)
+        decode_n_tokens(show, batch, held is not None, choose, marks, skip, partial(filled_in, ledger))
         last = clock(model.device)
         tokens, measured = finish(batch, held, prompts, most, eos)
     ledger.disown(held)
@@ -278,7 +281,8 @@ def ready(
 
 def grow(cache: Cache | None, ledger: Ledger, tokens: int) -> None:
     """Let `cache` be as after so many more tokens, and `ledger` know what it then holds, as after any forward."""
-    advance(cache, tokens)
+    with ledger.uncounted():
+        advance(cache, tokens)
     ledger.own(cache=cache)
 
 

@@ -74,6 +74,7 @@ def rank_record(ledger: "Ledger", rank: int, stage: int = 0) -> dict[str, Any]:
                 "categories": phase.categories,
                 "saved": phase.saved,
                 "recomputed": phase.recomputed,
+                **(phase.work._asdict() if phase.work else dict.fromkeys(("flops", "read", "written"))),
             }
             for phase in account.phases
         ],

@@ -22,6 +22,7 @@ from harness.cache import KvBytes, can_advance, of_groups
 from harness.clock import Marks, clock
 from harness.decode import Batch, Choose, Generated, finish, grow, ready, turns
 from harness.ledger import Ledger
+from harness.skipped import filled_in
 from harness.stage import Stage
 from harness.world import World
 
@@ -135,7 +136,7 @@ class Relay:
         first = clock(device)
         rooms = {group.room for group in relayed}
         ends_only = ends_only and len(rooms) == 1 and all(can_advance(group.cache) for group in relayed)
-        for number, skipped in turns(range(1, max(rooms)), ends_only):
+        for number, skipped in filled_in(ledger, turns(range(1, max(rooms)), ends_only)):
             for group in relayed:
                 if number < group.room and not group.ended:
                     with ledger.phase("decode", step, group.number, again=True):

@@ -14,6 +14,8 @@ def printable(text: str) -> str:
 
 Bytes = Annotated[int, Field(ge=0, lt=2**63)]
 Number = Annotated[int, Field(ge=0, lt=2**31)]
+Operations = Annotated[int, Field(ge=0, lt=2**100)]
+"""Floating-point operations, or bytes moved by all of a phase's operators: there is no end to them."""
 Text = Annotated[str, AfterValidator(printable)]
 Figures = Mapping[str, int | None]
 """Bytes by category. None: not measured."""
@@ -61,7 +63,10 @@ class Category(_Part):
 
 
 class Phase(_Part):
-    """What was alive in a phase, by category; the most, and what was left. None: not measured."""
+    """What was alive in a phase, by category; the most, and what was left; operations, and bytes read and written.
+
+    None: not measured.
+    """
 
     categories: dict[Text, Bytes | None]
     step: Number = 0
@@ -70,6 +75,9 @@ class Phase(_Part):
     peak: Bytes | None = None
     end: Bytes | None = None
     recomputed: Bytes | None = None
+    flops: Operations | None = None
+    read: Operations | None = None
+    written: Operations | None = None
 
 
 class Forwards(_Part):

@@ -1,7 +1,7 @@
 """`Ledger`: owners and phases in, peaks and books out."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from time import time_ns
 from typing import Any, NamedTuple, Self
@@ -12,7 +12,7 @@ from harness.ledger import owners
 from harness.ledger.allocator import CpuAllocator, CudaAllocator
 from harness.ledger.categories import CATEGORIES
 from harness.ledger.forwards import Forwards, in_flight
-from harness.ledger.log import RANK, Log, Operator, Where, device_of
+from harness.ledger.log import RANK, Event, Log, Operator, Where, device_of
 from harness.ledger.observers import (
     Modules,
     in_backward,
@@ -22,6 +22,7 @@ from harness.ledger.observers import (
     watching_steps,
 )
 from harness.ledger.timeline import Books, Category, Peak, Phase, at_allocator_peak, replay
+from harness.ledger.work import Work
 
 MODES = ("exact", "phases", "off")
 HELD = ("parameters", "gathered", "gradients", "optimizer", "kv_cache", "communication")
@@ -284,7 +285,27 @@ class Ledger:
         if not self.exact:
             return self._account
         events = list(self._log.events)
-        return Account(*replay(events), Books(), in_flight(events))
+        return Account(*self._replay(events), Books(), in_flight(events))
+
+    def _replay(self, events: list[Event]) -> tuple[Peak, dict[str, Category], list[Phase]]:
+        peak, categories, phases = replay(events)
+        for phase in phases:
+            phase.work = self._log.work.of(phase.where)
+        return peak, categories, phases
+
+    # -- what was done -----------------------------------------------------------------------------------------
+
+    def work(self) -> dict[Where, Work]:
+        """What was done so far, by where; nothing while that is not seen."""
+        return self._log.work.all() if self.exact else {}
+
+    def fill_in(self, where: Where, work: Work | None) -> None:
+        """Count `work` as done in `where`, by a caller that knows what it left out; None: it does not."""
+        self._log.work.add(where, work)
+
+    def uncounted(self) -> AbstractContextManager[None]:
+        """Within it nothing counts as work: for what a run itself would not do."""
+        return self._log.work.off()
 
     @property
     def last_peak(self) -> Peak | None:
@@ -363,7 +384,7 @@ class Ledger:
         self._seeing.close()
         self.exact = False
         events, operators = self._log.events, self._log.operators
-        peak, categories, phases = replay(events)
+        peak, categories, phases = self._replay(events)
         books = Books()
         if isinstance(self._allocator, CudaAllocator):
             books = Books(self._allocator.source, self._allocator.highest())

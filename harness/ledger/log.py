@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from harness.ledger.work import Counter
+
 PRECEDENCE = ("parameters", "optimizer", "communication", "gathered", "kv_cache", "gradients", "inputs")
 """Where two owners name one storage, the earlier word wins: a gradient that is a view of a bucket is the bucket."""
 RANK = {category: rank for rank, category in enumerate((*PRECEDENCE, "activations", "workspace"))}
@@ -110,6 +112,7 @@ class Log(TorchDispatchMode):
         super().__init__()
         self.device, self.block = device, block
         self.where = Where(0, "idle", 0)
+        self.work = Counter(device_of, device, self.where)
         self.module = ""
         self.recomputing = False
         self.follow: Callable[[], None] | None = None  # called before each operator
@@ -131,6 +134,7 @@ class Log(TorchDispatchMode):
     @contextmanager
     def blind(self) -> Iterator[None]:
         """Within it operators are not seen, and what ends is still told."""
+        self.work.lose()
         with _disable_current_modes():
             yield
 
@@ -153,6 +157,7 @@ class Log(TorchDispatchMode):
             self.settle(args)
         ended = time_ns()
         self.operators.append(Operator(began, ended, self.where, self.module, func.__name__))
+        self.work.count(func, args, kwargs, out)
         if isinstance(out, torch.Tensor):
             self.see(out, func.__name__, ended)
         elif out is not None:
@@ -229,6 +234,7 @@ class Log(TorchDispatchMode):
     def enter(self, where: Where) -> None:
         """From here on, what happens happens in `where`."""
         self.where = where
+        self.work.enter(where)
         self.events.append(Event(time_ns(), 0, None, where, self.module))
 
     def save(self, tensor: torch.Tensor) -> None:
