@@ -79,6 +79,11 @@ class Phase(_Part):
     read: Operations | None = None
     written: Operations | None = None
 
+    @property
+    def moved(self) -> int | None:
+        """Bytes read and written."""
+        return None if self.read is None or self.written is None else self.read + self.written
+
 
 class Forwards(_Part):
     """The most forwards that waited for their backward at once; each one's saved bytes then, the oldest first."""
