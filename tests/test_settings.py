@@ -99,7 +99,10 @@ def test_a_key_of_a_model_config_can_be_changed_or_added() -> None:
         ("mode=trian", "mode=trian: should be 'train' or 'infer'"),
         ("checkpointing=some", "checkpointing=some: no such option; one of full, none, selective"),
         ("zero.offload=some", "zero.offload=some: should be 'none', 'optimizer' or 'all'"),
-        ("generation.cache=page", "generation.cache=page: should be 'dynamic', 'static', 'paged', 'quantized', 'offloaded' or 'none'"),
+        (
+            "generation.cache=page",
+            "generation.cache=page: should be 'dynamic', 'static', 'paged', 'quantized', 'offloaded' or 'none'",
+        ),
         ("train.steps=many", "train.steps=many: should be a valid integer"),
         ("train.steps=1.5", "train.steps=1.5: should be a valid integer"),
         ("train.steps=1,2", "train.steps=1,2: sweeps are not run"),
@@ -216,6 +219,23 @@ def test_a_number_out_of_its_range_is_refused_by_its_key(words: str) -> None:
         ("mode=infer generation.top_k=5", "generation.top_k=5", "generation.sample=true"),
         ("mode=infer generation.top_p=0.5", "generation.top_p=0.5", "generation.sample=true"),
         ("mode=infer generation.prompts=/nowhere", "generation.prompts=/nowhere", "no such file"),
+        ("mode=infer generation.workload=/nowhere", "generation.workload=/nowhere", "no such file"),
+        (
+            "mode=infer generation.prompt=a generation.workload=/nowhere",
+            "generation.prompt=[a]",
+            "either it or generation.workload=",
+        ),
+        (
+            "mode=infer generation.prompt=a generation.lengths=skewed",
+            "generation.lengths=skewed",
+            "leave out generation.prompt=",
+        ),
+        ("mode=infer generation.compile=true", "generation.compile=true", "add generation.cache=static"),
+        (
+            "mode=infer generation.compile=true generation.cache=static pipeline.stages=2",
+            "generation.compile=true",
+            "use pipeline.stages=1",
+        ),
         (
             "mode=infer generation.prompts=/nowhere generation.prompt=a",
             "generation.prompts=/nowhere",

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from time import time_ns
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -11,7 +12,7 @@ from harness.ledger import owners
 from harness.ledger.allocator import CpuAllocator, CudaAllocator
 from harness.ledger.categories import CATEGORIES
 from harness.ledger.forwards import Forwards, in_flight
-from harness.ledger.log import RANK, Log, Where, device_of
+from harness.ledger.log import RANK, Log, Operator, Where, device_of
 from harness.ledger.observers import (
     Modules,
     in_backward,
@@ -81,7 +82,7 @@ class Ledger:
         self._log = Log(self.device, block)
         self._modules = Modules(self._log, self._forward_begins, self._forward_ends)
         self._allocator = (CudaAllocator if self.device == "cuda" else CpuAllocator)() if allocator else None
-        self._instruments = ExitStack()
+        self._seeing, self._instruments = ExitStack(), ExitStack()
         self._owners: dict[int, Claims] = {}
         self._caches: dict[int, Claims] = {}
         self._models: list[torch.nn.Module] = []
@@ -318,11 +319,36 @@ class Ledger:
         """The allocator's own peak, and what of it is unattributed."""
         return self.account().books
 
+    @contextmanager
+    def opaque(self, name: str) -> Iterator[None]:
+        """Within it nobody sees but the allocator: a compiled program has no operators to see, and takes no hooks.
+
+        What it makes and lets go of is `kernel`, as one operator's scratch; what it leaves is named by owners, or when
+        an operator takes it.
+        """
+        if not self.exact:
+            yield
+            return
+        log, began = self._log, time_ns()
+        self._instruments.close()
+        try:
+            with log.blind():
+                yield
+        finally:
+            log.operators.append(Operator(began, time_ns(), log.where, log.module, name))
+            self._watch()
+
     def _begin(self) -> None:
         self.exact = True
         if self._allocator is not None:
             self._allocator.start()
         self._walk(base=True)
+        self._log.follow = self._follow
+        self._log.settle = settle if self._settle else None
+        self._seeing.enter_context(self._log)
+        self._watch()
+
+    def _watch(self) -> None:
         enter = self._instruments.enter_context
         enter(self._modules.watching())
         enter(watching_steps(self._optimizer_stepped))
@@ -330,13 +356,11 @@ class Ledger:
         enter(watching_checkpoints(self._log))
         for model in self._models:
             self._hook_gradients(model)
-        self._log.follow = self._follow
-        self._log.settle = settle if self._settle else None
-        enter(self._log)
 
     def _finish(self) -> None:
         self._walk()
         self._instruments.close()
+        self._seeing.close()
         self.exact = False
         events, operators = self._log.events, self._log.operators
         peak, categories, phases = replay(events)

@@ -7,12 +7,13 @@ shows its death when the storage object goes.
 
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from time import time_ns
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 PRECEDENCE = ("parameters", "optimizer", "communication", "gathered", "kv_cache", "gradients", "inputs")
 """Where two owners name one storage, the earlier word wins: a gradient that is a view of a bucket is the bucket."""
@@ -126,6 +127,12 @@ class Log(TorchDispatchMode):
     def __exit__(self, *exc: Any) -> None:
         super().__exit__(*exc)
         self._recording = False
+
+    @contextmanager
+    def blind(self) -> Iterator[None]:
+        """Within it operators are not seen, and what ends is still told."""
+        with _disable_current_modes():
+            yield
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:

@@ -132,22 +132,29 @@ def _alike(
     return [Role(same[0], tuple(same), why=told(key), held=held(key)) for key, same in ranks.items()]
 
 
-def _largest_batch(batches: tuple[tuple[int, ...], ...]) -> int:
-    return max((len(batch) * max(batch) for batch in batches), default=0)
+Batches = tuple[tuple[tuple[int, int], ...], ...]
+"""By batch, the tokens of each prompt and the most that may follow it."""
 
 
-def _told_batches(batches: tuple[tuple[int, ...], ...]) -> str:
-    return (
-        "its batches are " + ", ".join(f"{len(b)} x {max(b)} tokens" for b in batches)
-        if batches
-        else "no prompt"
-    )
+def _largest_batch(batches: Batches) -> int:
+    return max((len(batch) * sum(_room(batch)) for batch in batches), default=0)
 
 
-def _shares(settings: Settings, size: int) -> list[tuple[tuple[int, ...], ...]]:
-    """By rank, the lengths of the prompts in each of the batches that are seen."""
+def _room(batch: tuple[tuple[int, int], ...]) -> tuple[int, int]:
+    """Columns of its prompts and of what follows."""
+    return max(length for length, _ in batch), max(most for _, most in batch)
+
+
+def _told_batches(batches: Batches) -> str:
+    told = (f"{len(batch)} x {_room(batch)[0]} tokens" for batch in batches)
+    return f"its batches are {', '.join(told)}" if batches else "no prompt"
+
+
+def _shares(settings: Settings, size: int) -> list[Batches]:
+    """By rank, the lengths of the prompts in each of the batches that are seen, and of what follows them."""
     tokenizer = model.tokenizer(settings.model, settings.data.tokenizer)
-    lengths = [len(prompt.tokens) for prompt in prompts.find(settings, tokenizer, rehearsed=True)]
+    found = prompts.find(settings, tokenizer, rehearsed=True)
+    lengths = [(len(prompt.tokens), prompt.most) for prompt in found]
     return [
         tuple(tuple(batch) for batch in batches(lengths[rank::size], settings.generation.batch))[
             : settings.ledger.steps

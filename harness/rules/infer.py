@@ -9,10 +9,15 @@ def generation(settings: Settings) -> None:
     asked = settings.generation
     if settings.mode == "train":
         return
-    if asked.prompts is not None and asked.prompt:
-        raise Refusal("generation.prompts", asked.prompts, "give either it or generation.prompt=, not both")
-    if asked.prompts is not None:
-        files("generation.prompts", asked.prompts)
+    _origins(asked)
+    if asked.compile and asked.cache != "static":
+        remedy = (
+            f"generation.cache={asked.cache} grows, and a program has one shape; add generation.cache=static"
+        )
+        raise Refusal("generation.compile", True, remedy)
+    if asked.compile and settings.pipeline.stages > 1:
+        remedy = "stages are not compiled; use pipeline.stages=1, or leave it out"
+        raise Refusal("generation.compile", True, remedy)
     if not asked.sample:
         for key, value, off in (
             ("temperature", asked.temperature, 1.0),
@@ -24,6 +29,20 @@ def generation(settings: Settings) -> None:
                 raise Refusal(f"generation.{key}", value, remedy)
 
 
+def _origins(asked: Generation) -> None:
+    origins = {"prompts": asked.prompts, "prompt": asked.prompt, "workload": asked.workload}
+    said = {name: value for name, value in origins.items() if value}
+    if len(said) > 1:
+        (one, value), (other, _), *_ = said.items()
+        raise Refusal(f"generation.{one}", value, f"give either it or generation.{other}=, not both")
+    for name in ("prompts", "workload"):
+        if name in said:
+            files(f"generation.{name}", str(said[name]))
+    if asked.lengths != "fixed" and said:
+        remedy = f"prompts that are sampled have such lengths; leave out generation.{next(iter(said))}="
+        raise Refusal("generation.lengths", asked.lengths, remedy)
+
+
 def given(generation: Generation) -> bool:
-    """Whether prompts are given, and none is sampled."""
-    return generation.prompts is not None or bool(generation.prompt)
+    """Whether prompts are given, or their lengths."""
+    return bool(generation.prompts or generation.prompt or generation.workload)
