@@ -8,20 +8,23 @@ What it sizes by itself is said here: pages, tokens in a forward, requests at on
 run to run or hold them twice: pages shared between prompts that begin alike, CUDA graphs, batches prepared ahead.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from harness.cache import KvBytes
-from harness.decode import clock
+from harness.clock import clock
+from harness.knobs import Generation
 from harness.ledger import Ledger
 from harness.ledger.log import tensors_in
-from harness.paging import Held, Room
+from harness.paging import Held, Paged, Room, room
+from harness.prompts import Prompt
+from harness.speed import Share, Timing
 
 PLENTY = 2.0**40
 """Of the memory that transformers finds free: it would hold sizes that are given against that of this machine."""
@@ -29,40 +32,68 @@ PLENTY = 2.0**40
 
 @dataclass
 class Load:
-    """What was done while as many requests as there are places came to their end. Seconds are shared out by tokens."""
+    """What was done while as many requests as there are places came to their end."""
 
-    sequences: int = 0
-    """Requests that ended."""
+    began: float
+    first: list[int] = field(default_factory=list)
+    """The requests whose first token came."""
     prompt_tokens: int = 0
     """Shown to the model, again where a request had to give up its pages."""
     new_tokens: int = 0
     prefill_seconds: float = 0.0
+    """With `decode_seconds` those of every forward, shared out by its tokens."""
     decode_seconds: float = 0.0
 
-
-class Paged(NamedTuple):
-    """What the scheduler came to, over all forwards of a rank."""
-
-    forwards: int
-    tokens: int
-    """Shown to the model in them all."""
-    evicted: int
-    """Times that a request gave up its pages to others, and was begun anew."""
-    pages: int
-    pages_used: int
-    """At most, at once."""
+    def timing(self, made: "Continued") -> Timing:
+        """It as a batch: of the requests whose first token came in it, wherever they end."""
+        return Timing(
+            len(self.first),
+            self.prompt_tokens,
+            self.new_tokens,
+            self.prefill_seconds,
+            self.decode_seconds,
+            began=self.began,
+            moments=[made.moments[number] for number in self.first],
+            computed=self.new_tokens,
+            first_seconds=[made.moments[number][0] - made.entered[number] for number in self.first],
+        )
 
 
 @dataclass
 class Continued:
-    """What came of all prompts, in their order. `times` are `time.perf_counter`'s, of each of the `tokens`."""
+    """What came of all prompts, in their order. Moments are `time.perf_counter`'s, when the device was done."""
 
     tokens: list[list[int]]
-    times: list[list[float]]
-    loads: list[Load] = field(default_factory=lambda: [Load()])
+    moments: list[list[float]]
+    """Of each of the `tokens`."""
+    entered: list[float]
+    """When the first forward began that was shown any of the prompt."""
+    loads: list[Load] = field(default_factory=list)
     kv: KvBytes | None = None
     """At the moment of most pages in use."""
     paged: Paged | None = None
+
+
+def share_of(
+    asked: Generation,
+    model: PreTrainedModel,
+    prompts: Mapping[int, Prompt],
+    eos: Sequence[int],
+    ledger: Ledger,
+    rehearsed: bool,
+    tell: Callable[[int], None],
+) -> Share:
+    """What a rank makes of its `prompts`, by their numbers in the run; the rest as for `generate`. Raises Refusal."""
+    if not prompts:
+        return Share()
+    mine = list(prompts.values())
+    within = room(asked, model.config, model.dtype, mine)
+    given, most = [prompt.tokens for prompt in mine], [prompt.most for prompt in mine]
+    made = generate(model, given, most, room=within, eos=eos, ledger=ledger, rehearsed=rehearsed, tell=tell)
+    tokens = dict(zip(prompts, made.tokens, strict=True))
+    kept = [] if made.kv is None else [made.kv]
+    paged = [] if made.paged is None else [made.paged]
+    return Share(tokens, [load.timing(made) for load in made.loads], kept, paged)
 
 
 @torch.no_grad()
@@ -75,21 +106,22 @@ def generate(
     eos: Sequence[int] = (),
     ledger: Ledger,
     rehearsed: bool = False,
+    tell: Callable[[int], None] = lambda ended: None,
 ) -> Continued:
-    """Continue each of `prompts` (ids, none empty) by up to its own `most` >= 1, ending after any of `eos`.
+    """Continue each of `prompts` (ids, none empty), in `room`, by up to its own `most` >= 1, ending after any of `eos`.
 
-    `model` is in eval mode, and may have any other attention afterwards than within. Greedy tokens are those that each
-    request gets alone. A step of `ledger` is a load: it sees the first ones exactly, each with phases `data` (what the
-    next forward is given), `prefill` (a forward with any token of a prompt) and `decode` (all others).
+    `model` is in eval mode. The tokens are those that each request gets alone. `ledger` has a step for each load: as
+    many requests ended as there are places. Its phases are `data` (what the next forward is given), `prefill` (a
+    forward with any token of a prompt) and `decode` (all others). `tell` is told after a load how many ended in it.
 
     Where it is `rehearsed` nothing ends early, and of forwards that differ in nothing but that each request is a token
     longer only the first and the last are made; when the ledger has seen enough, none.
     """
-    made = Continued([[] for _ in prompts], [[] for _ in prompts])
+    made = Continued([[] for _ in prompts], [[] for _ in prompts], [0.0 for _ in prompts])
     with _processor(model, room, ledger) as (manager, processor):
         for number, (prompt, new) in enumerate(zip(prompts, most, strict=True)):
             manager.add_request(list(prompt), str(number), new, eos_token_id=[] if rehearsed else list(eos))
-        run = Run(model, processor, ledger, made, room, rehearsed)
+        run = Run(model, processor, ledger, made, room, rehearsed, tell)
         while run.forward():
             pass
         run.end()
@@ -109,21 +141,25 @@ class Run:
         made: Continued,
         room: Room,
         rehearsed: bool,
+        tell: Callable[[int], None],
     ) -> None:
         self.model, self.processor, self.ledger, self.made = model, processor, ledger, made
-        self.rehearsed, self.places = rehearsed, room.requests
+        self.rehearsed, self.places, self.tell = rehearsed, room.requests, tell
         self.held = Held(processor.cache)
-        self.ended = self.forwards = self.tokens = self.evicted = 0
+        self.ended = self.told = self.forwards = self.tokens = self.evicted = 0
         self.phases: set[str] = set()
         self.before: list[str] = []  # the requests of the forward before
         self.now = clock(model.device)
+        made.loads.append(Load(self.now))
 
     def forward(self) -> bool:
         """One forward, and what follows from it; False where there was nothing left to do."""
         processor, scheduler, step = self.processor, self.processor.scheduler, self.ended // self.places
         if step == len(self.made.loads):
             self._close()
-            self.made.loads.append(Load())
+            self.ledger.begins(step)  # here an exact ledger may end, which takes time of its own
+            self.now = clock(self.model.device)
+            self.made.loads.append(Load(self.now))
         load, active = self.made.loads[-1], set(scheduler.active_requests)
         with self.ledger.phase("data", step, again=True):
             if not processor.prepare_next_batch():
@@ -139,18 +175,25 @@ class Run:
             if not self.rehearsed or self._decides(batch, given):
                 processor._generation_step(self.model)
             began, self.now = self.now, clock(self.model.device)
-            for each in batch:
-                if each.has_new_token:
-                    self.made.times[int(each.state.request_id)].append(self.now)
             processor.update_batch()
-        ended = len(batch) - sum(each.state.request_id in scheduler.active_requests for each in batch)
-        self.ended, self.forwards, self.tokens = self.ended + ended, self.forwards + 1, self.tokens + shown
-        load.sequences += ended
+        self._came(batch, load, began)
+        self.ended += len(batch) - sum(each.state.request_id in scheduler.active_requests for each in batch)
+        self.forwards, self.tokens = self.forwards + 1, self.tokens + shown
         load.prompt_tokens += given
-        load.new_tokens += sum(each.has_new_token for each in batch)
         load.prefill_seconds += (self.now - began) * given / shown
         load.decode_seconds += (self.now - began) * (shown - given) / shown
         return True
+
+    def _came(self, batch: Sequence[Any], load: Load, began: float) -> None:
+        """Note when which request entered, and the moment of each new token."""
+        for each in batch:
+            number = int(each.state.request_id)
+            self.made.entered[number] = self.made.entered[number] or began
+            if each.has_new_token:
+                moments = self.made.moments[number]
+                load.first += [] if moments else [number]
+                load.new_tokens += 1
+                moments.append(self.now)
 
     def end(self) -> None:
         """All is done: the figures."""
@@ -165,6 +208,8 @@ class Run:
             with self.ledger.phase(phase, len(self.made.loads) - 1):
                 pass
         self.phases = set()
+        self.tell(self.ended - self.told)
+        self.told = self.ended
 
     def _decides(self, batch: Sequence[Any], given: int) -> bool:
         """Whether a forward can show what no other does: the next is not the same one with longer requests."""
@@ -177,7 +222,8 @@ class Run:
 def _of_prompt(future: Any) -> int:
     """Tokens of a prompt that the next forward is shown; of a request that was begun anew, all that it had."""
     state, shown = future.state, future.query_length
-    return max(0, min(len(state.initial_tokens) - (state.position_offset - shown), shown))
+    before: int = state.position_offset - shown
+    return max(0, min(len(state.initial_tokens) - before, int(shown)))
 
 
 @contextmanager
@@ -187,7 +233,9 @@ def _processor(model: PreTrainedModel, room: Room, ledger: Ledger) -> Iterator[t
 
     attention = model.config._attn_implementation
     with ledger.phase("setup"):
-        manager = model.init_continuous_batching(GenerationConfig(do_sample=False, eos_token_id=-1), _config(room))
+        manager = model.init_continuous_batching(
+            GenerationConfig(do_sample=False, eos_token_id=-1), _config(room)
+        )
         processor = manager._create_batch_processor()
         ledger.own(cache=processor.cache)
         given = processor.inputs_and_outputs

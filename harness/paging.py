@@ -16,6 +16,7 @@ from transformers import PretrainedConfig
 
 from harness.cache import KvBytes, kv_bytes_per_token
 from harness.knobs import Generation, Refusal
+from harness.prompts import Prompt
 
 CHUNK = 512
 """Tokens in one forward, where more wait, of prompts that are shorter."""
@@ -38,18 +39,20 @@ class Room(NamedTuple):
     """The most in one forward."""
 
 
-def lengths(prompts: Sequence[Sequence[int]], most: Sequence[int]) -> list[int]:
-    """Tokens that each request keeps at its end; its last is never shown to the model."""
-    return [len(prompt) + new - 1 for prompt, new in zip(prompts, most, strict=True)]
+class Paged(NamedTuple):
+    """What the scheduler came to, over all forwards of a rank."""
+
+    forwards: int
+    tokens: int
+    """Shown to the model in them all."""
+    evicted: int
+    """Times that a request gave up its pages to others, and was begun anew."""
+    pages: int
+    pages_used: int
+    """At most, at once."""
 
 
-def room(
-    asked: Generation,
-    config: PretrainedConfig,
-    dtype: torch.dtype,
-    prompts: Sequence[Sequence[int]],
-    most: Sequence[int],
-) -> Room:
+def room(asked: Generation, config: PretrainedConfig, dtype: torch.dtype, prompts: Sequence[Prompt]) -> Room:
     """What `asked` gives these prompts: where it does not say, pages for the longest of them in every place.
 
     A forward then takes the longest prompt beside a token of each other request, or `CHUNK` tokens where that is more.
@@ -57,11 +60,12 @@ def room(
     Raises Refusal where the pages are too few for one request alone, or the layers are of a kind that has none.
     """
     places, size = min(asked.batch, len(prompts)), asked.page_size
-    longest, prompt = max(lengths(prompts, most)), max(map(len, prompts))
+    longest = max(len(prompt.tokens) + prompt.most - 1 for prompt in prompts)  # the last is never shown
+    prompt = max(len(prompt.tokens) for prompt in prompts)
     least = pages(config, dtype, size, 1, longest)
     if asked.pages is not None and asked.pages < least:
         remedy = (
-            f"the longest request comes to {longest} tokens; use {least} or more, or a larger page_size than {size}"
+            f"the longest request comes to {longest} tokens; use {least} or more, or larger pages than {size}"
         )
         raise Refusal("generation.pages", asked.pages, remedy)
     return Room(
@@ -82,7 +86,8 @@ def pages(config: PretrainedConfig, dtype: torch.dtype, size: int, requests: int
     for kind, those in kinds.items():
         kept = longest if kind == "full_attention" else min(longest, text.sliding_window)
         sectors += ceil(requests * ceil(kept / size) / (sector // (len(those) * layer)))
-    return ceil(sectors * sector / (text.num_hidden_layers * layer))
+    found: int = ceil(sectors * sector / (text.num_hidden_layers * layer))
+    return found
 
 
 def layers(config: PretrainedConfig) -> Mapping[str, Sequence[int]]:
@@ -95,7 +100,9 @@ def layers(config: PretrainedConfig) -> Mapping[str, Sequence[int]]:
     try:
         found: Mapping[str, Sequence[int]] = group_layers_by_attn_type(config.get_text_config(decoder=True))
     except ValueError as error:
-        remedy = f"transformers has no pages for a layer of {config.model_type} ({error}); use batching=static"
+        remedy = (
+            f"transformers has no pages for a layer of {config.model_type} ({error}); use batching=static"
+        )
         raise Refusal("generation.batching", "continuous", remedy) from error
     return found
 
