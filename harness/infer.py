@@ -227,11 +227,12 @@ def write(
 
 def _tell(say: Say, prompts: Sequence[Prompt], texts: Sequence[str], done: dict[str, Any]) -> None:
     speed, inference = done["performance"], done["inference"]
+    first = speed["time_to_first_token_seconds"]
     figures = [
         f"{len(prompts)} prompt{'s' * (len(prompts) > 1)}",
         f"{inference['new_tokens']:,} new tokens",
         f"{speed['tokens_per_second'] or 0:,.0f} tokens/s",
-        f"first token after {speed['time_to_first_token_seconds'] * 1000:.1f} ms",
+        *([] if first is None else [f"first token after {first * 1000:.1f} ms"]),
         f"KV {inference['kv_bytes_per_token'] / 1024:g} KiB a token ({inference['cache']} cache)",
     ]
     say(", ".join(figures))

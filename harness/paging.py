@@ -100,9 +100,7 @@ def layers(config: PretrainedConfig) -> Mapping[str, Sequence[int]]:
     try:
         found: Mapping[str, Sequence[int]] = group_layers_by_attn_type(config.get_text_config(decoder=True))
     except ValueError as error:
-        remedy = (
-            f"transformers has no pages for a layer of {config.model_type} ({error}); use batching=static"
-        )
+        remedy = f"transformers has no pages for a layer of {config.model_type} ({error}); use generation.batching=static"
         raise Refusal("generation.batching", "continuous", remedy) from error
     return found
 

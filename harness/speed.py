@@ -79,15 +79,13 @@ def performance(shares: Sequence[Share], exact: int) -> dict[str, Any]:
 
     prefill, decode = sum(t.prefill_seconds for t in timed), sum(t.decode_seconds for t in timed)
     new = sum(t.new_tokens for t in timed)
+    batches = [t for t in timed if t.sequences]
+    first = [seconds for t in batches for seconds in t.first_seconds or [t.prefill_seconds]]
     return {
         "tokens_per_second": rate(new, prefill + decode),
         "prefill_tokens_per_second": rate(sum(t.prompt_tokens for t in timed), prefill),
         "decode_tokens_per_second": rate(new - sum(t.sequences for t in timed), decode),
-        "time_to_first_token_seconds": statistics.median(
-            seconds
-            for t in timed
-            for seconds in t.first_seconds or ([t.prefill_seconds] if t.sequences else [])
-        ),
+        "time_to_first_token_seconds": statistics.median(first) if first else None,
         "generation_seconds": max(sum(t.seconds for t in share.timings) for share in working),
         "compile_seconds": max(sum(t.compile_seconds for t in share.timings) for share in working) or None,
         "latency": latency([_timed(share, exact) for share in working]),
