@@ -100,8 +100,8 @@ def layers(config: PretrainedConfig) -> Mapping[str, Sequence[int]]:
     try:
         found: Mapping[str, Sequence[int]] = group_layers_by_attn_type(config.get_text_config(decoder=True))
     except ValueError as error:
-        remedy = f"transformers has no pages for a layer of {config.model_type} ({error}); use generation.batching=static"
-        raise Refusal("generation.batching", "continuous", remedy) from error
+        told = f"transformers has no pages for a layer of {config.model_type} ({error})"
+        raise Refusal("generation.batching", "continuous", f"{told}; use generation.batching=static") from error
     return found
 
 
