@@ -157,6 +157,8 @@ class Generation:
     """Most tokens generated for a prompt."""
     cache: Literal["dynamic", "static", "paged", "quantized", "offloaded", "none"] = "dynamic"
     """KV cache; none recomputes everything."""
+    cache_bits: Literal[8, 4, 2] = 8
+    """cache=quantized: bits of an element; 4 and 2 by optimum-quanto."""
     batching: Literal["static", "continuous"] = "static"
     """Continuous: a prompt that ends leaves its place to the next; static: all of a batch wait for the last."""
     page_size: Annotated[int, Field(ge=4)] = 16
@@ -264,7 +266,7 @@ def knobs() -> dict[str, Knob]:
 
 
 def _knob(schema: dict[str, Any]) -> Knob:
-    choices = tuple(schema.get("enum", ()))
+    choices = tuple(map(str, schema.get("enum", ())))
     kinds = [each.get("type") for each in (schema, schema.get("items", {}), *schema.get("anyOf", ()))]
     made: Any = {"array": [], "object": {}}.get(
         kinds[0] or ""

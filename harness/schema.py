@@ -214,6 +214,9 @@ class Inference(_Part):
     kv_reserved: Bytes | None = None
     kv_filled: Bytes | None = None
     kv_live: Bytes | None = None
+    kv_pinned: Bytes | None = None
+    kv_state: Bytes | None = None
+    kv_host: Bytes | None = None
 
 
 class Idleness(_Part):

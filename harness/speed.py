@@ -142,11 +142,10 @@ def idleness(shares: Sequence[Share], stages: int, exact: int) -> list[dict[str,
 def largest(shares: Sequence[Share]) -> dict[str, int | None]:
     """What the largest cache of a replica held when its batch ended, in bytes; None where nothing was cached."""
     held = max((kv for share in shares for kv in share.kv), key=lambda kv: kv.reserved, default=None)
+    parts = ("reserved", "filled", "live", "pinned", "state", "host")
     return {
         "kv_bytes_per_token_measured": None if held is None else held.per_token,
-        "kv_reserved": None if held is None else held.reserved,
-        "kv_filled": None if held is None else held.filled,
-        "kv_live": None if held is None else held.live,
+        **{f"kv_{part}": None if held is None else getattr(held, part) for part in parts},
     }
 
 

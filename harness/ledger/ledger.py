@@ -17,6 +17,7 @@ from harness.ledger.observers import (
     Modules,
     in_backward,
     settle,
+    watch_moves,
     watching_checkpoints,
     watching_saved,
     watching_steps,
@@ -127,6 +128,8 @@ class Ledger:
             self._engine = engine
             self._owners[id(engine)] = partial(owners.engine_claims, engine)
         if cache is not None:
+            if id(cache) not in self._caches and getattr(cache, "offloading", False):
+                watch_moves(cache, self.claim)
             self._caches[id(cache)] = partial(owners.cache_claims, cache)
         self._walk()
 

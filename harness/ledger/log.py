@@ -88,14 +88,16 @@ class _Death(weakref.ref):  # type: ignore[type-arg]
 
 
 def tensors_in(tree: Any) -> Iterator[torch.Tensor]:
-    """Every tensor in nested tuples, lists and dicts."""
+    """Every tensor in nested tuples, lists and dicts; of one that is made of others, those."""
     if isinstance(tree, torch.Tensor):
-        yield tree
+        if hasattr(tree, "__tensor_flatten__"):
+            for name in tree.__tensor_flatten__()[0]:
+                yield from tensors_in(getattr(tree, name))
+        else:
+            yield tree
         return
     for item in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, (tuple, list)) else ():
-        if isinstance(item, torch.Tensor):
-            yield item
-        elif isinstance(item, (tuple, list, dict)):
+        if isinstance(item, (torch.Tensor, tuple, list, dict)):
             yield from tensors_in(item)
 
 
@@ -158,7 +160,7 @@ class Log(TorchDispatchMode):
         ended = time_ns()
         self.operators.append(Operator(began, ended, self.where, self.module, func.__name__))
         self.work.count(func, args, kwargs, out)
-        if isinstance(out, torch.Tensor):
+        if type(out) is torch.Tensor:
             self.see(out, func.__name__, ended)
         elif out is not None:
             for tensor in tensors_in(out):

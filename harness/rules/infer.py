@@ -11,6 +11,14 @@ def generation(settings: Settings) -> None:
         return
     _origins(asked)
     _batching(settings)
+    if asked.cache_bits != 8 and asked.cache != "quantized":
+        remedy = (
+            f"generation.cache={asked.cache} has the precision of the run; add generation.cache=quantized"
+        )
+        raise Refusal("generation.cache_bits", asked.cache_bits, remedy)
+    if asked.cache == "offloaded" and settings.hardware.device == "cpu":
+        remedy = "the host's memory is where it would go, and the model is there; use dynamic, or a GPU"
+        raise Refusal("generation.cache", "offloaded", remedy)
     if asked.compile and asked.cache != "static":
         remedy = (
             f"generation.cache={asked.cache} grows, and a program has one shape; add generation.cache=static"
