@@ -219,12 +219,31 @@ class Idleness(_Part):
     idle: float
 
 
+class Took(_Part):
+    """A phase's median seconds a step, of so many steps, on the rank that is slowest in it."""
+
+    phase: Text
+    seconds: Annotated[float, Field(ge=0)]
+    steps: Number
+    rank: Number = 0
+
+
+class Ceilings(_Part):
+    """What a device can do at most: bytes and operations a second; by a page, or as measured. None: not known."""
+
+    source: Text
+    bandwidth: Annotated[float, Field(gt=0)] | None
+    flops: Annotated[float, Field(gt=0)] | None
+    dtype: Text
+
+
 class Performance(_Part):
     """Over all ranks."""
 
     tokens_per_second: float | None = None
     time_to_first_token_seconds: float | None = None
     stages: list[Idleness] | None = None
+    phases: list[Took] | None = None
 
 
 class Environment(_Part):
@@ -248,6 +267,7 @@ class Record(_Part):
     training: Training = Training()
     inference: Inference = Inference()
     performance: Performance = Performance()
+    ceilings: Ceilings | None = None
 
     @property
     def title(self) -> str:

@@ -161,9 +161,8 @@ def test_a_dynamic_cache_is_read_twice_and_written_once_for_each_token(batch: in
 
 
 def test_what_is_not_seen_is_not_measured() -> None:
-    with Ledger(device="cpu") as ledger, ledger.phase("act"):
-        with ledger.opaque("program"):
-            torch.ones(3, 3) @ torch.ones(3, 3)
+    with Ledger(device="cpu") as ledger, ledger.phase("act"), ledger.opaque("program"):
+        torch.ones(3, 3) @ torch.ones(3, 3)
     assert [each.work for each in ledger.phases if each.where.phase == "act"] == [None]
 
 

@@ -11,6 +11,7 @@ import torch
 from harness.ledger import owners
 from harness.ledger.allocator import CpuAllocator, CudaAllocator
 from harness.ledger.categories import CATEGORIES
+from harness.ledger.clock import Times
 from harness.ledger.forwards import Forwards, in_flight
 from harness.ledger.log import RANK, Event, Log, Operator, Where, device_of
 from harness.ledger.observers import (
@@ -80,7 +81,7 @@ class Ledger:
         self._settle = settle_collectives
         self.exact = False  # whether every tensor is being seen now
         self.device = device or _device_of(model)
-        self._log = Log(self.device, block)
+        self._log, self._times = Log(self.device, block), Times(self.device == "cuda")
         self._modules = Modules(self._log, self._forward_begins, self._forward_ends)
         self._allocator = (CudaAllocator if self.device == "cuda" else CpuAllocator)() if allocator else None
         self._seeing, self._instruments = ExitStack(), ExitStack()
@@ -181,13 +182,17 @@ class Ledger:
         self.begins(step)
         before, module, told = self._log.where, self._log.module, self._told
         self._told = True
-        self._enter(Where(step, name, micro_batch))
+        here = Where(step, name, micro_batch)
+        self._enter(here)
+        began = None if self.exact else self._times.moment()
         try:
             yield
         except BaseException:
             self._broke = self._broke or self._log.where
             raise
         finally:
+            if began is not None:
+                self._times.add(here, began)
             if again:
                 self._enter(before)
             else:
@@ -302,6 +307,10 @@ class Ledger:
     def fill_in(self, where: Where, work: Work | None) -> None:
         """Count `work` as done in `where`, by a caller that knows what it left out; None: it does not."""
         self._log.work.add(where, work)
+
+    def seconds(self) -> dict[str, dict[int, float]]:
+        """What each phase took by step, over its micro-batches, where nothing slowed it. Waits for the device."""
+        return self._times.by_phase()
 
     def uncounted(self) -> AbstractContextManager[None]:
         """Within it nothing counts as work: for what a run itself would not do."""

@@ -84,14 +84,14 @@ def _products(query: Any, key: Any, value: Any) -> tuple[int, int]:
 
 
 def _linear(taken: Any, weight: Any, *others: Any) -> int:
-    return 2 * taken.numel() * weight.shape[0]
+    return int(2 * taken.numel() * weight.shape[0])
 
 
 def _matmul(left: Any, right: Any, *others: Any) -> int:
     columns = right.shape[-1] if right.dim() > 1 else 1
     rows = left.shape[-2] if left.dim() > 1 else 1
     batch = prod(torch.broadcast_shapes(left.shape[:-2], right.shape[:-2]))
-    return 2 * batch * rows * left.shape[-1] * columns
+    return int(2 * batch * rows * left.shape[-1] * columns)
 
 
 def _grouped(left: Any, right: Any, *others: Any) -> int:
