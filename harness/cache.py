@@ -79,6 +79,16 @@ def kv_bytes_per_token(config: PretrainedConfig, dtype: torch.dtype) -> int:
     return int(2 * text.num_hidden_layers * heads * width * dtype.itemsize)
 
 
+def attention_flops_per_position(config: PretrainedConfig) -> int:
+    """What a new token takes for each position it attends to: 2 x 2 x layers x heads x head dimension.
+
+    A score and a share of the values, an addition and a multiplication each. It too knows all layers as alike.
+    """
+    text = config.get_text_config(decoder=True)
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return int(4 * text.num_hidden_layers * text.num_attention_heads * width)
+
+
 def kv_bytes(cache: Cache, rows: Sequence[int] | None = None) -> KvBytes:
     """What `cache` holds now. `rows`: each sequence's tokens that are not padding; None where all are.
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from transformers import PretrainedConfig, PreTrainedModel
 
 from harness import model, stage, weights
-from harness.cache import kv_bytes_per_token
+from harness.cache import attention_flops_per_position, kv_bytes_per_token
 from harness.compiled import Compiled
 from harness.decode import Choose, Generated, draws, generate, greedy, sampler
 from harness.ledger import Ledger
@@ -61,6 +61,7 @@ def run(settings: Settings, world: World, ledger: Ledger, out: Output) -> None:
         "prompt_tokens": sum(len(prompt.tokens) for prompt in prompts),
         "cache": settings.generation.cache,
         "kv_bytes_per_token": kv_bytes_per_token(config, dtype),
+        "attention_flops_per_position": attention_flops_per_position(config),
         **largest(shares),
     }
     if world.rehearsed:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.ledger.categories import CATEGORIES
+from harness.ledger.work import Work
 
 if TYPE_CHECKING:
     from harness.ledger import Forwards, Ledger, Where
@@ -74,7 +75,7 @@ def rank_record(ledger: "Ledger", rank: int, stage: int = 0) -> dict[str, Any]:
                 "categories": phase.categories,
                 "saved": phase.saved,
                 "recomputed": phase.recomputed,
-                **(phase.work._asdict() if phase.work else dict.fromkeys(("flops", "read", "written"))),
+                **(phase.work._asdict() if phase.work else dict.fromkeys(Work._fields)),
             }
             for phase in account.phases
         ],

@@ -63,7 +63,8 @@ class Category(_Part):
 
 
 class Phase(_Part):
-    """What was alive in a phase, by category; the most, and what was left; operations, and bytes read and written.
+    """What was alive in a phase, by category; the most, and what was left; operations, bytes read and written, and the
+    forwards that began.
 
     None: not measured.
     """
@@ -78,6 +79,7 @@ class Phase(_Part):
     flops: Operations | None = None
     read: Operations | None = None
     written: Operations | None = None
+    passes: Operations | None = None
 
 
 class Forwards(_Part):
@@ -170,6 +172,7 @@ class Model(_Part):
     name: Text
     parameters: Bytes | None
     dtype: Text | None
+    embeddings: Bytes | None = None
 
     @property
     def short(self) -> str:
@@ -205,7 +208,11 @@ class Training(_Part):
 class Inference(_Part):
     """What an inference run came to."""
 
+    prompts: Number | None = None
+    prompt_tokens: Bytes | None = None
+    cache: Text | None = None
     kv_bytes_per_token: Bytes | None = None
+    attention_flops_per_position: Bytes | None = None
     kv_reserved: Bytes | None = None
     kv_filled: Bytes | None = None
     kv_live: Bytes | None = None

@@ -250,13 +250,13 @@ class Ledger:
             self._account.phases.append(Phase(where, None, end, totals))
 
     def _forward_begins(self) -> None:
-        where = self._log.where
-        if self._told:
-            return
-        step = where.step + 1 if self._stepped else where.step
-        first = self._stepped or where.phase == "idle"
-        self._stepped = False
-        self._turn(Where(step, "forward", 0 if first else where.micro_batch + 1))
+        if not self._told:
+            where = self._log.where
+            step = where.step + 1 if self._stepped else where.step
+            first = self._stepped or where.phase == "idle"
+            self._stepped = False
+            self._turn(Where(step, "forward", 0 if first else where.micro_batch + 1))
+        self._log.work.passed()
 
     def _forward_ends(self) -> None:
         for claims in self._caches.values():

@@ -26,11 +26,12 @@ _aten = torch.ops.aten
 
 
 class Work(NamedTuple):
-    """Floating-point operations, and bytes read and written."""
+    """Floating-point operations, bytes read and written, and how often a model's forward began."""
 
     flops: int
     read: int
     written: int
+    passes: int = 0
 
 
 def _packets(*names: str) -> frozenset[Any]:
@@ -146,7 +147,7 @@ class Counter:
 
     def enter(self, where: "Where") -> None:
         """What follows is done in `where`."""
-        self._where, self._here = where, self._done.setdefault(where, [0, 0, 0])
+        self._where, self._here = where, self._done.setdefault(where, [0, 0, 0, 0])
 
     def of(self, where: "Where") -> Work | None:
         """What was done in `where`; None where not all of it was seen."""
@@ -162,6 +163,10 @@ class Counter:
             self._unknown.add(where)
         else:
             self._done[where][:] = map(sum, zip(self._done[where], work, strict=True))
+
+    def passed(self) -> None:
+        """A forward begins that is no part of another."""
+        self._here[3] += 1
 
     def lose(self) -> None:
         """Something is done here that nobody sees."""
