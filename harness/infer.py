@@ -43,15 +43,15 @@ def run(settings: Settings, world: World, ledger: Ledger, out: Output) -> None:
     check(prompts, config)
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     with ledger.phase("setup"):
-        built, parameters = _built(settings, config, dtype, world, ledger)
+        built, sizes = _built(settings, config, dtype, world, ledger)
     out.done["model"] = {
         "name": settings.model.name,
-        "parameters": parameters,
+        **sizes,
         "dtype": str(dtype).removeprefix("torch."),
     }
     if world.stages > 1:
         out.say(
-            f"{settings.model.name}: {parameters:,} parameters in {world.stages} stages, {world.size} ranks"
+            f"{settings.model.name}: {sizes['parameters']:,} parameters in {world.stages} stages, {world.size} ranks"
         )
     startup = time.perf_counter() - began
     by_rank = world.gather(share_of(settings, world, ledger, built, prompts, out.flush))
@@ -80,17 +80,17 @@ def run(settings: Settings, world: World, ledger: Ledger, out: Output) -> None:
 
 def _built(
     settings: Settings, config: PretrainedConfig, dtype: torch.dtype, world: World, ledger: Ledger
-) -> tuple[PreTrainedModel | Stage, int]:
-    """The model, or this rank's stage of it, and the parameters of the whole."""
+) -> tuple[PreTrainedModel | Stage, dict[str, int]]:
+    """The model, or this rank's stage of it, and the sizes of the whole."""
     asked = settings.model, config, dtype, world.device, settings.seed
     if world.stages == 1:
         built = model.build(*asked, world.rehearsed)
         ledger.own(model=built.eval().requires_grad_(False))
-        return built, model.count(built)
+        return built, model.sizes(built)
     part = stage.build(*asked, ranges(split_of(settings, config))[world.stage], world.rehearsed)
     part.eval().requires_grad_(False)
     ledger.own(model=part.model)
-    return part, model.count(weights.outline(config, dtype, settings.model.attention))
+    return part, model.sizes(weights.outline(config, dtype, settings.model.attention))
 
 
 def share_of(

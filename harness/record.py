@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.ledger.categories import CATEGORIES
-from harness.ledger.work import Work
 
 if TYPE_CHECKING:
     from harness.ledger import Forwards, Ledger, Where
@@ -19,6 +18,10 @@ if TYPE_CHECKING:
 SCHEMA = "harness.record/1"
 FILE = "record.json"
 PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "datasets", "hydra-core")
+
+
+WORK = ("flops", "read", "written", "passes")
+"""What a phase did."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ def rank_record(ledger: "Ledger", rank: int, stage: int = 0) -> dict[str, Any]:
                 "categories": phase.categories,
                 "saved": phase.saved,
                 "recomputed": phase.recomputed,
-                **(phase.work._asdict() if phase.work else dict.fromkeys(Work._fields)),
+                **(phase.work._asdict() if phase.work else dict.fromkeys(WORK)),
             }
             for phase in account.phases
         ],

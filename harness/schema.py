@@ -244,11 +244,29 @@ class Ceilings(_Part):
     dtype: Text
 
 
+class Percentiles(_Part):
+    """Seconds that half of them, and all but 5 and 1 in 100, do not exceed."""
+
+    p50: float
+    p95: float
+    p99: float
+
+
+class Latency(_Part):
+    """Of requests that all wait from the start. None: there was no such wait."""
+
+    first_token_seconds: Percentiles | None = None
+    between_tokens_seconds: Percentiles | None = None
+
+
 class Performance(_Part):
     """Over all ranks."""
 
     tokens_per_second: float | None = None
+    decode_tokens_per_second: float | None = None
     time_to_first_token_seconds: float | None = None
+    compile_seconds: float | None = None
+    latency: Latency = Latency()
     stages: list[Idleness] | None = None
     phases: list[Took] | None = None
 

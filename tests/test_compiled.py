@@ -91,5 +91,5 @@ def test_what_cannot_be_compiled_whole_is_refused_with_the_reason() -> None:
         return tokens if tokens.sum().item() > 0 else tokens + 1
 
     given = torch.zeros(1, 1)
-    with pytest.raises(Refusal, match="generation.compile=true: the decoding step cannot be compiled"):
+    with pytest.raises(Refusal, match=r"generation\.compile=true: the decoding step cannot be compiled"):
         compiled(step, torch.device("cpu"))(given, given, given, None)
