@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 
 def printable(text: str) -> str:
@@ -80,6 +80,11 @@ class Phase(_Part):
     read: Operations | None = None
     written: Operations | None = None
     passes: Operations | None = None
+
+    @property
+    def moved(self) -> int | None:
+        """Bytes read and written."""
+        return None if self.read is None or self.written is None else self.read + self.written
 
 
 class Forwards(_Part):
@@ -238,10 +243,15 @@ class Took(_Part):
 class Ceilings(_Part):
     """What a device can do at most: bytes and operations a second; by a page, or as measured. None: not known."""
 
-    source: Text
-    bandwidth: Annotated[float, Field(gt=0)] | None
-    flops: Annotated[float, Field(gt=0)] | None
-    dtype: Text
+    source: Text = ""
+    bandwidth: Annotated[float, Field(gt=0)] | None = None
+    flops: Annotated[float, Field(gt=0)] | None = None
+    dtype: Text = ""
+
+    @property
+    def balance(self) -> float | None:
+        """Operations that it does while it moves a byte."""
+        return self.flops / self.bandwidth if self.flops and self.bandwidth else None
 
 
 class Percentiles(_Part):
@@ -292,7 +302,7 @@ class Record(_Part):
     training: Training = Training()
     inference: Inference = Inference()
     performance: Performance = Performance()
-    ceilings: Ceilings | None = None
+    ceilings: Annotated[Ceilings, BeforeValidator(lambda given: given or {})] = Ceilings()
 
     @property
     def title(self) -> str:
