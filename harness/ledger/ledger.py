@@ -350,16 +350,17 @@ class Ledger:
         return self.account().books
 
     @contextmanager
-    def opaque(self, name: str) -> Iterator[None]:
+    def opaque(self, name: str, work: Work | None = None) -> Iterator[None]:
         """Within it nobody sees but the allocator: a compiled program has no operators to see, and takes no hooks.
 
         What it makes and lets go of is `kernel`, as one operator's scratch; what it leaves is named by owners, or when
-        an operator takes it.
+        an operator takes it. It counts as `work`, where its caller knows how much that is.
         """
         if not self.exact:
             yield
             return
         log, began = self._log, time_ns()
+        log.work.add(log.where, work)
         self._instruments.close()
         try:
             with log.blind():

@@ -168,10 +168,6 @@ class Counter:
         """A forward begins that is no part of another."""
         self._here[3] += 1
 
-    def lose(self) -> None:
-        """Something is done here that nobody sees."""
-        self._unknown.add(self._where)
-
     @contextmanager
     def off(self) -> Iterator[None]:
         """Within it nothing counts."""
