@@ -11,7 +11,8 @@ from harness.knobs import Hardware
 
 def named(name: str) -> Hardware:
     """The page of that name. Raises ValueError where there is none with rates."""
-    rated = {each: _read(each) for each in groups()["hardware"] if _read(each).bandwidth is not None}
+    pages = {each: _read(each) for each in groups()["hardware"]}
+    rated = {each: page for each, page in pages.items() if page.bandwidth is not None}
     if name not in rated:
         raise ValueError(f"hardware={name}: no page with rates has that name; one of {', '.join(rated)}")
     return rated[name]
