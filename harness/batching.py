@@ -1,8 +1,8 @@
-"""`harness batching RUN RUN [...]`: what a larger batch costs and brings in generation, at one context and at longer ones.
+"""`harness batching RUN RUN [...]`: what a larger batch costs and brings in generation, by the context.
 
 A step's time is split as in Chen, "Dissecting Batching Effects in GPT Inference" (2023): what does not depend on the
-context is the dense layers', which read their weights once for all sequences; what a longer context adds is attention's,
-which reads each sequence's own cache.
+context is the dense layers', which read their weights once for all sequences; what a longer context adds is
+attention's, which reads each sequence's own cache.
 """
 
 import json
@@ -28,7 +28,8 @@ def main(argv: Sequence[str]) -> int:
     return main_of(
         argv,
         "batching",
-        "Hold inference runs side by side by their batch and context: tokens a second, time from one token to the next, "
+        "Hold inference runs side by side by their batch and context: tokens a second, time from one token to "
+        "the next, "
         "and KV cache.",
         "launch/batching-study makes such runs.",
         lambda given, as_json: told_as_json(given) if as_json else told(given),
@@ -52,20 +53,28 @@ def _more(point: Point, shorter: Point) -> float | None:
     return point.step_seconds - shorter.step_seconds
 
 
-def crossing(one: Point, other: Point) -> float | None:
-    """The batch from which a step of their context is compute-bound, by what was counted; infinite where none is.
+Counted = tuple[float, float, float]
+"""A batch, and the FLOPs and bytes that a step of it takes."""
 
-    FLOPs and bytes both grow by so much for each sequence, so two batches tell those of any. None: not known.
+
+def crossing(one: Counted, other: Counted, balance: float) -> float:
+    """The batch from which a step is compute-bound on a machine of so many FLOPs a byte; infinite where none is.
+
+    FLOPs and bytes both grow by so much for each sequence, so two batches tell those of any.
     """
-    counts = one.flops, one.moved, other.flops, other.moved
-    if one.balance is None or None in counts or one.batch == other.batch or not (one.steps and other.steps):
+    (b1, f1, m1), (b2, f2, m2) = one, other
+    flops, moved = (f2 - f1) / (b2 - b1), (m2 - m1) / (b2 - b1)
+    fixed_flops, fixed = f1 - flops * b1, m1 - moved * b1
+    gained = flops - balance * moved
+    return max(1.0, (balance * fixed - fixed_flops) / gained) if gained > 0 else float("inf")
+
+
+def turn(one: Point, other: Point) -> float | None:
+    """`crossing` by what was counted in two runs of one context; None where nothing was, or they have one batch."""
+    if None in (one.flops, one.moved, other.flops, other.moved, one.balance) or one.batch == other.batch:
         return None
-    f1, m1, f2, m2 = (float(count or 0) for count in counts)
-    more = other.batch - one.batch
-    flops, moved = (f2 - f1) / more, (m2 - m1) / more
-    fixed_flops, fixed = f1 - flops * one.batch, m1 - moved * one.batch
-    gained = flops - one.balance * moved
-    return (one.balance * fixed - fixed_flops) / gained if gained > 0 else float("inf")
+    first, second = ((each.batch, each.flops or 0, each.moved or 0) for each in (one, other))
+    return crossing(first, second, one.balance or 0.0)
 
 
 def told_as_json(given: Sequence[Point]) -> str:
@@ -79,7 +88,12 @@ def told(given: Sequence[Point]) -> str:
     found = steps(given)
     fastest = max((step.point.tokens_per_second or 0 for step in found), default=0)
     table = Table(
-        ["tokens/s"], ["from token", "to token"], ["of it", "the context's"], ["KV", "cache"], ["counted", "FLOP/B"], [""]
+        ["tokens/s"],
+        ["from token", "to token"],
+        ["of it", "the context's"],
+        ["KV", "cache"],
+        ["counted", "FLOP/B"],
+        [""],
     )
     by_context: dict[int, list[Step]] = {}
     for step in found:
@@ -108,25 +122,21 @@ def _seen(by_context: Mapping[int, Sequence[Step]]) -> Iterator[str]:
         few, many = found[0].point, found[-1].point
         if few.step_seconds and many.step_seconds and many.batch > few.batch:
             yield (
-                f"At {context:,} tokens of context a step of {many.batch} sequences takes {_times(few, many)} of {few.batch}, "
-                f"for {many.batch / few.batch:g} times the tokens."
+                f"At {context:,} tokens of context a step of {many.batch} sequences takes "
+                f"{many.step_seconds / few.step_seconds:.2f} times one of {few.batch}, for "
+                f"{many.batch / few.batch:g} times the tokens."
             )
         one, other = found[0].attention, found[-1].attention
         if one and other and one > 0 and other > 0:
             yield f"  What the longer context adds grows {factor(one, other)}: each sequence has its own cache to read."
     for context, found in by_context.items():
-        turn = crossing(found[0].point, found[-1].point)
-        if turn is not None:
-            yield _turn(context, turn, found[0].point)
+        found_at = turn(found[0].point, found[-1].point)
+        if found_at is not None:
+            yield _turns(context, found_at, found[0].point)
 
 
-def _times(few: Point, many: Point) -> str:
-    return f"{(many.step_seconds or 0) / (few.step_seconds or 1):.2f} times one"
-
-
-def _turn(context: int, turn: float, point: Point) -> str:
+def _turns(context: int, batch: float, point: Point) -> str:
     balance = f"the machine's {point.balance:,.0f} FLOP/B"
-    if turn == float("inf"):
-        return f"Predicted at {context:,} tokens: no batch is compute-bound, for what a sequence adds is below {balance}."
-    return f"Predicted at {context:,} tokens: compute-bound from a batch of {max(1, turn):,.0f} on, by {balance}."
-
+    if batch == float("inf"):
+        return f"Predicted at {context:,} tokens: no batch is compute-bound; what a sequence adds is below {balance}."
+    return f"Predicted at {context:,} tokens: compute-bound from a batch of {batch:,.0f} on, by {balance}."

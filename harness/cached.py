@@ -24,7 +24,9 @@ def padding(run: Run) -> Iterator[Finding]:
     if kv.kv_reserved is None or kv.kv_filled is None or kv.kv_live is None:
         return
     wasted, unused = kv.kv_filled - kv.kv_live, kv.kv_reserved - kv.kv_filled
-    parts = [f"{size(wasted)} are padding"] if wasted >= NOTABLE * kv.kv_reserved else []
+    paged = run.settings is not None and run.settings.generation.cache == "paged"
+    wasted_are = "are in pages that no token fills yet" if paged else "are padding"
+    parts = [f"{size(wasted)} {wasted_are}"] if wasted >= NOTABLE * kv.kv_reserved else []
     parts += [f"{size(unused)} were never filled"] if unused >= NOTABLE * kv.kv_reserved else []
     if parts and kv.kv_reserved > 0:
         sentence = (

@@ -12,7 +12,8 @@ def main(argv: Sequence[str]) -> int:
     return main_of(
         argv,
         "caching",
-        "Hold inference runs with a KV cache beside runs without one, by the tokens they generated: time and operations "
+        "Hold inference runs with a KV cache beside runs without one, by the tokens they generated: time and "
+        "operations "
         "a token, and bytes.",
         "launch/caching-study makes such runs.",
         lambda given, as_json: told_as_json(given) if as_json else told(given),
@@ -22,7 +23,9 @@ def main(argv: Sequence[str]) -> int:
 def by_cache(given: Sequence[Point]) -> dict[str, list[Point]]:
     """The runs of each cache by the tokens they generated, that without one first."""
     if len({(point.batch, point.prompt, point.model) for point in given}) > 1:
-        raise ValueError("caching: the runs differ in model, batch or prompt; name those that differ in length and cache")
+        raise ValueError(
+            "caching: the runs differ in model, batch or prompt; name those that differ in length and cache"
+        )
     found: dict[str, list[Point]] = {}
     for point in sorted(given, key=lambda each: (each.cache != "none", each.cache, each.new)):
         found.setdefault(point.cache, []).append(point)
@@ -45,7 +48,12 @@ def told(given: Sequence[Point]) -> str:
     """The table, and what is seen in it."""
     found = by_cache(given)
     table = Table(
-        ["new", "tokens"], ["seconds", "a token"], ["FLOP", "a token"], ["bytes", "a token"], ["KV", "cache"], ["lower", "bound"]
+        ["new", "tokens"],
+        ["seconds", "a token"],
+        ["FLOP", "a token"],
+        ["bytes", "a token"],
+        ["KV", "cache"],
+        ["lower", "bound"],
     )
     for cache, points in found.items():
         table.section("without a cache" if cache == "none" else f"{cache} cache")

@@ -68,7 +68,12 @@ class Point:
 
     def as_dict(self) -> dict[str, Any]:
         """All of it, for JSON."""
-        return {**asdict(self), "intensity": self.intensity, "balance": self.balance, "bound_seconds": self.bound}
+        return {
+            **asdict(self),
+            "intensity": self.intensity,
+            "balance": self.balance,
+            "bound_seconds": self.bound,
+        }
 
 
 def point(record: Record, source: str) -> Point:
@@ -80,13 +85,18 @@ def point(record: Record, source: str) -> Point:
     except Refusal as refusal:
         raise ValueError(f"{source} has a config that cannot be read: {refusal}") from None
     if asked.prompts or asked.prompt or asked.workload or asked.lengths != "fixed":
-        raise ValueError(f"{source} has prompts of its own; a point is made with generation.prompt_length= alone")
+        raise ValueError(
+            f"{source} has prompts of its own; a point is made with generation.prompt_length= alone"
+        )
     phases = record.ranks[0].phases if record.ranks else []
     decode = [phase for phase in phases if phase.phase == "decode" and phase.step == 0]
     flops = [phase.flops for phase in decode if phase.flops is not None]
     moved = [phase.moved for phase in decode if phase.moved is not None]
     whole = len(flops) == len(moved) == len(decode) > 0
-    rate, between = record.performance.decode_tokens_per_second, record.performance.latency.between_tokens_seconds
+    rate, between = (
+        record.performance.decode_tokens_per_second,
+        record.performance.latency.between_tokens_seconds,
+    )
     replicas = record.world.size // record.pipeline.stages
     return Point(
         record.model.short,
@@ -114,7 +124,9 @@ def main_of(
     say: Callable[[Sequence[Point], bool], str],
 ) -> int:
     """The command line of a tool over points; the exit code."""
-    parser = Parser(tool, description, f"{epilog} Exit code 2: a run has no record that can be read, or is no point.")
+    parser = Parser(
+        tool, description, f"{epilog} Exit code 2: a run has no record that can be read, or is no point."
+    )
     parser.add_argument("run", nargs="*", type=Path, metavar="RUN", help="its directory, or its record.json")
     parser.add_argument("--json", action="store_true", help="the same as JSON; null: not measured")
     try:

@@ -12,16 +12,27 @@ import torch
 from tqdm import tqdm
 from transformers import PretrainedConfig, PreTrainedModel
 
-from harness import model, stage, weights
+from harness import continuous, model, stage, weights
 from harness.cache import attention_flops_per_position, kv_bytes_per_token
 from harness.compiled import Compiled
 from harness.decode import Choose, Generated, draws, generate, greedy, sampler
 from harness.ledger import Ledger
+from harness.paging import room
 from harness.prompts import Prompt, check, find, text_of
 from harness.record import Output
 from harness.relay import Relay
 from harness.settings import Settings
-from harness.speed import Share, Timing, idleness, largest, of_replicas, performance, unasked
+from harness.speed import (
+    Share,
+    Timing,
+    idleness,
+    largest,
+    of_replicas,
+    pages,
+    performance,
+    scheduled,
+    unasked,
+)
 from harness.split import ranges, split_of
 from harness.stage import Stage
 from harness.world import World
@@ -42,6 +53,8 @@ def run(settings: Settings, world: World, ledger: Ledger, out: Output) -> None:
     prompts = find(settings, tokenizer, world.rehearsed)
     check(prompts, config)
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
+    if settings.generation.batching == "continuous":
+        room(settings.generation, config, dtype, prompts)  # refused before the model is made
     with ledger.phase("setup"):
         built, sizes = _built(settings, config, dtype, world, ledger)
     out.done["model"] = {
@@ -63,6 +76,7 @@ def run(settings: Settings, world: World, ledger: Ledger, out: Output) -> None:
         "kv_bytes_per_token": kv_bytes_per_token(config, dtype),
         "attention_flops_per_position": attention_flops_per_position(config),
         **largest(shares),
+        **pages(shares),
     }
     if world.rehearsed:
         return
@@ -72,7 +86,8 @@ def run(settings: Settings, world: World, ledger: Ledger, out: Output) -> None:
         write(out.directory / FILE, prompts, list(tokens.values()), texts)
     exact = settings.ledger.steps if settings.ledger.mode == "exact" else 0
     out.done["inference"] |= {"new_tokens": sum(map(len, tokens.values())), **unasked(shares)}
-    out.done["performance"] = {"startup_seconds": startup, **performance(shares, exact)}
+    measured = {**performance(shares, exact), **scheduled(shares)}
+    out.done["performance"] = {"startup_seconds": startup, **measured}
     if world.stages > 1:
         out.done["performance"]["stages"] = idleness(by_rank, world.stages, exact)
     _tell(out.say, prompts, texts, out.done)
@@ -112,6 +127,14 @@ def share_of(
     eos = end_tokens(built if relay is None else relay.stage.model) if asked.stop_at_eos else ()
     quiet = None if world.leads and not world.rehearsed else True  # None: only on a terminal
     with tqdm(total=len(mine), disable=quiet, unit="prompt", leave=False, desc="generate") as bar:
+        if asked.batching == "continuous" and isinstance(built, PreTrainedModel):
+
+            def tell(ended: int) -> None:
+                bar.update(ended)
+                flush()
+
+            by_number = {number: prompts[number] for number in mine}
+            return continuous.share_of(asked, built, by_number, eos, ledger, world.rehearsed, tell)
         for step, numbers in enumerate(batches(mine, asked.batch)):
             groups = cut(numbers, 1 if relay is None else settings.pipeline.groups or world.stages)
             choose = [_chooser(settings, world, ledger, group) for group in groups]
@@ -205,11 +228,12 @@ def write(
 
 def _tell(say: Say, prompts: Sequence[Prompt], texts: Sequence[str], done: dict[str, Any]) -> None:
     speed, inference = done["performance"], done["inference"]
+    first = speed["time_to_first_token_seconds"]
     figures = [
         f"{len(prompts)} prompt{'s' * (len(prompts) > 1)}",
         f"{inference['new_tokens']:,} new tokens",
         f"{speed['tokens_per_second'] or 0:,.0f} tokens/s",
-        f"first token after {speed['time_to_first_token_seconds'] * 1000:.1f} ms",
+        *([] if first is None else [f"first token after {first * 1000:.1f} ms"]),
         f"KV {inference['kv_bytes_per_token'] / 1024:g} KiB a token ({inference['cache']} cache)",
     ]
     say(", ".join(figures))

@@ -159,6 +159,12 @@ class Generation:
     """KV cache; none recomputes everything."""
     batching: Literal["static", "continuous"] = "static"
     """Continuous: a prompt that ends leaves its place to the next; static: all of a batch wait for the last."""
+    page_size: Annotated[int, Field(ge=4)] = 16
+    """cache=paged: tokens in a page."""
+    pages: Positive | None = None
+    """cache=paged: pages of all layers; null is enough for the longest request in every place."""
+    batch_tokens: Positive | None = None
+    """batching=continuous: most tokens in a forward; null takes the longest prompt whole, or some 512 at once."""
     workload: str | None = None
     """File of requests, a JSON object a line: a prompt or its prompt_length, and its own max_new_tokens."""
     lengths: Literal["fixed", "uniform", "skewed"] = "fixed"

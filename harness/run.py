@@ -157,6 +157,9 @@ class _Run:
             from harness import train as mode
         else:
             from harness import infer as mode  # type: ignore[no-redef]
+            from harness.paged_proof import prove
+
+            prove(self.settings)
         if self.world.stages > 1:
             self._cut()
         with self.ledger:

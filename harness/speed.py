@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from harness.cache import KvBytes, of_stages
+from harness.paging import Paged
 
 PERCENTILES = (50, 95, 99)
 
@@ -27,6 +28,9 @@ class Timing(NamedTuple):
     moments: Sequence[Sequence[float]] = ()  # by request, those at which its tokens came
     computed: int = 0  # new tokens that the model computed, asked for or not
     padding: int = 0  # places in the prompts' columns that hold no token
+    first_seconds: Sequence[
+        float
+    ] = ()  # by request, from its first forward to its first token, where they differ
 
     @property
     def seconds(self) -> float:
@@ -41,6 +45,7 @@ class Share:
     tokens: dict[int, list[int]] = field(default_factory=dict)
     timings: list[Timing] = field(default_factory=list)
     kv: list[KvBytes] = field(default_factory=list)
+    paged: list[Paged] = field(default_factory=list)
 
 
 def of_replicas(shares: Sequence[Share], replicas: int) -> list[Share]:
@@ -54,6 +59,7 @@ def of_replicas(shares: Sequence[Share], replicas: int) -> list[Share]:
             stages[-1].tokens,
             stages[-1].timings,
             [of_stages(each) for each in zip(*(share.kv for share in stages), strict=True)],
+            stages[-1].paged,
         )
         for stages in of_each
         if stages
@@ -73,11 +79,13 @@ def performance(shares: Sequence[Share], exact: int) -> dict[str, Any]:
 
     prefill, decode = sum(t.prefill_seconds for t in timed), sum(t.decode_seconds for t in timed)
     new = sum(t.new_tokens for t in timed)
+    batches = [t for t in timed if t.sequences]
+    first = [seconds for t in batches for seconds in t.first_seconds or [t.prefill_seconds]]
     return {
         "tokens_per_second": rate(new, prefill + decode),
         "prefill_tokens_per_second": rate(sum(t.prompt_tokens for t in timed), prefill),
         "decode_tokens_per_second": rate(new - sum(t.sequences for t in timed), decode),
-        "time_to_first_token_seconds": statistics.median(t.prefill_seconds for t in timed),
+        "time_to_first_token_seconds": statistics.median(first) if first else None,
         "generation_seconds": max(sum(t.seconds for t in share.timings) for share in working),
         "compile_seconds": max(sum(t.compile_seconds for t in share.timings) for share in working) or None,
         "latency": latency([_timed(share, exact) for share in working]),
@@ -139,6 +147,27 @@ def largest(shares: Sequence[Share]) -> dict[str, int | None]:
         "kv_reserved": None if held is None else held.reserved,
         "kv_filled": None if held is None else held.filled,
         "kv_live": None if held is None else held.live,
+    }
+
+
+def pages(shares: Sequence[Share]) -> dict[str, int]:
+    """Of the replica with the most pages: how many, and how many of them were in use at once; nothing without pages."""
+    held = max(
+        (paged for share in shares for paged in share.paged), key=lambda each: each.pages, default=None
+    )
+    return {} if held is None else {"pages": held.pages, "pages_used": held.pages_used}
+
+
+def scheduled(shares: Sequence[Share]) -> dict[str, Any]:
+    """Of all replicas: forwards, the tokens in one on average, and how often a request gave up its pages for others."""
+    found = [paged for share in shares for paged in share.paged]
+    forwards = sum(paged.forwards for paged in found)
+    if not forwards:
+        return {}
+    return {
+        "forwards": forwards,
+        "tokens_per_forward": sum(paged.tokens for paged in found) / forwards,
+        "evicted": sum(paged.evicted for paged in found),
     }
 
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from harness import infer, record, train
+from harness import infer, paged_proof, record, train
 from harness.ledger import Ledger
 from harness.model import model_config
 from harness.proof import prove
@@ -31,6 +31,7 @@ def rehearse(settings: Settings, rank: int) -> tuple[dict[str, Any], dict[str, A
     if stages > 1:
         prove(settings)
         done["pipeline"] = told(settings, split_of(settings, model_config(settings.model)))
+    paged_proof.prove(settings)
     with (
         warnings.catch_warnings(),
         rehearsed(rank, size, "cuda" if target == "cuda" else "cpu", stages) as world,

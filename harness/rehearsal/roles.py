@@ -155,10 +155,9 @@ def _shares(settings: Settings, size: int) -> list[Batches]:
     tokenizer = model.tokenizer(settings.model, settings.data.tokenizer)
     found = prompts.find(settings, tokenizer, rehearsed=True)
     lengths = [(len(prompt.tokens), prompt.most) for prompt in found]
+    seen = settings.ledger.steps if settings.generation.batching == "static" else None
     return [
-        tuple(tuple(batch) for batch in batches(lengths[rank::size], settings.generation.batch))[
-            : settings.ledger.steps
-        ]
+        tuple(tuple(batch) for batch in batches(lengths[rank::size], settings.generation.batch))[:seen]
         for rank in range(size)
     ]
 

@@ -10,6 +10,7 @@ def generation(settings: Settings) -> None:
     if settings.mode == "train":
         return
     _origins(asked)
+    _batching(settings)
     if asked.compile and asked.cache != "static":
         remedy = (
             f"generation.cache={asked.cache} grows, and a program has one shape; add generation.cache=static"
@@ -27,6 +28,46 @@ def generation(settings: Settings) -> None:
             if value != off:
                 remedy = "the likeliest token is taken whatever it is; add generation.sample=true"
                 raise Refusal(f"generation.{key}", value, remedy)
+
+
+def _batching(settings: Settings) -> None:
+    asked, key = settings.generation, "generation.batching"
+    if asked.batching == "static":
+        if asked.cache == "paged":
+            remedy = "pages go from a request that ends to the next; add generation.batching=continuous"
+            raise Refusal("generation.cache", "paged", remedy)
+        for name, value, off in (
+            ("page_size", asked.page_size, 16),
+            ("pages", asked.pages, None),
+            ("batch_tokens", asked.batch_tokens, None),
+        ):
+            if value != off:
+                remedy = "static batching has none; add generation.batching=continuous generation.cache=paged"
+                raise Refusal(f"generation.{name}", value, remedy)
+        return
+    if asked.cache != "paged":
+        remedy = (
+            f"generation.cache={asked.cache} holds a batch that begins together; add generation.cache=paged"
+        )
+        raise Refusal(key, asked.batching, remedy)
+    if asked.sample:
+        remedy = (
+            "continuous batching draws for all requests at once, so that what one gets would depend on the others; "
+            "use generation.batching=static"
+        )
+        raise Refusal("generation.sample", True, remedy)
+    for name, count in (
+        ("pipeline.stages", settings.pipeline.stages),
+        ("generation.tensor_parallel", asked.tensor_parallel),
+    ):
+        if count > 1:
+            remedy = "requests enter and leave on one rank at a time; use 1, or generation.batching=static"
+            raise Refusal(name, count, remedy)
+    if asked.batch_tokens is not None and asked.batch_tokens < asked.batch:
+        remedy = (
+            f"a forward has a token of each of generation.batch={asked.batch} requests; use as many or more"
+        )
+        raise Refusal("generation.batch_tokens", asked.batch_tokens, remedy)
 
 
 def _origins(asked: Generation) -> None:

@@ -4,7 +4,7 @@ Every ZeRO stage meets every offload it may have, each in both precisions and bo
 stage, precision and count meet in some cell. What else decides bytes varies by stage, one thing at a time: buckets
 smaller than a parameter, validation and checkpoints, eager attention and the end of what is seen, nothing or all kept
 whole, tied weights and learned positions, layers that are recomputed, a world that divides nothing evenly. Generation
-has every cache, padded or not.
+has every cache, padded or not; and requests that enter and leave, as many pages as they need, fewer, or in parts.
 
 What an allocator saw (`kernel`, and a peak with it) is no
 storage and not compared; a rehearsal has none.
@@ -80,6 +80,7 @@ PIPELINED = [
 STAGES_OF_4 = ("hardware=cpu", *TRAIN, "pipeline.stages=4", "train.accumulation=5", "precision=bf16")
 TWO_BY_TWO = (*TINY, *UNEVEN, *TRAIN, "pipeline.stages=2", "train.accumulation=2")
 EVERYTHING = ("train.steps=2", "train.validate_every=1", "train.save_every=1", "train.export=true")
+CONTINUED = ("generation.batching=continuous", "generation.cache=paged", "generation.count=11")
 RELAYED = ("pipeline.stages=2", "generation.prompts=PROMPTS", "generation.batch=3")
 TIED = [(*GPT2, *TRAIN, f"zero={stage}") for stage in STAGES]
 MODES = ("checkpointing=selective", "checkpointing=full")
@@ -117,6 +118,9 @@ GENERATION = [
     ),
     (*TINY, *INFER, "generation.sample=true", "generation.max_new_tokens=40"),
     (*GPT2, *INFER, "generation.prompts=PROMPTS"),
+    (*TINY, *INFER, *CONTINUED, "generation.lengths=skewed", "generation.max_new_tokens=40"),
+    (*TINY, *INFER, *CONTINUED, "generation.pages=9", "generation.max_new_tokens=40", "precision=fp32"),
+    (*TINY, *INFER, *CONTINUED, "generation.batch_tokens=20", "model.attention=eager"),
     *((*TINY, *INFER, *RELAYED, f"generation.cache={c}") for c in ("dynamic", "static", "none")),
     (*TINY, *INFER, *RELAYED, "pipeline.groups=1", "generation.sample=true", "precision=fp32"),
     (*TINY, *INFER, *RELAYED, "generation.max_new_tokens=40"),
