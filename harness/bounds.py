@@ -244,6 +244,8 @@ def _shape(
     replicas = record.world.size // (record.pipeline.stages * apart)
     if not told.prompts or told.prompt_tokens is None or not groups or not replicas:
         return None
+    if asked.batching == "continuous":
+        return None  # its batch is another one in every pass
     batch = min(asked.batch, -(-told.prompts // replicas)) / groups
     if name != "decode" or asked.cache == "none":
         return Shape(batch, weights)
