@@ -216,7 +216,11 @@ class Hardware:
     bandwidth: PositiveFloat | None = None
     """Bytes a second from the device's memory."""
     flops_bf16: PositiveFloat | None = None
-    """Dense bf16 operations a second."""
+    """Dense bf16 operations a second, added up in fp32: what utilization is held against."""
+    flops_bf16_sparse: PositiveFloat | None = None
+    """The same where two of four weights are zero: what vendors print."""
+    flops_fp16_accumulate: PositiveFloat | None = None
+    """Dense fp16 operations a second, added up in fp16."""
     link: PositiveFloat | None = None
     """Bytes a second between devices, both directions together."""
 

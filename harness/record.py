@@ -20,6 +20,10 @@ FILE = "record.json"
 PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "datasets", "hydra-core")
 
 
+WORK = ("flops", "read", "written", "passes")
+"""What a phase did."""
+
+
 @dataclass(frozen=True)
 class Output:
     """What a mode is given to leave its traces with."""
@@ -74,7 +78,7 @@ def rank_record(ledger: "Ledger", rank: int, stage: int = 0) -> dict[str, Any]:
                 "categories": phase.categories,
                 "saved": phase.saved,
                 "recomputed": phase.recomputed,
-                **(phase.work._asdict() if phase.work else dict.fromkeys(("flops", "read", "written"))),
+                **(phase.work._asdict() if phase.work else dict.fromkeys(WORK)),
             }
             for phase in account.phases
         ],

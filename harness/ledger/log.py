@@ -136,7 +136,6 @@ class Log(TorchDispatchMode):
     @contextmanager
     def blind(self) -> Iterator[None]:
         """Within it operators are not seen, and what ends is still told."""
-        self.work.lose()
         with _disable_current_modes():
             yield
 
