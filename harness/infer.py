@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 from transformers import PretrainedConfig, PreTrainedModel
 
-from harness import continuous, model, stage, weights
+from harness import continuous, model, stage, tensor, weights
 from harness.cache import attention_flops_per_position, check_kind, kv_bytes_per_token
 from harness.compiled import Compiled
 from harness.decode import Choose, Generated, draws, generate, greedy, sampler
@@ -55,6 +55,7 @@ def run(settings: Settings, world: World, ledger: Ledger, out: Output) -> None:
     if settings.generation.cache == "offloaded" and world.kind == "cpu":
         remedy = "the host's memory is where it would go, and the model is there; use dynamic, or a GPU"
         raise Refusal("generation.cache", "offloaded", remedy)
+    tensor.check(settings, config)
     check_kind(settings.generation.cache, config, settings.generation.cache_bits)
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     if settings.generation.batching == "continuous":
@@ -72,11 +73,12 @@ def run(settings: Settings, world: World, ledger: Ledger, out: Output) -> None:
         )
     startup = time.perf_counter() - began
     by_rank = world.gather(share_of(settings, world, ledger, built, prompts, out.flush))
-    shares = of_replicas(by_rank, world.replicas)
+    shares = of_replicas(by_rank, world.replicas, world.tensor)
     out.done["inference"] = {
         "prompts": len(prompts),
         "prompt_tokens": sum(len(prompt.tokens) for prompt in prompts),
         "cache": settings.generation.cache,
+        "tensor_parallel": world.tensor,
         "kv_bytes_per_token": kv_bytes_per_token(config, dtype),
         "attention_flops_per_position": attention_flops_per_position(config),
         **largest(shares),
@@ -101,6 +103,10 @@ def _built(
     settings: Settings, config: PretrainedConfig, dtype: torch.dtype, world: World, ledger: Ledger
 ) -> tuple[PreTrainedModel | Stage, dict[str, int]]:
     """The model, or this rank's stage of it, and the sizes of the whole."""
+    if world.tensor > 1:
+        shared, sizes = tensor.build(settings, config, dtype, world)
+        ledger.own(model=shared)
+        return shared, sizes
     asked = settings.model, config, dtype, world.device, settings.seed
     if world.stages == 1:
         built = model.build(*asked, world.rehearsed)

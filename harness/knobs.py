@@ -244,6 +244,11 @@ class Settings:
     world: World = World()
     hardware: Hardware = Hardware()
 
+    @property
+    def tensor_parallel(self) -> int:
+        """Ranks that share each layer; in training each has whole ones."""
+        return self.generation.tensor_parallel if self.mode == "infer" else 1
+
 
 @dataclass(frozen=True)
 class Knob:

@@ -117,8 +117,8 @@ def machine(ceilings: Ceilings) -> str:
             f"{ceilings.source}: no rate of {ceilings.dtype} is known, and {count(ceilings.bandwidth, 'B/s')}"
         )
     return (
-        f"{ceilings.source}: {count(ceilings.flops, 'FLOP/s')} of {ceilings.dtype}, {count(ceilings.bandwidth, 'B/s')}; "
-        f"they balance at {ceilings.balance:,.0f} FLOP/B"
+        f"{ceilings.source}: {count(ceilings.flops, 'FLOP/s')} of {ceilings.dtype}, "
+        f"{count(ceilings.bandwidth, 'B/s')}; they balance at {ceilings.balance:,.0f} FLOP/B"
     )
 
 

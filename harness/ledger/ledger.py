@@ -13,7 +13,7 @@ from harness.ledger.allocator import CpuAllocator, CudaAllocator
 from harness.ledger.categories import CATEGORIES
 from harness.ledger.clock import Times
 from harness.ledger.forwards import Forwards, in_flight
-from harness.ledger.log import RANK, Event, Log, Operator, Where, device_of
+from harness.ledger.log import RANK, Event, Log, Operator, Where, device_of, tensors_in
 from harness.ledger.observers import (
     Modules,
     in_backward,
@@ -237,7 +237,8 @@ class Ledger:
         """
         held: dict[int, tuple[str, int]] = {}
         for claims in (*self._owners.values(), *self._caches.values()):
-            for category, _, tensor in claims():
+            named = ((category, part) for category, _, held_by in claims() for part in tensors_in(held_by))
+            for category, tensor in named:
                 if device_of(tensor) != self.device:
                     continue
                 storage = tensor.untyped_storage()
