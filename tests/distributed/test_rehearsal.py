@@ -4,7 +4,8 @@ Every ZeRO stage meets every offload it may have, each in both precisions and bo
 stage, precision and count meet in some cell. What else decides bytes varies by stage, one thing at a time: buckets
 smaller than a parameter, validation and checkpoints, eager attention and the end of what is seen, nothing or all kept
 whole, tied weights and learned positions, layers that are recomputed, a world that divides nothing evenly. Generation
-has every cache, padded or not; and requests that enter and leave, as many pages as they need, fewer, or in parts.
+has every cache, padded or not; layers that ranks share; and requests that enter and leave, as many pages as they
+need, fewer, or in parts.
 
 What an allocator saw (`kernel`, and a peak with it) is no
 storage and not compared; a rehearsal has none.
@@ -81,6 +82,7 @@ STAGES_OF_4 = ("hardware=cpu", *TRAIN, "pipeline.stages=4", "train.accumulation=
 TWO_BY_TWO = (*TINY, *UNEVEN, *TRAIN, "pipeline.stages=2", "train.accumulation=2")
 EVERYTHING = ("train.steps=2", "train.validate_every=1", "train.save_every=1", "train.export=true")
 CONTINUED = ("generation.batching=continuous", "generation.cache=paged", "generation.count=11")
+SHARED = ("generation.tensor_parallel=2", "generation.prompts=PROMPTS", "generation.max_new_tokens=40")
 RELAYED = ("pipeline.stages=2", "generation.prompts=PROMPTS", "generation.batch=3")
 TIED = [(*GPT2, *TRAIN, f"zero={stage}") for stage in STAGES]
 MODES = ("checkpointing=selective", "checkpointing=full")
@@ -121,6 +123,9 @@ GENERATION = [
     (*TINY, *INFER, *CONTINUED, "generation.lengths=skewed", "generation.max_new_tokens=40"),
     (*TINY, *INFER, *CONTINUED, "generation.pages=9", "generation.max_new_tokens=40", "precision=fp32"),
     (*TINY, *INFER, *CONTINUED, "generation.batch_tokens=20", "model.attention=eager"),
+    (*TINY, *INFER, "generation.cache=quantized", "generation.prompts=PROMPTS"),
+    *((*TINY, *INFER, *SHARED, f"generation.cache={c}") for c in ("dynamic", "static", "none")),
+    (*TINY, *INFER, *SHARED, "precision=fp32", "generation.sample=true", "model.attention=eager"),
     *((*TINY, *INFER, *RELAYED, f"generation.cache={c}") for c in ("dynamic", "static", "none")),
     (*TINY, *INFER, *RELAYED, "pipeline.groups=1", "generation.sample=true", "precision=fp32"),
     (*TINY, *INFER, *RELAYED, "generation.max_new_tokens=40"),
@@ -134,6 +139,7 @@ CELLS: dict[int, list[Words]] = {
         (*TWO_BY_TWO, "zero=1", "zero.offload=optimizer", "precision=fp32"),
         (*TWO_BY_TWO, "zero=0", *EVERYTHING),
         (*TINY, *INFER, *RELAYED, "pipeline.groups=3"),
+        (*TINY, *INFER, *SHARED, *UNEVEN),
         ("hardware=cpu", *INFER, *RELAYED, "pipeline.stages=4", "generation.max_new_tokens=40"),
         ("hardware=cpu", *INFER, *RELAYED, "pipeline.stages=4", "generation.stop_at_eos=true"),
         (*TINY, *INFER, "pipeline.stages=2", "generation.prompt=[x]", "generation.max_new_tokens=1"),
