@@ -22,7 +22,7 @@ PHASES = {"train": ("forward", "backward", "step"), "infer": ("prefill", "decode
 WEIGHTS = {"forward": 1, "prefill": 1, "decode": 1, "backward": 2}
 """How often a pass moves the weights as a whole: a backward reads them, and writes as much of gradients."""
 
-COPIES = {"dynamic": 3}
+COPIES = {"dynamic": 3, "static": 1}
 """How often a new token moves each cached position: a dynamic cache is read and written anew, then read."""
 
 ITEMSIZE = {"bfloat16": 2, "float32": 4}
@@ -249,12 +249,15 @@ def _shape(
     batch = min(asked.batch, -(-told.prompts // replicas)) / groups
     if name != "decode" or asked.cache == "none":
         return Shape(batch, weights)
+    flops, position = told.attention_flops_per_position, told.kv_bytes_per_token
+    if asked.cache not in COPIES or flops is None or position is None:
+        return None
     prompt, tokens = told.prompt_tokens / told.prompts, totals["decode"].passes / groups
     return Shape(
         batch,
         weights,
         prompt + (tokens if asked.cache == "static" else (tokens + 1) / 2),
-        (told.attention_flops_per_position or 0) * share,
-        (told.kv_bytes_per_token or 0) * share,
-        COPIES.get(asked.cache, 1),
+        flops * share,
+        position * share,
+        COPIES[asked.cache],
     )

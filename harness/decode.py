@@ -212,6 +212,7 @@ def generate(
     most: int | Sequence[int],
     *,
     cache: str = "dynamic",
+    bits: int = 8,
     compiled: Compiled | None = None,
     eos: Sequence[int] = (),
     choose: Choose = greedy,
@@ -221,8 +222,8 @@ def generate(
 ) -> Generated:
     """Continue each of `prompts` (ids, none empty) by up to `most` >= 1 tokens, all or each, ending after any of `eos`.
 
-    `model` is in eval mode, `cache` a kind that `harness.cache.make` knows. Greedy tokens are those of
-    transformers' `generate` on the same left-padded batch. `ledger` sees a prefill and a decode, as `step`; with
+    `model` is in eval mode, `cache` a kind that `harness.cache.make` knows, of so many `bits`. Greedy tokens are those
+    of transformers' `generate` on the same left-padded batch. `ledger` sees a prefill and a decode, as `step`; with
     `ends_only`, only the first and last tokens of the decode, and what is generated means nothing. With `compiled`,
     which is made of `model`, the decode is compiled, and the cache is static and stays there for the next batch.
     """
@@ -231,7 +232,7 @@ def generate(
         with ledger.phase("compile", step):
             kept, compiling = compiled.prepare(len(prompts))
     with ledger.phase("prefill", step):
-        batch, held = ready(prompts, most, kept or cache, eos, model.config, model.device, ledger)
+        batch, held = ready(prompts, most, kept or cache, bits, eos, model.config, model.device, ledger)
         show = shown_to(model, held)
         marks = Marks(model.device)
         started = clock(model.device)
@@ -263,6 +264,7 @@ def ready(
     prompts: Sequence[Sequence[int]],
     most: int | Sequence[int],
     cache: str | Cache,
+    bits: int,
     eos: Sequence[int],
     config: PretrainedConfig,
     device: torch.device,
@@ -274,7 +276,7 @@ def ready(
         if (tensor := getattr(batch, name)) is not None:
             ledger.claim("inputs", name, tensor)
     room = batch.tokens.shape[1] - 1  # the last token is never shown to the model
-    held = make(cache, config, room) if isinstance(cache, str) else cache
+    held = make(cache, config, room, bits) if isinstance(cache, str) else cache
     ledger.own(cache=held)
     return batch, held
 
@@ -297,14 +299,16 @@ def finish(
     rows = batch.tokens[:, batch.width :].tolist()
     limits = [most] * len(rows) if isinstance(most, int) else most
     tokens = [_until(eos, row[:limit]) for row, limit in zip(rows, limits, strict=True)]
-    return tokens, None if cache is None else _measure(cache, prompts, tokens)
+    return tokens, None if cache is None else _measure(cache, prompts, tokens, batch.tokens.device)
 
 
-def _measure(cache: Cache, prompts: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]) -> KvBytes:
+def _measure(
+    cache: Cache, prompts: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]], device: torch.device
+) -> KvBytes:
     """What `cache` holds; a sequence's last token is in it only if the model was shown more after it."""
     shown, width = int(cache.get_seq_length()), max(map(len, prompts))
     real = [min(len(p) + len(n), shown - width + len(p)) for p, n in zip(prompts, tokens, strict=True)]
-    return kv_bytes(cache, real)
+    return kv_bytes(cache, real, device)
 
 
 def _until(eos: Sequence[int], row: list[int]) -> list[int]:

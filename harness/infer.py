@@ -12,8 +12,8 @@ import torch
 from tqdm import tqdm
 from transformers import PretrainedConfig, PreTrainedModel
 
-from harness import continuous, model, stage, weights
-from harness.cache import attention_flops_per_position, kv_bytes_per_token
+from harness import continuous, model, stage, tensor, weights
+from harness.cache import attention_flops_per_position, check_kind, kv_bytes_per_token
 from harness.compiled import Compiled
 from harness.decode import Choose, Generated, draws, generate, greedy, sampler
 from harness.ledger import Ledger
@@ -21,7 +21,7 @@ from harness.paging import room
 from harness.prompts import Prompt, check, find, text_of
 from harness.record import Output
 from harness.relay import Relay
-from harness.settings import Settings
+from harness.settings import Refusal, Settings
 from harness.speed import (
     Share,
     Timing,
@@ -52,6 +52,11 @@ def run(settings: Settings, world: World, ledger: Ledger, out: Output) -> None:
     tokenizer = model.tokenizer(settings.model, settings.data.tokenizer)
     prompts = find(settings, tokenizer, world.rehearsed)
     check(prompts, config)
+    if settings.generation.cache == "offloaded" and world.kind == "cpu":
+        remedy = "the host's memory is where it would go, and the model is there; use dynamic, or a GPU"
+        raise Refusal("generation.cache", "offloaded", remedy)
+    tensor.check(settings, config)
+    check_kind(settings.generation.cache, config, settings.generation.cache_bits)
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     if settings.generation.batching == "continuous":
         room(settings.generation, config, dtype, prompts)  # refused before the model is made
@@ -68,11 +73,12 @@ def run(settings: Settings, world: World, ledger: Ledger, out: Output) -> None:
         )
     startup = time.perf_counter() - began
     by_rank = world.gather(share_of(settings, world, ledger, built, prompts, out.flush))
-    shares = of_replicas(by_rank, world.replicas)
+    shares = of_replicas(by_rank, world.replicas, world.tensor)
     out.done["inference"] = {
         "prompts": len(prompts),
         "prompt_tokens": sum(len(prompt.tokens) for prompt in prompts),
         "cache": settings.generation.cache,
+        "tensor_parallel": world.tensor,
         "kv_bytes_per_token": kv_bytes_per_token(config, dtype),
         "attention_flops_per_position": attention_flops_per_position(config),
         **largest(shares),
@@ -97,6 +103,10 @@ def _built(
     settings: Settings, config: PretrainedConfig, dtype: torch.dtype, world: World, ledger: Ledger
 ) -> tuple[PreTrainedModel | Stage, dict[str, int]]:
     """The model, or this rank's stage of it, and the sizes of the whole."""
+    if world.tensor > 1:
+        shared, sizes = tensor.build(settings, config, dtype, world)
+        ledger.own(model=shared)
+        return shared, sizes
     asked = settings.model, config, dtype, world.device, settings.seed
     if world.stages == 1:
         built = model.build(*asked, world.rehearsed)
@@ -143,7 +153,8 @@ def share_of(
                 break
             given = [[prompts[number].tokens for number in group] for group in groups]
             most = [[prompts[number].most for number in group] for group in groups]
-            how: Any = {"cache": asked.cache, "eos": eos, "step": step, "ends_only": world.rehearsed}
+            how: Any = {"cache": asked.cache, "bits": asked.cache_bits, "eos": eos, "step": step}
+            how["ends_only"] = world.rehearsed
             if isinstance(relay, Relay):
                 made = relay.generate(given, most, choose=choose, **how)
             else:
@@ -228,13 +239,13 @@ def write(
 
 def _tell(say: Say, prompts: Sequence[Prompt], texts: Sequence[str], done: dict[str, Any]) -> None:
     speed, inference = done["performance"], done["inference"]
-    first = speed["time_to_first_token_seconds"]
+    first, token = speed["time_to_first_token_seconds"], inference["kv_bytes_per_token"]
     figures = [
         f"{len(prompts)} prompt{'s' * (len(prompts) > 1)}",
         f"{inference['new_tokens']:,} new tokens",
         f"{speed['tokens_per_second'] or 0:,.0f} tokens/s",
         *([] if first is None else [f"first token after {first * 1000:.1f} ms"]),
-        f"KV {inference['kv_bytes_per_token'] / 1024:g} KiB a token ({inference['cache']} cache)",
+        *([] if token is None else [f"KV {token / 1024:g} KiB a token ({inference['cache']} cache)"]),
     ]
     say(", ".join(figures))
     if stages := speed.get("stages"):

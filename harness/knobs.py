@@ -157,6 +157,8 @@ class Generation:
     """Most tokens generated for a prompt."""
     cache: Literal["dynamic", "static", "paged", "quantized", "offloaded", "none"] = "dynamic"
     """KV cache; none recomputes everything."""
+    cache_bits: Literal[8, 4, 2] = 8
+    """cache=quantized: bits of an element; 4 and 2 by optimum-quanto."""
     batching: Literal["static", "continuous"] = "static"
     """Continuous: a prompt that ends leaves its place to the next; static: all of a batch wait for the last."""
     page_size: Annotated[int, Field(ge=4)] = 16
@@ -242,6 +244,11 @@ class Settings:
     world: World = World()
     hardware: Hardware = Hardware()
 
+    @property
+    def tensor_parallel(self) -> int:
+        """Ranks that share each layer; in training each has whole ones."""
+        return self.generation.tensor_parallel if self.mode == "infer" else 1
+
 
 @dataclass(frozen=True)
 class Knob:
@@ -268,7 +275,7 @@ def knobs() -> dict[str, Knob]:
 
 
 def _knob(schema: dict[str, Any]) -> Knob:
-    choices = tuple(schema.get("enum", ()))
+    choices = tuple(map(str, schema.get("enum", ())))
     kinds = [each.get("type") for each in (schema, schema.get("items", {}), *schema.get("anyOf", ()))]
     made: Any = {"array": [], "object": {}}.get(
         kinds[0] or ""

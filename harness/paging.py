@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PretrainedConfig
 
-from harness.cache import KvBytes, kv_bytes_per_token
+from harness.cache import KvBytes, layer_bytes_per_token
 from harness.knobs import Generation, Refusal
 from harness.prompts import Prompt
 
@@ -79,7 +79,7 @@ def room(asked: Generation, config: PretrainedConfig, dtype: torch.dtype, prompt
 def pages(config: PretrainedConfig, dtype: torch.dtype, size: int, requests: int, longest: int) -> int:
     """Pages of `size` tokens that are enough for so many `requests` of `longest` tokens at any time. Raises Refusal."""
     text = config.get_text_config(decoder=True)
-    layer = kv_bytes_per_token(config, dtype) // text.num_hidden_layers * size
+    layer = layer_bytes_per_token(config, dtype) * size
     kinds = layers(config)
     sector = lcm(*(len(those) * layer for those in kinds.values()), ALIGNMENT)
     sectors = 0
@@ -101,7 +101,9 @@ def layers(config: PretrainedConfig) -> Mapping[str, Sequence[int]]:
         found: Mapping[str, Sequence[int]] = group_layers_by_attn_type(config.get_text_config(decoder=True))
     except ValueError as error:
         told = f"transformers has no pages for a layer of {config.model_type} ({error})"
-        raise Refusal("generation.batching", "continuous", f"{told}; use generation.batching=static") from error
+        raise Refusal(
+            "generation.batching", "continuous", f"{told}; use generation.batching=static"
+        ) from error
     return found
 
 

@@ -107,6 +107,7 @@ class Relay:
         *,
         choose: Sequence[Choose],
         cache: str = "dynamic",
+        bits: int = 8,
         eos: Sequence[int] = (),
         step: int = 0,
         ends_only: bool = False,
@@ -121,7 +122,7 @@ class Relay:
         started, relayed = clock(device), []
         for number, (prompts, limits, chosen) in enumerate(zip(groups, most, choose, strict=True)):
             with ledger.phase("prefill", step, number):
-                made = ready(prompts, limits, cache, eos, self.stage.config, device, ledger)
+                made = ready(prompts, limits, cache, bits, eos, self.stage.config, device, ledger)
                 relayed.append(Group(number, prompts, limits, *made, chosen, Marks(device)))
                 self._next_token(relayed[-1], 0, relayed[-1].batch.width)
         first = clock(device)

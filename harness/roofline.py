@@ -113,10 +113,12 @@ def machine(ceilings: Ceilings) -> str:
     if ceilings.balance is None:
         if ceilings.bandwidth is None:
             return "no machine is known to hold it against; --hardware NAME gives one"
-        return f"{ceilings.source}: no rate of {ceilings.dtype} is known, and {count(ceilings.bandwidth)}B/s"
+        return (
+            f"{ceilings.source}: no rate of {ceilings.dtype} is known, and {count(ceilings.bandwidth, 'B/s')}"
+        )
     return (
-        f"{ceilings.source}: {count(ceilings.flops)}FLOP/s of {ceilings.dtype}, {count(ceilings.bandwidth)}B/s; "
-        f"they balance at {ceilings.balance:,.0f} FLOP/B"
+        f"{ceilings.source}: {count(ceilings.flops, 'FLOP/s')} of {ceilings.dtype}, "
+        f"{count(ceilings.bandwidth, 'B/s')}; they balance at {ceilings.balance:,.0f} FLOP/B"
     )
 
 

@@ -110,6 +110,7 @@ class Rank(_Part):
 
     rank: Number
     stage: Number = 0
+    share: Number = 0
     stands_for: list[Number] = []
     bounds: list[Number] = []
     why: Text = ""
@@ -221,6 +222,9 @@ class Inference(_Part):
     kv_reserved: Bytes | None = None
     kv_filled: Bytes | None = None
     kv_live: Bytes | None = None
+    kv_pinned: Bytes | None = None
+    kv_state: Bytes | None = None
+    kv_host: Bytes | None = None
 
 
 class Idleness(_Part):

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
 from harness import batching, caching
 from harness.batching import crossing
@@ -13,7 +14,6 @@ from harness.config import compose
 from harness.generated import point
 from harness.ledger.categories import CATEGORIES
 from harness.schema import parse
-from omegaconf import OmegaConf
 
 GONE = dict.fromkeys(CATEGORIES, 0)
 
@@ -121,11 +121,14 @@ def test_batching_tells_what_a_batch_brings_and_what_the_context_takes(written: 
     )
     assert batching.main(runs) == 0
     told = capsys.readouterr().out
-    assert "At 13 tokens of context a step of 8 sequences takes 2.00 times one of 1, for 8 times the tokens." in told
+    assert (
+        "At 13 tokens of context a step of 8 sequences takes 2.00 times one of 1, for 8 times the tokens."
+        in told
+    )
     assert "What the longer context adds grows x 10.00" in told
     assert "Predicted at 13 tokens: no batch is compute-bound" in told
     lines = told.splitlines()
-    assert [line.split()[:3] for line in lines if "batch 8 " in line][0] == ["batch", "8", "400"]
+    assert next(line.split()[:3] for line in lines if "batch 8 " in line) == ["batch", "8", "400"]
 
 
 def test_caching_tells_what_a_cache_saves_for_its_bytes(written: Any, capsys: Any) -> None:
@@ -139,13 +142,21 @@ def test_caching_tells_what_a_cache_saves_for_its_bytes(written: Any, capsys: An
     told = capsys.readouterr().out
     assert "Without a cache, from 5 to 9 new tokens, a token takes x 2.00 and computes x 2.00." in told
     assert "With a static cache, from 5 to 9 new tokens, a token takes as long and computes as much." in told
-    assert "At 9 new tokens the static cache of 1,000 B saves 15.20 kFLOP: 15.20 FLOP for each of its bytes." in told
-    points = [point(parse(record(cache=cache, flops=flops), "it"), "it") for cache, flops in (("static", 1), ("none", None))]
+    assert (
+        "At 9 new tokens the static cache of 1,000 B saves 15.20 kFLOP: 15.20 FLOP for each of its bytes."
+        in told
+    )
+    points = [
+        point(parse(record(cache=cache, flops=flops), "it"), "it")
+        for cache, flops in (("static", 1), ("none", None))
+    ]
     assert saved(*points) is None
 
 
 @pytest.mark.parametrize("tool", [batching, caching])
-def test_json_has_every_figure_and_null_for_what_was_not_measured(tool: Any, written: Any, capsys: Any) -> None:
+def test_json_has_every_figure_and_null_for_what_was_not_measured(
+    tool: Any, written: Any, capsys: Any
+) -> None:
     assert tool.main([*written(record(batch=1), record(batch=1, new=9, step=None)), "--json"]) == 0
     first, second = json.loads(capsys.readouterr().out)
     assert first["flops"] == 400

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from harness import decode, paged_proof
-from harness.cache import kv_bytes_per_token
+from harness.cache import layer_bytes_per_token
 from harness.config import compose
 from harness.continuous import Continued, generate
 from harness.ledger import Ledger
@@ -195,7 +195,7 @@ def test_kv_bytes_are_counted_at_the_moment_of_most_pages(dtype: torch.dtype) ->
     model = build().to(dtype)
     watch = Watch(model)
     made = continued(model, batch=2)
-    token = kv_bytes_per_token(model.config, dtype)
+    token = model.config.num_hidden_layers * layer_bytes_per_token(model.config, dtype)
     assert made.kv is not None
     assert made.paged is not None
     assert (
@@ -211,7 +211,7 @@ def test_kv_bytes_are_counted_at_the_moment_of_most_pages(dtype: torch.dtype) ->
 def test_a_layer_with_a_window_holds_no_more_than_its_window() -> None:
     model = build("windowed")
     made = continued(model, batch=1)
-    token = kv_bytes_per_token(model.config, torch.float32)
+    token = model.config.num_hidden_layers * layer_bytes_per_token(model.config, torch.float32)
     assert made.kv is not None
     assert (made.kv.filled, made.kv.live) == (2 * PAGE * token, 6 * token)
 

@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig, Qwen3Config
 
-from harness.cache import kv_bytes_per_token, make
+from harness.cache import layer_bytes_per_token, make
 from harness.clock import Marks
 from harness.decode import decode_n_tokens, draws, generate, greedy, pad_left, prefill, sampler, shown_to
 from harness.ledger import Ledger
@@ -296,7 +296,10 @@ def test_the_books_of_generation_close_and_its_cache_is_named(cache: str, dtype:
         assert ledger.categories["kv_cache"].peak == 0
         return
     assert made.kv is not None
-    layers, per_token = model.config.num_hidden_layers, kv_bytes_per_token(model.config, dtype)
+    layers, per_token = (
+        model.config.num_hidden_layers,
+        model.config.num_hidden_layers * layer_bytes_per_token(model.config, dtype),
+    )
     shown = max(map(len, PADDED)) + NEW - 1
     if cache == "static":
         assert made.kv.reserved == len(PADDED) * shown * per_token + 8 * layers
@@ -321,7 +324,7 @@ def test_live_bytes_leave_out_padding_and_what_follows_an_end(cache: str) -> Non
     model = build()
     ends = [ours(model, PADDED)[0][4]]
     made = generate(model, PADDED, NEW, cache=cache, eos=ends, ledger=Ledger(mode="off"))
-    per_token = kv_bytes_per_token(model.config, torch.float32)
+    per_token = model.config.num_hidden_layers * layer_bytes_per_token(model.config, torch.float32)
     kept = [
         len(prompt) + len(new) - (len(new) == NEW)  # the last of a full row is never shown to the model
         for prompt, new in zip(PADDED, made.tokens, strict=True)

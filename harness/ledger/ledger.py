@@ -13,11 +13,12 @@ from harness.ledger.allocator import CpuAllocator, CudaAllocator
 from harness.ledger.categories import CATEGORIES
 from harness.ledger.clock import Times
 from harness.ledger.forwards import Forwards, in_flight
-from harness.ledger.log import RANK, Event, Log, Operator, Where, device_of
+from harness.ledger.log import RANK, Event, Log, Operator, Where, device_of, tensors_in
 from harness.ledger.observers import (
     Modules,
     in_backward,
     settle,
+    watch_moves,
     watching_checkpoints,
     watching_saved,
     watching_steps,
@@ -128,6 +129,8 @@ class Ledger:
             self._engine = engine
             self._owners[id(engine)] = partial(owners.engine_claims, engine)
         if cache is not None:
+            if id(cache) not in self._caches and getattr(cache, "offloading", False):
+                watch_moves(cache, self.claim)
             self._caches[id(cache)] = partial(owners.cache_claims, cache)
         self._walk()
 
@@ -234,7 +237,8 @@ class Ledger:
         """
         held: dict[int, tuple[str, int]] = {}
         for claims in (*self._owners.values(), *self._caches.values()):
-            for category, _, tensor in claims():
+            named = ((category, part) for category, _, held_by in claims() for part in tensors_in(held_by))
+            for category, tensor in named:
                 if device_of(tensor) != self.device:
                     continue
                 storage = tensor.untyped_storage()

@@ -88,14 +88,16 @@ class _Death(weakref.ref):  # type: ignore[type-arg]
 
 
 def tensors_in(tree: Any) -> Iterator[torch.Tensor]:
-    """Every tensor in nested tuples, lists and dicts."""
+    """Every tensor in nested tuples, lists and dicts; of one that is made of others, those."""
     if isinstance(tree, torch.Tensor):
-        yield tree
+        if hasattr(tree, "__tensor_flatten__"):
+            for name in tree.__tensor_flatten__()[0]:
+                yield from tensors_in(getattr(tree, name))
+        else:
+            yield tree
         return
     for item in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, (tuple, list)) else ():
-        if isinstance(item, torch.Tensor):
-            yield item
-        elif isinstance(item, (tuple, list, dict)):
+        if isinstance(item, (torch.Tensor, tuple, list, dict)):
             yield from tensors_in(item)
 
 
@@ -157,7 +159,7 @@ class Log(TorchDispatchMode):
         ended = time_ns()
         self.operators.append(Operator(began, ended, self.where, self.module, func.__name__))
         self.work.count(func, args, kwargs, out)
-        if isinstance(out, torch.Tensor):
+        if type(out) is torch.Tensor:
             self.see(out, func.__name__, ended)
         elif out is not None:
             for tensor in tensors_in(out):
@@ -245,9 +247,10 @@ class Log(TorchDispatchMode):
 
     def claim(self, category: str, name: str, tensor: torch.Tensor, base: bool = False) -> None:
         """`tensor`'s storage is `category`, for its whole life. `base`: it was there before the log began."""
-        record = self.see(tensor, "", time_ns())
-        if record is None:
-            return
-        record.base = record.base or (base and not record.op)
-        if not record.name or RANK[category] < RANK[record.category]:
-            record.category, record.name = category, name
+        for part in tensors_in(tensor):
+            record = self.see(part, "", time_ns())
+            if record is None:
+                continue
+            record.base = record.base or (base and not record.op)
+            if not record.name or RANK[category] < RANK[record.category]:
+                record.category, record.name = category, name

@@ -156,6 +156,24 @@ def watching_steps(stepped: Callable[[], None]) -> Iterator[None]:
         handle.remove()
 
 
+def watch_moves(cache: Any, claim: Callable[[str, str, torch.Tensor], None]) -> None:
+    """Let `cache`, whose layers come to the device one after another and leave it, name them while they are there."""
+    update = cache.update
+
+    def updated(keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        for number in (layer_idx, (layer_idx + 1) % max(1, len(cache.layers))):
+            for tensor in tensors_in(
+                [*vars(cache.layers[number]).values()] if number < len(cache.layers) else []
+            ):
+                claim("kv_cache", f"layers[{number}]", tensor)
+        made = update(keys, values, layer_idx, *args, **kwargs)
+        for tensor in tensors_in(made):
+            claim("kv_cache", f"layers[{layer_idx}]", tensor)
+        return made
+
+    cache.update = updated
+
+
 def settle(arguments: Any) -> None:
     """Wait until the process group among a collective's `arguments` has let go of what it was given.
 

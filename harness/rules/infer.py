@@ -11,6 +11,15 @@ def generation(settings: Settings) -> None:
         return
     _origins(asked)
     _batching(settings)
+    if asked.cache_bits != 8 and asked.cache != "quantized":
+        remedy = (
+            f"generation.cache={asked.cache} has the precision of the run; add generation.cache=quantized"
+        )
+        raise Refusal("generation.cache_bits", asked.cache_bits, remedy)
+    if asked.cache == "offloaded" and settings.hardware.device == "cpu":
+        remedy = "the host's memory is where it would go, and the model is there; use dynamic, or a GPU"
+        raise Refusal("generation.cache", "offloaded", remedy)
+    _tensor_parallel(settings)
     if asked.compile and asked.cache != "static":
         remedy = (
             f"generation.cache={asked.cache} grows, and a program has one shape; add generation.cache=static"
@@ -68,6 +77,19 @@ def _batching(settings: Settings) -> None:
             f"a forward has a token of each of generation.batch={asked.batch} requests; use as many or more"
         )
         raise Refusal("generation.batch_tokens", asked.batch_tokens, remedy)
+
+
+def _tensor_parallel(settings: Settings) -> None:
+    ranks = settings.generation.tensor_parallel
+    if ranks == 1:
+        return
+    for said, other in (
+        (settings.pipeline.stages > 1, "pipeline.stages=1"),
+        (settings.generation.compile, "generation.compile=false"),
+    ):
+        if said:
+            remedy = f"ranks that share a layer take it whole and as it is; use {other}, or 1"
+            raise Refusal("generation.tensor_parallel", ranks, remedy)
 
 
 def _origins(asked: Generation) -> None:
