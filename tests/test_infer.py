@@ -189,7 +189,6 @@ def test_the_record_gets_counts_and_kv_bytes(inferred: Infer) -> None:
         "padding_tokens": len(PROMPTS) * max(tokens) - sum(tokens),
         "cache": "dynamic",
         "kv_bytes_per_token": PER_TOKEN,
-        "attention_flops_per_position": 512,  # a score and a value: 4 x layers x heads x width
         "kv_bytes_per_token_measured": PER_TOKEN,
         "kv_reserved": len(PROMPTS) * shown * PER_TOKEN,
         "kv_filled": len(PROMPTS) * shown * PER_TOKEN,
