@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache, PretrainedConfig, QuantizedCache, StaticCache
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer, StaticLayer
+from transformers.cache_utils import CacheLayerMixin
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from harness.knobs import Refusal
@@ -78,29 +78,6 @@ def _quantized(config: PretrainedConfig, bits: int) -> Cache:
             raise Refusal("generation.cache_bits", bits, remedy) from None
         remedy = f"transformers has none for {config.model_type}, which has other layers than full attention"
         raise Refusal("generation.cache", "quantized", f"{remedy}; use dynamic or static") from None
-
-
-def can_advance(cache: Cache | None) -> bool:
-    """Whether `advance` knows every layer of `cache`."""
-    return cache is None or all(type(layer) in (DynamicLayer, StaticLayer) for layer in cache.layers)
-
-
-def advance(cache: Cache | None, positions: int) -> None:
-    """Let `cache` be as long as after `positions` more tokens of each sequence, whatever they would have been.
-
-    It takes no more memory than the last of those tokens would have: for a rehearsal, whose tokens mean nothing.
-    """
-    for layer in [] if cache is None else cache.layers:
-        if isinstance(layer, StaticLayer):
-            layer.cumulative_length.add_(positions)
-        else:
-            layer.keys = _longer(layer.keys, positions)
-            layer.values = _longer(layer.values, positions)
-
-
-def _longer(tensor: torch.Tensor, positions: int) -> torch.Tensor:
-    batch, heads, _, width = tensor.shape
-    return torch.cat([tensor, tensor.new_empty(1).expand(batch, heads, positions, width)], dim=-2)
 
 
 def kv_bytes_per_token(config: PretrainedConfig, dtype: torch.dtype) -> int | None:
