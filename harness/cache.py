@@ -117,6 +117,18 @@ def check_kind(kind: str, config: PretrainedConfig, bits: int = 8) -> None:
         make(kind, config, 1, bits)
 
 
+def attention_flops_per_position(config: PretrainedConfig) -> int | None:
+    """What a new token takes for each position it attends to: 2 x 2 x layers x heads x head dimension.
+
+    A score and a share of the values, an addition and a multiplication each. None as for `kv_bytes_per_token`.
+    """
+    if kv_bytes_per_token(config, torch.float32) is None:
+        return None
+    text = config.get_text_config(decoder=True)
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return int(4 * text.num_hidden_layers * text.num_attention_heads * width)
+
+
 def kv_bytes(cache: Cache, rows: Sequence[int] | None = None, device: torch.device | None = None) -> KvBytes:
     """What `cache` of a model on `device` holds now.
 

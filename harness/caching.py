@@ -89,6 +89,6 @@ def _seen(found: Mapping[str, Sequence[Point]]) -> Iterator[str]:
         kept = saved(point, other) if other is not None and cache != "none" else None
         if kept is not None and point.kv:
             yield (
-                f"At {point.new} new tokens the {cache} cache of {size(point.kv)} saves {count(kept)}FLOP: "
-                f"{count(kept / point.kv)}FLOP for each of its bytes."
+                f"At {point.new} new tokens the {cache} cache of {size(point.kv)} saves {count(kept, 'FLOP')}: "
+                f"{count(kept / point.kv, 'FLOP')} for each of its bytes."
             )

@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from harness.ledger.clock import moment, seconds
+
 
 def clock(device: torch.device) -> float:
     """Seconds, once the device has done what it was given."""
@@ -19,22 +21,15 @@ class Marks:
     def __init__(self, device: torch.device) -> None:
         self.gpu = device.type == "cuda"
         self._began = clock(device)
-        self._first = self._now()
+        self._first = moment(self.gpu)
         self._marks: list[Any] = []
 
     def mark(self) -> None:
         """Now, or once the device comes to here."""
-        self._marks.append(self._now())
+        self._marks.append(moment(self.gpu))
 
     def moments(self) -> list[float]:
         """The seconds of each mark on the clock of `clock`; the device must have come to all of them."""
         if self.gpu:
-            return [self._began + self._first.elapsed_time(mark) / 1000 for mark in self._marks]
+            return [self._began + seconds(True, self._first, mark) for mark in self._marks]
         return self._marks
-
-    def _now(self) -> Any:
-        if not self.gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event

@@ -14,7 +14,7 @@ from transformers import Cache, PreTrainedModel
 from harness.cache import make
 from harness.clock import clock
 from harness.knobs import Refusal
-from harness.ledger import Ledger
+from harness.ledger import Ledger, Work
 
 WARM = 3
 """Steps before a program is at its best: CUDA graphs are recorded in the second."""
@@ -29,6 +29,7 @@ class Compiled:
     def __init__(self, model: PreTrainedModel, length: int, ledger: Ledger, rehearsed: bool = False) -> None:
         self.model, self.length, self.ledger, self.rehearsed = model, length, ledger, rehearsed
         self.cache: Cache | None = None
+        self._work: Work | None = None  # of a step
         self._step = self._forward if rehearsed else compiled(self._forward, model.device)
         self._tokens = self._positions = self._mask = torch.empty(0, 0, dtype=torch.int64)
 
@@ -67,14 +68,25 @@ class Compiled:
         self.cache = make("static", self.model.config, self.length)
         self.model(input_ids=self._tokens, past_key_values=self.cache, logits_to_keep=1)
         self.ledger.own(cache=self.cache)
+        if self.ledger.exact:
+            self._work = self._counted(self.cache)
         for _ in range(min(WARM, self.length - 1)):
             self._run()
+
+    def _counted(self, cache: Cache) -> Work:
+        """What a step takes, by its operators one by one: the program has the same to compute, and no more to move."""
+        where = self.ledger.where
+        before = self.ledger.work()[where]
+        self._forward(self._tokens, self._mask, self._positions, cache)
+        after = self.ledger.work()[where]
+        cache.reset()
+        return Work(*(late - early for early, late in zip(before, after, strict=True)))
 
     def _run(self) -> Tensor:
         assert self.cache is not None
         if self.rehearsed:
             return self._step(self._tokens, self._mask, self._positions, self.cache)
-        with self.ledger.opaque("compiled"):
+        with self.ledger.opaque("compiled", self._work):
             if self.model.device.type == "cuda":
                 torch.compiler.cudagraph_mark_step_begin()
             return self._step(self._tokens, self._mask, self._positions, self.cache)

@@ -24,6 +24,7 @@ from harness.ledger import Ledger
 from harness.ledger.log import tensors_in
 from harness.paging import Held, Paged, Room, room
 from harness.prompts import Prompt
+from harness.skipped import Alike
 from harness.speed import Share, Timing
 
 PLENTY = 2.0**40
@@ -148,7 +149,9 @@ class Run:
         self.held = Held(processor.cache)
         self.ended = self.told = self.forwards = self.tokens = self.evicted = 0
         self.phases: set[str] = set()
-        self.before: list[str] = []  # the requests of the forward before
+        self.before: list[str] = []  # the requests of the decode before
+        self.repeats = 0  # forwards since the first of those that differ only in that requests are longer
+        self.alike = Alike(ledger)
         self.now = clock(model.device)
         made.loads.append(Load(self.now))
 
@@ -172,8 +175,12 @@ class Run:
         phase = "prefill" if given else "decode"
         self.phases |= {"data", phase}
         with self.ledger.phase(phase, step, again=True):
-            if not self.rehearsed or self._decides(batch, given):
+            if not self.rehearsed:
                 processor._generation_step(self.model)
+            elif self._decides(batch, given):
+                self.alike.make(lambda: processor._generation_step(self.model), self.repeats)
+            else:
+                self.alike.leave_out()
             began, self.now = self.now, clock(self.model.device)
             processor.update_batch()
         self._came(batch, load, began)
@@ -212,11 +219,14 @@ class Run:
         self.told = self.ended
 
     def _decides(self, batch: Sequence[Any], given: int) -> bool:
-        """Whether a forward can show what no other does: the next is not the same one with longer requests."""
-        before, self.before = self.before, [each.state.request_id for each in batch]
+        """Whether a forward can show what no other does: neither the one before nor the next is the same one with
+        requests of other lengths, or it is the second of those.
+        """
+        before, self.before = self.before, [] if given else [each.state.request_id for each in batch]
         again = not given and self.before == before and self.held.free >= len(batch)
+        self.repeats = self.repeats + 1 if again else 0
         last = any(each.state.generated_len() + 1 == each.state.max_new_tokens for each in batch)
-        return self.ledger.exact and (last or not again)
+        return self.ledger.exact and (last or self.repeats < 2)
 
 
 def _of_prompt(future: Any) -> int:

@@ -97,7 +97,7 @@ def point(record: Record, source: str) -> Point:
         record.performance.decode_tokens_per_second,
         record.performance.latency.between_tokens_seconds,
     )
-    replicas = record.world.size // record.pipeline.stages
+    replicas = record.world.size // (record.pipeline.stages * asked.tensor_parallel)
     return Point(
         record.model.short,
         asked.cache,

@@ -12,8 +12,8 @@ import torch
 from tqdm import tqdm
 from transformers import PretrainedConfig, PreTrainedModel
 
-from harness import continuous, model, stage, weights
-from harness.cache import check_kind, kv_bytes_per_token
+from harness import continuous, model, stage, tensor, weights
+from harness.cache import attention_flops_per_position, check_kind, kv_bytes_per_token
 from harness.compiled import Compiled
 from harness.decode import Choose, Generated, draws, generate, greedy, sampler
 from harness.ledger import Ledger
@@ -55,29 +55,32 @@ def run(settings: Settings, world: World, ledger: Ledger, out: Output) -> None:
     if settings.generation.cache == "offloaded" and world.kind == "cpu":
         remedy = "the host's memory is where it would go, and the model is there; use dynamic, or a GPU"
         raise Refusal("generation.cache", "offloaded", remedy)
+    tensor.check(settings, config)
     check_kind(settings.generation.cache, config, settings.generation.cache_bits)
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     if settings.generation.batching == "continuous":
         room(settings.generation, config, dtype, prompts)  # refused before the model is made
     with ledger.phase("setup"):
-        built, parameters = _built(settings, config, dtype, world, ledger)
+        built, sizes = _built(settings, config, dtype, world, ledger)
     out.done["model"] = {
         "name": settings.model.name,
-        "parameters": parameters,
+        **sizes,
         "dtype": str(dtype).removeprefix("torch."),
     }
     if world.stages > 1:
         out.say(
-            f"{settings.model.name}: {parameters:,} parameters in {world.stages} stages, {world.size} ranks"
+            f"{settings.model.name}: {sizes['parameters']:,} parameters in {world.stages} stages, {world.size} ranks"
         )
     startup = time.perf_counter() - began
     by_rank = world.gather(share_of(settings, world, ledger, built, prompts, out.flush))
-    shares = of_replicas(by_rank, world.replicas)
+    shares = of_replicas(by_rank, world.replicas, world.tensor)
     out.done["inference"] = {
         "prompts": len(prompts),
         "prompt_tokens": sum(len(prompt.tokens) for prompt in prompts),
         "cache": settings.generation.cache,
+        "tensor_parallel": world.tensor,
         "kv_bytes_per_token": kv_bytes_per_token(config, dtype),
+        "attention_flops_per_position": attention_flops_per_position(config),
         **largest(shares),
         **pages(shares),
     }
@@ -98,17 +101,21 @@ def run(settings: Settings, world: World, ledger: Ledger, out: Output) -> None:
 
 def _built(
     settings: Settings, config: PretrainedConfig, dtype: torch.dtype, world: World, ledger: Ledger
-) -> tuple[PreTrainedModel | Stage, int]:
-    """The model, or this rank's stage of it, and the parameters of the whole."""
+) -> tuple[PreTrainedModel | Stage, dict[str, int]]:
+    """The model, or this rank's stage of it, and the sizes of the whole."""
+    if world.tensor > 1:
+        shared, sizes = tensor.build(settings, config, dtype, world)
+        ledger.own(model=shared)
+        return shared, sizes
     asked = settings.model, config, dtype, world.device, settings.seed
     if world.stages == 1:
         built = model.build(*asked, world.rehearsed)
         ledger.own(model=built.eval().requires_grad_(False))
-        return built, model.count(built)
+        return built, model.sizes(built)
     part = stage.build(*asked, ranges(split_of(settings, config))[world.stage], world.rehearsed)
     part.eval().requires_grad_(False)
     ledger.own(model=part.model)
-    return part, model.count(weights.outline(config, dtype, settings.model.attention))
+    return part, model.sizes(weights.outline(config, dtype, settings.model.attention))
 
 
 def share_of(

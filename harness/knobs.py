@@ -216,7 +216,11 @@ class Hardware:
     bandwidth: PositiveFloat | None = None
     """Bytes a second from the device's memory."""
     flops_bf16: PositiveFloat | None = None
-    """Dense bf16 operations a second."""
+    """Dense bf16 operations a second, added up in fp32: what utilization is held against."""
+    flops_bf16_sparse: PositiveFloat | None = None
+    """The same where two of four weights are zero: what vendors print."""
+    flops_fp16_accumulate: PositiveFloat | None = None
+    """Dense fp16 operations a second, added up in fp16."""
     link: PositiveFloat | None = None
     """Bytes a second between devices, both directions together."""
 
@@ -239,6 +243,11 @@ class Settings:
     ledger: Ledger = Ledger()
     world: World = World()
     hardware: Hardware = Hardware()
+
+    @property
+    def tensor_parallel(self) -> int:
+        """Ranks that share each layer; in training each has whole ones."""
+        return self.generation.tensor_parallel if self.mode == "infer" else 1
 
 
 @dataclass(frozen=True)

@@ -104,6 +104,18 @@ def count(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def sizes(model: torch.nn.Module) -> dict[str, int]:
+    """The record's figures of a whole model: its `parameters`, and those of them that are `embeddings`."""
+    return {"parameters": count(model), "embeddings": looked_up(model)}
+
+
+def looked_up(model: torch.nn.Module) -> int:
+    """Elements of tables of which each token needs one row: embeddings that are not the last layer's weights too."""
+    tables = {each.weight for each in model.modules() if isinstance(each, torch.nn.Embedding)}
+    tables -= {each.weight for each in model.modules() if isinstance(each, torch.nn.Linear)}
+    return sum(table.numel() for table in tables)
+
+
 def tokenizer(settings: Model, other: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer in `other` (`data.tokenizer`), else in `model.path`, else bytes.
 

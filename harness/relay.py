@@ -7,7 +7,6 @@ see the same end. Every stage knows every prompt, so shapes are known on both si
 B sequences of a group, T columns, H the hidden size.
 """
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from harness.clock import Marks, clock
 from harness.decode import Batch, Choose, Generated, finish, grow, ready
 from harness.growth import bends, can_advance, ends, every
 from harness.ledger import Ledger
+from harness.ledger.clock import moment, seconds
 from harness.stage import Stage
 from harness.world import World
 
@@ -34,7 +34,7 @@ class Link:
     """This stage's traffic with the others of its replica, and how long it waits for them. Every rank must make one."""
 
     def __init__(self, world: World) -> None:
-        self.world = world
+        self.world, self.gpu = world, world.device.type == "cuda"
         # NCCL keeps the order of all that two ranks send each other: what goes back would wait for what goes on
         self.back = dist.new_group()
         self._waits: list[tuple[Any, Any]] = []
@@ -60,22 +60,13 @@ class Link:
     def waited(self) -> float:
         """Seconds waited since this was last asked; on a GPU, for which its own clock is read, it must have no work."""
         waits, self._waits = self._waits, []
-        if self.world.device.type == "cuda":
-            return float(sum(began.elapsed_time(ended) for began, ended in waits)) / 1000
-        return float(sum(ended - began for began, ended in waits))
+        return sum(seconds(self.gpu, *wait) for wait in waits)
 
     @contextmanager
     def _waiting(self) -> Iterator[None]:
-        began = self._moment()
+        began = moment(self.gpu)
         yield
-        self._waits.append((began, self._moment()))
-
-    def _moment(self) -> Any:
-        if self.world.device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+        self._waits.append((began, moment(self.gpu)))
 
 
 @dataclass(eq=False)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 
 def printable(text: str) -> str:
@@ -63,7 +63,8 @@ class Category(_Part):
 
 
 class Phase(_Part):
-    """What was alive in a phase, by category; the most, and what was left; operations, and bytes read and written.
+    """What was alive in a phase, by category; the most, and what was left; operations, bytes read and written, and the
+    forwards that began.
 
     None: not measured.
     """
@@ -78,6 +79,7 @@ class Phase(_Part):
     flops: Operations | None = None
     read: Operations | None = None
     written: Operations | None = None
+    passes: Operations | None = None
 
     @property
     def moved(self) -> int | None:
@@ -108,6 +110,7 @@ class Rank(_Part):
 
     rank: Number
     stage: Number = 0
+    share: Number = 0
     stands_for: list[Number] = []
     bounds: list[Number] = []
     why: Text = ""
@@ -175,6 +178,7 @@ class Model(_Part):
     name: Text
     parameters: Bytes | None
     dtype: Text | None
+    embeddings: Bytes | None = None
 
     @property
     def short(self) -> str:
@@ -210,7 +214,11 @@ class Training(_Part):
 class Inference(_Part):
     """What an inference run came to."""
 
+    prompts: Number | None = None
+    prompt_tokens: Bytes | None = None
+    cache: Text | None = None
     kv_bytes_per_token: Bytes | None = None
+    attention_flops_per_position: Bytes | None = None
     kv_reserved: Bytes | None = None
     kv_filled: Bytes | None = None
     kv_live: Bytes | None = None
@@ -225,6 +233,29 @@ class Idleness(_Part):
     stage: Number
     busy_seconds: float
     idle: float
+
+
+class Took(_Part):
+    """A phase's median seconds a step, of so many steps, on the rank that is slowest in it."""
+
+    phase: Text
+    seconds: Annotated[float, Field(ge=0)]
+    steps: Number
+    rank: Number = 0
+
+
+class Ceilings(_Part):
+    """What a device can do at most: bytes and operations a second; by a page, or as measured. None: not known."""
+
+    source: Text = ""
+    bandwidth: Annotated[float, Field(gt=0)] | None = None
+    flops: Annotated[float, Field(gt=0)] | None = None
+    dtype: Text = ""
+
+    @property
+    def balance(self) -> float | None:
+        """Operations that it does while it moves a byte."""
+        return self.flops / self.bandwidth if self.flops and self.bandwidth else None
 
 
 class Percentiles(_Part):
@@ -251,6 +282,7 @@ class Performance(_Part):
     compile_seconds: float | None = None
     latency: Latency = Latency()
     stages: list[Idleness] | None = None
+    phases: list[Took] | None = None
 
 
 class Environment(_Part):
@@ -274,6 +306,7 @@ class Record(_Part):
     training: Training = Training()
     inference: Inference = Inference()
     performance: Performance = Performance()
+    ceilings: Annotated[Ceilings, BeforeValidator(lambda given: given or {})] = Ceilings()
 
     @property
     def title(self) -> str:

@@ -5,7 +5,7 @@ position more; without one of the second, for attention is over all pairs. So it
 theirs, say what any token takes, in whole numbers.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from math import comb
 
 from harness.ledger import Ledger, Where, Work
@@ -52,6 +52,39 @@ def missing(done: Mapping[int, Work], total: int) -> Work | None:
             return None
         found.append(sum(fitted[number] for number in left_out))
     return Work(*found)
+
+
+class Alike:
+    """Forwards that differ only in that each finds one position more: the first two and the last are made."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger = ledger
+        self._taken: list[Work] = []  # by the first two
+        self._left_out: list[Where] = []
+
+    def make(self, act: Callable[[], object], number: int) -> None:
+        """Do `act`, the forward of this number among those alike, from 0; then those left out before it are told."""
+        where, before = self.ledger.where, self.ledger.work()
+        act()
+        took = _less(self.ledger.work().get(where, NOTHING), before.get(where, NOTHING))
+        if self._left_out:
+            self._fill_in(took, number)
+        self._taken = [took] if number == 0 else [*self._taken, took]
+
+    def leave_out(self) -> None:
+        """One of those alike is not made."""
+        self._left_out.append(self.ledger.where)
+
+    def _fill_in(self, last: Work, number: int) -> None:
+        """Those left out, where `last`, of this number, is of one line with the first two; else nobody knows."""
+        known = len(self._taken) == 2 and number == 1 + len(self._left_out) + 1
+        first, second = self._taken if known else (NOTHING, NOTHING)
+        slope = _less(second, first)
+        known = known and Work(*(a + b * number for a, b in zip(first, slope, strict=True))) == last
+        for place, where in enumerate(self._left_out, start=2):
+            work = Work(*(a + b * place for a, b in zip(first, slope, strict=True)))
+            self.ledger.fill_in(where, work if known else None)
+        self._left_out = []
 
 
 def _less(work: Work, other: Work) -> Work:

@@ -48,21 +48,24 @@ class Share:
     paged: list[Paged] = field(default_factory=list)
 
 
-def of_replicas(shares: Sequence[Share], replicas: int) -> list[Share]:
-    """The ranks' shares as one a replica: the last stage knows tokens and times, and a cache is all stages' together.
+def of_replicas(shares: Sequence[Share], replicas: int, tensor: int = 1) -> list[Share]:
+    """The ranks' shares as one a replica: the last stage knows tokens and times, and a cache is all ranks' together.
 
-    A rehearsal has one rank's alone.
+    `tensor` ranks share each layer, and have the same tokens. A rehearsal has one rank's alone.
     """
-    of_each = [shares[replica::replicas] for replica in range(replicas)]
+    of_each = [
+        [share for rank, share in enumerate(shares) if rank // tensor % replicas == replica]
+        for replica in range(replicas)
+    ]
     return [
         Share(
-            stages[-1].tokens,
-            stages[-1].timings,
-            [of_stages(each) for each in zip(*(share.kv for share in stages), strict=True)],
-            stages[-1].paged,
+            ranks[-1].tokens,
+            ranks[-1].timings,
+            [of_stages(each) for each in zip(*(share.kv for share in ranks), strict=True)],
+            ranks[-1].paged,
         )
-        for stages in of_each
-        if stages
+        for ranks in of_each
+        if ranks
     ]
 
 

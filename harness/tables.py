@@ -31,14 +31,14 @@ def seconds(figure: float | None) -> str:
     return f"{figure / 1e-6:,.1f} us"
 
 
-def count(figure: float | None) -> str:
-    """A number in powers of 1000, named so; "-" for what was not measured."""
+def count(figure: float | None, unit: str = "") -> str:
+    """So many of `unit` in powers of 1000, named so; "-" for what was not measured."""
     if figure is None:
         return "-"
     value, names = float(figure), ["", "k", "M", "G", "T", "P", "E"]
     while round(abs(value), 2) >= 1000 and len(names) > 1:
         value, names = value / 1000, names[1:]
-    return f"{value:,.2f} {names[0]}".rstrip()
+    return f"{value:,.2f} {names[0]}{unit}".rstrip()
 
 
 def difference(first: int | None, other: int | None, exact: bool = False) -> str:

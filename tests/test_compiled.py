@@ -69,6 +69,17 @@ def test_the_books_close_and_the_program_is_the_same_under_an_exact_ledger(
     assert ledger.peak.categories["kv_cache"] == 2 * 2 * LENGTH * 16 * 4 + 8  # and a counter
 
 
+@pytest.mark.parametrize("prompts", [PROMPTS, [[1, 2], [3, 4]]])
+def test_a_compiled_decode_counts_as_the_operators_of_its_eager_step(model: Any, prompts: Any) -> None:
+    found = []
+    for rehearsed in (False, True):
+        with Ledger(model=model) as ledger:
+            run(model, Compiled(model, LENGTH, ledger, rehearsed), ledger, prompts)
+        found.append({phase.where.phase: phase.work for phase in ledger.phases})
+    assert found[0]["decode"] == found[1]["decode"]
+    assert found[0]["decode"].passes == NEW - 1  # type: ignore[union-attr]
+
+
 def test_the_cache_is_told_as_reserved_filled_and_live(model: Any, program: Compiled) -> None:
     kv = run(model, program).kv
     assert kv is not None

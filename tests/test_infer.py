@@ -193,6 +193,10 @@ def test_the_record_gets_counts_and_kv_bytes(inferred: Infer) -> None:
         "kv_reserved": len(PROMPTS) * shown * PER_TOKEN,
         "kv_filled": len(PROMPTS) * shown * PER_TOKEN,
         "kv_live": sum(length + NEW - 1 for length in tokens) * PER_TOKEN,
+        "kv_pinned": 0,
+        "kv_state": 0,
+        "kv_host": 0,
+        "attention_flops_per_position": 4 * LAYERS * 64,
     }
     speed = done["performance"]
     assert speed.pop("compile_seconds") is None

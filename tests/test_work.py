@@ -7,9 +7,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from harness.cache import attention_flops_per_position
 from harness.decode import generate
 from harness.ledger import Ledger, Work
-from harness.skipped import missing
+from harness.skipped import Alike, missing
 
 F32, I64 = 4, 8
 LAYERS, HEADS, KV_HEADS, WIDTH, HIDDEN, WORDS = 2, 4, 2, 16, 64, 128
@@ -48,7 +49,7 @@ def test_a_linear_layer_is_two_operations_for_each_weight_and_row_and_twice_that
             made = layer(rows)
         with ledger.phase("backward"):
             made.backward(torch.ones_like(made))
-    assert worked(ledger, "forward") == Work(2 * 3 * 5 * 7, F32 * (15 + 35 + 7), F32 * 21)
+    assert worked(ledger, "forward") == Work(2 * 3 * 5 * 7, F32 * (15 + 35 + 7), F32 * 21, passes=1)
     assert worked(ledger, "backward").flops == 2 * worked(ledger, "forward").flops
 
 
@@ -142,6 +143,9 @@ def test_decoding_does_two_operations_for_each_weight_and_token_and_attends_to_w
         generate(model, prompts, new, cache=cache, ledger=ledger)
     known = [3 + token for token in range(1, new)] if cache == "dynamic" else [3 + new - 1] * (new - 1)
     attention = sum(LAYERS * 2 * 2 * 2 * HEADS * positions * WIDTH for positions in known)
+    position = attention_flops_per_position(model.config)
+    assert position is not None
+    assert attention == 2 * sum(known) * position
     assert worked(ledger, "decode").flops == 2 * matrices(model) * 2 * (new - 1) + attention
 
 
@@ -176,3 +180,29 @@ def test_tokens_left_out_take_what_the_polynomial_through_the_others_says() -> N
     assert missing(seen, 20) == between
     assert missing({**seen, 0: Work(0, 0, 0), 19: Work(1, 1, 1)}, 20) == between
     assert missing({**seen, 17: Work(1, 1, 1)}, 20) is None
+
+
+@pytest.mark.parametrize(("bend", "whole"), [(0, True), (1, False)])
+def test_forwards_left_out_between_alike_ones_take_what_the_line_through_those_says(
+    bend: int, whole: bool
+) -> None:
+    sizes = [10 + 3 * number + bend * number**2 for number in range(6)]
+    with Ledger(device="cpu") as ledger, ledger.phase("decode"):
+        alike = Alike(ledger)
+        for number, size in enumerate(sizes):
+            if number in (2, 3, 4):
+                alike.leave_out()
+            else:
+                alike.make(lambda size=size: torch.ones(size), number)  # type: ignore[misc]
+    found = [each.work for each in ledger.phases if each.where.phase == "decode"]
+    assert found == [Work(0, 0, F32 * sum(sizes)) if whole else None]
+
+
+def test_forwards_left_out_before_others_are_not_counted_as_none() -> None:
+    with Ledger(device="cpu") as ledger, ledger.phase("decode"):
+        alike = Alike(ledger)
+        alike.make(lambda: torch.ones(3), 0)
+        alike.make(lambda: torch.ones(3), 1)
+        alike.leave_out()
+        alike.make(lambda: torch.ones(3), 0)  # of other requests
+    assert [each.work for each in ledger.phases if each.where.phase == "decode"] == [None]

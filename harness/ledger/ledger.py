@@ -11,8 +11,9 @@ import torch
 from harness.ledger import owners
 from harness.ledger.allocator import CpuAllocator, CudaAllocator
 from harness.ledger.categories import CATEGORIES
+from harness.ledger.clock import Times
 from harness.ledger.forwards import Forwards, in_flight
-from harness.ledger.log import RANK, Event, Log, Operator, Where, device_of
+from harness.ledger.log import RANK, Event, Log, Operator, Where, device_of, tensors_in
 from harness.ledger.observers import (
     Modules,
     in_backward,
@@ -81,7 +82,7 @@ class Ledger:
         self._settle = settle_collectives
         self.exact = False  # whether every tensor is being seen now
         self.device = device or _device_of(model)
-        self._log = Log(self.device, block)
+        self._log, self._times = Log(self.device, block), Times(self.device == "cuda")
         self._modules = Modules(self._log, self._forward_begins, self._forward_ends)
         self._allocator = (CudaAllocator if self.device == "cuda" else CpuAllocator)() if allocator else None
         self._seeing, self._instruments = ExitStack(), ExitStack()
@@ -184,13 +185,17 @@ class Ledger:
         self.begins(step)
         before, module, told = self._log.where, self._log.module, self._told
         self._told = True
-        self._enter(Where(step, name, micro_batch))
+        here = Where(step, name, micro_batch)
+        self._enter(here)
+        began = None if self.exact else self._times.moment()
         try:
             yield
         except BaseException:
             self._broke = self._broke or self._log.where
             raise
         finally:
+            if began is not None:
+                self._times.add(here, began)
             if again:
                 self._enter(before)
             else:
@@ -232,7 +237,8 @@ class Ledger:
         """
         held: dict[int, tuple[str, int]] = {}
         for claims in (*self._owners.values(), *self._caches.values()):
-            for category, _, tensor in claims():
+            named = ((category, part) for category, _, held_by in claims() for part in tensors_in(held_by))
+            for category, tensor in named:
                 if device_of(tensor) != self.device:
                     continue
                 storage = tensor.untyped_storage()
@@ -248,13 +254,13 @@ class Ledger:
             self._account.phases.append(Phase(where, None, end, totals))
 
     def _forward_begins(self) -> None:
-        where = self._log.where
-        if self._told:
-            return
-        step = where.step + 1 if self._stepped else where.step
-        first = self._stepped or where.phase == "idle"
-        self._stepped = False
-        self._turn(Where(step, "forward", 0 if first else where.micro_batch + 1))
+        if not self._told:
+            where = self._log.where
+            step = where.step + 1 if self._stepped else where.step
+            first = self._stepped or where.phase == "idle"
+            self._stepped = False
+            self._turn(Where(step, "forward", 0 if first else where.micro_batch + 1))
+        self._log.work.passed()
 
     def _forward_ends(self) -> None:
         for claims in self._caches.values():
@@ -306,6 +312,10 @@ class Ledger:
         """Count `work` as done in `where`, by a caller that knows what it left out; None: it does not."""
         self._log.work.add(where, work)
 
+    def seconds(self) -> dict[str, dict[int, float]]:
+        """What each phase took by step, over its micro-batches, where nothing slowed it. Waits for the device."""
+        return self._times.by_phase()
+
     def uncounted(self) -> AbstractContextManager[None]:
         """Within it nothing counts as work: for what a run itself would not do."""
         return self._log.work.off()
@@ -344,16 +354,17 @@ class Ledger:
         return self.account().books
 
     @contextmanager
-    def opaque(self, name: str) -> Iterator[None]:
+    def opaque(self, name: str, work: Work | None = None) -> Iterator[None]:
         """Within it nobody sees but the allocator: a compiled program has no operators to see, and takes no hooks.
 
         What it makes and lets go of is `kernel`, as one operator's scratch; what it leaves is named by owners, or when
-        an operator takes it.
+        an operator takes it. It counts as `work`, where its caller knows how much that is.
         """
         if not self.exact:
             yield
             return
         log, began = self._log, time_ns()
+        log.work.add(log.where, work)
         self._instruments.close()
         try:
             with log.blind():

@@ -136,7 +136,6 @@ class Log(TorchDispatchMode):
     @contextmanager
     def blind(self) -> Iterator[None]:
         """Within it operators are not seen, and what ends is still told."""
-        self.work.lose()
         with _disable_current_modes():
             yield
 
@@ -248,9 +247,10 @@ class Log(TorchDispatchMode):
 
     def claim(self, category: str, name: str, tensor: torch.Tensor, base: bool = False) -> None:
         """`tensor`'s storage is `category`, for its whole life. `base`: it was there before the log began."""
-        record = self.see(tensor, "", time_ns())
-        if record is None:
-            return
-        record.base = record.base or (base and not record.op)
-        if not record.name or RANK[category] < RANK[record.category]:
-            record.category, record.name = category, name
+        for part in tensors_in(tensor):
+            record = self.see(part, "", time_ns())
+            if record is None:
+                continue
+            record.base = record.base or (base and not record.op)
+            if not record.name or RANK[category] < RANK[record.category]:
+                record.category, record.name = category, name

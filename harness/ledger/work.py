@@ -26,11 +26,12 @@ _aten = torch.ops.aten
 
 
 class Work(NamedTuple):
-    """Floating-point operations, and bytes read and written."""
+    """Floating-point operations, bytes read and written, and how often a model's forward began."""
 
     flops: int
     read: int
     written: int
+    passes: int = 0
 
 
 def _packets(*names: str) -> frozenset[Any]:
@@ -84,14 +85,14 @@ def _products(query: Any, key: Any, value: Any) -> tuple[int, int]:
 
 
 def _linear(taken: Any, weight: Any, *others: Any) -> int:
-    return 2 * taken.numel() * weight.shape[0]
+    return int(2 * taken.numel() * weight.shape[0])
 
 
 def _matmul(left: Any, right: Any, *others: Any) -> int:
     columns = right.shape[-1] if right.dim() > 1 else 1
     rows = left.shape[-2] if left.dim() > 1 else 1
     batch = prod(torch.broadcast_shapes(left.shape[:-2], right.shape[:-2]))
-    return 2 * batch * rows * left.shape[-1] * columns
+    return int(2 * batch * rows * left.shape[-1] * columns)
 
 
 def _grouped(left: Any, right: Any, *others: Any) -> int:
@@ -146,7 +147,7 @@ class Counter:
 
     def enter(self, where: "Where") -> None:
         """What follows is done in `where`."""
-        self._where, self._here = where, self._done.setdefault(where, [0, 0, 0])
+        self._where, self._here = where, self._done.setdefault(where, [0, 0, 0, 0])
 
     def of(self, where: "Where") -> Work | None:
         """What was done in `where`; None where not all of it was seen."""
@@ -163,9 +164,9 @@ class Counter:
         else:
             self._done[where][:] = map(sum, zip(self._done[where], work, strict=True))
 
-    def lose(self) -> None:
-        """Something is done here that nobody sees."""
-        self._unknown.add(self._where)
+    def passed(self) -> None:
+        """A forward begins that is no part of another."""
+        self._here[3] += 1
 
     @contextmanager
     def off(self) -> Iterator[None]:

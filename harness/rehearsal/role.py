@@ -34,7 +34,9 @@ def rehearse(settings: Settings, rank: int) -> tuple[dict[str, Any], dict[str, A
     paged_proof.prove(settings)
     with (
         warnings.catch_warnings(),
-        rehearsed(rank, size, "cuda" if target == "cuda" else "cpu", stages) as world,
+        rehearsed(
+            rank, size, "cuda" if target == "cuda" else "cpu", stages, settings.tensor_parallel
+        ) as world,
     ):
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         ledger = Ledger(
@@ -49,7 +51,7 @@ def rehearse(settings: Settings, rank: int) -> tuple[dict[str, Any], dict[str, A
         except Exception as error:
             error.rehearsed = rank, ledger.where  # type: ignore[attr-defined]
             raise
-    return record.rank_record(ledger, rank, world.stage), done
+    return record.rank_record(ledger, rank, world.stage, world.share), done
 
 
 @contextmanager

@@ -69,7 +69,8 @@ class Role:
 def roles(settings: Settings) -> list[Role]:
     """The ranks to rehearse. Raises Refusal where the model cannot be read, or cut into so many stages."""
     stages = settings.pipeline.stages
-    replicas = (settings.world.size or 1) // stages
+    apart = settings.tensor_parallel
+    replicas = (settings.world.size or 1) // (stages * apart)
     exports = settings.train.export and settings.train.steps < settings.ledger.steps
     cut = _cut(settings) if stages > 1 or _sharded(settings, replicas) else []
     shares = _shares(settings, replicas) if settings.mode == "infer" else []
@@ -77,7 +78,8 @@ def roles(settings: Settings) -> list[Role]:
     for stage in range(stages):
         leads = exports and stage == 0
         if settings.mode == "infer":
-            within = _alike(shares, _told_batches, _largest_batch)
+            of_ranks = [share for share in shares for _ in range(apart)]  # who shares a layer holds as much
+            within = _alike(of_ranks, _told_batches, _largest_batch)
         elif _sharded(settings, replicas):
             partitions = _partitions(cut[stage].sizes, settings.zero.stage, replicas)
             within = _outdone(partitions, leads, settings.zero.offload != "none")
@@ -86,7 +88,7 @@ def roles(settings: Settings) -> list[Role]:
             within = _alike(keys, lambda first: EXPORTS if first else "")
         told = f"stage {stage} of {stages}, layers {cut[stage].told}" if stages > 1 else ""
         again = stage < stages - 1 and any(cut[stage].kinds == each.kinds for each in cut[1:stage])
-        found += [role.at(stage, replicas, told, again) for role in within]
+        found += [role.at(stage, replicas * apart, told, again) for role in within]
     return found
 
 

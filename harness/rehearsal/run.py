@@ -67,19 +67,20 @@ def rehearse(settings: Settings) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         for role in wanted
     ]
     assert settings.world.size is not None
-    replicas = settings.world.size // settings.pipeline.stages
+    apart = settings.tensor_parallel
+    replicas = settings.world.size // (settings.pipeline.stages * apart)
     by_replica: dict[int, list[dict[str, Any]]] = {}
     for role in wanted:
-        by_replica.setdefault(role.rank % replicas, []).append(found[role.rank][1])
-    return ranks, max(map(_whole, by_replica.values()), key=_cached)
+        by_replica.setdefault(role.rank // apart % replicas, []).append(found[role.rank][1])
+    return ranks, max((_whole(stages, apart) for stages in by_replica.values()), key=_cached)
 
 
-def _whole(stages: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the stages of a replica say of it: its KV cache is all of theirs."""
+def _whole(stages: list[dict[str, Any]], apart: int) -> dict[str, Any]:
+    """What the stages of a replica say of it: its KV cache is all of theirs, each of `apart` ranks that are alike."""
     told = [done["inference"] for done in stages if "inference" in done]
     if not told:
         return stages[0]
-    held = {key: sum(each[key] for each in told) for key in MEASURED if told[0][key] is not None}
+    held = {key: apart * sum(each[key] for each in told) for key in MEASURED if told[0][key] is not None}
     return {**stages[0], "inference": {**told[0], **held}}
 
 

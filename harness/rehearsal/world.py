@@ -17,7 +17,7 @@ from harness.world import World, variables
 
 
 @contextmanager
-def rehearsed(rank: int, size: int, target: str = "cpu", stages: int = 1) -> Iterator[World]:
+def rehearsed(rank: int, size: int, target: str = "cpu", stages: int = 1, tensor: int = 1) -> Iterator[World]:
     """Rank `rank` of a world of `size` devices of kind `target`; within it every tensor that is made is fake.
 
     Where `target` is "cuda" there are two fake devices: the world's own, and the host.
@@ -30,7 +30,9 @@ def rehearsed(rank: int, size: int, target: str = "cpu", stages: int = 1) -> Ite
         dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
         try:
             with Fakes(), Values():
-                yield World(rank, size, 0, device, rehearsed=True, target=target, stages=stages)
+                yield World(
+                    rank, size, 0, device, rehearsed=True, target=target, stages=stages, tensor=tensor
+                )
         finally:
             dist.destroy_process_group()
             sys.excepthook = hook

@@ -19,6 +19,11 @@ def check_world(settings: Settings, size: int, words: Sequence[str] = ()) -> Non
     world, stages, train = settings.world, settings.pipeline.stages, settings.train
     if world.size is not None and world.size != size:
         raise Refusal("world.size", world.size, f"{_ranks(size)} here; start {_torchrun(world.size, words)}")
+    apart = settings.tensor_parallel
+    if size % apart:
+        line = _torchrun(-(-size // apart) * apart, words)
+        remedy = f"{_ranks(size)} here, and so many share each layer; start {line}"
+        raise Refusal("generation.tensor_parallel", apart, remedy)
     if size % stages:
         enough = -(-size // stages) * stages
         raise Refusal(

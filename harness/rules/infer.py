@@ -19,6 +19,7 @@ def generation(settings: Settings) -> None:
     if asked.cache == "offloaded" and settings.hardware.device == "cpu":
         remedy = "the host's memory is where it would go, and the model is there; use dynamic, or a GPU"
         raise Refusal("generation.cache", "offloaded", remedy)
+    _tensor_parallel(settings)
     if asked.compile and asked.cache != "static":
         remedy = (
             f"generation.cache={asked.cache} grows, and a program has one shape; add generation.cache=static"
@@ -76,6 +77,19 @@ def _batching(settings: Settings) -> None:
             f"a forward has a token of each of generation.batch={asked.batch} requests; use as many or more"
         )
         raise Refusal("generation.batch_tokens", asked.batch_tokens, remedy)
+
+
+def _tensor_parallel(settings: Settings) -> None:
+    ranks = settings.generation.tensor_parallel
+    if ranks == 1:
+        return
+    for said, other in (
+        (settings.pipeline.stages > 1, "pipeline.stages=1"),
+        (settings.generation.compile, "generation.compile=false"),
+    ):
+        if said:
+            remedy = f"ranks that share a layer take it whole and as it is; use {other}, or 1"
+            raise Refusal("generation.tensor_parallel", ranks, remedy)
 
 
 def _origins(asked: Generation) -> None:
