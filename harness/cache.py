@@ -14,6 +14,9 @@ from harness.knobs import Refusal
 from harness.ledger.log import device_of, tensors_in
 from harness.ledger.owners import cache_claims
 
+STATES = ("conv_states", "recurrent_states")
+"""What a layer of linear attention keeps, under these names."""
+
 
 @dataclass(frozen=True)
 class KvBytes:
@@ -99,6 +102,8 @@ def layer_bytes_per_token(config: PretrainedConfig, dtype: torch.dtype) -> int:
     """Bytes of one token's keys and values in a layer that attends with heads of its own."""
     text = config.get_text_config(decoder=True)
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    if getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False):
+        heads = 1  # Falcon's and GPT-BigCode's word for it
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return int(2 * heads * width * dtype.itemsize)
 
@@ -107,10 +112,9 @@ def check_kind(kind: str, config: PretrainedConfig, bits: int = 8) -> None:
     """Refuse a cache that a model of `config` cannot have, before the model is made. Raises Refusal."""
     if kind == "none":
         return
-    if (
-        "past_key_values"
-        not in inspect.signature(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].forward).parameters
-    ):
+    model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    asked = inspect.signature(model.forward).parameters
+    if "past_key_values" not in asked or not model._supports_default_dynamic_cache():
         remedy = f"{config.model_type} keeps a state of another kind; use generation.cache=none"
         raise Refusal("generation.cache", kind, remedy)
     if kind != "paged":
@@ -145,7 +149,7 @@ def kv_bytes(cache: Cache, rows: Sequence[int] | None = None, device: torch.devi
             continue
         sequences, seen, kept, held = _kept(layer)
         positions = max(positions, sequences * seen)
-        pinned += _storages((layer.keys, layer.values)) - layer.keys.nbytes - layer.values.nbytes
+        pinned += _storages((layer.keys, layer.values)) - _covered(layer)
         filled += held
         shown = sum(min(row, kept) for row in rows or [kept] * sequences)
         live += held * shown // (sequences * kept) if kept else 0
@@ -159,15 +163,28 @@ def _kept(layer: CacheLayerMixin) -> tuple[int, int, int, int]:
         whole = quantized if isinstance(quantized, torch.Tensor) else next(tensors_in(quantized))
         held = _storages((quantized, layer._quantized_values, layer.keys, layer.values))
         return len(whole), seen, seen, held
-    sequences, heads, capacity, width = layer.keys.shape
+    sequences, _, capacity, _ = layer.keys.shape
     kept = min(seen, capacity)  # a sliding window drops the oldest
-    held = sequences * kept * heads * (width + layer.values.shape[-1]) * layer.keys.itemsize
-    return sequences, seen, kept, held
+    return sequences, seen, kept, (_covered(layer) + _beside(layer)) * kept // capacity
+
+
+def _covered(layer: CacheLayerMixin) -> int:
+    """Bytes that keys and values are in; where both are the same, as of latent attention, once."""
+    keys, values = layer.keys, layer.values
+    if keys.untyped_storage()._cdata == values.untyped_storage()._cdata:
+        return min(int(keys.nbytes + values.nbytes), _storages((keys, values)))
+    return int(keys.nbytes + values.nbytes)
+
+
+def _beside(layer: CacheLayerMixin) -> int:
+    """Bytes that a layer of sparse attention keeps of its positions beside keys and values, to find them by."""
+    kinds = {name: value for name, value in vars(layer).items() if name not in (*STATES, "keys", "values")}
+    return _storages(tensor for tensor in tensors_in(kinds) if tensor.is_floating_point())
 
 
 def _state_of(layer: Any) -> list[Any]:
     """What linear attention keeps."""
-    return [getattr(layer, name, None) for name in ("conv_states", "recurrent_states")]
+    return [getattr(layer, name, None) for name in STATES]
 
 
 def _storages(tree: Iterable[Any]) -> int:
