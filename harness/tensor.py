@@ -57,6 +57,15 @@ def build(
     return built, sizes
 
 
+def uneven(config: PretrainedConfig, ranks: int) -> bool:
+    """Whether the parts of some parameter that so many ranks share are not all of one size."""
+    whole = weights.outline(config, torch.bfloat16)
+    cut = _plan(whole, ranks)
+    return any(
+        size % ranks for name, held in whole.named_parameters() if name in cut for size in held.shape[-2:]
+    )
+
+
 def _plan(whole: PreTrainedModel, ranks: int) -> dict[str, str]:
     """Which module or parameter is shared in which style; empty where transformers knows of none, or is too old."""
     try:

@@ -5,8 +5,8 @@ Every ZeRO stage meets every offload it may have, each in both precisions and bo
 stage, precision and count meet in some cell. What else decides bytes varies by stage, one thing at a time: buckets
 smaller than a parameter, validation and checkpoints, eager attention and the end of what is seen, nothing or all kept
 whole, tied weights and learned positions, layers that are recomputed, a world that divides nothing evenly. Generation
-has every cache, padded or not; layers that ranks share; and requests that enter and leave, as many pages as they
-need, fewer, or in parts.
+has every cache, padded or not, and layers with a window or a state; layers that ranks share; and requests that enter
+and leave, as many pages as they need, fewer, or in parts.
 
 What an allocator saw (`kernel`, and a peak with it) is no
 storage and not compared; a rehearsal has none.
@@ -81,6 +81,19 @@ PIPELINED = [
         (1, 3, "precision=fp32"),
     )
 ]
+QUANTIZED = ("generation.cache=quantized", "generation.prompts=PROMPTS")
+WINDOW = (
+    *("model.config.model_type=mistral", "+model.config.sliding_window=40"),
+    *("generation.prompts=PROMPTS", "generation.max_new_tokens=60"),
+)
+STATES = (
+    *("model.config.model_type=qwen3_next", "+model.config.layer_types=[linear_attention,full_attention]"),
+    *("+model.config.num_experts=4", "+model.config.num_experts_per_tok=2"),
+    *("+model.config.moe_intermediate_size=32", "+model.config.shared_expert_intermediate_size=32"),
+    *("+model.config.linear_num_value_heads=4", "+model.config.linear_num_key_heads=2"),
+    *("+model.config.linear_key_head_dim=16", "+model.config.linear_value_head_dim=16"),
+    *("generation.prompts=PROMPTS", "generation.max_new_tokens=30"),
+)
 STAGES_OF_4 = ("hardware=cpu", *TRAIN, "pipeline.stages=4", "train.accumulation=5", "precision=bf16")
 TWO_BY_TWO = (*TINY, *UNEVEN, *TRAIN, "pipeline.stages=2", "train.accumulation=2")
 EVERYTHING = ("train.steps=2", "train.validate_every=1", "train.save_every=1", "train.export=true")
@@ -126,10 +139,17 @@ GENERATION = [
     (*TINY, *INFER, *CONTINUED, "generation.lengths=skewed", "generation.max_new_tokens=40"),
     (*TINY, *INFER, *CONTINUED, "generation.pages=9", "generation.max_new_tokens=40", "precision=fp32"),
     (*TINY, *INFER, *CONTINUED, "generation.batch_tokens=20", "model.attention=eager"),
-    (*TINY, *INFER, "generation.cache=quantized", "generation.prompts=PROMPTS"),
     *((*TINY, *INFER, *SHARED, f"generation.cache={c}") for c in ("dynamic", "static", "none")),
     (*TINY, *INFER, *SHARED, "precision=fp32", "generation.sample=true", "model.attention=eager"),
+    (*TINY, *INFER, *QUANTIZED),
+    (*TINY, *INFER, *QUANTIZED, "generation.max_new_tokens=40", "precision=fp32"),
+    (*TINY, *INFER, *QUANTIZED, "generation.cache_bits=4", "generation.max_new_tokens=140"),
+    (*TINY, *INFER, *QUANTIZED, "generation.cache_bits=2", "precision=fp32"),
+    *((*TINY, *INFER, *WINDOW, f"generation.cache={c}") for c in ("dynamic", "static")),
+    (*TINY, *INFER, *STATES),
     *((*TINY, *INFER, *RELAYED, f"generation.cache={c}") for c in ("dynamic", "static", "none")),
+    (*TINY, *INFER, *RELAYED, "generation.cache=quantized"),
+    (*TINY, *INFER, *RELAYED, *WINDOW),
     (*TINY, *INFER, *RELAYED, "pipeline.groups=1", "generation.sample=true", "precision=fp32"),
     (*TINY, *INFER, *RELAYED, "generation.max_new_tokens=40"),
 ]
