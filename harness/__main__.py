@@ -16,6 +16,8 @@ from harness.settings import load
 TOOLS = {
     "compare": "RUN RUN [...]   runs side by side, category by category; --json, --markdown",
     "contrast": "RUN RUN [...]  what activations a stage keeps, by the number of stages, in either mode; --json",
+    "batching": "RUN RUN [...]  what a larger batch brings in generation and costs, by the context; --json",
+    "caching": "RUN RUN [...]   what a KV cache saves and costs, by the tokens that are generated; --json",
     "fit": "mode=... world.size=N hardware=NAME [...]   which configs fit, and the command of the cheapest; --json",
     "roofline": "RUN [...]      whether computing or moving bounds it, and where that turns; --hardware NAME, --json",
     "explain": "RUN             what holds its memory, and the change that would save most; --no-rehearsal, --json",
