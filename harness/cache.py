@@ -7,12 +7,15 @@ from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache, PretrainedConfig, QuantizedCache, StaticCache
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer, StaticLayer
+from transformers.cache_utils import CacheLayerMixin
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from harness.knobs import Refusal
 from harness.ledger.log import device_of, tensors_in
 from harness.ledger.owners import cache_claims
+
+STATES = ("conv_states", "recurrent_states")
+"""What a layer of linear attention keeps, under these names."""
 
 
 @dataclass(frozen=True)
@@ -80,29 +83,6 @@ def _quantized(config: PretrainedConfig, bits: int) -> Cache:
         raise Refusal("generation.cache", "quantized", f"{remedy}; use dynamic or static") from None
 
 
-def can_advance(cache: Cache | None) -> bool:
-    """Whether `advance` knows every layer of `cache`."""
-    return cache is None or all(type(layer) in (DynamicLayer, StaticLayer) for layer in cache.layers)
-
-
-def advance(cache: Cache | None, positions: int) -> None:
-    """Let `cache` be as long as after `positions` more tokens of each sequence, whatever they would have been.
-
-    It takes no more memory than the last of those tokens would have: for a rehearsal, whose tokens mean nothing.
-    """
-    for layer in [] if cache is None else cache.layers:
-        if isinstance(layer, StaticLayer):
-            layer.cumulative_length.add_(positions)
-        else:
-            layer.keys = _longer(layer.keys, positions)
-            layer.values = _longer(layer.values, positions)
-
-
-def _longer(tensor: torch.Tensor, positions: int) -> torch.Tensor:
-    batch, heads, _, width = tensor.shape
-    return torch.cat([tensor, tensor.new_empty(1).expand(batch, heads, positions, width)], dim=-2)
-
-
 def kv_bytes_per_token(config: PretrainedConfig, dtype: torch.dtype) -> int | None:
     """Bytes of one token's keys and values: 2 x layers x KV heads x head dimension x itemsize.
 
@@ -122,6 +102,8 @@ def layer_bytes_per_token(config: PretrainedConfig, dtype: torch.dtype) -> int:
     """Bytes of one token's keys and values in a layer that attends with heads of its own."""
     text = config.get_text_config(decoder=True)
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    if getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False):
+        heads = 1  # Falcon's and GPT-BigCode's word for it
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return int(2 * heads * width * dtype.itemsize)
 
@@ -130,10 +112,9 @@ def check_kind(kind: str, config: PretrainedConfig, bits: int = 8) -> None:
     """Refuse a cache that a model of `config` cannot have, before the model is made. Raises Refusal."""
     if kind == "none":
         return
-    if (
-        "past_key_values"
-        not in inspect.signature(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].forward).parameters
-    ):
+    model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    asked = inspect.signature(model.forward).parameters
+    if "past_key_values" not in asked or not model._supports_default_dynamic_cache():
         remedy = f"{config.model_type} keeps a state of another kind; use generation.cache=none"
         raise Refusal("generation.cache", kind, remedy)
     if kind != "paged":
@@ -168,7 +149,7 @@ def kv_bytes(cache: Cache, rows: Sequence[int] | None = None, device: torch.devi
             continue
         sequences, seen, kept, held = _kept(layer)
         positions = max(positions, sequences * seen)
-        pinned += _storages((layer.keys, layer.values)) - layer.keys.nbytes - layer.values.nbytes
+        pinned += _storages((layer.keys, layer.values)) - _covered(layer)
         filled += held
         shown = sum(min(row, kept) for row in rows or [kept] * sequences)
         live += held * shown // (sequences * kept) if kept else 0
@@ -182,15 +163,28 @@ def _kept(layer: CacheLayerMixin) -> tuple[int, int, int, int]:
         whole = quantized if isinstance(quantized, torch.Tensor) else next(tensors_in(quantized))
         held = _storages((quantized, layer._quantized_values, layer.keys, layer.values))
         return len(whole), seen, seen, held
-    sequences, heads, capacity, width = layer.keys.shape
+    sequences, _, capacity, _ = layer.keys.shape
     kept = min(seen, capacity)  # a sliding window drops the oldest
-    held = sequences * kept * heads * (width + layer.values.shape[-1]) * layer.keys.itemsize
-    return sequences, seen, kept, held
+    return sequences, seen, kept, (_covered(layer) + _beside(layer)) * kept // capacity
+
+
+def _covered(layer: CacheLayerMixin) -> int:
+    """Bytes that keys and values are in; where both are the same, as of latent attention, once."""
+    keys, values = layer.keys, layer.values
+    if keys.untyped_storage()._cdata == values.untyped_storage()._cdata:
+        return min(int(keys.nbytes + values.nbytes), _storages((keys, values)))
+    return int(keys.nbytes + values.nbytes)
+
+
+def _beside(layer: CacheLayerMixin) -> int:
+    """Bytes that a layer of sparse attention keeps of its positions beside keys and values, to find them by."""
+    kinds = {name: value for name, value in vars(layer).items() if name not in (*STATES, "keys", "values")}
+    return _storages(tensor for tensor in tensors_in(kinds) if tensor.is_floating_point())
 
 
 def _state_of(layer: Any) -> list[Any]:
     """What linear attention keeps."""
-    return [getattr(layer, name, None) for name in ("conv_states", "recurrent_states")]
+    return [getattr(layer, name, None) for name in STATES]
 
 
 def _storages(tree: Iterable[Any]) -> int:

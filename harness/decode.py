@@ -23,20 +23,18 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from harness.cache import KvBytes, advance, can_advance, kv_bytes, make
+from harness.cache import KvBytes, kv_bytes, make
 from harness.clock import Marks, clock
 from harness.compiled import Compiled
+from harness.growth import advance, bends, can_advance, ends, every
 from harness.ledger import Ledger
-from harness.skipped import Turns, filled_in
+from harness.skipped import Turns
 
 PADDING = 0
 """The id in padded places. It is masked: any id in the vocabulary would do."""
 
 LOOK_EVERY = 16
 """Tokens between looks at whether every sequence has ended, where the host must wait to look."""
-
-FIRST_AND_LAST = 4
-"""Tokens at each end of a decode of which only the ends are wanted."""
 
 Choose = Callable[[Tensor, int], Tensor]
 """From logits [B, V] in fp32 for the new token of this number (0 is the first) to that token, [B]."""
@@ -179,30 +177,21 @@ def decode_n_tokens(
     cached: bool,
     choose: Choose,
     marks: Marks,
+    some: Callable[[range], Turns] = every,
     skip: Callable[[int], None] | None = None,
-    fill_in: Callable[[Turns], Turns] = iter,
 ) -> None:
     """The rest of the new tokens, until the room is full or every sequence has ended, each with a mark.
 
-    Each is made from its sequence's last one; unless that is `cached`, from everything before it. With `skip`, of many
-    only the first and the last ones, between which it is told how many to let the cache grow by, and `fill_in` is
-    given the turns.
+    Each is made from its sequence's last one; unless that is `cached`, from everything before it. Only those for `some`
+    columns, where `skip` is told of how many were left out before one, to let the cache grow by.
     """
-    for end, skipped in fill_in(turns(range(batch.width + 1, batch.tokens.shape[1]), skip is not None)):
+    for end, skipped in some(range(batch.width + 1, batch.tokens.shape[1])):
         if skip is not None and skipped:
             skip(skipped)
         if batch.done(end):
             break
         next_token(show, batch, end - 1 if cached else 0, end, choose)
         marks.mark()
-
-
-def turns(columns: range, ends_only: bool) -> Turns:
-    """Each of `columns`, and how many were left out before it: none, or the middle ones of many."""
-    middle = range(columns.start + FIRST_AND_LAST, columns.stop - FIRST_AND_LAST)
-    for column in columns:
-        if not ends_only or column not in middle:
-            yield column, len(middle) if ends_only and column == middle.stop else 0
 
 
 @torch.no_grad()
@@ -224,8 +213,9 @@ def generate(
 
     `model` is in eval mode, `cache` a kind that `harness.cache.make` knows, of so many `bits`. Greedy tokens are those
     of transformers' `generate` on the same left-padded batch. `ledger` sees a prefill and a decode, as `step`; with
-    `ends_only`, only the first and last tokens of the decode, and what is generated means nothing. With `compiled`,
-    which is made of `model`, the decode is compiled, and the cache is static and stays there for the next batch.
+    `ends_only`, only the first and last tokens of each stretch of the decode, and what is generated means nothing.
+    With `compiled`, which is made of `model`, the decode is compiled, and the cache is static and stays there for the
+    next batch.
     """
     kept, compiling = None, 0.0
     if compiled is not None:
@@ -239,11 +229,16 @@ def generate(
         prefill(show, batch, choose)
         marks.mark()
         first = clock(model.device)
-    skip = partial(grow, held, ledger) if ends_only and can_advance(held) else None
+    some: Callable[[range], Turns] = every
+    skip: Callable[[int], None] | None = None
+    if ends_only and can_advance(held):
+        bent = bends(held, batch.width, batch.tokens.shape[1] - batch.width)
+        some = partial(ends, at={batch.width + number for number in bent}, ledger=ledger)
+        skip = partial(grow, held, ledger)
     with ledger.phase("decode", step):
         if compiled is not None:
             show = compiled.shown(batch.mask)
-        decode_n_tokens(show, batch, held is not None, choose, marks, skip, partial(filled_in, ledger))
+        decode_n_tokens(show, batch, held is not None, choose, marks, some, skip)
         last = clock(model.device)
         tokens, measured = finish(batch, held, prompts, most, eos)
     ledger.disown(held)

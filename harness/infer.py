@@ -73,7 +73,7 @@ def run(settings: Settings, world: World, ledger: Ledger, out: Output) -> None:
         )
     startup = time.perf_counter() - began
     share = share_of(settings, world, ledger, built, prompts, out.flush)
-    ledger.enough()  # on every rank: others have more batches, and one that sees all meets them at each collective
+    ledger.enough()  # on every rank, however many batches each had: an exact one takes part in what follows
     by_rank = world.gather(share)
     shares = of_replicas(by_rank, world.replicas, world.tensor)
     out.done["inference"] = {

@@ -17,12 +17,12 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import Cache
 
-from harness.cache import KvBytes, can_advance, of_groups
+from harness.cache import KvBytes, of_groups
 from harness.clock import Marks, clock
-from harness.decode import Batch, Choose, Generated, finish, grow, ready, turns
+from harness.decode import Batch, Choose, Generated, finish, grow, ready
+from harness.growth import bends, can_advance, ends, every
 from harness.ledger import Ledger
 from harness.ledger.clock import moment, seconds
-from harness.skipped import filled_in
 from harness.stage import Stage
 from harness.world import World
 
@@ -128,7 +128,10 @@ class Relay:
         first = clock(device)
         rooms = {group.room for group in relayed}
         ends_only = ends_only and len(rooms) == 1 and all(can_advance(group.cache) for group in relayed)
-        for number, skipped in filled_in(ledger, turns(range(1, max(rooms)), ends_only)):
+        numbers, bent = range(1, max(rooms)), set[int]()
+        for group in relayed if ends_only else []:
+            bent |= bends(group.cache, group.batch.width, max(rooms))
+        for number, skipped in ends(numbers, bent, ledger) if ends_only else every(numbers):
             for group in relayed:
                 if number < group.room and not group.ended:
                     with ledger.phase("decode", step, group.number, again=True):

@@ -4,7 +4,7 @@ import pytest
 
 from harness import infer
 from harness.cache import KvBytes, of_groups, of_stages
-from harness.decode import turns
+from harness.growth import every, turns
 from harness.infer import cut
 from harness.speed import Share, Timing, idleness, of_replicas
 
@@ -23,8 +23,8 @@ def test_groups_are_even_none_is_empty_and_no_prompt_is_lost(prompts: int, group
 @pytest.mark.parametrize("tokens", [1, 2, 8, 9, 10, 40])
 def test_what_is_shown_and_what_is_left_out_are_all_the_tokens(tokens: int) -> None:
     columns = range(5, 5 + tokens)
-    assert list(turns(columns, ends_only=False)) == [(column, 0) for column in columns]
-    ends = list(turns(columns, ends_only=True))
+    assert list(every(columns)) == [(column, 0) for column in columns]
+    ends = list(turns(columns))
     assert len(ends) + sum(skipped for _, skipped in ends) == tokens
     assert len(ends) == min(tokens, 8)
     assert [column for column, _ in ends] == [*columns[:4], *columns[max(4, tokens - 4) :]]

@@ -198,6 +198,20 @@ def data_with_device(original: Any) -> Any:
     return property(original.__get__, put)
 
 
+def packed(original: Original) -> Original:
+    """A quantized layer's `_quantize`, whose packing is for tensors of no other class than torch's own."""
+
+    def stand_in(self: Any, tensor: torch.Tensor, axis: int) -> Any:
+        from optimum.quanto.tensor.packed import PackedTensor
+
+        made = original(self, tensor, axis)
+        if not isinstance(made._data, PackedTensor):
+            made._data = PackedTensor.pack(made._data, self.nbits)
+        return made
+
+    return stand_in
+
+
 class Stream:
     """What a cache that moves layers between devices does its copies in: here all is done in order."""
 
@@ -244,6 +258,12 @@ SHIMS = (
         "is_fake_tensor",
         "transformers takes another branch where it takes values to be unknown",
         with_values,
+    ),
+    Shim(
+        "transformers.cache_utils.QuantoQuantizedLayer",
+        "_quantize",
+        "optimum-quanto packs no fake tensor",
+        packed,
     ),
     Shim("torch", "get_rng_state", NOT_FAKE, fake_state),
     Shim("torch", "set_rng_state", NOT_FAKE, no_state),
