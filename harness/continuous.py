@@ -223,9 +223,10 @@ class Run:
         requests of other lengths, or it is the second of those.
         """
         before, self.before = self.before, [] if given else [each.state.request_id for each in batch]
-        again = not given and self.before == before and self.held.free >= len(batch)
+        again = not given and self.before == before
         self.repeats = self.repeats + 1 if again else 0
-        last = any(each.state.generated_len() + 1 == each.state.max_new_tokens for each in batch)
+        short = self.held.free < len(batch)  # one of them may not be in the next
+        last = short or any(each.state.generated_len() + 1 == each.state.max_new_tokens for each in batch)
         return self.ledger.exact and (last or self.repeats < 2)
 
 
@@ -276,4 +277,5 @@ def _config(room: Room) -> ContinuousBatchingConfig:
         safety_margin=0.0,
         seed=0,
         auto_switch_to_flash=False,
+        disable_nccl_graph_mixing=False,  # it would set a variable for the whole process
     )

@@ -131,3 +131,28 @@ def test_a_prompt_that_is_too_long_is_said_once_and_nothing_is_written(
     assert len(said) == 1
     assert f"generation.prompts={file}: line 2 is 2000 tokens" in said[0]
     assert not directory.exists()
+
+
+def test_requests_that_enter_and_leave_get_the_tokens_of_static_batches_and_books_close(
+    generated: Launch,
+) -> None:
+    paged = ("generation.batching=continuous", "generation.cache=paged", "generation.page_size=4")
+    directory = generated(*paged, "precision=fp32")
+    static = generated("generation.cache=dynamic", "precision=fp32")
+    assert lines(directory) == lines(static)
+    found = record.read(directory)
+    assert found["inference"]["unasked_tokens"] == 0
+    assert found["performance"]["forwards"] > 0
+    assert found["performance"]["evicted"] == 0
+    for rank in found["ranks"]:
+        assert rank["allocator"]["unattributed"] == 0
+        assert rank["categories"]["kv_cache"]["peak"] > 0
+        assert rank["categories"]["kv_cache"]["end"] == 0
+
+
+@pytest.mark.parametrize("batching", [(), ("generation.batching=continuous", "generation.cache=paged")])
+def test_ranks_with_other_numbers_of_batches_end_together(launch: Launch, batching: tuple[str, ...]) -> None:
+    sizes = ("generation.count=3", "generation.batch=1", "generation.max_new_tokens=2", "ledger.steps=1")
+    found = record.read(launch("mode=infer", "model.config.num_hidden_layers=1", *sizes, *batching))
+    assert found["status"] == "complete"
+    assert found["inference"]["prompts"] == 3
