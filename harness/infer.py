@@ -73,7 +73,9 @@ def run(settings: Settings, world: World, ledger: Ledger, out: Output) -> None:
             f"{settings.model.name}: {sizes['parameters']:,} parameters in {world.stages} stages, {world.size} ranks"
         )
     startup = time.perf_counter() - began
-    by_rank = world.gather(share_of(settings, world, ledger, built, prompts, out.flush))
+    share = share_of(settings, world, ledger, built, prompts, out.flush)
+    ledger.enough()  # on every rank, however many batches each had: an exact one takes part in what follows
+    by_rank = world.gather(share)
     shares = of_replicas(by_rank, world.replicas, world.tensor)
     out.done["inference"] = {
         "prompts": len(prompts),

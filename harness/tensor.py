@@ -7,10 +7,7 @@ The whole model is made, or read, in the host's memory, and cut there parameter 
 what one rank alone would have.
 """
 
-from typing import Any
-
 import torch
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -50,14 +47,23 @@ def build(
     built = model.build(settings.model, config, dtype, host, settings.seed, world.rehearsed)
     sizes = model.sizes(built)
     built.eval().requires_grad_(False)
-    apply_tensor_parallelism(built, _mesh(world), _plan(built, world.tensor))
-    for name, held in [*built.named_parameters(), *built.named_buffers()]:
-        if isinstance(held, DTensor):
-            held._local_tensor = held.to_local().to(world.device).clone()  # a cut is a view of the whole
-        else:
+    for name, style in _plan(built, world.tensor).items():  # one by one: what was whole is let go of at once
+        apply_tensor_parallelism(built, world.mesh, {name: style})
+    for held in (*built.parameters(), *built.buffers()):
+        if not isinstance(held, DTensor):
             held.data = held.data.to(world.device)
-        assert not held.is_meta, name
+        elif (part := held.to_local()).untyped_storage().nbytes() > part.nbytes:  # a view of the whole
+            held._local_tensor = part.clone()
     return built, sizes
+
+
+def uneven(config: PretrainedConfig, ranks: int) -> bool:
+    """Whether the parts of some parameter that so many ranks share are not all of one size."""
+    whole = weights.outline(config, torch.bfloat16)
+    cut = _plan(whole, ranks)
+    return any(
+        size % ranks for name, held in whole.named_parameters() if name in cut for size in held.shape[-2:]
+    )
 
 
 def _plan(whole: PreTrainedModel, ranks: int) -> dict[str, str]:
@@ -72,9 +78,3 @@ def _plan(whole: PreTrainedModel, ranks: int) -> dict[str, str]:
     except ValueError:
         return {}
     return found
-
-
-def _mesh(world: World) -> DeviceMesh:
-    """This rank's group."""
-    shape: Any = (world.size // world.tensor, world.tensor)
-    return init_device_mesh(world.device.type, shape, mesh_dim_names=("replica", "tensor"))["tensor"]

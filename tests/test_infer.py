@@ -188,6 +188,7 @@ def test_the_record_gets_counts_and_kv_bytes(inferred: Infer) -> None:
         "unasked_tokens": 0,
         "padding_tokens": len(PROMPTS) * max(tokens) - sum(tokens),
         "cache": "dynamic",
+        "tensor_parallel": 1,
         "kv_bytes_per_token": PER_TOKEN,
         "kv_bytes_per_token_measured": PER_TOKEN,
         "kv_reserved": len(PROMPTS) * shown * PER_TOKEN,

@@ -28,8 +28,10 @@ MADE_IN = {
 """What a storage is that nobody claims, by the phase that made it; any other phase is a forward's."""
 
 
-POINT_TO_POINT = ("send", "recv_", "recv_any_source_")
-"""What passes a tensor on from one rank to another: it stays what it is."""
+COLLECTIVES = ("c10d", "_c10d_functional")
+"""Namespaces of what ranks do together; the second gives new tensors back."""
+POINT_TO_POINT = ("send", "recv_", "recv_any_source_", "wait_tensor")
+"""What passes a tensor on from one rank to another, or waits for it: it stays what it is."""
 
 _DEVICE = torch.ops.prim.device.default
 
@@ -153,7 +155,8 @@ class Log(TorchDispatchMode):
             self.follow()
         began = time_ns()
         out = func(*args, **kwargs) if kwargs else func(*args)
-        collective = func.namespace == "c10d" and func.__name__.partition(".")[0] not in POINT_TO_POINT
+        together = func.namespace in COLLECTIVES
+        collective = together and func.__name__.partition(".")[0] not in POINT_TO_POINT
         if collective and self.settle is not None:
             self.settle(args)
         ended = time_ns()
@@ -165,7 +168,7 @@ class Log(TorchDispatchMode):
             for tensor in tensors_in(out):
                 self.see(tensor, func.__name__, ended)
         if collective:
-            self._communicated(args, func.__name__, ended)
+            self._communicated((args, out), func.__name__, ended)
         return out
 
     def _communicated(self, args: Any, op: str, now: int) -> None:

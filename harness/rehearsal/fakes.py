@@ -21,6 +21,8 @@ _KERNELS = frozenset(
 }
 """Operators whose kernel for `meta` is in C++ and says all there is to know: views, copies and empty tensors."""
 
+_WAIT = torch.ops._c10d_functional.wait_tensor.default
+
 _REMEMBERED = frozenset(
     getattr(_aten, name).default
     for name in ("linalg_vector_norm", "mm", "neg", "rsqrt", "silu", "silu_backward", "slice_backward")
@@ -49,8 +51,11 @@ class Fakes(FakeTensorMode):
         if func.namespace == "c10d":  # what it returns are its arguments
             with in_kernel_invocation_manager(self):
                 return func(*args, **kwargs)
+        if func is _WAIT:  # what it waits for, as in a run; torch would make another of it
+            return args[0]
         device = None
-        if func in _KERNELS or func in _REMEMBERED:
+        made_of_others = any(hasattr(each, "__tensor_flatten__") for each in types)
+        if not made_of_others and (func in _KERNELS or func in _REMEMBERED):
             device = self._device(args, kwargs)
         if device is None:
             made = self.dispatch(func, types, args, kwargs)

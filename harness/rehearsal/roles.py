@@ -21,7 +21,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-from harness import model, prompts, weights
+from harness import model, prompts, tensor, weights
 from harness.infer import batches
 from harness.settings import Settings
 from harness.split import ranges, split_of
@@ -78,8 +78,7 @@ def roles(settings: Settings) -> list[Role]:
     for stage in range(stages):
         leads = exports and stage == 0
         if settings.mode == "infer":
-            of_ranks = [share for share in shares for _ in range(apart)]  # who shares a layer holds as much
-            within = _alike(of_ranks, _told_batches, _largest_batch)
+            within = _generating(settings, shares)
         elif _sharded(settings, replicas):
             partitions = _partitions(cut[stage].sizes, settings.zero.stage, replicas)
             within = _outdone(partitions, leads, settings.zero.offload != "none")
@@ -90,6 +89,19 @@ def roles(settings: Settings) -> list[Role]:
         again = stage < stages - 1 and any(cut[stage].kinds == each.kinds for each in cut[1:stage])
         found += [role.at(stage, replicas * apart, told, again) for role in within]
     return found
+
+
+def _generating(settings: Settings, shares: Sequence["Batches"]) -> list[Role]:
+    """The roles of ranks whose replicas have these batches; who shares a layer evenly holds as much as the others."""
+    apart = settings.tensor_parallel
+    own = apart > 1 and tensor.uneven(model.model_config(settings.model), apart)
+    keys = [(share, place if own else 0) for share in shares for place in range(apart)]
+
+    def told(key: tuple[Batches, int]) -> str:
+        parts = [_told_batches(key[0])] if len(set(shares)) > 1 else []
+        return "; ".join([*parts, f"part {key[1]} of {apart} of each layer"] if own else parts)
+
+    return _alike(keys, told, lambda key: _largest_batch(key[0]))
 
 
 def _sharded(settings: Settings, replicas: int) -> bool:
