@@ -108,8 +108,13 @@ def layer_bytes_per_token(config: PretrainedConfig, dtype: torch.dtype) -> int:
     return int(2 * heads * width * dtype.itemsize)
 
 
-def check_kind(kind: str, config: PretrainedConfig, bits: int = 8) -> None:
-    """Refuse a cache that a model of `config` cannot have, before the model is made. Raises Refusal."""
+def check_kind(
+    kind: str, config: PretrainedConfig, bits: int = 8, device: torch.device | None = None
+) -> None:
+    """Refuse a cache that a model of `config` cannot have, or not on `device`, before the model is made.
+
+    With `device`, what unpacks 4 and 2 bits there is compiled, unless it has been. Raises Refusal.
+    """
     if kind == "none":
         return
     model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
@@ -119,6 +124,15 @@ def check_kind(kind: str, config: PretrainedConfig, bits: int = 8) -> None:
         raise Refusal("generation.cache", kind, remedy)
     if kind != "paged":
         make(kind, config, 1, bits)
+    if kind == "quantized" and bits < 8 and device is not None:
+        try:
+            torch.ops.quanto.unpack(torch.zeros(1, dtype=torch.uint8, device=device), bits)
+        except Exception as error:  # whatever a compiler that is not there, or another one, comes to
+            remedy = (
+                f"optimum-quanto compiles what unpacks {bits} bits, and could not here ({str(error)[:200]}); "
+                "install a C++ compiler and ninja, or use generation.cache_bits=8"
+            )
+            raise Refusal("generation.cache_bits", bits, remedy) from error
 
 
 def attention_flops_per_position(config: PretrainedConfig) -> int | None:

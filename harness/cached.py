@@ -38,14 +38,18 @@ def padding(run: Run) -> Iterator[Finding]:
 
 
 def cache_copies(run: Run) -> Iterator[Finding]:
-    """A dynamic cache exists twice, in part, while it copies itself to grow."""
+    """A cache that grows exists twice, in part, while it copies itself."""
     reserved, highest = run.record.inference.kv_reserved, run.highest("kv_cache")
-    dynamic = run.settings is not None and run.settings.generation.cache == "dynamic"
-    if dynamic and reserved and highest - reserved >= NOTABLE * reserved:
+    asked = None if run.settings is None else run.settings.generation
+    grows = asked is not None and (
+        asked.cache == "dynamic" or (asked.cache, asked.cache_bits) == ("quantized", 8)
+    )
+    if asked is not None and grows and reserved and highest - reserved >= NOTABLE * reserved:
         copied = highest - reserved
+        static = " A static cache does not." if asked.cache == "dynamic" else ""
         sentence = (
-            f"The dynamic cache copies a layer to add a token: for that moment KV takes {size(highest)}, "
-            f"{size(copied)} more than it keeps. A static cache does not."
+            f"The {asked.cache} cache copies a layer to add a token: for that moment KV takes {size(highest)}, "
+            f"{size(copied)} more than it keeps.{static}"
         )
         yield Finding("cache_copies", sentence, copied)
 
@@ -61,5 +65,28 @@ def pinned(run: Run) -> Iterator[Finding]:
         yield Finding("pinned", sentence, kv.kv_pinned)
 
 
-CACHED = (kv_cache, padding, pinned, cache_copies)
+def state(run: Run) -> Iterator[Finding]:
+    """Layers of linear attention keep a state, and no keys and values."""
+    kv = run.record.inference
+    if kv.kv_state and kv.kv_reserved and kv.kv_state >= NOTABLE * kv.kv_reserved:
+        sentence = (
+            f"Of {size(kv.kv_reserved)} of KV cache {size(kv.kv_state)} are states of linear attention: as large "
+            "for one token of a sequence as for any number."
+        )
+        yield Finding("state", sentence, kv.kv_state)
+
+
+def on_host(run: Run) -> Iterator[Finding]:
+    """The KV cache is in the host's memory, which no category has."""
+    kv = run.record.inference
+    if kv.kv_host and kv.kv_reserved:
+        sentence = (
+            f"Of {size(kv.kv_reserved)} of KV cache {size(kv.kv_host)} are in the host's memory, and in no "
+            f"category here. The device holds {size(run.highest('kv_cache'))} at most: each layer comes and goes "
+            "for every token."
+        )
+        yield Finding("on_host", sentence, kv.kv_host)
+
+
+CACHED = (kv_cache, padding, pinned, state, on_host, cache_copies)
 """In the order in which they are told."""

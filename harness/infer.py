@@ -56,7 +56,8 @@ def run(settings: Settings, world: World, ledger: Ledger, out: Output) -> None:
         remedy = "the host's memory is where it would go, and the model is there; use dynamic, or a GPU"
         raise Refusal("generation.cache", "offloaded", remedy)
     tensor.check(settings, config)
-    check_kind(settings.generation.cache, config, settings.generation.cache_bits)
+    device = None if world.rehearsed else world.device
+    check_kind(settings.generation.cache, config, settings.generation.cache_bits, device)
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     if settings.generation.batching == "continuous":
         room(settings.generation, config, dtype, prompts)  # refused before the model is made

@@ -1,7 +1,8 @@
 """Which single change of a run's config would save most, each rehearsed: a figure of the engine's, not a rule's.
 
 A row of `TRAIN` or `INFER` is a change that keeps what the run means: the same model, the same sequences in a step,
-the same tokens for a prompt. The rules of the settings refuse those that cannot be.
+as many tokens for a prompt, and the same ones but for rounding where its cost says so. The rules of the settings refuse
+those that cannot be.
 """
 
 import shlex
@@ -27,6 +28,12 @@ class Change(NamedTuple):
 
     values: Callable[[Settings], dict[str, Any]]
     cost: str
+
+
+def _whole_cache(settings: Settings, kind: str) -> dict[str, Any]:
+    """A cache of the run's precision."""
+    bits = {"generation.cache_bits": 8} if settings.generation.cache_bits != 8 else {}
+    return {"generation.cache": kind, **bits}
 
 
 TRAIN = (
@@ -65,14 +72,25 @@ INFER = (
     Change(
         lambda s: {"generation.batch": s.generation.batch // 2}, "twice the batches, each of half the prompts"
     ),
-    Change(lambda s: {"generation.cache": "static"}, "room for the longest answer from the start"),
-    Change(lambda s: {"generation.cache": "dynamic"}, "a copy of a layer's cache at each token"),
+    Change(lambda s: _whole_cache(s, "static"), "room for the longest answer from the start"),
+    Change(lambda s: _whole_cache(s, "dynamic"), "a copy of a layer's cache at each token"),
+    Change(
+        lambda s: {"generation.cache": "quantized"},
+        "keys and values rounded to so few bits that some tokens are others",
+    ),
+    Change(
+        lambda s: _whole_cache(s, "offloaded"),
+        "a layer's cache over the host's link, both ways, at each token",
+    ),
     Change(lambda s: {"model.attention": "sdpa"}, "nothing"),
 )
 
 SPELLED = {"zero.stage": "zero", "checkpointing.mode": "checkpointing"}
 """The keys that are typed as their group's option."""
 
+
+REFUSED = "Refusal: "
+"""How the failure of a change begins that the model itself cannot have."""
 
 WORTH = 0.01
 """The share of the peak below which a saving is not worth a change."""
@@ -116,7 +134,9 @@ def savings(record: Record) -> Iterator[Finding]:
     yield from stage_three(base, before, tried)
     yield from recomputation(base, before, tried)
     yield from ranked(record, before, tried)
-    failed = [change.words for change in tried if isinstance(change.peak, str)]
+    failed = [
+        each.words for each in tried if isinstance(each.peak, str) and not each.peak.startswith(REFUSED)
+    ]
     if failed:
         yield Finding("not_rehearsed", f"Could not be rehearsed: {'; '.join(failed)}.", None)
 

@@ -64,6 +64,14 @@ SHAPES: dict[str, dict[str, Any]] = {
     "falcon_h1": {**BASE, **MAMBA},
     "deepseek_v3": {**BASE, **LATENT},
 }
+ONE_HEAD = (
+    "vocab_size",
+    "hidden_size",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "bos_token_id",
+    "eos_token_id",
+)
 PROMPTS = [[5, 6, 7], [9] * 11, [20, 21, 22, 23, 24, 25]]
 WIDTH, NEW = 11, 12
 
@@ -241,6 +249,62 @@ def test_packages_that_are_not_there_are_named(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("transformers.cache_utils.is_optimum_quanto_available", lambda: False)
     with pytest.raises(Refusal, match=r"generation\.cache_bits=4: 4 bits need optimum-quanto; pip install"):
         check_kind("quantized", build("llama").config, 4)
+
+
+def test_bits_that_nothing_here_can_unpack_are_refused_before_the_model_is_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from optimum.quanto.library.extensions import cpp, extension
+
+    def load(**_: Any) -> None:
+        raise RuntimeError("Ninja is required to load C++ extensions")
+
+    monkeypatch.setattr(cpp.ext, "_lib", None)
+    monkeypatch.setattr(extension, "load", load)
+    config = build("llama").config
+    with pytest.raises(
+        Refusal, match=r"cache_bits=4: .*could not here \(Ninja .*use generation\.cache_bits=8"
+    ):
+        check_kind("quantized", config, 4, torch.device("cpu"))
+    check_kind("quantized", config, 8, torch.device("cpu"))
+    check_kind("quantized", config, 4)  # a rehearsal compiles nothing
+
+
+@pytest.mark.parametrize("kind", ["falcon", "gpt_bigcode"])
+def test_one_head_of_keys_for_all_queries_is_counted_as_one(kind: str) -> None:
+    config = AutoConfig.for_model(kind, **{name: value for name, value in BASE.items() if name in ONE_HEAD})
+    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    kv = ours(model, "dynamic").kv
+    assert kv is not None
+    assert kv.per_token == kv_bytes_per_token(config, torch.float32) == 2 * 2 * 16 * 4
+
+
+def test_keys_that_are_values_too_are_counted_once() -> None:
+    cache = make("dynamic", build("llama").config, 0)
+    assert cache is not None
+    both = torch.zeros(2, 1, 8, 16)
+    for number in range(2):
+        cache.update(both, both, number)
+        cache.layers[number].values = cache.layers[number].keys
+    held = kv_bytes(cache)
+    assert (held.reserved, held.filled, held.pinned) == (2 * both.nbytes, 2 * both.nbytes, 0)
+
+
+@pytest.mark.parametrize("kind", ["mistral", "qwen3_next"])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_a_rehearsal_of_the_ends_is_that_of_every_token(
+    kind: str, cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    AutoConfig.for_model(kind, **{**SHAPES[kind], "vocab_size": 384, "sliding_window": 40}).save_pretrained(
+        tmp_path
+    )
+    words = (
+        *(f"model.path={tmp_path}", "model.random=true", f"generation.cache={cache}", "hardware=cpu"),
+        *("generation.prompt_length=20", "generation.max_new_tokens=50", "generation.count=2"),
+    )
+    ends = rehearsed(*words)
+    monkeypatch.setattr("harness.decode.can_advance", lambda cache: False)
+    assert json.dumps(rehearsed(*words)) == json.dumps(ends)
 
 
 def test_figures_of_a_rehearsal_are_numbers_that_json_knows(tmp_path: Path) -> None:

@@ -27,6 +27,12 @@ INFER = "mode=infer world.size=2 generation.max_new_tokens=4"
 LOGITS = f"{TRAIN} zero=2 model.config.vocab_size=8000 train.sequence=256"
 LARGE = f"{TRAIN} zero=2 train.micro_batch=16"
 GATHERED = f"{TRAIN} zero=3 train.steps=3"  # validation is the last that an exact ledger sees
+WINDOW = f"{INFER} model.config.model_type=mistral +model.config.sliding_window=16"
+STATES = (
+    f"{INFER} model.config.model_type=qwen3_next +model.config.num_experts=2 "
+    "+model.config.num_experts_per_tok=1 +model.config.moe_intermediate_size=32 "
+    "+model.config.shared_expert_intermediate_size=32"
+)
 UNEVEN = f"{INFER} generation.prompt=['a','{'long' * 25}','b','c']"
 
 
@@ -145,6 +151,9 @@ SHOWN = {
     "kv_cache": (f"{INFER} generation.prompt_length=512 generation.count=16 generation.batch=8", INFER),
     "padding": (UNEVEN, INFER),
     "cache_copies": (INFER, f"{INFER} generation.cache=static"),
+    "pinned": (f"{WINDOW} generation.max_new_tokens=1", WINDOW),
+    "state": (STATES, INFER),
+    "on_host": (f"{INFER} hardware=h100-sxm generation.cache=offloaded", f"{INFER} hardware=h100-sxm"),
 }
 
 
@@ -187,6 +196,11 @@ def test_the_figures_of_a_cache_are_the_records() -> None:
     record = record_of(INFER)
     highest = record["ranks"][0]["categories"]["kv_cache"]["peak"]
     assert found(record)["cache_copies"].bytes == highest - record["inference"]["kv_reserved"]
+    record = record_of(f"{INFER} generation.cache=quantized")
+    highest = record["ranks"][0]["categories"]["kv_cache"]["peak"]
+    copies = found(record)["cache_copies"]
+    assert copies.bytes == highest - record["inference"]["kv_reserved"]
+    assert copies.sentence.startswith("The quantized cache copies a layer")
 
 
 @pytest.mark.parametrize(
@@ -379,6 +393,19 @@ def test_what_the_settings_refuse_is_not_tried() -> None:
     tried = changes(parse(record_of(f"{TRAIN} zero=2"), "it"))
     assert {"zero.stage": 3} in tried
     assert {"zero.offload": "all"} not in tried  # takes ZeRO-3
+
+
+def test_caches_of_which_each_holds_less_are_tried_and_those_that_cannot_be_are_not_told_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tried = changes(parse(record_of(f"{INFER} generation.cache=quantized generation.cache_bits=4"), "it"))
+    assert {"generation.cache": "dynamic", "generation.cache_bits": 8} in tried
+    assert not any(
+        values.get("generation.cache") == "offloaded" for values in tried
+    )  # the model is on the host
+    assert {"generation.cache": "quantized"} in changes(parse(record_of(INFER), "it"))
+    said = told(put(tmp_path, record_of(WINDOW)), capsys)
+    assert not [each for each in said if "quantized" in each["sentence"]]  # a window's layers have none
 
 
 def test_a_run_that_cannot_be_rehearsed_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
