@@ -83,17 +83,17 @@ def run(settings: Settings, world: World, ledger: Ledger, out: Output) -> None:
         "parameters": parameters,
         "dtype": str(dtype).removeprefix("torch."),
     }
-    if world.stages > 1:
-        out.say(
-            f"{settings.model.name}: {parameters:,} parameters in {world.stages} stages, {world.size} ranks"
-        )
+    if world.stages * world.tensor > 1:
+        ways = f"{world.stages} stage{'s' * (world.stages > 1)}, {world.tensor} to a layer, {world.size} ranks"
+        out.say(f"{settings.model.name}: {parameters:,} parameters in {ways}")
     startup = time.perf_counter() - began
     by_rank = world.gather(share_of(settings, world, ledger, built, prompts, out.flush))
-    shares = of_replicas(by_rank, world.replicas)
+    shares = of_replicas(by_rank, world.replicas, world.tensor)
     out.done["inference"] = {
         "prompts": len(prompts),
         "prompt_tokens": sum(len(prompt.tokens) for prompt in prompts),
         "cache": settings.generation.cache,
+        "tensor_parallel": world.tensor,
         "kv_bytes_per_token": kv_bytes_per_token(config, dtype),
         **largest(shares),
     }
@@ -117,10 +117,10 @@ def _built(
     """The model, or this rank's stage of it, and the parameters of the whole."""
     asked = settings.model, config, dtype, world.device, settings.seed
     if world.stages == 1:
-        built = model.build(*asked, world.rehearsed)
+        built = model.build(*asked, world.rehearsed, world.mesh)
         ledger.own(model=built.eval().requires_grad_(False))
         return built, model.count(built)
-    part = stage.build(*asked, ranges(split_of(settings, config))[world.stage], world.rehearsed)
+    part = stage.build(*asked, ranges(split_of(settings, config))[world.stage], world.rehearsed, world.mesh)
     part.eval().requires_grad_(False)
     ledger.own(model=part.model)
     return part, model.count(weights.outline(config, dtype, settings.model.attention))
@@ -209,21 +209,20 @@ def write(
     os.replace(partial, file)
 
 
-def of_replicas(shares: Sequence[Share], replicas: int) -> list[Share]:
-    """The ranks' shares as one a replica: the last stage knows tokens and times, and a cache is all stages' together.
+def of_replicas(shares: Sequence[Share], replicas: int, tensor: int = 1) -> list[Share]:
+    """The ranks' shares as one a replica: the last stage knows tokens and times, and a cache is all ranks' together.
 
-    A rehearsal has one rank's alone.
+    `tensor` ranks that share a layer choose the same tokens. A rehearsal has one rank's share alone.
     """
-    of_each = [shares[replica::replicas] for replica in range(replicas)]
-    return [
-        Share(
-            stages[-1].tokens,
-            stages[-1].timings,
-            [of_stages(each) for each in zip(*(share.kv for share in stages), strict=True)],
-        )
-        for stages in of_each
-        if stages
-    ]
+    of_layers = list(batches(shares, tensor))
+    found = []
+    for stages in [of_layers[replica::replicas] for replica in range(replicas)]:
+        if stages:
+            last, *others = stages[-1]
+            assert all(other.tokens == last.tokens for other in others), "ranks that share layers chose otherwise"
+            kv = zip(*(share.kv for ranks in stages for share in ranks), strict=True)
+            found.append(Share(last.tokens, last.timings, [of_stages(each) for each in kv]))
+    return found
 
 
 def _timed(share: Share, exact: int) -> list[Timing]:

@@ -232,6 +232,11 @@ class Settings:
     world: World = World()
     hardware: Hardware = Hardware()
 
+    @property
+    def tensor(self) -> int:
+        """How many ranks share each layer: in training none do."""
+        return self.generation.tensor_parallel if self.mode == "infer" else 1
+
 
 @dataclass(frozen=True)
 class Knob:

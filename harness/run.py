@@ -30,7 +30,8 @@ def run(settings: Settings, cfg: DictConfig, words: list[str]) -> int:
         return _rehearse(settings, cfg)
     _, size, _ = world.environment()
     check_world(settings, size, words)
-    with world.connected(settings.hardware.device, settings.world.timeout, settings.pipeline.stages) as here:
+    place = settings.hardware.device, settings.world.timeout, settings.pipeline.stages, settings.tensor
+    with world.connected(*place) as here:
         directory = here.broadcast(_make_directory(settings, cfg) if here.leads else None)
         if isinstance(directory, Refusal):
             raise directory
@@ -188,7 +189,7 @@ class _Run:
             return refusal
 
     def _books(self) -> dict[str, Any]:
-        return record.rank_record(self.ledger, self.world.rank, self.world.stage)
+        return record.rank_record(self.ledger, self.world.rank, self.world.stage, self.world.shard)
 
     def say(self, line: str) -> None:
         """Rank 0 speaks."""

@@ -95,6 +95,7 @@ class Rank(_Part):
 
     rank: Number
     stage: Number = 0
+    tensor: Number = 0
     stands_for: list[Number] = []
     bounds: list[Number] = []
     why: Text = ""

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from harness.knobs import Refusal
 
@@ -34,6 +35,8 @@ class World:
     rehearsed: bool = False  # the others do not exist
     target: str = ""  # the kind of device whose bytes are wanted, where it is not this one
     stages: int = 1  # of a pipeline; the ranks of a stage follow each other, as in DeepSpeed's topology
+    tensor: int = 1  # ranks that share each layer; they are neighbours, so on one node where that has enough
+    mesh: DeviceMesh | None = field(default=None, compare=False)  # those ranks; None where this one shares nothing
     _turns: Iterator[int] = field(default_factory=count, compare=False)
 
     @property
@@ -49,21 +52,26 @@ class World:
     @property
     def replicas(self) -> int:
         """How many whole models there are."""
-        return self.size // self.stages
+        return self.size // (self.stages * self.tensor)
 
     @property
     def stage(self) -> int:
-        """Which part of the model this rank has."""
-        return self.rank // self.replicas
+        """Which layers of the model this rank has."""
+        return self.rank // self.tensor // self.replicas
 
     @property
     def replica(self) -> int:
         """Which of the whole models it is a part of."""
-        return self.rank % self.replicas
+        return self.rank // self.tensor % self.replicas
+
+    @property
+    def shard(self) -> int:
+        """Which part of each layer it has."""
+        return self.rank % self.tensor
 
     def at_stage(self, stage: int) -> int:
-        """The rank that has `stage` of this rank's replica."""
-        return stage * self.replicas + self.replica
+        """The rank that has `stage` of this rank's replica, and the same part of each layer."""
+        return (stage * self.replicas + self.replica) * self.tensor + self.shard
 
     @property
     def kind(self) -> str:
@@ -115,10 +123,10 @@ def environment() -> tuple[int, int, int]:
 
 
 @contextmanager
-def connected(device: str, timeout: float, stages: int = 1) -> Iterator[World]:
+def connected(device: str, timeout: float, stages: int = 1, tensor: int = 1) -> Iterator[World]:
     """Join torchrun's process group, or make a group of one that opens no port; leave it at the end.
 
-    `stages` must divide its size. `timeout` is in seconds; a rank that died is noticed at once, by its closed
+    `stages` x `tensor` must divide its size. `timeout` is in seconds; a rank that died is noticed at once, by its closed
     connections, and not by it.
     Raises Refusal for a device that is not there.
     """
@@ -134,10 +142,19 @@ def connected(device: str, timeout: float, stages: int = 1) -> Iterator[World]:
             backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout)
         )
         try:
-            world = World(rank, size, local_rank, where, stages=stages)
+            mesh = neighbours(where.type, tensor)
+            world = World(rank, size, local_rank, where, stages=stages, tensor=tensor, mesh=mesh)
             yield replace(world, members=tuple(world.gather((socket.gethostname(), os.getpid()))))
         finally:
             dist.destroy_process_group()
+
+
+def neighbours(device: str, tensor: int) -> DeviceMesh | None:
+    """The `tensor` ranks of which this is one that share their layers; None where it is one."""
+    if tensor == 1:
+        return None
+    group, _ = dist.new_subgroups(tensor)
+    return DeviceMesh.from_group(group, device, mesh_dim_names=("tp",))
 
 
 @contextmanager

@@ -11,10 +11,11 @@ from harness.ledger import owners
 from harness.ledger.allocator import CpuAllocator, CudaAllocator
 from harness.ledger.categories import CATEGORIES
 from harness.ledger.forwards import Forwards, in_flight
-from harness.ledger.log import RANK, Log, Where, device_of
+from harness.ledger.log import RANK, Log, Where, device_of, parts_of
 from harness.ledger.observers import (
     Modules,
     in_backward,
+    leaving_out_shapes,
     settle,
     watching_checkpoints,
     watching_saved,
@@ -227,7 +228,7 @@ class Ledger:
         """
         held: dict[int, tuple[str, int]] = {}
         for claims in (*self._owners.values(), *self._caches.values()):
-            for category, _, tensor in claims():
+            for category, tensor in ((c, part) for c, _, whole in claims() for part in parts_of(whole)):
                 if device_of(tensor) != self.device:
                     continue
                 storage = tensor.untyped_storage()
@@ -328,6 +329,7 @@ class Ledger:
         enter(watching_steps(self._optimizer_stepped))
         enter(watching_saved(self._log))
         enter(watching_checkpoints(self._log))
+        enter(leaving_out_shapes())
         for model in self._models:
             self._hook_gradients(model)
         self._log.follow = self._follow

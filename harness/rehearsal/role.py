@@ -33,7 +33,7 @@ def rehearse(settings: Settings, rank: int) -> tuple[dict[str, Any], dict[str, A
         done["pipeline"] = told(settings, split_of(settings, model_config(settings.model)))
     with (
         warnings.catch_warnings(),
-        rehearsed(rank, size, "cuda" if target == "cuda" else "cpu", stages) as world,
+        rehearsed(rank, size, "cuda" if target == "cuda" else "cpu", stages, settings.tensor) as world,
     ):
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         ledger = Ledger(
@@ -48,7 +48,7 @@ def rehearse(settings: Settings, rank: int) -> tuple[dict[str, Any], dict[str, A
         except Exception as error:
             error.rehearsed = rank, ledger.where  # type: ignore[attr-defined]
             raise
-    return record.rank_record(ledger, rank, world.stage), done
+    return record.rank_record(ledger, rank, world.stage, world.shard), done
 
 
 @contextmanager

@@ -13,11 +13,13 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from harness.rehearsal.fakes import Fakes
 from harness.rehearsal.shims import GPU, shimmed
 from harness.rehearsal.values import Values
-from harness.world import World, variables
+from harness.world import World, neighbours, variables
 
 
 @contextmanager
-def rehearsed(rank: int, size: int, target: str = "cpu", stages: int = 1) -> Iterator[World]:
+def rehearsed(
+    rank: int, size: int, target: str = "cpu", stages: int = 1, tensor: int = 1
+) -> Iterator[World]:
     """Rank `rank` of a world of `size` devices of kind `target`; within it every tensor that is made is fake.
 
     Where `target` is "cuda" there are two fake devices: the world's own, and the host.
@@ -29,8 +31,10 @@ def rehearsed(rank: int, size: int, target: str = "cpu", stages: int = 1) -> Ite
         hook = sys.excepthook  # the group puts its rank before every traceback, after its end too
         dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
         try:
+            mesh = neighbours(device.type, tensor)
+            around = {"stages": stages, "tensor": tensor, "mesh": mesh}
             with Fakes(), Values():
-                yield World(rank, size, 0, device, rehearsed=True, target=target, stages=stages)
+                yield World(rank, size, 0, device, rehearsed=True, target=target, **around)
         finally:
             dist.destroy_process_group()
             sys.excepthook = hook
