@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig, PreTrainedModel
@@ -86,5 +86,18 @@ def load(directory: Path, whole: PreTrainedModel, mesh: DeviceMesh, **options: A
 
 def held(module: nn.Module) -> int:
     """Elements of a module's parameters that this rank has, each once however many names it has."""
-    parameters = module.parameters()
-    return sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in parameters)
+    return sum(part(parameter).numel() for parameter in module.parameters())
+
+
+def sizes(config: PretrainedConfig, ranks: int, rank: int) -> tuple[int, ...]:
+    """The elements of each parameter of a model that rank `rank` of the `ranks` that share it has. Raises Refusal."""
+    mesh = DeviceMesh(
+        "cpu", list(range(ranks)), mesh_dim_names=("tp",), _init_backend=False, _rank=rank
+    )  # of nobody
+    whole = shared(weights.outline(config, torch.bfloat16), mesh)
+    return tuple(part(parameter).numel() for parameter in whole.parameters())
+
+
+def part(tensor: Tensor) -> Tensor:
+    """What of `tensor` this rank has: all, or its part."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -21,7 +21,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-from harness import model, prompts, weights
+from harness import model, prompts, tensor, weights
 from harness.infer import batches
 from harness.settings import Settings
 from harness.split import ranges, split_of
@@ -52,9 +52,9 @@ class Role:
     outdone: bool = False
     """Whether it peaks no higher than a role of an earlier stage."""
 
-    def at(self, stage: int, replicas: int, told: str, outdone: bool) -> "Role":
-        """It, of the first ranks, as that of a later stage."""
-        first = stage * replicas
+    def at(self, stage: int, ranks: int, told: str, outdone: bool) -> "Role":
+        """It, of the first ranks, as that of a later stage; each has so many `ranks`."""
+        first = stage * ranks
         return Role(
             self.rank + first,
             tuple(rank + first for rank in self.stands_for),
@@ -69,24 +69,27 @@ class Role:
 def roles(settings: Settings) -> list[Role]:
     """The ranks to rehearse. Raises Refusal where the model cannot be read, or cut into so many stages."""
     stages = settings.pipeline.stages
-    replicas = (settings.world.size or 1) // stages
+    ranks = (settings.world.size or 1) // stages  # of a stage
+    replicas = ranks // settings.tensor
     exports = settings.train.export and settings.train.steps < settings.ledger.steps
     cut = _cut(settings) if stages > 1 or _sharded(settings, replicas) else []
     shares = _shares(settings, replicas) if settings.mode == "infer" else []
+    parts = _parts(settings) if settings.mode == "infer" else []
     found = []
     for stage in range(stages):
         leads = exports and stage == 0
         if settings.mode == "infer":
-            within = _alike(shares, _told_batches, _largest_batch)
+            keys = [Task(share, part) for share in shares for part in parts]
+            within = _alike(keys, _told, lambda task: _largest_batch(task.batches))
         elif _sharded(settings, replicas):
             partitions = _partitions(cut[stage].sizes, settings.zero.stage, replicas)
             within = _outdone(partitions, leads, settings.zero.offload != "none")
         else:
-            keys = [leads and replica == 0 for replica in range(replicas)]
-            within = _alike(keys, lambda first: EXPORTS if first else "")
+            first = [leads and replica == 0 for replica in range(replicas)]
+            within = _alike(first, lambda leading: EXPORTS if leading else "")
         told = f"stage {stage} of {stages}, layers {cut[stage].told}" if stages > 1 else ""
         again = stage < stages - 1 and any(cut[stage].kinds == each.kinds for each in cut[1:stage])
-        found += [role.at(stage, replicas, told, again) for role in within]
+        found += [role.at(stage, ranks, told, again) for role in within]
     return found
 
 
@@ -132,6 +135,18 @@ def _alike(
     return [Role(same[0], tuple(same), why=told(key), held=held(key)) for key, same in ranks.items()]
 
 
+class Task(NamedTuple):
+    """What decides the bytes of a rank that generates: its prompts' lengths by batch, and its part of each layer."""
+
+    batches: tuple[tuple[int, ...], ...]
+    part: tuple[int, ...]  # elements of each parameter; empty where ranks share none
+
+
+def _told(task: Task) -> str:
+    elements = f"its part has {sum(task.part):,} parameters" if task.part else ""
+    return "; ".join(told for told in (_told_batches(task.batches), elements) if told)
+
+
 def _largest_batch(batches: tuple[tuple[int, ...], ...]) -> int:
     return max((len(batch) * max(batch) for batch in batches), default=0)
 
@@ -154,6 +169,18 @@ def _shares(settings: Settings, size: int) -> list[tuple[tuple[int, ...], ...]]:
         ]
         for rank in range(size)
     ]
+
+
+def _parts(settings: Settings) -> list[tuple[int, ...]]:
+    """By rank of those that share layers, the elements that it has of each parameter. Raises Refusal."""
+    if settings.tensor == 1:
+        return [()]
+    config = model.model_config(settings.model)
+    first, last = (tensor.sizes(config, settings.tensor, rank) for rank in (0, settings.tensor - 1))
+    if first == last:  # the last has least
+        return [first] * settings.tensor
+    between = [tensor.sizes(config, settings.tensor, rank) for rank in range(1, settings.tensor - 1)]
+    return [first, *between, last]
 
 
 @dataclass(frozen=True)

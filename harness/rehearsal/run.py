@@ -62,20 +62,21 @@ def rehearse(settings: Settings) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         for role in wanted
     ]
     assert settings.world.size is not None
-    replicas = settings.world.size // settings.pipeline.stages
+    replicas = settings.world.size // (settings.pipeline.stages * settings.tensor)
     by_replica: dict[int, list[dict[str, Any]]] = {}
     for role in wanted:
-        by_replica.setdefault(role.rank % replicas, []).append(found[role.rank][1])
+        mine = [rank // settings.tensor % replicas for rank in role.stands_for]
+        by_replica.setdefault(mine[0], []).extend(found[role.rank][1] for each in mine if each == mine[0])
     return ranks, max(map(_whole, by_replica.values()), key=_cached)
 
 
-def _whole(stages: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the stages of a replica say of it: its KV cache is all of theirs."""
-    told = [done["inference"] for done in stages if "inference" in done]
+def _whole(ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the ranks of a replica say of it: its KV cache is all of theirs."""
+    told = [done["inference"] for done in ranks if "inference" in done]
     if not told:
-        return stages[0]
+        return ranks[0]
     held = {key: sum(each[key] for each in told) for key in MEASURED if told[0][key] is not None}
-    return {**stages[0], "inference": {**told[0], **held}}
+    return {**ranks[0], "inference": {**told[0], **held}}
 
 
 def balanced(settings: Settings) -> Settings:
