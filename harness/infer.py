@@ -84,7 +84,9 @@ def run(settings: Settings, world: World, ledger: Ledger, out: Output) -> None:
         "dtype": str(dtype).removeprefix("torch."),
     }
     if world.stages * world.tensor > 1:
-        ways = f"{world.stages} stage{'s' * (world.stages > 1)}, {world.tensor} to a layer, {world.size} ranks"
+        ways = (
+            f"{world.stages} stage{'s' * (world.stages > 1)}, {world.tensor} to a layer, {world.size} ranks"
+        )
         out.say(f"{settings.model.name}: {parameters:,} parameters in {ways}")
     startup = time.perf_counter() - began
     by_rank = world.gather(share_of(settings, world, ledger, built, prompts, out.flush))
@@ -219,7 +221,9 @@ def of_replicas(shares: Sequence[Share], replicas: int, tensor: int = 1) -> list
     for stages in [of_layers[replica::replicas] for replica in range(replicas)]:
         if stages:
             last, *others = stages[-1]
-            assert all(other.tokens == last.tokens for other in others), "ranks that share layers chose otherwise"
+            assert all(other.tokens == last.tokens for other in others), (
+                "ranks that share layers chose otherwise"
+            )
             kv = zip(*(share.kv for ranks in stages for share in ranks), strict=True)
             found.append(Share(last.tokens, last.timings, [of_stages(each) for each in kv]))
     return found

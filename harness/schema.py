@@ -198,6 +198,7 @@ class Training(_Part):
 class Inference(_Part):
     """What an inference run came to."""
 
+    tensor_parallel: Number = 1
     kv_bytes_per_token: Bytes | None = None
     kv_reserved: Bytes | None = None
     kv_filled: Bytes | None = None

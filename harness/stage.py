@@ -201,7 +201,9 @@ def build(
         stored[name].data = stored[name].data.float()
     with loading(str(settings.path)):
         if not (plain and weights.read(stored, directory)):
-            _copy(stored, stage.tied, model.build(settings, config, dtype, torch.device("cpu"), seed, mesh=mesh))
+            _copy(
+                stored, stage.tied, model.build(settings, config, dtype, torch.device("cpu"), seed, mesh=mesh)
+            )
         if (directory / "generation_config.json").is_file():
             stage.model.generation_config = GenerationConfig.from_pretrained(directory)
     return stage

@@ -19,6 +19,7 @@ from transformers.distributed.tensor_parallel import apply_tensor_parallelism, g
 
 from harness import weights
 from harness.knobs import Refusal
+from harness.world import unlike_others
 
 KEY = "generation.tensor_parallel"
 
@@ -34,7 +35,9 @@ def outline(
 def shared(whole: PreTrainedModel, mesh: DeviceMesh) -> PreTrainedModel:
     """`whole`, on `meta`, with parameters and modules that the ranks of `mesh` share. Raises Refusal as `check` does."""
     check(whole, mesh.size())
-    for other in whole.all_tied_weights_keys:  # the plan has a line for each, and finds one parameter for both
+    for (
+        other
+    ) in whole.all_tied_weights_keys:  # the plan has a line for each, and finds one parameter for both
         home, _, key = other.rpartition(".")
         tied = whole.get_parameter(other)
         setattr(whole.get_submodule(home), key, nn.Parameter(torch.empty_like(tied), tied.requires_grad))
@@ -91,9 +94,8 @@ def held(module: nn.Module) -> int:
 
 def sizes(config: PretrainedConfig, ranks: int, rank: int) -> tuple[int, ...]:
     """The elements of each parameter of a model that rank `rank` of the `ranks` that share it has. Raises Refusal."""
-    mesh = DeviceMesh(
-        "cpu", list(range(ranks)), mesh_dim_names=("tp",), _init_backend=False, _rank=rank
-    )  # of nobody
+    nobody = {"_init_backend": False, "_rank": rank}
+    mesh = DeviceMesh("cpu", list(range(ranks)), mesh_dim_names=(unlike_others(),), **nobody)
     whole = shared(weights.outline(config, torch.bfloat16), mesh)
     return tuple(part(parameter).numel() for parameter in whole.parameters())
 

@@ -36,7 +36,9 @@ class World:
     target: str = ""  # the kind of device whose bytes are wanted, where it is not this one
     stages: int = 1  # of a pipeline; the ranks of a stage follow each other, as in DeepSpeed's topology
     tensor: int = 1  # ranks that share each layer; they are neighbours, so on one node where that has enough
-    mesh: DeviceMesh | None = field(default=None, compare=False)  # those ranks; None where this one shares nothing
+    mesh: DeviceMesh | None = field(
+        default=None, compare=False
+    )  # those ranks; None where this one shares nothing
     _turns: Iterator[int] = field(default_factory=count, compare=False)
 
     @property
@@ -154,7 +156,15 @@ def neighbours(device: str, tensor: int) -> DeviceMesh | None:
     if tensor == 1:
         return None
     group, _ = dist.new_subgroups(tensor)
-    return DeviceMesh.from_group(group, device, mesh_dim_names=("tp",))
+    return DeviceMesh.from_group(group, device, mesh_dim_names=(unlike_others(),))
+
+
+_meshes = count()
+
+
+def unlike_others() -> str:
+    """A name for a mesh: DTensors remember by mesh for as long as the process lives, and go by its ranks and name."""
+    return f"tensor{next(_meshes)}"
 
 
 @contextmanager

@@ -99,7 +99,10 @@ def test_a_key_of_a_model_config_can_be_changed_or_added() -> None:
         ("mode=trian", "mode=trian: should be 'train' or 'infer'"),
         ("checkpointing=some", "checkpointing=some: no such option; one of full, none, selective"),
         ("zero.offload=some", "zero.offload=some: should be 'none', 'optimizer' or 'all'"),
-        ("generation.cache=page", "generation.cache=page: should be 'dynamic', 'static', 'paged', 'quantized', 'offloaded' or 'none'"),
+        (
+            "generation.cache=page",
+            "generation.cache=page: should be 'dynamic', 'static', 'paged', 'quantized', 'offloaded' or 'none'",
+        ),
         ("train.steps=many", "train.steps=many: should be a valid integer"),
         ("train.steps=1.5", "train.steps=1.5: should be a valid integer"),
         ("train.steps=1,2", "train.steps=1,2: sweeps are not run"),

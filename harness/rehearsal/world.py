@@ -17,9 +17,7 @@ from harness.world import World, neighbours, variables
 
 
 @contextmanager
-def rehearsed(
-    rank: int, size: int, target: str = "cpu", stages: int = 1, tensor: int = 1
-) -> Iterator[World]:
+def rehearsed(rank: int, size: int, target: str = "cpu", stages: int = 1, tensor: int = 1) -> Iterator[World]:
     """Rank `rank` of a world of `size` devices of kind `target`; within it every tensor that is made is fake.
 
     Where `target` is "cuda" there are two fake devices: the world's own, and the host.

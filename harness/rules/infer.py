@@ -1,6 +1,6 @@
 """The rules between the knobs of generation, each with its sentence."""
 
-from harness.knobs import Generation, Refusal, Settings
+from harness.knobs import Generation, Refusal, Settings, as_typed
 from harness.rules.sources import files
 
 
@@ -13,6 +13,14 @@ def generation(settings: Settings) -> None:
         raise Refusal("generation.prompts", asked.prompts, "give either it or generation.prompt=, not both")
     if asked.prompts is not None:
         files("generation.prompts", asked.prompts)
+    if asked.tensor_parallel > 1:
+        for key, value, alone in (
+            ("batching", asked.batching, "static"),
+            ("compile", asked.compile, False),
+        ):
+            if value != alone:
+                told = f"generation.{key}={as_typed(value)} goes by one rank to a model; use generation.tensor_parallel=1"
+                raise Refusal("generation.tensor_parallel", asked.tensor_parallel, told)
     if not asked.sample:
         for key, value, off in (
             ("temperature", asked.temperature, 1.0),
