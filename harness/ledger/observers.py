@@ -10,8 +10,11 @@ from typing import Any
 
 import torch
 import torch.utils.checkpoint
+from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils._python_dispatch import _disable_current_modes
 
 from harness.ledger.log import Log, tensors_in
 
@@ -174,13 +177,36 @@ def watch_moves(cache: Any, claim: Callable[[str, str, torch.Tensor], None]) -> 
     cache.update = updated
 
 
+@contextmanager
+def leaving_out_shapes() -> Iterator[None]:
+    """Let DTensors try an operator on fake tensors, to learn what it makes of whole ones, where no mode is shown them.
+
+    They remember the shapes by operator for as long as the process lives.
+    """
+    try_out = ShardingPropagator._propagate_tensor_meta_non_cached
+
+    def unseen(self: Any, *arguments: Any) -> Any:
+        with _disable_current_modes():
+            return try_out(self, *arguments)
+
+    ShardingPropagator._propagate_tensor_meta_non_cached = unseen  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        ShardingPropagator._propagate_tensor_meta_non_cached = try_out  # type: ignore[method-assign]
+
+
 def settle(arguments: Any) -> None:
     """Wait until the process group among a collective's `arguments` has let go of what it was given.
 
     gloo's thread drops its references after the caller wakes, at a moment that no two runs share. A collective of
     no elements comes after it in the thread's queue. Point-to-point operators have no such pairing.
     """
+    group = None
     for argument in arguments:
         if isinstance(argument, torch.ScriptObject) and "ProcessGroup" in str(argument._type()):
             group = torch.distributed.ProcessGroup.unbox(argument)
-            group.allreduce([torch.empty(0)]).wait()
+    if group is None and isinstance(arguments[-1], str):  # functional ones name theirs, last
+        group = _resolve_process_group(arguments[-1])  # type: ignore[arg-type]
+    if group is not None:
+        group.allreduce([torch.empty(0)]).wait()
