@@ -70,7 +70,9 @@ def run(settings: Settings, world: World, ledger: Ledger, out: Output) -> None:
         ways = f"{world.stages} stages" if world.stages > 1 else f"layers shared by {world.tensor}"
         out.say(f"{settings.model.name}: {sizes['parameters']:,} parameters in {ways}, {world.size} ranks")
     startup = time.perf_counter() - began
-    by_rank = world.gather(share_of(settings, world, ledger, built, prompts, out.flush))
+    share = share_of(settings, world, ledger, built, prompts, out.flush)
+    ledger.enough()  # on every rank, however many batches each had: an exact one takes part in what follows
+    by_rank = world.gather(share)
     shares = of_replicas(by_rank, world.replicas, world.tensor)
     out.done["inference"] = {
         "prompts": len(prompts),

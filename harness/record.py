@@ -48,14 +48,14 @@ def environment() -> dict[str, Any]:
     }
 
 
-def rank_record(ledger: "Ledger", rank: int, stage: int = 0, tensor: int = 0) -> dict[str, Any]:
-    """One rank's books, in bytes: of its `stage`, and its part of each layer. What was not measured is null."""
+def rank_record(ledger: "Ledger", rank: int, stage: int = 0, share: int = 0) -> dict[str, Any]:
+    """One rank's books, in bytes. What was not measured is null."""
     account = ledger.account()
     peak = account.peak
     return {
         "rank": rank,
         "stage": stage,
-        "tensor": tensor,
+        "share": share,
         "stands_for": [rank],
         "peak": {
             "bytes": peak.bytes if peak else None,

@@ -110,7 +110,7 @@ class Rank(_Part):
 
     rank: Number
     stage: Number = 0
-    tensor: Number = 0
+    share: Number = 0
     stands_for: list[Number] = []
     bounds: list[Number] = []
     why: Text = ""

@@ -29,11 +29,10 @@ MADE_IN = {
 """What a storage is that nobody claims, by the phase that made it; any other phase is a forward's."""
 
 
-ALONE = ("send", "recv_", "recv_any_source_", "wait_tensor")
-"""Not all ranks do it: what passes a tensor on from one to another, which stays what it is, or only waits."""
-
 COLLECTIVES = ("c10d", "_c10d_functional")
-"""The namespaces of operators that ranks do together."""
+"""Namespaces of what ranks do together; the second gives new tensors back."""
+POINT_TO_POINT = ("send", "recv_", "recv_any_source_", "wait_tensor")
+"""What passes a tensor on from one rank to another, or waits for it: it stays what it is."""
 
 _DEVICE = torch.ops.prim.device.default
 
@@ -167,7 +166,8 @@ class Log(TorchDispatchMode):
             self.follow()
         began = time_ns()
         out = func(*args, **kwargs) if kwargs else func(*args)
-        collective = func.namespace in COLLECTIVES and func.__name__.partition(".")[0] not in ALONE
+        together = func.namespace in COLLECTIVES
+        collective = together and func.__name__.partition(".")[0] not in POINT_TO_POINT
         if collective and self.settle is not None:
             self.settle(args)
         ended = time_ns()

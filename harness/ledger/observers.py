@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.utils.checkpoint
-from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -202,11 +201,20 @@ def settle(arguments: Any) -> None:
     gloo's thread drops its references after the caller wakes, at a moment that no two runs share. A collective of
     no elements comes after it in the thread's queue. Point-to-point operators have no such pairing.
     """
-    group = None
     for argument in arguments:
-        if isinstance(argument, torch.ScriptObject) and "ProcessGroup" in str(argument._type()):
-            group = torch.distributed.ProcessGroup.unbox(argument)
-    if group is None and isinstance(arguments[-1], str):  # functional ones name theirs, last
-        group = _resolve_process_group(arguments[-1])  # type: ignore[arg-type]
-    if group is not None:
-        group.allreduce([torch.empty(0)]).wait()
+        group = _group(argument)
+        if group is not None:
+            group.allreduce([torch.empty(0)]).wait()
+
+
+def _group(argument: Any) -> Any:
+    """The process group that `argument` is, or names; None where it is something else."""
+    if isinstance(argument, torch.ScriptObject) and "ProcessGroup" in str(argument._type()):
+        return torch.distributed.ProcessGroup.unbox(argument)
+    if isinstance(argument, str):
+        try:
+            named: Any = argument
+            return torch._C._distributed_c10d._resolve_process_group(named)
+        except RuntimeError:  # how to reduce
+            return None
+    return argument if isinstance(argument, torch.distributed.ProcessGroup) else None

@@ -57,7 +57,8 @@ class Fakes(FakeTensorMode):
             with in_kernel_invocation_manager(self):
                 return func(*args, **kwargs)
         device = None
-        if func in _KERNELS or func in _REMEMBERED:
+        made_of_others = any(hasattr(each, "__tensor_flatten__") for each in types)
+        if not made_of_others and (func in _KERNELS or func in _REMEMBERED):
             device = self._device(args, kwargs)
         if device is None:
             made = self.dispatch(func, types, args, kwargs)

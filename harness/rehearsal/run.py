@@ -47,6 +47,8 @@ def _differences(settings: Settings) -> Iterator[str]:
         yield "packed elements are unpacked by several operators, where a run's kernel does it in one"
     if settings.mode == "infer" and settings.generation.compile:
         yield "the decoding step is not compiled: what its program needs beside the cache is its compiler's choice"
+    if settings.mode == "train" and settings.train.clip and settings.pipeline.stages > 1:
+        yield "no gradient has a norm: where a real one is above train.clip, gradients may be moved once more"
     if settings.mode == "train":
         yield "no text is read: where a real run's data ends and begins anew, it has no next batch at hand"
 

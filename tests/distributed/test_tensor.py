@@ -1,0 +1,116 @@
+"""Ranks that share each layer generate what one alone would, hold their part of it, and close their books."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.conftest import Launch, complete, torchrun
+
+PROMPTS = ["a", "longer", "the longest of them", "b", "cd"]
+ASKED = (
+    *("mode=infer", "precision=fp32", "model.config.num_hidden_layers=2", "generation.batch=3"),
+    *("generation.max_new_tokens=12", "generation.stop_at_eos=false"),
+)
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> str:
+    file = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    file.write_text("\n".join(PROMPTS) + "\n")
+    return f"generation.prompts={file}"
+
+
+def tokens(directory: Path) -> list[list[int]]:
+    return [json.loads(line)["tokens"] for line in (directory / "generations.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static", "none"])
+def test_two_ranks_that_share_layers_generate_what_one_does(launch: Launch, prompts: str, cache: str) -> None:
+    words = (*ASKED, prompts, f"generation.cache={cache}")
+    alone = tokens(launch(*words))
+    assert tokens(launch(*words, "generation.tensor_parallel=2")) == alone
+    assert len({token for row in alone for token in row}) > 5  # else anything would agree
+
+
+def test_replicas_of_ranks_that_share_layers_change_no_token(launch: Launch, prompts: str) -> None:
+    alone = tokens(launch(*ASKED, prompts))
+    shared = launch(*ASKED, prompts, "generation.tensor_parallel=2", ranks=4)
+    assert tokens(shared) == alone
+    record = complete(shared)
+    assert [(rank["rank"], rank["share"]) for rank in record["ranks"]] == [(0, 0), (1, 1), (2, 0), (3, 1)]
+    assert record["inference"]["tensor_parallel"] == 2
+
+
+def test_sampled_tokens_are_the_same_too(launch: Launch, prompts: str) -> None:
+    words = (*ASKED, prompts, "generation.sample=true")
+    assert tokens(launch(*words, "generation.tensor_parallel=2")) == tokens(launch(*words))
+
+
+def test_a_checkpoint_is_shared_as_its_model_would_be(launch: Launch, prompts: str) -> None:
+    trained = launch(
+        *("mode=train", "train.steps=2", "train.sequence=32", "train.validate_every=0"),
+        *("model.config.num_hidden_layers=2", "precision=fp32"),
+    )
+    words = (
+        *("mode=infer", "precision=fp32", f"model.path={trained / 'checkpoint'}", prompts),
+        *("generation.stop_at_eos=false", "generation.max_new_tokens=8"),
+    )
+    assert tokens(launch(*words, "generation.tensor_parallel=2")) == tokens(launch(*words))
+
+
+def test_each_rank_holds_its_part_of_parameters_and_cache_and_its_books_close(
+    launch: Launch, prompts: str
+) -> None:
+    words = (*ASKED, prompts, "generation.cache=static")
+    alone = complete(launch(*words))
+    shared = complete(launch(*words, "generation.tensor_parallel=2"))
+    counters, batches = 8 * 2, 2  # a layer counts its positions itself
+    kv = shared["inference"]["kv_reserved"]
+    assert kv == alone["inference"]["kv_reserved"] + counters
+    for rank in shared["ranks"]:
+        assert rank["allocator"]["unattributed"] == 0
+        held = rank["categories"]
+        assert held["kv_cache"]["peak"] == kv // batches
+        whole = alone["ranks"][0]["categories"]["parameters"]["end"]
+        norms_and_positions = 5 * 256 * 4 + 2 * 32 * 4
+        assert held["parameters"]["end"] == (whole - norms_and_positions) // 2 + norms_and_positions
+        assert held["communication"]["peak"] > 0
+
+
+def test_figures_repeat_to_the_byte(launch: Launch, prompts: str) -> None:
+    words = (*ASKED, prompts, "generation.tensor_parallel=2")
+    first, second = (complete(launch(*words, again=again))["ranks"] for again in (0, 1))
+    assert first == second
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("model=gpt2",), "generation.tensor_parallel=2: transformers has no plan to share gpt2"),
+        (
+            (
+                "model.config.hidden_size=192",
+                "model.config.num_attention_heads=3",
+                "model.config.num_key_value_heads=3",
+            ),
+            "generation.tensor_parallel=2: must divide num_attention_heads=3 evenly; use 1",
+        ),
+        (
+            ("model.config.num_key_value_heads=1",),
+            "generation.tensor_parallel=2: must divide num_key_value_heads=1 evenly; use 1",
+        ),
+    ],
+)
+def test_what_cannot_be_shared_is_one_sentence(words: tuple[str, ...], told: str) -> None:
+    done = torchrun(["mode=infer", "generation.tensor_parallel=2", *words])
+    said: list[Any] = [line for line in done.stderr.splitlines() if line.startswith("harness:")]
+    assert len(said) == 1
+    assert told in said[0]
+
+
+def test_a_world_that_is_not_a_multiple_is_refused_with_the_line_that_would_do() -> None:
+    done = torchrun(["mode=infer", "generation.tensor_parallel=3"])
+    assert "generation.tensor_parallel=3: 2 ranks here, and so many share each layer" in done.stderr
+    assert "start torchrun --standalone --nproc-per-node 3 -m harness" in done.stderr
