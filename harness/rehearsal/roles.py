@@ -16,6 +16,7 @@ rehearsed.
 from bisect import bisect_left
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import NamedTuple, TypeVar
 
@@ -78,14 +79,17 @@ def roles(settings: Settings) -> list[Role]:
     for stage in range(stages):
         leads = exports and stage == 0
         if settings.mode == "infer":
-            of_ranks = [share for share in shares for _ in range(apart)]  # who shares a layer holds as much
-            within = _alike(of_ranks, _told_batches, _largest_batch)
+            pieces = _pieces(settings, apart)
+            keys = [(batches, piece) for batches in shares for piece in pieces]
+            within = _alike(
+                keys, partial(_told_share, len(set(shares)) > 1), lambda key: _largest_batch(key[0])
+            )
         elif _sharded(settings, replicas):
             partitions = _partitions(cut[stage].sizes, settings.zero.stage, replicas)
             within = _outdone(partitions, leads, settings.zero.offload != "none")
         else:
-            keys = [leads and replica == 0 for replica in range(replicas)]
-            within = _alike(keys, lambda first: EXPORTS if first else "")
+            leading = [leads and replica == 0 for replica in range(replicas)]
+            within = _alike(leading, lambda first: EXPORTS if first else "")
         told = f"stage {stage} of {stages}, layers {cut[stage].told}" if stages > 1 else ""
         again = stage < stages - 1 and any(cut[stage].kinds == each.kinds for each in cut[1:stage])
         found += [role.at(stage, replicas * apart, told, again) for role in within]
@@ -150,6 +154,37 @@ def _room(batch: tuple[tuple[int, int], ...]) -> tuple[int, int]:
 def _told_batches(batches: Batches) -> str:
     told = (f"{len(batch)} x {_room(batch)[0]} tokens" for batch in batches)
     return f"its batches are {', '.join(told)}" if batches else "no prompt"
+
+
+Piece = tuple[tuple[int, int], ...]
+"""Of each length that ranks cannot cut evenly, which it is, and how much of it one of them has."""
+
+
+def _pieces(settings: Settings, ranks: int) -> list[Piece]:
+    """By rank of a group that shares each layer, what sets its part of a layer apart: all but the last have as much."""
+    if ranks == 1:
+        return [()]
+    whole = weights.outline(model.model_config(settings.model), torch.bfloat16)
+    lengths = {length for parameter in whole.parameters() for length in parameter.shape if length % ranks}
+    most = {
+        length: -(-length // ranks) for length in sorted(lengths)
+    }  # as torch cuts: the last has what is left
+    return [
+        tuple((length, min(part, max(0, length - rank * part))) for length, part in most.items())
+        for rank in range(ranks)
+    ]
+
+
+def _told_share(apart: bool, key: tuple[Batches, Piece]) -> str:
+    """What sets a rank apart: its batches, where they are `apart`, and its part of what is not cut evenly."""
+    batches, piece = key
+    told = [_told_batches(batches)] if apart else []
+    if piece:
+        told.append(
+            "of what ranks cannot share evenly it has "
+            + ", ".join(f"{mine} of {all_}" for all_, mine in piece)
+        )
+    return "; ".join(told)
 
 
 def _shares(settings: Settings, size: int) -> list[Batches]:
