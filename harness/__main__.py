@@ -17,6 +17,7 @@ TOOLS = {
     "compare": "RUN RUN [...]   runs side by side, category by category; --json, --markdown",
     "contrast": "RUN RUN [...]  what activations a stage keeps, by the number of stages, in either mode; --json",
     "fit": "mode=... world.size=N hardware=NAME [...]   which configs fit, and the command of the cheapest; --json",
+    "roofline": "RUN [...]      whether computing or moving bounds it, and where that turns; --hardware NAME, --json",
     "explain": "RUN             what holds its memory, and the change that would save most; --no-rehearsal, --json",
 }
 

@@ -1,12 +1,17 @@
 """The KV cache: which one, and what it holds."""
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, replace
+from typing import Any
 
 import torch
-from transformers import Cache, DynamicCache, PretrainedConfig, StaticCache
+from transformers import Cache, DynamicCache, PretrainedConfig, QuantizedCache, StaticCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, StaticLayer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from harness.knobs import Refusal
+from harness.ledger.log import device_of, tensors_in
 from harness.ledger.owners import cache_claims
 
 
@@ -22,6 +27,12 @@ class KvBytes:
     """Positions that it keeps for a token of a prompt or of its continuation."""
     positions: int
     """Positions that the model was shown, padding included, over the whole batch."""
+    pinned: int = 0
+    """What of `reserved` no key or value is in, and cannot be freed: they are views of something larger."""
+    state: int = 0
+    """What of `reserved` is of one size however long a sequence is: linear attention's."""
+    host: int = 0
+    """What of `reserved` is in the host's memory, and the model on another device."""
 
     @property
     def per_token(self) -> int | None:
@@ -29,11 +40,17 @@ class KvBytes:
         return self.filled // self.positions if self.positions else None
 
 
-def make(kind: str, config: PretrainedConfig, length: int) -> Cache | None:
-    """An empty cache: "dynamic" grows by copying itself at every token, "static" reserves room for `length`
-    positions of each sequence at its first use, and "none" is None.
+def make(kind: str, config: PretrainedConfig, length: int, bits: int = 8) -> Cache | None:
+    """An empty cache of one `kind`:
 
-    Raises ValueError for another `kind`.
+    - "dynamic" grows by copying itself at every token;
+    - "static" reserves room for `length` positions of each sequence at its first use;
+    - "quantized" grows, and keeps an element in so many `bits`: 8 as a float, with a scale for all; 4 or 2 in groups
+      of 64 with a scale and a shift each, the last 127 tokens as they are;
+    - "offloaded" is a dynamic one in the host's memory, of which two layers are on the device while they are used;
+    - "none" is None.
+
+    Raises Refusal where such a cache cannot be for this model or here, ValueError for another `kind`.
     """
     if kind == "none":
         return None
@@ -41,7 +58,26 @@ def make(kind: str, config: PretrainedConfig, length: int) -> Cache | None:
         return DynamicCache(config=config)
     if kind == "static":
         return StaticCache(config=config, max_cache_len=length)
-    raise ValueError(f"kind={kind!r}: a cache is one of dynamic, static, none")
+    if kind == "offloaded":
+        return DynamicCache(config=config, offloading=True)
+    if kind == "quantized":
+        return _quantized(config, bits)
+    raise ValueError(f"kind={kind!r}: a cache is one of dynamic, static, quantized, offloaded, none")
+
+
+def _quantized(config: PretrainedConfig, bits: int) -> Cache:
+    options: dict[str, Any] = {"backend": "fp8"} if bits == 8 else {"backend": "quanto", "nbits": bits}
+    try:
+        return QuantizedCache(config=config, **options)
+    except ImportError:
+        remedy = f"{bits} bits need optimum-quanto; pip install 'harness[quantized]', or use generation.cache_bits=8"
+        raise Refusal("generation.cache_bits", bits, remedy) from None
+    except ValueError as error:
+        if "backend" in str(error):
+            remedy = "this transformers has no cache of 8 bits; use generation.cache_bits=4, or a newer one"
+            raise Refusal("generation.cache_bits", bits, remedy) from None
+        remedy = f"transformers has none for {config.model_type}, which has other layers than full attention"
+        raise Refusal("generation.cache", "quantized", f"{remedy}; use dynamic or static") from None
 
 
 def can_advance(cache: Cache | None) -> bool:
@@ -67,37 +103,100 @@ def _longer(tensor: torch.Tensor, positions: int) -> torch.Tensor:
     return torch.cat([tensor, tensor.new_empty(1).expand(batch, heads, positions, width)], dim=-2)
 
 
-def kv_bytes_per_token(config: PretrainedConfig, dtype: torch.dtype) -> int:
+def kv_bytes_per_token(config: PretrainedConfig, dtype: torch.dtype) -> int | None:
     """Bytes of one token's keys and values: 2 x layers x KV heads x head dimension x itemsize.
 
     As in Kwon et al. 2023 (PagedAttention, arXiv 2309.06180, section 3), with KV heads for all heads where
-    they are grouped. It does not know of layers that keep less: a sliding window, latent or linear attention.
+    they are grouped. None for models to which it does not apply: with windows, or latent or linear attention.
     """
+    text = config.get_text_config(decoder=True)
+    kinds = getattr(text, "layer_types", None) or ["full_attention"]
+    windowed = getattr(text, "sliding_window", None) and "layer_types" not in vars(text)
+    no_heads = getattr(text, "num_attention_heads", None) is None
+    if no_heads or windowed or set(kinds) != {"full_attention"} or getattr(text, "kv_lora_rank", None):
+        return None
+    return int(text.num_hidden_layers * layer_bytes_per_token(config, dtype))
+
+
+def layer_bytes_per_token(config: PretrainedConfig, dtype: torch.dtype) -> int:
+    """Bytes of one token's keys and values in a layer that attends with heads of its own."""
     text = config.get_text_config(decoder=True)
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return int(2 * text.num_hidden_layers * heads * width * dtype.itemsize)
+    return int(2 * heads * width * dtype.itemsize)
 
 
-def kv_bytes(cache: Cache, rows: Sequence[int] | None = None) -> KvBytes:
-    """What `cache` holds now. `rows`: each sequence's tokens that are not padding; None where all are.
+def check_kind(kind: str, config: PretrainedConfig, bits: int = 8) -> None:
+    """Refuse a cache that a model of `config` cannot have, before the model is made. Raises Refusal."""
+    if kind == "none":
+        return
+    if (
+        "past_key_values"
+        not in inspect.signature(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].forward).parameters
+    ):
+        remedy = f"{config.model_type} keeps a state of another kind; use generation.cache=none"
+        raise Refusal("generation.cache", kind, remedy)
+    if kind != "paged":
+        make(kind, config, 1, bits)
 
-    Reads a static cache's own counter, and so waits for the device.
+
+def attention_flops_per_position(config: PretrainedConfig) -> int | None:
+    """What a new token takes for each position it attends to: 2 x 2 x layers x heads x head dimension.
+
+    A score and a share of the values, an addition and a multiplication each. None as for `kv_bytes_per_token`.
     """
-    storages = [tensor.untyped_storage() for _, _, tensor in cache_claims(cache)]
-    reserved = sum({storage._cdata: storage.nbytes() for storage in storages}.values())
-    positions = filled = live = 0
+    if kv_bytes_per_token(config, torch.float32) is None:
+        return None
+    text = config.get_text_config(decoder=True)
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return int(4 * text.num_hidden_layers * text.num_attention_heads * width)
+
+
+def kv_bytes(cache: Cache, rows: Sequence[int] | None = None, device: torch.device | None = None) -> KvBytes:
+    """What `cache` of a model on `device` holds now.
+
+    `rows` are each sequence's tokens that are not padding; None where all are. Reads a static cache's own counter,
+    and so waits for the device.
+    """
+    every = [tensor for _, _, tensor in cache_claims(cache)]
+    away = device is not None and str(device) != "cpu"
+    host = [tensor for tensor in every if away and device_of(tensor) == "cpu"]
+    positions = filled = live = pinned = state = 0
     for layer in cache.layers:
-        if not isinstance(layer, CacheLayerMixin) or layer.keys is None or layer.values is None:
+        state += _storages(_state_of(layer))
+        if not isinstance(layer, CacheLayerMixin) or not layer.is_initialized:
             continue
-        batch, heads, capacity, width = layer.keys.shape
-        seen = int(layer.get_seq_length())
-        kept = min(seen, capacity)  # a sliding window drops the oldest
-        position = heads * (width + layer.values.shape[-1]) * layer.keys.itemsize
-        positions = max(positions, batch * seen)
-        filled += batch * kept * position
-        live += sum(min(row, kept) for row in rows or [kept] * batch) * position
-    return KvBytes(reserved, filled, live, positions)
+        sequences, seen, kept, held = _kept(layer)
+        positions = max(positions, sequences * seen)
+        pinned += _storages((layer.keys, layer.values)) - layer.keys.nbytes - layer.values.nbytes
+        filled += held
+        shown = sum(min(row, kept) for row in rows or [kept] * sequences)
+        live += held * shown // (sequences * kept) if kept else 0
+    return KvBytes(_storages(every), filled, live, positions, pinned, state, _storages(host))
+
+
+def _kept(layer: CacheLayerMixin) -> tuple[int, int, int, int]:
+    """Sequences of `layer`, positions that it saw of each and that it keeps, and the bytes of those it keeps of all."""
+    seen, quantized = int(layer.get_seq_length()), getattr(layer, "_quantized_keys", None)
+    if quantized is not None:
+        whole = quantized if isinstance(quantized, torch.Tensor) else next(tensors_in(quantized))
+        held = _storages((quantized, layer._quantized_values, layer.keys, layer.values))
+        return len(whole), seen, seen, held
+    sequences, heads, capacity, width = layer.keys.shape
+    kept = min(seen, capacity)  # a sliding window drops the oldest
+    held = sequences * kept * heads * (width + layer.values.shape[-1]) * layer.keys.itemsize
+    return sequences, seen, kept, held
+
+
+def _state_of(layer: Any) -> list[Any]:
+    """What linear attention keeps."""
+    return [getattr(layer, name, None) for name in ("conv_states", "recurrent_states")]
+
+
+def _storages(tree: Iterable[Any]) -> int:
+    """Bytes of all storages of tensors in `tree`, each once."""
+    storages = [tensor.untyped_storage() for tensor in tensors_in(list(tree))]
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
 def of_groups(parts: Sequence[KvBytes]) -> KvBytes:

@@ -23,8 +23,11 @@ def padding(run: Run) -> Iterator[Finding]:
     kv = run.record.inference
     if kv.kv_reserved is None or kv.kv_filled is None or kv.kv_live is None:
         return
-    wasted, unused = kv.kv_filled - kv.kv_live, kv.kv_reserved - kv.kv_filled
-    parts = [f"{size(wasted)} are padding"] if wasted >= NOTABLE * kv.kv_reserved else []
+    other = (kv.kv_pinned or 0) + (kv.kv_state or 0)
+    wasted, unused = kv.kv_filled - kv.kv_live, kv.kv_reserved - kv.kv_filled - other
+    paged = run.settings is not None and run.settings.generation.cache == "paged"
+    wasted_are = "are in pages that no token fills yet" if paged else "are padding"
+    parts = [f"{size(wasted)} {wasted_are}"] if wasted >= NOTABLE * kv.kv_reserved else []
     parts += [f"{size(unused)} were never filled"] if unused >= NOTABLE * kv.kv_reserved else []
     if parts and kv.kv_reserved > 0:
         sentence = (
@@ -47,5 +50,16 @@ def cache_copies(run: Run) -> Iterator[Finding]:
         yield Finding("cache_copies", sentence, copied)
 
 
-CACHED = (kv_cache, padding, cache_copies)
+def pinned(run: Run) -> Iterator[Finding]:
+    """Keys and values are views of something larger, all of which stays."""
+    kv = run.record.inference
+    if kv.kv_pinned and kv.kv_reserved and kv.kv_pinned >= NOTABLE * kv.kv_reserved:
+        sentence = (
+            f"Of {size(kv.kv_reserved)} of KV cache {size(kv.kv_pinned)} are no keys or values: those are views of "
+            "larger tensors, as where a window is kept of a long prompt, and all of one stays while any of it is used."
+        )
+        yield Finding("pinned", sentence, kv.kv_pinned)
+
+
+CACHED = (kv_cache, padding, pinned, cache_copies)
 """In the order in which they are told."""

@@ -6,8 +6,7 @@ token; the loop takes views of them, copies no cache, and waits for the device o
 the positions of one that is not padded where there is no cache.)
 """
 
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -25,7 +24,10 @@ from transformers import (
 )
 
 from harness.cache import KvBytes, advance, can_advance, kv_bytes, make
+from harness.clock import Marks, clock
+from harness.compiled import Compiled
 from harness.ledger import Ledger
+from harness.skipped import Turns, filled_in
 
 PADDING = 0
 """The id in padded places. It is masked: any id in the vocabulary would do."""
@@ -48,6 +50,9 @@ class Batch:
     mask: Tensor | None  # [B, P + N] int64, 0 on padding; None where nothing is padded
     positions: Tensor  # [B, P + N] int64, counted from each prompt's first token
     ended: Tensor  # [B] bool
+    most: (
+        Tensor | None
+    )  # [B] int64, new tokens of each; None where none may end before the others, or all are alike
     eos: Tensor  # [E] int64, empty where nothing ends a sequence
     width: int  # P
 
@@ -56,11 +61,17 @@ class Batch:
         self.tokens[:, column] = token
         if len(self.eos):
             self.ended.logical_or_(torch.isin(token, self.eos))
+        if self.most is not None:
+            self.ended.logical_or_(self.most <= column + 1 - self.width)
 
     def done(self, column: int) -> bool:
         """Whether every sequence has ended before `column`; asked rarely where the answer is a wait."""
         rarely = self.ended.device.type != "cpu" and (column - self.width) % LOOK_EVERY
         return bool(len(self.eos)) and not rarely and bool(self.ended.all())
+
+
+Show = Callable[[Batch, int, int], Tensor]
+"""From columns of a batch, the first and the one after the last, to the logits of the last, [B, V]."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +83,10 @@ class Generated:
     decode_seconds: float
     kv: KvBytes | None
     waited_seconds: float = 0.0  # of these, for other stages
+    compile_seconds: float = 0.0  # before them
+    began: float = 0.0  # a moment, as are all in `moments`
+    moments: Sequence[Sequence[float]] = ()  # by sequence, those at which its tokens came
+    computed: int = 0  # new tokens of all sequences, those after their ends too
 
 
 def greedy(logits: Tensor, number: int) -> Tensor:
@@ -108,11 +123,12 @@ def sampler(uniform: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: fl
 
 
 def pad_left(
-    prompts: Sequence[Sequence[int]], max_new_tokens: int, eos: Sequence[int], device: torch.device
+    prompts: Sequence[Sequence[int]], most: int | Sequence[int], eos: Sequence[int], device: torch.device
 ) -> Batch:
-    """`prompts` of any lengths as one batch with room for `max_new_tokens`."""
-    width = max(map(len, prompts))
-    tokens = torch.full((len(prompts), width + max_new_tokens), PADDING)
+    """`prompts` of any lengths as one batch with room for `most` new tokens, of all or of each."""
+    width, room = max(map(len, prompts)), most if isinstance(most, int) else max(most)
+    apart = [] if isinstance(most, int) or len(set(most)) == 1 or not eos else most
+    tokens = torch.full((len(prompts), width + room), PADDING)
     mask = torch.ones_like(tokens)
     for row, prompt in enumerate(prompts):
         tokens[row, width - len(prompt) : width] = torch.tensor(prompt)
@@ -124,58 +140,64 @@ def pad_left(
         mask.to(device) if padded else None,
         positions.to(device),
         torch.zeros(len(prompts), dtype=torch.bool, device=device),
+        torch.tensor(apart, dtype=torch.int64, device=device) if apart else None,
         torch.tensor(eos, dtype=torch.int64, device=device),
         width,
     )
 
 
-def next_token(
-    model: PreTrainedModel, batch: Batch, cache: Cache | None, begin: int, end: int, choose: Choose
-) -> None:
-    """Show the model columns `begin` to `end`; write what follows them into column `end`."""
-    logits = model(
-        input_ids=batch.tokens[:, begin:end],  # [B, end - begin]
-        attention_mask=None if batch.mask is None else batch.mask[:, :end],  # [B, end]
-        position_ids=batch.positions[:, begin:end],  # [B, end - begin]
-        past_key_values=cache,
-        use_cache=cache is not None,
-        logits_to_keep=1,
-    ).logits[:, -1]  # [B, V]
-    batch.write(choose(logits.float(), end - batch.width), end)
+def shown_to(model: PreTrainedModel, cache: Cache | None) -> Show:
+    """What `model` makes of columns of a batch, after those that `cache` knows."""
+
+    def show(batch: Batch, begin: int, end: int) -> Tensor:
+        logits: Tensor = model(
+            input_ids=batch.tokens[:, begin:end],  # [B, end - begin]
+            attention_mask=None if batch.mask is None else batch.mask[:, :end],  # [B, end]
+            position_ids=batch.positions[:, begin:end],  # [B, end - begin]
+            past_key_values=cache,
+            use_cache=cache is not None,
+            logits_to_keep=1,
+        ).logits[:, -1]
+        return logits
+
+    return show
 
 
-def prefill(model: PreTrainedModel, batch: Batch, cache: Cache | None, choose: Choose) -> None:
+def next_token(show: Show, batch: Batch, begin: int, end: int, choose: Choose) -> None:
+    """Show columns `begin` to `end`; write what follows them into column `end`."""
+    batch.write(choose(show(batch, begin, end).float(), end - batch.width), end)
+
+
+def prefill(show: Show, batch: Batch, choose: Choose) -> None:
     """All prompts at once; each sequence's first new token."""
-    next_token(model, batch, cache, 0, batch.width, choose)
-
-
-def decode_one_token(
-    model: PreTrainedModel, batch: Batch, cache: Cache | None, end: int, choose: Choose
-) -> None:
-    """One more token for each sequence, from its last one; without a cache, from everything before it."""
-    next_token(model, batch, cache, 0 if cache is None else end - 1, end, choose)
+    next_token(show, batch, 0, batch.width, choose)
 
 
 def decode_n_tokens(
-    model: PreTrainedModel,
+    show: Show,
     batch: Batch,
-    cache: Cache | None,
+    cached: bool,
     choose: Choose,
+    marks: Marks,
     skip: Callable[[int], None] | None = None,
+    fill_in: Callable[[Turns], Turns] = iter,
 ) -> None:
-    """The rest of the new tokens, until the room is full or every sequence has ended.
+    """The rest of the new tokens, until the room is full or every sequence has ended, each with a mark.
 
-    With `skip`, of many only the first and the last ones, between which it is told how many to let the cache grow by.
+    Each is made from its sequence's last one; unless that is `cached`, from everything before it. With `skip`, of many
+    only the first and the last ones, between which it is told how many to let the cache grow by, and `fill_in` is
+    given the turns.
     """
-    for end, skipped in turns(range(batch.width + 1, batch.tokens.shape[1]), skip is not None):
+    for end, skipped in fill_in(turns(range(batch.width + 1, batch.tokens.shape[1]), skip is not None)):
         if skip is not None and skipped:
             skip(skipped)
         if batch.done(end):
             break
-        decode_one_token(model, batch, cache, end, choose)
+        next_token(show, batch, end - 1 if cached else 0, end, choose)
+        marks.mark()
 
 
-def turns(columns: range, ends_only: bool) -> Iterator[tuple[int, int]]:
+def turns(columns: range, ends_only: bool) -> Turns:
     """Each of `columns`, and how many were left out before it: none, or the middle ones of many."""
     middle = range(columns.start + FIRST_AND_LAST, columns.stop - FIRST_AND_LAST)
     for column in columns:
@@ -187,81 +209,106 @@ def turns(columns: range, ends_only: bool) -> Iterator[tuple[int, int]]:
 def generate(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
+    most: int | Sequence[int],
     *,
     cache: str = "dynamic",
+    bits: int = 8,
+    compiled: Compiled | None = None,
     eos: Sequence[int] = (),
     choose: Choose = greedy,
     ledger: Ledger,
     step: int = 0,
     ends_only: bool = False,
 ) -> Generated:
-    """Continue each of `prompts` (ids, none empty) by up to `max_new_tokens` >= 1, ending after any of `eos`.
+    """Continue each of `prompts` (ids, none empty) by up to `most` >= 1 tokens, all or each, ending after any of `eos`.
 
-    `model` is in eval mode, `cache` a kind that `harness.cache.make` knows. Greedy tokens are those of
-    transformers' `generate` on the same left-padded batch. `ledger` sees a prefill and a decode, as `step`; with
-    `ends_only`, only the first and last tokens of the decode, and what is generated means nothing.
+    `model` is in eval mode, `cache` a kind that `harness.cache.make` knows, of so many `bits`. Greedy tokens are those
+    of transformers' `generate` on the same left-padded batch. `ledger` sees a prefill and a decode, as `step`; with
+    `ends_only`, only the first and last tokens of the decode, and what is generated means nothing. With `compiled`,
+    which is made of `model`, the decode is compiled, and the cache is static and stays there for the next batch.
     """
-
+    kept, compiling = None, 0.0
+    if compiled is not None:
+        with ledger.phase("compile", step):
+            kept, compiling = compiled.prepare(len(prompts))
     with ledger.phase("prefill", step):
-        batch, held = ready(prompts, max_new_tokens, cache, eos, model.config, model.device, ledger)
+        batch, held = ready(prompts, most, kept or cache, bits, eos, model.config, model.device, ledger)
+        show = shown_to(model, held)
+        marks = Marks(model.device)
         started = clock(model.device)
-        prefill(model, batch, held, choose)
+        prefill(show, batch, choose)
+        marks.mark()
         first = clock(model.device)
     skip = partial(grow, held, ledger) if ends_only and can_advance(held) else None
     with ledger.phase("decode", step):
-        decode_n_tokens(model, batch, held, choose, skip)
+        if compiled is not None:
+            show = compiled.shown(batch.mask)
+        decode_n_tokens(show, batch, held is not None, choose, marks, skip, partial(filled_in, ledger))
         last = clock(model.device)
-        tokens, measured = finish(batch, held, prompts, eos)
+        tokens, measured = finish(batch, held, prompts, most, eos)
     ledger.disown(held)
-    return Generated(tokens, first - started, last - first, measured)
+    at = marks.moments()
+    return Generated(
+        tokens,
+        first - started,
+        last - first,
+        measured,
+        compile_seconds=compiling,
+        began=started,
+        moments=[at[: len(row)] for row in tokens],
+        computed=len(tokens) * len(at),
+    )
 
 
 def ready(
     prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    cache: str,
+    most: int | Sequence[int],
+    cache: str | Cache,
+    bits: int,
     eos: Sequence[int],
     config: PretrainedConfig,
     device: torch.device,
     ledger: Ledger,
 ) -> tuple[Batch, Cache | None]:
-    """`prompts` as a batch, and the empty cache of a model of `config` for it: what `ledger` is told of."""
-    batch = pad_left(prompts, max_new_tokens, eos, device)
-    for name in ("tokens", "mask", "positions", "ended", "eos"):
+    """`prompts` as a batch, and an empty cache for it, `cache` or one of that kind: what `ledger` is told of."""
+    batch = pad_left(prompts, most, eos, device)
+    for name in ("tokens", "mask", "positions", "ended", "most", "eos"):
         if (tensor := getattr(batch, name)) is not None:
             ledger.claim("inputs", name, tensor)
-    held = make(cache, config, batch.tokens.shape[1] - 1)  # the last token is never shown to the model
+    room = batch.tokens.shape[1] - 1  # the last token is never shown to the model
+    held = make(cache, config, room, bits) if isinstance(cache, str) else cache
     ledger.own(cache=held)
     return batch, held
 
 
 def grow(cache: Cache | None, ledger: Ledger, tokens: int) -> None:
     """Let `cache` be as after so many more tokens, and `ledger` know what it then holds, as after any forward."""
-    advance(cache, tokens)
+    with ledger.uncounted():
+        advance(cache, tokens)
     ledger.own(cache=cache)
 
 
 def finish(
-    batch: Batch, cache: Cache | None, prompts: Sequence[Sequence[int]], eos: Sequence[int]
+    batch: Batch,
+    cache: Cache | None,
+    prompts: Sequence[Sequence[int]],
+    most: int | Sequence[int],
+    eos: Sequence[int],
 ) -> tuple[list[list[int]], KvBytes | None]:
     """The new tokens of each of `prompts`, up to its end, and what `cache` came to hold."""
-    tokens = [_until(eos, row) for row in batch.tokens[:, batch.width :].tolist()]
-    return tokens, None if cache is None else _measure(cache, prompts, tokens)
+    rows = batch.tokens[:, batch.width :].tolist()
+    limits = [most] * len(rows) if isinstance(most, int) else most
+    tokens = [_until(eos, row[:limit]) for row, limit in zip(rows, limits, strict=True)]
+    return tokens, None if cache is None else _measure(cache, prompts, tokens, batch.tokens.device)
 
 
-def clock(device: torch.device) -> float:
-    """Seconds, once the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def _measure(cache: Cache, prompts: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]) -> KvBytes:
+def _measure(
+    cache: Cache, prompts: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]], device: torch.device
+) -> KvBytes:
     """What `cache` holds; a sequence's last token is in it only if the model was shown more after it."""
     shown, width = int(cache.get_seq_length()), max(map(len, prompts))
     real = [min(len(p) + len(n), shown - width + len(p)) for p, n in zip(prompts, tokens, strict=True)]
-    return kv_bytes(cache, real)
+    return kv_bytes(cache, real, device)
 
 
 def _until(eos: Sequence[int], row: list[int]) -> list[int]:

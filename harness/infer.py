@@ -2,26 +2,37 @@
 
 import json
 import os
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from tqdm import tqdm
 from transformers import PretrainedConfig, PreTrainedModel
 
-from harness import model, stage, weights
-from harness.cache import KvBytes, kv_bytes_per_token, of_stages
+from harness import continuous, model, stage, weights
+from harness.cache import attention_flops_per_position, check_kind, kv_bytes_per_token
+from harness.compiled import Compiled
 from harness.decode import Choose, Generated, draws, generate, greedy, sampler
 from harness.ledger import Ledger
+from harness.paging import room
 from harness.prompts import Prompt, check, find, text_of
 from harness.record import Output
 from harness.relay import Relay
-from harness.settings import Settings
+from harness.settings import Refusal, Settings
+from harness.speed import (
+    Share,
+    Timing,
+    idleness,
+    largest,
+    of_replicas,
+    pages,
+    performance,
+    scheduled,
+    unasked,
+)
 from harness.split import ranges, split_of
 from harness.stage import Stage
 from harness.world import World
@@ -34,62 +45,34 @@ Say = Callable[[str], None]
 T = TypeVar("T")
 
 
-class Timing(NamedTuple):
-    """One batch: its sequences, their real tokens, and seconds; `waited_seconds` of them for other stages."""
-
-    sequences: int
-    prompt_tokens: int
-    new_tokens: int
-    prefill_seconds: float
-    decode_seconds: float
-    waited_seconds: float = 0.0
-
-    @property
-    def seconds(self) -> float:
-        """From its first prompt to its last token."""
-        return self.prefill_seconds + self.decode_seconds
-
-
-@dataclass
-class Share:
-    """What one rank did: new tokens by the prompt's number, and figures by batch."""
-
-    tokens: dict[int, list[int]] = field(default_factory=dict)
-    timings: list[Timing] = field(default_factory=list)
-    kv: list[KvBytes] = field(default_factory=list)
-
-    def add(self, prompts: Sequence[Prompt], numbers: Sequence[int], made: Generated) -> None:
-        """Take in the batch of the prompts with these `numbers`."""
-        self.tokens.update(zip(numbers, made.tokens, strict=True))
-        given, new = sum(len(prompts[number].tokens) for number in numbers), sum(map(len, made.tokens))
-        seconds = made.prefill_seconds, made.decode_seconds, made.waited_seconds
-        self.timings.append(Timing(len(numbers), given, new, *seconds))
-        if made.kv is not None:
-            self.kv.append(made.kv)
-
-
 def run(settings: Settings, world: World, ledger: Ledger, out: Output) -> None:
     """Continue every prompt into `generations.jsonl` in the run's directory. Raises Refusal."""
     began = time.perf_counter()
     config = model.model_config(settings.model)
     tokenizer = model.tokenizer(settings.model, settings.data.tokenizer)
     prompts = find(settings, tokenizer, world.rehearsed)
-    check(prompts, config, settings.generation.max_new_tokens)
+    check(prompts, config)
+    if settings.generation.cache == "offloaded" and world.kind == "cpu":
+        remedy = "the host's memory is where it would go, and the model is there; use dynamic, or a GPU"
+        raise Refusal("generation.cache", "offloaded", remedy)
+    check_kind(settings.generation.cache, config, settings.generation.cache_bits)
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
+    if settings.generation.batching == "continuous":
+        room(settings.generation, config, dtype, prompts)  # refused before the model is made
     with ledger.phase("setup"):
-        built, parameters = _built(settings, config, dtype, world, ledger)
+        built, sizes = _built(settings, config, dtype, world, ledger)
     out.done["model"] = {
         "name": settings.model.name,
-        "parameters": parameters,
+        **sizes,
         "dtype": str(dtype).removeprefix("torch."),
     }
     if world.stages * world.tensor > 1:
-        ways = (
-            f"{world.stages} stage{'s' * (world.stages > 1)}, {world.tensor} to a layer, {world.size} ranks"
-        )
-        out.say(f"{settings.model.name}: {parameters:,} parameters in {ways}")
+        ways = f"{world.stages} stages" if world.stages > 1 else f"layers shared by {world.tensor}"
+        out.say(f"{settings.model.name}: {sizes['parameters']:,} parameters in {ways}, {world.size} ranks")
     startup = time.perf_counter() - began
-    by_rank = world.gather(share_of(settings, world, ledger, built, prompts, out.flush))
+    share = share_of(settings, world, ledger, built, prompts, out.flush)
+    ledger.enough()  # on every rank, however many batches each had: an exact one takes part in what follows
+    by_rank = world.gather(share)
     shares = of_replicas(by_rank, world.replicas, world.tensor)
     out.done["inference"] = {
         "prompts": len(prompts),
@@ -97,7 +80,9 @@ def run(settings: Settings, world: World, ledger: Ledger, out: Output) -> None:
         "cache": settings.generation.cache,
         "tensor_parallel": world.tensor,
         "kv_bytes_per_token": kv_bytes_per_token(config, dtype),
+        "attention_flops_per_position": attention_flops_per_position(config),
         **largest(shares),
+        **pages(shares),
     }
     if world.rehearsed:
         return
@@ -106,8 +91,9 @@ def run(settings: Settings, world: World, ledger: Ledger, out: Output) -> None:
     if world.leads:
         write(out.directory / FILE, prompts, list(tokens.values()), texts)
     exact = settings.ledger.steps if settings.ledger.mode == "exact" else 0
-    out.done["inference"]["new_tokens"] = sum(map(len, tokens.values()))
-    out.done["performance"] = {"startup_seconds": startup, **performance(shares, exact)}
+    out.done["inference"] |= {"new_tokens": sum(map(len, tokens.values())), **unasked(shares)}
+    measured = {**performance(shares, exact), **scheduled(shares)}
+    out.done["performance"] = {"startup_seconds": startup, **measured}
     if world.stages > 1:
         out.done["performance"]["stages"] = idleness(by_rank, world.stages, exact)
     _tell(out.say, prompts, texts, out.done)
@@ -115,17 +101,17 @@ def run(settings: Settings, world: World, ledger: Ledger, out: Output) -> None:
 
 def _built(
     settings: Settings, config: PretrainedConfig, dtype: torch.dtype, world: World, ledger: Ledger
-) -> tuple[PreTrainedModel | Stage, int]:
-    """The model, or this rank's stage of it, and the parameters of the whole."""
+) -> tuple[PreTrainedModel | Stage, dict[str, int]]:
+    """The model, or this rank's stage of it, and the sizes of the whole."""
     asked = settings.model, config, dtype, world.device, settings.seed
     if world.stages == 1:
         built = model.build(*asked, world.rehearsed, world.mesh)
         ledger.own(model=built.eval().requires_grad_(False))
-        return built, model.count(built)
-    part = stage.build(*asked, ranges(split_of(settings, config))[world.stage], world.rehearsed, world.mesh)
+        return built, model.sizes(built)
+    part = stage.build(*asked, ranges(split_of(settings, config))[world.stage], world.rehearsed)
     part.eval().requires_grad_(False)
     ledger.own(model=part.model)
-    return part, model.count(weights.outline(config, dtype, settings.model.attention))
+    return part, model.sizes(weights.outline(config, dtype, settings.model.attention))
 
 
 def share_of(
@@ -140,9 +126,21 @@ def share_of(
     asked = settings.generation
     share, mine = Share(), range(world.replica, len(prompts), world.replicas)
     relay = Relay(built, world, ledger) if isinstance(built, Stage) else None
+    compiled = None
+    if asked.compile and isinstance(built, PreTrainedModel) and mine:
+        longest = max(len(prompts[number].tokens) + prompts[number].most for number in mine)
+        compiled = Compiled(built, longest - 1, ledger, world.rehearsed)
     eos = end_tokens(built if relay is None else relay.stage.model) if asked.stop_at_eos else ()
     quiet = None if world.leads and not world.rehearsed else True  # None: only on a terminal
     with tqdm(total=len(mine), disable=quiet, unit="prompt", leave=False, desc="generate") as bar:
+        if asked.batching == "continuous" and isinstance(built, PreTrainedModel):
+
+            def tell(ended: int) -> None:
+                bar.update(ended)
+                flush()
+
+            by_number = {number: prompts[number] for number in mine}
+            return continuous.share_of(asked, built, by_number, eos, ledger, world.rehearsed, tell)
         for step, numbers in enumerate(batches(mine, asked.batch)):
             groups = cut(numbers, 1 if relay is None else settings.pipeline.groups or world.stages)
             choose = [_chooser(settings, world, ledger, group) for group in groups]
@@ -150,15 +148,39 @@ def share_of(
                 ledger.enough()  # as at the next prefill
                 break
             given = [[prompts[number].tokens for number in group] for group in groups]
-            how: Any = {"cache": asked.cache, "eos": eos, "step": step, "ends_only": world.rehearsed}
+            most = [[prompts[number].most for number in group] for group in groups]
+            how: Any = {"cache": asked.cache, "bits": asked.cache_bits, "eos": eos, "step": step}
+            how["ends_only"] = world.rehearsed
             if isinstance(relay, Relay):
-                made = relay.generate(given, asked.max_new_tokens, choose=choose, **how)
+                made = relay.generate(given, most, choose=choose, **how)
             else:
-                made = generate(built, given[0], asked.max_new_tokens, choose=choose[0], ledger=ledger, **how)
-            share.add(prompts, numbers, made)
+                how |= {"compiled": compiled, "ledger": ledger}
+                made = generate(built, given[0], most[0], choose=choose[0], **how)
+            share.tokens.update(zip(numbers, made.tokens, strict=True))
+            share.timings.append(timing(given, made))
+            share.kv += [] if made.kv is None else [made.kv]
             bar.update(len(numbers))
             flush()
     return share
+
+
+def timing(groups: Sequence[Sequence[Sequence[int]]], made: Generated) -> Timing:
+    """What became of the prompts in `groups` in time."""
+    given = [len(prompt) for group in groups for prompt in group]
+    padding = sum(len(group) * max(map(len, group)) for group in groups) - sum(given)
+    return Timing(
+        len(given),
+        sum(given),
+        sum(map(len, made.tokens)),
+        made.prefill_seconds,
+        made.decode_seconds,
+        made.waited_seconds,
+        made.compile_seconds,
+        made.began,
+        made.moments,
+        made.computed,
+        padding,
+    )
 
 
 def _chooser(settings: Settings, world: World, ledger: Ledger, numbers: Sequence[int]) -> Choose:
@@ -211,85 +233,15 @@ def write(
     os.replace(partial, file)
 
 
-def of_replicas(shares: Sequence[Share], replicas: int, tensor: int = 1) -> list[Share]:
-    """The ranks' shares as one a replica: the last stage knows tokens and times, and a cache is all ranks' together.
-
-    `tensor` ranks that share a layer choose the same tokens. A rehearsal has one rank's share alone.
-    """
-    of_layers = list(batches(shares, tensor))
-    found = []
-    for stages in [of_layers[replica::replicas] for replica in range(replicas)]:
-        if stages:
-            last, *others = stages[-1]
-            assert all(other.tokens == last.tokens for other in others), (
-                "ranks that share layers chose otherwise"
-            )
-            kv = zip(*(share.kv for ranks in stages for share in ranks), strict=True)
-            found.append(Share(last.tokens, last.timings, [of_stages(each) for each in kv]))
-    return found
-
-
-def _timed(share: Share, exact: int) -> list[Timing]:
-    """Its batches; those that an exact ledger slowed, the first `exact`, only where there are no others."""
-    return share.timings[exact:] or share.timings
-
-
-def performance(shares: Sequence[Share], exact: int) -> dict[str, Any]:
-    """Seconds, and tokens a second over all replicas, of which `shares` are.
-
-    An exact ledger slows a rank's first `exact` batches; they count only where it has no others.
-    """
-    working = [share for share in shares if share.timings]
-    timed = [timing for share in working for timing in _timed(share, exact)]
-
-    def rate(tokens: int, seconds: float) -> float | None:
-        return len(working) * tokens / seconds if tokens and seconds else None
-
-    prefill, decode = sum(t.prefill_seconds for t in timed), sum(t.decode_seconds for t in timed)
-    new = sum(t.new_tokens for t in timed)
-    return {
-        "tokens_per_second": rate(new, prefill + decode),
-        "prefill_tokens_per_second": rate(sum(t.prompt_tokens for t in timed), prefill),
-        "decode_tokens_per_second": rate(new - sum(t.sequences for t in timed), decode),
-        "time_to_first_token_seconds": statistics.median(t.prefill_seconds for t in timed),
-        "generation_seconds": max(sum(t.seconds for t in share.timings) for share in working),
-    }
-
-
-def idleness(shares: Sequence[Share], stages: int, exact: int) -> list[dict[str, Any]]:
-    """Of every stage, a replica's seconds at work, and the part of all its seconds that it waited for other stages.
-
-    `shares` are the ranks'. Batches count as in `performance`.
-    """
-    found = []
-    for number, of_stage in enumerate(batches(shares, len(shares) // stages)):
-        timed = [_timed(share, exact) for share in of_stage if share.timings]
-        seconds = sum(timing.seconds for timings in timed for timing in timings)
-        waited = sum(timing.waited_seconds for timings in timed for timing in timings)
-        busy = (seconds - waited) / len(timed)
-        found.append({"stage": number, "busy_seconds": busy, "idle": waited / seconds})
-    return found
-
-
-def largest(shares: Sequence[Share]) -> dict[str, int | None]:
-    """What the largest cache of a replica held when its batch ended, in bytes; None where nothing was cached."""
-    held = max((kv for share in shares for kv in share.kv), key=lambda kv: kv.reserved, default=None)
-    return {
-        "kv_bytes_per_token_measured": None if held is None else held.per_token,
-        "kv_reserved": None if held is None else held.reserved,
-        "kv_filled": None if held is None else held.filled,
-        "kv_live": None if held is None else held.live,
-    }
-
-
 def _tell(say: Say, prompts: Sequence[Prompt], texts: Sequence[str], done: dict[str, Any]) -> None:
     speed, inference = done["performance"], done["inference"]
+    first, token = speed["time_to_first_token_seconds"], inference["kv_bytes_per_token"]
     figures = [
         f"{len(prompts)} prompt{'s' * (len(prompts) > 1)}",
         f"{inference['new_tokens']:,} new tokens",
         f"{speed['tokens_per_second'] or 0:,.0f} tokens/s",
-        f"first token after {speed['time_to_first_token_seconds'] * 1000:.1f} ms",
-        f"KV {inference['kv_bytes_per_token'] / 1024:g} KiB a token ({inference['cache']} cache)",
+        *([] if first is None else [f"first token after {first * 1000:.1f} ms"]),
+        *([] if token is None else [f"KV {token / 1024:g} KiB a token ({inference['cache']} cache)"]),
     ]
     say(", ".join(figures))
     if stages := speed.get("stages"):

@@ -157,8 +157,16 @@ class Generation:
     """Most tokens generated for a prompt."""
     cache: Literal["dynamic", "static", "paged", "quantized", "offloaded", "none"] = "dynamic"
     """KV cache; none recomputes everything."""
+    cache_bits: Literal[8, 4, 2] = 8
+    """cache=quantized: bits of an element; 4 and 2 by optimum-quanto."""
     batching: Literal["static", "continuous"] = "static"
     """Continuous: a prompt that ends leaves its place to the next; static: all of a batch wait for the last."""
+    page_size: Annotated[int, Field(ge=4)] = 16
+    """cache=paged: tokens in a page."""
+    pages: Positive | None = None
+    """cache=paged: pages of all layers; null is enough for the longest request in every place."""
+    batch_tokens: Positive | None = None
+    """batching=continuous: most tokens in a forward; null takes the longest prompt whole, or some 512 at once."""
     workload: str | None = None
     """File of requests, a JSON object a line: a prompt or its prompt_length, and its own max_new_tokens."""
     lengths: Literal["fixed", "uniform", "skewed"] = "fixed"
@@ -208,7 +216,11 @@ class Hardware:
     bandwidth: PositiveFloat | None = None
     """Bytes a second from the device's memory."""
     flops_bf16: PositiveFloat | None = None
-    """Dense bf16 operations a second."""
+    """Dense bf16 operations a second, added up in fp32: what utilization is held against."""
+    flops_bf16_sparse: PositiveFloat | None = None
+    """The same where two of four weights are zero: what vendors print."""
+    flops_fp16_accumulate: PositiveFloat | None = None
+    """Dense fp16 operations a second, added up in fp16."""
     link: PositiveFloat | None = None
     """Bytes a second between devices, both directions together."""
 
@@ -233,8 +245,8 @@ class Settings:
     hardware: Hardware = Hardware()
 
     @property
-    def tensor(self) -> int:
-        """How many ranks share each layer: in training none do."""
+    def tensor_parallel(self) -> int:
+        """Ranks that share each layer; in training each has whole ones."""
         return self.generation.tensor_parallel if self.mode == "infer" else 1
 
 
@@ -263,7 +275,7 @@ def knobs() -> dict[str, Knob]:
 
 
 def _knob(schema: dict[str, Any]) -> Knob:
-    choices = tuple(schema.get("enum", ()))
+    choices = tuple(map(str, schema.get("enum", ())))
     kinds = [each.get("type") for each in (schema, schema.get("items", {}), *schema.get("anyOf", ()))]
     made: Any = {"array": [], "object": {}}.get(
         kinds[0] or ""

@@ -15,7 +15,6 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors import SafetensorError, safe_open
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -110,6 +109,18 @@ def build(
 def count(model: torch.nn.Module) -> int:
     """Parameters, each once however many names it has."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def sizes(model: torch.nn.Module) -> dict[str, int]:
+    """The record's figures of a whole model: its `parameters`, and those of them that are `embeddings`."""
+    return {"parameters": count(model), "embeddings": looked_up(model)}
+
+
+def looked_up(model: torch.nn.Module) -> int:
+    """Elements of tables of which each token needs one row: embeddings that are not the last layer's weights too."""
+    tables = {each.weight for each in model.modules() if isinstance(each, torch.nn.Embedding)}
+    tables -= {each.weight for each in model.modules() if isinstance(each, torch.nn.Linear)}
+    return sum(table.numel() for table in tables)
 
 
 def tokenizer(settings: Model, other: str | None = None) -> PreTrainedTokenizerBase:
@@ -241,11 +252,7 @@ def _own_storages(model: torch.nn.Module) -> None:
     """Take parameters out of mapped files and out of storages larger than they are."""
     for parameter in model.parameters():
         if parameter.device.type == "cpu":
-            own = tensor.part(parameter.data).clone(memory_format=torch.contiguous_format)
-            if isinstance(parameter, DTensor):
-                parameter._local_tensor = own
-            else:
-                parameter.data = own
+            parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
 
 
 def _directory(place: str, patterns: tuple[str, ...] = TEXTS) -> Path:

@@ -6,22 +6,23 @@ from typing import NamedTuple
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from harness import data
+from harness import data, workload
 from harness.settings import Refusal, Settings
 
 
 class Prompt(NamedTuple):
-    """What to continue, and where it was given: the key, its value and the place in it."""
+    """What to continue by up to `most` tokens, and where it was given: the key, its value and the place in it."""
 
     text: str
     tokens: list[int]
+    most: int
     key: str
     value: object
     place: str
 
 
 def find(settings: Settings, tokenizer: PreTrainedTokenizerBase, rehearsed: bool = False) -> list[Prompt]:
-    """From `generation.prompts`, else `generation.prompt`, else held-out text of the data. Raises Refusal.
+    """From `generation.prompts`, `.prompt` or `.workload`, else held-out text of the data. Raises Refusal.
 
     Where it is `rehearsed`, sampled prompts have their length and no text.
     """
@@ -30,23 +31,44 @@ def find(settings: Settings, tokenizer: PreTrainedTokenizerBase, rehearsed: bool
     if generation.prompts is not None:
         key, value = "generation.prompts", generation.prompts
         return [
-            Prompt(line, encode(tokenizer, line), key, value, f"line {number}")
+            Prompt(line, encode(tokenizer, line), generation.max_new_tokens, key, value, f"line {number}")
             for number, line in lines(key, value)
         ]
     if generation.prompt:
         key = "generation.prompt"
         return [
-            Prompt(text, encode(tokenizer, text), key, text[:40], f"prompt {number}")
+            Prompt(
+                text, encode(tokenizer, text), generation.max_new_tokens, key, text[:40], f"prompt {number}"
+            )
             for number, text in enumerate(generation.prompt, 1)
         ]
-    key, length = "generation.prompt_length", generation.prompt_length
-    sampled = data.sample_prompts(
-        settings.data, tokenizer, generation.count, length, settings.seed, rehearsed
+    if generation.workload is not None:
+        origin: tuple[str, object] = (workload.KEY, generation.workload)
+        requests = workload.read(generation)
+    else:
+        origin = "generation.prompt_length", generation.prompt_length
+        requests = workload.drawn(generation, settings.seed)
+    lengths = [request.length for request in requests if request.text is None]
+    texts = iter(_sampled(settings, tokenizer, lengths, rehearsed))
+    found = []
+    for text, _, most, place in requests:
+        tokens = next(texts) if text is None else encode(tokenizer, text)
+        found.append(
+            Prompt(text_of(tokenizer, tokens) if text is None else text, tokens, most, *origin, place)
+        )
+    return found
+
+
+def _sampled(
+    settings: Settings, tokenizer: PreTrainedTokenizerBase, lengths: Sequence[int], rehearsed: bool
+) -> list[list[int]]:
+    """Prompts of these lengths from the data."""
+    if not lengths:
+        return []
+    longest = data.sample_prompts(
+        settings.data, tokenizer, len(lengths), max(lengths), settings.seed, rehearsed
     )
-    return [
-        Prompt(text_of(tokenizer, tokens), tokens, key, length, f"prompt {number}")
-        for number, tokens in enumerate(sampled, 1)
-    ]
+    return [tokens[:length] for tokens, length in zip(longest, lengths, strict=True)]
 
 
 def lines(key: str, path: str) -> list[tuple[int, str]]:
@@ -80,20 +102,20 @@ def text_of(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
     return text if isinstance(text, str) else "".join(text)
 
 
-def check(prompts: Sequence[Prompt], config: PretrainedConfig, max_new_tokens: int) -> None:
+def check(prompts: Sequence[Prompt], config: PretrainedConfig) -> None:
     """Refuse a prompt with no tokens, with more than the model allows with the new ones, or unknown ones."""
     shape = config.get_text_config(decoder=True)
     limit = getattr(shape, "max_position_embeddings", None)
-    for _, tokens, key, value, place in prompts:
+    for _, tokens, most, key, value, place in prompts:
         if not tokens:
             raise Refusal(key, value, f"{place} has no tokens; give it text")
-        if limit is not None and len(tokens) + max_new_tokens > limit:
-            ways = [f"shorten it to {limit - max_new_tokens}"] if max_new_tokens < limit else []
+        if limit is not None and len(tokens) + most > limit:
+            ways = [f"shorten it to {limit - most}"] if most < limit else []
             ways += [f"use generation.max_new_tokens={limit - len(tokens)}"] if len(tokens) < limit else []
             raise Refusal(
                 key,
                 value,
-                f"{place} is {len(tokens)} tokens, {len(tokens) + max_new_tokens} with the new ones, and the "
+                f"{place} is {len(tokens)} tokens, {len(tokens) + most} with the new ones, and the "
                 f"model allows {limit} (max_position_embeddings); {' or '.join(ways) or 'shorten both'}",
             )
         if max(tokens) >= shape.vocab_size:

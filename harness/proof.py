@@ -85,16 +85,16 @@ def difference(
                 config = small(AutoConfig.for_model(kind, **given), widths)
                 if count(weights.outline(config, dtype)) > LARGEST:
                     continue
-                whole = _made(config, dtype, attention)
+                whole = made_narrow(config, dtype, attention)
                 expected = [_whole(whole, case, kept) for case in _cases(kept)]
             except Exception as error:  # an architecture that cannot be so narrow fails in a way of its own
-                failed = _first_line(error)
+                failed = first_line(error)
                 continue
             return _compared(whole, split, kept, expected, trains)
     return f"none of the small models of it runs, so nothing shows that it can ({failed})"
 
 
-def small(config: PretrainedConfig, widths: Mapping[str, int]) -> PretrainedConfig:
+def small(config: PretrainedConfig, widths: Mapping[str, float]) -> PretrainedConfig:
     """`config` with as many layers, but narrow ones."""
     made = copy.deepcopy(config)
     text = made.get_text_config(decoder=True)
@@ -111,7 +111,7 @@ def small(config: PretrainedConfig, widths: Mapping[str, int]) -> PretrainedConf
     return made
 
 
-def _made(config: PretrainedConfig, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+def made_narrow(config: PretrainedConfig, dtype: torch.dtype, attention: str) -> PreTrainedModel:
     """The whole as a run makes it, its parameters moved: a gate that is shut at first hides what it lets through."""
     whole = weights.outline(config, dtype, attention)
     unset = weights.make(whole, list(weights.modules(whole)), whole, torch.device("cpu"), seed=0)
@@ -166,7 +166,7 @@ def _compared(
     except Uncuttable as error:
         return str(error)
     except Exception as error:  # a shape of model that nobody has seen
-        return f"to cut it fails ({_first_line(error)})"
+        return f"to cut it fails ({first_line(error)})"
 
 
 def _stage(whole: PreTrainedModel, layers: range, found: Mapping[str, Tensor]) -> Stage:
@@ -195,7 +195,7 @@ def _chained(
                 out = stage(given, **told, cache=keep)
             except Exception as error:  # the model's own code, fed what it did not expect
                 what = "hidden states" if number else "tokens"
-                return f"stage {number} of it fails where it is given {what} ({_first_line(error)})"
+                return f"stage {number} of it fails where it is given {what} ({first_line(error)})"
             hook.remove()
             if number and not (seen and torch.equal(seen[0], given)):
                 return (
@@ -248,5 +248,5 @@ def _taking(seen: list[Tensor]) -> Any:
     return hook
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".strip().splitlines()[0][:160]

@@ -20,6 +20,10 @@ FILE = "record.json"
 PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "datasets", "hydra-core")
 
 
+WORK = ("flops", "read", "written", "passes")
+"""What a phase did."""
+
+
 @dataclass(frozen=True)
 class Output:
     """What a mode is given to leave its traces with."""
@@ -44,14 +48,14 @@ def environment() -> dict[str, Any]:
     }
 
 
-def rank_record(ledger: "Ledger", rank: int, stage: int = 0, tensor: int = 0) -> dict[str, Any]:
-    """One rank's books, in bytes: of its `stage`, and its `tensor` part of each layer. What was not measured is null."""
+def rank_record(ledger: "Ledger", rank: int, stage: int = 0, share: int = 0) -> dict[str, Any]:
+    """One rank's books, in bytes. What was not measured is null."""
     account = ledger.account()
     peak = account.peak
     return {
         "rank": rank,
         "stage": stage,
-        "tensor": tensor,
+        "share": share,
         "stands_for": [rank],
         "peak": {
             "bytes": peak.bytes if peak else None,
@@ -75,6 +79,7 @@ def rank_record(ledger: "Ledger", rank: int, stage: int = 0, tensor: int = 0) ->
                 "categories": phase.categories,
                 "saved": phase.saved,
                 "recomputed": phase.recomputed,
+                **(phase.work._asdict() if phase.work else dict.fromkeys(WORK)),
             }
             for phase in account.phases
         ],

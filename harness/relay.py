@@ -7,7 +7,6 @@ see the same end. Every stage knows every prompt, so shapes are known on both si
 B sequences of a group, T columns, H the hidden size.
 """
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,8 +18,11 @@ from torch import Tensor
 from transformers import Cache
 
 from harness.cache import KvBytes, can_advance, of_groups
-from harness.decode import Batch, Choose, Generated, clock, finish, grow, ready, turns
+from harness.clock import Marks, clock
+from harness.decode import Batch, Choose, Generated, finish, grow, ready, turns
 from harness.ledger import Ledger
+from harness.ledger.clock import moment, seconds
+from harness.skipped import filled_in
 from harness.stage import Stage
 from harness.world import World
 
@@ -32,7 +34,7 @@ class Link:
     """This stage's traffic with the others of its replica, and how long it waits for them. Every rank must make one."""
 
     def __init__(self, world: World) -> None:
-        self.world = world
+        self.world, self.gpu = world, world.device.type == "cuda"
         # NCCL keeps the order of all that two ranks send each other: what goes back would wait for what goes on
         self.back = dist.new_group()
         self._waits: list[tuple[Any, Any]] = []
@@ -58,22 +60,13 @@ class Link:
     def waited(self) -> float:
         """Seconds waited since this was last asked; on a GPU, for which its own clock is read, it must have no work."""
         waits, self._waits = self._waits, []
-        if self.world.device.type == "cuda":
-            return float(sum(began.elapsed_time(ended) for began, ended in waits)) / 1000
-        return float(sum(ended - began for began, ended in waits))
+        return sum(seconds(self.gpu, *wait) for wait in waits)
 
     @contextmanager
     def _waiting(self) -> Iterator[None]:
-        began = self._moment()
+        began = moment(self.gpu)
         yield
-        self._waits.append((began, self._moment()))
-
-    def _moment(self) -> Any:
-        if self.world.device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+        self._waits.append((began, moment(self.gpu)))
 
 
 @dataclass(eq=False)
@@ -82,12 +75,19 @@ class Group:
 
     number: int
     prompts: Sequence[Sequence[int]]
+    most: Sequence[int]
     batch: Batch
     cache: Cache | None
     choose: Choose
+    marks: Marks
     sent: list[Sent] = field(default_factory=list)
     """Its newest token."""
     ended: bool = False
+
+    @property
+    def room(self) -> int:
+        """For so many new tokens."""
+        return self.batch.tokens.shape[1] - self.batch.width
 
 
 class Relay:
@@ -103,36 +103,50 @@ class Relay:
     def generate(
         self,
         groups: Sequence[Sequence[Sequence[int]]],
-        max_new_tokens: int,
+        most: Sequence[Sequence[int]],
         *,
         choose: Sequence[Choose],
         cache: str = "dynamic",
+        bits: int = 8,
         eos: Sequence[int] = (),
         step: int = 0,
         ends_only: bool = False,
     ) -> Generated:
-        """As `decode.generate`, for the prompts of each of `groups`, which the last stage chooses for by its own.
+        """As `decode.generate`, for the prompts of each of `groups`, each with its own `most`, which the last stage
+        chooses for by its own.
 
         Every stage must be asked for the same. The tokens are those of the last one; where nothing ends a sequence,
         others do not know them. The ledger's micro-batches are groups.
         """
         device, ledger = self.world.device, self.ledger
         started, relayed = clock(device), []
-        for number, (prompts, chosen) in enumerate(zip(groups, choose, strict=True)):
+        for number, (prompts, limits, chosen) in enumerate(zip(groups, most, choose, strict=True)):
             with ledger.phase("prefill", step, number):
-                made = ready(prompts, max_new_tokens, cache, eos, self.stage.config, device, ledger)
-                relayed.append(Group(number, prompts, *made, chosen))
+                made = ready(prompts, limits, cache, bits, eos, self.stage.config, device, ledger)
+                relayed.append(Group(number, prompts, limits, *made, chosen, Marks(device)))
                 self._next_token(relayed[-1], 0, relayed[-1].batch.width)
         first = clock(device)
-        ends_only = ends_only and all(can_advance(group.cache) for group in relayed)
-        for number, skipped in turns(range(1, max_new_tokens), ends_only):
+        rooms = {group.room for group in relayed}
+        ends_only = ends_only and len(rooms) == 1 and all(can_advance(group.cache) for group in relayed)
+        for number, skipped in filled_in(ledger, turns(range(1, max(rooms)), ends_only)):
             for group in relayed:
-                if not group.ended:
+                if number < group.room and not group.ended:
                     with ledger.phase("decode", step, group.number, again=True):
                         self._decode(group, number, skipped)
         tokens, held = self._finish(relayed, eos, step)
         last = clock(device)
-        return Generated(tokens, first - started, last - first, held, self.link.waited())
+        at = [(group.marks.moments(), len(group.prompts)) for group in relayed]
+        came = (moments for moments, sequences in at for _ in range(sequences))
+        return Generated(
+            tokens,
+            first - started,
+            last - first,
+            held,
+            self.link.waited(),
+            began=started,
+            moments=[moments[: len(row)] for moments, row in zip(came, tokens, strict=True)],
+            computed=sum(len(moments) * sequences for moments, sequences in at),
+        )
 
     def _decode(self, group: Group, number: int, skipped: int) -> None:
         """New token `number` of `group`, once `skipped` others are taken for done; none if all its sequences ended."""
@@ -161,6 +175,7 @@ class Relay:
             return
         token = group.choose(made[:, -1].float(), end - batch.width)
         batch.write(token, end)
+        group.marks.mark()
         if end + 1 < batch.tokens.shape[1]:  # the last one is never shown to the model
             self.link.settle(group.sent)
             group.sent += [self.link.send(token, stage, back=True) for stage in self._listeners(batch)]
@@ -193,7 +208,7 @@ class Relay:
             with self.ledger.phase("decode", step, group.number):
                 self.link.settle(self._sent)
                 self.link.settle(group.sent)
-                new, kept = finish(group.batch, group.cache, group.prompts, eos)
+                new, kept = finish(group.batch, group.cache, group.prompts, group.most, eos)
             self.ledger.disown(group.cache)
             tokens += new
             held += [] if kept is None else [kept]

@@ -11,10 +11,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from harness import failure, record, world
+from harness import ceilings, failure, page, record, timing, world
 from harness.ledger import Ledger
 from harness.rules import check_world
 from harness.settings import Refusal, Settings
@@ -30,8 +31,8 @@ def run(settings: Settings, cfg: DictConfig, words: list[str]) -> int:
         return _rehearse(settings, cfg)
     _, size, _ = world.environment()
     check_world(settings, size, words)
-    place = settings.hardware.device, settings.world.timeout, settings.pipeline.stages, settings.tensor
-    with world.connected(*place) as here:
+    parts = settings.pipeline.stages, settings.tensor_parallel
+    with world.connected(settings.hardware.device, settings.world.timeout, *parts) as here:
         directory = here.broadcast(_make_directory(settings, cfg) if here.leads else None)
         if isinstance(directory, Refusal):
             raise directory
@@ -62,6 +63,7 @@ def _rehearse(settings: Settings, cfg: DictConfig) -> int:
         record.write(made, {**head, "failure": found.as_record(), "ranks": []})
         print(f"harness: {found.sentence()}", file=sys.stderr, flush=True)
         return 3
+    done["ceilings"] = page.ceilings(settings.hardware, done["model"]["dtype"])
     record.write(made, {**head, "status": "complete", **done, "ranks": ranks})
     _say_where(made, print)
     return 0
@@ -140,6 +142,7 @@ class _Run:
             self._write([], failure=failure.UNFINISHED)
         try:
             ranks = self.world.gather(self._run_mode())
+            self._bounds()
         except Refusal as refusal:
             return self._refused(refusal)
         except BaseException as error:  # whatever it was, the record says so before this process ends
@@ -155,12 +158,26 @@ class _Run:
             from harness import train as mode
         else:
             from harness import infer as mode  # type: ignore[no-redef]
+            from harness.paged_proof import prove
+
+            prove(self.settings)
         if self.world.stages > 1:
             self._cut()
         with self.ledger:
             out = record.Output(self.directory, self.say, self.done, self.flush)
             mode.run(self.settings, self.world, self.ledger, out)
         return self._books()
+
+    def _bounds(self) -> None:
+        """What phases took, and what the machine could do at most, by every rank."""
+        took = self.world.gather(self.ledger.seconds())
+        self.done.setdefault("performance", {})["phases"] = timing.of_ranks(took, self.settings.ledger.mode)
+        dtype = self.done["model"]["dtype"]
+        found = page.ceilings(self.settings.hardware, dtype)
+        if found is None:
+            rates = ceilings.measure(self.world.device, getattr(torch, dtype))
+            found = ceilings.of_ranks(self.world.gather(rates), dtype)
+        self.done["ceilings"] = found
 
     def _cut(self) -> None:
         """Decide which layers each stage has, and see that the stages are the whole. Raises Refusal, on every rank."""
@@ -189,7 +206,7 @@ class _Run:
             return refusal
 
     def _books(self) -> dict[str, Any]:
-        return record.rank_record(self.ledger, self.world.rank, self.world.stage, self.world.shard)
+        return record.rank_record(self.ledger, self.world.rank, self.world.stage, self.world.share)
 
     def say(self, line: str) -> None:
         """Rank 0 speaks."""

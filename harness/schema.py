@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 
 def printable(text: str) -> str:
@@ -14,6 +14,8 @@ def printable(text: str) -> str:
 
 Bytes = Annotated[int, Field(ge=0, lt=2**63)]
 Number = Annotated[int, Field(ge=0, lt=2**31)]
+Operations = Annotated[int, Field(ge=0, lt=2**100)]
+"""Floating-point operations, or bytes moved by all of a phase's operators: there is no end to them."""
 Text = Annotated[str, AfterValidator(printable)]
 Figures = Mapping[str, int | None]
 """Bytes by category. None: not measured."""
@@ -61,7 +63,11 @@ class Category(_Part):
 
 
 class Phase(_Part):
-    """What was alive in a phase, by category; the most, and what was left. None: not measured."""
+    """What was alive in a phase, by category; the most, and what was left; operations, bytes read and written, and the
+    forwards that began.
+
+    None: not measured.
+    """
 
     categories: dict[Text, Bytes | None]
     step: Number = 0
@@ -70,6 +76,15 @@ class Phase(_Part):
     peak: Bytes | None = None
     end: Bytes | None = None
     recomputed: Bytes | None = None
+    flops: Operations | None = None
+    read: Operations | None = None
+    written: Operations | None = None
+    passes: Operations | None = None
+
+    @property
+    def moved(self) -> int | None:
+        """Bytes read and written."""
+        return None if self.read is None or self.written is None else self.read + self.written
 
 
 class Forwards(_Part):
@@ -95,7 +110,7 @@ class Rank(_Part):
 
     rank: Number
     stage: Number = 0
-    tensor: Number = 0
+    share: Number = 0
     stands_for: list[Number] = []
     bounds: list[Number] = []
     why: Text = ""
@@ -163,6 +178,7 @@ class Model(_Part):
     name: Text
     parameters: Bytes | None
     dtype: Text | None
+    embeddings: Bytes | None = None
 
     @property
     def short(self) -> str:
@@ -198,11 +214,17 @@ class Training(_Part):
 class Inference(_Part):
     """What an inference run came to."""
 
-    tensor_parallel: Number = 1
+    prompts: Number | None = None
+    prompt_tokens: Bytes | None = None
+    cache: Text | None = None
     kv_bytes_per_token: Bytes | None = None
+    attention_flops_per_position: Bytes | None = None
     kv_reserved: Bytes | None = None
     kv_filled: Bytes | None = None
     kv_live: Bytes | None = None
+    kv_pinned: Bytes | None = None
+    kv_state: Bytes | None = None
+    kv_host: Bytes | None = None
 
 
 class Idleness(_Part):
@@ -213,12 +235,54 @@ class Idleness(_Part):
     idle: float
 
 
+class Took(_Part):
+    """A phase's median seconds a step, of so many steps, on the rank that is slowest in it."""
+
+    phase: Text
+    seconds: Annotated[float, Field(ge=0)]
+    steps: Number
+    rank: Number = 0
+
+
+class Ceilings(_Part):
+    """What a device can do at most: bytes and operations a second; by a page, or as measured. None: not known."""
+
+    source: Text = ""
+    bandwidth: Annotated[float, Field(gt=0)] | None = None
+    flops: Annotated[float, Field(gt=0)] | None = None
+    dtype: Text = ""
+
+    @property
+    def balance(self) -> float | None:
+        """Operations that it does while it moves a byte."""
+        return self.flops / self.bandwidth if self.flops and self.bandwidth else None
+
+
+class Percentiles(_Part):
+    """Seconds that half of them, and all but 5 and 1 in 100, do not exceed."""
+
+    p50: float
+    p95: float
+    p99: float
+
+
+class Latency(_Part):
+    """Of requests that all wait from the start. None: there was no such wait."""
+
+    first_token_seconds: Percentiles | None = None
+    between_tokens_seconds: Percentiles | None = None
+
+
 class Performance(_Part):
     """Over all ranks."""
 
     tokens_per_second: float | None = None
+    decode_tokens_per_second: float | None = None
     time_to_first_token_seconds: float | None = None
+    compile_seconds: float | None = None
+    latency: Latency = Latency()
     stages: list[Idleness] | None = None
+    phases: list[Took] | None = None
 
 
 class Environment(_Part):
@@ -242,6 +306,7 @@ class Record(_Part):
     training: Training = Training()
     inference: Inference = Inference()
     performance: Performance = Performance()
+    ceilings: Annotated[Ceilings, BeforeValidator(lambda given: given or {})] = Ceilings()
 
     @property
     def title(self) -> str:

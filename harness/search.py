@@ -104,7 +104,9 @@ class Fit:
         self.mode = given.get("mode", "train")
         if self.mode not in AXES:
             raise Refusal("mode", self.mode, "no such mode; one of train, infer")
-        if self.mode == "infer" and {"generation.prompts", "generation.prompt"} & set(given):
+        if self.mode == "infer" and {"generation.prompts", "generation.prompt", "generation.workload"} & set(
+            given
+        ):
             raise Refusal("generation.prompts", "...", "fit asks for lengths; give generation.prompt_length=")
         self.axes = {key: given.get(key, values) for key, values in AXES[self.mode].items()}
         self.given, self.reserve = given, reserve

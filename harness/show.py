@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from harness.roofline import line
 from harness.schema import Rank, Record, Where, parse
 from harness.tables import AT_LEAST, Table, size
 
@@ -23,7 +24,7 @@ def show(record: Mapping[str, Any]) -> str:
         lines += _stages(run)
     if world.rehearsed:
         lines += _rehearsed(run)
-    return "\n".join([*lines, *_came_to(run)])
+    return "\n".join([*lines, *_came_to(run), *filter(None, [line(run)])])
 
 
 def _table(run: Record) -> Table:

@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from transformers import Cache, GenerationConfig, PretrainedConfig, PreTrainedModel
 
-from harness import model, tensor, weights
+from harness import model, weights
 from harness.knobs import Model
-from harness.model import check_memory, check_values, loading, whole_checkpoint
+from harness.model import check_memory, check_values, count, loading, whole_checkpoint
 
 
 class Uncuttable(Exception):
@@ -176,22 +175,19 @@ def build(
     seed: int,
     layers: range,
     rehearsed: bool = False,
-    mesh: DeviceMesh | None = None,
 ) -> Stage:
     """The stage with `layers`: its weights are those of `model.build`'s whole, of which no more is ever in memory.
-
-    With `mesh` this rank has its part of each of them (`tensor.py`).
 
     Raises Refusal as that does. A checkpoint whose tensors transformers renames or merges is loaded whole first.
     """
     reads = settings.path is not None and not settings.random
     directory = whole_checkpoint(str(settings.path)) if reads and not rehearsed else None
-    whole = tensor.outline(config, dtype, settings.attention, mesh)
+    whole = weights.outline(config, dtype, settings.attention)
     plain = directory is not None and weights.familiar(whole, directory)
     tree = list(weights.modules(whole))
     stage = Stage(whole, layers)
     if not rehearsed:
-        check_memory(settings, tensor.held(stage) * dtype.itemsize, dtype, device)
+        check_memory(settings, count(stage) * dtype.itemsize, dtype, device)
     unset = weights.make(whole, tree, stage, device, seed)
     stored = stage.stored() if reads else {}
     check_values(settings, unset - set(stored))
@@ -201,9 +197,7 @@ def build(
         stored[name].data = stored[name].data.float()
     with loading(str(settings.path)):
         if not (plain and weights.read(stored, directory)):
-            _copy(
-                stored, stage.tied, model.build(settings, config, dtype, torch.device("cpu"), seed, mesh=mesh)
-            )
+            _copy(stored, stage.tied, model.build(settings, config, dtype, torch.device("cpu"), seed))
         if (directory / "generation_config.json").is_file():
             stage.model.generation_config = GenerationConfig.from_pretrained(directory)
     return stage

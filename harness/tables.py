@@ -9,16 +9,36 @@ SIGNS = {"-": "- not measured", AT_LEAST: ">= the most when a phase ended; in be
 """What stands for a figure, or before it, and what is said of it under a table."""
 
 
-def size(count: int | None, exact: bool = False) -> str:
+def size(figure: float | None, exact: bool = False) -> str:
     """Bytes in powers of 1024, named so; all digits where `exact`; "-" for what was not measured."""
-    if count is None:
+    if figure is None:
         return "-"
-    if exact or abs(count) < 1024:
-        return f"{count:,} B"
-    value, unit = float(count), 0
+    if exact or abs(figure) < 1024:
+        return f"{figure:,.0f} B"
+    value, unit = float(figure), 0
     while round(abs(value), 1) >= 1024 and unit < len(UNITS) - 1:
         value, unit = value / 1024, unit + 1
     return f"{value:,.1f} {UNITS[unit]}"
+
+
+def seconds(figure: float | None) -> str:
+    """Seconds in a unit that shows three or more digits; "-" for what was not measured."""
+    if figure is None:
+        return "-"
+    for unit, name in ((1.0, "s"), (1e-3, "ms")):
+        if abs(figure) >= unit:
+            return f"{figure / unit:,.{2 if figure < 100 * unit else 0}f} {name}"
+    return f"{figure / 1e-6:,.1f} us"
+
+
+def count(figure: float | None, unit: str = "") -> str:
+    """So many of `unit` in powers of 1000, named so; "-" for what was not measured."""
+    if figure is None:
+        return "-"
+    value, names = float(figure), ["", "k", "M", "G", "T", "P", "E"]
+    while round(abs(value), 2) >= 1000 and len(names) > 1:
+        value, names = value / 1000, names[1:]
+    return f"{value:,.2f} {names[0]}{unit}".rstrip()
 
 
 def difference(first: int | None, other: int | None, exact: bool = False) -> str:
@@ -30,7 +50,7 @@ def difference(first: int | None, other: int | None, exact: bool = False) -> str
     return f"{'+' if other > first else '-'}{size(abs(other - first), exact)}"
 
 
-def factor(first: int | None, other: int | None) -> str:
+def factor(first: float | None, other: float | None) -> str:
     """`other` in units of `first`; nothing where that says nothing."""
     return f"x {other / first:,.2f}" if first and other and first != other else ""
 

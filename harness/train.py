@@ -34,13 +34,15 @@ def run(settings: Settings, world: World, ledger: Ledger, out: Output) -> None:
     held_out = _held_out(settings, world, corpus)
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     with ledger.phase("setup"):
-        engine, parameters = _engine(settings, config, dtype, world, ledger)
-    out.done["model"] = {"name": settings.model.name, "parameters": parameters, "dtype": str(dtype)[6:]}
+        engine, sizes = _engine(settings, config, dtype, world, ledger)
+    out.done["model"] = {"name": settings.model.name, **sizes, "dtype": str(dtype)[6:]}
     first = _resume(settings, world, engine, out.say)
     batches = data.loader(
         corpus.train, train.micro_batch, world, settings.seed, skip=first * train.accumulation
     )
-    out.say(f"{settings.model.name}: {parameters:,} parameters, {engine.optimizer_class}, {world.size} ranks")
+    out.say(
+        f"{settings.model.name}: {sizes['parameters']:,} parameters, {engine.optimizer_class}, {world.size} ranks"
+    )
     progress = Progress(settings, world, ledger, first, out.say, time.perf_counter() - began)
     out.done["training"] = progress.training
     out.done["training"]["optimizer"] = engine.optimizer_class
@@ -64,18 +66,18 @@ def run(settings: Settings, world: World, ledger: Ledger, out: Output) -> None:
 
 def _engine(
     settings: Settings, config: PretrainedConfig, dtype: torch.dtype, world: World, ledger: Ledger
-) -> tuple[Engine | Pipeline, int]:
-    """This rank's part of the model in DeepSpeed's hands, and the parameters of the whole."""
+) -> tuple[Engine | Pipeline, dict[str, int]]:
+    """This rank's part of the model in DeepSpeed's hands, and the sizes of the whole."""
     check_layers(settings.checkpointing, config.get_text_config(decoder=True).num_hidden_layers)
     asked, cpu = (settings.model, config, dtype), torch.device("cpu")
     if world.stages == 1:
         built = model.build(*asked, cpu, settings.seed, world.rehearsed)
-        parameters = model.count(built)  # before ZeRO-3 leaves them empty
-        return Engine(settings, world, ledger, built), parameters
+        sizes = model.sizes(built)  # before ZeRO-3 leaves them empty
+        return Engine(settings, world, ledger, built), sizes
     split = split_of(settings, config)
     part = stage.build(*asked, cpu, settings.seed, ranges(split)[world.stage], world.rehearsed)
     whole = weights.outline(config, dtype, settings.model.attention)
-    return Pipeline(settings, world, ledger, part, whole, split), model.count(whole)
+    return Pipeline(settings, world, ledger, part, whole, split), model.sizes(whole)
 
 
 def identity(settings: Settings, world: World) -> dict[str, Any]:

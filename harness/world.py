@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from harness.knobs import Refusal
 
@@ -35,10 +35,10 @@ class World:
     rehearsed: bool = False  # the others do not exist
     target: str = ""  # the kind of device whose bytes are wanted, where it is not this one
     stages: int = 1  # of a pipeline; the ranks of a stage follow each other, as in DeepSpeed's topology
-    tensor: int = 1  # ranks that share each layer; they are neighbours, so on one node where that has enough
+    tensor: int = 1  # ranks that share each layer; they follow each other
     mesh: DeviceMesh | None = field(
         default=None, compare=False
-    )  # those ranks; None where this one shares nothing
+    )  # of those that share this rank's; None: it has no group
     _turns: Iterator[int] = field(default_factory=count, compare=False)
 
     @property
@@ -58,8 +58,8 @@ class World:
 
     @property
     def stage(self) -> int:
-        """Which layers of the model this rank has."""
-        return self.rank // self.tensor // self.replicas
+        """Which part of the model this rank has."""
+        return self.rank // (self.replicas * self.tensor)
 
     @property
     def replica(self) -> int:
@@ -67,13 +67,13 @@ class World:
         return self.rank // self.tensor % self.replicas
 
     @property
-    def shard(self) -> int:
-        """Which part of each layer it has."""
+    def share(self) -> int:
+        """Which of the parts of each layer it has."""
         return self.rank % self.tensor
 
     def at_stage(self, stage: int) -> int:
-        """The rank that has `stage` of this rank's replica, and the same part of each layer."""
-        return (stage * self.replicas + self.replica) * self.tensor + self.shard
+        """The rank that has `stage` of this rank's replica, and its part of each layer."""
+        return (stage * self.replicas + self.replica) * self.tensor + self.share
 
     @property
     def kind(self) -> str:
@@ -128,8 +128,8 @@ def environment() -> tuple[int, int, int]:
 def connected(device: str, timeout: float, stages: int = 1, tensor: int = 1) -> Iterator[World]:
     """Join torchrun's process group, or make a group of one that opens no port; leave it at the end.
 
-    `stages` x `tensor` must divide its size. `timeout` is in seconds; a rank that died is noticed at once, by its closed
-    connections, and not by it.
+    `stages` times `tensor` must divide its size. `timeout` is in seconds; a rank that died is noticed at once, by its
+    closed connections, and not by it.
     Raises Refusal for a device that is not there.
     """
     rank, size, local_rank = environment()
@@ -144,27 +144,27 @@ def connected(device: str, timeout: float, stages: int = 1, tensor: int = 1) -> 
             backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout)
         )
         try:
-            mesh = neighbours(where.type, tensor)
-            world = World(rank, size, local_rank, where, stages=stages, tensor=tensor, mesh=mesh)
+            world = World(
+                rank,
+                size,
+                local_rank,
+                where,
+                stages=stages,
+                tensor=tensor,
+                mesh=group_of(tensor, size, where),
+            )
             yield replace(world, members=tuple(world.gather((socket.gethostname(), os.getpid()))))
         finally:
             dist.destroy_process_group()
 
 
-def neighbours(device: str, tensor: int) -> DeviceMesh | None:
-    """The `tensor` ranks of which this is one that share their layers; None where it is one."""
+def group_of(tensor: int, size: int, device: torch.device) -> DeviceMesh | None:
+    """This rank's group of `tensor` that follow each other, of `size` that all must ask; None where it is alone."""
     if tensor == 1:
         return None
-    group, _ = dist.new_subgroups(tensor)
-    return DeviceMesh.from_group(group, device, mesh_dim_names=(unlike_others(),))
-
-
-_meshes = count()
-
-
-def unlike_others() -> str:
-    """A name for a mesh: DTensors remember by mesh for as long as the process lives, and go by its ranks and name."""
-    return f"tensor{next(_meshes)}"
+    return init_device_mesh(device.type, (size // tensor, tensor), mesh_dim_names=("replica", "tensor"))[
+        "tensor"
+    ]
 
 
 @contextmanager

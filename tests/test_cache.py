@@ -14,7 +14,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from harness.cache import kv_bytes, kv_bytes_per_token, make
+from harness.cache import kv_bytes, kv_bytes_per_token, layer_bytes_per_token, make
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64,
@@ -50,8 +50,10 @@ def show(config: PretrainedConfig, kind: str, dtype: torch.dtype, tokens: int = 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_dynamic_cache_holds_what_the_formula_says(shape: str, dtype: torch.dtype) -> None:
     config = SHAPES[shape]
+    token = kv_bytes_per_token(config, dtype)
+    assert token is not None
     held = kv_bytes(show(config, "dynamic", dtype))
-    assert held.reserved == held.filled == held.live == BATCH * SHOWN * kv_bytes_per_token(config, dtype)
+    assert held.reserved == held.filled == held.live == BATCH * SHOWN * token
     assert held.per_token == kv_bytes_per_token(config, dtype)
 
 
@@ -62,7 +64,8 @@ def test_a_static_cache_reserves_its_whole_length_and_fills_what_was_shown(
 ) -> None:
     config = SHAPES[shape]
     held = kv_bytes(show(config, "static", dtype))
-    per_token, counters = kv_bytes_per_token(config, dtype), 8 * config.num_hidden_layers
+    layers = config.num_hidden_layers
+    per_token, counters = layers * layer_bytes_per_token(config, dtype), 8 * layers
     assert held.reserved == BATCH * ROOM * per_token + counters
     assert held.filled == held.live == BATCH * SHOWN * per_token
 
@@ -92,7 +95,7 @@ def test_the_formula_gives_published_figures(config: PretrainedConfig, expected:
 def test_padding_is_filled_but_not_live(kind: str) -> None:
     config = SHAPES["grouped"]
     held = kv_bytes(show(config, kind, torch.float32), rows=[SHOWN, 3])
-    per_token = kv_bytes_per_token(config, torch.float32)
+    per_token = config.num_hidden_layers * layer_bytes_per_token(config, torch.float32)
     assert held.filled == BATCH * SHOWN * per_token
     assert held.live == (SHOWN + 3) * per_token
 
@@ -106,6 +109,7 @@ def test_keys_and_values_that_are_views_reserve_all_that_they_pin() -> None:
     pinned = kv_bytes(cache)
     assert 2 * pinned.reserved == 3 * plain.reserved
     assert (pinned.filled, pinned.live) == (plain.filled, plain.live)
+    assert (plain.pinned, pinned.pinned) == (0, plain.reserved // 2)
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
@@ -113,7 +117,8 @@ def test_a_sliding_window_keeps_less_than_was_shown(kind: str) -> None:
     config = MistralConfig(num_key_value_heads=2, sliding_window=4, **SIZES)
     held = kv_bytes(show(config, kind, torch.float32), rows=[SHOWN, 2])
     kept = {"dynamic": 3, "static": 4}[kind]  # beside the newest, or with it
-    per_token = kv_bytes_per_token(config, torch.float32)
+    per_token = config.num_hidden_layers * layer_bytes_per_token(config, torch.float32)
+    assert kv_bytes_per_token(config, torch.float32) is None  # no token takes so much for good
     assert held.positions == BATCH * SHOWN
     assert held.filled == BATCH * kept * per_token
     assert held.live == (kept + 2) * per_token
@@ -129,5 +134,5 @@ def test_a_cache_that_was_shown_nothing_has_no_figure_per_token(kind: str) -> No
 
 def test_no_cache_is_none_and_an_unknown_kind_is_an_error() -> None:
     assert make("none", SHAPES["grouped"], ROOM) is None
-    with pytest.raises(ValueError, match=r"'paged'.*dynamic, static, none"):
+    with pytest.raises(ValueError, match=r"'paged'.*dynamic, static, quantized, offloaded, none"):
         make("paged", SHAPES["grouped"], ROOM)

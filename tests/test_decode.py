@@ -8,8 +8,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig, Qwen3Config
 
-from harness.cache import kv_bytes_per_token, make
-from harness.decode import decode_n_tokens, draws, generate, greedy, pad_left, prefill, sampler
+from harness.cache import layer_bytes_per_token, make
+from harness.clock import Marks
+from harness.decode import decode_n_tokens, draws, generate, greedy, pad_left, prefill, sampler, shown_to
 from harness.ledger import Ledger
 
 SIZES: dict[str, Any] = {
@@ -161,9 +162,10 @@ class Waits(TorchDispatchMode):
 def test_decoding_reads_no_value_back(cache: str, prompts: list[list[int]]) -> None:
     model = build()
     batch, held = pad_left(prompts, NEW, (), CPU), make(cache, model.config, 11 + NEW)
-    prefill(model, batch, held, greedy)
+    show = shown_to(model, held)
+    prefill(show, batch, greedy)
     with Waits() as waits:
-        decode_n_tokens(model, batch, held, greedy)
+        decode_n_tokens(show, batch, held is not None, greedy, Marks(CPU))
     assert waits.count == 0
 
 
@@ -175,9 +177,10 @@ def places(cache: Any) -> list[int]:
 def test_a_static_cache_stays_where_it_is() -> None:
     model = build()
     batch, held = pad_left(PADDED, NEW, (), CPU), make("static", model.config, 11 + NEW)
-    prefill(model, batch, held, greedy)
+    show = shown_to(model, held)
+    prefill(show, batch, greedy)
     before = places(held)
-    decode_n_tokens(model, batch, held, greedy)
+    decode_n_tokens(show, batch, True, greedy, Marks(CPU))
     assert places(held) == before != []
 
 
@@ -187,6 +190,34 @@ def test_prompts_are_padded_on_the_left_and_positions_count_real_tokens() -> Non
     assert batch.mask is not None
     assert batch.mask.tolist() == [[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]]
     assert batch.positions.tolist() == [[0, 1, 2, 3, 4], [0, 0, 0, 1, 2]]
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_a_sequence_gets_as_many_tokens_as_it_asked_for(cache: str) -> None:
+    model, most = build(), [3, NEW, 1, 7]
+    whole = ours(model, PADDED, cache=cache)
+    made = generate(model, PADDED, most, cache=cache, ledger=Ledger(mode="off"))
+    assert made.tokens == [row[:limit] for row, limit in zip(whole, most, strict=True)]
+    assert [len(moments) for moments in made.moments] == most
+    assert made.computed == len(PADDED) * NEW  # all wait for the last
+
+
+def test_a_batch_ends_when_each_has_ended_or_has_all_it_asked_for() -> None:
+    model = build()
+    (long, _), most = ours(model, EVEN), [NEW, 4]
+    end = long[8]
+    assert end not in long[:8]
+    made = generate(model, EVEN, most, eos=[end], ledger=Ledger(mode="off"))
+    assert [len(row) for row in made.tokens] == [9, 4]
+    assert made.computed == 2 * 9
+
+
+def test_moments_of_tokens_follow_each_other() -> None:
+    made = generate(build(), PADDED, NEW, ledger=Ledger(mode="off"))
+    for moments in made.moments:
+        assert list(moments) == sorted(moments)
+        assert moments[0] >= made.began
+    assert made.moments[0][-1] <= made.began + made.prefill_seconds + made.decode_seconds
 
 
 def test_a_batch_without_padding_needs_no_mask() -> None:
@@ -265,7 +296,10 @@ def test_the_books_of_generation_close_and_its_cache_is_named(cache: str, dtype:
         assert ledger.categories["kv_cache"].peak == 0
         return
     assert made.kv is not None
-    layers, per_token = model.config.num_hidden_layers, kv_bytes_per_token(model.config, dtype)
+    layers, per_token = (
+        model.config.num_hidden_layers,
+        model.config.num_hidden_layers * layer_bytes_per_token(model.config, dtype),
+    )
     shown = max(map(len, PADDED)) + NEW - 1
     if cache == "static":
         assert made.kv.reserved == len(PADDED) * shown * per_token + 8 * layers
@@ -290,7 +324,7 @@ def test_live_bytes_leave_out_padding_and_what_follows_an_end(cache: str) -> Non
     model = build()
     ends = [ours(model, PADDED)[0][4]]
     made = generate(model, PADDED, NEW, cache=cache, eos=ends, ledger=Ledger(mode="off"))
-    per_token = kv_bytes_per_token(model.config, torch.float32)
+    per_token = model.config.num_hidden_layers * layer_bytes_per_token(model.config, torch.float32)
     kept = [
         len(prompt) + len(new) - (len(new) == NEW)  # the last of a full row is never shown to the model
         for prompt, new in zip(PADDED, made.tokens, strict=True)

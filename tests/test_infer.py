@@ -10,8 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, LlamaConfig
 
 from harness import infer
-from harness.cache import KvBytes
-from harness.infer import Share, Timing, performance, share_of, shown
+from harness.infer import share_of, shown
 from harness.ledger import Ledger
 from harness.prompts import Prompt, find
 from harness.record import Output
@@ -186,14 +185,24 @@ def test_the_record_gets_counts_and_kv_bytes(inferred: Infer) -> None:
         "prompts": len(PROMPTS),
         "prompt_tokens": sum(tokens),
         "new_tokens": NEW * len(PROMPTS),
+        "unasked_tokens": 0,
+        "padding_tokens": len(PROMPTS) * max(tokens) - sum(tokens),
         "cache": "dynamic",
         "kv_bytes_per_token": PER_TOKEN,
         "kv_bytes_per_token_measured": PER_TOKEN,
         "kv_reserved": len(PROMPTS) * shown * PER_TOKEN,
         "kv_filled": len(PROMPTS) * shown * PER_TOKEN,
         "kv_live": sum(length + NEW - 1 for length in tokens) * PER_TOKEN,
+        "kv_pinned": 0,
+        "kv_state": 0,
+        "kv_host": 0,
+        "attention_flops_per_position": 4 * LAYERS * 64,
     }
-    assert all(figure > 0 for figure in done["performance"].values())
+    speed = done["performance"]
+    assert speed.pop("compile_seconds") is None
+    for told in speed.pop("latency").values():
+        assert 0 < told["p50"] <= told["p95"] <= told["p99"]
+    assert all(figure > 0 for figure in speed.values())
 
 
 def test_kv_figures_are_null_where_nothing_is_cached(inferred: Infer) -> None:
@@ -235,7 +244,7 @@ def test_a_prompt_that_is_too_long_leaves_what_was_there(inferred: Infer, tmp_pa
 def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path: Path) -> None:
     file = tmp_path / "generations.jsonl"
     file.write_text("before\n")
-    prompts = [Prompt("a", [100], "generation.prompt", "a", "prompt 1")] * 2
+    prompts = [Prompt("a", [100], 1, "generation.prompt", "a", "prompt 1")] * 2
     with pytest.raises(TypeError):
         infer.write(file, prompts, [[1], [2]], ["one", object()])  # type: ignore[list-item]
     assert file.read_text() == "before\n"
@@ -243,7 +252,7 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path: Path) -> None:
 
 def test_texts_with_line_breaks_of_any_kind_stay_on_one_line(tmp_path: Path) -> None:
     file, text = tmp_path / "generations.jsonl", "a\nb\u2028c\x85d\x0ce\ud800"
-    infer.write(file, [Prompt(text, [100], "generation.prompt", text, "prompt 1")], [[1]], [text])
+    infer.write(file, [Prompt(text, [100], 1, "generation.prompt", text, "prompt 1")], [[1]], [text])
     (line,) = file.read_text().splitlines()
     assert json.loads(line)["text"] == json.loads(line)["prompt"] == text
 
@@ -251,26 +260,3 @@ def test_texts_with_line_breaks_of_any_kind_stay_on_one_line(tmp_path: Path) -> 
 def test_what_is_shown_is_one_line_without_control_characters() -> None:
     assert shown("a\tb\n\x1b[31mż") == r"'a\tb\n\x1b[31mż'"
     assert shown("x" * 200, width=10) == "'" + "x" * 10 + "'..."
-
-
-def test_rates_add_up_over_ranks_and_leave_out_batches_that_an_exact_ledger_slowed() -> None:
-    slow, fast = Timing(2, 20, 12, 10.0, 10.0), Timing(2, 20, 12, 1.0, 2.0)
-    two_ranks = [Share(timings=[slow, fast]), Share(timings=[slow, fast]), Share()]
-    assert performance(two_ranks, exact=1) == {
-        "tokens_per_second": 2 * 12 / 3,
-        "prefill_tokens_per_second": 2 * 20 / 1,
-        "decode_tokens_per_second": 2 * 10 / 2,
-        "time_to_first_token_seconds": 1.0,
-        "generation_seconds": 23.0,
-    }
-    assert performance([Share(timings=[slow])], exact=1)["tokens_per_second"] == 12 / 20
-
-
-def test_the_largest_cache_is_the_one_told() -> None:
-    small, large = KvBytes(10, 8, 6, 2), KvBytes(20, 18, 16, 9)
-    assert infer.largest([Share(kv=[small, large]), Share(kv=[small]), Share()]) == {
-        "kv_bytes_per_token_measured": 2,
-        "kv_reserved": 20,
-        "kv_filled": 18,
-        "kv_live": 16,
-    }

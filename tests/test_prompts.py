@@ -25,8 +25,8 @@ def given(file: Path) -> list[Prompt]:
     return find(Settings(mode="infer", generation=Generation(prompts=str(file))), BYTES)
 
 
-def prompt(length: int, place: str = "line 3") -> Prompt:
-    return Prompt("a" * length, [100] * length, "generation.prompts", "file.txt", place)
+def prompt(length: int, place: str = "line 3", most: int = 1) -> Prompt:
+    return Prompt("a" * length, [100] * length, most, "generation.prompts", "file.txt", place)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_text_leaves_out_what_has_none() -> None:
 
 
 def test_a_prompt_that_just_fits_is_taken() -> None:
-    check([prompt(24)], LlamaConfig(max_position_embeddings=32), 8)
+    check([prompt(24, most=8)], LlamaConfig(max_position_embeddings=32))
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_a_prompt_that_is_too_long_is_refused_by_line_length_and_limit(
     length: int, new: int, remedy: str
 ) -> None:
     with pytest.raises(Refusal) as refused:
-        check([prompt(length)], LlamaConfig(max_position_embeddings=32), new)
+        check([prompt(length, most=new)], LlamaConfig(max_position_embeddings=32))
     assert str(refused.value) == (
         f"generation.prompts=file.txt: line 3 is {length} tokens, {length + new} with the new ones, "
         f"and the model allows 32 (max_position_embeddings); {remedy}"
@@ -126,19 +126,18 @@ def test_the_prompt_that_is_too_long_is_the_one_named() -> None:
         check(
             [prompt(2, "line 1"), prompt(40, "line 7"), prompt(2, "line 8")],
             LlamaConfig(max_position_embeddings=32),
-            4,
         )
 
 
 def test_a_model_without_a_limit_takes_any_length() -> None:
-    check([prompt(5000)], BloomConfig(), 8)
+    check([prompt(5000)], BloomConfig())
 
 
 def test_a_prompt_without_tokens_is_refused() -> None:
     with pytest.raises(Refusal, match="line 3 has no tokens"):
-        check([prompt(0)], LlamaConfig(), 8)
+        check([prompt(0)], LlamaConfig())
 
 
 def test_a_token_that_the_model_does_not_know_is_refused() -> None:
     with pytest.raises(Refusal, match=r"line 3 has token 100, and the model knows 100; .*data\.tokenizer="):
-        check([prompt(1)], LlamaConfig(vocab_size=100), 8)
+        check([prompt(1)], LlamaConfig(vocab_size=100))

@@ -5,7 +5,8 @@ import pytest
 from harness import infer
 from harness.cache import KvBytes, of_groups, of_stages
 from harness.decode import turns
-from harness.infer import Share, Timing, cut, idleness, of_replicas
+from harness.infer import cut
+from harness.speed import Share, Timing, idleness, of_replicas
 
 
 @pytest.mark.parametrize("groups", range(1, 9))

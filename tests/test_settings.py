@@ -219,6 +219,23 @@ def test_a_number_out_of_its_range_is_refused_by_its_key(words: str) -> None:
         ("mode=infer generation.top_k=5", "generation.top_k=5", "generation.sample=true"),
         ("mode=infer generation.top_p=0.5", "generation.top_p=0.5", "generation.sample=true"),
         ("mode=infer generation.prompts=/nowhere", "generation.prompts=/nowhere", "no such file"),
+        ("mode=infer generation.workload=/nowhere", "generation.workload=/nowhere", "no such file"),
+        (
+            "mode=infer generation.prompt=a generation.workload=/nowhere",
+            "generation.prompt=[a]",
+            "either it or generation.workload=",
+        ),
+        (
+            "mode=infer generation.prompt=a generation.lengths=skewed",
+            "generation.lengths=skewed",
+            "leave out generation.prompt=",
+        ),
+        ("mode=infer generation.compile=true", "generation.compile=true", "add generation.cache=static"),
+        (
+            "mode=infer generation.compile=true generation.cache=static pipeline.stages=2",
+            "generation.compile=true",
+            "use pipeline.stages=1",
+        ),
         (
             "mode=infer generation.prompts=/nowhere generation.prompt=a",
             "generation.prompts=/nowhere",

@@ -17,8 +17,20 @@ if TYPE_CHECKING:
     from harness.ledger.ledger import Ledger
     from harness.ledger.log import Where
     from harness.ledger.timeline import Books, Category, Peak, Phase
+    from harness.ledger.work import Work
 
-__all__ = ["CATEGORIES", "Books", "Category", "CpuAllocator", "Forwards", "Ledger", "Peak", "Phase", "Where"]
+__all__ = [
+    "CATEGORIES",
+    "Books",
+    "Category",
+    "CpuAllocator",
+    "Forwards",
+    "Ledger",
+    "Peak",
+    "Phase",
+    "Where",
+    "Work",
+]
 
 _ROOMS = {
     "Books": "timeline",
@@ -29,6 +41,7 @@ _ROOMS = {
     "Peak": "timeline",
     "Phase": "timeline",
     "Where": "log",
+    "Work": "work",
 }
 
 

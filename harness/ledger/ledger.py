@@ -1,8 +1,9 @@
 """`Ledger`: owners and phases in, peaks and books out."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
+from time import time_ns
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -10,18 +11,21 @@ import torch
 from harness.ledger import owners
 from harness.ledger.allocator import CpuAllocator, CudaAllocator
 from harness.ledger.categories import CATEGORIES
+from harness.ledger.clock import Times
 from harness.ledger.forwards import Forwards, in_flight
-from harness.ledger.log import RANK, Log, Where, device_of, parts_of
+from harness.ledger.log import RANK, Event, Log, Operator, Where, device_of, tensors_in
 from harness.ledger.observers import (
     Modules,
     in_backward,
     leaving_out_shapes,
     settle,
+    watch_moves,
     watching_checkpoints,
     watching_saved,
     watching_steps,
 )
 from harness.ledger.timeline import Books, Category, Peak, Phase, at_allocator_peak, replay
+from harness.ledger.work import Work
 
 MODES = ("exact", "phases", "off")
 HELD = ("parameters", "gathered", "gradients", "optimizer", "kv_cache", "communication")
@@ -79,10 +83,10 @@ class Ledger:
         self._settle = settle_collectives
         self.exact = False  # whether every tensor is being seen now
         self.device = device or _device_of(model)
-        self._log = Log(self.device, block)
+        self._log, self._times = Log(self.device, block), Times(self.device == "cuda")
         self._modules = Modules(self._log, self._forward_begins, self._forward_ends)
         self._allocator = (CudaAllocator if self.device == "cuda" else CpuAllocator)() if allocator else None
-        self._instruments = ExitStack()
+        self._seeing, self._instruments = ExitStack(), ExitStack()
         self._owners: dict[int, Claims] = {}
         self._caches: dict[int, Claims] = {}
         self._models: list[torch.nn.Module] = []
@@ -126,6 +130,8 @@ class Ledger:
             self._engine = engine
             self._owners[id(engine)] = partial(owners.engine_claims, engine)
         if cache is not None:
+            if id(cache) not in self._caches and getattr(cache, "offloading", False):
+                watch_moves(cache, self.claim)
             self._caches[id(cache)] = partial(owners.cache_claims, cache)
         self._walk()
 
@@ -180,13 +186,17 @@ class Ledger:
         self.begins(step)
         before, module, told = self._log.where, self._log.module, self._told
         self._told = True
-        self._enter(Where(step, name, micro_batch))
+        here = Where(step, name, micro_batch)
+        self._enter(here)
+        began = None if self.exact else self._times.moment()
         try:
             yield
         except BaseException:
             self._broke = self._broke or self._log.where
             raise
         finally:
+            if began is not None:
+                self._times.add(here, began)
             if again:
                 self._enter(before)
             else:
@@ -228,7 +238,8 @@ class Ledger:
         """
         held: dict[int, tuple[str, int]] = {}
         for claims in (*self._owners.values(), *self._caches.values()):
-            for category, tensor in ((c, part) for c, _, whole in claims() for part in parts_of(whole)):
+            named = ((category, part) for category, _, held_by in claims() for part in tensors_in(held_by))
+            for category, tensor in named:
                 if device_of(tensor) != self.device:
                     continue
                 storage = tensor.untyped_storage()
@@ -244,13 +255,13 @@ class Ledger:
             self._account.phases.append(Phase(where, None, end, totals))
 
     def _forward_begins(self) -> None:
-        where = self._log.where
-        if self._told:
-            return
-        step = where.step + 1 if self._stepped else where.step
-        first = self._stepped or where.phase == "idle"
-        self._stepped = False
-        self._turn(Where(step, "forward", 0 if first else where.micro_batch + 1))
+        if not self._told:
+            where = self._log.where
+            step = where.step + 1 if self._stepped else where.step
+            first = self._stepped or where.phase == "idle"
+            self._stepped = False
+            self._turn(Where(step, "forward", 0 if first else where.micro_batch + 1))
+        self._log.work.passed()
 
     def _forward_ends(self) -> None:
         for claims in self._caches.values():
@@ -284,7 +295,31 @@ class Ledger:
         if not self.exact:
             return self._account
         events = list(self._log.events)
-        return Account(*replay(events), Books(), in_flight(events))
+        return Account(*self._replay(events), Books(), in_flight(events))
+
+    def _replay(self, events: list[Event]) -> tuple[Peak, dict[str, Category], list[Phase]]:
+        peak, categories, phases = replay(events)
+        for phase in phases:
+            phase.work = self._log.work.of(phase.where)
+        return peak, categories, phases
+
+    # -- what was done -----------------------------------------------------------------------------------------
+
+    def work(self) -> dict[Where, Work]:
+        """What was done so far, by where; nothing while that is not seen."""
+        return self._log.work.all() if self.exact else {}
+
+    def fill_in(self, where: Where, work: Work | None) -> None:
+        """Count `work` as done in `where`, by a caller that knows what it left out; None: it does not."""
+        self._log.work.add(where, work)
+
+    def seconds(self) -> dict[str, dict[int, float]]:
+        """What each phase took by step, over its micro-batches, where nothing slowed it. Waits for the device."""
+        return self._times.by_phase()
+
+    def uncounted(self) -> AbstractContextManager[None]:
+        """Within it nothing counts as work: for what a run itself would not do."""
+        return self._log.work.off()
 
     @property
     def last_peak(self) -> Peak | None:
@@ -319,11 +354,37 @@ class Ledger:
         """The allocator's own peak, and what of it is unattributed."""
         return self.account().books
 
+    @contextmanager
+    def opaque(self, name: str, work: Work | None = None) -> Iterator[None]:
+        """Within it nobody sees but the allocator: a compiled program has no operators to see, and takes no hooks.
+
+        What it makes and lets go of is `kernel`, as one operator's scratch; what it leaves is named by owners, or when
+        an operator takes it. It counts as `work`, where its caller knows how much that is.
+        """
+        if not self.exact:
+            yield
+            return
+        log, began = self._log, time_ns()
+        log.work.add(log.where, work)
+        self._instruments.close()
+        try:
+            with log.blind():
+                yield
+        finally:
+            log.operators.append(Operator(began, time_ns(), log.where, log.module, name))
+            self._watch()
+
     def _begin(self) -> None:
         self.exact = True
         if self._allocator is not None:
             self._allocator.start()
         self._walk(base=True)
+        self._log.follow = self._follow
+        self._log.settle = settle if self._settle else None
+        self._seeing.enter_context(self._log)
+        self._watch()
+
+    def _watch(self) -> None:
         enter = self._instruments.enter_context
         enter(self._modules.watching())
         enter(watching_steps(self._optimizer_stepped))
@@ -332,16 +393,14 @@ class Ledger:
         enter(leaving_out_shapes())
         for model in self._models:
             self._hook_gradients(model)
-        self._log.follow = self._follow
-        self._log.settle = settle if self._settle else None
-        enter(self._log)
 
     def _finish(self) -> None:
         self._walk()
         self._instruments.close()
+        self._seeing.close()
         self.exact = False
         events, operators = self._log.events, self._log.operators
-        peak, categories, phases = replay(events)
+        peak, categories, phases = self._replay(events)
         books = Books()
         if isinstance(self._allocator, CudaAllocator):
             books = Books(self._allocator.source, self._allocator.highest())

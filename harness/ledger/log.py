@@ -7,13 +7,16 @@ shows its death when the storage object goes.
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from time import time_ns
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from harness.ledger.work import Counter
 
 PRECEDENCE = ("parameters", "optimizer", "communication", "gathered", "kv_cache", "gradients", "inputs")
 """Where two owners name one storage, the earlier word wins: a gradient that is a view of a bucket is the bucket."""
@@ -26,11 +29,10 @@ MADE_IN = {
 """What a storage is that nobody claims, by the phase that made it; any other phase is a forward's."""
 
 
-ALONE = ("send", "recv_", "recv_any_source_", "wait_tensor")
-"""Not all ranks do it: what passes a tensor on from one to another, which stays what it is, or only waits."""
-
 COLLECTIVES = ("c10d", "_c10d_functional")
-"""The namespaces of operators that ranks do together."""
+"""Namespaces of what ranks do together; the second gives new tensors back."""
+POINT_TO_POINT = ("send", "recv_", "recv_any_source_", "wait_tensor")
+"""What passes a tensor on from one rank to another, or waits for it: it stays what it is."""
 
 _DEVICE = torch.ops.prim.device.default
 
@@ -89,39 +91,25 @@ class _Death(weakref.ref):  # type: ignore[type-arg]
 
 
 def tensors_in(tree: Any) -> Iterator[torch.Tensor]:
-    """Every tensor in nested tuples, lists and dicts."""
+    """Every tensor in nested tuples, lists and dicts; of one that is made of others, those."""
     if isinstance(tree, torch.Tensor):
-        yield tree
+        if hasattr(tree, "__tensor_flatten__"):
+            for name in tree.__tensor_flatten__()[0]:
+                yield from tensors_in(getattr(tree, name))
+        else:
+            yield tree
         return
     for item in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, (tuple, list)) else ():
-        if isinstance(item, torch.Tensor):
-            yield item
-        elif isinstance(item, (tuple, list, dict)):
+        if isinstance(item, (torch.Tensor, tuple, list, dict)):
             yield from tensors_in(item)
 
 
-@cache
-def _wraps(kind: type) -> bool:
-    return hasattr(kind, "__tensor_flatten__")
+def shared(types: Iterable[type]) -> bool:
+    """Whether among these kinds of tensors is DTensor, which is this rank's part and the word of how ranks share it.
 
-
-def wrapped(types: Iterable[type]) -> bool:
-    """Whether among these kinds of tensors is one that is made of others (a DTensor: of this rank's shard).
-
-    A mode that leaves an operator on such to them is shown what they do with those within them.
+    A mode that leaves an operator on such to them is shown what they do with the parts.
     """
-    return any(map(_wraps, types))
-
-
-def parts_of(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """What has `tensor`'s storage: itself, or the tensors that it is made of."""
-    if _wraps(type(tensor)):
-        names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
-        for part in (getattr(tensor, name) for name in names):
-            if isinstance(part, torch.Tensor):
-                yield from parts_of(part)
-    else:
-        yield tensor
+    return any(issubclass(kind, DTensor) for kind in types)
 
 
 def device_of(tensor: torch.Tensor) -> str:
@@ -137,6 +125,7 @@ class Log(TorchDispatchMode):
         super().__init__()
         self.device, self.block = device, block
         self.where = Where(0, "idle", 0)
+        self.work = Counter(device_of, device, self.where)
         self.module = ""
         self.recomputing = False
         self.follow: Callable[[], None] | None = None  # called before each operator
@@ -155,13 +144,19 @@ class Log(TorchDispatchMode):
         super().__exit__(*exc)
         self._recording = False
 
+    @contextmanager
+    def blind(self) -> Iterator[None]:
+        """Within it operators are not seen, and what ends is still told."""
+        with _disable_current_modes():
+            yield
+
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         """Not to be wrapped against tracing: the wrapper costs as much as the log, and only a compiler needs it."""
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if types and wrapped(types):
+        if types and shared(types):
             return NotImplemented
         if func is _DEVICE and (fake := getattr(args[0], "fake_device", None)) is not None:
             return fake
@@ -171,12 +166,14 @@ class Log(TorchDispatchMode):
             self.follow()
         began = time_ns()
         out = func(*args, **kwargs) if kwargs else func(*args)
-        collective = func.namespace in COLLECTIVES and func.__name__.partition(".")[0] not in ALONE
+        together = func.namespace in COLLECTIVES
+        collective = together and func.__name__.partition(".")[0] not in POINT_TO_POINT
         if collective and self.settle is not None:
             self.settle(args)
         ended = time_ns()
         self.operators.append(Operator(began, ended, self.where, self.module, func.__name__))
-        if isinstance(out, torch.Tensor):
+        self.work.count(func, args, kwargs, out)
+        if type(out) is torch.Tensor:
             self.see(out, func.__name__, ended)
         elif out is not None:
             for tensor in tensors_in(out):
@@ -194,7 +191,7 @@ class Log(TorchDispatchMode):
 
     def see(self, tensor: torch.Tensor, op: str, now: int) -> Storage | None:
         """The record of `tensor`'s storage, made now if it was not known. None where it has none on this device."""
-        if _wraps(type(tensor)) or device_of(tensor) != self.device:
+        if device_of(tensor) != self.device:
             return None
         try:
             storage = tensor.untyped_storage()
@@ -252,11 +249,12 @@ class Log(TorchDispatchMode):
     def enter(self, where: Where) -> None:
         """From here on, what happens happens in `where`."""
         self.where = where
+        self.work.enter(where)
         self.events.append(Event(time_ns(), 0, None, where, self.module))
 
     def save(self, tensor: torch.Tensor) -> None:
         """Autograd keeps `tensor` for backward."""
-        for part in parts_of(tensor):
+        for part in tensors_in(tensor):
             record = self.see(part, "saved", time_ns())
             if record is not None and record.saved_at is None:
                 record.saved_at = time_ns()
@@ -264,7 +262,7 @@ class Log(TorchDispatchMode):
 
     def claim(self, category: str, name: str, tensor: torch.Tensor, base: bool = False) -> None:
         """`tensor`'s storage is `category`, for its whole life. `base`: it was there before the log began."""
-        for part in parts_of(tensor):
+        for part in tensors_in(tensor):
             record = self.see(part, "", time_ns())
             if record is None:
                 continue

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.utils.checkpoint
-from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -159,6 +158,24 @@ def watching_steps(stepped: Callable[[], None]) -> Iterator[None]:
         handle.remove()
 
 
+def watch_moves(cache: Any, claim: Callable[[str, str, torch.Tensor], None]) -> None:
+    """Let `cache`, whose layers come to the device one after another and leave it, name them while they are there."""
+    update = cache.update
+
+    def updated(keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        for number in (layer_idx, (layer_idx + 1) % max(1, len(cache.layers))):
+            for tensor in tensors_in(
+                [*vars(cache.layers[number]).values()] if number < len(cache.layers) else []
+            ):
+                claim("kv_cache", f"layers[{number}]", tensor)
+        made = update(keys, values, layer_idx, *args, **kwargs)
+        for tensor in tensors_in(made):
+            claim("kv_cache", f"layers[{layer_idx}]", tensor)
+        return made
+
+    cache.update = updated
+
+
 @contextmanager
 def leaving_out_shapes() -> Iterator[None]:
     """Let DTensors try an operator on fake tensors, to learn what it makes of whole ones, where no mode is shown them.
@@ -171,7 +188,7 @@ def leaving_out_shapes() -> Iterator[None]:
         with _disable_current_modes():
             return try_out(self, *arguments)
 
-    ShardingPropagator._propagate_tensor_meta_non_cached = unseen  # type: ignore[method-assign]
+    ShardingPropagator._propagate_tensor_meta_non_cached = unseen  # type: ignore[assignment, method-assign]
     try:
         yield
     finally:
@@ -184,11 +201,20 @@ def settle(arguments: Any) -> None:
     gloo's thread drops its references after the caller wakes, at a moment that no two runs share. A collective of
     no elements comes after it in the thread's queue. Point-to-point operators have no such pairing.
     """
-    group = None
     for argument in arguments:
-        if isinstance(argument, torch.ScriptObject) and "ProcessGroup" in str(argument._type()):
-            group = torch.distributed.ProcessGroup.unbox(argument)
-    if group is None and isinstance(arguments[-1], str):  # functional ones name theirs, last
-        group = _resolve_process_group(arguments[-1])
-    if group is not None:
-        group.allreduce([torch.empty(0)]).wait()
+        group = _group(argument)
+        if group is not None:
+            group.allreduce([torch.empty(0)]).wait()
+
+
+def _group(argument: Any) -> Any:
+    """The process group that `argument` is, or names; None where it is something else."""
+    if isinstance(argument, torch.ScriptObject) and "ProcessGroup" in str(argument._type()):
+        return torch.distributed.ProcessGroup.unbox(argument)
+    if isinstance(argument, str):
+        try:
+            named: Any = argument
+            return torch._C._distributed_c10d._resolve_process_group(named)
+        except RuntimeError:  # how to reduce
+            return None
+    return argument if isinstance(argument, torch.distributed.ProcessGroup) else None

@@ -101,7 +101,10 @@ def engine_claims(engine: Any) -> Iterator[Claim]:
 
 
 def cache_claims(cache: Any) -> Iterator[Claim]:
-    """A transformers cache's keys and values, layer by layer, and whatever else its layers hold."""
+    """A transformers cache's keys and values, layer by layer, and whatever else its layers hold; or all its pages."""
+    if not hasattr(cache, "layers"):  # a PagedAttentionCache has one storage, of which each layer has parts
+        yield "kv_cache", "cache_tensor", cache.cache_tensor
+        return
     for index, layer in enumerate(cache.layers):
         for attribute, value in vars(layer).items():
             for tensor in tensors_in(value):

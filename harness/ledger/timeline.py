@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from harness.ledger.allocator import Allocation
 from harness.ledger.categories import CATEGORIES
 from harness.ledger.log import Event, Operator, Storage, Where
+from harness.ledger.work import Work
 
 CLOCK_ERROR = 500
 """Nanoseconds by which the allocator's clock and the log's may disagree; far below the time between two operators."""
@@ -44,7 +45,10 @@ class Peak:
 
 @dataclass
 class Phase:
-    """A phase of a step: the most bytes alive within it and the bytes alive at its end. None: not measured."""
+    """A phase of a step: the most bytes alive within it, the bytes alive at its end, and what it had to do.
+
+    None: not measured.
+    """
 
     where: Where
     peak: int | None
@@ -52,6 +56,7 @@ class Phase:
     categories: dict[str, int | None]
     saved: int | None = None
     recomputed: int | None = None
+    work: Work | None = None
 
 
 @dataclass

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 
-from harness.ledger.log import tensors_in, wrapped
+from harness.ledger.log import shared, tensors_in
 
 _aten = torch.ops.aten
 
@@ -49,7 +49,7 @@ class Fakes(FakeTensorMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if types and wrapped(types):
+        if types and shared(types):
             return NotImplemented
         if func is _WAIT:
             return args[0]
@@ -57,7 +57,8 @@ class Fakes(FakeTensorMode):
             with in_kernel_invocation_manager(self):
                 return func(*args, **kwargs)
         device = None
-        if func in _KERNELS or func in _REMEMBERED:
+        made_of_others = any(hasattr(each, "__tensor_flatten__") for each in types)
+        if not made_of_others and (func in _KERNELS or func in _REMEMBERED):
             device = self._device(args, kwargs)
         if device is None:
             made = self.dispatch(func, types, args, kwargs)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from harness import infer, record, train
+from harness import infer, paged_proof, record, train
 from harness.ledger import Ledger
 from harness.model import model_config
 from harness.proof import prove
@@ -31,9 +31,12 @@ def rehearse(settings: Settings, rank: int) -> tuple[dict[str, Any], dict[str, A
     if stages > 1:
         prove(settings)
         done["pipeline"] = told(settings, split_of(settings, model_config(settings.model)))
+    paged_proof.prove(settings)
     with (
         warnings.catch_warnings(),
-        rehearsed(rank, size, "cuda" if target == "cuda" else "cpu", stages, settings.tensor) as world,
+        rehearsed(
+            rank, size, "cuda" if target == "cuda" else "cpu", stages, settings.tensor_parallel
+        ) as world,
     ):
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         ledger = Ledger(
@@ -48,7 +51,7 @@ def rehearse(settings: Settings, rank: int) -> tuple[dict[str, Any], dict[str, A
         except Exception as error:
             error.rehearsed = rank, ledger.where  # type: ignore[attr-defined]
             raise
-    return record.rank_record(ledger, rank, world.stage, world.shard), done
+    return record.rank_record(ledger, rank, world.stage, world.share), done
 
 
 @contextmanager

@@ -16,12 +16,13 @@ rehearsed.
 from bisect import bisect_left
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import NamedTuple, TypeVar
 
 import torch
 
-from harness import model, prompts, tensor, weights
+from harness import model, prompts, weights
 from harness.infer import batches
 from harness.settings import Settings
 from harness.split import ranges, split_of
@@ -52,9 +53,9 @@ class Role:
     outdone: bool = False
     """Whether it peaks no higher than a role of an earlier stage."""
 
-    def at(self, stage: int, ranks: int, told: str, outdone: bool) -> "Role":
-        """It, of the first ranks, as that of a later stage; each has so many `ranks`."""
-        first = stage * ranks
+    def at(self, stage: int, replicas: int, told: str, outdone: bool) -> "Role":
+        """It, of the first ranks, as that of a later stage."""
+        first = stage * replicas
         return Role(
             self.rank + first,
             tuple(rank + first for rank in self.stands_for),
@@ -69,27 +70,29 @@ class Role:
 def roles(settings: Settings) -> list[Role]:
     """The ranks to rehearse. Raises Refusal where the model cannot be read, or cut into so many stages."""
     stages = settings.pipeline.stages
-    ranks = (settings.world.size or 1) // stages  # of a stage
-    replicas = ranks // settings.tensor
+    apart = settings.tensor_parallel
+    replicas = (settings.world.size or 1) // (stages * apart)
     exports = settings.train.export and settings.train.steps < settings.ledger.steps
     cut = _cut(settings) if stages > 1 or _sharded(settings, replicas) else []
     shares = _shares(settings, replicas) if settings.mode == "infer" else []
-    parts = _parts(settings) if settings.mode == "infer" else []
     found = []
     for stage in range(stages):
         leads = exports and stage == 0
         if settings.mode == "infer":
-            keys = [Task(share, part) for share in shares for part in parts]
-            within = _alike(keys, _told, lambda task: _largest_batch(task.batches))
+            pieces = _pieces(settings, apart)
+            keys = [(batches, piece) for batches in shares for piece in pieces]
+            within = _alike(
+                keys, partial(_told_share, len(set(shares)) > 1), lambda key: _largest_batch(key[0])
+            )
         elif _sharded(settings, replicas):
             partitions = _partitions(cut[stage].sizes, settings.zero.stage, replicas)
             within = _outdone(partitions, leads, settings.zero.offload != "none")
         else:
-            first = [leads and replica == 0 for replica in range(replicas)]
-            within = _alike(first, lambda leading: EXPORTS if leading else "")
+            leading = [leads and replica == 0 for replica in range(replicas)]
+            within = _alike(leading, lambda first: EXPORTS if first else "")
         told = f"stage {stage} of {stages}, layers {cut[stage].told}" if stages > 1 else ""
         again = stage < stages - 1 and any(cut[stage].kinds == each.kinds for each in cut[1:stage])
-        found += [role.at(stage, ranks, told, again) for role in within]
+        found += [role.at(stage, replicas * apart, told, again) for role in within]
     return found
 
 
@@ -135,52 +138,65 @@ def _alike(
     return [Role(same[0], tuple(same), why=told(key), held=held(key)) for key, same in ranks.items()]
 
 
-class Task(NamedTuple):
-    """What decides the bytes of a rank that generates: its prompts' lengths by batch, and its part of each layer."""
-
-    batches: tuple[tuple[int, ...], ...]
-    part: tuple[int, ...]  # elements of each parameter; empty where ranks share none
+Batches = tuple[tuple[tuple[int, int], ...], ...]
+"""By batch, the tokens of each prompt and the most that may follow it."""
 
 
-def _told(task: Task) -> str:
-    elements = f"its part has {sum(task.part):,} parameters" if task.part else ""
-    return "; ".join(told for told in (_told_batches(task.batches), elements) if told)
+def _largest_batch(batches: Batches) -> int:
+    return max((len(batch) * sum(_room(batch)) for batch in batches), default=0)
 
 
-def _largest_batch(batches: tuple[tuple[int, ...], ...]) -> int:
-    return max((len(batch) * max(batch) for batch in batches), default=0)
+def _room(batch: tuple[tuple[int, int], ...]) -> tuple[int, int]:
+    """Columns of its prompts and of what follows."""
+    return max(length for length, _ in batch), max(most for _, most in batch)
 
 
-def _told_batches(batches: tuple[tuple[int, ...], ...]) -> str:
-    return (
-        "its batches are " + ", ".join(f"{len(b)} x {max(b)} tokens" for b in batches)
-        if batches
-        else "no prompt"
-    )
+def _told_batches(batches: Batches) -> str:
+    told = (f"{len(batch)} x {_room(batch)[0]} tokens" for batch in batches)
+    return f"its batches are {', '.join(told)}" if batches else "no prompt"
 
 
-def _shares(settings: Settings, size: int) -> list[tuple[tuple[int, ...], ...]]:
-    """By rank, the lengths of the prompts in each of the batches that are seen."""
-    tokenizer = model.tokenizer(settings.model, settings.data.tokenizer)
-    lengths = [len(prompt.tokens) for prompt in prompts.find(settings, tokenizer, rehearsed=True)]
+Piece = tuple[tuple[int, int], ...]
+"""Of each length that ranks cannot cut evenly, which it is, and how much of it one of them has."""
+
+
+def _pieces(settings: Settings, ranks: int) -> list[Piece]:
+    """By rank of a group that shares each layer, what sets its part of a layer apart: all but the last have as much."""
+    if ranks == 1:
+        return [()]
+    whole = weights.outline(model.model_config(settings.model), torch.bfloat16)
+    lengths = {length for parameter in whole.parameters() for length in parameter.shape if length % ranks}
+    most = {
+        length: -(-length // ranks) for length in sorted(lengths)
+    }  # as torch cuts: the last has what is left
     return [
-        tuple(tuple(batch) for batch in batches(lengths[rank::size], settings.generation.batch))[
-            : settings.ledger.steps
-        ]
-        for rank in range(size)
+        tuple((length, min(part, max(0, length - rank * part))) for length, part in most.items())
+        for rank in range(ranks)
     ]
 
 
-def _parts(settings: Settings) -> list[tuple[int, ...]]:
-    """By rank of those that share layers, the elements that it has of each parameter. Raises Refusal."""
-    if settings.tensor == 1:
-        return [()]
-    config = model.model_config(settings.model)
-    first, last = (tensor.sizes(config, settings.tensor, rank) for rank in (0, settings.tensor - 1))
-    if first == last:  # the last has least
-        return [first] * settings.tensor
-    between = [tensor.sizes(config, settings.tensor, rank) for rank in range(1, settings.tensor - 1)]
-    return [first, *between, last]
+def _told_share(apart: bool, key: tuple[Batches, Piece]) -> str:
+    """What sets a rank apart: its batches, where they are `apart`, and its part of what is not cut evenly."""
+    batches, piece = key
+    told = [_told_batches(batches)] if apart else []
+    if piece:
+        told.append(
+            "of what ranks cannot share evenly it has "
+            + ", ".join(f"{mine} of {all_}" for all_, mine in piece)
+        )
+    return "; ".join(told)
+
+
+def _shares(settings: Settings, size: int) -> list[Batches]:
+    """By rank, the lengths of the prompts in each of the batches that are seen, and of what follows them."""
+    tokenizer = model.tokenizer(settings.model, settings.data.tokenizer)
+    found = prompts.find(settings, tokenizer, rehearsed=True)
+    lengths = [(len(prompt.tokens), prompt.most) for prompt in found]
+    seen = settings.ledger.steps if settings.generation.batching == "static" else None
+    return [
+        tuple(tuple(batch) for batch in batches(lengths[rank::size], settings.generation.batch))[:seen]
+        for rank in range(size)
+    ]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,10 @@ from harness.rehearsal.pool import progress, workers
 from harness.rehearsal.roles import Role, roles
 from harness.settings import Settings
 
-MEASURED = ("kv_bytes_per_token_measured", "kv_reserved", "kv_filled", "kv_live")
+MEASURED = (
+    *("kv_bytes_per_token_measured", "kv_reserved", "kv_filled", "kv_live"),
+    *("kv_pinned", "kv_state", "kv_host"),
+)
 """Figures that `infer.largest` has of one rank's own layers."""
 
 
@@ -36,6 +39,16 @@ def _differences(settings: Settings) -> Iterator[str]:
         yield "weights are made and not read: while a real run reads them, in setup, it holds one parameter twice"
     if settings.mode == "infer" and settings.generation.stop_at_eos:
         yield "no sequence ends early: generation goes on to generation.max_new_tokens"
+    if (
+        settings.mode == "infer"
+        and settings.generation.cache == "quantized"
+        and settings.generation.cache_bits < 8
+    ):
+        yield "packed elements are unpacked by several operators, where a run's kernel does it in one"
+    if settings.mode == "infer" and settings.generation.compile:
+        yield "the decoding step is not compiled: what its program needs beside the cache is its compiler's choice"
+    if settings.mode == "train" and settings.train.clip and settings.pipeline.stages > 1:
+        yield "no gradient has a norm: where a real one is above train.clip, gradients may be moved once more"
     if settings.mode == "train":
         yield "no text is read: where a real run's data ends and begins anew, it has no next batch at hand"
 
@@ -62,21 +75,21 @@ def rehearse(settings: Settings) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         for role in wanted
     ]
     assert settings.world.size is not None
-    replicas = settings.world.size // (settings.pipeline.stages * settings.tensor)
-    by_replica: dict[int, list[dict[str, Any]]] = {}
+    apart = settings.tensor_parallel
+    replicas = settings.world.size // (settings.pipeline.stages * apart)
+    by_replica: dict[int, dict[int, dict[str, Any]]] = {}
     for role in wanted:
-        mine = [rank // settings.tensor % replicas for rank in role.stands_for]
-        by_replica.setdefault(mine[0], []).extend(found[role.rank][1] for each in mine if each == mine[0])
-    return ranks, max(map(_whole, by_replica.values()), key=_cached)
+        by_replica.setdefault(role.rank // apart % replicas, {}).setdefault(role.stage, found[role.rank][1])
+    return ranks, max((_whole([*stages.values()], apart) for stages in by_replica.values()), key=_cached)
 
 
-def _whole(ranks: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the ranks of a replica say of it: its KV cache is all of theirs."""
-    told = [done["inference"] for done in ranks if "inference" in done]
+def _whole(stages: list[dict[str, Any]], apart: int) -> dict[str, Any]:
+    """What the stages of a replica say of it: its KV cache is all of theirs, each of `apart` ranks with as many heads."""
+    told = [done["inference"] for done in stages if "inference" in done]
     if not told:
-        return ranks[0]
-    held = {key: sum(each[key] for each in told) for key in MEASURED if told[0][key] is not None}
-    return {**ranks[0], "inference": {**told[0], **held}}
+        return stages[0]
+    held = {key: apart * sum(each[key] for each in told) for key in MEASURED if told[0][key] is not None}
+    return {**stages[0], "inference": {**told[0], **held}}
 
 
 def balanced(settings: Settings) -> Settings:

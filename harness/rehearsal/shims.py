@@ -198,6 +198,33 @@ def data_with_device(original: Any) -> Any:
     return property(original.__get__, put)
 
 
+class Stream:
+    """What a cache that moves layers between devices does its copies in: here all is done in order."""
+
+    def wait_stream(self, stream: Any) -> None:
+        """What it waits for is done."""
+
+    def __enter__(self) -> "Stream":
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        """Nothing is to be put back."""
+
+
+def streams(original: Original) -> Original:
+    """`torch.Stream`."""
+    return Stream
+
+
+def no_streams(original: Original) -> Original:
+    """`torch.cuda.default_stream`."""
+
+    def stand_in(device: Any = None) -> Stream:
+        return Stream()
+
+    return stand_in
+
+
 ACCELERATOR = "deepspeed.accelerator.cpu_accelerator.CPU_Accelerator"
 ZERO12 = "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer"
 ZERO3 = "deepspeed.runtime.zero"
@@ -258,6 +285,8 @@ GPU_SHIMS = (
     Shim(ACCELERATOR, "current_device_name", TWO_DEVICES, on_current_gpu),
     Shim(ACCELERATOR, "on_accelerator", TWO_DEVICES, is_on_gpu),
     Shim("torch", "tensor", TWO_DEVICES, moved),
+    Shim("torch", "Stream", "there is no GPU that would have one", streams),
+    Shim("torch.cuda", "default_stream", "there is no GPU that would have one", no_streams),
     Shim("torch._subclasses.fake_tensor.FakeTensor", "data", TWO_DEVICES, data_with_device),
 )
 
@@ -298,9 +327,11 @@ def _find(path: str) -> Any:
 
 
 def _check(shim: Shim, original: Any, replacement: Original) -> None:
-    """Raise where what is replaced is gone or takes other arguments; a function in C does not say which it takes."""
+    """Raise where what is replaced is gone or takes other arguments; a function in C does not say which it takes,
+    nor does a class."""
     if (
         inspect.isbuiltin(original)
+        or inspect.isclass(original)
         or inspect.ismethoddescriptor(original)
         or inspect.isdatadescriptor(original)
     ):

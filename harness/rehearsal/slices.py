@@ -107,7 +107,8 @@ def reduce_scattered(original: Original) -> Original:
         mine = flat.narrow(0, rank * sum(chunks), sum(chunks))
         comm.reduce_scatter_fn(mine, flat, group=group)
         if flat.device == torch.device("cpu"):
-            flat.clone()  # gloo reduces a copy, which it frees when it is done; NCCL needs none
+            # gloo reduces a copy, which it frees when it has taken this rank's slice out of it; NCCL needs none
+            mine.copy_(torch.empty_like(flat).narrow(0, rank * sum(chunks), sum(chunks)))
         made, offset = [], 0
         for tensor, chunk in zip(tensors, chunks, strict=True):
             length = max(0, min(chunk, tensor.numel() - rank * chunk))

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.weak import WeakIdKeyDictionary
 
-from harness.ledger.log import COLLECTIVES, tensors_in, wrapped
+from harness.ledger.log import COLLECTIVES, shared, tensors_in
 
 LARGEST = 2**20
 """Elements of the largest tensor that is computed: masks of [B, T] are far below it, [T, T] is never asked for."""
@@ -41,7 +41,7 @@ class Values(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if types and wrapped(types):
+        if types and shared(types):
             return NotImplemented
         if func is _DEVICE:
             return args[0].fake_device

@@ -13,7 +13,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from harness.rehearsal.fakes import Fakes
 from harness.rehearsal.shims import GPU, shimmed
 from harness.rehearsal.values import Values
-from harness.world import World, neighbours, variables
+from harness.world import World, group_of, variables
 
 
 @contextmanager
@@ -29,10 +29,10 @@ def rehearsed(rank: int, size: int, target: str = "cpu", stages: int = 1, tensor
         hook = sys.excepthook  # the group puts its rank before every traceback, after its end too
         dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
         try:
-            mesh = neighbours(device.type, tensor)
-            around = {"stages": stages, "tensor": tensor, "mesh": mesh}
+            parts: Any = {"stages": stages, "tensor": tensor}
+            parts["mesh"] = group_of(tensor, size, torch.device("cpu"))
             with Fakes(), Values():
-                yield World(rank, size, 0, device, rehearsed=True, target=target, **around)
+                yield World(rank, size, 0, device, rehearsed=True, target=target, **parts)
         finally:
             dist.destroy_process_group()
             sys.excepthook = hook

@@ -17,19 +17,19 @@ def check(settings: Settings) -> None:
 def check_world(settings: Settings, size: int, words: Sequence[str] = ()) -> None:
     """Refuse a world of `size` ranks that `settings` cannot run in; `words` are what was typed after `harness`."""
     world, stages, train = settings.world, settings.pipeline.stages, settings.train
-    together = stages * settings.tensor
     if world.size is not None and world.size != size:
         raise Refusal("world.size", world.size, f"{_ranks(size)} here; start {_torchrun(world.size, words)}")
-    if size % together:
-        enough = -(-size // together) * together
-        key, value, what = "pipeline.stages", stages, "stages"
-        if settings.tensor > 1:
-            key, value = "generation.tensor_parallel", settings.tensor
-            what = f"{stages} stages of so many" if stages > 1 else "so many"
+    apart = settings.tensor_parallel
+    if size % apart:
+        line = _torchrun(-(-size // apart) * apart, words)
+        remedy = f"{_ranks(size)} here, and so many share each layer; start {line}"
+        raise Refusal("generation.tensor_parallel", apart, remedy)
+    if size % stages:
+        enough = -(-size // stages) * stages
         raise Refusal(
-            key,
-            value,
-            f"{_ranks(size)} here, and {what} must divide them evenly; start {_torchrun(enough, words)}",
+            "pipeline.stages",
+            stages,
+            f"{_ranks(size)} here, and stages must divide them evenly; start {_torchrun(enough, words)}",
         )
     together = train.micro_batch * size // stages
     if settings.mode == "train" and train.batch is not None and train.batch != together * train.accumulation:

@@ -1,6 +1,6 @@
 """The rules between the knobs of generation, each with its sentence."""
 
-from harness.knobs import Generation, Refusal, Settings, as_typed
+from harness.knobs import Generation, Refusal, Settings
 from harness.rules.sources import files
 
 
@@ -9,18 +9,25 @@ def generation(settings: Settings) -> None:
     asked = settings.generation
     if settings.mode == "train":
         return
-    if asked.prompts is not None and asked.prompt:
-        raise Refusal("generation.prompts", asked.prompts, "give either it or generation.prompt=, not both")
-    if asked.prompts is not None:
-        files("generation.prompts", asked.prompts)
-    if asked.tensor_parallel > 1:
-        for key, value, alone in (
-            ("batching", asked.batching, "static"),
-            ("compile", asked.compile, False),
-        ):
-            if value != alone:
-                told = f"generation.{key}={as_typed(value)} goes by one rank to a model; use generation.tensor_parallel=1"
-                raise Refusal("generation.tensor_parallel", asked.tensor_parallel, told)
+    _origins(asked)
+    _batching(settings)
+    if asked.cache_bits != 8 and asked.cache != "quantized":
+        remedy = (
+            f"generation.cache={asked.cache} has the precision of the run; add generation.cache=quantized"
+        )
+        raise Refusal("generation.cache_bits", asked.cache_bits, remedy)
+    if asked.cache == "offloaded" and settings.hardware.device == "cpu":
+        remedy = "the host's memory is where it would go, and the model is there; use dynamic, or a GPU"
+        raise Refusal("generation.cache", "offloaded", remedy)
+    _tensor_parallel(settings)
+    if asked.compile and asked.cache != "static":
+        remedy = (
+            f"generation.cache={asked.cache} grows, and a program has one shape; add generation.cache=static"
+        )
+        raise Refusal("generation.compile", True, remedy)
+    if asked.compile and settings.pipeline.stages > 1:
+        remedy = "stages are not compiled; use pipeline.stages=1, or leave it out"
+        raise Refusal("generation.compile", True, remedy)
     if not asked.sample:
         for key, value, off in (
             ("temperature", asked.temperature, 1.0),
@@ -32,6 +39,73 @@ def generation(settings: Settings) -> None:
                 raise Refusal(f"generation.{key}", value, remedy)
 
 
+def _batching(settings: Settings) -> None:
+    asked, key = settings.generation, "generation.batching"
+    if asked.batching == "static":
+        if asked.cache == "paged":
+            remedy = "pages go from a request that ends to the next; add generation.batching=continuous"
+            raise Refusal("generation.cache", "paged", remedy)
+        for name, value, off in (
+            ("page_size", asked.page_size, 16),
+            ("pages", asked.pages, None),
+            ("batch_tokens", asked.batch_tokens, None),
+        ):
+            if value != off:
+                remedy = "static batching has none; add generation.batching=continuous generation.cache=paged"
+                raise Refusal(f"generation.{name}", value, remedy)
+        return
+    if asked.cache != "paged":
+        remedy = (
+            f"generation.cache={asked.cache} holds a batch that begins together; add generation.cache=paged"
+        )
+        raise Refusal(key, asked.batching, remedy)
+    if asked.sample:
+        remedy = (
+            "continuous batching draws for all requests at once, so that what one gets would depend on the others; "
+            "use generation.batching=static"
+        )
+        raise Refusal("generation.sample", True, remedy)
+    for name, count in (
+        ("pipeline.stages", settings.pipeline.stages),
+        ("generation.tensor_parallel", asked.tensor_parallel),
+    ):
+        if count > 1:
+            remedy = "requests enter and leave on one rank at a time; use 1, or generation.batching=static"
+            raise Refusal(name, count, remedy)
+    if asked.batch_tokens is not None and asked.batch_tokens < asked.batch:
+        remedy = (
+            f"a forward has a token of each of generation.batch={asked.batch} requests; use as many or more"
+        )
+        raise Refusal("generation.batch_tokens", asked.batch_tokens, remedy)
+
+
+def _tensor_parallel(settings: Settings) -> None:
+    ranks = settings.generation.tensor_parallel
+    if ranks == 1:
+        return
+    for said, other in (
+        (settings.pipeline.stages > 1, "pipeline.stages=1"),
+        (settings.generation.compile, "generation.compile=false"),
+    ):
+        if said:
+            remedy = f"ranks that share a layer take it whole and as it is; use {other}, or 1"
+            raise Refusal("generation.tensor_parallel", ranks, remedy)
+
+
+def _origins(asked: Generation) -> None:
+    origins = {"prompts": asked.prompts, "prompt": asked.prompt, "workload": asked.workload}
+    said = {name: value for name, value in origins.items() if value}
+    if len(said) > 1:
+        (one, value), (other, _), *_ = said.items()
+        raise Refusal(f"generation.{one}", value, f"give either it or generation.{other}=, not both")
+    for name in ("prompts", "workload"):
+        if name in said:
+            files(f"generation.{name}", str(said[name]))
+    if asked.lengths != "fixed" and said:
+        remedy = f"prompts that are sampled have such lengths; leave out generation.{next(iter(said))}="
+        raise Refusal("generation.lengths", asked.lengths, remedy)
+
+
 def given(generation: Generation) -> bool:
-    """Whether prompts are given, and none is sampled."""
-    return generation.prompts is not None or bool(generation.prompt)
+    """Whether prompts are given, or their lengths."""
+    return bool(generation.prompts or generation.prompt or generation.workload)

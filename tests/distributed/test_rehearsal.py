@@ -1,10 +1,12 @@
-"""A run and its rehearsal hold the same bytes: every category's peak and end and every phase of it, on every rank.
+"""A run and its rehearsal hold the same bytes: every category's peak and end and every phase of it, on every rank;
+and do the same work: operations, and bytes read and written.
 
 Every ZeRO stage meets every offload it may have, each in both precisions and both counts of accumulation, and every
 stage, precision and count meet in some cell. What else decides bytes varies by stage, one thing at a time: buckets
 smaller than a parameter, validation and checkpoints, eager attention and the end of what is seen, nothing or all kept
 whole, tied weights and learned positions, layers that are recomputed, a world that divides nothing evenly. Generation
-has every cache, padded or not.
+has every cache, padded or not; layers that ranks share; and requests that enter and leave, as many pages as they
+need, fewer, or in parts.
 
 What an allocator saw (`kernel`, and a peak with it) is no
 storage and not compared; a rehearsal has none.
@@ -68,18 +70,22 @@ SHARDED_WHOLLY = [
     (*TINY, *TRAIN, "zero=3", "zero.persistence_threshold=0", "zero.reduce_bucket_size=100000"),
     (*TINY, *TRAIN, "zero=3", "zero.persistence_threshold=100000000"),
 ]
+UNCLIPPED = "train.clip=0"
+"""BF16_Optimizer looks whether to clip, and a rehearsed norm has no value: the work, and no byte held, hangs on it."""
 PIPELINED = [
-    (*TINY, *TRAIN, "pipeline.stages=2", f"zero={stage}", precision, f"train.accumulation={accumulation}")
-    for stage, precision, accumulation in (
-        (0, "precision=fp32", 1),
-        (0, "precision=bf16", 3),
-        (1, "precision=bf16", 1),
-        (1, "precision=fp32", 3),
+    (*TINY, *TRAIN, "pipeline.stages=2", f"zero={stage}", *words, f"train.accumulation={accumulation}")
+    for stage, accumulation, *words in (
+        (0, 1, "precision=fp32"),
+        (0, 3, "precision=bf16", UNCLIPPED),
+        (1, 1, "precision=bf16"),
+        (1, 3, "precision=fp32"),
     )
 ]
 STAGES_OF_4 = ("hardware=cpu", *TRAIN, "pipeline.stages=4", "train.accumulation=5", "precision=bf16")
 TWO_BY_TWO = (*TINY, *UNEVEN, *TRAIN, "pipeline.stages=2", "train.accumulation=2")
 EVERYTHING = ("train.steps=2", "train.validate_every=1", "train.save_every=1", "train.export=true")
+CONTINUED = ("generation.batching=continuous", "generation.cache=paged", "generation.count=11")
+SHARED = ("generation.tensor_parallel=2", "generation.prompts=PROMPTS", "generation.max_new_tokens=40")
 RELAYED = ("pipeline.stages=2", "generation.prompts=PROMPTS", "generation.batch=3")
 TIED = [(*GPT2, *TRAIN, f"zero={stage}") for stage in STAGES]
 MODES = ("checkpointing=selective", "checkpointing=full")
@@ -117,6 +123,12 @@ GENERATION = [
     ),
     (*TINY, *INFER, "generation.sample=true", "generation.max_new_tokens=40"),
     (*GPT2, *INFER, "generation.prompts=PROMPTS"),
+    (*TINY, *INFER, *CONTINUED, "generation.lengths=skewed", "generation.max_new_tokens=40"),
+    (*TINY, *INFER, *CONTINUED, "generation.pages=9", "generation.max_new_tokens=40", "precision=fp32"),
+    (*TINY, *INFER, *CONTINUED, "generation.batch_tokens=20", "model.attention=eager"),
+    (*TINY, *INFER, "generation.cache=quantized", "generation.prompts=PROMPTS"),
+    *((*TINY, *INFER, *SHARED, f"generation.cache={c}") for c in ("dynamic", "static", "none")),
+    (*TINY, *INFER, *SHARED, "precision=fp32", "generation.sample=true", "model.attention=eager"),
     *((*TINY, *INFER, *RELAYED, f"generation.cache={c}") for c in ("dynamic", "static", "none")),
     (*TINY, *INFER, *RELAYED, "pipeline.groups=1", "generation.sample=true", "precision=fp32"),
     (*TINY, *INFER, *RELAYED, "generation.max_new_tokens=40"),
@@ -124,12 +136,13 @@ GENERATION = [
 CELLS: dict[int, list[Words]] = {
     2: [*MATRIX, *BY_STAGE, *SHARDED_WHOLLY, *TIED, *PIPELINED, *RECOMPUTED, *GENERATION],
     4: [
-        (*STAGES_OF_4, "zero=0", "model.config.num_hidden_layers=7", "pipeline.split=[1,2,2,2]"),
+        (*STAGES_OF_4, "zero=0", UNCLIPPED, "model.config.num_hidden_layers=7", "pipeline.split=[1,2,2,2]"),
         (*STAGES_OF_4, "zero=1", "model.config.tie_word_embeddings=true", *EVERYTHING),
         (*TWO_BY_TWO, "zero=1"),
         (*TWO_BY_TWO, "zero=1", "zero.offload=optimizer", "precision=fp32"),
-        (*TWO_BY_TWO, "zero=0", *EVERYTHING),
+        (*TWO_BY_TWO, "zero=0", UNCLIPPED, *EVERYTHING),
         (*TINY, *INFER, *RELAYED, "pipeline.groups=3"),
+        (*TINY, *INFER, *SHARED, *UNEVEN),
         ("hardware=cpu", *INFER, *RELAYED, "pipeline.stages=4", "generation.max_new_tokens=40"),
         ("hardware=cpu", *INFER, *RELAYED, "pipeline.stages=4", "generation.stop_at_eos=true"),
         (*TINY, *INFER, "pipeline.stages=2", "generation.prompt=[x]", "generation.max_new_tokens=1"),

@@ -1,0 +1,82 @@
+"""What a machine can do at most: bytes a second of a large copy, and operations a second of a large matrix product.
+
+Every rank measures at once, as they run; the slowest counts. Where `hardware=` names a page with rates, those count.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness.ledger.clock import moment, seconds
+
+SECONDS = 0.03
+"""How long each is tried."""
+COPIED = {"cpu": 2**27, "cuda": 2**30}
+"""Bytes copied, more than caches hold."""
+SMALLEST, LARGEST = 2**9, 2**13
+"""Rows and columns of the first matrices tried, and of the last."""
+ENOUGH = 0.01
+"""Seconds that a product takes which is large enough."""
+
+Rates = tuple[float | None, float | None]
+"""Bytes and operations a second; None: not measured."""
+
+
+def of_ranks(rates: Sequence[Rates], dtype: str) -> dict[str, Any]:
+    """The record's `ceilings` as the ranks measured them: the least of each."""
+    bandwidth, flops = (None if None in each else min(each) for each in zip(*rates, strict=True))
+    return {"source": "measured", "bandwidth": bandwidth, "flops": flops, "dtype": dtype}
+
+
+@torch.no_grad()
+def measure(device: torch.device, dtype: torch.dtype) -> Rates:
+    """This rank's, in about a tenth of a second. None for what cannot be tried, for want of memory."""
+    return _bandwidth(device), _flops(device, dtype)
+
+
+def _bandwidth(device: torch.device) -> float | None:
+    size = COPIED["cuda" if device.type == "cuda" else "cpu"]
+    while size >= 2**20:
+        with suppress(RuntimeError):  # there is no room
+            source = torch.ones(size, dtype=torch.uint8, device=device)
+            target = torch.empty_like(source)
+            return 2 * size / _least(device, partial(target.copy_, source))
+        size //= 2
+    return None
+
+
+def _flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Of the largest product that is tried: each has twice the rows of the one before, until one takes long enough."""
+    rate, rows = None, SMALLEST
+    with suppress(RuntimeError):
+        while rows <= LARGEST:
+            left, right = (torch.ones(rows, rows, dtype=dtype, device=device) for _ in range(2))
+            took = _least(device, partial(torch.matmul, left, right))
+            rate, rows = 2 * rows**3 / took, 2 * rows
+            if took > ENOUGH:
+                break
+    return rate
+
+
+def _least(device: torch.device, act: Callable[[], Tensor]) -> float:
+    """The fewest seconds that `act` takes, once it has been done."""
+    act()
+    return min(_timed(device, act))
+
+
+def _timed(device: torch.device, act: Callable[[], Tensor]) -> Iterator[float]:
+    gpu, until = device.type == "cuda", time.perf_counter() + SECONDS
+    while True:
+        began = moment(gpu)
+        act()
+        ended = moment(gpu)
+        if gpu:
+            torch.cuda.synchronize(device)
+        yield seconds(gpu, began, ended)
+        if time.perf_counter() > until:
+            return

@@ -1,0 +1,123 @@
+"""The decoding step compiled: one program for each number of sequences, over a static cache that stays.
+
+A program is made for shapes and addresses, so everything it is given has the same ones for every token of every batch:
+the newest tokens, their positions, the mask and the cache. On a GPU it is replayed as a CUDA graph.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+
+from harness.cache import make
+from harness.clock import clock
+from harness.knobs import Refusal
+from harness.ledger import Ledger, Work
+
+WARM = 3
+"""Steps before a program is at its best: CUDA graphs are recorded in the second."""
+
+Step = Callable[[Tensor, Tensor, Tensor, Cache], Tensor]
+"""From tokens [B, 1], mask [B, L], positions [B, 1] and a cache to logits [B, V]."""
+
+
+class Compiled:
+    """`model`'s decoding step for batches of up to `length` positions, L. A rehearsal takes the step as it is."""
+
+    def __init__(self, model: PreTrainedModel, length: int, ledger: Ledger, rehearsed: bool = False) -> None:
+        self.model, self.length, self.ledger, self.rehearsed = model, length, ledger, rehearsed
+        self.cache: Cache | None = None
+        self._work: Work | None = None  # of a step
+        self._step = self._forward if rehearsed else compiled(self._forward, model.device)
+        self._tokens = self._positions = self._mask = torch.empty(0, 0, dtype=torch.int64)
+
+    def prepare(self, sequences: int) -> tuple[Cache, float]:
+        """An empty cache for so many sequences, with a program, and the seconds that took: next to none where the batch
+        before had as many. Raises Refusal where the model does not compile."""
+        began = clock(self.model.device)
+        if self.cache is None or len(self._tokens) != sequences:
+            self._make(sequences)
+        assert self.cache is not None
+        self.cache.reset()
+        return self.cache, clock(self.model.device) - began
+
+    def shown(self, mask: Tensor | None) -> Callable[[Any, int, int], Tensor]:
+        """The step, for a batch with the padding in `mask` [B, columns], where a column is shown."""
+        self._mask.fill_(1)
+        if mask is not None:
+            columns = min(mask.shape[1], self.length)
+            self._mask[:, :columns] = mask[:, :columns]
+
+        def show(batch: Any, begin: int, end: int) -> Tensor:
+            self._tokens.copy_(batch.tokens[:, begin:end])
+            self._positions.copy_(batch.positions[:, begin:end])
+            return self._run()
+
+        return show
+
+    def _make(self, sequences: int) -> None:
+        """The cache is made by a prompt of one token, the program by decoding after it."""
+        kept = self.model.device
+        self._tokens = torch.zeros(sequences, 1, dtype=torch.int64, device=kept)
+        self._positions = torch.zeros_like(self._tokens)
+        self._mask = torch.ones(sequences, self.length, dtype=torch.int64, device=kept)
+        for name in ("_tokens", "_positions", "_mask"):
+            self.ledger.claim("inputs", f"compiled{name}", getattr(self, name))
+        self.cache = make("static", self.model.config, self.length)
+        self.model(input_ids=self._tokens, past_key_values=self.cache, logits_to_keep=1)
+        self.ledger.own(cache=self.cache)
+        if self.ledger.exact:
+            self._work = self._counted(self.cache)
+        for _ in range(min(WARM, self.length - 1)):
+            self._run()
+
+    def _counted(self, cache: Cache) -> Work:
+        """What a step takes, by its operators one by one: the program has the same to compute, and no more to move."""
+        where = self.ledger.where
+        before = self.ledger.work()[where]
+        self._forward(self._tokens, self._mask, self._positions, cache)
+        after = self.ledger.work()[where]
+        cache.reset()
+        return Work(*(late - early for early, late in zip(before, after, strict=True)))
+
+    def _run(self) -> Tensor:
+        assert self.cache is not None
+        if self.rehearsed:
+            return self._step(self._tokens, self._mask, self._positions, self.cache)
+        with self.ledger.opaque("compiled", self._work):
+            if self.model.device.type == "cuda":
+                torch.compiler.cudagraph_mark_step_begin()
+            return self._step(self._tokens, self._mask, self._positions, self.cache)
+
+    def _forward(self, tokens: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+        made: Any = self.model(
+            input_ids=tokens,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        logits: Tensor = made.logits[:, -1]
+        return logits
+
+
+def compiled(step: Step, device: torch.device) -> Step:
+    """`step` as a program of its own for each shape. Its first call raises Refusal where there can be none."""
+    how: dict[str, Any] = (
+        {"mode": "reduce-overhead"} if device.type == "cuda" else {"options": {"cpp_wrapper": True}}
+    )
+    program = torch.compile(step, fullgraph=True, dynamic=False, **how)
+
+    def run(tokens: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+        try:
+            made: Tensor = program(tokens, mask, positions, cache)
+        except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
+            told = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            remedy = f"the decoding step cannot be compiled ({told}); leave it out"
+            raise Refusal("generation.compile", True, remedy) from error
+        return made
+
+    return run

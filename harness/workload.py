@@ -1,0 +1,81 @@
+"""A workload: how long each request's prompt is, and how many tokens it asks for."""
+
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from harness.knobs import Generation, Positive, Refusal
+from harness.schema import printable
+
+KEY = "generation.workload"
+_FORM = 'write {"prompt_length": 64, "max_new_tokens": 8}, or "prompt" with a text'
+
+
+class Request(NamedTuple):
+    """A `text` to continue, or one of `length` tokens from the data, by up to `most` tokens; `place` is where it is."""
+
+    text: str | None
+    length: int
+    most: int
+    place: str
+
+
+class _Line(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    prompt: str | None = None
+    prompt_length: Positive | None = None
+    max_new_tokens: Positive | None = None
+
+
+def read(generation: Generation) -> list[Request]:
+    """The requests in the file of `generation.workload`, a JSON object a line. Raises Refusal."""
+    path = str(generation.workload)
+    try:
+        lines = Path(path).expanduser().read_bytes().splitlines()
+    except OSError as error:
+        raise Refusal(KEY, path, f"{error.strerror}; give a file with a JSON object a line") from None
+    found = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            asked = _Line.model_validate_json(line)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_context=False)[0]
+            where = " ".join(map(str, first["loc"]))
+            told = printable(f"{where} {first['msg'].removeprefix('Input ')}".strip())
+            raise Refusal(KEY, path, f"line {number}: {told}; {_FORM}") from None
+        if (asked.prompt is None) == (asked.prompt_length is None):
+            raise Refusal(KEY, path, f"line {number} should have a prompt or its prompt_length; {_FORM}")
+        most = asked.max_new_tokens or generation.max_new_tokens
+        found.append(Request(asked.prompt, asked.prompt_length or 0, most, f"line {number}"))
+    if not found:
+        raise Refusal(KEY, path, f"there is no request in it; {_FORM}")
+    return found
+
+
+def drawn(generation: Generation, seed: int) -> list[Request]:
+    """`generation.count` requests with the lengths that `generation.lengths` asks for, drawn by `seed`."""
+    count = generation.count
+    prompts = lengths(generation.lengths, count, generation.prompt_length, (seed, 0))
+    most = lengths(generation.lengths, count, generation.max_new_tokens, (seed, 1))
+    pairs = zip(prompts, most, strict=True)
+    return [Request(None, *pair, f"prompt {number}") for number, pair in enumerate(pairs, 1)]
+
+
+def lengths(
+    kind: Literal["fixed", "uniform", "skewed"], count: int, longest: int, seed: tuple[int, int]
+) -> list[int]:
+    """`count` lengths from 1 to `longest`: all the longest; each as likely; or each as often as its double.
+
+    The last is log-uniform: half of them are no longer than the root of the longest.
+    """
+    draws = np.random.default_rng(seed)
+    if kind == "uniform":
+        return [int(length) for length in draws.integers(1, longest + 1, count)]
+    if kind == "skewed":
+        return [int(length) for length in np.floor((longest + 1) ** draws.random(count))]
+    return [longest] * count

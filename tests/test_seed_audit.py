@@ -1,0 +1,60 @@
+"""profiles/seed-audit.md, computed anew: every example, and what the page takes for granted of the model."""
+
+from pathlib import Path
+
+import pytest
+
+from harness import record, weights
+from harness.config import compose
+from harness.model import model_config
+from harness.settings import load
+from tests.benchmarks import seed_audit as audit
+
+PAGE = (Path(__file__).parents[1] / "profiles" / "seed-audit.md").read_text()
+EXAMPLES = (
+    audit.training,
+    audit.stages,
+    audit.cache_bytes,
+    audit.cache_operations,
+    audit.per_byte,
+    audit.reads,
+    audit.operations,
+    audit.bandwidth,
+    audit.ratio,
+    audit.ratios,
+    audit.waiting,
+    audit.prompts,
+)
+
+same_versions = pytest.mark.skipif(
+    not all(
+        f"{name} {record.environment()['packages'][name]}" in PAGE
+        for name in ("torch", "transformers", "deepspeed")
+    ),
+    reason="the page was made with other versions",
+)
+
+
+@same_versions
+@pytest.mark.parametrize(("number", "example"), list(enumerate(EXAMPLES, 1)))
+def test_an_example_on_the_page_is_what_is_computed(number: int, example: audit.Computed) -> None:
+    assert audit.told(example(), number) in PAGE
+
+
+def test_the_page_has_every_example() -> None:
+    assert tuple(audit.EXAMPLES) == EXAMPLES
+    assert PAGE.count("\n## ") == len(EXAMPLES)
+
+
+def test_the_real_model_has_the_parameters_and_the_shape_that_the_page_takes_it_to_have() -> None:
+    config = model_config(load(compose(["mode=infer", "model=llama2-70b"])).model)
+    whole = weights.outline(config, config.dtype)
+    assert sum(parameter.numel() for parameter in whole.parameters()) == audit.PARAMETERS
+    assert (config.num_hidden_layers, config.hidden_size) == (audit.LAYERS, audit.HIDDEN)
+    assert (config.num_attention_heads, config.num_key_value_heads) == (audit.ASSUMED, audit.REAL)
+
+
+def test_keys_and_values_take_what_their_projections_do() -> None:
+    for heads in (audit.ASSUMED, audit.REAL):
+        width = heads * audit.HIDDEN // 64
+        assert audit.projections(heads) == audit.LAYERS * 2 * 2 * audit.HIDDEN * width
