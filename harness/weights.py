@@ -146,8 +146,8 @@ def _settle(module: nn.Module, device: torch.device, uncut: dict[int, DTensor]) 
     """
     for tensor in (*module.parameters(), *module.buffers()):
         if not tensor.is_meta:
-            outlined = uncut.pop(id(tensor), None)
-            tensor.data = tensor.data.to(device) if outlined is None else part_of(tensor.data, outlined)
+            there, outlined = tensor.data.to(device), uncut.pop(id(tensor), None)
+            tensor.data = there if outlined is None else part_of(there, outlined)
     for parameter in module.parameters():
         _drawn(parameter)
 
