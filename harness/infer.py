@@ -67,8 +67,10 @@ def run(settings: Settings, world: World, ledger: Ledger, out: Output) -> None:
         "dtype": str(dtype).removeprefix("torch."),
     }
     if world.stages * world.tensor > 1:
-        ways = f"{world.stages} stages" if world.stages > 1 else f"layers shared by {world.tensor}"
-        out.say(f"{settings.model.name}: {sizes['parameters']:,} parameters in {ways}, {world.size} ranks")
+        ways = [f"{world.stages} stages"] * (world.stages > 1)
+        ways += [f"layers shared by {world.tensor}"] * (world.tensor > 1)
+        told = f"{sizes['parameters']:,} parameters in {', '.join(ways)}, {world.size} ranks"
+        out.say(f"{settings.model.name}: {told}")
     startup = time.perf_counter() - began
     share = share_of(settings, world, ledger, built, prompts, out.flush)
     ledger.enough()  # on every rank, however many batches each had: an exact one takes part in what follows
@@ -108,7 +110,7 @@ def _built(
         built = model.build(*asked, world.rehearsed, world.mesh)
         ledger.own(model=built.eval().requires_grad_(False))
         return built, model.sizes(built)
-    part = stage.build(*asked, ranges(split_of(settings, config))[world.stage], world.rehearsed)
+    part = stage.build(*asked, ranges(split_of(settings, config))[world.stage], world.rehearsed, world.mesh)
     part.eval().requires_grad_(False)
     ledger.own(model=part.model)
     return part, model.sizes(weights.outline(config, dtype, settings.model.attention))
