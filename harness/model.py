@@ -15,6 +15,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors import SafetensorError, safe_open
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -252,7 +253,8 @@ def _own_storages(model: torch.nn.Module) -> None:
     """Take parameters out of mapped files and out of storages larger than they are."""
     for parameter in model.parameters():
         if parameter.device.type == "cpu":
-            parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
+            held = parameter._local_tensor if isinstance(parameter, DTensor) else parameter
+            held.data = held.data.clone(memory_format=torch.contiguous_format)
 
 
 def _directory(place: str, patterns: tuple[str, ...] = TEXTS) -> Path:

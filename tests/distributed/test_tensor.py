@@ -79,6 +79,39 @@ def test_each_rank_holds_its_part_of_parameters_and_cache_and_its_books_close(
         assert held["communication"]["peak"] > 0
 
 
+def test_tied_weights_are_cut_once_and_stay_tied(launch: Launch, prompts: str) -> None:
+    words = (*ASKED, prompts, "model.config.tie_word_embeddings=true")
+    alone, shared = launch(*words), launch(*words, "generation.tensor_parallel=2")
+    assert tokens(shared) == tokens(alone)
+    whole = complete(alone)["ranks"][0]["categories"]["parameters"]["end"]
+    norms_and_positions = 5 * 256 * 4 + 2 * 32 * 4
+    for rank in complete(shared)["ranks"]:
+        held = rank["categories"]["parameters"]["end"]
+        assert held == (whole - norms_and_positions) // 2 + norms_and_positions
+
+
+def test_no_rank_holds_a_whole_model_even_while_weights_are_drawn(launch: Launch, prompts: str) -> None:
+    alone = complete(launch(*ASKED, prompts))
+    whole = alone["ranks"][0]["categories"]["parameters"]["end"]
+    for rank in complete(launch(*ASKED, prompts, "generation.tensor_parallel=2"))["ranks"]:
+        (setup,) = [phase for phase in rank["phases"] if phase["phase"] == "setup"]
+        assert setup["peak"] < whole
+
+
+def test_ranks_that_share_layers_do_together_the_operations_of_one(launch: Launch, prompts: str) -> None:
+    words = (*ASKED, prompts, "generation.batch=5")  # one alone has no other's prompts
+    alone = complete(launch(*words, ranks=1))["ranks"]
+    shared = complete(launch(*words, "generation.tensor_parallel=2"))["ranks"]
+    for phase in ("prefill", "decode"):
+        (one,), two = operations(alone, phase), operations(shared, phase)
+        assert one == sum(two)
+        assert two[0] == two[1] > 0
+
+
+def operations(ranks: list[dict[str, Any]], phase: str) -> list[int]:
+    return [sum(each["flops"] for each in rank["phases"] if each["phase"] == phase) for rank in ranks]
+
+
 def test_figures_repeat_to_the_byte(launch: Launch, prompts: str) -> None:
     words = (*ASKED, prompts, "generation.tensor_parallel=2")
     first, second = (complete(launch(*words, again=again))["ranks"] for again in (0, 1))
