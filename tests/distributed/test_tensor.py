@@ -90,6 +90,24 @@ def test_tied_weights_are_cut_once_and_stay_tied(launch: Launch, prompts: str) -
         assert held == (whole - norms_and_positions) // 2 + norms_and_positions
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [
+        ("model.config.model_type=qwen3", "+model.config.head_dim=64"),  # norms of heads
+        ("model.config.model_type=phi3",),  # weights packed in one
+        ("model.config.model_type=mixtral", "+model.config.num_local_experts=4"),
+    ],
+    ids=lambda words: words[0].rpartition("=")[2],
+)
+def test_other_kinds_of_models_are_shared_by_their_own_plans(
+    launch: Launch, prompts: str, kind: tuple[str, ...]
+) -> None:
+    words = (*ASKED, prompts, *kind)
+    alone, shared = launch(*words), launch(*words, "generation.tensor_parallel=2")
+    assert tokens(shared) == tokens(alone)
+    assert [rank["allocator"]["unattributed"] for rank in complete(shared)["ranks"]] == [0, 0]
+
+
 def test_no_rank_holds_a_whole_model_even_while_weights_are_drawn(launch: Launch, prompts: str) -> None:
     alone = complete(launch(*ASKED, prompts))
     whole = alone["ranks"][0]["categories"]["parameters"]["end"]
