@@ -232,6 +232,21 @@ def test_a_number_out_of_its_range_is_refused_by_its_key(words: str) -> None:
         ),
         ("mode=infer generation.compile=true", "generation.compile=true", "add generation.cache=static"),
         (
+            "mode=infer generation.tensor_parallel=2 pipeline.stages=2",
+            "generation.tensor_parallel=2",
+            "use pipeline.stages=1, or 1",
+        ),
+        (
+            "mode=infer generation.tensor_parallel=2 generation.compile=true generation.cache=static",
+            "generation.tensor_parallel=2",
+            "use generation.compile=false, or 1",
+        ),
+        (
+            "mode=infer generation.tensor_parallel=2 generation.batching=continuous generation.cache=paged",
+            "generation.tensor_parallel=2",
+            "or generation.batching=static",
+        ),
+        (
             "mode=infer generation.compile=true generation.cache=static pipeline.stages=2",
             "generation.compile=true",
             "use pipeline.stages=1",
@@ -364,6 +379,14 @@ def test_a_world_that_stages_do_not_divide_is_refused() -> None:
     with pytest.raises(Refusal, match=r"pipeline.stages=3: 4 ranks here.*--nproc-per-node 6"):
         check_world(three, 4)
     check_world(three, 6)
+
+
+def test_a_world_that_sharers_of_a_layer_do_not_divide_is_refused_with_the_line_to_type() -> None:
+    words = ["mode=infer", "generation.tensor_parallel=3"]
+    with pytest.raises(Refusal, match=r"generation.tensor_parallel=3: 2 ranks here.*--nproc-per-node 3 -m"):
+        check_world(settings(*words), 2, words)
+    check_world(settings(*words), 6, words)
+    check_world(settings("mode=train", "generation.tensor_parallel=3"), 2)  # training shares no layer
 
 
 def test_a_batch_that_micro_batches_do_not_make_up_is_refused_with_what_would() -> None:

@@ -159,9 +159,3 @@ def test_what_cannot_be_shared_is_one_sentence(words: tuple[str, ...], told: str
     said: list[Any] = [line for line in done.stderr.splitlines() if line.startswith("harness:")]
     assert len(said) == 1
     assert told in said[0]
-
-
-def test_a_world_that_is_not_a_multiple_is_refused_with_the_line_that_would_do() -> None:
-    done = torchrun(["mode=infer", "generation.tensor_parallel=3"])
-    assert "generation.tensor_parallel=3: 2 ranks here, and so many share each layer" in done.stderr
-    assert "start torchrun --standalone --nproc-per-node 3 -m harness" in done.stderr
