@@ -76,14 +76,11 @@ class Alike:
         self._left_out.append(self.ledger.where)
 
     def _fill_in(self, last: Work, number: int) -> None:
-        """Those left out are of one line with the first two. Where `last`, of this number, is one of them and is not on
-        it, nobody knows; it is none of them where it is the first of others."""
-        known = len(self._taken) == 2
+        """Those left out, where `last`, of this number, is of one line with the first two; else nobody knows."""
+        known = len(self._taken) == 2 and number == 1 + len(self._left_out) + 1
         first, second = self._taken if known else (NOTHING, NOTHING)
         slope = _less(second, first)
-        if number:
-            known = known and number == 1 + len(self._left_out) + 1
-            known = known and Work(*(a + b * number for a, b in zip(first, slope, strict=True))) == last
+        known = known and Work(*(a + b * number for a, b in zip(first, slope, strict=True))) == last
         for place, where in enumerate(self._left_out, start=2):
             work = Work(*(a + b * place for a, b in zip(first, slope, strict=True)))
             self.ledger.fill_in(where, work if known else None)
