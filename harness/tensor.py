@@ -39,13 +39,16 @@ def shared(whole: PreTrainedModel, mesh: DeviceMesh) -> PreTrainedModel:
     except ImportError:
         raise _too_old(mesh.size()) from None
     _check(whole, mesh.size())
-    for (
-        other
-    ) in whole.all_tied_weights_keys:  # the plan has a line for each, and finds one parameter for both
+    plan = _plan(whole, mesh.size())
+    # the plan has a line for each of two that are tied, and finds one parameter for both
+    for other, first in whole.all_tied_weights_keys.items():
         home, _, key = other.rpartition(".")
+        if first not in plan:  # what is whole in one place is whole in both
+            plan.pop(other, None)
+            plan.pop(home, None)
         tied = whole.get_parameter(other)
         setattr(whole.get_submodule(home), key, nn.Parameter(torch.empty_like(tied), tied.requires_grad))
-    apply_tensor_parallelism(whole, mesh, _plan(whole, mesh.size()))
+    apply_tensor_parallelism(whole, mesh, plan)
     whole.tie_weights(recompute_mapping=False)
     whole._tp_size, whole._device_mesh = mesh.size(), mesh
     return whole
@@ -67,7 +70,10 @@ def load(directory: Path, whole: PreTrainedModel, mesh: DeviceMesh, **options: A
         def maybe_distribute_model(cls, model: Any, distributed_config: Any, mesh_manager: Any) -> Any:
             return shared(model, mesh)
 
-    Shared.__name__ = kind.__name__  # some of transformers goes by it
+    Shared.__name__, Shared.__module__ = (
+        kind.__name__,
+        kind.__module__,
+    )  # how it is read is looked up by these
     loaded, report = Shared.from_pretrained(directory, distributed_config=_asked(mesh.size()), **options)
     loaded.__class__ = kind
     return loaded, report
@@ -79,7 +85,7 @@ def held(module: nn.Module) -> int:
 
 
 def _check(whole: PreTrainedModel, ranks: int) -> None:
-    if not _plan(whole, ranks):
+    if not any(part.isdigit() for name in _plan(whole, ranks) for part in name.split(".")):  # no layer
         remedy = f"transformers has no plan to share {whole.config.model_type}; use 1, or pipeline.stages="
         raise Refusal(KEY, ranks, remedy)
     text = whole.config.get_text_config(decoder=True)

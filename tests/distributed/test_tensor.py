@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
 from tests.distributed.conftest import Launch, complete, torchrun
 
@@ -57,6 +59,20 @@ def test_a_checkpoint_is_shared_as_its_model_would_be(launch: Launch, prompts: s
         *("mode=infer", "precision=fp32", f"model.path={trained / 'checkpoint'}", prompts),
         *("generation.stop_at_eos=false", "generation.max_new_tokens=8"),
     )
+    assert tokens(launch(*words, "generation.tensor_parallel=2")) == tokens(launch(*words))
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["apart", "tied"])
+def test_a_head_that_a_checkpoint_names_otherwise_or_ties_to_a_whole_embedding_is_shared_too(
+    launch: Launch, prompts: str, tmp_path: Path, tied: bool
+) -> None:
+    shape: dict[str, Any] = {"vocab_size": 384, "hidden_size": 64, "intermediate_size": 96}
+    config = GPTNeoXConfig(
+        **shape, num_hidden_layers=2, num_attention_heads=4, tie_word_embeddings=tied, eos_token_id=1
+    )
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    words = ("mode=infer", "precision=fp32", f"model.path={tmp_path}", prompts, "generation.max_new_tokens=8")
     assert tokens(launch(*words, "generation.tensor_parallel=2")) == tokens(launch(*words))
 
 
@@ -140,6 +156,10 @@ def test_figures_repeat_to_the_byte(launch: Launch, prompts: str) -> None:
     ("words", "told"),
     [
         (("model=gpt2",), "generation.tensor_parallel=2: transformers has no plan to share gpt2"),
+        (  # its plan is of the head alone
+            ("model.config.model_type=hunyuan_v1_dense", "+model.config.head_dim=64"),
+            "generation.tensor_parallel=2: transformers has no plan to share hunyuan_v1_dense",
+        ),
         (
             (
                 "model.config.hidden_size=192",
