@@ -57,7 +57,7 @@ def run(settings: Settings, world: World, ledger: Ledger, out: Output) -> None:
         raise Refusal("generation.cache", "offloaded", remedy)
     tensor.check(settings, config)
     device = None if world.rehearsed else world.device
-    check_kind(settings.generation.cache, config, settings.generation.cache_bits, device)
+    check_kind(settings.generation.cache, config, settings.generation.cache_bits, device, world.tensor)
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     if settings.generation.batching == "continuous":
         room(settings.generation, config, dtype, prompts)  # refused before the model is made
