@@ -255,5 +255,5 @@ def of_groups(parts: Sequence[KvBytes]) -> KvBytes:
 
 
 def of_stages(parts: Sequence[KvBytes]) -> KvBytes:
-    """What caches of the same sequences hold together, each of other layers."""
+    """What caches of the same sequences hold together, each of other layers or of other heads."""
     return replace(of_groups(parts), positions=max(part.positions for part in parts))

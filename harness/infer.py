@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 from transformers import PretrainedConfig, PreTrainedModel
 
-from harness import continuous, model, stage, tensor, weights
+from harness import continuous, model, stage, weights
 from harness.cache import attention_flops_per_position, check_kind, kv_bytes_per_token
 from harness.compiled import Compiled
 from harness.decode import Choose, Generated, draws, generate, greedy, sampler
@@ -55,7 +55,6 @@ def run(settings: Settings, world: World, ledger: Ledger, out: Output) -> None:
     if settings.generation.cache == "offloaded" and world.kind == "cpu":
         remedy = "the host's memory is where it would go, and the model is there; use dynamic, or a GPU"
         raise Refusal("generation.cache", "offloaded", remedy)
-    tensor.check(settings, config)
     device = None if world.rehearsed else world.device
     check_kind(settings.generation.cache, config, settings.generation.cache_bits, device, world.tensor)
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
@@ -68,10 +67,11 @@ def run(settings: Settings, world: World, ledger: Ledger, out: Output) -> None:
         **sizes,
         "dtype": str(dtype).removeprefix("torch."),
     }
-    if world.stages > 1:
-        out.say(
-            f"{settings.model.name}: {sizes['parameters']:,} parameters in {world.stages} stages, {world.size} ranks"
-        )
+    if world.stages * world.tensor > 1:
+        ways = [f"{world.stages} stages"] * (world.stages > 1)
+        ways += [f"layers shared by {world.tensor}"] * (world.tensor > 1)
+        told = f"{sizes['parameters']:,} parameters in {', '.join(ways)}, {world.size} ranks"
+        out.say(f"{settings.model.name}: {told}")
     startup = time.perf_counter() - began
     share = share_of(settings, world, ledger, built, prompts, out.flush)
     ledger.enough()  # on every rank, however many batches each had: an exact one takes part in what follows
@@ -106,16 +106,12 @@ def _built(
     settings: Settings, config: PretrainedConfig, dtype: torch.dtype, world: World, ledger: Ledger
 ) -> tuple[PreTrainedModel | Stage, dict[str, int]]:
     """The model, or this rank's stage of it, and the sizes of the whole."""
-    if world.tensor > 1:
-        shared, sizes = tensor.build(settings, config, dtype, world)
-        ledger.own(model=shared)
-        return shared, sizes
     asked = settings.model, config, dtype, world.device, settings.seed
     if world.stages == 1:
-        built = model.build(*asked, world.rehearsed)
+        built = model.build(*asked, world.rehearsed, world.mesh)
         ledger.own(model=built.eval().requires_grad_(False))
         return built, model.sizes(built)
-    part = stage.build(*asked, ranges(split_of(settings, config))[world.stage], world.rehearsed)
+    part = stage.build(*asked, ranges(split_of(settings, config))[world.stage], world.rehearsed, world.mesh)
     part.eval().requires_grad_(False)
     ledger.own(model=part.model)
     return part, model.sizes(weights.outline(config, dtype, settings.model.attention))

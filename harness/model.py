@@ -14,6 +14,8 @@ from accelerate.utils import set_seed
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors import SafetensorError, safe_open
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -26,7 +28,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
-from harness import weights
+from harness import tensor, weights
 from harness.knobs import Model, Refusal
 
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -63,17 +65,20 @@ def build(
     device: torch.device,
     seed: int,
     rehearsed: bool = False,
+    mesh: DeviceMesh | None = None,
 ) -> PreTrainedModel:
     """The model in `dtype` on `device`: weights of `model.path`, or random ones that `seed` alone decides.
+
+    With `mesh` this rank has its part of them (`tensor.py`).
 
     Every parameter has a storage of its own and of exactly its size. Raises Refusal where the memory is too small,
     or the checkpoint is torn, pickled, lacks a weight, has one too many, or one of another shape. Where it is
     `rehearsed`, no memory is taken and no weight is read.
     """
+    made = tensor.outline(config, dtype, settings.attention, mesh)
     if not rehearsed:
-        check_memory(settings, size_in_bytes(config, dtype), dtype, device)
+        check_memory(settings, tensor.held(made) * dtype.itemsize, dtype, device)
     if settings.path is None or settings.random or rehearsed:
-        made = weights.outline(config, dtype, settings.attention)
         unset = weights.make(made, list(weights.modules(made)), made, device, seed)
         if settings.path is None or settings.random:
             check_values(settings, unset)
@@ -82,18 +87,21 @@ def build(
     # tensors made in other threads are in nobody's books
     os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
     directory = whole_checkpoint(settings.path)
+    options = {
+        "config": config,
+        "dtype": dtype,
+        "attn_implementation": settings.attention,
+        "device_map": {"": device},
+        "use_safetensors": True,
+        "trust_remote_code": False,
+        "ignore_mismatched_sizes": True,  # they are reported, and refused below
+        "output_loading_info": True,
+    }
     with loading(settings.path):
-        loaded, report = AutoModelForCausalLM.from_pretrained(
-            directory,
-            config=config,
-            dtype=dtype,
-            attn_implementation=settings.attention,
-            device_map={"": device},
-            use_safetensors=True,
-            trust_remote_code=False,
-            ignore_mismatched_sizes=True,  # they are reported, and refused below
-            output_loading_info=True,
-        )
+        if mesh is None:
+            loaded, report = AutoModelForCausalLM.from_pretrained(directory, **options)
+        else:
+            loaded, report = tensor.load(directory, made, mesh, **options)
     _check_weights(settings.path, report)
     _own_storages(loaded)
     return loaded
@@ -245,7 +253,11 @@ def _own_storages(model: torch.nn.Module) -> None:
     """Take parameters out of mapped files and out of storages larger than they are."""
     for parameter in model.parameters():
         if parameter.device.type == "cpu":
-            parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
+            own = tensor.part(parameter.data).clone(memory_format=torch.contiguous_format)
+            if isinstance(parameter, DTensor):
+                parameter._local_tensor = own
+            else:
+                parameter.data = own
 
 
 def _directory(place: str, patterns: tuple[str, ...] = TEXTS) -> Path:

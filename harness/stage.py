@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import Cache, GenerationConfig, PretrainedConfig, PreTrainedModel
 
-from harness import model, weights
+from harness import model, tensor, weights
 from harness.knobs import Model
-from harness.model import check_memory, check_values, count, loading, whole_checkpoint
+from harness.model import check_memory, check_values, loading, whole_checkpoint
 
 
 class Uncuttable(Exception):
@@ -144,12 +145,12 @@ def parts(whole: PreTrainedModel, split: Sequence[int], buffers: bool = False) -
     stage_of = [stage for stage, layers in enumerate(split) for _ in range(layers)]
     found: list[dict[str, Tensor]] = [{} for _ in split]
     every: dict[str, Tensor] = dict(whole.named_parameters(remove_duplicate=False))
-    for name, tensor in (every | weights.lasting(whole) if buffers else every).items():
+    for name, held in (every | weights.lasting(whole) if buffers else every).items():
         if name.startswith(f"{path}."):
             stage = stage_of[int(name.removeprefix(f"{path}.").partition(".")[0])]
         else:
             stage = len(split) - 1 if name.startswith(not_first) else 0
-        found[stage][name] = tensor
+        found[stage][name] = held
     return found
 
 
@@ -175,19 +176,22 @@ def build(
     seed: int,
     layers: range,
     rehearsed: bool = False,
+    mesh: DeviceMesh | None = None,
 ) -> Stage:
     """The stage with `layers`: its weights are those of `model.build`'s whole, of which no more is ever in memory.
+
+    With `mesh` this rank has its part of them (`tensor.py`).
 
     Raises Refusal as that does. A checkpoint whose tensors transformers renames or merges is loaded whole first.
     """
     reads = settings.path is not None and not settings.random
     directory = whole_checkpoint(str(settings.path)) if reads and not rehearsed else None
-    whole = weights.outline(config, dtype, settings.attention)
+    whole = tensor.outline(config, dtype, settings.attention, mesh)
     plain = directory is not None and weights.familiar(whole, directory)
     tree = list(weights.modules(whole))
     stage = Stage(whole, layers)
     if not rehearsed:
-        check_memory(settings, count(stage) * dtype.itemsize, dtype, device)
+        check_memory(settings, tensor.held(stage) * dtype.itemsize, dtype, device)
     unset = weights.make(whole, tree, stage, device, seed)
     stored = stage.stored() if reads else {}
     check_values(settings, unset - set(stored))
@@ -197,7 +201,8 @@ def build(
         stored[name].data = stored[name].data.float()
     with loading(str(settings.path)):
         if not (plain and weights.read(stored, directory)):
-            _copy(stored, stage.tied, model.build(settings, config, dtype, torch.device("cpu"), seed))
+            host = torch.device("cpu")
+            _copy(stored, stage.tied, model.build(settings, config, dtype, host, seed, mesh=mesh))
         if (directory / "generation_config.json").is_file():
             stage.model.generation_config = GenerationConfig.from_pretrained(directory)
     return stage
@@ -214,8 +219,8 @@ def _copy(stored: Mapping[str, Tensor], tied: Mapping[str, Sequence[str]], whole
             raise ValueError(
                 f"{name} and {others[0]} differ in it, and its config ties them; say tie_word_embeddings=false there"
             )
-    for name, tensor in stored.items():
-        tensor.data.copy_(found[name])
+    for name, held in stored.items():
+        held.data.copy_(found[name])
 
 
 def _text(config: PretrainedConfig) -> PretrainedConfig:

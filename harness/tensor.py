@@ -1,80 +1,122 @@
-"""Tensor parallelism in generation: ranks that share each layer, by transformers' own plan for a model.
+"""Tensor parallelism in generation: neighbouring ranks share every layer, by transformers' own plan for the model.
 
-A plan says which parameters are cut, and along which side; each rank keeps its part, with its heads' keys and values,
-and adds up or puts together what the others made of theirs. All of a group see the same tokens and choose the same.
-
-The whole model is made, or read, in the host's memory, and cut there parameter by parameter: so what a seed draws is
-what one rank alone would have.
+A rank has its part of each weight as a DTensor, and its heads' keys and values; the plan's modules compute with that
+part, and add up or gather what the ranks made. All of a group see the same tokens and choose the same. The plan is
+applied to an outline on `meta`, as transformers applies it before it loads: so nothing whole is on the device, whether
+weights are read or drawn.
 """
 
+from pathlib import Path
+from typing import Any
+
 import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from harness import model, weights
-from harness.knobs import Refusal, Settings
-from harness.world import World
+from harness import weights
+from harness.knobs import Refusal
 
 KEY = "generation.tensor_parallel"
 
 
-def check(settings: Settings, config: PretrainedConfig) -> None:
-    """Refuse a model that cannot be shared by so many ranks, before it is made. Raises Refusal."""
-    ranks = settings.tensor_parallel
-    if ranks == 1:
-        return
-    if not _plan(weights.outline(config, torch.bfloat16), ranks):
-        remedy = f"transformers has no plan to share {config.model_type}; use 1, and more replicas"
+def outline(
+    config: PretrainedConfig, dtype: torch.dtype, attention: str, mesh: DeviceMesh | None
+) -> PreTrainedModel:
+    """The whole model on `meta`, its layers shared by the ranks of `mesh` where there is one. Raises Refusal."""
+    whole = weights.outline(config, dtype, attention)
+    return whole if mesh is None else shared(whole, mesh)
+
+
+def shared(whole: PreTrainedModel, mesh: DeviceMesh) -> PreTrainedModel:
+    """`whole`, on `meta`, with parameters and modules that the ranks of `mesh` share.
+
+    Raises Refusal where transformers has no plan for it, or its heads cannot be shared evenly.
+    """
+    try:
+        from transformers.distributed.tensor_parallel import apply_tensor_parallelism
+    except ImportError:
+        raise _too_old(mesh.size()) from None
+    _check(whole, mesh.size())
+    for (
+        other
+    ) in whole.all_tied_weights_keys:  # the plan has a line for each, and finds one parameter for both
+        home, _, key = other.rpartition(".")
+        tied = whole.get_parameter(other)
+        setattr(whole.get_submodule(home), key, nn.Parameter(torch.empty_like(tied), tied.requires_grad))
+    apply_tensor_parallelism(whole, mesh, _plan(whole, mesh.size()))
+    whole.tie_weights(recompute_mapping=False)
+    whole._tp_size, whole._device_mesh = mesh.size(), mesh
+    return whole
+
+
+def load(directory: Path, whole: PreTrainedModel, mesh: DeviceMesh, **options: Any) -> tuple[Any, Any]:
+    """transformers' `from_pretrained` of `directory`, of which this rank reads its part; and its report.
+
+    `whole` is an outline. transformers' own groups of ranks are the whole world's; here there may be several.
+    """
+    kind = type(whole)
+
+    class Shared(kind):  # type: ignore[valid-type, misc]
+        @classmethod
+        def prepare_distribute_model(cls, distributed_config: Any, device_map: Any = None) -> Any:
+            return distributed_config, device_map, None
+
+        @classmethod
+        def maybe_distribute_model(cls, model: Any, distributed_config: Any, mesh_manager: Any) -> Any:
+            return shared(model, mesh)
+
+    Shared.__name__ = kind.__name__  # some of transformers goes by it
+    loaded, report = Shared.from_pretrained(directory, distributed_config=_asked(mesh.size()), **options)
+    loaded.__class__ = kind
+    return loaded, report
+
+
+def held(module: nn.Module) -> int:
+    """Elements of a module's parameters that this rank has, each once however many names it has."""
+    return sum(part(parameter).numel() for parameter in module.parameters())
+
+
+def part(tensor: Tensor) -> Tensor:
+    """What of `tensor` this rank has: all, or its part."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _check(whole: PreTrainedModel, ranks: int) -> None:
+    if not _plan(whole, ranks):
+        remedy = f"transformers has no plan to share {whole.config.model_type}; use 1, or pipeline.stages="
         raise Refusal(KEY, ranks, remedy)
-    text = config.get_text_config(decoder=True)
+    text = whole.config.get_text_config(decoder=True)
     heads = {name: getattr(text, name, None) for name in ("num_attention_heads", "num_key_value_heads")}
+    numbers = [number for number in heads.values() if isinstance(number, int)]
     for name, number in heads.items():
         if isinstance(number, int) and number % ranks:
-            most = max(few for few in range(1, ranks) if all(n % few == 0 for n in heads.values() if n))
+            most = max(few for few in range(1, ranks) if not any(each % few for each in numbers))
             raise Refusal(KEY, ranks, f"must divide {name}={number} evenly; use {most}")
 
 
-def build(
-    settings: Settings, config: PretrainedConfig, dtype: torch.dtype, world: World
-) -> tuple[PreTrainedModel, dict[str, int]]:
-    """This rank's part of the model on its device, and the sizes of the whole. Raises Refusal as `model.build`.
-
-    Every part has storages of its own. The ranks of a group follow each other.
-    """
-    from transformers.distributed.tensor_parallel import apply_tensor_parallelism
-
-    host = torch.device("cpu")
-    built = model.build(settings.model, config, dtype, host, settings.seed, world.rehearsed)
-    sizes = model.sizes(built)
-    built.eval().requires_grad_(False)
-    for name, style in _plan(built, world.tensor).items():  # one by one: what was whole is let go of at once
-        apply_tensor_parallelism(built, world.mesh, {name: style})
-    for held in (*built.parameters(), *built.buffers()):
-        if not isinstance(held, DTensor):
-            held.data = held.data.to(world.device)
-        elif (part := held.to_local()).untyped_storage().nbytes() > part.nbytes:  # a view of the whole
-            held._local_tensor = part.clone()
-    return built, sizes
-
-
-def uneven(config: PretrainedConfig, ranks: int) -> bool:
-    """Whether the parts of some parameter that so many ranks share are not all of one size."""
-    whole = weights.outline(config, torch.bfloat16)
-    cut = _plan(whole, ranks)
-    return any(
-        size % ranks for name, held in whole.named_parameters() if name in cut for size in held.shape[-2:]
-    )
-
-
 def _plan(whole: PreTrainedModel, ranks: int) -> dict[str, str]:
-    """Which module or parameter is shared in which style; empty where transformers knows of none, or is too old."""
+    """Which module or parameter is shared in which style; empty where transformers knows of none."""
+    asked = _asked(ranks)
     try:
-        from transformers.distributed.configuration_utils import DistributedConfig
-
-        found: dict[str, str] = whole._resolve_parallel_plans(DistributedConfig(tp_size=ranks))[0]
-    except (ImportError, AttributeError, TypeError):
-        remedy = "this transformers shares models in another way; use 5.23 or later, or 1"
-        raise Refusal(KEY, ranks, remedy) from None
+        found: dict[str, str] = whole._resolve_parallel_plans(asked)[0]
+    except AttributeError:
+        raise _too_old(ranks) from None
     except ValueError:
         return {}
     return found
+
+
+def _asked(ranks: int) -> Any:
+    """transformers' own word for it."""
+    try:
+        from transformers.distributed import DistributedConfig
+
+        return DistributedConfig(tp_size=ranks)
+    except (ImportError, TypeError):
+        raise _too_old(ranks) from None
+
+
+def _too_old(ranks: int) -> Refusal:
+    return Refusal(KEY, ranks, "this transformers shares models in another way; use 5.23 or later, or 1")

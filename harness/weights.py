@@ -14,6 +14,7 @@ import torch
 from accelerate.utils import set_seed
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -61,6 +62,7 @@ def make(
     """Give the parameters and buffers of `kept`, a part of `model`, memory on `device` and random values.
 
     `tree` is `modules(model)`, of the whole. A parameter that has two names there is initialised as the first says.
+    Of one that is a DTensor this rank's part is kept, once the whole was made.
     Returns the names of those that transformers gives no value: what is in them is what was in the memory.
     """
     held = {id(tensor) for tensor in (*kept.parameters(), *kept.buffers())}
@@ -68,6 +70,7 @@ def make(
     replaced: dict[int, Tensor] = {}
     outlines = []  # kept alive, so that no other tensor takes the place in memory that names one
     made: dict[str, tuple[Home, Tensor]] = {}
+    uncut: dict[int, DTensor] = {}  # of a whole tensor the outline that says how ranks share it
     for name, module in tree:
         own: tuple[Home, ...] = (module._parameters, module._buffers)
         for home, key in [(each, key) for each in own for key in each]:
@@ -79,20 +82,44 @@ def make(
             else:
                 outlines.append(outlined)
                 replaced[id(outlined)] = _empty(outlined)
+                if isinstance(outlined, DTensor):
+                    uncut[id(replaced[id(outlined)])] = outlined
             home[key] = replaced[id(outlined)]
             made[f"{name}.{key}"] = home, replaced[id(outlined)]
         if isinstance(module, PreTrainedModel):
-            _settle(module, device)
+            _settle(module, device, uncut)
         _initialise(_within(by_name, name), name, module, seed)
         if isinstance(by_name.get(name.rpartition(".")[0]), nn.ModuleList):
-            _settle(module, device)  # a layer: the host has one at a time
+            _settle(module, device, uncut)  # a layer: the host has one at a time
     set_seed(seed)  # what follows is the same whatever part was made
     unset = {name for name, (_, tensor) in made.items() if not tensor._version}  # nothing wrote into it
-    return {name for name in unset if made[name][0][name.rpartition(".")[2]] is made[name][1]}
+    unset = {name for name in unset if made[name][0][name.rpartition(".")[2]] is made[name][1]}
+    spread = {id(replaced[id(each)]): each for each in outlines if isinstance(each, DTensor)}
+    parts = {key: _with_part(replaced[id(outlined)], outlined) for key, outlined in spread.items()}
+    for name, (home, tensor) in made.items():
+        if id(tensor) in parts:
+            home[name.rpartition(".")[2]] = parts[id(tensor)]
+    return unset
+
+
+def part_of(whole: Tensor, outlined: DTensor) -> Tensor:
+    """This rank's part of `whole`, which ranks share as `outlined`; on their device, with a storage of its own."""
+    shared = distribute_tensor(whole, outlined.device_mesh, outlined.placements, src_data_rank=None)
+    part: Tensor = shared.to_local()
+    return part.clone() if part.untyped_storage().nbytes() > part.nbytes else part
+
+
+def _with_part(part: Tensor, outlined: DTensor) -> nn.Parameter:
+    """`outlined` with this rank's `part`."""
+    mesh, placements, shape = outlined.device_mesh, outlined.placements, outlined.shape
+    made = DTensor.from_local(
+        part.data, mesh, placements, run_check=False, shape=shape, stride=outlined.stride()
+    )
+    return nn.Parameter(made, outlined.requires_grad)
 
 
 def _empty(outlined: Tensor) -> Tensor:
-    made = torch.empty_like(outlined, device="cpu")
+    made = torch.empty_strided(outlined.shape, outlined.stride(), dtype=outlined.dtype, device="cpu")
     return nn.Parameter(made, outlined.requires_grad) if isinstance(outlined, nn.Parameter) else made
 
 
@@ -112,11 +139,15 @@ def _within(by_name: Mapping[str, nn.Module], name: str) -> PreTrainedModel:
     return found
 
 
-def _settle(module: nn.Module, device: torch.device) -> None:
-    """Move what `module` has to `device`, and let no model draw it again: one that has more would draw others."""
+def _settle(module: nn.Module, device: torch.device, uncut: dict[int, DTensor]) -> None:
+    """Move what `module` has to `device`, and let no model draw it again: one that has more would draw others.
+
+    Of what is `uncut` only this rank's part.
+    """
     for tensor in (*module.parameters(), *module.buffers()):
         if not tensor.is_meta:
-            tensor.data = tensor.data.to(device)
+            there, outlined = tensor.data.to(device), uncut.pop(id(tensor), None)
+            tensor.data = there if outlined is None else part_of(there, outlined)
     for parameter in module.parameters():
         _drawn(parameter)
 
@@ -159,8 +190,17 @@ def read(owned: Stored, directory: Path) -> bool:
         with safe_open(place, framework="pt") as file:
             for name, tensor in owned.items():
                 if stored[name][0] == place:
-                    tensor.data.copy_(file.get_tensor(name))
+                    _copy(tensor, file.get_tensor(name))
     return True
+
+
+@torch.no_grad()
+def _copy(tensor: Tensor, whole: Tensor) -> None:
+    """Fill `tensor` from `whole`, or this rank's part of it."""
+    if isinstance(tensor, DTensor):
+        tensor.to_local().copy_(part_of(whole, tensor))
+    else:
+        tensor.data.copy_(whole)
 
 
 def _equal(stored: Mapping[str, tuple[Path, tuple[int, ...]]], names: tuple[str, str]) -> bool:

@@ -162,9 +162,13 @@ def group_of(tensor: int, size: int, device: torch.device) -> DeviceMesh | None:
     """This rank's group of `tensor` that follow each other, of `size` that all must ask; None where it is alone."""
     if tensor == 1:
         return None
-    return init_device_mesh(device.type, (size // tensor, tensor), mesh_dim_names=("replica", "tensor"))[
-        "tensor"
-    ]
+    name = f"tensor{next(_meshes)}"
+    return init_device_mesh(device.type, (size // tensor, tensor), mesh_dim_names=("others", name))[name]
+
+
+_meshes = count()
+"""Meshes so far. DTensors remember by mesh, for as long as a process lives, and know one by its ranks and name: that of
+another rehearsed rank, whose part is another, must have another."""
 
 
 @contextmanager

@@ -218,6 +218,11 @@ def test_a_number_out_of_its_range_is_refused_by_its_key(words: str) -> None:
         ("mode=infer generation.temperature=0.5", "generation.temperature=0.5", "generation.sample=true"),
         ("mode=infer generation.top_k=5", "generation.top_k=5", "generation.sample=true"),
         ("mode=infer generation.top_p=0.5", "generation.top_p=0.5", "generation.sample=true"),
+        (
+            "mode=infer generation.tensor_parallel=2 generation.cache=static generation.compile=true",
+            "generation.tensor_parallel=2",
+            "use generation.compile=false",
+        ),
         ("mode=infer generation.prompts=/nowhere", "generation.prompts=/nowhere", "no such file"),
         ("mode=infer generation.workload=/nowhere", "generation.workload=/nowhere", "no such file"),
         (
@@ -364,6 +369,16 @@ def test_a_world_that_stages_do_not_divide_is_refused() -> None:
     with pytest.raises(Refusal, match=r"pipeline.stages=3: 4 ranks here.*--nproc-per-node 6"):
         check_world(three, 4)
     check_world(three, 6)
+
+
+def test_a_world_that_ranks_which_share_layers_do_not_divide_is_refused() -> None:
+    shared = settings("mode=infer", "generation.tensor_parallel=2", "pipeline.stages=2")
+    with pytest.raises(Refusal, match=r"tensor_parallel=2: 3 ranks here, and so many .*--nproc-per-node 4"):
+        check_world(shared, 3)
+    with pytest.raises(Refusal, match=r"stages=2: 6 ranks here, and stages of 2 ranks .*--nproc-per-node 8"):
+        check_world(shared, 6)
+    check_world(shared, 8)
+    check_world(dataclasses.replace(shared, mode="train"), 2)
 
 
 def test_a_batch_that_micro_batches_do_not_make_up_is_refused_with_what_would() -> None:

@@ -17,6 +17,7 @@ from harness.ledger.log import RANK, Event, Log, Operator, Where, device_of, ten
 from harness.ledger.observers import (
     Modules,
     in_backward,
+    leaving_out_shapes,
     settle,
     watch_moves,
     watching_checkpoints,
@@ -389,6 +390,7 @@ class Ledger:
         enter(watching_steps(self._optimizer_stepped))
         enter(watching_saved(self._log))
         enter(watching_checkpoints(self._log))
+        enter(leaving_out_shapes())
         for model in self._models:
             self._hook_gradients(model)
 

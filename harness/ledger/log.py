@@ -6,13 +6,14 @@ shows its death when the storage object goes.
 """
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import time_ns
 from typing import Any, NamedTuple
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from harness.ledger.work import Counter
@@ -103,6 +104,14 @@ def tensors_in(tree: Any) -> Iterator[torch.Tensor]:
             yield from tensors_in(item)
 
 
+def shared(types: Iterable[type]) -> bool:
+    """Whether among these kinds of tensors is DTensor, which is this rank's part and the word of how ranks share it.
+
+    A mode that leaves an operator on such to them is shown what they do with the parts.
+    """
+    return any(issubclass(kind, DTensor) for kind in types)
+
+
 def device_of(tensor: torch.Tensor) -> str:
     """Where `tensor` is: the kind of device; of a fake one its whole name, asked for without an operator."""
     fake = getattr(tensor, "fake_device", None)
@@ -147,6 +156,8 @@ class Log(TorchDispatchMode):
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if types and shared(types):
+            return NotImplemented
         if func is _DEVICE and (fake := getattr(args[0], "fake_device", None)) is not None:
             return fake
         if func.namespace == "prim":  # a tensor is asked what it is
@@ -171,9 +182,9 @@ class Log(TorchDispatchMode):
             self._communicated((args, out), func.__name__, ended)
         return out
 
-    def _communicated(self, args: Any, op: str, now: int) -> None:
-        """What a collective sent or filled, and no owner names, is a bucket of its caller's."""
-        for tensor in tensors_in(args):
+    def _communicated(self, given: Any, op: str, now: int) -> None:
+        """What a collective sent, filled or made, and no owner names, is a bucket of its caller's."""
+        for tensor in tensors_in(given):
             record = self.see(tensor, op, now)
             if record is not None and not record.name:
                 record.category = "communication"
@@ -243,10 +254,11 @@ class Log(TorchDispatchMode):
 
     def save(self, tensor: torch.Tensor) -> None:
         """Autograd keeps `tensor` for backward."""
-        record = self.see(tensor, "saved", time_ns())
-        if record is not None and record.saved_at is None:
-            record.saved_at = time_ns()
-            self.events.append(Event(record.saved_at, 0, record, self.where, self.module, saved=True))
+        for part in tensors_in(tensor):
+            record = self.see(part, "saved", time_ns())
+            if record is not None and record.saved_at is None:
+                record.saved_at = time_ns()
+                self.events.append(Event(record.saved_at, 0, record, self.where, self.module, saved=True))
 
     def claim(self, category: str, name: str, tensor: torch.Tensor, base: bool = False) -> None:
         """`tensor`'s storage is `category`, for its whole life. `base`: it was there before the log began."""

@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 import torch.utils.checkpoint
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils._python_dispatch import _disable_current_modes
 
 from harness.ledger.log import Log, tensors_in
 
@@ -178,6 +180,25 @@ def watch_moves(cache: Any, claim: Callable[[str, str, torch.Tensor], None]) -> 
         return made
 
     cache.update = updated
+
+
+@contextmanager
+def leaving_out_shapes() -> Iterator[None]:
+    """Let DTensors try an operator on fake tensors, to learn what it makes of whole ones, where no mode is shown them.
+
+    They remember the shapes by operator for as long as the process lives.
+    """
+    try_out = ShardingPropagator._propagate_tensor_meta_non_cached
+
+    def unseen(self: Any, *arguments: Any) -> Any:
+        with _disable_current_modes():
+            return try_out(self, *arguments)
+
+    ShardingPropagator._propagate_tensor_meta_non_cached = unseen  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        ShardingPropagator._propagate_tensor_meta_non_cached = try_out  # type: ignore[method-assign]
 
 
 def settle(arguments: Any) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 
-from harness.ledger.log import tensors_in
+from harness.ledger.log import shared, tensors_in
 
 _aten = torch.ops.aten
 
@@ -32,6 +32,9 @@ _REMEMBERED = frozenset(
 }
 """Operators that make one new tensor, whose layout follows from those of what they take. Theirs are in Python."""
 
+_WAIT = torch.ops._c10d_functional.wait_tensor.default
+"""It returns what it was given, and its kernel for `meta` another."""
+
 
 class Fakes(FakeTensorMode):
     """A FakeTensorMode that is asked only what is new: most operators take a fraction of its time."""
@@ -48,6 +51,10 @@ class Fakes(FakeTensorMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if types and shared(types):
+            return NotImplemented
+        if func is _WAIT:
+            return args[0]
         if func.namespace == "c10d":  # what it returns are its arguments
             with in_kernel_invocation_manager(self):
                 return func(*args, **kwargs)

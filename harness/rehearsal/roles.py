@@ -16,12 +16,13 @@ rehearsed.
 from bisect import bisect_left
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import NamedTuple, TypeVar
 
 import torch
 
-from harness import model, prompts, tensor, weights
+from harness import model, prompts, weights
 from harness.infer import batches
 from harness.settings import Settings
 from harness.split import ranges, split_of
@@ -78,30 +79,21 @@ def roles(settings: Settings) -> list[Role]:
     for stage in range(stages):
         leads = exports and stage == 0
         if settings.mode == "infer":
-            within = _generating(settings, shares)
+            pieces = _pieces(settings, apart)
+            keys = [(batches, piece) for batches in shares for piece in pieces]
+            within = _alike(
+                keys, partial(_told_share, len(set(shares)) > 1), lambda key: _largest_batch(key[0])
+            )
         elif _sharded(settings, replicas):
             partitions = _partitions(cut[stage].sizes, settings.zero.stage, replicas)
             within = _outdone(partitions, leads, settings.zero.offload != "none")
         else:
-            keys = [leads and replica == 0 for replica in range(replicas)]
-            within = _alike(keys, lambda first: EXPORTS if first else "")
+            leading = [leads and replica == 0 for replica in range(replicas)]
+            within = _alike(leading, lambda first: EXPORTS if first else "")
         told = f"stage {stage} of {stages}, layers {cut[stage].told}" if stages > 1 else ""
         again = stage < stages - 1 and any(cut[stage].kinds == each.kinds for each in cut[1:stage])
         found += [role.at(stage, replicas * apart, told, again) for role in within]
     return found
-
-
-def _generating(settings: Settings, shares: Sequence["Batches"]) -> list[Role]:
-    """The roles of ranks whose replicas have these batches; who shares a layer evenly holds as much as the others."""
-    apart = settings.tensor_parallel
-    own = apart > 1 and tensor.uneven(model.model_config(settings.model), apart)
-    keys = [(share, place if own else 0) for share in shares for place in range(apart)]
-
-    def told(key: tuple[Batches, int]) -> str:
-        parts = [_told_batches(key[0])] if len(set(shares)) > 1 else []
-        return "; ".join([*parts, f"part {key[1]} of {apart} of each layer"] if own else parts)
-
-    return _alike(keys, told, lambda key: _largest_batch(key[0]))
 
 
 def _sharded(settings: Settings, replicas: int) -> bool:
@@ -162,6 +154,37 @@ def _room(batch: tuple[tuple[int, int], ...]) -> tuple[int, int]:
 def _told_batches(batches: Batches) -> str:
     told = (f"{len(batch)} x {_room(batch)[0]} tokens" for batch in batches)
     return f"its batches are {', '.join(told)}" if batches else "no prompt"
+
+
+Piece = tuple[tuple[int, int], ...]
+"""Of each length that ranks cannot cut evenly, which it is, and how much of it one of them has."""
+
+
+def _pieces(settings: Settings, ranks: int) -> list[Piece]:
+    """By rank of a group that shares each layer, what sets its part of a layer apart: all but the last have as much."""
+    if ranks == 1:
+        return [()]
+    whole = weights.outline(model.model_config(settings.model), torch.bfloat16)
+    lengths = {length for parameter in whole.parameters() for length in parameter.shape if length % ranks}
+    most = {
+        length: -(-length // ranks) for length in sorted(lengths)
+    }  # as torch cuts: the last has what is left
+    return [
+        tuple((length, min(part, max(0, length - rank * part))) for length, part in most.items())
+        for rank in range(ranks)
+    ]
+
+
+def _told_share(apart: bool, key: tuple[Batches, Piece]) -> str:
+    """What sets a rank apart: its batches, where they are `apart`, and its part of what is not cut evenly."""
+    batches, piece = key
+    told = [_told_batches(batches)] if apart else []
+    if piece:
+        told.append(
+            "of what ranks cannot share evenly it has "
+            + ", ".join(f"{mine} of {all_}" for all_, mine in piece)
+        )
+    return "; ".join(told)
 
 
 def _shares(settings: Settings, size: int) -> list[Batches]:

@@ -71,14 +71,14 @@ def rehearse(settings: Settings) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     assert settings.world.size is not None
     apart = settings.tensor_parallel
     replicas = settings.world.size // (settings.pipeline.stages * apart)
-    by_replica: dict[int, list[dict[str, Any]]] = {}
+    by_replica: dict[int, dict[int, dict[str, Any]]] = {}
     for role in wanted:
-        by_replica.setdefault(role.rank // apart % replicas, []).append(found[role.rank][1])
-    return ranks, max((_whole(stages, apart) for stages in by_replica.values()), key=_cached)
+        by_replica.setdefault(role.rank // apart % replicas, {}).setdefault(role.stage, found[role.rank][1])
+    return ranks, max((_whole([*stages.values()], apart) for stages in by_replica.values()), key=_cached)
 
 
 def _whole(stages: list[dict[str, Any]], apart: int) -> dict[str, Any]:
-    """What the stages of a replica say of it: its KV cache is all of theirs, each of `apart` ranks that are alike."""
+    """What the stages of a replica say of it: its KV cache is all of theirs, each `apart` ranks with as many heads."""
     told = [done["inference"] for done in stages if "inference" in done]
     if not told:
         return stages[0]

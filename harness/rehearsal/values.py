@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.weak import WeakIdKeyDictionary
 
-from harness.ledger.log import tensors_in
+from harness.ledger.log import COLLECTIVES, shared, tensors_in
 
 LARGEST = 2**20
 """Elements of the largest tensor that is computed: masks of [B, T] are far below it, [T, T] is never asked for."""
@@ -41,6 +41,8 @@ class Values(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if types and shared(types):
+            return NotImplemented
         if func is _DEVICE:
             return args[0].fake_device
         if func is _ITEM:
@@ -48,7 +50,7 @@ class Values(TorchDispatchMode):
         if func is _EQUAL:
             return self._equal(*args)
         out = func(*args, **kwargs)
-        if func.namespace == "c10d":
+        if func.namespace in COLLECTIVES:
             self._forget(args)  # what the others would have sent
         elif not self._compute(func, args, kwargs, out) and func._schema.is_mutable:
             self._forget(list(_written(func, args, kwargs)))

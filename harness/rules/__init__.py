@@ -24,12 +24,13 @@ def check_world(settings: Settings, size: int, words: Sequence[str] = ()) -> Non
         line = _torchrun(-(-size // apart) * apart, words)
         remedy = f"{_ranks(size)} here, and so many share each layer; start {line}"
         raise Refusal("generation.tensor_parallel", apart, remedy)
-    if size % stages:
-        enough = -(-size // stages) * stages
+    if size % (stages * apart):
+        enough = -(-size // (stages * apart)) * stages * apart
+        told = f"stages of {apart} ranks that share their layers" if apart > 1 else "stages"
         raise Refusal(
             "pipeline.stages",
             stages,
-            f"{_ranks(size)} here, and stages must divide them evenly; start {_torchrun(enough, words)}",
+            f"{_ranks(size)} here, and {told} must divide them evenly; start {_torchrun(enough, words)}",
         )
     together = train.micro_batch * size // stages
     if settings.mode == "train" and train.batch is not None and train.batch != together * train.accumulation:

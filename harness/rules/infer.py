@@ -81,15 +81,9 @@ def _batching(settings: Settings) -> None:
 
 def _tensor_parallel(settings: Settings) -> None:
     ranks = settings.generation.tensor_parallel
-    if ranks == 1:
-        return
-    for said, other in (
-        (settings.pipeline.stages > 1, "pipeline.stages=1"),
-        (settings.generation.compile, "generation.compile=false"),
-    ):
-        if said:
-            remedy = f"ranks that share a layer take it whole and as it is; use {other}, or 1"
-            raise Refusal("generation.tensor_parallel", ranks, remedy)
+    if ranks > 1 and settings.generation.compile:
+        remedy = "ranks that share a layer take it as it is; use generation.compile=false, or 1"
+        raise Refusal("generation.tensor_parallel", ranks, remedy)
 
 
 def _origins(asked: Generation) -> None:

@@ -98,6 +98,7 @@ STAGES_OF_4 = ("hardware=cpu", *TRAIN, "pipeline.stages=4", "train.accumulation=
 TWO_BY_TWO = (*TINY, *UNEVEN, *TRAIN, "pipeline.stages=2", "train.accumulation=2")
 EVERYTHING = ("train.steps=2", "train.validate_every=1", "train.save_every=1", "train.export=true")
 CONTINUED = ("generation.batching=continuous", "generation.cache=paged", "generation.count=11")
+ODD = ("model.config.vocab_size=385", "model.config.intermediate_size=689")
 SHARED = ("generation.tensor_parallel=2", "generation.prompts=PROMPTS", "generation.max_new_tokens=40")
 RELAYED = ("pipeline.stages=2", "generation.prompts=PROMPTS", "generation.batch=3")
 TIED = [(*GPT2, *TRAIN, f"zero={stage}") for stage in STAGES]
@@ -163,6 +164,8 @@ CELLS: dict[int, list[Words]] = {
         (*TWO_BY_TWO, "zero=0", UNCLIPPED, *EVERYTHING),
         (*TINY, *INFER, *RELAYED, "pipeline.groups=3"),
         (*TINY, *INFER, *SHARED, *UNEVEN),
+        (*TINY, *INFER, *SHARED, "pipeline.stages=2", *ODD, "generation.cache=static"),
+        (*TINY, *INFER, *SHARED, "model.config.tie_word_embeddings=true", *ODD),
         ("hardware=cpu", *INFER, *RELAYED, "pipeline.stages=4", "generation.max_new_tokens=40"),
         ("hardware=cpu", *INFER, *RELAYED, "pipeline.stages=4", "generation.stop_at_eos=true"),
         (*TINY, *INFER, "pipeline.stages=2", "generation.prompt=[x]", "generation.max_new_tokens=1"),
