@@ -111,14 +111,10 @@ def layer_bytes_per_token(config: PretrainedConfig, dtype: torch.dtype) -> int:
     return int(2 * heads * width * dtype.itemsize)
 
 
-def check_kind(
-    kind: str, config: PretrainedConfig, bits: int = 8, device: torch.device | None = None, ranks: int = 1
-) -> None:
-    """Refuse a cache that a model of `config` cannot have, or not on `device`, before the model is made.
+def check_kind(kind: str, config: PretrainedConfig, bits: int = 8, ranks: int = 1) -> None:
+    """Refuse a cache that a model of `config` cannot have, before the model is made.
 
-    So many `ranks` share each layer's heads.
-
-    With `device`, what unpacks 4 and 2 bits there is compiled, unless it has been. Raises Refusal.
+    So many `ranks` share each layer's heads. Raises Refusal.
     """
     if kind == "none":
         return
@@ -131,8 +127,6 @@ def check_kind(
         make(kind, config, 1, bits)
     if kind == "quantized" and bits < 8:
         _check_groups(config, bits, ranks)
-    if kind == "quantized" and device is not None:
-        _check_device(bits, device)
 
 
 def _check_groups(config: PretrainedConfig, bits: int, ranks: int) -> None:
@@ -148,8 +142,11 @@ def _check_groups(config: PretrainedConfig, bits: int, ranks: int) -> None:
         raise Refusal("generation.cache_bits", bits, remedy)
 
 
-def _check_device(bits: int, device: torch.device) -> None:
-    """What `bits` need of torch, and of a compiler, is there."""
+def check_bits(bits: int, device: torch.device) -> None:
+    """Refuse so many bits where torch or a compiler has not what they need on `device`.
+
+    What unpacks 4 and 2 is compiled there, unless it has been. Raises Refusal.
+    """
     if bits == 8:
         if not saturates(device):
             remedy = (

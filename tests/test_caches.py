@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, QuantizedCache
 
-from harness.cache import check_kind, kv_bytes, kv_bytes_per_token, make
+from harness.cache import check_bits, check_kind, kv_bytes, kv_bytes_per_token, make
 from harness.config import compose
 from harness.decode import Generated, generate
 from harness.ledger import Ledger
@@ -214,10 +214,12 @@ def test_what_is_larger_than_all_in_a_prompt_is_the_largest_that_eight_bits_hold
 
 def test_a_torch_that_makes_large_numbers_none_is_refused_eight_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("harness.cache.saturates", lambda device: False)
-    config, cpu = build("llama", head_dim=64).config, torch.device("cpu")
-    with pytest.raises(Refusal, match=r"generation\.cache_bits=8: .* use torch 2\.13, or generation\.cache_bits=4"):
-        check_kind("quantized", config, 8, cpu)
-    check_kind("quantized", config, 4, cpu)
+    cpu = torch.device("cpu")
+    with pytest.raises(
+        Refusal, match=r"generation\.cache_bits=8: .* use torch 2\.13, or generation\.cache_bits=4"
+    ):
+        check_bits(8, cpu)
+    check_bits(4, cpu)
 
 
 def test_a_quantized_cache_is_refused_where_layers_do_not_attend_to_all() -> None:
@@ -298,13 +300,12 @@ def test_bits_that_nothing_here_can_unpack_are_refused_before_the_model_is_made(
 
     monkeypatch.setattr(cpp.ext, "_lib", None)
     monkeypatch.setattr(extension, "load", load)
-    config = build("llama").config
     with pytest.raises(
         Refusal, match=r"cache_bits=4: .*could not here \(Ninja .*use generation\.cache_bits=8"
     ):
-        check_kind("quantized", config, 4, torch.device("cpu"))
-    check_kind("quantized", config, 8, torch.device("cpu"))
-    check_kind("quantized", config, 4)  # a rehearsal compiles nothing
+        check_bits(4, torch.device("cpu"))
+    check_bits(8, torch.device("cpu"))
+    check_kind("quantized", build("llama", head_dim=64).config, 4)  # a rehearsal compiles nothing
 
 
 @pytest.mark.parametrize("kind", ["falcon", "gpt_bigcode"])
