@@ -253,11 +253,8 @@ def _own_storages(model: torch.nn.Module) -> None:
     """Take parameters out of mapped files and out of storages larger than they are."""
     for parameter in model.parameters():
         if parameter.device.type == "cpu":
-            own = tensor.part(parameter.data).clone(memory_format=torch.contiguous_format)
-            if isinstance(parameter, DTensor):
-                parameter._local_tensor = own
-            else:
-                parameter.data = own
+            held = parameter._local_tensor if isinstance(parameter, DTensor) else parameter
+            held.data = held.data.clone(memory_format=torch.contiguous_format)
 
 
 def _directory(place: str, patterns: tuple[str, ...] = TEXTS) -> Path:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig, PreTrainedModel
@@ -75,12 +75,7 @@ def load(directory: Path, whole: PreTrainedModel, mesh: DeviceMesh, **options: A
 
 def held(module: nn.Module) -> int:
     """Elements of a module's parameters that this rank has, each once however many names it has."""
-    return sum(part(parameter).numel() for parameter in module.parameters())
-
-
-def part(tensor: Tensor) -> Tensor:
-    """What of `tensor` this rank has: all, or its part."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in module.parameters())
 
 
 def _check(whole: PreTrainedModel, ranks: int) -> None:

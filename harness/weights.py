@@ -14,7 +14,7 @@ import torch
 from accelerate.utils import set_seed
 from safetensors import safe_open
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -102,10 +102,15 @@ def make(
     return unset
 
 
-def part_of(whole: Tensor, outlined: DTensor) -> Tensor:
-    """This rank's part of `whole`, which ranks share as `outlined`; on their device, with a storage of its own."""
-    shared = distribute_tensor(whole, outlined.device_mesh, outlined.placements, src_data_rank=None)
-    part: Tensor = shared.to_local()
+def part_of(whole: Tensor, outlined: DTensor, device: torch.device) -> Tensor:
+    """This rank's part of `whole`, which ranks share as `outlined`; on `device`, with a storage of its own.
+
+    It is cut as transformers cuts what it reads, before it goes to the device.
+    """
+    from transformers.distributed.sharding_utils import DtensorShardOperation
+
+    part: Tensor | None = DtensorShardOperation(outlined).shard_tensor(whole, device=device)
+    assert part is not None
     return part.clone() if part.untyped_storage().nbytes() > part.nbytes else part
 
 
@@ -146,8 +151,10 @@ def _settle(module: nn.Module, device: torch.device, uncut: dict[int, DTensor]) 
     """
     for tensor in (*module.parameters(), *module.buffers()):
         if not tensor.is_meta:
-            there, outlined = tensor.data.to(device), uncut.pop(id(tensor), None)
-            tensor.data = there if outlined is None else part_of(there, outlined)
+            outlined = uncut.pop(id(tensor), None)
+            tensor.data = (
+                tensor.data.to(device) if outlined is None else part_of(tensor.data, outlined, device)
+            )
     for parameter in module.parameters():
         _drawn(parameter)
 
@@ -198,7 +205,7 @@ def read(owned: Stored, directory: Path) -> bool:
 def _copy(tensor: Tensor, whole: Tensor) -> None:
     """Fill `tensor` from `whole`, or this rank's part of it."""
     if isinstance(tensor, DTensor):
-        tensor.to_local().copy_(part_of(whole, tensor))
+        tensor.to_local().copy_(part_of(whole, tensor, tensor.device))
     else:
         tensor.data.copy_(whole)
 

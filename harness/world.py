@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from harness.knobs import Refusal
 
@@ -144,26 +144,19 @@ def connected(device: str, timeout: float, stages: int = 1, tensor: int = 1) -> 
             backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout)
         )
         try:
-            world = World(
-                rank,
-                size,
-                local_rank,
-                where,
-                stages=stages,
-                tensor=tensor,
-                mesh=group_of(tensor, size, where),
-            )
+            mesh = group_of(tensor, where)
+            world = World(rank, size, local_rank, where, stages=stages, tensor=tensor, mesh=mesh)
             yield replace(world, members=tuple(world.gather((socket.gethostname(), os.getpid()))))
         finally:
             dist.destroy_process_group()
 
 
-def group_of(tensor: int, size: int, device: torch.device) -> DeviceMesh | None:
-    """This rank's group of `tensor` that follow each other, of `size` that all must ask; None where it is alone."""
+def group_of(tensor: int, device: torch.device) -> DeviceMesh | None:
+    """This rank's group of `tensor` that follow each other, for which all must ask; None where it is alone."""
     if tensor == 1:
         return None
-    name = f"tensor{next(_meshes)}"
-    return init_device_mesh(device.type, (size // tensor, tensor), mesh_dim_names=("others", name))[name]
+    group, _ = dist.new_subgroups(tensor)
+    return DeviceMesh.from_group(group, device.type, mesh_dim_names=(f"tensor{next(_meshes)}",))
 
 
 _meshes = count()

@@ -111,6 +111,29 @@ def test_rank_0_is_rehearsed_by_itself_where_it_alone_exports() -> None:
     assert whole[0] > whole[1]
 
 
+def test_ranks_that_share_layers_are_alike_but_for_what_cannot_be_cut_evenly() -> None:
+    shared = ("mode=infer", "generation.tensor_parallel=2", "generation.max_new_tokens=2")
+    assert [each.stands_for for each in roles(settings(*shared, size=4))] == [(0, 1, 2, 3)]
+    uneven = settings(*shared, *UNEVEN, size=4)
+    assert [each.stands_for for each in roles(uneven)] == [(0, 2), (1, 3)]
+    held = [rehearse(uneven, rank)[0]["categories"]["parameters"]["end"] for rank in range(4)]
+    assert held[0] == held[2] == held[1] + 3 * 2 * 256 * 2  # of three matrices of two layers, a row in bf16
+    assert held[1] == held[3]
+
+
+def test_a_gpu_that_shares_layers_holds_its_part_alone() -> None:
+    words = ("mode=infer", "model=llama3-8b", "hardware=h100-sxm", "model.config.num_hidden_layers=2")
+    alone, shared = (
+        rehearse(settings(*words, f"generation.tensor_parallel={ranks}"), 0)[0] for ranks in (1, 2)
+    )
+    norms = 5 * 4096 * 2
+    (setup,) = [phase for phase in shared["phases"] if phase["phase"] == "setup"]
+    whole = alone["categories"]["parameters"]["end"]
+    assert abs(shared["categories"]["parameters"]["end"] - (whole + norms) // 2) <= GPU_BLOCK
+    assert setup["peak"] == setup["end"]
+    assert shared["categories"]["kv_cache"]["end"] * 2 == alone["categories"]["kv_cache"]["end"]
+
+
 def test_ranks_with_prompts_of_other_lengths_are_rehearsed_apart(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("\n".join(["a", "a", "a longer one", "a"] * 2))

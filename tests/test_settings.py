@@ -218,11 +218,6 @@ def test_a_number_out_of_its_range_is_refused_by_its_key(words: str) -> None:
         ("mode=infer generation.temperature=0.5", "generation.temperature=0.5", "generation.sample=true"),
         ("mode=infer generation.top_k=5", "generation.top_k=5", "generation.sample=true"),
         ("mode=infer generation.top_p=0.5", "generation.top_p=0.5", "generation.sample=true"),
-        (
-            "mode=infer generation.tensor_parallel=2 generation.cache=static generation.compile=true",
-            "generation.tensor_parallel=2",
-            "use generation.compile=false",
-        ),
         ("mode=infer generation.prompts=/nowhere", "generation.prompts=/nowhere", "no such file"),
         ("mode=infer generation.workload=/nowhere", "generation.workload=/nowhere", "no such file"),
         (
@@ -236,6 +231,16 @@ def test_a_number_out_of_its_range_is_refused_by_its_key(words: str) -> None:
             "leave out generation.prompt=",
         ),
         ("mode=infer generation.compile=true", "generation.compile=true", "add generation.cache=static"),
+        (
+            "mode=infer generation.tensor_parallel=2 generation.compile=true generation.cache=static",
+            "generation.tensor_parallel=2",
+            "use generation.compile=false, or 1",
+        ),
+        (
+            "mode=infer generation.tensor_parallel=2 generation.batching=continuous generation.cache=paged",
+            "generation.tensor_parallel=2",
+            "or generation.batching=static",
+        ),
         (
             "mode=infer generation.compile=true generation.cache=static pipeline.stages=2",
             "generation.compile=true",
@@ -379,6 +384,14 @@ def test_a_world_that_ranks_which_share_layers_do_not_divide_is_refused() -> Non
         check_world(shared, 6)
     check_world(shared, 8)
     check_world(dataclasses.replace(shared, mode="train"), 2)
+
+
+def test_a_world_that_sharers_of_a_layer_do_not_divide_is_refused_with_the_line_to_type() -> None:
+    words = ["mode=infer", "generation.tensor_parallel=3"]
+    with pytest.raises(Refusal, match=r"generation.tensor_parallel=3: 2 ranks here.*--nproc-per-node 3 -m"):
+        check_world(settings(*words), 2, words)
+    check_world(settings(*words), 6, words)
+    check_world(settings("mode=train", "generation.tensor_parallel=3"), 2)  # training shares no layer
 
 
 def test_a_batch_that_micro_batches_do_not_make_up_is_refused_with_what_would() -> None:

@@ -78,7 +78,7 @@ def rehearse(settings: Settings) -> tuple[list[dict[str, Any]], dict[str, Any]]:
 
 
 def _whole(stages: list[dict[str, Any]], apart: int) -> dict[str, Any]:
-    """What the stages of a replica say of it: its KV cache is all of theirs, each `apart` ranks with as many heads."""
+    """What a replica's stages say of it: its cache is all of theirs, each of `apart` ranks with as many heads."""
     told = [done["inference"] for done in stages if "inference" in done]
     if not told:
         return stages[0]

@@ -30,7 +30,7 @@ def rehearsed(rank: int, size: int, target: str = "cpu", stages: int = 1, tensor
         dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
         try:
             parts: Any = {"stages": stages, "tensor": tensor}
-            parts["mesh"] = group_of(tensor, size, torch.device("cpu"))
+            parts["mesh"] = group_of(tensor, torch.device("cpu"))
             with Fakes(), Values():
                 yield World(rank, size, 0, device, rehearsed=True, target=target, **parts)
         finally:
