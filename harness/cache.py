@@ -17,6 +17,9 @@ from harness.ledger.owners import cache_claims
 STATES = ("conv_states", "recurrent_states")
 """What a layer of linear attention keeps, under these names."""
 
+GROUP = 64
+"""Elements that share a scale and a shift in 4 and 2 bits: transformers' `q_group_size`."""
+
 
 @dataclass(frozen=True)
 class KvBytes:
@@ -108,12 +111,10 @@ def layer_bytes_per_token(config: PretrainedConfig, dtype: torch.dtype) -> int:
     return int(2 * heads * width * dtype.itemsize)
 
 
-def check_kind(
-    kind: str, config: PretrainedConfig, bits: int = 8, device: torch.device | None = None
-) -> None:
-    """Refuse a cache that a model of `config` cannot have, or not on `device`, before the model is made.
+def check_kind(kind: str, config: PretrainedConfig, bits: int = 8, ranks: int = 1) -> None:
+    """Refuse a cache that a model of `config` cannot have, before the model is made.
 
-    With `device`, what unpacks 4 and 2 bits there is compiled, unless it has been. Raises Refusal.
+    So many `ranks` share each layer's heads. Raises Refusal.
     """
     if kind == "none":
         return
@@ -124,15 +125,53 @@ def check_kind(
         raise Refusal("generation.cache", kind, remedy)
     if kind != "paged":
         make(kind, config, 1, bits)
-    if kind == "quantized" and bits < 8 and device is not None:
-        try:
-            torch.ops.quanto.unpack(torch.zeros(1, dtype=torch.uint8, device=device), bits)
-        except Exception as error:  # whatever a compiler that is not there, or another one, comes to
+    if kind == "quantized" and bits < 8:
+        _check_groups(config, bits, ranks)
+
+
+def _check_groups(config: PretrainedConfig, bits: int, ranks: int) -> None:
+    """optimum-quanto's groups may not end within a token: a prompt of any length could not be quantized."""
+    if kv_bytes_per_token(config, torch.int8) is None:
+        return
+    elements = layer_bytes_per_token(config, torch.int8) // 2 // ranks
+    if elements % GROUP:
+        remedy = (
+            f"{bits} bits go in groups of {GROUP}, and a token's keys have {elements} elements in a layer of a rank; "
+            "use generation.cache_bits=8"
+        )
+        raise Refusal("generation.cache_bits", bits, remedy)
+
+
+def check_bits(bits: int, device: torch.device) -> None:
+    """Refuse so many bits where torch or a compiler has not what they need on `device`.
+
+    What unpacks 4 and 2 is compiled there, unless it has been. Raises Refusal.
+    """
+    if bits == 8:
+        if not saturates(device):
             remedy = (
-                f"optimum-quanto compiles what unpacks {bits} bits, and could not here ({str(error)[:200]}); "
-                "install a C++ compiler and ninja, or use generation.cache_bits=8"
+                "what is larger than all in a prompt would be no number with this torch (pytorch#178817); "
+                "use torch 2.13, or generation.cache_bits=4"
             )
-            raise Refusal("generation.cache_bits", bits, remedy) from error
+            raise Refusal("generation.cache_bits", bits, remedy)
+        return
+    try:
+        torch.ops.quanto.unpack(torch.zeros(1, dtype=torch.uint8, device=device), bits)
+    except Exception as error:  # whatever a compiler that is not there, or another one, comes to
+        remedy = (
+            f"optimum-quanto compiles what unpacks {bits} bits, and could not here ({str(error)[:200]}); "
+            "install a C++ compiler and ninja, or use generation.cache_bits=8"
+        )
+        raise Refusal("generation.cache_bits", bits, remedy) from error
+
+
+def saturates(device: torch.device) -> bool:
+    """Whether a number that is too large for 8 bits becomes the largest: before torch 2.13 it may become NaN.
+
+    A cache of 8 bits takes its scale from the prompt alone.
+    """
+    large = torch.full((64,), 2.0**16, device=device)  # as many as a vectorized kernel takes
+    return bool(large.to(torch.float8_e4m3fn).float().isfinite().all())
 
 
 def attention_flops_per_position(config: PretrainedConfig) -> int | None:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from transformers import PretrainedConfig, PreTrainedModel
 
 from harness import continuous, model, stage, weights
-from harness.cache import attention_flops_per_position, check_kind, kv_bytes_per_token
+from harness.cache import attention_flops_per_position, check_bits, check_kind, kv_bytes_per_token
 from harness.compiled import Compiled
 from harness.decode import Choose, Generated, draws, generate, greedy, sampler
 from harness.ledger import Ledger
@@ -22,6 +22,7 @@ from harness.prompts import Prompt, check, find, text_of
 from harness.record import Output
 from harness.relay import Relay
 from harness.settings import Refusal, Settings
+from harness.skipped import NOTHING
 from harness.speed import (
     Share,
     Timing,
@@ -55,8 +56,11 @@ def run(settings: Settings, world: World, ledger: Ledger, out: Output) -> None:
     if settings.generation.cache == "offloaded" and world.kind == "cpu":
         remedy = "the host's memory is where it would go, and the model is there; use dynamic, or a GPU"
         raise Refusal("generation.cache", "offloaded", remedy)
-    device = None if world.rehearsed else world.device
-    check_kind(settings.generation.cache, config, settings.generation.cache_bits, device)
+    asked = settings.generation
+    check_kind(asked.cache, config, asked.cache_bits, world.tensor)
+    if asked.cache == "quantized" and not world.rehearsed:
+        with ledger.opaque("check", NOTHING):  # it is no part of the run
+            check_bits(asked.cache_bits, world.device)
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     if settings.generation.batching == "continuous":
         room(settings.generation, config, dtype, prompts)  # refused before the model is made

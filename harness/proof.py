@@ -61,6 +61,8 @@ def prove(settings: Settings) -> None:
     config = model_config(settings.model)
     split = split_of(settings, config)
     kept = settings.generation.cache if settings.mode == "infer" else "none"
+    if kept == "offloaded":  # what it keeps is a dynamic one's, in another place, and here there is but one
+        kept = "dynamic"
     shape = json.dumps(config.to_dict(), sort_keys=True)
     trains = settings.mode == "train"
     reason = difference(shape, settings.model.attention, settings.precision, kept, tuple(split), trains)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, QuantizedCache
 
-from harness.cache import check_kind, kv_bytes, kv_bytes_per_token, make
+from harness.cache import check_bits, check_kind, kv_bytes, kv_bytes_per_token, make
 from harness.config import compose
 from harness.decode import Generated, generate
 from harness.ledger import Ledger
@@ -194,6 +194,34 @@ def test_the_books_close_around_a_quantized_cache(bits: int) -> None:
     assert ledger.categories["kv_cache"].peak >= kv.reserved  # type: ignore[operator]
 
 
+@pytest.mark.parametrize(("bits", "ranks"), [(4, 1), (2, 1), (4, 2)])
+def test_groups_that_would_end_within_a_token_are_refused(bits: int, ranks: int) -> None:
+    config = build("llama", head_dim=16 * ranks).config
+    with pytest.raises(Refusal, match=r"in groups of 64, and a token's keys have 32 elements"):
+        check_kind("quantized", config, bits, ranks=ranks)
+    check_kind("quantized", config, 8, ranks=ranks)
+    check_kind("quantized", build("llama", head_dim=32 * ranks).config, bits, ranks=ranks)
+
+
+def test_what_is_larger_than_all_in_a_prompt_is_the_largest_that_eight_bits_hold() -> None:
+    cache = make("quantized", build("llama").config, 0)
+    assert cache is not None
+    prompt = torch.ones(1, 2, 3, 16)
+    cache.update(prompt, prompt, 0)
+    keys, values = cache.update(100 * prompt[:, :, :1], -100 * prompt[:, :, :1], 0)
+    assert (keys.amax(), values.amin()) == (1, -1)
+
+
+def test_a_torch_that_makes_large_numbers_none_is_refused_eight_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("harness.cache.saturates", lambda device: False)
+    cpu = torch.device("cpu")
+    with pytest.raises(
+        Refusal, match=r"generation\.cache_bits=8: .* use torch 2\.13, or generation\.cache_bits=4"
+    ):
+        check_bits(8, cpu)
+    check_bits(4, cpu)
+
+
 def test_a_quantized_cache_is_refused_where_layers_do_not_attend_to_all() -> None:
     with pytest.raises(Refusal, match=r"generation\.cache=quantized: transformers has none for mistral"):
         check_kind("quantized", build("mistral").config)
@@ -238,6 +266,17 @@ def test_an_offloaded_cache_is_in_the_hosts_memory_but_for_the_layers_in_use() -
     assert offloaded["kv_host"] == 7 * layer  # the next one is on its way
     most = rank["categories"]["kv_cache"]["peak"]
     assert 2 * layer <= most < kept["categories"]["kv_cache"]["peak"] / 2
+    assert rank["categories"]["kv_cache"]["end"] == 0  # nothing outlives its batch
+
+
+def test_stages_may_offload_their_caches() -> None:
+    words = ("model=tiny", "hardware=h100-sxm", "generation.batch=4", "generation.count=4")
+    staged = (*words, "world.size=2", "pipeline.stages=2", "generation.max_new_tokens=4")
+    _, whole = rehearsed(*words, "generation.max_new_tokens=4")
+    rank, offloaded = rehearsed(*staged, "generation.cache=offloaded")
+    assert offloaded["kv_reserved"] == whole["kv_reserved"]
+    assert offloaded["kv_host"] == whole["kv_reserved"] // 2  # of two layers of a stage one is on its way
+    assert rank["categories"]["kv_cache"]["end"] == 0
 
 
 def test_an_offloaded_cache_is_refused_where_the_model_is_in_the_hosts_memory() -> None:
@@ -261,13 +300,12 @@ def test_bits_that_nothing_here_can_unpack_are_refused_before_the_model_is_made(
 
     monkeypatch.setattr(cpp.ext, "_lib", None)
     monkeypatch.setattr(extension, "load", load)
-    config = build("llama").config
     with pytest.raises(
         Refusal, match=r"cache_bits=4: .*could not here \(Ninja .*use generation\.cache_bits=8"
     ):
-        check_kind("quantized", config, 4, torch.device("cpu"))
-    check_kind("quantized", config, 8, torch.device("cpu"))
-    check_kind("quantized", config, 4)  # a rehearsal compiles nothing
+        check_bits(4, torch.device("cpu"))
+    check_bits(8, torch.device("cpu"))
+    check_kind("quantized", build("llama", head_dim=64).config, 4)  # a rehearsal compiles nothing
 
 
 @pytest.mark.parametrize("kind", ["falcon", "gpt_bigcode"])

@@ -3,6 +3,7 @@
 None of them changes a value or keeps a tensor alive; all of them go when their context ends.
 """
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from time import time_ns
@@ -160,15 +161,20 @@ def watching_steps(stepped: Callable[[], None]) -> Iterator[None]:
 
 def watch_moves(cache: Any, claim: Callable[[str, str, torch.Tensor], None]) -> None:
     """Let `cache`, whose layers come to the device one after another and leave it, name them while they are there."""
-    update = cache.update
+    update, held = (
+        type(cache).update,
+        weakref.ref(cache),
+    )  # weakly: it would keep itself, and live on past its batch
 
     def updated(keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        for number in (layer_idx, (layer_idx + 1) % max(1, len(cache.layers))):
+        mine = held()
+        assert mine is not None  # it is being called
+        for number in (layer_idx, (layer_idx + 1) % max(1, len(mine.layers))):
             for tensor in tensors_in(
-                [*vars(cache.layers[number]).values()] if number < len(cache.layers) else []
+                [*vars(mine.layers[number]).values()] if number < len(mine.layers) else []
             ):
                 claim("kv_cache", f"layers[{number}]", tensor)
-        made = update(keys, values, layer_idx, *args, **kwargs)
+        made = update(mine, keys, values, layer_idx, *args, **kwargs)
         for tensor in tensors_in(made):
             claim("kv_cache", f"layers[{layer_idx}]", tensor)
         return made

@@ -86,6 +86,11 @@ WINDOW = (
     *("model.config.model_type=mistral", "+model.config.sliding_window=40"),
     *("generation.prompts=PROMPTS", "generation.max_new_tokens=60"),
 )
+MIXED = (
+    *("model.config.model_type=gemma3_text", "+model.config.sliding_window=40", "+model.config.head_dim=16"),
+    "+model.config.layer_types=[sliding_attention,full_attention]",
+    *("generation.prompts=PROMPTS", "generation.max_new_tokens=60"),
+)
 STATES = (
     *("model.config.model_type=qwen3_next", "+model.config.layer_types=[linear_attention,full_attention]"),
     *("+model.config.num_experts=4", "+model.config.num_experts_per_tok=2"),
@@ -148,6 +153,8 @@ GENERATION = [
     (*TINY, *INFER, *QUANTIZED, "generation.cache_bits=2", "precision=fp32"),
     *((*TINY, *INFER, *WINDOW, f"generation.cache={c}") for c in ("dynamic", "static")),
     (*TINY, *INFER, *STATES),
+    (*TINY, *INFER, *STATES, "generation.cache=static"),
+    *((*TINY, *INFER, *MIXED, f"generation.cache={c}") for c in ("dynamic", "static")),
     *((*TINY, *INFER, *RELAYED, f"generation.cache={c}") for c in ("dynamic", "static", "none")),
     (*TINY, *INFER, *RELAYED, "generation.cache=quantized"),
     (*TINY, *INFER, *RELAYED, *WINDOW),
