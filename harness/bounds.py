@@ -129,7 +129,7 @@ def bounds(record: Record, ceilings: Ceilings | None = None, timed: bool = True)
         return []
 
     def least(totals: Mapping[str, Total]) -> float:
-        return sum(_at_best(each, ceilings) or each.flops for each in totals.values())
+        return sum(ceilings.at_best(each.flops, each.moved) or each.flops for each in totals.values())
 
     rank, totals = max(counted, key=lambda pair: least(pair[1]))
     took = {each.phase: each.seconds for each in record.performance.phases or ()} if timed else {}
@@ -167,14 +167,8 @@ def _total(phases: Sequence[Phase]) -> Total | None:
     )
 
 
-def _at_best(total: Total, ceilings: Ceilings) -> float | None:
-    if not ceilings.flops or not ceilings.bandwidth:
-        return None
-    return max(total.flops / ceilings.flops, total.moved / ceilings.bandwidth)
-
-
 def _bound(name: str, total: Total, ceilings: Ceilings, seconds: float | None, shape: Shape | None) -> Bound:
-    at_best = _at_best(total, ceilings)
+    at_best = ceilings.at_best(total.flops, total.moved)
     mbu = turn = None
     if shape is not None and total.passes:
         turn = _turn(total, ceilings, shape)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.record import read
-from harness.schema import Record, parse, printable
+from harness.schema import Ceilings, Record, parse, printable
 from harness.settings import Refusal, typed
 from harness.tool import Parser
 
@@ -32,8 +32,7 @@ class Point:
     kv: int | None
     flops: int | None
     moved: int | None
-    bandwidth: float | None
-    peak_flops: float | None
+    ceilings: Ceilings
 
     @property
     def context(self) -> int:
@@ -57,23 +56,21 @@ class Point:
     @property
     def balance(self) -> float | None:
         """FLOPs that the machine does while it moves a byte."""
-        return self.peak_flops / self.bandwidth if self.peak_flops and self.bandwidth else None
+        return self.ceilings.balance
 
     @property
     def bound(self) -> float | None:
         """Seconds that no decode of these counts can be faster than on its machine."""
-        if self.flops is None or self.moved is None or not self.peak_flops or not self.bandwidth:
+        if self.flops is None or self.moved is None:
             return None
-        return max(self.flops / self.peak_flops, self.moved / self.bandwidth)
+        return self.ceilings.at_best(self.flops, self.moved)
 
     def as_dict(self) -> dict[str, Any]:
         """All of it, for JSON."""
-        return {
-            **asdict(self),
-            "intensity": self.intensity,
-            "balance": self.balance,
-            "bound_seconds": self.bound,
-        }
+        told = {key: value for key, value in asdict(self).items() if key != "ceilings"}
+        machine = {"bandwidth": self.ceilings.bandwidth, "peak_flops": self.ceilings.flops}
+        derived = {"intensity": self.intensity, "balance": self.balance, "bound_seconds": self.bound}
+        return {**told, **machine, **derived}
 
 
 def point(record: Record, source: str) -> Point:
@@ -111,8 +108,7 @@ def point(record: Record, source: str) -> Point:
         record.inference.kv_reserved,
         sum(flops) if whole else None,
         sum(moved) if whole else None,
-        record.ceilings.bandwidth,
-        record.ceilings.flops,
+        record.ceilings,
     )
 
 

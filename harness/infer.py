@@ -21,7 +21,8 @@ from harness.paging import room
 from harness.prompts import Prompt, check, find, text_of
 from harness.record import Output
 from harness.relay import Relay
-from harness.settings import Refusal, Settings
+from harness.rules.infer import check_device
+from harness.settings import Settings
 from harness.skipped import NOTHING
 from harness.speed import (
     Share,
@@ -53,17 +54,15 @@ def run(settings: Settings, world: World, ledger: Ledger, out: Output) -> None:
     tokenizer = model.tokenizer(settings.model, settings.data.tokenizer)
     prompts = find(settings, tokenizer, world.rehearsed)
     check(prompts, config)
-    if settings.generation.cache == "offloaded" and world.kind == "cpu":
-        remedy = "the host's memory is where it would go, and the model is there; use dynamic, or a GPU"
-        raise Refusal("generation.cache", "offloaded", remedy)
     asked = settings.generation
+    check_device(asked, world.kind)
     check_kind(asked.cache, config, asked.cache_bits, world.tensor)
     if asked.cache == "quantized" and not world.rehearsed:
         with ledger.opaque("check", NOTHING):  # it is no part of the run
             check_bits(asked.cache_bits, world.device)
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
-    if settings.generation.batching == "continuous":
-        room(settings.generation, config, dtype, prompts)  # refused before the model is made
+    if asked.batching == "continuous":
+        room(asked, config, dtype, prompts)  # refused before the model is made
     with ledger.phase("setup"):
         built, sizes = _built(settings, config, dtype, world, ledger)
     out.done["model"] = {

@@ -257,6 +257,12 @@ class Ceilings(_Part):
         """Operations that it does while it moves a byte."""
         return self.flops / self.bandwidth if self.flops and self.bandwidth else None
 
+    def at_best(self, flops: float, moved: float) -> float | None:
+        """Seconds that so many operations and bytes take at least."""
+        if not self.flops or not self.bandwidth:
+            return None
+        return max(flops / self.flops, moved / self.bandwidth)
+
 
 class Percentiles(_Part):
     """Seconds that half of them, and all but 5 and 1 in 100, do not exceed."""

@@ -6,6 +6,7 @@ applied to an outline on `meta`, as transformers applies it before it loads: so 
 weights are read or drawn.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,8 @@ def shared(whole: PreTrainedModel, mesh: DeviceMesh) -> PreTrainedModel:
         from transformers.distributed.tensor_parallel import apply_tensor_parallelism
     except ImportError:
         raise _too_old(mesh.size()) from None
-    _check(whole, mesh.size())
     plan = _plan(whole, mesh.size())
+    _check(whole, plan, mesh.size())
     # the plan has a line for each of two that are tied, and finds one parameter for both
     for other, first in whole.all_tied_weights_keys.items():
         home, _, key = other.rpartition(".")
@@ -84,8 +85,8 @@ def held(module: nn.Module) -> int:
     return sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in module.parameters())
 
 
-def _check(whole: PreTrainedModel, ranks: int) -> None:
-    if not any(part.isdigit() for name in _plan(whole, ranks) for part in name.split(".")):  # no layer
+def _check(whole: PreTrainedModel, plan: Mapping[str, str], ranks: int) -> None:
+    if not any(part.isdigit() for name in plan for part in name.split(".")):  # no layer
         remedy = f"transformers has no plan to share {whole.config.model_type}; use 1, or pipeline.stages="
         raise Refusal(KEY, ranks, remedy)
     text = whole.config.get_text_config(decoder=True)

@@ -16,9 +16,7 @@ def generation(settings: Settings) -> None:
             f"generation.cache={asked.cache} has the precision of the run; add generation.cache=quantized"
         )
         raise Refusal("generation.cache_bits", asked.cache_bits, remedy)
-    if asked.cache == "offloaded" and settings.hardware.device == "cpu":
-        remedy = "the host's memory is where it would go, and the model is there; use dynamic, or a GPU"
-        raise Refusal("generation.cache", "offloaded", remedy)
+    check_device(asked, settings.hardware.device)
     _tensor_parallel(settings)
     if asked.compile and asked.cache != "static":
         remedy = (
@@ -37,6 +35,13 @@ def generation(settings: Settings) -> None:
             if value != off:
                 remedy = "the likeliest token is taken whatever it is; add generation.sample=true"
                 raise Refusal(f"generation.{key}", value, remedy)
+
+
+def check_device(asked: Generation, device: str) -> None:
+    """Refuse a cache that a model on this kind of `device` cannot have; "auto" is not known yet."""
+    if asked.cache == "offloaded" and device == "cpu":
+        remedy = "the host's memory is where it would go, and the model is there; use dynamic, or a GPU"
+        raise Refusal("generation.cache", "offloaded", remedy)
 
 
 def _batching(settings: Settings) -> None:
