@@ -4,13 +4,14 @@ Every stage of a pipeline has its own layers, and keeps as many micro-batches as
 rehearsed, and what follows holds of the ranks of one stage. Where only the highest peak is asked for, a stage between
 the ends need not be, when an earlier one there has the same layers.
 
-With ZeRO-0 and 3 every rank holds the same. With ZeRO-1 and 2 a rank copies the gradients of the parameters that its
-partition touches into a buffer of their whole size, made when the first of them is reduced: ZeRO-2 reduces within
-backward, from the last parameter to the first; ZeRO-1 after it, from the first to the last. Either way memory falls as
-it goes, so more bytes, earlier, is a higher peak: of any two ranks one whose buffer is as large and as early peaks no
-lower. Where the optimizer is offloaded there is no such buffer: pieces of gradients are copied, whole ones let go, and
-only a rank with no less of the same parameters is sure to peak no lower. Only the ranks that no other one outdoes are
-rehearsed.
+With ZeRO-0 and 3 every rank holds the same; where ZeRO-3's shards are uneven the last rank copies no padding, and
+so moves a few bytes fewer than the rank that stands for it. With ZeRO-1 and 2 a rank copies the gradients of the
+parameters that its partition touches into a buffer of their whole size, made when the first of them is reduced:
+ZeRO-2 reduces within backward, from the last parameter to the first; ZeRO-1 after it, from the first to the last.
+Either way memory falls as it goes, so more bytes, earlier, is a higher peak: of any two ranks one whose buffer is
+as large and as early peaks no lower. Where the optimizer is offloaded there is no such buffer: pieces of gradients
+are copied, whole ones let go, and only a rank with no less of the same parameters is sure to peak no lower. Only
+the ranks that no other one outdoes are rehearsed.
 """
 
 from bisect import bisect_left

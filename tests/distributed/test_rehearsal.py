@@ -224,6 +224,15 @@ def seen(rank: Books, steps: int = 3) -> dict[tuple[int, str, int], Books]:
     return {place: phase for place, phase in phases.items() if place[0] < steps}
 
 
+def held(rank: Books) -> dict[tuple[int, str, int], Books]:
+    """What `seen` says but for the bytes moved: of an uneven shard the last rank copies no padding."""
+    moved = ("read", "written")
+    return {
+        place: {key: figure for key, figure in phase.items() if key not in moved}
+        for place, phase in seen(rank).items()
+    }
+
+
 def differences(real: Books, rehearsed: Books) -> list[tuple[Any, ...]]:
     """Where the two books differ: the place, the figure, the run's bytes and the rehearsal's."""
     found: list[tuple[Any, ...]] = [
@@ -273,7 +282,8 @@ def test_a_rank_stands_for_its_like_in_the_run_and_bounds_none_above_it(
     peaks = [max(phase["peak"] for phase in seen(books).values()) for books in real]
     for each in roles(settings_of(words, ranks, prompts)):
         assert all(real[rank]["categories"] == real[each.rank]["categories"] for rank in each.stands_for)
-        assert all(seen(real[rank]) == seen(real[each.rank]) for rank in each.stands_for)
+        for rank in each.stands_for:
+            assert held(real[rank]) == held(real[each.rank])
         assert all(peaks[rank] <= peaks[each.rank] for rank in each.bounds)
 
 
