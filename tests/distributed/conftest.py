@@ -1,6 +1,7 @@
 """Runs of the product through its own launcher, each made once a session and looked at by many tests."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -54,6 +55,7 @@ class Warm:
             self.process = subprocess.Popen(
                 [*LAUNCHER, f"--nproc-per-node={ranks}", str(script), str(self.store.port)],
                 cwd=ROOT,
+                env={**os.environ, "PYTHONPATH": str(ROOT)},  # this checkout's, whatever is installed
                 stdout=said,
                 stderr=subprocess.STDOUT,
             )
