@@ -193,6 +193,8 @@ class Ledger:
     """Set by ledger=."""
     steps: Positive = 3
     """ledger=exact: first steps or batches so seen; phases after them."""
+    trace: bool = True
+    """Leave every event so seen in trace/, for harness report."""
 
 
 @dataclass(frozen=True, config=_STRICT)

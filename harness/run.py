@@ -15,7 +15,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from harness import ceilings, failure, page, record, timing, world
+from harness import ceilings, failure, page, record, timing, trace, world
 from harness.ledger import Ledger
 from harness.rules import check_world
 from harness.settings import Refusal, Settings
@@ -54,7 +54,7 @@ def _rehearse(settings: Settings, cfg: DictConfig) -> int:
     head = _head(settings, cfg, rehearsal.described(settings))
     record.write(made, {**head, "failure": failure.UNFINISHED, "ranks": []})
     try:
-        ranks, done = rehearsal.rehearse(settings)
+        ranks, done = rehearsal.rehearse(settings, made)
     except Refusal:
         _remove(made)
         raise
@@ -166,6 +166,7 @@ class _Run:
         with self.ledger:
             out = record.Output(self.directory, self.say, self.done, self.flush)
             mode.run(self.settings, self.world, self.ledger, out)
+        self._trace()
         return self._books()
 
     def _bounds(self) -> None:
@@ -208,6 +209,10 @@ class _Run:
     def _books(self) -> dict[str, Any]:
         return record.rank_record(self.ledger, self.world.rank, self.world.stage, self.world.share)
 
+    def _trace(self) -> None:
+        if self.settings.ledger.trace:
+            trace.write(self.directory, self.world.rank, trace.of_ledger(self.ledger))
+
     def say(self, line: str) -> None:
         """Rank 0 speaks."""
         if self.world.leads:
@@ -236,6 +241,8 @@ class _Run:
         if found is not None and failure.claim(self.directory, found):
             books = self._books() if found.rank == self.world.rank else None
             self._write([books] if books else [], failure=found.as_record())
+            if books:
+                self._trace()
             print(f"harness: {found.sentence()}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(3)  # the others are gone or going: leaving in good order would wait for them

@@ -303,6 +303,11 @@ class Ledger:
             phase.work = self._log.work.of(phase.where)
         return peak, categories, phases
 
+    @property
+    def events(self) -> list[Event]:
+        """Every birth and death that was seen, and every phase's start, in order."""
+        return self._log.events
+
     # -- what was done -----------------------------------------------------------------------------------------
 
     def work(self) -> dict[Where, Work]:

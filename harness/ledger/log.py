@@ -61,6 +61,22 @@ class Storage:
     saved_at: int | None = None
     recomputed: bool = False
     base: bool = False  # it was alive before the log began
+    parts: dict[int, tuple[str, int]] | None = None  # parameters that lie in it, by offset: name, bytes
+
+    @property
+    def shares(self) -> list[tuple[str, int]]:
+        """Its bytes by name: each parameter's that lies in a buffer of many, and what is left under its own."""
+        own = [*self.parts.values()] if self.parts else []
+        if len(own) < 2:
+            return [(self.name, self.nbytes)]
+        left = self.nbytes - sum(nbytes for _, nbytes in own)
+        return [*own, *([("between parameters", left)] if left else [])]
+
+    def has(self, name: str, parameter: torch.Tensor) -> None:
+        """`parameter` lies in it, unless the place is known: a partition is a view of many that the module named."""
+        parts, offset = self.parts or {}, parameter.storage_offset()
+        if offset not in parts and sum(n for _, n in parts.values()) + parameter.nbytes <= self.nbytes:
+            self.parts = {**parts, offset: (name, parameter.nbytes)}
 
 
 class Event(NamedTuple):
@@ -72,6 +88,16 @@ class Event(NamedTuple):
     where: Where
     module: str
     saved: bool = False  # the moment autograd saved it, which changes no total
+
+    @property
+    def saves(self) -> int:
+        """Bytes by which what autograd keeps of activations grows, or shrinks."""
+        storage = self.storage
+        if storage is None or storage.category != "activations":
+            return 0
+        if self.saved or (self.delta < 0 and storage.saved_at is not None):
+            return self.delta or storage.nbytes
+        return 0
 
 
 class Operator(NamedTuple):
@@ -267,5 +293,7 @@ class Log(TorchDispatchMode):
             if record is None:
                 continue
             record.base = record.base or (base and not record.op)
+            if category == "parameters" and part.nbytes < record.nbytes:
+                record.has(name, part)
             if not record.name or RANK[category] < RANK[record.category]:
                 record.category, record.name = category, name

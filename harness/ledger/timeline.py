@@ -21,7 +21,10 @@ NUMBER = 16
 
 @dataclass(frozen=True)
 class Holding:
-    """Storages alive at the peak under one name: an owner's, or the module and operator that made them."""
+    """Storages alive at the peak under one name: an owner's, or the module and operator that made them.
+
+    A parameter that lies in a buffer of many is one of its own.
+    """
 
     category: str
     name: str
@@ -95,8 +98,7 @@ class Live:
         storage = event.storage
         if storage is None:
             return
-        if event.saved or (event.delta < 0 and storage.saved_at is not None):
-            self.saved += (event.delta or storage.nbytes) if storage.category == "activations" else 0
+        self.saved += event.saves
         if storage.recomputed and storage.category == "activations":
             self.recomputed += event.delta
         self.totals[storage.category] += event.delta
@@ -272,8 +274,9 @@ def holdings_of(storages: Iterable[Storage]) -> list[Holding]:
     """`storages` by what holds them, the `LARGEST` first, then what is left of each category. The sum is theirs."""
     held: dict[tuple[str, str], list[int]] = {}
     for storage in storages:
-        name = storage.name or f"{storage.module or storage.where.phase}: {storage.op.partition('.')[0]}"
-        held.setdefault((storage.category, name), []).append(storage.nbytes)
+        made = f"{storage.module or storage.where.phase}: {storage.op.partition('.')[0]}"
+        for name, nbytes in storage.shares:
+            held.setdefault((storage.category, name or made), []).append(nbytes)
     found = [Holding(category, name, sum(sizes), len(sizes)) for (category, name), sizes in held.items()]
     found.sort(key=lambda holding: (-holding.bytes, holding.category, holding.name))
     shown, rest = found[:LARGEST], found[LARGEST:]

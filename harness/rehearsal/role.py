@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from harness import infer, paged_proof, record, train
+from harness import infer, paged_proof, record, trace, train
 from harness.ledger import Ledger
 from harness.model import model_config
 from harness.proof import prove
@@ -19,8 +19,12 @@ GPU_BLOCK = 512
 """Bytes that CUDA's caching allocator rounds up to: kMinBlockSize of c10/cuda/CUDACachingAllocator."""
 
 
-def rehearse(settings: Settings, rank: int) -> tuple[dict[str, Any], dict[str, Any]]:
+def rehearse(
+    settings: Settings, rank: int, directory: Path | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Rank `rank` of `settings.world.size`: its part of `record.json`, and what the run says of itself.
+
+    It leaves its trace in `directory`, where one is given.
 
     Raises Refusal as the run itself would, and RuntimeError where a shim does not fit.
     """
@@ -51,6 +55,8 @@ def rehearse(settings: Settings, rank: int) -> tuple[dict[str, Any], dict[str, A
         except Exception as error:
             error.rehearsed = rank, ledger.where  # type: ignore[attr-defined]
             raise
+    if directory is not None and settings.ledger.trace:
+        trace.write(directory, rank, trace.of_ledger(ledger, timed=False))
     return record.rank_record(ledger, rank, world.stage, world.share), done
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import as_completed
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -47,8 +48,12 @@ def _differences(settings: Settings) -> Iterator[str]:
         yield "no text is read: where a real run's data ends and begins anew, it has no next batch at hand"
 
 
-def rehearse(settings: Settings) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def rehearse(
+    settings: Settings, directory: Path | None = None
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Every role of `settings`' world: the records of the ranks that were rehearsed, and the run's parts.
+
+    They leave their traces in `directory`, where one is given.
 
     Raises Refusal as the run itself would, RuntimeError where a shim does not fit, and whatever the run raises.
     """
@@ -56,7 +61,7 @@ def rehearse(settings: Settings) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     wanted = roles(settings)
     found: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
     with tqdm(total=len(wanted), unit="role", desc="rehearse", leave=False, disable=None) as bar:
-        for role, rehearsed in _all(settings, wanted):
+        for role, rehearsed in _all(settings, wanted, directory):
             found[role.rank] = rehearsed
             bar.update()
     ranks = [
@@ -108,15 +113,15 @@ def _cached(done: dict[str, Any]) -> int:
 
 
 def _all(
-    settings: Settings, wanted: list[Role]
+    settings: Settings, wanted: list[Role], directory: Path | None
 ) -> Iterator[tuple[Role, tuple[dict[str, Any], dict[str, Any]]]]:
     """Each role as it is done: one alone in this process, several in parallel."""
     from harness.rehearsal.role import rehearse as one
 
     if len(wanted) == 1:
-        yield wanted[0], one(settings, wanted[0].rank)
+        yield wanted[0], one(settings, wanted[0].rank, directory)
         return
     with workers(len(wanted)) as pool:
-        running = {pool.submit(one, settings, role.rank): role for role in wanted}
+        running = {pool.submit(one, settings, role.rank, directory): role for role in wanted}
         for done in as_completed(running):
             yield running[done], done.result()
