@@ -15,6 +15,7 @@ from harness.settings import load
 
 TOOLS = {
     "compare": "RUN RUN [...]   runs side by side, category by category; --json, --markdown",
+    "report": "RUN [...] -o DIR  a page of them to look at; --perfetto, --tensorboard, --csv, --parquet, --markdown",
     "contrast": "RUN RUN [...]  what activations a stage keeps, by the number of stages, in either mode; --json",
     "batching": "RUN RUN [...]  what a larger batch brings in generation and costs, by the context; --json",
     "caching": "RUN RUN [...]   what a KV cache saves and costs, by the tokens that are generated; --json",

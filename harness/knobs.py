@@ -195,6 +195,8 @@ class Ledger:
     """ledger=exact: first steps or batches so seen; phases after them."""
     trace: bool = True
     """Leave every event so seen in trace/, for harness report."""
+    snapshot: bool = False
+    """On CUDA, keep torch's own snapshot too, for memory_viz."""
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -5,7 +5,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -15,7 +15,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from harness import ceilings, failure, page, record, timing, trace, world
+from harness import ceilings, failure, page, record, snapshot, timing, trace, world
 from harness.ledger import Ledger
 from harness.rules import check_world
 from harness.settings import Refusal, Settings
@@ -33,6 +33,7 @@ def run(settings: Settings, cfg: DictConfig, words: list[str]) -> int:
     check_world(settings, size, words)
     parts = settings.pipeline.stages, settings.tensor_parallel
     with world.connected(settings.hardware.device, settings.world.timeout, *parts) as here:
+        snapshot.check(settings, here.device)
         directory = here.broadcast(_make_directory(settings, cfg) if here.leads else None)
         if isinstance(directory, Refusal):
             raise directory
@@ -163,7 +164,7 @@ class _Run:
             prove(self.settings)
         if self.world.stages > 1:
             self._cut()
-        with self.ledger:
+        with self._snapshot(), self.ledger:
             out = record.Output(self.directory, self.say, self.done, self.flush)
             mode.run(self.settings, self.world, self.ledger, out)
         self._trace()
@@ -209,6 +210,11 @@ class _Run:
     def _books(self) -> dict[str, Any]:
         return record.rank_record(self.ledger, self.world.rank, self.world.stage, self.world.share)
 
+    def _snapshot(self) -> AbstractContextManager[None]:
+        if self.settings.ledger.snapshot:
+            return snapshot.kept(self.directory, self.world.rank)
+        return nullcontext()
+
     def _trace(self) -> None:
         if self.settings.ledger.trace:
             trace.write(self.directory, self.world.rank, trace.of_ledger(self.ledger))
@@ -242,7 +248,8 @@ class _Run:
             books = self._books() if found.rank == self.world.rank else None
             self._write([books] if books else [], failure=found.as_record())
             if books:
-                self._trace()
+                with suppress(OSError):
+                    self._trace()
             print(f"harness: {found.sentence()}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(3)  # the others are gone or going: leaving in good order would wait for them

@@ -196,6 +196,11 @@ def test_a_number_out_of_its_range_is_refused_by_its_key(words: str) -> None:
         ("model=gpt2 checkpointing=full checkpointing.every=13", "checkpointing.every=13", "has 12 layers"),
         ("world=rehearsed", "world.size=null", "needs world.size="),
         ("world=rehearsed world.size=2 ledger=phases", "ledger=phases", "use ledger=exact"),
+        (
+            "world=rehearsed world.size=2 ledger.snapshot=true",
+            "ledger.snapshot=True",
+            "a rehearsal allocates nothing",
+        ),
         ("world=rehearsed world.size=2 train.resume=/tmp", "train.resume=/tmp", "leave it out"),
         (
             "model.config.num_key_value_heads=3",

@@ -136,7 +136,7 @@ def drawn(table: "pa.Table") -> dict[str, Any]:
             part
             for group in row
             if by_holder[point, group] > 0
-            for part in (number(": ".join(trace.holders[group][::1])), int(by_holder[point, group]))
+            for part in (number("{}: {}".format(*trace.holders[group])), int(by_holder[point, group]))
         ]
         for point, row in enumerate(largest)
     ]
@@ -144,7 +144,9 @@ def drawn(table: "pa.Table") -> dict[str, Any]:
     return {
         "events": len(trace.bytes),
         "at": at.tolist(),
-        "milliseconds": None if trace.nanoseconds is None else np.round(trace.nanoseconds[at] / 1e6, 3).tolist(),
+        "milliseconds": None
+        if trace.nanoseconds is None
+        else np.round(trace.nanoseconds[at] / 1e6, 3).tolist(),
         "categories": {
             name: by_category[:, index].tolist()
             for index, name in enumerate(CATEGORIES)

@@ -112,6 +112,8 @@ def _rehearsal(settings: Settings) -> None:
         raise Refusal("world.size", None, "world=rehearsed needs world.size=, the ranks to rehearse")
     if settings.ledger.mode != "exact":
         raise Refusal("ledger", settings.ledger.mode, "a rehearsal is what its ledger sees; use ledger=exact")
+    if settings.ledger.snapshot:
+        raise Refusal("ledger.snapshot", True, "a rehearsal allocates nothing; leave it out")
     if settings.train.resume is not None:
         raise Refusal(
             "train.resume", settings.train.resume, "a rehearsal begins with the first step; leave it out"

@@ -13,7 +13,7 @@ storage and not compared; a rehearsal has none.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import pytest
 
 from harness.config import compose
 from harness.rehearsal.role import rehearse
-from harness.rehearsal.roles import roles
+from harness.rehearsal.roles import Role, roles
 from harness.rehearsal.run import rehearse as rehearse_all
 from harness.settings import Settings, load
 from tests.distributed.conftest import Launch, complete
@@ -251,6 +251,13 @@ def differences(real: Books, rehearsed: Books) -> list[tuple[Any, ...]]:
     return found
 
 
+def each_rank(found: list[Role]) -> Iterator[tuple[int, list[int]]]:
+    """Every rank that stands for others, with those; and by itself each whose peak another one bounds."""
+    for role in found:
+        yield role.rank, [rank for rank in role.stands_for if rank != role.rank]
+        yield from ((rank, []) for rank in role.bounds)
+
+
 def name(cell: tuple[int, Words]) -> str:
     """A cell by what is its own."""
     ranks, words = cell
@@ -266,25 +273,28 @@ def test_a_rehearsal_holds_the_bytes_of_the_run(
     ranks, words = cell
     real, settings = run(ranks, words), settings_of(words, ranks, prompts)
     assert [books["rank"] for books in real["ranks"]] == list(range(ranks))
-    for rank, books in enumerate(real["ranks"]):
+    for rank, alike in each_rank(roles(settings)):
+        books = real["ranks"][rank]
         rehearsed, done = rehearse(settings, rank)
         assert differences(books, json.loads(json.dumps(rehearsed))) == []
         assert rehearsed["peak"]["bytes"] == max(phase["peak"] for phase in seen(books).values())
         assert done["model"] == real["model"]
+        for other in alike:
+            assert real["ranks"][other]["categories"] == books["categories"]
+            assert held(real["ranks"][other]) == held(books)
 
 
 @pytest.mark.parametrize("cell", [(ranks, words) for ranks in (3, 4) for words in CELLS[ranks]], ids=name)
-def test_a_rank_stands_for_its_like_in_the_run_and_bounds_none_above_it(
+def test_a_rank_peaks_no_lower_than_those_it_bounds(
     run: Callable[[int, Words], Books], prompts: Path, cell: tuple[int, Words]
 ) -> None:
     ranks, words = cell
     real = run(ranks, words)["ranks"]
     peaks = [max(phase["peak"] for phase in seen(books).values()) for books in real]
-    for each in roles(settings_of(words, ranks, prompts)):
-        assert all(real[rank]["categories"] == real[each.rank]["categories"] for rank in each.stands_for)
-        for rank in each.stands_for:
-            assert held(real[rank]) == held(real[each.rank])
-        assert all(peaks[rank] <= peaks[each.rank] for rank in each.bounds)
+    found = roles(settings_of(words, ranks, prompts))
+    assert sorted(rank for role in found for rank in {*role.stands_for, *role.bounds}) == list(range(ranks))
+    for role in found:
+        assert all(peaks[rank] <= peaks[role.rank] for rank in role.bounds)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,63 @@
+"""`harness report RUN [RUN ...] -o DIR`: runs to look at, from their records and traces alone, with no torch."""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from harness.schema import printable
+from harness.tool import Parser
+
+PAGE = "index.html"
+
+
+def main(argv: Sequence[str]) -> int:
+    """`harness report RUN [RUN ...]`; the exit code."""
+    from harness.report import content, exports, page
+
+    try:
+        asked = _parser().parse_args(argv)
+        runs = content.told(asked.run)
+        write(asked.output / PAGE, page.html(runs))
+        made = [asked.output / PAGE]
+        for form in exports.FORMS:
+            if getattr(asked, form):
+                made += exports.FORMS[form].write(runs, asked.output)
+    except ValueError as error:
+        print(f"harness: {printable(str(error))}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(
+            f"harness: -o {printable(str(error.filename))}: it cannot be written: {error.strerror}",
+            file=sys.stderr,
+        )
+        return 2
+    for path in made:
+        print(path)
+    return 0
+
+
+def _parser() -> Parser:
+    from harness.report.exports import FORMS
+
+    parser = Parser(
+        "report",
+        description="Draw runs as one page that opens from disk: memory over time, runs side by side, every rank, "
+        "every module, the roofline, the configs.",
+        epilog="Exit code 2: a run has no record, or no trace, that can be read.",
+    )
+    parser.add_argument("run", nargs="+", type=Path, metavar="RUN", help="its directory, or its record.json")
+    parser.add_argument(
+        "-o", "--output", type=Path, default=Path("report"), metavar="DIR", help="where to; report/"
+    )
+    for name, form in FORMS.items():
+        parser.add_argument(f"--{name}", action="store_true", help=f"also {form.meaning}")
+    return parser
+
+
+def write(file: Path, text: str) -> None:
+    """Put `text` into `file`, whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, file)

@@ -1,0 +1,63 @@
+"""The page: one file that opens from disk, asks the network for nothing, and shows every text as text."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from harness.compare import compare
+from harness.record import read
+from harness.report import content, points
+from harness.report.content import Told
+from harness.show import show
+from harness.tables import size
+
+HERE = Path(__file__).parent
+
+
+def html(runs: Sequence[Told]) -> str:
+    """The report of `runs` as a page. Raises ValueError for a torn trace."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+    from plotly.offline import get_plotlyjs
+
+    environment = Environment(
+        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    environment.filters["bytes"] = lambda figure: size(figure, exact=True)
+    told = [content.of_run(run) for run in runs]
+    drawn = {"runs": [_drawn(run) for run in told], "comparison": content.comparison(runs)}
+    return environment.get_template("page.html").render(
+        runs=told,
+        table=_table(runs),
+        differing=content.differing(runs),
+        pairs=list(content.pairs(runs)),
+        data=Markup(_inert(drawn)),
+        traces=[
+            (f"trace-{index}-{rank.rank}", Markup(_inert(points.drawn(table))))
+            for index, run in enumerate(runs)
+            for rank, table in run.traces()
+        ],
+        css=Markup((HERE / "page.css").read_text()),
+        js=Markup((HERE / "page.js").read_text()),
+        plotly=Markup(get_plotlyjs()),
+    )
+
+
+def _drawn(run: dict[str, Any]) -> dict[str, Any]:
+    """What the page's script needs of a run; the rest is in its text."""
+    return {name: run[name] for name in ("name", "worst", "ranks", "modules", "roofline")}
+
+
+def _table(runs: Sequence[Told]) -> str:
+    if len(runs) > 1:
+        return compare([run.run for run in runs])
+    return show(read(runs[0].run.path))
+
+
+def _inert(value: Any) -> str:
+    """`value` as JSON that ends no script element, whatever texts are in it."""
+    text = json.dumps(value, separators=(",", ":"))
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
