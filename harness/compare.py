@@ -14,7 +14,7 @@ from harness.ledger.categories import CATEGORIES
 from harness.record import FILE, read
 from harness.schema import UNHEARD, Failure, Record, parse, printable
 from harness.stages import grew
-from harness.tables import AT_LEAST, Table, difference, factor, size, tail
+from harness.tables import AT_LEAST, Table, difference, escaped, factor, size, tail
 from harness.tool import Parser
 
 WIDTH = 100
@@ -112,7 +112,7 @@ def compare(runs: Sequence[Run], markdown: bool = False, exact: bool = False) ->
             table.row(f"  {row.name}", "", *("  ".join(filter(None, cells)) for cells in others))
     notes = [*_folded(records), *table.legend(), *_failures(records, names), *_changed(records, names, exact)]
     if markdown:
-        return "\n\n".join([table.markdown(), *notes])
+        return "\n\n".join([table.markdown(), *map(escaped, notes)])
     return "\n".join([table.text(), "", *(fill(note, WIDTH) for note in notes)])
 
 

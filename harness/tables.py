@@ -111,7 +111,7 @@ class Table:
         """For a page; what would break the table is escaped."""
 
         def line(row: Sequence[str]) -> str:
-            return "| " + " | ".join(_escaped(cell) for cell in row) + " |"
+            return "| " + " | ".join(escaped(cell) for cell in row) + " |"
 
         columns = len(self._heads[0])
         headings = [" ".join(filter(None, lines)) for lines in zip(*self._heads, strict=True)]
@@ -124,7 +124,8 @@ class Table:
         return "\n".join(lines)
 
 
-def _escaped(cell: str) -> str:
+def escaped(cell: str) -> str:
+    """`cell` with nothing in it that Markdown or HTML would obey."""
     indent = (len(cell) - len(cell.lstrip())) // 2
     text = cell.strip()
     for character in "\\|<`":

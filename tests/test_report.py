@@ -16,7 +16,7 @@ from harness.record import FILE, read, write
 from harness.report import PAGE
 
 TINY = "model=tiny hardware=cpu world=rehearsed world.size=2 model.config.num_hidden_layers=2"
-TRAIN = f"mode=train zero=2 train.steps=2 train.sequence=32 {TINY}"
+TRAIN = f"mode=train zero=2 train.steps=2 train.sequence=32 train.validate_every=0 {TINY}"
 INFER = f"mode=infer generation.batch=2 generation.max_new_tokens=4 {TINY}"
 HOSTILE = "</script><script>window.hacked=1</script><b>"
 
@@ -118,7 +118,7 @@ def test_tensorboard_reads_the_most_of_each_step(runs: dict[str, Path], tmp_path
     rank = read(runs["train"])["ranks"][0]
     most = max(phase["peak"] for phase in rank["phases"] if phase["step"] == 1)
     values = seen.Tensors("memory/total (MiB)")
-    assert {each.step for each in values} == {0, 1}
+    assert [each.step for each in values[:2]] == [0, 1]
     assert values[1].tensor_proto.float_val[0] == pytest.approx(most / 2**20, rel=1e-6)
 
 
@@ -130,7 +130,7 @@ def test_markdown_says_what_explain_says_and_breaks_no_page(runs: dict[str, Path
         tmp_path / "report", changed(runs["train"], tmp_path / "run", change), runs["infer"], "--markdown"
     )
     text = (made / "report.md").read_text()
-    assert "<script>" not in text.replace("\\<script", "")
+    assert "<script>" not in text.replace("\\<script>", "")
     assert "at its peak" in text
     assert "| parameters |" in text.replace("&emsp;", "")
 

@@ -1,5 +1,6 @@
 """The page in a browser: it opens without an error, and what a person points at, chooses or types is answered."""
 
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 from selenium import webdriver
+from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select, WebDriverWait
@@ -15,7 +17,7 @@ from harness import trace
 from harness.__main__ import main
 from harness.record import read, write
 from harness.report import PAGE
-from tests.test_report import HOSTILE, INFER, TRAIN, report
+from tests.test_report import HOSTILE, INFER, TRAIN, changed, report
 
 Browser = webdriver.Chrome
 
@@ -78,24 +80,33 @@ def test_it_opens_without_a_word_on_the_console_and_runs_nothing_of_a_record(
 
 def test_every_chart_is_drawn(browser: Browser, page: Path) -> None:
     opened(browser, page)
-    for chart in ("timeline", "comparison", "ranks", "roofline"):
-        drawn = browser.execute_script("return document.getElementById(arguments[0]).data.length", chart)
-        assert drawn > 0 or chart == "roofline"
-    first = browser.execute_script("return document.getElementById('timeline').data.map(each => each.name)")
-    assert {"parameters", "optimizer", "activations", "saved for backward", "alive"} <= set(first)
+    for chart in ("timeline", "comparison", "ranks"):
+        assert browser.execute_script("return document.getElementById(arguments[0]).data.length", chart) > 1
+    names = browser.execute_script("return document.getElementById('timeline').data.map(each => each.name)")
+    assert {"parameters", "optimizer", "activations", "saved for backward", "alive"} <= set(names)
+
+
+def test_a_run_that_was_timed_is_under_its_machines_roof(
+    browser: Browser, page: Path, tmp_path: Path
+) -> None:
+    rate = {"source": "made", "bandwidth": 1e9, "flops": 1e12, "dtype": "bfloat16"}
+    run = changed(page.parents[1] / "train", tmp_path / "run", lambda record: record.update(ceilings=rate))
+    opened(browser, report(tmp_path / "report", run) / PAGE)
+    assert browser.find_element(By.ID, "roofline").is_displayed()
+    roof = browser.execute_script("return document.getElementById('roofline').data[0].y")
+    assert max(roof) == 1e12
 
 
 def test_pointing_says_what_lives_there_and_names_the_module(browser: Browser, page: Path) -> None:
     opened(browser, page)
-    told = browser.execute_script(
-        "const chart = document.getElementById('timeline');"
-        "const curve = chart.data.findIndex(each => each.name === 'alive');"
-        "Plotly.Fx.hover(chart, [{curveNumber: curve, pointNumber: 300}]);"
-        "return chart.data[curve].text[300];"
-    )
-    assert "alive: step" in told
-    assert cursor(browser).splitlines()[0] == told.split("<br>")[0]
-    assert "model." in told
+    chart = browser.find_element(By.CSS_SELECTOR, "#timeline .nsewdrag")
+    told = [cursor(browser)]
+    for across in (-200, 100):
+        ActionChains(browser).move_to_element_with_offset(chart, across, 0).perform()
+        WebDriverWait(browser, 20).until(lambda each: cursor(each) not in told)
+        told.append(cursor(browser))
+        assert re.search(r" alive: step \d, \w+, micro-batch \d, \w", told[-1].splitlines()[0])
+        assert re.search(r"\n  \w+: \S.*  [\d.]+ [KM]iB$", told[-1])
 
 
 def test_keys_walk_the_timeline(browser: Browser, page: Path) -> None:
@@ -111,7 +122,10 @@ def test_keys_walk_the_timeline(browser: Browser, page: Path) -> None:
     chart.send_keys(Keys.ARROW_LEFT)
     assert cursor(browser) == start
     chart.send_keys(Keys.PAGE_DOWN)
-    assert "step 0, setup" in cursor(browser)
+    next_phase = cursor(browser)
+    assert "step 0, setup" in next_phase or "step 0, data" in next_phase
+    chart.send_keys(Keys.PAGE_DOWN)
+    assert "step 0, forward" in cursor(browser)
     chart.send_keys(Keys.END)
     chart.send_keys("p")
     assert cursor(browser) == at_peak

@@ -52,7 +52,7 @@ def test_parameters_in_one_buffer_are_told_one_by_one(run: Path) -> None:
     names = set(rows.column("name").to_pylist())
     assert {"model.embed_tokens.weight", "model.layers.3.mlp.down_proj.weight", "model.norm.weight"} <= names
     held = points.at_peak(table(run))["model.layers.3.mlp.down_proj"]["parameters"]
-    assert held == 2 * 128 * 344  # bfloat16
+    assert held == 2 * 128 * 1376  # bfloat16, hidden and intermediate size
     by_name = {each["name"]: each for each in read(run)["ranks"][0]["peak"]["holdings"]}
     assert by_name["model.layers.3.mlp.down_proj.weight"]["bytes"] == held
 

@@ -74,7 +74,7 @@ class Storage:
 
     def has(self, name: str, parameter: torch.Tensor) -> None:
         """`parameter` lies in it, unless the place is known: a partition is a view of many that the module named."""
-        parts, offset = self.parts or {}, parameter.storage_offset()
+        parts, offset = self.parts or {}, int(parameter.storage_offset())
         if offset not in parts and sum(n for _, n in parts.values()) + parameter.nbytes <= self.nbytes:
             self.parts = {**parts, offset: (name, parameter.nbytes)}
 

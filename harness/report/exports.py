@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from harness.ledger.categories import CATEGORIES
+from harness.tables import escaped
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -151,24 +152,16 @@ def markdown(runs: Sequence["Told"], directory: Path) -> list[Path]:
     from harness.compare import compare
     from harness.explain import explain
     from harness.report import write
+    from harness.schema import printable
 
     lines = ["# Memory report", ""]
     for run in runs:
-        lines += [f"## {_escaped(run.name)}", "", _escaped(run.record.title), ""]
-        lines += [*(f"- {_escaped(finding.sentence)}" for finding in explain(run.record)), ""]
+        lines += [f"## {escaped(run.name)}", "", escaped(run.record.title), ""]
+        lines += [*(f"- {escaped(printable(finding.sentence))}" for finding in explain(run.record)), ""]
     if len(runs) > 1:
         lines += ["## Side by side", "", compare([run.run for run in runs], markdown=True), ""]
     write(directory / "report.md", "\n".join(lines))
     return [directory / "report.md"]
-
-
-def _escaped(text: str) -> str:
-    from harness.schema import printable
-
-    text = printable(text)
-    for character in "\\`*_{}[]<>#|":
-        text = text.replace(character, f"\\{character}")
-    return text
 
 
 def _called(kind: str, index: int, runs: Sequence["Told"], ending: str = "") -> str:

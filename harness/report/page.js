@@ -49,17 +49,17 @@ function layout(more) {
   return {
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
     font: { color: colour("--text"), size: 12 }, margin: { l: 80, r: 20, t: 20, b: 45 },
-    legend: { orientation: "h", y: -0.16 },
+    legend: { orientation: "h", y: -0.2 },
     hoverlabel: { bgcolor: colour("--panel"), bordercolor: colour("--line"), font: { color: colour("--text") }, align: "left" },
     xaxis: { ...line, ...xaxis }, yaxis: { ...line, ...yaxis }, ...rest,
   };
 }
-const draw = (id, drawn, more) => Plotly.react(id, drawn, layout(more), { responsive: true, displaylogo: false });
+const draw = (id, drawn, more) => Plotly.react(id, drawn, layout(more), { responsive: true, displaylogo: false, displayModeBar: id === "timeline", modeBarButtons: [["toImage", "zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "resetScale2d"]] });
 
-function stacked(categories, name, x, across) {
+function stacked(name, x, across) {
   const [fill, shape] = look(name);
   return {
-    type: "bar", name, x, y: across, marker: { color: fill, line: { color: colour("--back"), width: 0.5 }, pattern: { shape, fgcolor: colour("--back"), size: 7, solidity: 0.25 } },
+    type: "bar", name, x, y: across, marker: { color: fill, line: { color: colour("--back"), width: 0.5 }, pattern: { shape, fgcolor: colour("--back"), bgcolor: fill, size: 7, solidity: 0.25 } },
     text: across.map(size), textposition: "none", hovertemplate: `%{x}<br>${escaped(name)}: %{text}<extra></extra>`,
   };
 }
@@ -117,7 +117,7 @@ function phaseBars(trace, x) {
   const widths = starts.map((start, index) => (index + 1 < starts.length ? starts[index + 1] : x[x.length - 1]) - start);
   const shown = trace.phases.map((phase, index) => [phase, starts[index], widths[index]]).filter(([phase, , width]) => phase[2] !== "idle" && width > 0);
   return {
-    type: "bar", orientation: "h", yaxis: "y2", base: shown.map((each) => each[1]), x: shown.map((each) => each[2]), y: shown.map(() => 0), width: 1,
+    type: "bar", orientation: "h", xaxis: "x2", yaxis: "y2", base: shown.map((each) => each[1]), x: shown.map((each) => each[2]), y: shown.map(() => 0), width: 1,
     text: shown.map(([phase]) => `${escaped(phase[2])} ${phase[1]}.${phase[3]}`), textposition: "inside", insidetextanchor: "middle", textangle: 0, constraintext: "inside",
     customdata: shown.map(([phase]) => `step ${phase[1]}, ${escaped(phase[2])}, micro-batch ${phase[3]}`), hovertemplate: "%{customdata}<extra></extra>",
     marker: { color: colour("--panel"), line: { color: colour("--dim"), width: 1 } }, showlegend: false,
@@ -154,9 +154,10 @@ function drawTimeline() {
   const thinned = trace.at.length < trace.events ? `; ${trace.at.length.toLocaleString("en")} of them are drawn, the highest and the lowest of every stretch` : "";
   told.textContent = `Rank ${chosen.rank}: ${trace.events.toLocaleString("en")} events${thinned}. The dotted line is the peak, ${exact(totals[trace.peak])}.`;
   draw("timeline", [...areas, ...(kept ? [kept] : []), whole, phaseBars(trace, x)], {
-    hovermode: "closest", hoverdistance: 30, shapes: marks(trace, x), barmode: "overlay",
+    hovermode: "x", hoverdistance: 100, shapes: marks(trace, x), barmode: "overlay", margin: { l: 80, r: 20, t: 40, b: 45 },
     xaxis: { title: { text: x === trace.at ? "event" : "milliseconds" } },
     yaxis: { domain: [0, 0.91], rangemode: "tozero", ...ticks(totals[trace.peak]) },
+    xaxis2: { matches: "x", visible: false, anchor: "y2" },
     yaxis2: { domain: [0.93, 1], range: [-0.5, 0.5], visible: false, fixedrange: true },
     annotations: [{ x: x[trace.peak], y: totals[trace.peak], text: `peak ${size(totals[trace.peak])}`, showarrow: true, ax: 40, ay: -18, bgcolor: colour("--panel"), font: { color: colour("--text") } }],
   });
@@ -189,7 +190,7 @@ function step(key) {
 function drawComparison() {
   const names = data.comparison.map((each) => each.name);
   const held = NAMES.filter((name) => data.comparison.some((each) => each.categories[name]));
-  draw("comparison", held.map((name) => stacked(null, name, names, data.comparison.map((each) => each.categories[name] || 0))), {
+  draw("comparison", held.map((name) => stacked(name, names, data.comparison.map((each) => each.categories[name] || 0))), {
     barmode: "stack", xaxis: { type: "category" }, yaxis: ticks(Math.max(1, ...data.comparison.map((each) => each.total || 0))),
     annotations: data.comparison.map((each) => ({ x: each.name, y: each.total || 0, text: each.told, showarrow: false, yanchor: "bottom" })),
   });
@@ -198,8 +199,8 @@ function drawComparison() {
 function drawRanks() {
   const ranks = run().ranks, labels = ranks.map((rank) => `${rank.rank}`);
   const held = NAMES.filter((name) => ranks.some((rank) => rank.categories[name]));
-  draw("ranks", held.map((name) => stacked(null, name, labels, ranks.map((rank) => rank.categories[name] || 0))), {
-    barmode: "stack", bargap: 0.15, xaxis: { type: "category", title: { text: "rank" } }, yaxis: ticks(Math.max(1, ...ranks.map((rank) => rank.peak || 0))),
+  draw("ranks", held.map((name) => stacked(name, labels, ranks.map((rank) => rank.categories[name] || 0))), {
+    barmode: "stack", bargap: 0.15, xaxis: { type: "category", title: { text: "rank", standoff: 5 } }, yaxis: ticks(Math.max(1, ...ranks.map((rank) => rank.peak || 0))),
   });
   element("ranks").removeAllListeners("plotly_click");
   element("ranks").on("plotly_click", (event) => chooseRank(Number(event.points[0].x)));

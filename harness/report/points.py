@@ -101,7 +101,7 @@ def kept(trace: Trace, drawn: int = DRAWN) -> np.ndarray:
 
 def _phases(trace: Trace) -> np.ndarray:
     """Stretches of events in one phase: [stretches, 2], the first event and the number of its place."""
-    without = {}
+    without: dict[tuple[Any, ...], int] = {}
     numbers = np.array(
         [without.setdefault(place[:3], len(without)) for place in trace.places] or [0], np.int64
     )
