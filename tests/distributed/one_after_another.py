@@ -11,10 +11,20 @@ from itertools import count
 from torch._C._distributed_c10d import TCPStore
 
 from harness.__main__ import main
+from harness.config import compose
 
 os.environ["DS_ACCELERATOR"] = "cpu"
-for slow in ("harness.train", "harness.infer", "harness.text", "deepspeed", "torch._inductor.compile_fx"):
-    import_module(slow)  # the last is what DeepSpeed's optimizers import
+SLOW = (
+    *("harness.run", "harness.train", "harness.infer", "harness.text", "harness.show", "harness.paged_proof"),
+    *("harness.pipeline", "harness.relay", "harness.tensor", "transformers.models.llama.modeling_llama"),
+    *("deepspeed.module_inject.auto_ep_layer", "deepspeed.ops.op_builder.all_ops"),
+    *("deepspeed.runtime.zero.muon.muon_optimizer", "torch._inductor.compile_fx"),
+    "torch._dynamo.repro.after_dynamo",
+)
+"""What a run imports as it goes, DeepSpeed's and torch's among them."""
+for slow in SLOW:
+    import_module(slow)
+compose([])  # Hydra looks for its plugins once
 
 rank, address = os.environ["RANK"], os.environ["MASTER_ADDR"]
 tests = TCPStore("localhost", int(sys.argv[1]), is_master=False, timeout=timedelta(hours=2))
