@@ -145,7 +145,7 @@ GENERATION = [
     (*TINY, *INFER, *CONTINUED, "generation.lengths=skewed", "generation.max_new_tokens=40"),
     (*TINY, *INFER, *CONTINUED, "generation.pages=9", "generation.max_new_tokens=40", "precision=fp32"),
     (*TINY, *INFER, *CONTINUED, "generation.batch_tokens=20", "model.attention=eager"),
-    *((*TINY, *INFER, *SHARED, f"generation.cache={c}") for c in ("dynamic", "static", "none")),
+    *((*TINY, *INFER, *SHARED, f"generation.cache={c}") for c in ("dynamic", "static", "none", "quantized")),
     (*TINY, *INFER, *SHARED, "precision=fp32", "generation.sample=true", "model.attention=eager"),
     (*TINY, *INFER, *QUANTIZED),
     (*TINY, *INFER, *QUANTIZED, "generation.max_new_tokens=40", "precision=fp32"),
