@@ -1,6 +1,8 @@
 """A report says what the records say, opens without a network or an error, and runs nothing that a record has in it."""
 
 import json
+import subprocess
+import sys
 import xml.sax.saxutils
 from collections.abc import Callable
 from pathlib import Path
@@ -57,6 +59,16 @@ def test_the_page_has_every_run_and_asks_the_network_for_nothing(
     assert "default-src &#39;none&#39;" in text or "default-src 'none'" in text
     for tag in ("<link", "<img", "<iframe", " src=", "@import"):
         assert tag not in text.partition('<script type="application/json"')[0]
+
+
+def test_it_is_drawn_where_there_is_no_torch(runs: dict[str, Path], tmp_path: Path) -> None:
+    without = "import sys; sys.modules.update(dict.fromkeys(('torch', 'deepspeed', 'transformers')))"
+    forms = ["--perfetto", "--csv", "--parquet", "--markdown"]
+    words = ["report", *map(str, runs.values()), "-o", str(tmp_path / "report"), *forms]
+    script = f"{without}; from harness.__main__ import main; sys.exit(main({words!r}))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "report" / PAGE).exists()
 
 
 def test_a_record_runs_nothing_in_the_page(runs: dict[str, Path], tmp_path: Path) -> None:
