@@ -2,13 +2,15 @@
 
 import platform
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from harness import record
 from harness.ledger import Ledger
+
+T = TypeVar("T")
 
 MODES = ("train", "infer")
 
@@ -20,39 +22,40 @@ def save(ledger: Ledger, directory: str | Path, *, model: torch.nn.Module, mode:
     torch.distributed is initialised every rank must call it, and rank 0 writes the books of them all.
 
     Raises ValueError, on every rank, for an unknown `mode`, a ledger whose block has not ended, and a directory that
-    holds a record already or cannot be made.
+    holds a record already or cannot be written.
     """
     if mode not in MODES:
         raise ValueError(f"mode={mode!r}: a loop is one of {', '.join(MODES)}")
-    directory = Path(directory)
-    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    file = Path(directory) / record.FILE
+    rank = dist.get_rank() if dist.is_initialized() else 0
     refused = "the ledger is still open: save its record after its block" if ledger.exact else None
+    if rank == 0 and file.exists():
+        refused = f"{directory} already holds a run's record; name another directory"
+    _agree(refused)
+    ranks = _gather(record.rank_record(ledger, rank))
     if rank == 0:
-        refused = refused or _make(directory)
-    told = _gather((refused, record.rank_record(ledger, rank)), size)
-    for refused, _ in told:
-        if refused is not None:
-            raise ValueError(refused)
-    if rank == 0:
-        record.write(directory, _record(ledger, mode, model, [books for _, books in told]))
-    return directory / record.FILE
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            record.write(file.parent, _record(ledger, mode, model, ranks))
+        except OSError as error:
+            refused = f"{directory} cannot be written: {error.strerror}"
+    _agree(refused)  # and the file is there, whichever rank reads it
+    return file
 
 
-def _make(directory: Path) -> str | None:
-    """Make the run's directory; or say why not."""
-    if (directory / record.FILE).exists():
-        return f"{directory} already holds a run's record; name another directory"
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        return f"{directory} cannot be made: {error.strerror}"
-    return None
+def _agree(refused: str | None) -> None:
+    """Raise ValueError on every rank where one of them has a sentence."""
+    for sentence in _gather(refused):
+        if sentence is not None:
+            raise ValueError(sentence)
 
 
-def _gather(mine: tuple[str | None, dict[str, Any]], size: int) -> list[tuple[str | None, dict[str, Any]]]:
-    told = [mine] * size
-    if size > 1:
-        dist.all_gather_object(told, mine)
+def _gather(mine: T) -> list[T]:
+    """Every rank's own, in rank order."""
+    if not dist.is_initialized():
+        return [mine]
+    told = [mine] * dist.get_world_size()
+    dist.all_gather_object(told, mine)
     return told
 
 

@@ -10,6 +10,7 @@ from harness.__main__ import TOOLS
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
+TORCHRUN = "torchrun --standalone --nproc-per-node 2"
 REPORT = "python -m harness report"
 
 
@@ -25,19 +26,26 @@ def commands(page: str) -> list[str]:
     return "".join(blocks(page, "console")).splitlines()
 
 
+def code(page: str, directory: Path) -> str:
+    """The name of the file with the page's code, which is put in `directory`."""
+    script = re.findall(r"\w+\.py", commands(page)[0])[0]
+    (text,) = blocks(page, "python")
+    (directory / script).write_text(text)
+    return str(script)
+
+
 def follow(page: str, directory: Path) -> dict[str, str]:
     """Type the page's commands in `directory`, its code being there; what each of them prints.
 
     Tools that are not there are another test's.
     """
-    script, *_ = re.findall(r"\w+\.py", commands(page)[0])
-    (code,) = blocks(page, "python")
-    (directory / script).write_text(code)
+    code(page, directory)
     known = [line for line in commands(page) if not line.startswith(REPORT) or "report" in TOOLS]
-    return {line: _typed(line, directory) for line in known}
+    return {line: typed(line, directory) for line in known}
 
 
-def _typed(line: str, directory: Path) -> str:
+def typed(line: str, directory: Path) -> str:
+    """What `line` prints, in `directory`; it must end well."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
         line,

@@ -111,6 +111,6 @@ def test_what_cannot_be_saved_is_refused_with_a_sentence_and_leaves_nothing(tmp_
     ):
         harness.save(ledger, tmp_path / "run", model=model)
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="file/run cannot be made: Not a directory"):
+    with pytest.raises(ValueError, match="file/run cannot be written: Not a directory"):
         harness.save(stepped(model), tmp_path / "file/run", model=model)
     assert [each.name for each in tmp_path.iterdir()] == ["file"]
