@@ -3,16 +3,19 @@
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Ledger"]
+__all__ = ["Ledger", "save"]
 
 if TYPE_CHECKING:
     from harness.ledger import Ledger
+    from harness.loop import save
+
+_ROOMS = {"Ledger": "ledger", "save": "loop"}
 
 
 def __getattr__(name: str) -> Any:
-    """`Ledger` needs torch, and is imported when it is first asked for."""
-    if name == "Ledger":
-        from harness.ledger import Ledger
+    """These need torch, and are imported when they are first asked for."""
+    from importlib import import_module
 
-        return Ledger
-    raise AttributeError(f"module 'harness' has no attribute {name!r}")
+    if name not in _ROOMS:
+        raise AttributeError(f"module 'harness' has no attribute {name!r}")
+    return getattr(import_module(f"harness.{_ROOMS[name]}"), name)

@@ -1,5 +1,6 @@
 """How a run fails: the rank that failed first is the one named, and the others go within seconds."""
 
+import json
 import os
 import signal
 import socket
@@ -35,9 +36,9 @@ _LOST_PEER = (
 
 @dataclass(frozen=True)
 class Failure:
-    """Which rank failed, where in its run, and with what."""
+    """Which rank failed, where in its run, and with what. None: one of several that this host cannot tell apart."""
 
-    rank: int
+    rank: int | None
     where: Where | None
     error: str
     stage: int | None = None  # of a pipeline
@@ -52,7 +53,8 @@ class Failure:
         where = self.where
         place = f" in step {where.step}, {where.phase} of micro-batch {where.micro_batch}" if where else ""
         stage = "" if self.stage is None else f", stage {self.stage},"
-        return f"rank {self.rank}{stage} failed{place}: {self.error}"
+        rank = "a rank on another host" if self.rank is None else f"rank {self.rank}"
+        return f"{rank}{stage} failed{place}: {self.error}"
 
 
 def of(error: BaseException, where: Where, directory: Path, world: World) -> Failure | None:
@@ -61,7 +63,19 @@ def of(error: BaseException, where: Where, directory: Path, world: World) -> Fai
         found = peer_lost(directory, world)
         if found is not None or (directory / CLAIM).exists():
             return found
+        if elsewhere := [
+            rank for rank, (host, _) in enumerate(world.members) if host != socket.gethostname()
+        ]:
+            return _lost(error, elsewhere, world)
     return replace(_told(error, world.rank, where, directory), stage=_stage(world, world.rank))
+
+
+def _lost(error: BaseException, elsewhere: list[int], world: World) -> Failure:
+    """What is known where this host's ranks live and none `elsewhere` has told: a whole host may be gone."""
+    rank = elsewhere[0] if len(elsewhere) == 1 else None
+    hosts = ", ".join(sorted({world.members[each][0] for each in elsewhere}))
+    gone = f"it was lost without a word, with its host or its link ({hosts}): {_line(error)}"
+    return Failure(rank, None, gone, None if rank is None else _stage(world, rank))
 
 
 def of_rehearsal(error: Exception, directory: Path) -> Failure:
@@ -73,8 +87,12 @@ def of_rehearsal(error: Exception, directory: Path) -> Failure:
 def _told(error: BaseException, rank: int, where: Where | None, directory: Path) -> Failure:
     with (directory / f"failure-rank{rank}.txt").open("w") as stream:
         traceback.print_exception(error, file=stream)
+    return Failure(rank, where, _line(error))
+
+
+def _line(error: BaseException) -> str:
     told = " ".join(str(error).split())[:500]
-    return Failure(rank, where, f"{type(error).__name__}: {told}" if told else type(error).__name__)
+    return f"{type(error).__name__}: {told}" if told else type(error).__name__
 
 
 def peer_lost(directory: Path, world: World) -> Failure | None:
@@ -97,7 +115,7 @@ def claim(directory: Path, found: Failure) -> bool:
     """Whether this rank is the first to name a failure; only that one writes the record."""
     try:
         with (directory / CLAIM).open("x") as stream:
-            stream.write(f'{{"rank": {found.rank}}}\n')
+            stream.write(json.dumps({"rank": found.rank}) + "\n")
     except OSError:
         return False
     return True

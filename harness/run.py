@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,7 @@ class _Run:
 
     def carry_out(self) -> int:
         """Run the mode; the exit code. Raises Refusal on rank 0; elsewhere it waits for rank 0 to say it first."""
-        failure.await_termination(lambda: self._fail(failure.peer_lost(self.directory, self.world)))
+        failure.await_termination(lambda: self._fail(lambda: failure.peer_lost(self.directory, self.world)))
         if self.world.leads:
             self._write([], failure=failure.UNFINISHED)
         try:
@@ -147,7 +148,8 @@ class _Run:
         except Refusal as refusal:
             return self._refused(refusal)
         except BaseException as error:  # whatever it was, the record says so before this process ends
-            return self._fail(failure.of(error, self.ledger.where, self.directory, self.world))
+            where = self.ledger.where
+            return self._fail(partial(failure.of, error, where, self.directory, self.world))
         if self.world.leads:
             self._write(ranks, status="complete")
             _say_where(self.directory, self.say)
@@ -241,9 +243,10 @@ class _Run:
         print(f"harness: rank {self.world.rank}: {refusal}", file=sys.stderr, flush=True)
         return 2
 
-    def _fail(self, found: failure.Failure | None) -> int:
+    def _fail(self, find: Callable[[], failure.Failure | None]) -> int:
         """Leave a record that says what failed, unless the rank that failed first has left one; then end at once."""
-        self.ending.acquire()  # never released: another thread of this process that fails waits for the end
+        self.ending.acquire()  # never released: the thread that notices second waits for the end
+        found = find()  # patiently, so it comes after
         if found is not None and failure.claim(self.directory, found):
             books = self._books() if found.rank == self.world.rank else None
             self._write([books] if books else [], failure=found.as_record())

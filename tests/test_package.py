@@ -23,11 +23,12 @@ def test_importing_the_package_and_its_settings_imports_no_torch() -> None:
     assert result.stdout == "False\n"
 
 
-def test_the_ledger_is_the_package_s_own_name() -> None:
+def test_the_ledger_and_save_are_the_package_s_own_names() -> None:
     import harness
-    from harness.ledger import Ledger
+    from harness import ledger, loop
 
-    assert harness.Ledger is Ledger
+    assert harness.Ledger is ledger.Ledger
+    assert harness.save is loop.save
     with pytest.raises(AttributeError, match="no attribute 'Leger'"):
         harness.Leger  # noqa: B018
 
