@@ -16,7 +16,7 @@ MODES = ("train", "infer")
 
 
 def save(ledger: Ledger, directory: str | Path, *, model: torch.nn.Module, mode: str = "train") -> Path:
-    """Leave what `ledger` measured as a run's `record.json` and `trace/` in `directory`, which is made; the record's path.
+    """Leave what `ledger` measured as a run's `record.json` and `trace/` in `directory`; the record's path.
 
     `mode` is what the loop did, "train" or "infer"; `model` is what it did it with, wrapped or not. Where
     torch.distributed is initialised every rank must call it, and rank 0 writes the books of them all.
