@@ -46,12 +46,11 @@ def text(verdicts: Sequence[Verdict]) -> str:
     word = max(len(each.word) for each in verdicts)
     lines = []
     for each in verdicts:
-        lines.append(f"{each.name:<{longest}}   {each.word:<{word}}   {each.headline()}")
+        told = [each.headline()] if each.code == 1 else [each.headline(), *each.notes]
+        lines.append(f"{each.name:<{longest}}   {each.word:<{word}}   {printable('; '.join(told))}")
         if each.code == 1:
             inner = [*(line for table in tables(each) for line in table.text().splitlines()), *details(each)]
             lines += [f"  {printable(line)}" for line in inner]
-        else:
-            lines += [f"{'':<{longest}}   {'':<{word}}   {note}" for note in each.notes]
     if any(each.code == 1 for each in verdicts):
         lines.append(ACCEPT)
     return "\n".join(lines)

@@ -5,6 +5,7 @@ written by people, and kept: how far a category may be off, as `{"activations": 
 """
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
@@ -32,10 +33,10 @@ def numbers_in(text: str) -> list[int]:
     """The ranks that `0-3,6` names. Raises ValueError."""
     found: list[int] = []
     for part in text.split(","):
-        first, _, last = part.partition("-")
-        if not (first.isdecimal() and (last.isdecimal() or not last)) or len(part) > 20:
+        match = re.fullmatch(r"([0-9]{1,7})(?:-([0-9]{1,7}))?", part)
+        if not match or int(match[2] or match[1]) < int(match[1]):
             raise ValueError("should be ranks, as 0-3,6")
-        found += range(int(first), min(int(last or first), int(first) + 2**20) + 1)
+        found += range(int(match[1]), int(match[2] or match[1]) + 1)
     return found
 
 
@@ -103,11 +104,24 @@ class Books(_Part):
     phases: list[Phase]
     holdings: list[Holding] = []
 
+    @property
+    def highest(self) -> tuple[Bytes, Place | None]:
+        """The most bytes of any phase, and where they were."""
+        top = max(self.phases, key=lambda phase: phase.peak, default=None)
+        return (top.peak, top.place) if top else (0, None)
+
 
 class Ranks(Books):
     """Ranks that held the same."""
 
     ranks: Annotated[str, AfterValidator(_ranks)]
+
+
+def _apart(groups: list[Ranks]) -> list[Ranks]:
+    numbers = [number for each in groups for number in numbers_in(each.ranks)]
+    if len(set(numbers)) < len(numbers):
+        raise ValueError("a rank is in two groups")
+    return groups
 
 
 class Model(_Part):
@@ -129,7 +143,7 @@ class Baseline(_Part):
     model: Model
     made_by: dict[Text, Text | None]
     tolerance: dict[Text, Text] = {}
-    ranks: list[Ranks]
+    ranks: Annotated[list[Ranks], Field(min_length=1), AfterValidator(_apart)]
 
     @cached_property
     def by_rank(self) -> Mapping[int, Ranks]:
@@ -241,6 +255,16 @@ def write(file: Path, baseline: Baseline) -> None:
         record.put(file, text(baseline))
     except OSError as error:
         raise ValueError(f"{file}: it cannot be written: {error.strerror}") from None
+
+
+def update(file: Path, held: Baseline, given: Mapping[str, str]) -> str:
+    """Write `held`, with the tolerances that `file` has and those `given` now; in a word, what that did. As `write`."""
+    before = read(file) if file.exists() else None
+    after = held.model_copy(update={"tolerance": {**(before.tolerance if before else {}), **given}})
+    if before == after:
+        return "unchanged"
+    write(file, after)
+    return "rewritten" if before else "made"
 
 
 def text(baseline: Baseline) -> str:

@@ -62,7 +62,7 @@ def rank_record(ledger: "Ledger", rank: int, stage: int = 0, share: int = 0) -> 
             "categories": dict(peak.categories) if peak else dict.fromkeys((*CATEGORIES, "kernel")),
             "saved": peak.saved if peak else None,
             "recomputed": peak.recomputed if peak else None,
-            "holdings": [asdict(holding) for holding in peak.holdings] if peak else None,
+            "holdings": [_holding(asdict(each)) for each in peak.holdings] if peak else None,
         },
         "categories": {
             name: asdict(account.categories[name])
@@ -85,6 +85,11 @@ def rank_record(ledger: "Ledger", rank: int, stage: int = 0, share: int = 0) -> 
         "forwards": _forwards(account.forwards),
         "allocator": asdict(account.books),
     }
+
+
+def _holding(holding: dict[str, Any]) -> dict[str, Any]:
+    """It without a line where nobody asked for one."""
+    return {key: value for key, value in holding.items() if key != "line" or value}
 
 
 def _forwards(most: "Forwards | None") -> dict[str, Any] | None:

@@ -43,6 +43,7 @@ class Holding(_Part):
     name: Text
     bytes: Bytes
     storages: Number
+    line: Text = ""
 
     @property
     def pattern(self) -> str:

@@ -122,10 +122,10 @@ def judge(
         )
     apart = tuple(_apart(baseline, run, common, allowed))
     unseen = {*range(baseline.world)}.difference(common)
-    notes = [f"{_ranks(unseen)} not measured, and not compared"] if unseen else []
+    notes = [f"{_ranks(unseen)} not measured on both sides, and not compared"] if unseen else []
     if apart:
         notes += _why(baseline, run, tree)
-    most = max(phase.peak for number in common for phase in run.by_rank[number].phases)
+    most = max(run.by_rank[number].highest[0] for number in common)
     phases = len({phase.place for number in common for phase in run.by_rank[number].phases})
     measured = f"{_ranks(common)}: {size(most)} at most, {phases} phases"
     return Verdict(file, measured, apart, tuple(notes))
@@ -168,8 +168,8 @@ def _apart(
 def _between(before: Books, after: Books, allowed: Mapping[str, Tolerance]) -> Apart:
     changes = tuple(_changes(before, after, allowed))
     holdings = _holdings(before, after, {change.name: change.more > 0 for change in changes})
-    theirs, ours = (max(side.phases, key=lambda phase: phase.peak) for side in (before, after))
-    moved = f"{ours.place}, the baseline's in {theirs.place}" if theirs.place != ours.place else ""
+    theirs, ours = before.highest[1], after.highest[1]
+    moved = f"{ours}, the baseline's in {theirs}" if ours and theirs and ours != theirs else ""
     return Apart("", changes, tuple(_lacking(before, after)), tuple(holdings), moved)
 
 

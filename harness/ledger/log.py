@@ -5,10 +5,12 @@ events show it as `kernel` or `unattributed`), and an operator that frees a stor
 shows its death when the storage object goes.
 """
 
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from time import time_ns
 from typing import Any, NamedTuple
 
@@ -33,6 +35,9 @@ COLLECTIVES = ("c10d", "_c10d_functional")
 """Namespaces of what ranks do together; the second gives new tensors back."""
 POINT_TO_POINT = ("send", "recv_", "recv_any_source_", "wait_tensor")
 """What passes a tensor on from one rank to another, or waits for it: it stays what it is."""
+
+PASSED_OVER = (str(Path(torch.__file__).parent), str(Path(__file__).parent), "<")
+"""How the files' names begin whose lines nobody asks for; `<` is code that was made and has no file."""
 
 _DEVICE = torch.ops.prim.device.default
 
@@ -61,6 +66,7 @@ class Storage:
     saved_at: int | None = None
     recomputed: bool = False
     base: bool = False  # it was alive before the log began
+    line: str = ""  # of the source that made it, where the log asks for lines
 
 
 class Event(NamedTuple):
@@ -118,12 +124,20 @@ def device_of(tensor: torch.Tensor) -> str:
     return tensor.device.type if fake is None else str(fake)
 
 
+def calling_line() -> str:
+    """`file:line` of the innermost caller that is neither torch's nor the ledger's; nothing where there is none."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename.startswith(PASSED_OVER):
+        frame = frame.f_back  # type: ignore[assignment]
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}" if frame is not None else ""
+
+
 class Log(TorchDispatchMode):
     """A dispatch mode that logs storages. It holds no tensor and changes none."""
 
-    def __init__(self, device: str = "cpu", block: int = 1) -> None:
+    def __init__(self, device: str = "cpu", block: int = 1, lines: bool = False) -> None:
         super().__init__()
-        self.device, self.block = device, block
+        self.device, self.block, self.lines = device, block, lines
         self.where = Where(0, "idle", 0)
         self.work = Counter(device_of, device, self.where)
         self.module = ""
@@ -220,6 +234,8 @@ class Log(TorchDispatchMode):
             self.makes,
             recomputed=self.recomputing,
         )
+        if self.lines:
+            record.line = calling_line()
         death = _Death(storage, self._gone)
         death.key, death.storage = key, record
         self._alive[key] = death
