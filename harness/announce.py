@@ -40,8 +40,8 @@ def _named(holding: Change) -> str:
     return f"other {holding.figure}" if holding.name == "others" else holding.name
 
 
-def text(verdicts: Sequence[Verdict]) -> str:
-    """A line for each baseline, and under one that does not hold what differs."""
+def text(verdicts: Sequence[Verdict], accept: str = ACCEPT) -> str:
+    """A line for each baseline, and under one that does not hold what differs; then how to `accept` that."""
     longest = max(len(each.name) for each in verdicts)
     word = max(len(each.word) for each in verdicts)
     lines = []
@@ -52,7 +52,7 @@ def text(verdicts: Sequence[Verdict]) -> str:
             inner = [*(line for table in tables(each) for line in table.text().splitlines()), *details(each)]
             lines += [f"  {printable(line)}" for line in inner]
     if any(each.code == 1 for each in verdicts):
-        lines.append(ACCEPT)
+        lines.append(accept)
     return "\n".join(lines)
 
 

@@ -176,9 +176,14 @@ def of(run: Record, source: str) -> Baseline:
         device=run.world.device,
         world=run.world.size,
         model=Model(name=run.model.name, parameters=run.model.parameters, dtype=run.model.dtype),
-        made_by={name: run.environment.packages.get(name) for name in PACKAGES},
+        made_by=made_by(run.environment.packages),
         ranks=[*alike],
     )
+
+
+def made_by(versions: Mapping[str, str | None]) -> dict[str, str | None]:
+    """Of the packages' versions those that decide bytes."""
+    return {name: versions.get(name) for name in PACKAGES}
 
 
 def _own(words: Sequence[str]) -> Iterator[str]:

@@ -234,7 +234,7 @@ class Log(TorchDispatchMode):
             self.makes,
             recomputed=self.recomputing,
         )
-        if self.lines:
+        if self.lines and op:  # what is only seen now was made elsewhere
             record.line = calling_line()
         death = _Death(storage, self._gone)
         death.key, death.storage = key, record
