@@ -273,7 +273,7 @@ def test_a_baseline_is_asked_for_made_held_and_missed_by_a_row(
     missing.assert_outcomes(failed=1)
     missing.stdout.fnmatch_lines(
         [
-            "memory_baselines/test_it/test_step_a_b_-*.json: there is no baseline; run with --memory-update to make it"
+            "memory_baselines/test_it/test_step_a_b-*.json: there is no baseline; run with --memory-update to make it"
         ]
     )
     outcome(STEP.format(rows=4), "--memory-update").assert_outcomes(passed=1)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import time_ns
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -30,7 +30,6 @@ MADE_IN = {
 }
 """What a storage is that nobody claims, by the phase that made it; any other phase is a forward's."""
 
-
 COLLECTIVES = ("c10d", "_c10d_functional")
 """Namespaces of what ranks do together; the second gives new tensors back."""
 POINT_TO_POINT = ("send", "recv_", "recv_any_source_", "wait_tensor")
@@ -40,6 +39,9 @@ PASSED_OVER = (str(Path(torch.__file__).parent), str(Path(__file__).parent), "<"
 """How the files' names begin whose lines nobody asks for; `<` is code that was made and has no file."""
 
 _DEVICE = torch.ops.prim.device.default
+
+
+Made = TypeVar("Made")
 
 
 class Where(NamedTuple):
@@ -148,6 +150,7 @@ class Log(TorchDispatchMode):
         self.operators: list[Operator] = []
         self._alive: dict[int, _Death] = {}
         self._recording = False
+        self._aside = False
 
     def __enter__(self) -> "Log":
         self._recording = True
@@ -164,6 +167,14 @@ class Log(TorchDispatchMode):
         with _disable_current_modes():
             yield
 
+    def aside(self, call: Callable[[], Made]) -> Made:
+        """What `call` makes by operators that are the ledger's own, and no part of the run."""
+        self._aside = True
+        try:
+            return call()
+        finally:
+            self._aside = False
+
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         """Not to be wrapped against tracing: the wrapper costs as much as the log, and only a compiler needs it."""
@@ -172,6 +183,8 @@ class Log(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if types and shared(types):
             return NotImplemented
+        if self._aside:
+            return func(*args, **kwargs) if kwargs else func(*args)
         if func is _DEVICE and (fake := getattr(args[0], "fake_device", None)) is not None:
             return fake
         if func.namespace == "prim":  # a tensor is asked what it is

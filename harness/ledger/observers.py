@@ -98,11 +98,16 @@ class _Enter:
 
 @contextmanager
 def watching_saved(log: Log) -> Iterator[None]:
-    """Tell `log` what autograd saves for backward. The hooks pass every tensor through as it is."""
+    """Tell `log` what autograd saves for backward. The hooks change no value.
+
+    With hooks, an operator that saves its own result is not let go without a backward: the tensor has the node, and the
+    node the tensor. So what is not a leaf is saved as an alias without a node; a leaf as it is, for its data may be
+    exchanged, as ZeRO-3 does.
+    """
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         log.save(tensor)
-        return tensor
+        return tensor if tensor.is_leaf else log.aside(tensor.detach)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield
