@@ -104,7 +104,7 @@ def _measured(ledger: "Ledger", name: str) -> baseline.Baseline:
 def told(ledger: "Ledger", marks: Iterable[Mark], root: Path) -> str:
     """What the test held: each category, its budget, and the largest storages with the lines that made them."""
     peak, held, allowed = ledger.peak, _held(ledger), limits(marks)
-    where = f"step {peak.where.step}, {peak.where.phase}{f', {peak.module}' if peak.module else ''}"
+    where = f"step {peak.where.step}, {peak.where.phase}{f', in {peak.module}' if peak.module else ''}"
     table = Table(["at the peak"], ["its own peak"], ["budget"])
     table.section(f"{ledger.device}, at most in {where}")
     at_peak: dict[str, int | None] = {**peak.categories, "total": peak.bytes, "saved": peak.saved}
