@@ -26,6 +26,7 @@ MARKS = {
     "memory_baseline": "memory_baseline: a test must hold, to the byte, what the file next to it says",
 }
 LEDGER = pytest.StashKey["Ledger"]()
+REFUSED = pytest.StashKey[str]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -45,8 +46,11 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("markers", mark)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Refuse a mark that cannot be read before any test runs. Raises pytest.UsageError."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Refuse a mark that cannot be read before any test runs. Raises pytest.UsageError.
+
+    A worker of xdist has nobody to raise that to; there the test fails.
+    """
     for item in items:
         if any(item.iter_markers("memory_budget")):
             from harness.budget import limits
@@ -54,7 +58,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             try:
                 limits(item.iter_markers("memory_budget"))
             except ValueError as error:
-                raise pytest.UsageError(f"{item.nodeid}: {error}") from None
+                if not hasattr(config, "workerinput"):
+                    raise pytest.UsageError(f"{item.nodeid}: {error}") from None
+                item.stash[REFUSED] = str(error)
 
 
 @pytest.fixture
@@ -71,6 +77,12 @@ def _ledger(item: pytest.Item) -> "Ledger":
         device = item.config.getoption("memory_device")
         item.stash[LEDGER] = Ledger(device=device, allocator=False, discover=True, lines=True)
     return item.stash[LEDGER]
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Fail a test whose mark cannot be read."""
+    if refused := item.stash.get(REFUSED, None):
+        pytest.fail(refused, pytrace=False)
 
 
 @pytest.hookimpl(wrapper=True, trylast=True)

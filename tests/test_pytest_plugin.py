@@ -363,12 +363,17 @@ def test_step(rows):
 @pytest.mark.memory_budget(total="1 KiB")
 def test_large():
     kept = torch.ones(1024)
+
+@pytest.mark.memory_budget(totl="1 KiB")
+def test_wrong():
+    pass
 """
     two = ("-p", "xdist", "-n", "2")
-    outcome(tests, *two, "--memory-update", apart=True).assert_outcomes(passed=3, failed=1)
+    outcome(tests, *two, "--memory-update", apart=True).assert_outcomes(passed=3, failed=1, errors=1)
     assert len([*(pytester.path / "memory_baselines" / "test_it").iterdir()]) == 3
     result = outcome(tests, *two, apart=True)
-    result.assert_outcomes(passed=3, failed=1)
+    result.assert_outcomes(passed=3, failed=1, errors=1)
+    result.stdout.fnmatch_lines(["memory_budget(totl='1 KiB'): no such category; one of *"])
     result.stdout.fnmatch_lines(["*over its budget of 1.0 KiB", "*workspace: *ones*test_it.py:*"])
 
 
