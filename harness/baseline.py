@@ -21,6 +21,8 @@ from harness.tolerance import tolerances
 SCHEMA = "harness.baseline/1"
 PACKAGES = ("torch", "transformers", "deepspeed", "accelerate")
 """Whose versions decide bytes."""
+TEST = "test"
+"""The mode of a baseline that is a test's, made by pytest's plugin; it has no config."""
 ROWS = 4
 """The level at which a file has a value on a line."""
 

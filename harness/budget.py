@@ -92,7 +92,7 @@ def _measured(ledger: "Ledger", name: str) -> baseline.Baseline:
     rank = schema.Rank.model_validate(record.rank_record(ledger, 0))
     return baseline.Baseline(
         config=[],
-        mode="test",
+        mode=baseline.TEST,
         device=ledger.device,
         world=1,
         model=baseline.Model(name=name, parameters=None, dtype=None),

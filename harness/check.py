@@ -101,8 +101,10 @@ def _settled(
         expected = baseline.read(file)
         allowed = tolerances({**expected.tolerance, **given}, SAID)
         return judge(file, expected, held, parsed.config, allowed)
-    except (ValueError, Refusal) as error:
+    except ValueError as error:
         return Verdict(file, failure=str(error))
+    except Refusal as refusal:  # the words of a config that was
+        return Verdict(file, failure=f"{file}: config: {refusal}")
 
 
 def _rehearsed(asked: Namespace, files: Sequence[Path], given: Mapping[str, str]) -> Iterator[Verdict]:
@@ -110,7 +112,12 @@ def _rehearsed(asked: Namespace, files: Sequence[Path], given: Mapping[str, str]
     wanted: dict[Path, baseline.Baseline] = {}
     for file in files:
         try:
-            wanted[file] = baseline.read(file)
+            found = baseline.read(file)
+            if found.mode == baseline.TEST:
+                raise ValueError(
+                    f"{file}: it is a test's; pytest holds the test to it, --memory-update writes it"
+                )
+            wanted[file] = found
         except ValueError as error:
             yield Verdict(file, failure=str(error))
 

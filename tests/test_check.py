@@ -687,6 +687,21 @@ def test_a_baseline_is_rehearsed_from_the_config_inside_it(gate: Run) -> None:
     assert (code, lines(out)[-1]) == (0, "2 baselines: 2 hold")
 
 
+def test_a_test_s_baseline_is_pytest_s(gate: Run) -> None:
+    Path("b.json").write_text(text := broken(mode="test", config=[]))
+    code, out, err = gate("--baseline", "b.json", "--update")
+    assert (code, out) == (2, "b   made   b.json\n")
+    assert err.startswith("harness: b.json: it is a test's; pytest holds the test to it")
+    assert Path("b.json").read_text() == text
+
+
+def test_a_baseline_whose_config_is_none_any_more_is_named(gate: Run) -> None:
+    Path("b.json").write_text(broken(config=["train.stepps=3"]))
+    code, _, err = gate(put(another(record_of(rank_of([0, 1], inputs=1)))), "--baseline", "b.json")
+    assert code == 2
+    assert err == "harness: b.json: config: train.stepps=3: no such key; did you mean train.steps?\n"
+
+
 def test_a_rehearsal_that_fails_is_said_and_not_hidden(gate: Run) -> None:
     broken(config=["mode=infer", "model=tiny", "generation.prompts=prompts.txt"])
     tree = json.loads(broken(config=["mode=train", "model=tiny", "model.config.model_type=nothing"]))
