@@ -167,7 +167,8 @@ def _apart(
 
 def _between(before: Books, after: Books, allowed: Mapping[str, Tolerance]) -> Apart:
     changes = tuple(_changes(before, after, allowed))
-    holdings = _holdings(before, after, {change.name: change.more > 0 for change in changes})
+    grew = {change.name: change.more > 0 for change in reversed(changes)}  # a peak says more than an end
+    holdings = _holdings(before, after, grew)
     theirs, ours = before.highest[1], after.highest[1]
     moved = f"{ours}, the baseline's in {theirs}" if ours and theirs and ours != theirs else ""
     return Apart("", changes, tuple(_lacking(before, after)), tuple(holdings), moved)
@@ -175,7 +176,8 @@ def _between(before: Books, after: Books, allowed: Mapping[str, Tolerance]) -> A
 
 def _changes(before: Books, after: Books, allowed: Mapping[str, Tolerance]) -> Iterator[Change]:
     """Every figure that is further from the baseline than is allowed, the categories in their order."""
-    names = list(dict.fromkeys([*before.categories, *after.categories]))
+    phases = (name for side in (before, after) for phase in side.phases for name in phase.categories)
+    names = list(dict.fromkeys([*before.categories, *after.categories, *phases]))
     theirs = {phase.place: phase.categories for phase in before.phases}
     ours = {phase.place: phase.categories for phase in after.phases if phase.place in theirs}
     for name in names:

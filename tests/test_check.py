@@ -224,6 +224,27 @@ def test_a_category_that_only_a_phase_has_more_of_fails(held: Run) -> None:
     assert "workspace, step 0, backward 3 B 0 B +3 B step 0, backward (1 of 5 phases)" in lines(out)
 
 
+def test_a_category_whose_row_is_gone_is_still_held(gate: Run) -> None:
+    tree = json.loads(broken())
+    del tree["ranks"][0]["categories"]["activations"]
+    Path("b.json").write_text(json.dumps(tree))
+    code, out, _ = gate("run", "--baseline", "b.json")
+    assert code == 1
+    assert "activations, peak 4.0 KiB 0 B +4.0 KiB" in lines(out)
+    for phase in tree["ranks"][0]["phases"]:
+        phase["categories"]["slack"] = 5
+    Path("b.json").write_text(json.dumps(tree))
+    out = gate("run", "--baseline", "b.json")[1]
+    assert "slack, step 0, setup 0 B 5 B -5 B -100.00% step 0, setup (5 of 5 phases)" in lines(out)
+
+
+def test_modules_that_grew_are_named_though_less_is_left_at_the_end(held: Run) -> None:
+    grown = rank_of([0], activations=8 * KIB)
+    grown["categories"]["activations"]["end"] = 0
+    out = held(record_of(rank_of([0])), record_of(grown))[1]
+    assert any("layers.*.mlp: mm +4.0 KiB (+100.00%)" in line for line in lines(out))
+
+
 def test_only_the_ranks_that_differ_are_named(held: Run) -> None:
     before = record_of(rank_of([0, 1, 2, 3, 4]))
     after = record_of(rank_of([0, 4]), rank_of([1, 2, 3], gradients=6))
