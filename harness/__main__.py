@@ -14,6 +14,7 @@ from harness.knobs import Refusal, as_typed, knobs
 from harness.settings import load
 
 TOOLS = {
+    "check": "[RUN] --baseline FILE | --all   the gate: a run, or rehearsals, must hold what baselines say; --update",
     "compare": "RUN RUN [...]   runs side by side, category by category; --json, --markdown",
     "report": "RUN [...] -o DIR  a page of them to look at; --perfetto, --tensorboard, --csv, --parquet, --markdown",
     "contrast": "RUN RUN [...]  what activations a stage keeps, by the number of stages, in either mode; --json",

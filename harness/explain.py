@@ -1,7 +1,6 @@
 """`harness explain RUN`: what a run's peak is made of, what surprises in it, and the change that would save most."""
 
 import json
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -153,7 +152,7 @@ def holdings(run: Run) -> Iterator[Finding]:
     """The largest holdings by name, those of all layers as one."""
     together: dict[tuple[str, str], int] = {}
     for holding in run.holdings:
-        name = re.sub(r"(?<=[.\[])\d+(?=[.\]])", "*", holding.name), holding.category
+        name = holding.pattern, holding.category
         if holding.name != "others":
             together[name] = together.get(name, 0) + holding.bytes
     folded = {holding.category for holding in run.holdings if holding.name == "others"}

@@ -3,10 +3,9 @@
 import json
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 
 from harness.search import AXES, Fit, Trial
-from harness.tables import UNITS, Table, size
+from harness.tables import Table, parse_size, size
 from harness.tool import Parser
 
 LISTED = 6
@@ -38,13 +37,20 @@ def main(argv: Sequence[str]) -> int:
     """`harness fit`; the exit code: 0 something fits, 1 nothing does, 2 a wrong request."""
     try:
         asked, words = _parser().parse_known_args(argv)
-        fit = Fit(words, parse_size(asked.reserve))
+        fit = Fit(words, _reserve(asked.reserve))
     except ValueError as error:
         print(f"harness: {error}", file=sys.stderr)
         return 2
     trials = fit.search()
     print(json.dumps(data(fit, trials), indent=1) if asked.json else text(fit, trials))
     return 0 if any(trial.fits for trial in trials) else 1
+
+
+def _reserve(text: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise ValueError(f"--reserve={text}: {error}") from None
 
 
 def _parser() -> Parser:
@@ -57,22 +63,6 @@ def _parser() -> Parser:
     parser.add_argument("--reserve", default="0", metavar="SIZE", help="memory to keep free, as 2GiB")
     parser.add_argument("--json", action="store_true", help="every rehearsal, as data")
     return parser
-
-
-def parse_size(text: str) -> int:
-    """Bytes of a text as `2GiB` or `500`. Raises ValueError."""
-    for power, unit in sorted(enumerate(UNITS), reverse=True):
-        if text.endswith(unit):
-            text, factor = text.removesuffix(unit).strip(), 1024**power
-            break
-    else:
-        factor = 1
-    with suppress(ValueError):
-        if (count := float(text)) >= 0:
-            return int(count * factor)
-    raise ValueError(
-        f"--reserve={text}: not a size; give bytes, or a number with one of {', '.join(UNITS[1:])}"
-    )
 
 
 def text(fit: Fit, trials: Sequence[Trial]) -> str:

@@ -3,8 +3,7 @@
 import json
 import os
 import platform
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -34,8 +33,8 @@ class Output:
     flush: Callable[[], None]  # put what is known so far on disk
 
 
-def environment() -> dict[str, Any]:
-    """The versions and the machine that made the figures."""
+def environment(words: Sequence[str] = ()) -> dict[str, Any]:
+    """The versions and the machine that made the figures, and the words that asked for them."""
     import torch
 
     return {
@@ -44,7 +43,7 @@ def environment() -> dict[str, Any]:
         "processor": _processor(),
         "threads": torch.get_num_threads(),
         "packages": {name: _version(name) for name in PACKAGES},
-        "command": sys.argv[1:],
+        "command": list(words),
     }
 
 
@@ -63,7 +62,7 @@ def rank_record(ledger: "Ledger", rank: int, stage: int = 0, share: int = 0) -> 
             "categories": dict(peak.categories) if peak else dict.fromkeys((*CATEGORIES, "kernel")),
             "saved": peak.saved if peak else None,
             "recomputed": peak.recomputed if peak else None,
-            "holdings": [asdict(holding) for holding in peak.holdings] if peak else None,
+            "holdings": [_holding(asdict(each)) for each in peak.holdings] if peak else None,
         },
         "categories": {
             name: asdict(account.categories[name])
@@ -88,6 +87,11 @@ def rank_record(ledger: "Ledger", rank: int, stage: int = 0, share: int = 0) -> 
     }
 
 
+def _holding(holding: dict[str, Any]) -> dict[str, Any]:
+    """It without a line where nobody asked for one."""
+    return {key: value for key, value in holding.items() if key != "line" or value}
+
+
 def _forwards(most: "Forwards | None") -> dict[str, Any] | None:
     if most is None:
         return None
@@ -101,13 +105,17 @@ def _where(where: "Where") -> dict[str, Any]:
 
 def write(directory: Path, record: Mapping[str, Any]) -> None:
     """Put `record` in `directory`, whole or not at all."""
-    partial = directory / f".{FILE}.{os.getpid()}.partial"
+    put(directory / FILE, json.dumps(record, indent=1) + "\n")
+
+
+def put(file: Path, text: str) -> None:
+    """Make `file` hold `text`, whole or not at all. Raises OSError."""
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
     with partial.open("w") as stream:
-        json.dump(record, stream, indent=1)
-        stream.write("\n")
+        stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
-    os.replace(partial, directory / FILE)
+    os.replace(partial, file)
 
 
 def read(path: Path) -> dict[str, Any]:

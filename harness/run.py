@@ -4,7 +4,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from datetime import datetime
@@ -29,7 +29,7 @@ def run(settings: Settings, cfg: DictConfig, words: list[str]) -> int:
     Raises Refusal for what only a joined world can refuse.
     """
     if settings.world.kind == "rehearsed":
-        return _rehearse(settings, cfg)
+        return _rehearse(settings, cfg, words)
     _, size, _ = world.environment()
     check_world(settings, size, words)
     parts = settings.pipeline.stages, settings.tensor_parallel
@@ -39,10 +39,24 @@ def run(settings: Settings, cfg: DictConfig, words: list[str]) -> int:
         if isinstance(directory, Refusal):
             raise directory
         assert directory is not None
-        return _Run(settings, cfg, here, directory).carry_out()
+        return _Run(settings, cfg, words, here, directory).carry_out()
 
 
-def _rehearse(settings: Settings, cfg: DictConfig) -> int:
+def rehearsed(
+    settings: Settings, cfg: DictConfig, words: Sequence[str], parallel: bool = True
+) -> dict[str, Any]:
+    """The record of a rehearsal that leaves nothing on disk; its roles at once where `parallel`.
+
+    Raises Refusal as the run itself would, and whatever else the run raises.
+    """
+    from harness.rehearsal import run as rehearsal
+
+    ranks, done = rehearsal.rehearse(settings, parallel=parallel)
+    head = _head(settings, cfg, words, rehearsal.described(settings))
+    return {**head, "status": "complete", **done, "ranks": ranks}
+
+
+def _rehearse(settings: Settings, cfg: DictConfig, words: list[str]) -> int:
     """The same, with no world: every role in a process of its own, and one record of them all."""
     from harness.rehearsal import run as rehearsal
 
@@ -53,7 +67,7 @@ def _rehearse(settings: Settings, cfg: DictConfig) -> int:
     made = _make_directory(settings, cfg)
     if isinstance(made, Refusal):
         raise made
-    head = _head(settings, cfg, rehearsal.described(settings))
+    head = _head(settings, cfg, words, rehearsal.described(settings))
     record.write(made, {**head, "failure": failure.UNFINISHED, "ranks": []})
     try:
         ranks, done = rehearsal.rehearse(settings, made)
@@ -71,7 +85,7 @@ def _rehearse(settings: Settings, cfg: DictConfig) -> int:
     return 0
 
 
-def _head(settings: Settings, cfg: DictConfig, world: dict[str, Any]) -> dict[str, Any]:
+def _head(settings: Settings, cfg: DictConfig, words: Sequence[str], world: dict[str, Any]) -> dict[str, Any]:
     """What is known of a run before it begins. It has failed until it says that it is complete."""
     return {
         "schema": record.SCHEMA,
@@ -80,7 +94,7 @@ def _head(settings: Settings, cfg: DictConfig, world: dict[str, Any]) -> dict[st
         "world": world,
         "model": {"name": settings.model.name, "parameters": None, "dtype": None},
         "config": OmegaConf.to_container(_own(cfg), resolve=True),
-        "environment": record.environment(),
+        "environment": record.environment(words),
     }
 
 
@@ -124,7 +138,9 @@ def _own(cfg: DictConfig) -> DictConfig:
 class _Run:
     """One rank's part of a run: what it knows of itself, and how it ends."""
 
-    def __init__(self, settings: Settings, cfg: DictConfig, here: World, directory: Path) -> None:
+    def __init__(
+        self, settings: Settings, cfg: DictConfig, words: list[str], here: World, directory: Path
+    ) -> None:
         self.settings, self.world, self.directory = settings, here, directory
         self.ledger = Ledger(
             mode=settings.ledger.mode,
@@ -135,7 +151,7 @@ class _Run:
         self.ending = threading.Lock()
         self.done: dict[str, Any] = {}
         around = {"size": here.size, "device": here.device.type, "device_name": here.device_name}
-        self.head = _head(settings, cfg, {"kind": settings.world.kind, **around})
+        self.head = _head(settings, cfg, words, {"kind": settings.world.kind, **around})
 
     def carry_out(self) -> int:
         """Run the mode; the exit code. Raises Refusal on rank 0; elsewhere it waits for rank 0 to say it first."""

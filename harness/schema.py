@@ -1,8 +1,9 @@
 """A record as typed data: what lies on anybody's disk is checked once, here, and trusted by nobody before."""
 
+import re
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -42,6 +43,12 @@ class Holding(_Part):
     name: Text
     bytes: Bytes
     storages: Number
+    line: Text = ""
+
+    @property
+    def pattern(self) -> str:
+        """The name for all layers at once: `model.layers.*.mlp`."""
+        return re.sub(r"(?<=[.\[])\d+(?=[.:\]])", "*", self.name)
 
 
 class Peak(_Part):
@@ -295,6 +302,7 @@ class Environment(_Part):
     """What made the figures."""
 
     command: list[Text] = []
+    packages: dict[Text, Text | None] = {}
 
 
 class Record(_Part):
@@ -341,14 +349,22 @@ class Record(_Part):
 
 def parse(record: Mapping[str, Any], source: str) -> Record:
     """`record` as typed data. Raises ValueError, a sentence that names `source`, the field and its value."""
+    return validated(Record, record, source, "record")
+
+
+Kind = TypeVar("Kind", bound=BaseModel)
+
+
+def validated(kind: type[Kind], tree: Mapping[str, Any], source: str, what: str) -> Kind:
+    """`tree` as a `kind`, which is called `what`. Raises ValueError, a sentence with `source`, the field, its value."""
     try:
-        return Record.model_validate(record)
+        return kind.model_validate(tree)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = printable(".".join(map(str, first["loc"])))
         if first["type"] == "missing":
-            raise ValueError(f"{source} is no whole record: {field} is missing") from None
+            raise ValueError(f"{source} is no whole {what}: {field} is missing") from None
         value = printable(repr(first["input"]))
         value = value if len(value) <= 40 else f"{value[:37]}..."
         wrong = first["msg"].removeprefix("Input ")
-        raise ValueError(f"{source} is no whole record: {field}={value}: {wrong}") from None
+        raise ValueError(f"{source} is no whole {what}: {field}={value}: {wrong}") from None

@@ -1,6 +1,7 @@
 """Plain tables and byte counts for people to read."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 GAP = "   "
@@ -19,6 +20,19 @@ def size(figure: float | None, exact: bool = False) -> str:
     while round(abs(value), 1) >= 1024 and unit < len(UNITS) - 1:
         value, unit = value / 1024, unit + 1
     return f"{value:,.1f} {UNITS[unit]}"
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a text as `2GiB`, `1.5 KiB` or `500`. Raises ValueError with what would do."""
+    number, factor = text.strip(), 1
+    for power, unit in reversed([*enumerate(UNITS)]):
+        if number.endswith(unit):
+            number, factor = number.removesuffix(unit), 1024**power
+            break
+    with suppress(ValueError, OverflowError):
+        if (count := float(number)) >= 0:
+            return int(count * factor)
+    raise ValueError(f"not a size; give bytes, or a number with one of {', '.join(UNITS[1:])}")
 
 
 def seconds(figure: float | None) -> str:

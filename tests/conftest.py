@@ -4,3 +4,5 @@ import os
 
 for name, value in {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}.items():
     os.environ.setdefault(name, value)
+
+pytest_plugins = ["pytester"]

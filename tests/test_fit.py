@@ -8,12 +8,12 @@ import pytest
 
 from harness import config
 from harness.__main__ import main
-from harness.fit import parse_size
 from harness.knobs import Refusal
 from harness.rehearsal import decisive
 from harness.rehearsal.pool import worst
 from harness.search import HIGHEST, RECOMPUTED, Climb, Fit, cost
 from harness.settings import load
+from harness.tables import parse_size
 
 SMALL = ["mode=train", "model=tiny", "world.size=2", "train.sequence=32"]
 

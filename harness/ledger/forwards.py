@@ -19,6 +19,15 @@ class Forwards:
     where: Where | None = None
 
 
+def most_saved(events: Iterable[Event]) -> int:
+    """The most bytes of activations that autograd kept for backward at once."""
+    now = most = 0
+    for event in events:
+        now += event.saves
+        most = max(most, now)
+    return most
+
+
 def in_flight(events: Iterable[Event]) -> Forwards:
     """The most forwards alive in the story that `events` tell; of moments with as many, the one of most bytes."""
     stash: dict[Where, int] = {}

@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from time import time_ns
 from typing import Any, NamedTuple, Self
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -12,7 +13,7 @@ from harness.ledger import owners
 from harness.ledger.allocator import CpuAllocator, CudaAllocator
 from harness.ledger.categories import CATEGORIES
 from harness.ledger.clock import Times
-from harness.ledger.forwards import Forwards, in_flight
+from harness.ledger.forwards import Forwards, in_flight, most_saved
 from harness.ledger.log import RANK, Event, Log, Operator, Where, device_of, tensors_in
 from harness.ledger.observers import (
     Modules,
@@ -58,6 +59,9 @@ class Ledger:
     `allocator=False` holds the books against no allocator: where tensors are fake, nothing is allocated. `block`
     rounds each storage up to a multiple of so many bytes, as the allocator that is missing would.
 
+    With `discover`, modules that are called from outside of all others and optimizers that step are owned without a
+    word, for as long as they live. With `lines`, each storage has the line of the source that made it.
+
     It accounts for one kind of device, "cpu" or "cuda": what is said, else the model's, else the GPU if it is in use.
 
     Raises ValueError for an unknown mode. A tensor that was alive before the block counts if an owner names it.
@@ -76,6 +80,8 @@ class Ledger:
         device: str | None = None,
         allocator: bool = True,
         block: int = 1,
+        discover: bool = False,
+        lines: bool = False,
     ) -> None:
         if mode not in MODES:
             raise ValueError(f"mode={mode!r}: a ledger is one of {', '.join(MODES)}")
@@ -83,13 +89,15 @@ class Ledger:
         self._settle = settle_collectives
         self.exact = False  # whether every tensor is being seen now
         self.device = device or _device_of(model)
-        self._log, self._times = Log(self.device, block), Times(self.device == "cuda")
+        self._log, self._times = Log(self.device, block, lines), Times(self.device == "cuda")
         self._modules = Modules(self._log, self._forward_begins, self._forward_ends)
         self._allocator = (CudaAllocator if self.device == "cuda" else CpuAllocator)() if allocator else None
         self._seeing, self._instruments = ExitStack(), ExitStack()
         self._owners: dict[int, Claims] = {}
         self._caches: dict[int, Claims] = {}
         self._models: list[torch.nn.Module] = []
+        self._discover = discover
+        self._found: WeakKeyDictionary[Any, Callable[[Any], Iterator[owners.Claim]]] = WeakKeyDictionary()
         self._engine: Any = None
         self._told = False  # somebody names the phases; nothing is read off the loop
         self._stepped = False
@@ -174,6 +182,21 @@ class Ledger:
             for claims in (*self._owners.values(), *self._caches.values()):
                 for claim in claims():
                     self._log.claim(*claim, base=base)
+            for owner in [*self._found]:
+                self._ask(owner)
+
+    def _find(self, owner: Any, claims: Callable[[Any], Iterator[owners.Claim]]) -> None:
+        """Own `owner` weakly, which nobody has named: it, or what it has, may be from before the block."""
+        if self._discover and owner not in self._found and id(owner) not in self._owners:
+            self._found[owner] = claims
+            if isinstance(owner, torch.nn.Module):
+                self._modules.name(owner)
+                self._hook_gradients(owner)
+            self._ask(owner)
+
+    def _ask(self, found: Any) -> None:
+        for claim in self._found[found](found):
+            self._log.claim(*claim, base=True)
 
     # -- phases ------------------------------------------------------------------------------------------------
 
@@ -254,7 +277,9 @@ class Ledger:
             end = torch.cuda.memory_allocated() if self.device == "cuda" else None
             self._account.phases.append(Phase(where, None, end, totals))
 
-    def _forward_begins(self) -> None:
+    def _forward_begins(self, module: torch.nn.Module) -> None:
+        if module not in self._modules.names:
+            self._find(module, owners.module_claims)
         if not self._told:
             where = self._log.where
             step = where.step + 1 if self._stepped else where.step
@@ -280,8 +305,9 @@ class Ledger:
             self._log.module = ""
             self._turn(Where(where.step, "step", where.micro_batch))
 
-    def _optimizer_stepped(self) -> None:
+    def _optimizer_stepped(self, optimizer: torch.optim.Optimizer) -> None:
         self._stepped = True
+        self._find(optimizer, owners.optimizer_claims)
         self._walk()
 
     def _turn(self, where: Where) -> None:
@@ -355,6 +381,11 @@ class Ledger:
         return self.account().forwards
 
     @property
+    def saved(self) -> int:
+        """The most bytes of activations that autograd kept for backward at once; 0 where nothing saw them."""
+        return most_saved(self._log.events)
+
+    @property
     def allocator(self) -> Books:
         """The allocator's own peak, and what of it is unattributed."""
         return self.account().books
@@ -396,7 +427,7 @@ class Ledger:
         enter(watching_saved(self._log))
         enter(watching_checkpoints(self._log))
         enter(leaving_out_shapes())
-        for model in self._models:
+        for model in (*self._models, *(each for each in self._found if isinstance(each, torch.nn.Module))):
             self._hook_gradients(model)
 
     def _finish(self) -> None:

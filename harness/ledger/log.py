@@ -5,12 +5,14 @@ events show it as `kernel` or `unattributed`), and an operator that frees a stor
 shows its death when the storage object goes.
 """
 
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from time import time_ns
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -28,13 +30,18 @@ MADE_IN = {
 }
 """What a storage is that nobody claims, by the phase that made it; any other phase is a forward's."""
 
-
 COLLECTIVES = ("c10d", "_c10d_functional")
 """Namespaces of what ranks do together; the second gives new tensors back."""
 POINT_TO_POINT = ("send", "recv_", "recv_any_source_", "wait_tensor")
 """What passes a tensor on from one rank to another, or waits for it: it stays what it is."""
 
+PASSED_OVER = (str(Path(torch.__file__).parent), str(Path(__file__).parent), "<")
+"""How the files' names begin whose lines nobody asks for; `<` is code that was made and has no file."""
+
 _DEVICE = torch.ops.prim.device.default
+
+
+Made = TypeVar("Made")
 
 
 class Where(NamedTuple):
@@ -61,6 +68,7 @@ class Storage:
     saved_at: int | None = None
     recomputed: bool = False
     base: bool = False  # it was alive before the log began
+    line: str = ""  # of the source that made it, where the log asks for lines
     parts: dict[int, tuple[str, int]] | None = None  # parameters that lie in it, by offset: name, bytes
 
     @property
@@ -144,12 +152,20 @@ def device_of(tensor: torch.Tensor) -> str:
     return tensor.device.type if fake is None else str(fake)
 
 
+def calling_line() -> str:
+    """`file:line` of the innermost caller that is neither torch's nor the ledger's; nothing where there is none."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename.startswith(PASSED_OVER):
+        frame = frame.f_back  # type: ignore[assignment]
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}" if frame is not None else ""
+
+
 class Log(TorchDispatchMode):
     """A dispatch mode that logs storages. It holds no tensor and changes none."""
 
-    def __init__(self, device: str = "cpu", block: int = 1) -> None:
+    def __init__(self, device: str = "cpu", block: int = 1, lines: bool = False) -> None:
         super().__init__()
-        self.device, self.block = device, block
+        self.device, self.block, self.lines = device, block, lines
         self.where = Where(0, "idle", 0)
         self.work = Counter(device_of, device, self.where)
         self.module = ""
@@ -160,6 +176,7 @@ class Log(TorchDispatchMode):
         self.operators: list[Operator] = []
         self._alive: dict[int, _Death] = {}
         self._recording = False
+        self._aside = False
 
     def __enter__(self) -> "Log":
         self._recording = True
@@ -176,6 +193,14 @@ class Log(TorchDispatchMode):
         with _disable_current_modes():
             yield
 
+    def aside(self, call: Callable[[], Made]) -> Made:
+        """What `call` makes by operators that are the ledger's own, and no part of the run."""
+        self._aside = True
+        try:
+            return call()
+        finally:
+            self._aside = False
+
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         """Not to be wrapped against tracing: the wrapper costs as much as the log, and only a compiler needs it."""
@@ -184,6 +209,8 @@ class Log(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if types and shared(types):
             return NotImplemented
+        if self._aside:
+            return func(*args, **kwargs) if kwargs else func(*args)
         if func is _DEVICE and (fake := getattr(args[0], "fake_device", None)) is not None:
             return fake
         if func.namespace == "prim":  # a tensor is asked what it is
@@ -246,6 +273,8 @@ class Log(TorchDispatchMode):
             self.makes,
             recomputed=self.recomputing,
         )
+        if self.lines and op:  # what is only seen now was made elsewhere
+            record.line = calling_line()
         death = _Death(storage, self._gone)
         death.key, death.storage = key, record
         self._alive[key] = death

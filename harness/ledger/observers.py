@@ -27,16 +27,18 @@ def in_backward() -> bool:
 class Modules:
     """Which module is running: forwards by a stack, backwards by the node that made each module's output."""
 
-    def __init__(self, log: Log, entered: Callable[[], None], left: Callable[[], None]) -> None:
+    def __init__(
+        self, log: Log, entered: Callable[[torch.nn.Module], None], left: Callable[[], None]
+    ) -> None:
         self.log = log
-        self.names: dict[int, str] = {}
+        self.names: weakref.WeakKeyDictionary[torch.nn.Module, str] = weakref.WeakKeyDictionary()
         self._stack: list[tuple[str, bool]] = []
         self._entered, self._left = entered, left
 
     def name(self, module: torch.nn.Module, prefix: str = "") -> None:
         """Take the names of `module` and all within it."""
         for name, inner in module.named_modules(prefix=prefix):
-            self.names.setdefault(id(inner), name or type(inner).__name__)
+            self.names.setdefault(inner, name or type(inner).__name__)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -52,8 +54,8 @@ class Modules:
     def _before(self, module: torch.nn.Module, inputs: Any) -> None:
         log = self.log
         if not self._stack and not in_backward():
-            self._entered()
-        name = self.names.get(id(module)) or type(module).__name__
+            self._entered(module)
+        name = self.names.get(module) or type(module).__name__
         within = log.module
         if log.recomputing and not self._stack:  # a layer's forward is called again, and not the layer
             within = name.rpartition(".")[0]
@@ -96,11 +98,16 @@ class _Enter:
 
 @contextmanager
 def watching_saved(log: Log) -> Iterator[None]:
-    """Tell `log` what autograd saves for backward. The hooks pass every tensor through as it is."""
+    """Tell `log` what autograd saves for backward. The hooks change no value.
+
+    With hooks, an operator that saves its own result is not let go without a backward: the tensor has the node, and the
+    node the tensor. So what is not a leaf is saved as an alias without a node; a leaf as it is, for its data may be
+    exchanged, as ZeRO-3 does.
+    """
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         log.save(tensor)
-        return tensor
+        return tensor if tensor.is_leaf else log.aside(tensor.detach)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield
@@ -150,9 +157,9 @@ def watching_checkpoints(log: Log) -> Iterator[None]:
 
 
 @contextmanager
-def watching_steps(stepped: Callable[[], None]) -> Iterator[None]:
-    """Call `stepped` after any torch optimizer's step."""
-    handle = register_optimizer_step_post_hook(lambda *_: stepped())
+def watching_steps(stepped: Callable[[torch.optim.Optimizer], None]) -> Iterator[None]:
+    """Call `stepped` with any torch optimizer that has made a step."""
+    handle = register_optimizer_step_post_hook(lambda optimizer, *_: stepped(optimizer))
     try:
         yield
     finally:

@@ -7,29 +7,15 @@ from dataclasses import dataclass, field
 
 from harness.ledger.allocator import Allocation
 from harness.ledger.categories import CATEGORIES
+from harness.ledger.holdings import Holding, holdings_of
 from harness.ledger.log import Event, Operator, Storage, Where
 from harness.ledger.work import Work
 
 CLOCK_ERROR = 500
 """Nanoseconds by which the allocator's clock and the log's may disagree; far below the time between two operators."""
 
-LARGEST = 40
-"""Holdings of a peak that are named one by one."""
 NUMBER = 16
 """Bytes of the largest 0-dim tensor that a Python number given to an operator becomes; no dispatch mode is shown it."""
-
-
-@dataclass(frozen=True)
-class Holding:
-    """Storages alive at the peak under one name: an owner's, or the module and operator that made them.
-
-    A parameter that lies in a buffer of many is one of its own.
-    """
-
-    category: str
-    name: str
-    bytes: int
-    storages: int
 
 
 @dataclass
@@ -268,24 +254,6 @@ def at_allocator_peak(
     books = Books(source, peak, unattributed, sum(storage.nbytes for storage in foreign if alive(storage)))
     total_held = sum(held for held in categories.values() if held)
     return Peak(total_held, where, module, op, categories, saved, recomputed, holdings_of(owned)), books
-
-
-def holdings_of(storages: Iterable[Storage]) -> list[Holding]:
-    """`storages` by what holds them, the `LARGEST` first, then what is left of each category. The sum is theirs."""
-    held: dict[tuple[str, str], list[int]] = {}
-    for storage in storages:
-        made = f"{storage.module or storage.where.phase}: {storage.op.partition('.')[0]}"
-        for name, nbytes in storage.shares:
-            held.setdefault((storage.category, name or made), []).append(nbytes)
-    found = [Holding(category, name, sum(sizes), len(sizes)) for (category, name), sizes in held.items()]
-    found.sort(key=lambda holding: (-holding.bytes, holding.category, holding.name))
-    shown, rest = found[:LARGEST], found[LARGEST:]
-    for category in CATEGORIES:
-        left = [holding for holding in rest if holding.category == category]
-        if left:
-            total, count = sum(h.bytes for h in left), sum(h.storages for h in left)
-            shown.append(Holding(category, "others", total, count))
-    return shown
 
 
 def _changes(blocks: Iterable[Block]) -> Iterator[tuple[float, int]]:

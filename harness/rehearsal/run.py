@@ -49,19 +49,22 @@ def _differences(settings: Settings) -> Iterator[str]:
 
 
 def rehearse(
-    settings: Settings, directory: Path | None = None
+    settings: Settings, directory: Path | None = None, parallel: bool = True
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Every role of `settings`' world: the records of the ranks that were rehearsed, and the run's parts.
 
-    They leave their traces in `directory`, where one is given.
+    They leave their traces in `directory`, where one is given. Without `parallel` all of them are in this process, and
+    silent: for a caller that has many such at once.
 
     Raises Refusal as the run itself would, RuntimeError where a shim does not fit, and whatever the run raises.
     """
-    settings = balanced(settings)
+    settings = balanced(settings) if parallel else resolved(settings)
     wanted = roles(settings)
     found: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
-    with tqdm(total=len(wanted), unit="role", desc="rehearse", leave=False, disable=None) as bar:
-        for role, rehearsed in _all(settings, wanted, directory):
+    with tqdm(
+        total=len(wanted), unit="role", desc="rehearse", leave=False, disable=None if parallel else True
+    ) as bar:
+        for role, rehearsed in _all(settings, wanted, directory, parallel):
             found[role.rank] = rehearsed
             bar.update()
     ranks = [
@@ -113,13 +116,14 @@ def _cached(done: dict[str, Any]) -> int:
 
 
 def _all(
-    settings: Settings, wanted: list[Role], directory: Path | None
+    settings: Settings, wanted: list[Role], directory: Path | None, parallel: bool
 ) -> Iterator[tuple[Role, tuple[dict[str, Any], dict[str, Any]]]]:
-    """Each role as it is done: one alone in this process, several in parallel."""
+    """Each role as it is done: in this process where it is alone or the others wait, else each in its own."""
     from harness.rehearsal.role import rehearse as one
 
-    if len(wanted) == 1:
-        yield wanted[0], one(settings, wanted[0].rank, directory)
+    if len(wanted) == 1 or not parallel:
+        for role in wanted:
+            yield role, one(settings, role.rank, directory)
         return
     with workers(len(wanted)) as pool:
         running = {pool.submit(one, settings, role.rank, directory): role for role in wanted}

@@ -1,0 +1,154 @@
+"""What came of baselines, told: to a person, as data, as JUnit's XML, and in GitHub's forms."""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from harness.schema import printable
+from harness.tables import Table, difference, size
+from harness.verdict import Change, Verdict
+
+ACCEPT = "once that is meant, --update makes it the baseline"
+
+
+def tables(verdict: Verdict) -> Iterator[Table]:
+    """Of a baseline that does not hold: a table for each kind of rank."""
+    for apart in verdict.apart:
+        table = Table(["run"], ["baseline"], ["difference"], [""], ["since"])
+        table.section(apart.ranks)
+        for change in apart.changes:
+            figures = size(change.after), size(change.before), difference(change.before, change.after)
+            table.row(f"  {change.name}, {change.figure}", *figures, change.share, change.since)
+        yield table
+
+
+def details(verdict: Verdict) -> Iterator[str]:
+    """In sentences: what the tables have not."""
+    for apart in verdict.apart:
+        yield from (f"{apart.ranks}: phases that {told}" for told in apart.phases)
+        if apart.moved:
+            yield f"{apart.ranks}: the peak is in {apart.moved}"
+        if apart.holdings:
+            named = (f"{_named(each)} {each.told()}" for each in apart.holdings)
+            yield f"{apart.ranks}: at the peak the furthest from the baseline are {'; '.join(named)}"
+    yield from verdict.notes
+
+
+def _named(holding: Change) -> str:
+    return f"other {holding.figure}" if holding.name == "others" else holding.name
+
+
+def text(verdicts: Sequence[Verdict], accept: str = ACCEPT) -> str:
+    """A line for each baseline, and under one that does not hold what differs; then how to `accept` that."""
+    longest = max(len(each.name) for each in verdicts)
+    word = max(len(each.word) for each in verdicts)
+    lines = []
+    for each in verdicts:
+        told = [each.headline()] if each.code == 1 else [each.headline(), *each.notes]
+        lines.append(f"{each.name:<{longest}}   {each.word:<{word}}   {printable('; '.join(told))}")
+        if each.code == 1:
+            inner = [*(line for table in tables(each) for line in table.text().splitlines()), *details(each)]
+            lines += [f"  {printable(line)}" for line in inner]
+    if any(each.code == 1 for each in verdicts):
+        lines.append(accept)
+    return "\n".join(lines)
+
+
+def summary(verdicts: Sequence[Verdict]) -> str:
+    """How many there are of each kind, in a line."""
+    words = [each.word for each in verdicts]
+    told = {"NO": "do not hold", "holds": "hold"}
+    counts = (f"{words.count(word)} {told.get(word, word)}" for word in dict.fromkeys(words))
+    return f"{len(words)} baselines: {', '.join(counts)}"
+
+
+def data(verdict: Verdict) -> dict[str, Any]:
+    """The same for a machine, in bytes."""
+    return {
+        "baseline": str(verdict.file),
+        "verdict": {0: "holds", 1: "does not hold", 2: "not checked"}[verdict.code],
+        "written": verdict.written or None,
+        "failure": verdict.failure or None,
+        "ranks": [
+            {
+                "ranks": apart.ranks.partition(" ")[2],
+                "changes": [each._asdict() for each in apart.changes],
+                "phases": list(apart.phases),
+                "holdings": [
+                    {"category": each.figure, "name": each.name, "before": each.before, "after": each.after}
+                    for each in apart.holdings
+                ],
+            }
+            for apart in verdict.apart
+        ],
+        "notes": list(verdict.notes),
+        "seconds": verdict.seconds,
+    }
+
+
+def junit(verdicts: Sequence[Verdict]) -> str:
+    """JUnit's XML: a case for each baseline; a failure where it does not hold, an error where it was not checked."""
+    failures, errors = (sum(each.code == code for each in verdicts) for code in (1, 2))
+    counts = {"tests": str(len(verdicts)), "failures": str(failures), "errors": str(errors)}
+    suite = ElementTree.Element("testsuite", {"name": "harness check", **counts})
+    for each in verdicts:
+        took = {} if each.seconds is None else {"time": f"{each.seconds:.3f}"}
+        named = {"classname": "harness.check", "name": each.name, **took}
+        case = ElementTree.SubElement(suite, "testcase", named)
+        if each.code:
+            kind, line = "error" if each.code == 2 else "failure", printable(each.headline())
+            ElementTree.SubElement(case, kind, {"message": line}).text = text([each])
+    suites = ElementTree.Element("testsuites", counts)
+    suites.append(suite)
+    ElementTree.indent(suites)
+    return ElementTree.tostring(suites, "unicode", xml_declaration=True) + "\n"
+
+
+def annotations(verdicts: Sequence[Verdict]) -> Iterator[str]:
+    """GitHub's workflow commands: an error for each that does not hold or was not checked; a notice where all do."""
+    for each in verdicts:
+        if each.code:
+            message = "\n".join(printable(line) for line in (each.headline(), *details(each)))
+            file, title = _escaped(str(each.file), within=True), _escaped(each.name, within=True)
+            yield f"::error file={file},title={title}::{_escaped(message)}"
+    if not any(each.code for each in verdicts):
+        yield f"::notice title=harness check::{_escaped(summary(verdicts))}"
+
+
+def _escaped(text: str, within: bool = False) -> str:
+    """`text` as a workflow command's message, or `within` it as a property's value."""
+    for character in "%\r\n" + (":," if within else ""):
+        text = text.replace(character, f"%{ord(character):02X}")
+    return text
+
+
+def markdown(verdicts: Sequence[Verdict]) -> str:
+    """A summary for a page: a row for each baseline, then what differs."""
+    table = Table(["verdict"], ["what"])
+    for each in verdicts:
+        table.row(each.name, each.word, printable(each.headline()))
+    parts = [f"### Memory: {summary(verdicts)}", table.markdown()]
+    for each in verdicts:
+        if each.code == 1:
+            parts += [f"#### {_plain(each.name)}", *(table.markdown() for table in tables(each))]
+            parts += [f"- {_plain(line)}" for line in details(each)]
+    return "\n\n".join(parts) + "\n\n"
+
+
+def _plain(line: str) -> str:
+    """`line` as Markdown that says no more than it does."""
+    return "".join(f"\\{each}" if each in "\\`*_<>[]|#" else each for each in printable(line))
+
+
+def to_github(verdicts: Sequence[Verdict], environment: Mapping[str, str] = os.environ) -> list[str]:
+    """Append the summary where GitHub asks for one; the annotations to print. Raises ValueError."""
+    page = environment.get("GITHUB_STEP_SUMMARY")
+    if page:
+        try:
+            with Path(page).open("a") as stream:
+                stream.write(markdown(verdicts))
+        except OSError as error:
+            raise ValueError(f"GITHUB_STEP_SUMMARY={page}: it cannot be written: {error.strerror}") from None
+    return [*annotations(verdicts)] if environment.get("GITHUB_ACTIONS") == "true" else []
