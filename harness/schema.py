@@ -1,11 +1,12 @@
 """A record as typed data: what lies on anybody's disk is checked once, here, and trusted by nobody before."""
 
-import re
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from harness.ledger.categories import pattern
 
 
 def printable(text: str) -> str:
@@ -48,7 +49,7 @@ class Holding(_Part):
     @property
     def pattern(self) -> str:
         """The name for all layers at once: `model.layers.*.mlp`."""
-        return re.sub(r"(?<=[.\[])\d+(?=[.:\]])", "*", self.name)
+        return pattern(self.name)
 
 
 class Peak(_Part):

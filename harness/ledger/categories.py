@@ -1,4 +1,6 @@
-"""What a live storage can be. No torch here: records are read without it."""
+"""What a live storage can be, and what its name comes to. No torch here: records are read without it."""
+
+import re
 
 CATEGORIES = (
     "parameters",
@@ -12,3 +14,8 @@ CATEGORIES = (
     "workspace",
 )
 """A live storage is exactly one of these."""
+
+
+def pattern(name: str) -> str:
+    """`name` for all layers at once: `model.layers.*.mlp`."""
+    return re.sub(r"(?<=[.\[])\d+(?=[.:\]])", "*", name)

@@ -1,9 +1,9 @@
 """What is alive at a moment, by name. Plain data in and out."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from harness.ledger.categories import CATEGORIES
+from harness.ledger.categories import CATEGORIES, pattern
 from harness.ledger.log import Storage
 
 LARGEST = 40
@@ -26,21 +26,38 @@ class Holding:
 
 
 def holdings_of(storages: Iterable[Storage]) -> list[Holding]:
-    """`storages` by what holds them, the `LARGEST` first, then what is left of each category. The sum is theirs."""
+    """`storages` by what holds them: the `LARGEST`, then those of all layers as one, then the rest of each category.
+
+    The sum is theirs.
+    """
     held: dict[tuple[str, str, str], list[int]] = {}
     for storage in storages:
         made = f"{storage.module or storage.where.phase}: {storage.op.partition('.')[0]}"
         for name, nbytes in storage.shares:
             held.setdefault((storage.category, name or made, storage.line), []).append(nbytes)
-    found = [
+    found = _by_size(
         Holding(category, name, sum(sizes), len(sizes), line)
         for (category, name, line), sizes in held.items()
+    )
+    layers = _by_size(_together(found[LARGEST:], lambda holding: pattern(holding.name)))
+    left = list(_together(layers[LARGEST:], lambda holding: "others"))
+    return [
+        *found[:LARGEST],
+        *layers[:LARGEST],
+        *sorted(left, key=lambda each: CATEGORIES.index(each.category)),
     ]
-    found.sort(key=lambda holding: (-holding.bytes, holding.category, holding.name, holding.line))
-    shown, rest = found[:LARGEST], found[LARGEST:]
-    for category in CATEGORIES:
-        left = [holding for holding in rest if holding.category == category]
-        if left:
-            total, count = sum(h.bytes for h in left), sum(h.storages for h in left)
-            shown.append(Holding(category, "others", total, count))
-    return shown
+
+
+def _by_size(holdings: Iterable[Holding]) -> list[Holding]:
+    return sorted(
+        holdings, key=lambda holding: (-holding.bytes, holding.category, holding.name, holding.line)
+    )
+
+
+def _together(holdings: Iterable[Holding], name: Callable[[Holding], str]) -> Iterator[Holding]:
+    """Those of a category that have one name, as one."""
+    held: dict[tuple[str, str], list[Holding]] = {}
+    for holding in holdings:
+        held.setdefault((holding.category, name(holding)), []).append(holding)
+    for (category, called), each in held.items():
+        yield Holding(category, called, sum(h.bytes for h in each), sum(h.storages for h in each))
