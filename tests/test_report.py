@@ -15,7 +15,7 @@ import pytest
 from harness import trace
 from harness.__main__ import main
 from harness.record import FILE, read, write
-from harness.report import PAGE
+from harness.report import PAGE, points
 
 TINY = "model=tiny hardware=cpu world=rehearsed world.size=2 model.config.num_hidden_layers=2"
 TRAIN = f"mode=train zero=2 train.steps=2 train.sequence=32 train.validate_every=0 {TINY}"
@@ -119,6 +119,35 @@ def test_tables_have_a_row_for_each_phase_and_each_event(runs: dict[str, Path], 
     kept = [trace.read(run, rank["rank"]) for run in runs.values() for rank in read(run)["ranks"]]
     assert events.num_rows == sum(table.num_rows for table in kept if table is not None)
     assert set(events.column("run").to_pylist()) == {"train tiny", "infer tiny"}
+
+
+def test_a_category_that_this_version_does_not_know_is_dropped_nowhere(
+    runs: dict[str, Path], tmp_path: Path
+) -> None:
+    def change(record: dict[str, Any]) -> None:
+        record["ranks"][0]["peak"]["categories"]["antimatter"] = 7
+        record["ranks"][0]["phases"][0]["categories"]["antimatter"] = 7
+
+    run = changed(runs["train"], tmp_path / "run", change)
+    table = trace.read(runs["train"], 0)
+    assert table is not None
+    names = pyarrow.array(
+        ["antimatter" if name == "optimizer" else name for name in table.column("category").to_pylist()]
+    )
+    renamed = table.set_column(table.column_names.index("category"), "category", names)
+    trace.write(run, 0, renamed)
+    made = report(tmp_path / "report", run, "--csv", "--perfetto")
+    assert pyarrow.csv.read_csv(made / "phases.csv").column("antimatter").to_pylist()[0] == 7
+    ends = [
+        event["args"]
+        for event in json.loads((made / "perfetto.json").read_text())["traceEvents"]
+        if event["ph"] == "C"
+    ]
+    assert ends[-1]["antimatter"] > 0
+    found = points.drawn(renamed)["categories"]
+    assert found["antimatter"] == points.drawn(table)["categories"]["optimizer"]
+    text = (made / PAGE).read_text()
+    assert '"antimatter":7' in text
 
 
 def test_tensorboard_reads_the_most_of_each_step(runs: dict[str, Path], tmp_path: Path) -> None:

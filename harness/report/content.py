@@ -10,14 +10,11 @@ from harness import trace
 from harness.bounds import bounds
 from harness.compare import Run, names_of
 from harness.explain import explain
-from harness.ledger.categories import CATEGORIES
 from harness.record import read
 from harness.report import points
 from harness.roofline import machine, sentence
 from harness.schema import Rank, Record, parse, printable
 from harness.tables import size
-
-KERNEL = (*CATEGORIES, "kernel")
 
 
 @dataclass(frozen=True)
@@ -86,7 +83,7 @@ def _rank(rank: Rank) -> dict[str, Any]:
         "called": _called(rank),
         "stage": rank.stage,
         "peak": rank.peak.bytes,
-        "categories": {name: rank.peak.categories.get(name) for name in KERNEL},
+        "categories": dict(rank.peak.categories),
         "saved": rank.peak.saved,
         "highest": dict(rank.highest),
         "allocator": rank.allocator.peak,
@@ -191,7 +188,7 @@ def comparison(runs: Sequence[Told]) -> list[dict[str, Any]]:
         {
             "name": run.name,
             "mode": run.record.mode,
-            "categories": {name: run.record.worst.peak.categories.get(name) for name in KERNEL},
+            "categories": dict(run.record.worst.peak.categories),
             "saved": run.record.worst.peak.saved,
             "total": run.record.worst.peak.bytes,
             "told": size(run.record.worst.peak.bytes),

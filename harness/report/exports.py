@@ -50,8 +50,8 @@ def _events(rank: int, table: "pa.Table") -> Iterator[dict[str, Any]]:
             if place is not None:
                 yield _slice(rank, place, began, moment)
             place, began = here, moment
-        if category in live and columns["bytes"][index]:
-            live[category] += columns["bytes"][index]
+        if category is not None and columns["bytes"][index]:
+            live[category] = live.get(category, 0) + columns["bytes"][index]
             yield {"ph": "C", "name": "bytes alive", "pid": rank, "ts": moment, "args": dict(live)}
     if place is not None:
         yield _slice(rank, place, began, moment)
@@ -112,6 +112,8 @@ def phases(runs: Sequence["Told"]) -> "pa.Table":
     """A row for each phase of each rank of each run, in bytes; what was not measured is null."""
     import pyarrow as pa
 
+    of_phases = [each for run in runs for rank in run.record.ranks for each in rank.phases]
+    names = dict.fromkeys([*CATEGORIES, *(name for phase in of_phases for name in phase.categories)])
     rows = [
         {
             "run": run.name,
@@ -122,7 +124,7 @@ def phases(runs: Sequence["Told"]) -> "pa.Table":
             "micro_batch": phase.micro_batch,
             "peak": phase.peak,
             "end": phase.end,
-            **{name: phase.categories.get(name) for name in CATEGORIES},
+            **{name: phase.categories.get(name) for name in names},
             "recomputed": phase.recomputed,
             "flops": None if phase.flops is None else float(phase.flops),
             "moved": None if phase.moved is None else float(phase.moved),

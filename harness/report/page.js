@@ -40,6 +40,7 @@ const LOOKS = {
   workspace: ["#b5b04a", "."], kernel: ["#666666", "x"],
 };
 const NAMES = Object.keys(LOOKS);
+const namesIn = (all) => [...new Set([...NAMES, ...all.flatMap(Object.keys)])].filter((name) => all.some((held) => held[name]));
 const look = (name) => LOOKS[name] || ["#999999", "."];
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
@@ -141,7 +142,7 @@ function drawTimeline() {
   const time = document.querySelector("input[value=milliseconds]");
   time.disabled = !trace.milliseconds;
   const x = trace[along()] || trace.at;
-  const areas = NAMES.filter((name) => trace.categories[name]).map((name) => ({
+  const areas = namesIn([trace.categories]).map((name) => ({
     type: "scatter", mode: "lines", name, x, y: trace.categories[name], stackgroup: "alive", line: { shape: "hv", width: 0.5, color: look(name)[0] },
     fillcolor: look(name)[0], fillpattern: { shape: look(name)[1], fgcolor: colour("--back"), bgcolor: look(name)[0], size: 8, solidity: 0.2 }, hoverinfo: "skip",
   }));
@@ -189,7 +190,7 @@ function step(key) {
 
 function drawComparison() {
   const names = data.comparison.map((each) => each.name);
-  const held = NAMES.filter((name) => data.comparison.some((each) => each.categories[name]));
+  const held = namesIn(data.comparison.map((each) => each.categories));
   draw("comparison", held.map((name) => stacked(name, names, data.comparison.map((each) => each.categories[name] || 0))), {
     barmode: "stack", xaxis: { type: "category" }, yaxis: ticks(Math.max(1, ...data.comparison.map((each) => each.total || 0))),
     annotations: data.comparison.map((each) => ({ x: each.name, y: each.total || 0, text: each.told, showarrow: false, yanchor: "bottom" })),
@@ -198,7 +199,7 @@ function drawComparison() {
 
 function drawRanks() {
   const ranks = run().ranks, labels = ranks.map((rank) => `${rank.rank}`);
-  const held = NAMES.filter((name) => ranks.some((rank) => rank.categories[name]));
+  const held = namesIn(ranks.map((rank) => rank.categories));
   draw("ranks", held.map((name) => stacked(name, labels, ranks.map((rank) => rank.categories[name] || 0))), {
     barmode: "stack", bargap: 0.15, xaxis: { type: "category", title: { text: "rank", standoff: 5 } }, yaxis: ticks(Math.max(1, ...ranks.map((rank) => rank.peak || 0))),
   });
@@ -237,7 +238,7 @@ function fillModules() {
   const total = (held) => Object.values(held).reduce((sum, bytes) => sum + bytes, 0);
   const wanted = element("find").value.toLowerCase();
   const rows = [...together].filter(([name]) => name.toLowerCase().includes(wanted)).sort((a, b) => total(b[1]) - total(a[1]));
-  const held = NAMES.filter((name) => rows.some(([, each]) => each[name]));
+  const held = namesIn(rows.map(([, each]) => each));
   const shown = rows.map(([name, each]) => [name, size(total(each)), ...held.map((category) => (each[category] ? size(each[category]) : ""))]);
   fillTable("modules", ["module", "total", ...held], shown.length ? shown : [[run().modules.length ? "none is called so" : "this rank left no trace"]]);
 }

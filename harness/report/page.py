@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from harness.compare import compare
-from harness.record import read
 from harness.report import content, points
 from harness.report.content import Told
 from harness.show import show
@@ -52,7 +51,7 @@ def _drawn(run: dict[str, Any]) -> dict[str, Any]:
 def _table(runs: Sequence[Told]) -> str:
     if len(runs) > 1:
         return compare([run.run for run in runs])
-    return show(read(runs[0].run.path))
+    return show(runs[0].raw)
 
 
 def _inert(value: Any) -> str:

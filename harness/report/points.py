@@ -27,7 +27,8 @@ class Trace:
     bytes: np.ndarray  # [events] by which the live set grows
     saved: np.ndarray
     nanoseconds: np.ndarray | None
-    category: np.ndarray  # number in CATEGORIES, -1 where a phase begins
+    category: np.ndarray  # number in `categories`, -1 where a phase begins
+    categories: list[str]  # the ledger's, then any that this version does not know
     place: np.ndarray  # number in `places`
     places: list[tuple[Any, ...]]  # step, phase, micro-batch, module
     holder: np.ndarray  # number in `holders`
@@ -49,7 +50,8 @@ class Trace:
 def of_table(table: "pa.Table") -> Trace:
     """`trace.read`'s table as arrays."""
     columns = {name: table.column(name).to_pylist() for name in table.column_names}
-    known = {name: number for number, name in enumerate(CATEGORIES)}
+    found = dict.fromkeys([*CATEGORIES, *(name for name in columns["category"] if name is not None)])
+    known = {name: number for number, name in enumerate(found)}
     born: dict[int, tuple[tuple[str, str], str]] = {}  # what a storage is called is told from its birth on
     holders: dict[tuple[str, str], int] = {}
     modules: dict[str, int] = {}
@@ -71,7 +73,8 @@ def of_table(table: "pa.Table") -> Trace:
         np.array(columns["bytes"], np.int64),
         np.array(columns["saved"], np.int64),
         np.array(columns["nanoseconds"], np.int64) if timed else None,
-        np.array([known.get(name, -1) for name in columns["category"]], np.int64),
+        np.array([-1 if name is None else known[name] for name in columns["category"]], np.int64),
+        list(known),
         rows["place"],
         list(places),
         rows["holder"],
@@ -123,7 +126,7 @@ def drawn(table: "pa.Table") -> dict[str, Any]:
     """What the page draws of a rank's trace, as plain data."""
     trace = of_table(table)
     at = kept(trace)
-    by_category = _alive(trace, trace.category, len(CATEGORIES), at)
+    by_category = _alive(trace, trace.category, len(trace.categories), at)
     by_holder = _alive(trace, trace.holder, len(trace.holders), at)
     largest = np.argsort(-by_holder, axis=1, kind="stable")[:, :NAMED]
     names: dict[str, int] = {}
@@ -149,7 +152,7 @@ def drawn(table: "pa.Table") -> dict[str, Any]:
         else np.round(trace.nanoseconds[at] / 1e6, 3).tolist(),
         "categories": {
             name: by_category[:, index].tolist()
-            for index, name in enumerate(CATEGORIES)
+            for index, name in enumerate(trace.categories)
             if by_category[:, index].any()
         },
         "saved": saved.tolist() if saved.any() else None,
@@ -169,11 +172,12 @@ def _told(place: tuple[Any, ...]) -> str:
 def at_peak(table: "pa.Table") -> dict[str, dict[str, int]]:
     """Bytes alive at the trace's own peak, by module and category."""
     trace = of_table(table)
-    pairs = trace.module * len(CATEGORIES) + trace.category
+    count = len(trace.categories)
+    pairs = trace.module * count + trace.category
     pairs[trace.category < 0] = -1
-    held = _alive(trace, pairs, len(trace.modules) * len(CATEGORIES), np.array([trace.highest]))[0]
+    held = _alive(trace, pairs, len(trace.modules) * count, np.array([trace.highest]))[0]
     found: dict[str, dict[str, int]] = {}
     for pair in np.flatnonzero(held):
-        module, category = divmod(int(pair), len(CATEGORIES))
-        found.setdefault(trace.modules[module], {})[CATEGORIES[category]] = int(held[pair])
+        module, category = divmod(int(pair), count)
+        found.setdefault(trace.modules[module], {})[trace.categories[category]] = int(held[pair])
     return found
