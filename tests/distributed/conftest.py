@@ -24,6 +24,9 @@ QUICK = (
 )
 """Three small steps, all of them under the exact ledger."""
 
+RATED = ("hardware.bandwidth=1e10",)
+"""A machine's rate is given: a quarter of a quick run would be its measuring."""
+
 LAUNCHER = (sys.executable, "-m", "torch.distributed.run", "--standalone")
 
 Run = subprocess.CompletedProcess[str]
@@ -98,7 +101,7 @@ def launch(warm: Callable[[int], Warm], tmp_path_factory: pytest.TempPathFactory
         key = (*words, str(ranks), str(again))
         if key not in runs:
             directory = tmp_path_factory.mktemp("run") / "out"
-            warm(ranks).run(["hardware=cpu", *words, f"hydra.run.dir={directory}"])
+            warm(ranks).run(["hardware=cpu", *RATED, *words, f"hydra.run.dir={directory}"])
             runs[key] = directory
         return runs[key]
 

@@ -30,7 +30,10 @@ Words = tuple[str, ...]
 Books = dict[str, Any]
 
 TINY = ("hardware=cpu", "model.config.num_hidden_layers=2")
-TRAIN = ("mode=train", "train.sequence=32", "train.micro_batch=1", "train.steps=3", "train.validate_every=0")
+TRAIN = (
+    *("mode=train", "train.sequence=32", "train.micro_batch=1", "train.steps=3"),
+    *("train.validate_every=0", "train.export=false"),
+)
 INFER = ("mode=infer", "generation.max_new_tokens=5", "generation.batch=2", "generation.stop_at_eos=false")
 GPT2 = (
     "hardware=cpu",
@@ -61,7 +64,10 @@ BY_STAGE = [
     for stage in STAGES
     for words in [
         (*SMALL_BUCKETS, "precision=fp32", "train.accumulation=2"),
-        ("train.steps=2", "train.validate_every=1", "train.validation_batches=2", "train.save_every=1"),
+        (
+            *("train.steps=2", "train.validate_every=1", "train.validation_batches=2"),
+            *("train.save_every=1", "train.export=true"),
+        ),
         ("train.steps=4", "train.micro_batch=2", "train.clip=0", "model.attention=eager"),
     ]
 ]
