@@ -487,7 +487,10 @@ def test_a_rehearsal_leaves_a_record_of_what_it_measured_and_nulls(
         assert set(each["allocator"].values()) == {None}
     assert left.get("performance") is None
     assert left.get("training", {}).get("losses", []) == left.get("training", {}).get("validation", []) == []
-    assert {each.name for each in (tmp_path / "out").iterdir()} == {"record.json", "config.yaml"}
+    assert {each.name for each in (tmp_path / "out").iterdir()} == {"record.json", "config.yaml", "trace"}
+    assert {int(each.stem.partition("-")[2]) for each in (tmp_path / "out" / "trace").iterdir()} == {
+        each["rank"] for each in left["ranks"]
+    }
     assert str(tmp_path / "out/record.json") in capsys.readouterr().out
 
 

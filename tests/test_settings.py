@@ -198,7 +198,7 @@ def test_a_number_out_of_its_range_is_refused_by_its_key(words: str) -> None:
         ("world=rehearsed world.size=2 ledger=phases", "ledger=phases", "use ledger=exact"),
         (
             "world=rehearsed world.size=2 ledger.snapshot=true",
-            "ledger.snapshot=True",
+            "ledger.snapshot=true",
             "a rehearsal allocates nothing",
         ),
         ("world=rehearsed world.size=2 train.resume=/tmp", "train.resume=/tmp", "leave it out"),
