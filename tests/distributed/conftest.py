@@ -58,7 +58,8 @@ class Warm:
             self.process = subprocess.Popen(
                 [*LAUNCHER, f"--nproc-per-node={ranks}", str(script), str(self.store.port)],
                 cwd=ROOT,
-                env={**os.environ, "PYTHONPATH": str(ROOT)},  # this checkout's, whatever is installed
+                # this checkout's, whatever is installed
+                env={**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"},
                 stdout=said,
                 stderr=subprocess.STDOUT,
             )

@@ -8,12 +8,12 @@ from datetime import timedelta
 from importlib import import_module
 from itertools import count
 
+import deepspeed.ops
 from torch._C._distributed_c10d import TCPStore
 
 from harness.__main__ import main
 from harness.config import compose
 
-os.environ["DS_ACCELERATOR"] = "cpu"
 SLOW = (
     *("harness.run", "harness.train", "harness.infer", "harness.text", "harness.show", "harness.paged_proof"),
     *("harness.pipeline", "harness.relay", "harness.tensor", "transformers.models.llama.modeling_llama"),
@@ -22,9 +22,15 @@ SLOW = (
     "torch._dynamo.repro.after_dynamo",
 )
 """What a run imports as it goes, DeepSpeed's and torch's among them."""
+WORDS = (
+    "mode=train zero=2 zero.offload=none precision=fp32 train.steps=3 hardware.bandwidth=1e10 "
+    "pipeline.split=[1,2] model.config.num_hidden_layers=2 +model.config.sliding_window=40"
+).split()
+"""Some of every kind."""
 for slow in SLOW:
     import_module(slow)
-compose([])  # Hydra looks for its plugins once
+deepspeed.ops.__compatible_ops__  # noqa: B018 - it is asked for once
+compose(WORDS)  # Hydra looks for its plugins once, and its parser learns
 
 rank, address = os.environ["RANK"], os.environ["MASTER_ADDR"]
 tests = TCPStore("localhost", int(sys.argv[1]), is_master=False, timeout=timedelta(hours=2))
