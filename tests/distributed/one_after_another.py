@@ -22,10 +22,17 @@ SLOW = (
     "torch._dynamo.repro.after_dynamo",
 )
 """What a run imports as it goes, DeepSpeed's and torch's among them."""
-WORDS = (
-    "mode=train zero=2 zero.offload=none precision=fp32 train.steps=3 hardware.bandwidth=1e10 "
-    "pipeline.split=[1,2] model.config.num_hidden_layers=2 +model.config.sliding_window=40"
-).split()
+WORDS = [
+    "mode=train",
+    "zero=2",
+    "zero.offload=none",
+    "precision=fp32",
+    "train.steps=3",
+    "hardware.bandwidth=1e10",
+    "pipeline.split=[1,2]",
+    "model.config.num_hidden_layers=2",
+    "+model.config.sliding_window=40",
+]
 """Some of every kind."""
 for slow in SLOW:
     import_module(slow)
