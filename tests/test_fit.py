@@ -45,11 +45,12 @@ def test_given_rungs_are_climbed_in_order_and_no_further_than_needed() -> None:
 
 
 def test_pruning_gives_what_trying_everything_gives(capsys: pytest.CaptureFixture[str]) -> None:
-    words = [*SMALL, "hardware.memory=50000000", "zero=2,3", "train.micro_batch=1,2,4"]
+    few = [*SMALL, "model.config.num_hidden_layers=2"]
+    words = [*few, "hardware.memory=30000000", "zero=2,3", "train.micro_batch=1,4"]
     assert main(["fit", *words, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     verdicts = {tuple(trial["words"]): trial for trial in found["trials"]}
-    for zero, mode, micro_batch in product((2, 3), RECOMPUTED, (1, 2, 4)):
+    for zero, mode, micro_batch in product((2, 3), RECOMPUTED, (1, 4)):
         words = [
             f"zero={zero}",
             "zero.offload=none",
@@ -57,17 +58,18 @@ def test_pruning_gives_what_trying_everything_gives(capsys: pytest.CaptureFixtur
             f"checkpointing={mode}",
             f"train.micro_batch={micro_batch}",
         ]
-        settings = load(config.compose([*SMALL, *words, "world=rehearsed", "ledger.steps=2"]))
+        settings = load(config.compose([*few, *words, "world=rehearsed", "ledger.steps=2"]))
         itself = worst(settings)
         trial = verdicts.get(tuple(words))
         if trial is None:
             less = [f"checkpointing={each}" for each in RECOMPUTED[: RECOMPUTED.index(mode)]]
             instead = [verdicts.get((*words[:3], each, words[4])) for each in less]
-            assert itself.bytes > 50_000_000 or any(found and found["fits"] for found in instead)
+            assert itself.bytes > 30_000_000 or any(found and found["fits"] for found in instead)
         else:
             assert (trial["peak"], trial["rank"]) == (itself.bytes, itself.rank)
-            assert trial["fits"] == (itself.bytes <= 50_000_000)
-    assert 0 < len(verdicts) < 18
+            assert trial["fits"] == (itself.bytes <= 30_000_000)
+    assert 0 < len(verdicts) < 12
+    assert len({trial["fits"] for trial in found["trials"]}) == 2
 
 
 def test_the_last_line_is_a_command_that_the_harness_takes(capsys: pytest.CaptureFixture[str]) -> None:
@@ -105,7 +107,8 @@ def test_offload_is_tried_only_where_nothing_else_fits(capsys: pytest.CaptureFix
 
 
 def test_nothing_that_fits_is_said_with_the_nearest_miss(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["fit", *SMALL, "hardware.memory=1000000", "zero=2"]) == 1
+    few = [*SMALL, "model.config.num_hidden_layers=1", "zero.offload=none"]
+    assert main(["fit", *few, "hardware.memory=1000000", "zero=2"]) == 1
     told = capsys.readouterr().out.rstrip().splitlines()
     assert told[-1].startswith("nothing fits; zero=2 train.micro_batch=1 comes nearest")
 
@@ -213,7 +216,8 @@ def test_stages_are_an_axis_that_is_ranked_by_how_long_they_wait(capsys: pytest.
 
 
 def test_more_micro_batches_than_decide_a_peak_add_their_losses_and_no_more() -> None:
-    words = [*SMALL, "ledger.steps=2", "world=rehearsed", "train.accumulation=7"]
+    few = [*SMALL, "model.config.num_hidden_layers=2"]
+    words = [*few, "ledger.steps=2", "world=rehearsed", "train.accumulation=7"]
     for stages, zero in ((1, 2), (1, 3), (2, 1)):
         many = load(config.compose([*words, f"zero={zero}", f"pipeline.stages={stages}", "world.size=2"]))
         few = decisive(many)
