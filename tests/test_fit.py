@@ -216,8 +216,8 @@ def test_stages_are_an_axis_that_is_ranked_by_how_long_they_wait(capsys: pytest.
 
 
 def test_more_micro_batches_than_decide_a_peak_add_their_losses_and_no_more() -> None:
-    few = [*SMALL, "model.config.num_hidden_layers=2"]
-    words = [*few, "ledger.steps=2", "world=rehearsed", "train.accumulation=7"]
+    shallow = [*SMALL, "model.config.num_hidden_layers=2"]
+    words = [*shallow, "ledger.steps=2", "world=rehearsed", "train.accumulation=7"]
     for stages, zero in ((1, 2), (1, 3), (2, 1)):
         many = load(config.compose([*words, f"zero={zero}", f"pipeline.stages={stages}", "world.size=2"]))
         few = decisive(many)
