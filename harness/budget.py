@@ -4,11 +4,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from harness import announce, baseline, record, schema
+from harness import record, schema
+from harness.check import announce, baseline
+from harness.check.tolerance import tolerances
+from harness.check.verdict import judge
 from harness.ledger.categories import CATEGORIES
 from harness.tables import Table, parse_size, size
-from harness.tolerance import tolerances
-from harness.verdict import judge
 
 if TYPE_CHECKING:
     from harness.ledger import Ledger

@@ -11,10 +11,11 @@ from xml.etree import ElementTree
 
 import pytest
 
-from harness import announce, baseline, check
+from harness import check
 from harness.__main__ import main
+from harness.check import announce, baseline
+from harness.check.tolerance import tolerances
 from harness.ledger.categories import CATEGORIES
-from harness.tolerance import tolerances
 
 ROOT = Path(__file__).parents[1]
 KIB = 1024

@@ -15,8 +15,8 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from harness import record, schema
+from harness.check.tolerance import tolerances
 from harness.schema import Bytes, Number, Record, Text, validated
-from harness.tolerance import tolerances
 
 SCHEMA = "harness.baseline/1"
 PACKAGES = ("torch", "transformers", "deepspeed", "accelerate")

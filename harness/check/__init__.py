@@ -12,14 +12,15 @@ from typing import Any
 
 from tqdm import tqdm
 
-from harness import announce, baseline, config, record
+from harness import config, record
+from harness.check import announce, baseline
+from harness.check.tolerance import tolerances
+from harness.check.verdict import Verdict, judge
 from harness.knobs import Refusal
 from harness.rules import check_world
 from harness.schema import parse, printable
 from harness.settings import load
-from harness.tolerance import tolerances
 from harness.tool import Parser
-from harness.verdict import Verdict, judge
 
 SAID = "--tolerance "
 EMPTY = "it has no baseline; RUN --baseline FILE --update makes one"

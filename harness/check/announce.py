@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+from harness.check.verdict import Change, Verdict
 from harness.schema import printable
 from harness.tables import Table, difference, size
-from harness.verdict import Change, Verdict
 
 ACCEPT = "once that is meant, --update makes it the baseline"
 

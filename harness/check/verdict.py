@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 from omegaconf import OmegaConf
 
 from harness import config
-from harness.baseline import Baseline, Books, told_ranks
+from harness.check.baseline import Baseline, Books, told_ranks
+from harness.check.tolerance import NONE, Tolerance
 from harness.knobs import as_typed
 from harness.schema import printable
 from harness.tables import difference, size
-from harness.tolerance import NONE, Tolerance
 
 GROWN = 3
 """How many holdings are named."""
