@@ -80,7 +80,7 @@ def _parser() -> Parser:
         description="Hold runs, of one mode or of both, side by side: what held the memory at the peak of each.",
         epilog="A failed run is compared as far as it came. Exit code 2: a run has no record that can be read.",
     )
-    parser.add_argument("run", nargs="*", type=Path, metavar="RUN", help="its directory, or its record.json")
+    parser.takes_runs("*")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="exact bytes as JSON; null: not measured")
     form.add_argument("--markdown", action="store_true", help="a Markdown table, for a page or an issue")

@@ -3,7 +3,6 @@
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 from harness.record import read
@@ -49,7 +48,7 @@ def _parser() -> Parser:
         description="Draw what activations the worst rank of each run holds, by its number of pipeline stages.",
         epilog="launch/pipeline-contrast makes such runs. Exit code 2: a run has no record that can be read.",
     )
-    parser.add_argument("run", nargs="*", type=Path, metavar="RUN", help="its directory, or its record.json")
+    parser.takes_runs("*")
     parser.add_argument("--json", action="store_true", help="the same as JSON; null: not measured")
     return parser
 

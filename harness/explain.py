@@ -3,7 +3,6 @@
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from textwrap import fill
 
 from harness.cached import CACHED
@@ -52,7 +51,7 @@ def _parser() -> Parser:
         description="Say what holds a run's memory, what surprises in it, and which change would save most.",
         epilog="The change is rehearsed with the run's own config. Exit code 2: there is no record that can be read.",
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="its directory, or its record.json")
+    parser.takes_runs()
     parser.add_argument(
         "--no-rehearsal", dest="rehearsal", action="store_false", help="the record alone, in a second"
     )

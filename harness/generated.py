@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from harness.record import read
@@ -123,7 +122,7 @@ def main_of(
     parser = Parser(
         tool, description, f"{epilog} Exit code 2: a run has no record that can be read, or is no point."
     )
-    parser.add_argument("run", nargs="*", type=Path, metavar="RUN", help="its directory, or its record.json")
+    parser.takes_runs("*")
     parser.add_argument("--json", action="store_true", help="the same as JSON; null: not measured")
     try:
         asked = parser.parse_args(argv)

@@ -111,7 +111,7 @@ def write(directory: Path, record: Mapping[str, Any]) -> None:
 def put(file: Path, text: str) -> None:
     """Make `file` hold `text`, whole or not at all. Raises OSError."""
     partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    with partial.open("w") as stream:
+    with partial.open("w", encoding="utf-8") as stream:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
@@ -120,17 +120,21 @@ def put(file: Path, text: str) -> None:
 
 def read(path: Path) -> dict[str, Any]:
     """The record in a run's directory, or in a file. Raises ValueError with a sentence where there is none to read."""
-    file = path / FILE if path.is_dir() else path
+    return tree(path / FILE if path.is_dir() else path, SCHEMA, f"{path} holds no {FILE}")
+
+
+def tree(file: Path, schema: str, absent: str) -> dict[str, Any]:
+    """The JSON in `file`, which is of `schema`. Raises ValueError with a sentence; `absent` where there is no file."""
     try:
-        record = json.loads(file.read_text())
+        found = json.loads(file.read_text())
     except FileNotFoundError:
-        raise ValueError(f"{path} holds no {FILE}") from None
+        raise ValueError(absent) from None
     except (OSError, ValueError, RecursionError) as error:  # torn, no text, or nested beyond all bounds
         raise ValueError(f"{file} cannot be read: {error}") from None
-    schema = record.get("schema") if isinstance(record, dict) else None
-    if schema != SCHEMA:
-        raise ValueError(f"{file} has schema {repr(schema)[:40]}, and this version reads {SCHEMA!r}")
-    return record  # type: ignore[no-any-return]
+    named = found.get("schema") if isinstance(found, dict) else None
+    if named != schema:
+        raise ValueError(f"{file} has schema {repr(named)[:40]}, and this version reads {schema!r}")
+    return found  # type: ignore[no-any-return]
 
 
 def _processor() -> str:

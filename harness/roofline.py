@@ -56,7 +56,7 @@ def _parser() -> Parser:
         "it, by how much, and at which batch and context it would turn.",
         epilog="Exit code 2: a run has no record that can be read.",
     )
-    parser.add_argument("run", nargs="+", type=Path, metavar="RUN", help="its directory, or its record.json")
+    parser.takes_runs("+")
     parser.add_argument(
         "--hardware", metavar="NAME", help="hold it against this page of conf/hardware instead"
     )

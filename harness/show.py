@@ -11,10 +11,8 @@ from harness.tables import AT_LEAST, Table, size
 def show(record: Mapping[str, Any]) -> str:
     """A run's ledger as lines to read. Raises ValueError where `record` is none."""
     run = parse(record, "the record")
-    model, world, worst = run.model, run.world, run.worst
-    parameters = "parameters not counted" if model.parameters is None else f"{model.parameters:,} parameters"
-    title = f"{run.title}, rehearsed" if world.rehearsed else run.title
-    lines = [f"{title}: {parameters}, {model.dtype or '-'}, {world.devices}"]
+    world, worst = run.world, run.worst
+    lines = [title(run)]
     if worst.peak.bytes is None and not worst.seen:
         lines.append("no memory was measured; ledger=exact does")
     else:
@@ -25,6 +23,14 @@ def show(record: Mapping[str, Any]) -> str:
     if world.rehearsed:
         lines += _rehearsed(run)
     return "\n".join([*lines, *_came_to(run), *filter(None, [line(run)])])
+
+
+def title(run: Record) -> str:
+    """What ran, in a line."""
+    model = run.model
+    parameters = "parameters not counted" if model.parameters is None else f"{model.parameters:,} parameters"
+    rehearsed = ", rehearsed" * run.world.rehearsed
+    return f"{run.title}{rehearsed}: {parameters}, {model.dtype or '-'}, {run.world.devices}"
 
 
 def _table(run: Record) -> Table:

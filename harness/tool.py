@@ -1,6 +1,7 @@
 """The command line of a tool: a word after `harness` and what follows it."""
 
 import argparse
+from pathlib import Path
 from typing import NoReturn
 
 from harness.schema import printable
@@ -12,6 +13,11 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, tool: str, description: str, epilog: str, usage: str | None = None) -> None:
         super().__init__(f"harness {tool}", usage, description=description, epilog=epilog, allow_abbrev=False)
         self._tool = tool
+
+    def takes_runs(self, nargs: str | None = None) -> None:
+        """So many runs stand among the words, as argparse counts."""
+        told = "its directory, or its record.json"
+        self.add_argument("run", nargs=nargs, type=Path, metavar="RUN", help=told)
 
     def error(self, message: str) -> NoReturn:
         """What is wrong with the words."""

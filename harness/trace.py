@@ -44,7 +44,7 @@ def of_ledger(ledger: "Ledger", timed: bool = True) -> "pa.Table":
         for row in _rows(event, numbers):
             for column, value in zip(rows.values(), (*event.where, event.module, *row, time), strict=True):
                 column.append(value)
-    return pa.table({name: pa.array(rows[name], _type(kind)) for name, kind in COLUMNS.items()})
+    return pa.table(rows, schema=schema())
 
 
 def _rows(event: "Event", numbers: dict[tuple[int, str], int]) -> Iterator[tuple[Any, ...]]:
@@ -61,10 +61,12 @@ def _rows(event: "Event", numbers: dict[tuple[int, str], int]) -> Iterator[tuple
         yield storage.op, storage.category, name, number, grown, 0 if index else event.saves
 
 
-def _type(kind: str) -> Any:
+def schema() -> "pa.Schema":
+    """`COLUMNS`, as Arrow has them."""
     import pyarrow as pa
 
-    return pa.string() if kind == "text" else getattr(pa, kind)()
+    kinds = {name: pa.string() if kind == "text" else getattr(pa, kind)() for name, kind in COLUMNS.items()}
+    return pa.schema(kinds.items())
 
 
 def write(directory: Path, rank: int, table: "pa.Table") -> None:
@@ -88,9 +90,8 @@ def read(directory: Path, rank: int) -> "pa.Table | None":
     file = _file(directory, rank)
     if not file.exists():
         return None
-    wanted = pa.schema([(name, _type(kind)) for name, kind in COLUMNS.items()])
     try:
-        return pq.read_table(file, partitioning=None).select(list(COLUMNS)).cast(wanted)
+        return pq.read_table(file, partitioning=None).select(list(COLUMNS)).cast(schema())
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         raise ValueError(f"{file} is no trace: {str(error).splitlines()[0]}") from None
 

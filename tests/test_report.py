@@ -144,8 +144,8 @@ def test_a_category_that_this_version_does_not_know_is_dropped_nowhere(
         if event["ph"] == "C"
     ]
     assert ends[-1]["antimatter"] > 0
-    found = points.drawn(renamed)["categories"]
-    assert found["antimatter"] == points.drawn(table)["categories"]["optimizer"]
+    found = points.drawn(points.of_table(renamed))["categories"]
+    assert found["antimatter"] == points.drawn(points.of_table(table))["categories"]["optimizer"]
     text = (made / PAGE).read_text()
     assert '"antimatter":7' in text
 

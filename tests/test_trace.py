@@ -39,7 +39,7 @@ def test_what_is_alive_at_the_end_is_what_the_record_says(run: Path) -> None:
 
 def test_its_highest_point_is_the_peak_by_category(run: Path) -> None:
     peak = read(run)["ranks"][0]["peak"]
-    found = points.drawn(table(run))
+    found = points.drawn(points.of_table(table(run)))
     at_peak = {name: held[found["peak"]] for name, held in found["categories"].items()}
     assert {name: held for name, held in at_peak.items() if held} == {
         name: held for name, held in peak["categories"].items() if held
@@ -51,7 +51,7 @@ def test_parameters_in_one_buffer_are_told_one_by_one(run: Path) -> None:
     rows = table(run).filter(pc.field("category") == "parameters")
     names = set(rows.column("name").to_pylist())
     assert {"model.embed_tokens.weight", "model.layers.3.mlp.down_proj.weight", "model.norm.weight"} <= names
-    held = points.at_peak(table(run))["model.layers.3.mlp.down_proj"]["parameters"]
+    held = points.at_peak(points.of_table(table(run)))["model.layers.3.mlp.down_proj"]["parameters"]
     assert held == 2 * 128 * 1376  # bfloat16, hidden and intermediate size
     by_name = {each["name"]: each for each in read(run)["ranks"][0]["peak"]["holdings"]}
     assert by_name["model.layers.3.mlp.down_proj.weight"]["bytes"] == held
@@ -113,7 +113,7 @@ def made(bytes_: list[int], categories: list[str] | None = None) -> pa.Table:
 def test_thinning_keeps_the_peak_and_both_ends(peak_at: int) -> None:
     deltas = [0] * 10_000
     deltas[peak_at], deltas[peak_at + 1] = 7, -6
-    found = points.drawn(made(deltas))
+    found = points.drawn(points.of_table(made(deltas)))
     assert found["events"] == 10_000
     assert len(found["at"]) <= points.DRAWN + 3
     assert found["categories"]["activations"][found["peak"]] == 7
@@ -123,7 +123,7 @@ def test_thinning_keeps_the_peak_and_both_ends(peak_at: int) -> None:
 
 
 def test_a_point_names_its_largest_holders_and_no_empty_one() -> None:
-    found = points.drawn(made([10, 20, -10], ["activations", "workspace", "activations"]))
+    found = points.drawn(points.of_table(made([10, 20, -10], ["activations", "workspace", "activations"])))
     last = found["holders"][-1]
     assert [found["names"][name] for name in last[::2]] == ["workspace: model: mm"]
     assert last[1::2] == [20]

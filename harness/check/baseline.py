@@ -241,15 +241,8 @@ def _holdings(holdings: Sequence[schema.Holding]) -> Iterator[Holding]:
 
 def read(file: Path) -> Baseline:
     """The baseline in `file`. Raises ValueError with a sentence where there is none to read."""
-    try:
-        tree = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise ValueError(f"{file}: there is no baseline; --update makes one from a run") from None
-    except (OSError, ValueError, RecursionError) as error:  # torn, no text, or nested beyond all bounds
-        raise ValueError(f"{file} cannot be read: {error}") from None
-    found = tree.pop("schema", None) if isinstance(tree, dict) else None
-    if found != SCHEMA:
-        raise ValueError(f"{file} has schema {repr(found)[:40]}, and this version reads {SCHEMA!r}")
+    tree = record.tree(file, SCHEMA, f"{file}: there is no baseline; --update makes one from a run")
+    del tree["schema"]
     baseline = validated(Baseline, tree, str(file), "baseline")
     tolerances(baseline.tolerance, f"{file}: tolerance.")
     return baseline

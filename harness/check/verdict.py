@@ -256,15 +256,7 @@ def config_changes(words: Sequence[str], tree: Mapping[str, Any]) -> Iterator[st
     """The keys of a run's config `tree` that `words` make others; but for its world. Raises Refusal for bad words."""
     cfg = config.compose(words)
     composed: Any = OmegaConf.to_container(cfg, resolve=True)
-    theirs, ours = dict(_flat(composed)), dict(_flat(tree))
+    theirs, ours = dict(config.flat(composed)), dict(config.flat(tree))
     for key in sorted(theirs.keys() | ours.keys()) if ours else ():
         if not key.startswith(("world.", "hydra.")) and theirs.get(key) != ours.get(key):
             yield f"{key}={as_typed(ours.get(key))}, the baseline's {as_typed(theirs.get(key))}"
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value

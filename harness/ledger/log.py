@@ -40,7 +40,6 @@ PASSED_OVER = (str(Path(torch.__file__).parent), str(Path(__file__).parent), "<"
 
 _DEVICE = torch.ops.prim.device.default
 
-
 Made = TypeVar("Made")
 
 
@@ -73,7 +72,7 @@ class Storage:
 
     @property
     def shares(self) -> list[tuple[str, int]]:
-        """Its bytes by name: each parameter's that lies in a buffer of many, and what is left under its own."""
+        """Its bytes by name: of a buffer in which many parameters lie each one's, and what is left between them."""
         own = [*self.parts.values()] if self.parts else []
         if len(own) < 2:
             return [(self.name, self.nbytes)]
@@ -82,9 +81,14 @@ class Storage:
 
     def has(self, name: str, parameter: torch.Tensor) -> None:
         """`parameter` lies in it, unless the place is known: a partition is a view of many that the module named."""
-        parts, offset = self.parts or {}, int(parameter.storage_offset())
-        if offset not in parts and sum(n for _, n in parts.values()) + parameter.nbytes <= self.nbytes:
-            self.parts = {**parts, offset: (name, parameter.nbytes)}
+        if self.parts is None:
+            self.parts = {}
+        offset = int(parameter.storage_offset())
+        if (
+            offset not in self.parts
+            and sum(n for _, n in self.parts.values()) + parameter.nbytes <= self.nbytes
+        ):
+            self.parts[offset] = name, parameter.nbytes
 
 
 class Event(NamedTuple):

@@ -1,10 +1,10 @@
 """`harness report RUN [RUN ...] -o DIR`: runs to look at, from their records and traces alone, with no torch."""
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from harness.record import put
 from harness.schema import printable
 from harness.tool import Parser
 
@@ -18,7 +18,9 @@ def main(argv: Sequence[str]) -> int:
     try:
         asked = _parser().parse_args(argv)
         runs = content.told(asked.run)
-        write(asked.output / PAGE, page.html(runs))
+        drawn = page.html(runs)
+        asked.output.mkdir(parents=True, exist_ok=True)
+        put(asked.output / PAGE, drawn)
         made = [asked.output / PAGE]
         for form in exports.FORMS:
             if getattr(asked, form):
@@ -46,18 +48,10 @@ def _parser() -> Parser:
         "every module, the roofline, the configs.",
         epilog="Exit code 2: a run has no record, or no trace, that can be read.",
     )
-    parser.add_argument("run", nargs="+", type=Path, metavar="RUN", help="its directory, or its record.json")
+    parser.takes_runs("+")
     parser.add_argument(
         "-o", "--output", type=Path, default=Path("report"), metavar="DIR", help="where to; report/"
     )
     for name, form in FORMS.items():
         parser.add_argument(f"--{name}", action="store_true", help=f"also {form.meaning}")
     return parser
-
-
-def write(file: Path, text: str) -> None:
-    """Put `text` into `file`, whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, file)

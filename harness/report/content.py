@@ -3,17 +3,20 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from harness import trace
 from harness.bounds import bounds
 from harness.compare import Run, names_of
+from harness.config import flat
 from harness.explain import explain
 from harness.record import read
 from harness.report import points
 from harness.roofline import machine, sentence
 from harness.schema import Rank, Record, parse, printable
+from harness.show import title
 from harness.tables import size
 
 
@@ -28,6 +31,11 @@ class Told:
     @property
     def record(self) -> Record:
         return self.run.record
+
+    @cached_property
+    def config(self) -> dict[str, str]:
+        """Each key of its config, and the value as text."""
+        return _texts(self.raw.get("config", {}))
 
     @property
     def directory(self) -> Path:
@@ -49,31 +57,29 @@ def told(paths: Sequence[Path]) -> list[Told]:
     return [Told(*each) for each in zip(runs, raws, names_of(runs), strict=True)]
 
 
-def of_run(run: Told) -> dict[str, Any]:
-    """Everything about one run but its traces."""
+def _texts(tree: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        printable(path): printable(value if isinstance(value, str) else json.dumps(value))
+        for path, value in flat(tree)
+    }
+
+
+def of_run(run: Told, modules: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Everything about one run but its traces; `modules` are the worst rank's."""
     record = run.record
     return {
         "name": run.name,
         "path": printable(str(run.run.path)),
-        "title": _title(record),
-        "mode": record.mode,
-        "rehearsed": record.world.rehearsed,
+        "title": title(record),
         "failed": record.status == "failed",
         "findings": [printable(finding.sentence) for finding in explain(record)],
         "worst": record.worst.rank,
         "ranks": [_rank(rank) for rank in sorted(record.ranks, key=lambda rank: -(rank.peak.bytes or 0))],
-        "modules": _modules(run),
+        "modules": modules,
         "roofline": _roofline(record),
-        "config": dict(flat(run.raw.get("config", {}))),
-        "environment": dict(flat(run.raw.get("environment", {}))),
+        "config": run.config,
+        "environment": _texts(run.raw.get("environment", {})),
     }
-
-
-def _title(record: Record) -> str:
-    parameters = record.model.parameters
-    counted = "parameters not counted" if parameters is None else f"{parameters:,} parameters"
-    rehearsed = ", rehearsed" * record.world.rehearsed
-    return f"{record.title}{rehearsed}: {counted}, {record.model.dtype or '-'}, {record.world.devices}"
 
 
 def _rank(rank: Rank) -> dict[str, Any]:
@@ -84,9 +90,6 @@ def _rank(rank: Rank) -> dict[str, Any]:
         "stage": rank.stage,
         "peak": rank.peak.bytes,
         "categories": dict(rank.peak.categories),
-        "saved": rank.peak.saved,
-        "highest": dict(rank.highest),
-        "allocator": rank.allocator.peak,
         "unattributed": rank.allocator.unattributed,
         "where": f"step {where.step}, {where.phase}, micro-batch {where.micro_batch}" if where else None,
         "module": where.module if where else None,
@@ -98,14 +101,11 @@ def _called(rank: Rank) -> str:
     return f"{rank.rank}" + (f" and {others} like it" if others else "")
 
 
-def _modules(run: Told) -> list[dict[str, Any]]:
-    """By module what is alive at the worst rank's peak, the largest first; empty where it left no trace."""
-    table = trace.read(run.directory, run.record.worst.rank)
-    if table is None:
-        return []
-    found = points.at_peak(table)
-    rows = [{"module": name or "outside any module", **held} for name, held in found.items()]
-    return sorted(rows, key=lambda row: -sum(held for held in row.values() if isinstance(held, int)))
+def modules(trace: points.Trace) -> list[dict[str, Any]]:
+    """By module what is alive at the trace's peak, the largest first."""
+    found = points.at_peak(trace)
+    largest = sorted(found, key=lambda name: -sum(found[name].values()))
+    return [{"module": name or "outside any module", **found[name]} for name in largest]
 
 
 def _roofline(record: Record) -> dict[str, Any] | None:
@@ -120,19 +120,9 @@ def _roofline(record: Record) -> dict[str, Any] | None:
     }
 
 
-def flat(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
-    """Every leaf by its path, `a.b`, as text."""
-    for key, value in tree.items():
-        path = f"{above}.{key}" if above else str(key)
-        if isinstance(value, Mapping):
-            yield from flat(value, path)
-        else:
-            yield printable(path), printable(value if isinstance(value, str) else json.dumps(value))
-
-
 def differing(runs: Sequence[Told]) -> dict[str, list[str]]:
     """The config's keys in which the runs differ, with each one's value; "-" where a run has no such key."""
-    configs = [dict(flat(run.raw.get("config", {}))) for run in runs]
+    configs = [run.config for run in runs]
     keys = sorted({key for config in configs for key in config})
     values = {key: [config.get(key, "-") for config in configs] for key in keys}
     return {key: each for key, each in values.items() if len(set(each)) > 1}
@@ -154,11 +144,7 @@ def pairs(runs: Sequence[Told]) -> Iterator[dict[str, Any]]:
 
 def _same(one: Told, other: Told) -> bool:
     ours, theirs = (
-        {
-            key: value
-            for key, value in flat(run.raw.get("config", {}))
-            if not key.startswith(("world.", "hardware."))
-        }
+        {key: value for key, value in run.config.items() if not key.startswith(("world.", "hardware."))}
         for run in (one, other)
     )
     return ours == theirs and one.record.world.size == other.record.world.size
@@ -187,9 +173,7 @@ def comparison(runs: Sequence[Told]) -> list[dict[str, Any]]:
     return [
         {
             "name": run.name,
-            "mode": run.record.mode,
             "categories": dict(run.record.worst.peak.categories),
-            "saved": run.record.worst.peak.saved,
             "total": run.record.worst.peak.bytes,
             "told": size(run.record.worst.peak.bytes),
         }

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from harness.ledger.categories import CATEGORIES
+from harness.record import put
 from harness.tables import escaped
 
 if TYPE_CHECKING:
@@ -26,13 +27,11 @@ def perfetto(runs: Sequence["Told"], directory: Path) -> list[Path]:
 
     Time is the run's own; a rehearsal has none, and its events are a microsecond apart.
     """
-    from harness.report import write
-
     made = []
     for index, run in enumerate(runs):
         events = [event for rank, table in run.traces() for event in _events(rank.rank, table)]
         made.append(directory / _called("perfetto", index, runs, "json"))
-        write(made[-1], json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
+        put(made[-1], json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
     return made
 
 
@@ -97,7 +96,6 @@ def tables(kind: str) -> Callable[[Sequence["Told"], Path], list[Path]]:
         import pyarrow.parquet
 
         put = pyarrow.csv.write_csv if kind == "csv" else pyarrow.parquet.write_table
-        directory.mkdir(parents=True, exist_ok=True)
         made = []
         for name, found in (("phases", phases(runs)), ("events", events(runs))):
             if found.num_rows:
@@ -153,7 +151,6 @@ def markdown(runs: Sequence["Told"], directory: Path) -> list[Path]:
     """What the page says, as text: what stands out in each run, and the comparison."""
     from harness.compare import compare
     from harness.explain import explain
-    from harness.report import write
     from harness.schema import printable
 
     lines = ["# Memory report", ""]
@@ -162,7 +159,7 @@ def markdown(runs: Sequence["Told"], directory: Path) -> list[Path]:
         lines += [*(f"- {escaped(printable(finding.sentence))}" for finding in explain(run.record)), ""]
     if len(runs) > 1:
         lines += ["## Side by side", "", compare([run.run for run in runs], markdown=True), ""]
-    write(directory / "report.md", "\n".join(lines))
+    put(directory / "report.md", "\n".join(lines))
     return [directory / "report.md"]
 
 

@@ -24,7 +24,15 @@ def html(runs: Sequence[Told]) -> str:
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     environment.filters["bytes"] = lambda figure: size(figure, exact=True)
-    told = [content.of_run(run) for run in runs]
+    told, traces = [], []
+    for index, run in enumerate(runs):
+        modules: list[dict[str, Any]] = []
+        for rank, table in run.traces():
+            trace = points.of_table(table)
+            traces.append((f"trace-{index}-{rank.rank}", Markup(_inert(points.drawn(trace)))))
+            if rank is run.record.worst:
+                modules = content.modules(trace)
+        told.append(content.of_run(run, modules))
     drawn = {"runs": [_drawn(run) for run in told], "comparison": content.comparison(runs)}
     return environment.get_template("page.html").render(
         runs=told,
@@ -32,11 +40,7 @@ def html(runs: Sequence[Told]) -> str:
         differing=content.differing(runs),
         pairs=list(content.pairs(runs)),
         data=Markup(_inert(drawn)),
-        traces=[
-            (f"trace-{index}-{rank.rank}", Markup(_inert(points.drawn(table))))
-            for index, run in enumerate(runs)
-            for rank, table in run.traces()
-        ],
+        traces=traces,
         css=Markup((HERE / "page.css").read_text()),
         js=Markup((HERE / "page.js").read_text()),
         plotly=Markup(get_plotlyjs()),

@@ -4,6 +4,7 @@ Numbers of bytes are what was alive after an event. A peak is never left out; ho
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,12 +37,12 @@ class Trace:
     module: np.ndarray  # number in `modules`
     modules: list[str]  # whose a storage is: the module of a parameter, or the one that ran when it was made
 
-    @property
+    @cached_property
     def total(self) -> np.ndarray:
         """Bytes alive after each event."""
         return np.cumsum(self.bytes)
 
-    @property
+    @cached_property
     def highest(self) -> int:
         """The first event after which most bytes are alive."""
         return int(np.argmax(self.total))
@@ -122,9 +123,8 @@ def _alive(trace: Trace, groups: np.ndarray, count: int, at: np.ndarray) -> np.n
     return np.cumsum(grown, axis=0)
 
 
-def drawn(table: "pa.Table") -> dict[str, Any]:
+def drawn(trace: Trace) -> dict[str, Any]:
     """What the page draws of a rank's trace, as plain data."""
-    trace = of_table(table)
     at = kept(trace)
     by_category = _alive(trace, trace.category, len(trace.categories), at)
     by_holder = _alive(trace, trace.holder, len(trace.holders), at)
@@ -169,9 +169,8 @@ def _told(place: tuple[Any, ...]) -> str:
     return f"step {step}, {phase}, micro-batch {micro_batch}, {module or 'outside any module'}"
 
 
-def at_peak(table: "pa.Table") -> dict[str, dict[str, int]]:
+def at_peak(trace: Trace) -> dict[str, dict[str, int]]:
     """Bytes alive at the trace's own peak, by module and category."""
-    trace = of_table(table)
     count = len(trace.categories)
     pairs = trace.module * count + trace.category
     pairs[trace.category < 0] = -1

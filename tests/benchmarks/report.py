@@ -13,6 +13,7 @@ import statistics
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import pyarrow as pa
@@ -42,7 +43,7 @@ def main(words: list[str]) -> None:
             opened.append(seconds_to_open(Path(home) / "report" / PAGE))
         size = (Path(home) / "report" / PAGE).stat().st_size
     processor = record.environment()["processor"]
-    print(f"{processor}, python {platform.python_version()}, plotly {record._version('plotly')}")
+    print(f"{processor}, python {platform.python_version()}, plotly {version('plotly')}")
     print(f"{own['ranks']} ranks, {own['events']:,} events each: a page of {size / 2**20:.1f} MiB")
     for what, seconds in (("made in", took), ("opened in", opened)):
         print(f"{what:<10} {statistics.median(seconds):5.2f} s   {min(seconds):.2f} to {max(seconds):.2f}")
@@ -114,9 +115,7 @@ def random_trace(chance: random.Random, events: int) -> tuple[pa.Table, dict[str
         )
     columns = dict(zip(trace.COLUMNS, map(list, zip(*rows, strict=True)), strict=False))
     columns |= {"saved": [0] * events, "nanoseconds": list(range(events))}
-    return pa.table(
-        {name: pa.array(columns[name], trace._type(kind)) for name, kind in trace.COLUMNS.items()}
-    ), at_peak
+    return pa.table(columns, schema=trace.schema()), at_peak
 
 
 if __name__ == "__main__":
