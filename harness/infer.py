@@ -37,6 +37,7 @@ from harness.speed import (
 )
 from harness.split import ranges, split_of
 from harness.stage import Stage
+from harness.tokenizer import tokenizer_of
 from harness.world import World
 
 FILE = "generations.jsonl"
@@ -51,7 +52,7 @@ def run(settings: Settings, world: World, ledger: Ledger, out: Output) -> None:
     """Continue every prompt into `generations.jsonl` in the run's directory. Raises Refusal."""
     began = time.perf_counter()
     config = model.model_config(settings.model)
-    tokenizer = model.tokenizer(settings.model, settings.data.tokenizer)
+    tokenizer = tokenizer_of(settings.model, settings.data.tokenizer)
     prompts = find(settings, tokenizer, world.rehearsed)
     check(prompts, config)
     asked = settings.generation

@@ -12,15 +12,18 @@ import psutil
 import torch
 from accelerate.utils import set_seed
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+)
 from safetensors import SafetensorError, safe_open
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
-    ByT5Tokenizer,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -31,7 +34,6 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, loggi
 from harness import tensor, weights
 from harness.knobs import Model, Refusal
 
-TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 TEXTS = ("*.json", "*.txt", "*.model", "*.jinja")
 WEIGHTS = ("model*.safetensors",)
 """What is asked of a hub: configs and tokenizers, then weights; never pickles, never code."""
@@ -41,7 +43,7 @@ def model_config(settings: Model) -> PretrainedConfig:
     """The transformers config of `settings`: its own shape, or that of `model.path`. Raises Refusal."""
     if settings.path is not None:
         with loading(settings.path):
-            config = AutoConfig.from_pretrained(_directory(settings.path), trust_remote_code=False)
+            config = AutoConfig.from_pretrained(directory_of(settings.path), trust_remote_code=False)
     else:
         shape = dict(settings.config)
         kind = shape.pop("model_type", None)
@@ -124,42 +126,23 @@ def looked_up(model: torch.nn.Module) -> int:
     return sum(table.numel() for table in tables)
 
 
-def tokenizer(settings: Model, other: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer in `other` (`data.tokenizer`), else in `model.path`, else bytes.
-
-    Raises Refusal where it cannot be loaded, or has more tokens than the model knows.
-    """
-    key, place = ("data.tokenizer", other) if other is not None else ("model.path", settings.path)
-    made = None
-    if place is not None:
-        with loading(place, key):
-            directory = _directory(place)
-            if other is not None or any((directory / name).is_file() for name in TOKENIZER_FILES):
-                made = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    if made is None:
-        made = ByT5Tokenizer()
-    known = model_config(settings).get_text_config(decoder=True).vocab_size
-    if len(made) > known:
-        key, value = (key, place) if place is not None else ("model", settings.name)
-        raise Refusal(
-            key,
-            value,
-            f"the tokenizer has {len(made)} tokens, and the model knows {known}; give one that fits with "
-            "data.tokenizer=, or a model with a larger vocab_size",
-        )
-    return made
-
-
 def export(
     model: torch.nn.Module,
     state: Mapping[str, torch.Tensor] | None,
     tokens: PreTrainedTokenizerBase,
     directory: Path,
 ) -> None:
-    """Write `model` with the weights in `state`, and its tokenizer, as transformers reads them; whole or not at all."""
+    """Write `model` with the weights in `state`, and its tokenizer, as transformers reads them; whole or not at all.
+
+    What ended each text that it was trained on is among the tokens that end what it generates.
+    """
     partial = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     assert isinstance(model, PreTrainedModel)
+    ends = model.generation_config.eos_token_id or []
+    ends = [ends] if isinstance(ends, int) else [*ends]
+    if tokens.eos_token_id not in (None, *ends):
+        model.generation_config.eos_token_id = [tokens.eos_token_id, *ends]
     with quiet():
         model.save_pretrained(partial, state_dict=dict(state) if state is not None else None)
         tokens.save_pretrained(partial)
@@ -175,7 +158,7 @@ def size_in_bytes(config: PretrainedConfig, dtype: torch.dtype) -> int:
 def whole_checkpoint(place: str) -> Path:
     """The directory of `place`, its weights all there and in safetensors. Raises Refusal."""
     with loading(place):
-        directory = _directory(place, TEXTS + WEIGHTS)
+        directory = directory_of(place, TEXTS + WEIGHTS)
         _check_files(place, directory)
     return directory
 
@@ -257,9 +240,11 @@ def _own_storages(model: torch.nn.Module) -> None:
             held.data = held.data.clone(memory_format=torch.contiguous_format)
 
 
-def _directory(place: str, patterns: tuple[str, ...] = TEXTS) -> Path:
+def directory_of(place: str, patterns: tuple[str, ...] = TEXTS) -> Path:
     """`place` if it is a directory, else where the hub's files of that name are; only those with `patterns`."""
     local = Path(place).expanduser()
+    if local.is_file():
+        raise NotADirectoryError("it is a file; give the directory that holds it")
     return local if local.is_dir() else Path(snapshot_download(place, allow_patterns=list(patterns)))
 
 
@@ -274,7 +259,10 @@ def loading(place: str, key: str = "model.path") -> Iterator[None]:
     except (OfflineModeIsEnabled, LocalEntryNotFoundError, HfHubHTTPError, ConnectionError) as error:
         told = " ".join(str(error).split())
         raise Refusal(key, place, f"no such directory, and the hub did not give it: {told}") from error
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+    except HFValidationError as error:
+        remedy = "no such directory; give one that is there, or a name on the hub, as owner/name"
+        raise Refusal(key, place, remedy) from error
+    except Exception as error:  # tokenizers raises Exception itself, and classes of models what they like
         raise Refusal(key, place, f"it cannot be loaded: {_first(error)}") from error
 
 
@@ -292,6 +280,8 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _first(error: Any) -> str:
-    """The first line of what a library says."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+def _first(error: BaseException) -> str:
+    """The first line of what a library says; with its class, where that is no sentence."""
+    told = next(iter(str(error).strip().splitlines()), "")
+    name = type(error).__name__
+    return told if " " in told else f"{name}: {told}" if told else name

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from harness import checkpoint, data, model, stage, weights
 from harness.engine import Engine
@@ -19,6 +19,7 @@ from harness.record import Output
 from harness.rules import check_layers
 from harness.settings import Refusal, Settings
 from harness.split import ranges, split_of
+from harness.tokenizer import opens_otherwise, tokenizer_of
 from harness.world import World
 
 Say = Callable[[str], None]
@@ -29,7 +30,7 @@ def run(settings: Settings, world: World, ledger: Ledger, out: Output) -> None:
     began = time.perf_counter()
     train = settings.train
     config = model.model_config(settings.model)
-    tokenizer = model.tokenizer(settings.model, settings.data.tokenizer)
+    tokenizer = tokenizer_of(settings.model, settings.data.tokenizer)
     corpus = data.corpus(settings.data, tokenizer, train.sequence, world)
     held_out = _held_out(settings, world, corpus)
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
@@ -61,7 +62,7 @@ def run(settings: Settings, world: World, ledger: Ledger, out: Output) -> None:
         out.done["performance"] = progress.rates()
     if train.export and progress.whole:
         with ledger.phase("checkpoint", train.steps):
-            _export(engine, world, tokenizer, out.directory / "checkpoint")
+            _export(engine, world, tokenizer, out)
 
 
 def _engine(
@@ -144,10 +145,13 @@ def _held_out(
     return batches
 
 
-def _export(engine: Engine | Pipeline, world: World, tokenizer: Any, directory: Path) -> None:
+def _export(engine: Engine | Pipeline, world: World, tokenizer: PreTrainedTokenizerBase, out: Output) -> None:
     state = engine.full_state()
     if world.leads and not world.rehearsed:
+        directory = out.directory / "checkpoint"
         model.export(engine.whole, state, tokenizer, directory)
+        if said := opens_otherwise(directory, tokenizer):
+            out.say(f"checkpoint/: {said}")
     world.barrier()
 
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer
 
 from harness import model
 from harness.knobs import Model, Refusal
+from harness.tokenizer import of_bytes, tokenizer_of
 
 SHAPE = {
     "model_type": "llama",
@@ -60,6 +61,15 @@ def test_an_export_comes_back_bit_for_bit_with_its_tokenizer(exported: tuple[tor
         assert torch.equal(a, b), name
     assert AutoModelForCausalLM.from_pretrained(directory).num_parameters() == model.count(built)
     assert AutoTokenizer.from_pretrained(directory)("abc").input_ids == ByT5Tokenizer()("abc").input_ids
+
+
+@pytest.mark.parametrize(("asked", "expected"), [(None, [1]), (1, 1), (7, [1, 7]), ([7, 8], [1, 7, 8])])
+def test_what_ended_the_texts_that_were_trained_on_ends_what_the_export_generates(
+    asked: object, expected: object, tmp_path: Path
+) -> None:
+    model.export(made(settings(eos_token_id=asked)), None, of_bytes(), tmp_path / "checkpoint")
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint")
+    assert exported.generation_config.eos_token_id == expected
 
 
 def test_every_loaded_parameter_has_memory_of_its_own_and_of_its_size(
@@ -128,7 +138,7 @@ def test_a_name_on_the_hub_is_loaded_from_its_safetensors(
     given = Model(name="test", path="owner/name")
     loaded = made(given, next(built.parameters()).dtype)
     assert torch.equal(next(loaded.parameters()), next(built.parameters()))
-    assert model.tokenizer(given)("abc").input_ids == ByT5Tokenizer()("abc").input_ids
+    assert tokenizer_of(given)("abc").input_ids == ByT5Tokenizer()("abc").input_ids
 
 
 def test_a_name_that_the_hub_does_not_give_is_one_sentence() -> None:
@@ -270,24 +280,3 @@ def test_code_that_comes_with_a_checkpoint_is_refused_and_not_run(
 def test_an_unknown_architecture_is_refused() -> None:
     with pytest.raises(Refusal, match=r"model.config=test: transformers refuses it"):
         model.model_config(Model(name="test", config={"model_type": "no-such-model"}))
-
-
-def test_a_checkpoint_without_a_tokenizer_takes_bytes(
-    exported: tuple[torch.nn.Module, Path], tmp_path: Path
-) -> None:
-    bare = shutil.copytree(exported[1], tmp_path / "bare", ignore=shutil.ignore_patterns("*token*"))
-    assert isinstance(model.tokenizer(Model(name="test", path=str(bare))), ByT5Tokenizer)
-
-
-def test_a_tokenizer_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(Refusal, match=r"data.tokenizer=.*empty"):
-        model.tokenizer(settings(), str(tmp_path / "empty"))
-
-
-def test_a_tokenizer_with_more_tokens_than_the_model_knows_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(Refusal, match=r"model=test: the tokenizer has 384 tokens, and the model knows 300"):
-        model.tokenizer(settings(vocab_size=300))
-    ByT5Tokenizer(extra_ids=200).save_pretrained(tmp_path)
-    with pytest.raises(Refusal, match=r"data.tokenizer=.* has 459 tokens, and the model knows 384"):
-        model.tokenizer(settings(), str(tmp_path))

@@ -28,6 +28,7 @@ from harness.infer import batches
 from harness.settings import Settings
 from harness.split import ranges, split_of
 from harness.stage import layer_kinds, parts
+from harness.tokenizer import tokenizer_of
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -190,7 +191,7 @@ def _told_share(apart: bool, key: tuple[Batches, Piece]) -> str:
 
 def _shares(settings: Settings, size: int) -> list[Batches]:
     """By rank, the lengths of the prompts in each of the batches that are seen, and of what follows them."""
-    tokenizer = model.tokenizer(settings.model, settings.data.tokenizer)
+    tokenizer = tokenizer_of(settings.model, settings.data.tokenizer)
     found = prompts.find(settings, tokenizer, rehearsed=True)
     lengths = [(len(prompt.tokens), prompt.most) for prompt in found]
     seen = settings.ledger.steps if settings.generation.batching == "static" else None

@@ -19,6 +19,7 @@ from harness.ledger import Ledger
 from harness.prompts import find
 from harness.settings import load
 from harness.speed import Share, largest, performance, unasked
+from harness.tokenizer import tokenizer_of
 from harness.world import World
 
 ASKED = {
@@ -48,7 +49,7 @@ def main(words: list[str]) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = model.model_config(asked.model)
     built = model.build(asked.model, config, dtype, device, 0).eval().requires_grad_(False)
-    prompts = find(asked, model.tokenizer(asked.model))
+    prompts = find(asked, tokenizer_of(asked.model))
     alone = World(0, 1, 0, device)
 
     def run(kind: str) -> Share:
