@@ -1,12 +1,12 @@
 """Prompts: where they come from, as tokens, and whether the model can take them."""
 
-import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from harness import data, workload
+from harness.rules import sources
 from harness.settings import Refusal, Settings
 
 
@@ -72,15 +72,9 @@ def _sampled(
 
 
 def lines(key: str, path: str) -> list[tuple[int, str]]:
-    """A UTF-8 file's lines, numbered; empty ones are passed over. Raises Refusal where none is left."""
-    try:
-        with open(os.path.expanduser(path), encoding="utf-8-sig") as file:
-            found = [(number, line.removesuffix("\n")) for number, line in enumerate(file, 1)]
-    except UnicodeDecodeError as error:
-        raise Refusal(key, path, f"it is not UTF-8 (byte {error.start}); save it as UTF-8 text") from None
-    except OSError as error:
-        raise Refusal(key, path, f"{error.strerror}; give a text file with one prompt a line") from None
-    found = [(number, line) for number, line in found if line]
+    """A text file's lines, numbered; empty ones are passed over. Raises Refusal where none is left."""
+    written = sources.text(key, path, "give a text file with one prompt a line")
+    found = [(number, line) for number, line in enumerate(written.split("\n"), 1) if line]
     if not found:
         raise Refusal(key, path, "there is no prompt in it; write one a line")
     return found

@@ -126,7 +126,7 @@ def read(path: Path) -> dict[str, Any]:
 def tree(file: Path, schema: str, absent: str) -> dict[str, Any]:
     """The JSON in `file`, which is of `schema`. Raises ValueError with a sentence; `absent` where there is no file."""
     try:
-        found = json.loads(file.read_text())
+        found = json.loads(file.read_bytes())  # which may begin with a mark
     except FileNotFoundError:
         raise ValueError(absent) from None
     except (OSError, ValueError, RecursionError) as error:  # torn, no text, or nested beyond all bounds

@@ -3,7 +3,6 @@
 A row is tokenized once, stored, and memory-mapped after; a streamed one is tokenized as it is read.
 """
 
-import glob
 import hashlib
 import json
 import os
@@ -18,10 +17,11 @@ import datasets
 from transformers import PreTrainedTokenizerBase
 
 from harness.knobs import Data, Refusal
+from harness.rules import sources
 
 STDLIB_BYTES = 2 * 2**20
 """How much of the standard library's source is read: enough for a first run, and tokenized within seconds."""
-LAYOUT = 1
+LAYOUT = 2
 """Of the stored rows; another number is another place in the cache."""
 
 
@@ -75,7 +75,10 @@ def _tokenized(texts: Any, tokenizer: PreTrainedTokenizerBase, column: str) -> A
     end = tokenizer.eos_token_id
 
     def tokens(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        rows = tokenizer(batch[column], verbose=False).input_ids
+        texts = [text or "" for text in batch[column]]  # a row may have none
+        if other := {type(text).__name__ for text in texts} - {"str"}:
+            raise Refusal("data.column", column, f"it holds {min(other)}, and no text; name one that does")
+        rows = tokenizer(texts, verbose=False).input_ids
         return {"tokens": [row if end is None or row[-1:] == [end] else [*row, end] for row in rows]}
 
     remove = list(texts.column_names or [column])
@@ -89,20 +92,7 @@ def _files(settings: Data) -> list[Path] | None:
         return None
     if settings.kind == "stdlib":
         return _standard_library()
-    given = Path(str(settings.path)).expanduser()
-    if given.is_dir():
-        found = sorted(path for path in given.rglob("*") if path.is_file())
-    else:
-        found = (
-            [given]
-            if given.is_file()
-            else [Path(name) for name in sorted(glob.glob(str(given), recursive=True))]
-        )
-    if not found:
-        raise Refusal(
-            "data.path", settings.path, "there is no file; give a file, a directory or a quoted glob"
-        )
-    return found
+    return [Path(name) for name in sources.files("data.path", str(settings.path))]
 
 
 def _standard_library() -> list[Path]:
@@ -127,15 +117,11 @@ def _read(settings: Data, files: list[Path]) -> list[str]:
     texts = []
     for path in files:
         try:
-            texts.append(path.read_text(encoding="utf-8"))
-        except UnicodeDecodeError as error:
-            if settings.kind == "stdlib":
-                continue  # a few of its sources declare another encoding
-            raise Refusal(
-                "data.path", path, f"it is not UTF-8 text (byte {error.start}); leave it out or convert it"
-            ) from error
-        except OSError as error:
-            raise Refusal("data.path", path, f"it cannot be read: {error.strerror}") from error
+            texts.append(sources.text("data.path", str(path), "leave it out"))
+        except Refusal:
+            if settings.kind != "stdlib":
+                raise
+            continue  # a few of its sources declare another encoding
     if not any(texts):
         raise Refusal(*named(settings), "there is no text in it")
     return texts

@@ -47,7 +47,7 @@ def opened(directory: Path) -> PreTrainedTokenizerBase:
 
 
 def _saved_class(directory: Path) -> type[PreTrainedTokenizerBase] | None:
-    """The class that the config names. None: none of transformers', or before its version 5, when many named a wrong one."""
+    """The class that the config names. None: not one of transformers', or of before its version 5."""
     file = directory / CONFIG
     config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if not isinstance(config, dict):

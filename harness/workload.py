@@ -1,12 +1,12 @@
 """A workload: how long each request's prompt is, and how many tokens it asks for."""
 
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from harness.knobs import Generation, Positive, Refusal
+from harness.rules import sources
 from harness.schema import printable
 
 KEY = "generation.workload"
@@ -33,12 +33,9 @@ class _Line(BaseModel):
 def read(generation: Generation) -> list[Request]:
     """The requests in the file of `generation.workload`, a JSON object a line. Raises Refusal."""
     path = str(generation.workload)
-    try:
-        lines = Path(path).expanduser().read_bytes().splitlines()
-    except OSError as error:
-        raise Refusal(KEY, path, f"{error.strerror}; give a file with a JSON object a line") from None
+    written = sources.text(KEY, path, "give a file with a JSON object a line")
     found = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(written.split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from harness import compare
+from harness import compare, record
 from harness.ledger.categories import CATEGORIES
 from harness.show import show
 from harness.tables import difference, factor, size
@@ -389,6 +389,13 @@ def test_what_is_no_record_is_one_sentence_and_exit_code_2(
     if content is not None:
         (bad / "record.json").write_bytes(content if isinstance(content, bytes) else content.encode())
     refused([good, bad], capsys, f"harness: {bad}", says)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_record_is_the_same_however_an_editor_saves_it(encoding: str, tmp_path: Path) -> None:
+    plain, saved = put(tmp_path / "plain", train()), tmp_path / "saved.json"
+    saved.write_bytes((plain / "record.json").read_text().encode(encoding))
+    assert record.read(saved) == record.read(plain)
 
 
 def refused(paths: list[Path], capsys: pytest.CaptureFixture[str], *says: str) -> None:

@@ -1,5 +1,6 @@
 """Token batches: held-out text apart, every rank its own, and the same place after a skip."""
 
+import dataclasses
 from itertools import chain, islice
 from pathlib import Path
 
@@ -146,6 +147,34 @@ def test_a_file_that_is_not_text_is_named(text: Data, tmp_path: Path) -> None:
     (tmp_path / "text" / "picture.png").write_bytes(b"\x89PNG\xff\xfe")
     with pytest.raises(Refusal, match=r"data.path=.*picture.png: it is not UTF-8 text \(byte 0\)"):
         data.corpus(text, BYTES, 10)
+
+
+@pytest.mark.parametrize(
+    "written", ["\ufeffa\nbż".encode(), "a\r\nbż".encode(), "a\nbż".encode("utf-16"), b"a\rb\xc5\xbc"]
+)
+def test_text_is_the_same_however_an_editor_saves_it(tmp_path: Path, written: bytes) -> None:
+    (tmp_path / "text.txt").write_bytes(written)
+    given = Data(kind="text", path=f"{tmp_path}/*.txt", cache_dir=str(tmp_path / "cache"), validation=0)
+    assert blocks(data.corpus(given, BYTES, 6).train) == [BYTES("a\nbż").input_ids]
+
+
+def test_files_are_found_at_any_depth(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "c.txt").write_text("abc")
+    (tmp_path / "a" / "gone.txt").symlink_to("nowhere")
+    for path in (f"{tmp_path}/**/*.txt", str(tmp_path / "a")):
+        given = Data(kind="text", path=path, cache_dir=str(tmp_path / "cache"), validation=0)
+        assert blocks(data.corpus(given, BYTES, 4).train) == [BYTES("abc").input_ids]
+
+
+def test_a_column_that_holds_no_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "train.jsonl").write_text('{"text": null, "n": 1}\n{"text": "abc", "n": 2}\n')
+    rows = str(tmp_path / "rows")
+    given = Data(kind="hub", name=rows, cache_dir=str(tmp_path / "cache"), validation=0)
+    assert blocks(data.corpus(given, BYTES, 5).train) == [[1, *BYTES("abc").input_ids]]
+    with pytest.raises(Refusal, match=r"^data.column=n: it holds int, and no text"):
+        data.corpus(dataclasses.replace(given, column="n"), BYTES, 5)
 
 
 def test_a_hub_that_is_not_there_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,6 +40,8 @@ def prompt(length: int, place: str = "line 3", most: int = 1) -> Prompt:
         (b"  one \t\n", [(1, "  one \t")]),
         ("a\u2028b\x0cc\x85d\n".encode(), [(1, "a\u2028b\x0cc\x85d")]),
         ("żółw 🐢\n".encode(), [(1, "żółw 🐢")]),
+        ("żółw\r\n🐢\r\n".encode("utf-16"), [(1, "żółw"), (2, "🐢")]),
+        ("\ufeffżółw\n".encode("utf-16-be"), [(1, "żółw")]),
     ],
 )
 def test_every_line_that_is_not_empty_is_a_prompt_with_its_number(
@@ -61,11 +63,25 @@ def test_a_file_without_prompts_is_refused(tmp_path: Path, written: bytes) -> No
         given(file)
 
 
-def test_a_file_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        (
+            b"one\n\xff\n",
+            "it is not UTF-8 text (byte 4); save it as UTF-8, or give a text file with one prompt",
+        ),
+        ("ż".encode("utf-16") + b"\x7c", "it is not UTF-16 text (byte 4); save it as UTF-8, or "),
+        ("one".encode("utf-16-le"), "it has a NUL (character 1), and text has none; save it as UTF-8, or "),
+        (b"one\n\0\0\0", "it has a NUL (character 4), and text has none"),
+        ("one".encode("utf-32"), "it has a NUL"),
+    ],
+)
+def test_a_file_that_is_no_text_is_refused(tmp_path: Path, written: bytes, said: str) -> None:
     file = tmp_path / "prompts.txt"
-    file.write_bytes(b"one\n\xff\n")
-    with pytest.raises(Refusal, match=r"not UTF-8 \(byte 4\)"):
+    file.write_bytes(written)
+    with pytest.raises(Refusal) as refused:
         given(file)
+    assert str(refused.value).startswith(f"generation.prompts={file}: {said}")
 
 
 def test_a_missing_file_and_a_directory_are_refused(tmp_path: Path) -> None:

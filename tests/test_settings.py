@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 from pathlib import Path
 
@@ -278,6 +279,18 @@ def test_an_empty_data_file_is_refused(tmp_path: Path) -> None:
         assert refusal("data=text", f"data.path={path}").startswith(
             f"data.path={path}: there is no text in it"
         )
+
+
+def test_what_is_no_file_is_refused_before_it_is_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "gone").symlink_to("nowhere")
+    for key in ("data=text data.path", "mode=infer generation.prompts", "mode=infer generation.workload"):
+        *words, key = key.split()
+        for path in (tmp_path / "pipe", "/dev/zero"):
+            said = f"{key}={path}: it is a pipe or a device, and is read more than once; give a file"
+            assert refusal(*words, f"{key}={path}") == said
+        assert refusal(*words, f"{key}={tmp_path}/gone").startswith(f"{key}={tmp_path}/gone: no such file")
+        assert refusal(*words, f"{key}={tmp_path}").startswith(f"{key}={tmp_path}: there is no text in it")
 
 
 def test_a_directory_that_is_no_checkpoint_is_refused_and_the_one_inside_it_named(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ from harness.workload import drawn, lengths, read
 BYTES = ByT5Tokenizer()
 
 
-def asked(file: Path, text: str) -> Generation:
-    file.write_text(text)
+def asked(file: Path, text: str | bytes) -> Generation:
+    file.write_bytes(text.encode() if isinstance(text, str) else text)
     return Generation(workload=str(file), max_new_tokens=9)
 
 
@@ -24,6 +24,13 @@ def test_a_line_is_a_request_with_a_text_or_a_length(tmp_path: Path) -> None:
     found = find(Settings(mode="infer", generation=generation), BYTES)
     assert [(len(prompt.tokens), prompt.most) for prompt in found] == [(3, 9), (5, 2)]
     assert found[0].text == "one"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_workload_is_the_same_however_an_editor_saves_it(tmp_path: Path, encoding: str) -> None:
+    text = '{"prompt": "żółw"}\r\n\r\n{"prompt_length": 5}\r\n'
+    generation = asked(tmp_path / "requests.jsonl", text.encode(encoding))
+    assert read(generation) == [("żółw", 0, 9, "line 1"), (None, 5, 9, "line 3")]
 
 
 @pytest.mark.parametrize(

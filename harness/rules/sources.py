@@ -1,5 +1,6 @@
 """What a request refers to on disk, as far as it can be known without torch or a hub."""
 
+import codecs
 import glob
 import json
 import os
@@ -38,19 +39,46 @@ def shape_of(model: Model) -> Mapping[str, Any]:
     return shape
 
 
-def files(key: str, path: str) -> None:
-    """Refuse a file, directory or glob that gives no text."""
+def files(key: str, path: str) -> list[str]:
+    """The files that `path` names, in order: itself, those in a directory or of a glob. Refuses what has no text."""
     where = os.path.expanduser(path)
     if os.path.isdir(where):
         found = [os.path.join(top, name) for top, _, names in os.walk(where) for name in names]
+    elif os.path.exists(where):
+        found = [where]
+        if not os.path.isfile(where):
+            remedy = "it is a pipe or a device, and is read more than once; give a file"
+            raise Refusal(key, path, remedy)
     else:
-        found = (
-            [where] if os.path.isfile(where) else [each for each in glob.glob(where) if os.path.isfile(each)]
-        )
-    if not found and not os.path.isdir(where):
-        raise Refusal(key, path, "no such file; give a file, a directory or a quoted glob that exists")
+        found = [each for each in glob.glob(where, recursive=True) if os.path.exists(each)]
+        if not found:
+            raise Refusal(key, path, "no such file; give a file, a directory or a quoted glob that exists")
+    found = sorted(each for each in found if os.path.isfile(each))
     if not any(os.path.getsize(each) for each in found):
         raise Refusal(key, path, "there is no text in it; give a file that is not empty")
+    return found
+
+
+def text(key: str, path: str, remedy: str) -> str:
+    """The text of a file in UTF-8, or in UTF-16 where its mark says so; its lines end in "\\n". Raises Refusal.
+
+    `remedy` says what file to give where there is none to read.
+    """
+    try:
+        with open(os.path.expanduser(path), "rb") as file:
+            raw = file.read()
+    except OSError as error:
+        raise Refusal(key, path, f"{error.strerror}; {remedy}") from None
+    wide = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        found = raw.decode("utf-16" if wide else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        said = f"it is not UTF-{16 if wide else 8} text (byte {error.start}); save it as UTF-8, or {remedy}"
+        raise Refusal(key, path, said) from None
+    if "\0" in found:
+        said = f"it has a NUL (character {found.index(chr(0))}), and text has none; save it as UTF-8, or {remedy}"
+        raise Refusal(key, path, said)
+    return found.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def first(shape: Mapping[str, Any], *names: str) -> tuple[str, Any]:
