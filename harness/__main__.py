@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from omegaconf import OmegaConf
 
-from harness import config
+from harness import config, launcher
 from harness.knobs import Refusal, as_typed, knobs
 from harness.settings import load
 
@@ -34,6 +34,7 @@ Train a causal language model or generate with one, and see what every byte on e
   python -m harness --cfg job [key=value ...]     check and print the config, run nothing
 
 A run leaves record.json, config.yaml and what it made in hydra.run.dir=DIR, else in outputs/DATE/TIME-MODE.
+What is wrong is one sentence on stderr. torchrun prints a traceback of itself below it; its last line but one repeats it.
 """
 
 
@@ -91,6 +92,7 @@ def _say(text: str) -> int:
 
 def _refuse(sentence: str) -> int:
     """One line on stderr; each node says it once, for a file may be missing on one of them only."""
+    launcher.tell(sentence)
     if os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0":
         print(f"harness: {sentence}", file=sys.stderr)
     return 2

@@ -8,7 +8,8 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,15 @@ class Failure:
         stage = "" if self.stage is None else f", stage {self.stage},"
         rank = "a rank on another host" if self.rank is None else f"rank {self.rank}"
         return f"{rank}{stage} failed{place}: {self.error}"
+
+
+@dataclass(frozen=True)
+class Word:
+    """What the first rank to end says for all of them, and the exit code that they end with."""
+
+    rank: int | None
+    sentence: str
+    code: int
 
 
 def of(error: BaseException, where: Where, directory: Path, world: World) -> Failure | None:
@@ -111,14 +121,51 @@ def _stage(world: World, rank: int) -> int | None:
     return rank // world.replicas if world.stages > 1 else None
 
 
-def claim(directory: Path, found: Failure) -> bool:
-    """Whether this rank is the first to name a failure; only that one writes the record."""
+def claim(directory: Path, word: Word) -> bool:
+    """Whether `word` is the first that a rank has about the end; only that one is said, and has a record."""
     try:
         with (directory / CLAIM).open("x") as stream:
-            stream.write(json.dumps({"rank": found.rank}) + "\n")
-    except OSError:
+            stream.write(json.dumps(asdict(word)) + "\n")
+    except (
+        FileExistsError,
+        FileNotFoundError,
+    ):  # or all is removed already, for a refused run leaves nothing
         return False
+    except OSError:
+        pass  # nobody can write there, and better twice than never
     return True
+
+
+def first_word(directory: Path) -> Word | None:
+    """What the first rank has said about the end; None where nobody has, or where nothing is left of the run."""
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        try:
+            return Word(**json.loads((directory / CLAIM).read_text()))
+        except OSError:
+            return None
+        except ValueError:  # it is being written
+            time.sleep(0.05)
+    return None
+
+
+def await_word(directory: Path) -> None:
+    """Wait a while for another rank to say what became of the run."""
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline and directory.exists() and not (directory / CLAIM).exists():
+        time.sleep(0.05)
+
+
+def end_others(world: World) -> bool:
+    """End the other ranks of this host, as torchrun would, and wait a while; whether all of the world's are gone."""
+    deadline = time.monotonic() + PATIENCE
+    here = [pid for host, pid in world.members if host == socket.gethostname() and pid != os.getpid()]
+    for pid in here:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+    while time.monotonic() < deadline and any(map(_alive, here)):
+        time.sleep(0.05)
+    return len(here) + 1 == world.size and not any(map(_alive, here))
 
 
 def await_termination(last: Callable[[], object]) -> None:

@@ -3,20 +3,19 @@
 import os
 import sys
 import threading
-import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from harness import ceilings, failure, page, record, snapshot, timing, trace, world
+from harness import ceilings, failure, launcher, page, record, snapshot, timing, trace, world
 from harness.ledger import Ledger
 from harness.rules import check_world
 from harness.settings import Refusal, Settings
@@ -105,9 +104,9 @@ def _say_where(directory: Path, say: Callable[[str], object]) -> None:
     say(f"record: {directory / record.FILE}")
 
 
-def _remove(directory: Path) -> None:
-    """A refused run leaves nothing."""
-    for name in (record.FILE, "config.yaml"):
+def _remove(directory: Path, heard: bool = True) -> None:
+    """A refused run leaves nothing, but the reason where a rank may not have `heard` it."""
+    for name in (record.FILE, "config.yaml", *([failure.CLAIM] if heard else [])):
         (directory / name).unlink(missing_ok=True)
     with suppress(OSError):
         directory.rmdir()
@@ -122,6 +121,7 @@ def _make_directory(settings: Settings, cfg: DictConfig) -> Path | Refusal:
         return Refusal("hydra.run.dir", directory, "it already holds a run's record; name another directory")
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        (directory / failure.CLAIM).unlink(missing_ok=True)  # of a run that was refused
         partial = directory / ".config.yaml.partial"
         partial.write_text(OmegaConf.to_yaml(_own(cfg), resolve=True))
         os.replace(partial, directory / "config.yaml")
@@ -252,23 +252,45 @@ class _Run:
         record.write(self.directory, {**self.head, **more, **self.done, "ranks": ranks})
 
     def _refused(self, refusal: Refusal) -> int:
-        if self.world.leads:
+        """Let one rank say it for all. Raises it where there is no other."""
+        if self.world.size == 1:
             _remove(self.directory)
             raise refusal
-        time.sleep(failure.PATIENCE)  # rank 0 has most likely found the same, and says it
-        print(f"harness: rank {self.world.rank}: {refusal}", file=sys.stderr, flush=True)
-        return 2
+        self.ending.acquire()  # never released: the thread that notices second waits for the end
+        rank = self.world.rank
+        if not self.world.leads:
+            failure.await_word(self.directory)  # rank 0 has most likely found the same
+        sentence = str(refusal) if self.world.leads else f"rank {rank}: {refusal}"
+        word = failure.Word(rank, sentence, 2)
+        first = failure.claim(self.directory, word)
+        self._end(word if first else None)
 
     def _fail(self, find: Callable[[], failure.Failure | None]) -> int:
         """Leave a record that says what failed, unless the rank that failed first has left one; then end at once."""
-        self.ending.acquire()  # never released: the thread that notices second waits for the end
+        self.ending.acquire()
         found = find()  # patiently, so it comes after
-        if found is not None and failure.claim(self.directory, found):
-            books = self._books() if found.rank == self.world.rank else None
+        word = None if found is None else failure.Word(found.rank, found.sentence(), 3)
+        if found is None or word is None or not failure.claim(self.directory, word):
+            self._end(None)
+        books = self._books() if found.rank == self.world.rank else None
+        with suppress(OSError):
             self._write([books] if books else [], failure=found.as_record())
             if books:
-                with suppress(OSError):
-                    self._trace()
-            print(f"harness: {found.sentence()}", file=sys.stderr, flush=True)
+                self._trace()
+        self._end(word)
+
+    def _end(self, own: failure.Word | None) -> NoReturn:
+        """End at once, with this rank's `own` word, or that of another which was first.
+
+        The others are gone or going: leaving in good order would wait for them.
+        """
+        word = own or failure.first_word(self.directory)
+        if own:
+            print(f"harness: {own.sentence}", file=sys.stderr, flush=True)
+        if word:
+            launcher.tell(word.sentence)
+        code = word.code if word else 2  # nothing is left of a run that was refused
+        if code == 2 and self.world.leads:
+            _remove(self.directory, failure.end_others(self.world))
         sys.stdout.flush()
-        os._exit(3)  # the others are gone or going: leaving in good order would wait for them
+        os._exit(code)

@@ -133,12 +133,12 @@ def connected(device: str, timeout: float, stages: int = 1, tensor: int = 1) -> 
     Raises Refusal for a device that is not there.
     """
     rank, size, local_rank = environment()
-    where = _device(device, local_rank)
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    where = _device(device, local_rank, max(here, local_rank + 1))
     backend = "nccl" if where.type == "cuda" else ORDERED_GLOO
     if backend == ORDERED_GLOO and ORDERED_GLOO.upper() not in dist.Backend._plugins:
         dist.Backend.register_backend(ORDERED_GLOO, _ordered_gloo, devices=["cpu"])
     store = torch._C._distributed_c10d.HashStore() if size == 1 else None
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     with variables(DS_ACCELERATOR=where.type, LOCAL_RANK=local_rank, LOCAL_SIZE=here):
         dist.init_process_group(
             backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout)
@@ -186,14 +186,15 @@ def _ordered_gloo(store: Any, rank: int, size: int, timeout: timedelta) -> Any:
     return gloo(store, rank, size, options)
 
 
-def _device(name: str, local_rank: int) -> torch.device:
+def _device(name: str, local_rank: int, ranks: int) -> torch.device:
+    """What this rank computes on, of the `ranks` on its node, which are all refused where one has none."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
         there = torch.cuda.device_count()
         if there == 0:
             raise Refusal("hardware.device", name, "torch sees no GPU here; use hardware.device=cpu")
-        if local_rank >= there:
+        if ranks > there:
             raise Refusal(
                 "hardware.device",
                 name,

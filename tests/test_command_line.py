@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from omegaconf import DictConfig, OmegaConf
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from harness import config
 from harness.knobs import knobs
@@ -97,6 +98,15 @@ def test_of_two_ranks_the_first_refuses_and_the_other_is_silent(door: Door) -> N
     assert (other.returncode, other.stdout, other.stderr) == (2, "", "")
     first = door("zero=7", RANK="0", WORLD_SIZE="2", LOCAL_RANK="0")
     assert first.stderr.startswith("harness: zero=7")
+
+
+def test_torchrun_s_report_ends_with_the_sentence(door: Door, tmp_path: Path) -> None:
+    file = tmp_path / "error.json"
+    for rank in ("0", "1"):
+        door("zero=7", RANK=rank, WORLD_SIZE="2", LOCAL_RANK=rank, TORCHELASTIC_ERROR_FILE=str(file))
+        report = str(ChildFailedError("harness", {int(rank): ProcessFailure(int(rank), 1, 2, str(file))}))
+        assert report.splitlines()[-2] == "  traceback : harness: zero=7: no such option; one of 0, 1, 2, 3"
+        file.unlink()
 
 
 def test_the_config_can_be_printed_without_a_run(door: Door, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Whole runs on two ranks: what they leave, how they go on, and how they fail."""
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -110,30 +111,18 @@ def test_a_killed_rank_takes_the_run_down_and_is_the_one_named(
 
 
 def test_a_failing_rank_is_named_with_its_own_error(tmp_path: Path) -> None:
-    script = Path(__file__).with_name("fail_on_rank_1.py")
-    result = subprocess.run(
-        [*LAUNCHER, "--nproc-per-node=2", str(script), "mode=train", *QUICK, f"hydra.run.dir={tmp_path}/out"],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        text=True,
-        capture_output=True,
-        timeout=120,
-        check=False,
-    )
+    stderr = script("fail_on_rank_1.py", ["mode=train", *QUICK, f"hydra.run.dir={tmp_path}/out"])
     failed = record.read(tmp_path / "out")
     assert failed["status"] == "failed"
     assert failed["failure"]["rank"] == 1
     assert failed["failure"]["where"] == {"step": 1, "phase": "backward", "micro_batch": 0}
     assert "out of luck" in failed["failure"]["error"]
-    assert (
-        "harness: rank 1 failed in step 1, backward of micro-batch 0: ValueError: out of luck"
-        in result.stderr
-    )
-    assert "rank 0 failed" not in result.stderr
+    sentence = "harness: rank 1 failed in step 1, backward of micro-batch 0: ValueError: out of luck"
+    assert [line for line in stderr.splitlines() if line.startswith("harness: ")] == [sentence]
+    assert told(stderr) == [(3, sentence)] * 2
     (books,) = failed["ranks"]
     assert books["rank"] == 1
     assert books["peak"]["bytes"] > 0
-    assert "exitcode  : 3" in result.stderr
 
 
 def test_a_refusal_that_needs_the_ranks_is_one_sentence(tmp_path: Path) -> None:
@@ -149,7 +138,40 @@ def test_a_refusal_that_needs_the_ranks_is_one_sentence(tmp_path: Path) -> None:
     )
     (sentence,) = [line for line in result.stderr.splitlines() if line.startswith("harness: ")]
     assert sentence.startswith(f"harness: data.path={tmp_path}/short.txt: it has 22 tokens")
+    assert told(result.stderr) == [(2, sentence)] * 2
     assert not (tmp_path / "out").exists()
+
+
+def test_what_one_rank_refuses_is_what_every_rank_ends_with(tmp_path: Path) -> None:
+    words = ["mode=infer", "generation.tensor_parallel=2", f"hydra.run.dir={tmp_path}/out"]
+    stderr = script("refuse_on_rank_1.py", words)
+    (sentence,) = [line for line in stderr.splitlines() if line.startswith("harness: ")]
+    assert sentence == "harness: rank 1: model.path=mine: it is torn here; give a whole one"
+    assert told(stderr) == [(2, sentence)] * 2
+    assert not (tmp_path / "out").exists()
+
+
+def script(name: str, words: list[str]) -> str:
+    """What is on stderr where two ranks run a script beside this file and fail."""
+    result = subprocess.run(
+        [*LAUNCHER, "--nproc-per-node=2", str(Path(__file__).with_name(name)), "hardware=cpu", *words],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        text=True,
+        capture_output=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 1
+    return result.stderr
+
+
+def told(stderr: str) -> list[tuple[int, str]]:
+    """Each rank's exit code and last words in torchrun's report, which is the end of `stderr`; the cause is last."""
+    report = stderr.rpartition("ChildFailedError")[2]
+    found = re.findall(r"exitcode  : (\d+) .*\n.*\n  traceback : (.*)\n", report)
+    assert report.rstrip().splitlines()[-2] == f"  traceback : {found[-1][1]}"
+    return [(int(code), sentence) for code, sentence in found]
 
 
 def _batch(tokenizer: Any, texts: list[str]) -> dict[str, torch.Tensor]:

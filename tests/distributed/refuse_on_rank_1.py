@@ -1,0 +1,17 @@
+"""The product, where rank 1 alone refuses while the others wait for it to make the model."""
+
+import os
+from typing import NoReturn
+
+from harness import model
+from harness.__main__ import console
+from harness.knobs import Refusal
+
+if os.environ["RANK"] == "1":
+
+    def build(*_: object) -> NoReturn:
+        raise Refusal("model.path", "mine", "it is torn here; give a whole one")
+
+    model.build = build  # type: ignore[assignment]
+
+console()
