@@ -7,6 +7,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from harness import data, workload
 from harness.rules import sources
+from harness.rules.positions import limit
 from harness.settings import Refusal, Settings
 
 
@@ -98,19 +99,19 @@ def text_of(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
 
 def check(prompts: Sequence[Prompt], config: PretrainedConfig) -> None:
     """Refuse a prompt with no tokens, with more than the model allows with the new ones, or unknown ones."""
-    shape = config.get_text_config(decoder=True)
-    limit = getattr(shape, "max_position_embeddings", None)
+    shape, longest = config.get_text_config(decoder=True), limit(config.to_dict())
     for _, tokens, most, key, value, place in prompts:
         if not tokens:
             raise Refusal(key, value, f"{place} has no tokens; give it text")
-        if limit is not None and len(tokens) + most > limit:
-            ways = [f"shorten it to {limit - most}"] if most < limit else []
-            ways += [f"use generation.max_new_tokens={limit - len(tokens)}"] if len(tokens) < limit else []
+        if longest is not None and len(tokens) + most > longest.tokens:
+            ways = [f"shorten it to {longest.tokens - most}"] if most < longest.tokens else []
+            left = longest.tokens - len(tokens)
+            ways += [f"use generation.max_new_tokens={left}"] if left > 0 else []
             raise Refusal(
                 key,
                 value,
                 f"{place} is {len(tokens)} tokens, {len(tokens) + most} with the new ones, and the "
-                f"model allows {limit} (max_position_embeddings); {' or '.join(ways) or 'shorten both'}",
+                f"model allows {longest.tokens} ({longest.said}); {' or '.join(ways) or 'shorten both'}",
             )
         if max(tokens) >= shape.vocab_size:
             remedy = f"{place} has token {max(tokens)}, and the model knows {shape.vocab_size}"

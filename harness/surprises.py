@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from harness.knobs import Refusal, Settings
+from harness.rules.sources import read
 from harness.schema import Holding, Phase, Record
 from harness.settings import typed
 from harness.tables import size
@@ -186,8 +187,7 @@ def checkpointing(run: Run) -> Iterator[Finding]:
         return
     asked = settings.checkpointing
     name, held = f"checkpointing={asked.mode}", run.held("activations")
-    shape = settings.model.config
-    layers = int(shape.get("num_hidden_layers") or shape.get("n_layer") or 0)  # 0: it does not say
+    layers = int(read(settings.model.config, "num_hidden_layers")[1] or 0)  # 0: it does not say
     recomputed = len(asked.layers) or -(-layers // asked.every)
     beside = sum(h.bytes for h in run.holdings if h.category == "activations" and not _of_layer(h))
     if where.phase not in ("forward", "backward"):

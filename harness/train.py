@@ -16,7 +16,7 @@ from harness.engine import Engine
 from harness.ledger import Ledger
 from harness.pipeline import Pipeline
 from harness.record import Output
-from harness.rules import check_layers
+from harness.rules import check_layers, positions
 from harness.settings import Refusal, Settings
 from harness.split import ranges, split_of
 from harness.tokenizer import opens_otherwise, tokenizer_of
@@ -30,6 +30,7 @@ def run(settings: Settings, world: World, ledger: Ledger, out: Output) -> None:
     began = time.perf_counter()
     train = settings.train
     config = model.model_config(settings.model)
+    positions.check(settings, config.to_dict())  # what a config.json leaves out is there
     tokenizer = tokenizer_of(settings.model, settings.data.tokenizer)
     corpus = data.corpus(settings.data, tokenizer, train.sequence, world)
     held_out = _held_out(settings, world, corpus)

@@ -214,6 +214,11 @@ def test_a_number_out_of_its_range_is_refused_by_its_key(words: str) -> None:
         ("model.config.num_hidden_layers=two", "model.config.num_hidden_layers=two", "a whole number"),
         ("train.sequence=1025", "train.sequence=1025", "allows 1024 tokens (max_position_embeddings)"),
         ("model=gpt2 train.sequence=1025", "train.sequence=1025", "allows 1024 tokens (n_positions)"),
+        (
+            "model.config.rope_parameters.rope_type=yarn +model.config.rope_parameters.factor=4 train.sequence=4097",
+            "train.sequence=4097",
+            "allows 4096 tokens (max_position_embeddings=1024 x factor=4 of rope_parameters)",
+        ),
         ("train.sequence=1", "train.sequence=1", "2 or more"),
         ("train.steps=5 train.warmup_steps=5", "train.warmup_steps=5", "fewer than train.steps=5"),
         ("train.steps=5 train.save_every=6", "train.save_every=6", "never save within train.steps=5"),

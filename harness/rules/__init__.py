@@ -4,8 +4,9 @@ import os
 from collections.abc import Sequence
 
 from harness.knobs import Checkpointing, Pipeline, Refusal, Settings
-from harness.rules.infer import generation, given
-from harness.rules.sources import files, first, shape_of
+from harness.rules import positions
+from harness.rules.infer import generation
+from harness.rules.sources import files, read, shape_of, text_of
 
 
 def check(settings: Settings) -> None:
@@ -85,7 +86,7 @@ def _pipeline(settings: Settings) -> None:
         raise Refusal(
             "pipeline.groups", asked.groups, f"each has a prompt or more, and generation.batch={batch}"
         )
-    layers = first(shape_of(settings.model), "num_hidden_layers", "n_layer")[1]
+    _, layers = read(shape_of(settings.model), "num_hidden_layers")
     if isinstance(layers, int):
         check_split(asked, layers)
 
@@ -124,27 +125,16 @@ def _model(settings: Settings) -> None:
     model = settings.model
     shape = shape_of(model)
     prefix = "model.config." if model.path is None else f"{model.path}/config.json: "
-    heads, kv_heads = first(shape, "num_attention_heads", "n_head"), first(shape, "num_key_value_heads")
-    hidden, layers = first(shape, "hidden_size", "n_embd"), first(shape, "num_hidden_layers", "n_layer")
+    heads, kv_heads = read(shape, "num_attention_heads"), read(shape, "num_key_value_heads")
+    hidden, layers = read(shape, "hidden_size"), read(shape, "num_hidden_layers")
     for name, value in (heads, kv_heads, hidden, layers):
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise Refusal(prefix + name, value, "should be a whole number, 1 or more")
     if heads[1] and kv_heads[1] and heads[1] % kv_heads[1]:
         raise Refusal(prefix + kv_heads[0], kv_heads[1], f"must divide {heads[0]}={heads[1]} evenly")
-    if heads[1] and hidden[1] and shape.get("head_dim") is None and hidden[1] % heads[1]:
+    if heads[1] and hidden[1] and text_of(shape).get("head_dim") is None and hidden[1] % heads[1]:
         raise Refusal(prefix + hidden[0], hidden[1], f"must be a multiple of {heads[0]}={heads[1]}")
-    most, longest = first(shape, "max_position_embeddings", "n_positions")
-    train, generation = settings.train, settings.generation
-    if settings.mode == "train" and longest and train.sequence > longest:
-        raise Refusal("train.sequence", train.sequence, f"the model allows {longest} tokens ({most})")
-    asked = generation.max_new_tokens + (1 if given(generation) else generation.prompt_length)
-    if settings.mode == "infer" and longest and asked > longest:
-        key, value = "generation.max_new_tokens", generation.max_new_tokens
-        if asked - value >= longest:
-            key, value = "generation.prompt_length", generation.prompt_length
-        raise Refusal(
-            key, value, f"prompt and new tokens are {asked}, and the model allows {longest} ({most})"
-        )
+    positions.check(settings, shape)
 
 
 def _checkpointing(settings: Settings) -> None:
@@ -160,7 +150,7 @@ def _checkpointing(settings: Settings) -> None:
         raise Refusal("checkpointing.every", asked.every, "give either it or checkpointing.layers=, not both")
     if len(set(asked.layers)) < len(asked.layers):
         raise Refusal("checkpointing.layers", asked.layers, "give each layer once")
-    _, layers = first(shape_of(settings.model), "num_hidden_layers", "n_layer")
+    _, layers = read(shape_of(settings.model), "num_hidden_layers")
     if layers is not None:
         check_layers(asked, layers)
 

@@ -81,6 +81,28 @@ def text(key: str, path: str, remedy: str) -> str:
     return found.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def first(shape: Mapping[str, Any], *names: str) -> tuple[str, Any]:
-    """The first of `names` that `shape` has, and its value; models spell one thing in several ways."""
-    return next(((name, shape[name]) for name in names if shape.get(name) is not None), (names[0], None))
+def text_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Of a model of several kinds of input the config of its text, under transformers' own names for that."""
+    within = (config.get(name) for name in ("decoder", "generator", "text_config"))
+    return next((each for each in within if isinstance(each, Mapping)), config)
+
+
+NAMES = {
+    "num_hidden_layers": (
+        *("decoder_layers", "num_decoder_layers", "num_hidden_layers"),
+        *("n_layer", "n_layers", "num_layers", "num_blocks"),
+    ),
+    "num_attention_heads": (
+        *("decoder_attention_heads", "num_decoder_attention_heads", "num_attention_heads"),
+        *("n_head", "n_heads", "num_heads", "attention_heads"),
+    ),
+    "num_key_value_heads": ("num_key_value_heads", "num_kv_heads"),
+    "hidden_size": ("hidden_size", "n_embd", "d_model", "emb_dim", "embedding_dim"),
+}
+"""What transformers' configs call these; of those that have an encoder too, first what the decoder has."""
+
+
+def read(config: Mapping[str, Any], name: str) -> tuple[str, Any]:
+    """A length in a model's config by the name that it has there, and its value: None where it is not said."""
+    shape = text_of(config)
+    return next(((each, shape[each]) for each in NAMES[name] if shape.get(each) is not None), (name, None))
