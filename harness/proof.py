@@ -5,7 +5,6 @@ run's dtype and attention, padded and not, and with the run's cache. A model tha
 its own `forward` (granite scales embeddings, GPT-2 adds positions) would do so in every stage; it is refused.
 """
 
-import copy
 import json
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -13,37 +12,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from harness import weights
 from harness.cache import make
 from harness.knobs import Refusal, Settings
-from harness.model import count, model_config, quiet
+from harness.model import model_config, quiet
+from harness.narrow import NoneRuns, first_line, narrowest
 from harness.split import ranges, split_of
 from harness.stage import Stage, Uncuttable
-
-INNER = {"intermediate_size": 96, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
-OUTER = {
-    "rotary_dim": 8,
-    "sliding_window": 4,
-    "attention_chunk_size": 4,
-    "hidden_size": 64,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
-NARROW: Sequence[Mapping[str, int]] = (
-    {"vocab_size": 128, **INNER, **OUTER, "head_dim": 16},
-    {"vocab_size": 128, **INNER, **OUTER},
-    {"vocab_size": 128, **INNER},
-    {},
-)
-"""Widths of the small model, the narrowest first: some architectures need more."""
-
-LARGEST = 300_000_000
-"""Parameters of the largest model that is tried."""
-
-MOVED = 0.1
-"""How far parameters are moved: enough to be seen in bf16."""
 
 PROMPT, ALL = 6, 8
 """Tokens of a prompt, and with those that follow it."""
@@ -78,51 +55,14 @@ def difference(
 ) -> str | None:
     """How the stages of a small model of `shape` (its config as JSON) differ from the whole; None: in nothing."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    given = json.loads(shape)
-    kind = given.pop("model_type")
-    failed = "each is too large"
     with torch.random.fork_rng(devices=[]), quiet():
-        for widths in NARROW:
-            try:
-                config = small(AutoConfig.for_model(kind, **given), widths)
-                if count(weights.outline(config, dtype)) > LARGEST:
-                    continue
-                whole = made_narrow(config, dtype, attention)
-                expected = [_whole(whole, case, kept) for case in _cases(kept)]
-            except Exception as error:  # an architecture that cannot be so narrow fails in a way of its own
-                failed = first_line(error)
-                continue
-            return _compared(whole, split, kept, expected, trains)
-    return f"none of the small models of it runs, so nothing shows that it can ({failed})"
-
-
-def small(config: PretrainedConfig, widths: Mapping[str, float]) -> PretrainedConfig:
-    """`config` with as many layers, but narrow ones."""
-    made = copy.deepcopy(config)
-    text = made.get_text_config(decoder=True)
-    for key, width in widths.items():
-        if getattr(text, key, None) is not None:
-            setattr(text, key, width)
-    if widths and config.get_text_config(decoder=True).num_attention_heads == getattr(
-        config.get_text_config(decoder=True), "num_key_value_heads", None
-    ):
-        text.num_key_value_heads = text.num_attention_heads
-    for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        if isinstance(getattr(text, key, None), int):
-            setattr(text, key, 0)
-    return made
-
-
-def made_narrow(config: PretrainedConfig, dtype: torch.dtype, attention: str) -> PreTrainedModel:
-    """The whole as a run makes it, its parameters moved: a gate that is shut at first hides what it lets through."""
-    whole = weights.outline(config, dtype, attention)
-    unset = weights.make(whole, list(weights.modules(whole)), whole, torch.device("cpu"), seed=0)
-    tensors = {**dict(whole.named_parameters()), **dict(whole.named_buffers())}
-    for name in unset & set(tensors):
-        tensors[name].zero_()  # a run has a checkpoint's
-    for parameter in whole.parameters():
-        parameter.add_(torch.randn_like(parameter), alpha=MOVED)
-    return whole.eval()
+        try:
+            whole, expected = narrowest(
+                shape, dtype, attention, lambda model: [_whole(model, case, kept) for case in _cases(kept)]
+            )
+        except NoneRuns as error:
+            return f"none of the small models of it runs, so nothing shows that it can ({error})"
+        return _compared(whole, split, kept, expected, trains)
 
 
 def _cases(kept: str) -> list[tuple[Shown, ...]]:
@@ -248,7 +188,3 @@ def _taking(seen: list[Tensor]) -> Any:
         seen.append(args[0] if args else kwargs["hidden_states"])
 
     return hook
-
-
-def first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".strip().splitlines()[0][:160]
