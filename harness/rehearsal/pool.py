@@ -35,10 +35,10 @@ class Worst(NamedTuple):
 
 @contextmanager
 def workers(tasks: int) -> Iterator[ProcessPoolExecutor]:
-    """A pool for so many tasks, on as many cores as there are. Where it is left by an exception, nothing goes on."""
+    """A pool for so many tasks, on as many cores as it may use. Where it is left by an exception, nothing goes on."""
     context = get_context("forkserver")
     context.set_forkserver_preload(["harness.rehearsal.balance"])
-    pool = ProcessPoolExecutor(max(1, min(tasks, os.cpu_count() or 1)), context, _leave_interrupts)
+    pool = ProcessPoolExecutor(max(1, min(tasks, _cores())), context, _leave_interrupts)
     try:
         yield pool
     except BaseException:
@@ -47,6 +47,12 @@ def workers(tasks: int) -> Iterator[ProcessPoolExecutor]:
         pool.shutdown(cancel_futures=True)
         raise
     pool.shutdown()
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):  # a container or a job may have few of the machine's
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _leave_interrupts() -> None:
