@@ -60,7 +60,7 @@ def run(settings: Settings, world: World, ledger: Ledger, out: Output) -> None:
     if asked.cache == "quantized" and not world.rehearsed:
         with ledger.opaque("check", NOTHING):  # it is no part of the run
             check_bits(asked.cache_bits, world.device)
-    dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
+    dtype = getattr(torch, settings.dtype)
     if asked.batching == "continuous":
         room(asked, config, dtype, prompts)  # refused before the model is made
     with ledger.phase("setup"):

@@ -32,7 +32,7 @@ def run(settings: Settings, world: World, ledger: Ledger, out: Output) -> None:
     tokenizer = model.tokenizer(settings.model, settings.data.tokenizer)
     corpus = data.corpus(settings.data, tokenizer, train.sequence, world)
     held_out = _held_out(settings, world, corpus)
-    dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
+    dtype = getattr(torch, settings.dtype)
     with ledger.phase("setup"):
         engine, sizes = _engine(settings, config, dtype, world, ledger)
     out.done["model"] = {"name": settings.model.name, **sizes, "dtype": str(dtype)[6:]}

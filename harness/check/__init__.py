@@ -148,12 +148,11 @@ def _rehearse(words: Sequence[str], size: int, parallel: bool = True) -> tuple[d
     """The record of a rehearsal of `words` on `size` ranks, or why there is none; and the seconds that took."""
     began = time.monotonic()
     try:
-        cfg = config.compose([*words, "world=rehearsed", f"world.size={size}"])
-        settings = load(cfg)
+        settings = load(config.compose([*words, "world=rehearsed", f"world.size={size}"]))
         check_world(settings, size)
         from harness.run import rehearsed  # torch comes in here
 
-        return rehearsed(settings, cfg, words, parallel), time.monotonic() - began
+        return rehearsed(settings, words, parallel), time.monotonic() - began
     except Refusal as refusal:
         return str(refusal), time.monotonic() - began
     except Exception as error:  # of whatever class: another process asked, or there are others to check

@@ -96,9 +96,10 @@ def candidates(settings: Settings) -> Candidates:
     """The ranks to rehearse for `worst`."""
     from harness.rehearsal.balance import resolved
     from harness.rehearsal.roles import roles
+    from harness.resolve import resolve
 
     try:
-        settings = resolved(settings)
+        settings = resolved(resolve(settings).settings)
         every = sorted((role for role in roles(settings) if not role.outdone), key=lambda role: -role.held)
     except Exception as error:
         return Candidates(settings, [], failure=_words(error))
