@@ -22,6 +22,10 @@ MOST = 4
 """Roles of a stage that are rehearsed to find the worst of a config among many. Offloaded ZeRO-1 and 2 have more."""
 
 
+REFUSED = "Refusal: "
+"""How the failure of a rehearsal begins that the model, or the request, cannot have."""
+
+
 class Worst(NamedTuple):
     """The rank of a rehearsal with the highest peak, and what is in it; or, in words, why there is none."""
 
@@ -77,6 +81,18 @@ def progress(total: int | None) -> Any:
     return tqdm(total=total, unit="rehearsal", desc="rehearse", leave=False, disable=None)
 
 
+def decided(pool: ProcessPoolExecutor, settings: Settings) -> tuple[Settings, dict[str, str]]:
+    """`settings` without `auto`, and why, as `resolve.py` has it. Raises Refusal."""
+    return pool.submit(_decided, settings).result()
+
+
+def _decided(settings: Settings) -> tuple[Settings, dict[str, str]]:
+    from harness.resolve import resolve
+
+    resolved = resolve(settings)
+    return resolved.settings, dict(resolved.reasons)
+
+
 class Candidates(NamedTuple):
     """The ranks of a config among which the worst is; or, in words, why there are none."""
 
@@ -129,7 +145,7 @@ def _highest(asked: Candidates, peaks: Sequence[dict[str, Any] | str]) -> Worst:
 
 def _words(error: Exception) -> str:
     """Another process asked; the error's class may not be known there."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    return " ".join(f"{type(error).__name__}: {error}".split())[:400]
 
 
 def _of(roles: "Sequence[Role]", stage: int) -> "list[Role]":
