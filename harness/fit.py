@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from harness.rehearsal.pool import REFUSED
 from harness.schema import printable
 from harness.search import AXES, Fit, Trial
+from harness.show import decided
 from harness.tables import Table, parse_size, size
 from harness.tool import Parser
 
@@ -95,8 +96,7 @@ def text(fit: Fit, trials: Sequence[Trial]) -> str:
     if not rehearsed:
         none = f"none of the {len(trials)} configs could be rehearsed: whether one fits is not known"
         return "\n".join([*failed, "", none])
-    decided = [f"{key}={why}" for key, why in fit.reasons.items()]
-    lines = [table.text(), *failed, "", *decided, RANKING[fit.mode], UNSEEN]
+    lines = [table.text(), *failed, "", *decided(fit.reasons), RANKING[fit.mode], UNSEEN]
     if any(trial.worst.passed_over for trial in trials):
         lines.append(PASSED_OVER)
     lines.append(f"{len(rehearsed)} configs rehearsed; {LEFT_OUT[fit.mode]}")

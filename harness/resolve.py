@@ -23,12 +23,6 @@ class Resolved(NamedTuple):
     settings: Settings
     reasons: Mapping[str, str] = {}
 
-    def told(self) -> str:
-        """What a person should know of it, in a line; nothing where all is as usual."""
-        usual = "model.attention", "sdpa"
-        told = {key: why for key, why in self.reasons.items() if (key, why.partition(":")[0]) != usual}
-        return "; ".join(f"{key}={why}" for key, why in told.items())
-
 
 def resolve(settings: Settings, device: str | None = None) -> Resolved:
     """`settings` with a value for each `auto`, for a run on this machine's `device` ("cpu" or "cuda").

@@ -21,6 +21,7 @@ from harness.ledger import Ledger
 from harness.resolve import Resolved, resolve
 from harness.rules import check_world
 from harness.settings import Refusal, Settings
+from harness.show import decided, show
 from harness.world import World
 
 T = TypeVar("T")
@@ -82,8 +83,8 @@ def _rehearse(settings: Settings, cfg: DictConfig, words: list[str]) -> int:
     settings = resolved.settings
     made = _make_directory(settings, cfg)
     head = _head(resolved, words, rehearsal.described(settings))
-    if told := resolved.told():
-        print(told)
+    for line in decided(resolved.reasons):
+        print(line)
     record.write(made, {**head, "failure": failure.UNFINISHED, "ranks": []})
     try:
         ranks, done = rehearsal.rehearse(settings, made)
@@ -117,8 +118,6 @@ def _head(resolved: Resolved, words: Sequence[str], world: dict[str, Any]) -> di
 
 
 def _say_where(directory: Path, say: Callable[[str], object]) -> None:
-    from harness.show import show
-
     say(show(record.read(directory)))
     say(f"record: {directory / record.FILE}")
 
@@ -164,8 +163,8 @@ class _Run:
         self.done: dict[str, Any] = {}
         around = {"size": here.size, "device": here.device.type, "device_name": here.device_name}
         self.head = _head(resolved, words, {"kind": settings.world.kind, **around})
-        if told := resolved.told():
-            self.say(told)
+        for line in decided(resolved.reasons):
+            self.say(line)
 
     def carry_out(self) -> int:
         """Run the mode; the exit code. Raises Refusal on rank 0; elsewhere it waits for rank 0 to say it first."""

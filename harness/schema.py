@@ -329,6 +329,12 @@ class Record(_Part):
         """What ran."""
         return f"{self.mode} {self.model.short}"
 
+    @property
+    def heading(self) -> str:
+        """What ran, in which precision, on what."""
+        rehearsed = ", rehearsed" * self.world.rehearsed
+        return f"{self.title}{rehearsed}, {self.model.dtype or '-'}, {self.world.devices}"
+
     def value(self, key: str) -> Any:
         """The config's value of `key`, a path as `train.steps`; None where there is none."""
         found: Any = self.config

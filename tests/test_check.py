@@ -295,6 +295,14 @@ def test_keys_of_the_config_that_differ_are_named_and_its_world_s_are_not(held: 
     assert "another config: train.micro_batch=8, the baseline's 4" in lines(out)
 
 
+def test_what_a_baseline_leaves_to_auto_is_no_other_config(held: Run) -> None:
+    grown = another(record_of(rank_of([0], inputs=1)), micro_batch=8)
+    grown["config"]["precision"] = "bf16"
+    grown["config"]["model"]["attention"] = "sdpa"
+    out = held(record_of(rank_of([0])), grown)[1]
+    assert "another config: train.micro_batch=8, the baseline's 4" in lines(out)
+
+
 def test_a_dependency_whose_version_moved_is_named(held: Run) -> None:
     grown = another(record_of(rank_of([0], inputs=1)))
     grown["environment"]["packages"]["torch"] = "2.14.1"
