@@ -1,5 +1,6 @@
 """How far a run is, and how long it will take: a bar where there is a terminal, a line now and then elsewhere."""
 
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -21,10 +22,11 @@ EVERY = 30.0
 class Pace:
     """Counts up to `total` of `unit`, from `done`; says with `say`, once, how long that will take.
 
-    Where it is `silent`, as on other ranks than 0 and in a rehearsal, it counts and says nothing.
+    Where it is `silent`, as on other ranks than 0 and in a rehearsal, it counts and says nothing. Where `total` is None
+    nobody knows how many there will be.
     """
 
-    def __init__(self, total: int, unit: str, say: Say, silent: bool, done: int = 0) -> None:
+    def __init__(self, total: int | None, unit: str, say: Say, silent: bool = False, done: int = 0) -> None:
         self.total, self.unit, self.say, self.silent = total, unit, say, silent
         self.done, self.began = done, done
         self.since: float | None = None
@@ -41,7 +43,7 @@ class Pace:
     def advance(self, count: int = 1, line: str = "") -> None:
         """So many more are done; `line` is what a person should know of them."""
         now = time.monotonic()
-        self.done = min(self.total, self.done + count)
+        self.done += count if self.total is None else min(count, self.total - self.done)
         self.bar.set_postfix_str(line, refresh=False)
         self.bar.update(self.done - self.bar.n)
         if self.silent:
@@ -49,7 +51,9 @@ class Pace:
         if self.since is None:
             self.since, self.began, self.spoke = now, self.done, now
             return
-        left = (now - self.since) / max(1, self.done - self.began) * (self.total - self.done)
+        left = 0.0
+        if self.total is not None:
+            left = (now - self.since) / max(1, self.done - self.began) * (self.total - self.done)
         if not self.foretold and now - self.since >= FIRST:
             self.foretold = True
             if left >= WORTH:
@@ -71,7 +75,7 @@ class Pace:
         return counted
 
     def _tenth(self) -> int:
-        return 10 * self.done // max(1, self.total)
+        return 10 * self.done // self.total if self.total else 0
 
     def _tell(self, now: float, line: str, left: float) -> None:
         """A line, where no terminal shows a bar."""
@@ -80,5 +84,10 @@ class Pace:
             return
         self.spoke, self.tenth = now, tenth
         rest = f"about {duration(left)} left" if left >= WORTH else ""
-        told = "  ".join(filter(None, [f"{self.unit} {self.done:,}/{self.total:,}", line, rest]))
-        self.say(told)
+        whole = "" if self.total is None else f"/{self.total:,}"
+        self.say("  ".join(filter(None, [f"{self.unit} {self.done:,}{whole}", line, rest])))
+
+
+def aside(line: str) -> None:
+    """Say it to the person, and not among the results."""
+    tqdm.write(line, file=sys.stderr)

@@ -181,8 +181,8 @@ def candidates(record: Record, base: Settings) -> Iterator[tuple[Settings, dict[
 
 def rehearse(wanted: Sequence[Settings]) -> list[int | str]:
     """The highest peak of any rank under each of `wanted`, in bytes, in parallel; or why there is none."""
-    with workers(len(wanted)) as pool, progress(len(wanted)) as bar:
-        return [found.failure or found.bytes for found in rehearse_all(pool, wanted, bar)]
+    with workers(len(wanted)) as pool, progress(len(wanted)) as pace:
+        return [found.failure or found.bytes for found in rehearse_all(pool, wanted, pace)]
 
 
 def agreement(record: Record, rehearsed: int) -> Iterator[Finding]:

@@ -187,12 +187,12 @@ class Fit:
         """Every climb a rung at a time, all of them at once."""
         trials: list[Trial] = []
         refusals: list[Refusal] = []
-        with workers(len(climbs)) as pool, progress(None) as bar:
+        with workers(len(climbs)) as pool, progress(None) as pace:
             while True:
                 asked = list(self._rungs(climbs, refusals))
                 if not asked:
                     break
-                found = rehearse_all(pool, [decisive(settings) for _, _, settings in asked], bar)
+                found = rehearse_all(pool, [decisive(settings) for _, _, settings in asked], pace)
                 for (climb, words, settings), worst in zip(asked, found, strict=True):
                     trial = Trial(words, settings, worst, self.memory - self.reserve - worst.bytes)
                     if trial.rehearsed:

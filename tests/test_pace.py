@@ -54,6 +54,15 @@ def test_other_ranks_and_rehearsals_say_nothing(clock: list[float]) -> None:
     assert course(clock, 100, 2.0, silent=True) == []
 
 
+def test_where_nobody_knows_how_many_there_will_be_it_only_counts(clock: list[float]) -> None:
+    said: list[str] = []
+    with Pace(None, "rehearsal", said.append) as rehearsals:
+        for _ in range(10):
+            clock[0] += 12
+            rehearsals.advance()
+    assert said == ["rehearsal 4", "rehearsal 7", "rehearsal 10"]
+
+
 def test_what_nobody_needed_counts_too_and_what_acts_is_counted(clock: list[float]) -> None:
     said: list[str] = []
     with Pace(100, "token", said.append, silent=False) as tokens:

@@ -11,8 +11,7 @@ from contextlib import contextmanager
 from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tqdm import tqdm
-
+from harness.pace import Pace, aside
 from harness.settings import Settings
 
 if TYPE_CHECKING:
@@ -64,21 +63,23 @@ def _leave_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def rehearse_all(pool: ProcessPoolExecutor, wanted: Sequence[Settings], bar: Any = None) -> list[Worst]:
-    """The worst rank under each of `wanted`, all their ranks in parallel. `bar` is told of each that is done."""
+def rehearse_all(
+    pool: ProcessPoolExecutor, wanted: Sequence[Settings], pace: Pace | None = None
+) -> list[Worst]:
+    """The worst rank under each of `wanted`, all their ranks in parallel. `pace` is told of each that is done."""
     asked = [each.result() for each in [pool.submit(candidates, settings) for settings in wanted]]
     running = [[pool.submit(_peak, each.settings, rank) for rank in each.ranks] for each in asked]
     found = []
     for each, peaks in zip(asked, running, strict=True):
         found.append(_highest(each, [peak.result() for peak in peaks]))
-        if bar is not None:
-            bar.update()
+        if pace is not None:
+            pace.advance()
     return found
 
 
-def progress(total: int | None) -> Any:
-    """A bar for so many rehearsals, on a terminal."""
-    return tqdm(total=total, unit="rehearsal", desc="rehearse", leave=False, disable=None)
+def progress(total: int | None) -> Pace:
+    """How far so many rehearsals are."""
+    return Pace(total, "rehearsal", aside)
 
 
 def decided(pool: ProcessPoolExecutor, settings: Settings) -> tuple[Settings, dict[str, str]]:
