@@ -3,8 +3,10 @@
 import os
 import sys
 from collections.abc import Sequence
+from concurrent.futures.process import BrokenProcessPool
 from difflib import get_close_matches
 from importlib import import_module
+from io import TextIOWrapper
 from typing import NoReturn
 
 from omegaconf import OmegaConf
@@ -45,6 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _carry_out(words)
     except Refusal as refusal:
         return _refuse(str(refusal))
+    except BrokenProcessPool:
+        print("harness: a rehearsal's process is gone without a word; was it killed?", file=sys.stderr)
+        return 3
 
 
 def usage() -> str:
@@ -100,6 +105,9 @@ def _refuse(sentence: str) -> int:
 
 def console() -> NoReturn:
     """`main`, then the end at once: gloo's threads hold tensors, and one let go while Python is torn down aborts."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal may know fewer characters than a model
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = main()
     except KeyboardInterrupt:

@@ -9,6 +9,7 @@ import json
 import os
 import random
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -104,15 +105,26 @@ def newest_whole(directory: Path, key: str = "train.resume") -> tuple[Path, dict
 
     Raises Refusal where there is none.
     """
-    home = directory / "state" if (directory / "state").is_dir() else directory
     passed_over: list[str] = []
-    for candidate in sorted(home.glob("step-*"), reverse=True):
+    for candidate in sorted(_home(directory).glob("step-*"), reverse=True):
         try:
             return candidate, _whole(candidate), passed_over
         except (OSError, ValueError, KeyError, TypeError) as reason:
             passed_over.append(f"{candidate.name} is torn: {reason}")
     found = "; ".join(passed_over) or "it has no step-* directory; train with train.save_every=N to make them"
     raise Refusal(key, directory, f"no whole checkpoint is there: {found}")
+
+
+def identity_in(directory: Path) -> dict[str, Any]:
+    """What the newest manifest in a run's directory says that its run was; nothing where none can be read."""
+    for manifest in sorted(_home(directory).glob("step-*/manifest.json"), reverse=True):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            return dict(json.loads(manifest.read_text())["identity"])
+    return {}
+
+
+def _home(directory: Path) -> Path:
+    return directory / "state" if (directory / "state").is_dir() else directory
 
 
 def _whole(candidate: Path) -> dict[str, Any]:

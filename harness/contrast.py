@@ -19,6 +19,7 @@ class Point(NamedTuple):
     whose backward was still to come; `alive` is how many those were. None: not measured."""
 
     mode: str
+    dtype: str | None
     stages: int
     layers: int | None  # of the largest stage; None: all
     rehearsed: bool
@@ -59,6 +60,7 @@ def point(record: Record) -> Point:
     peaks = [rank.highest.get("activations") for rank in record.ranks]
     return Point(
         record.mode,
+        record.model.dtype,
         record.pipeline.stages,
         max(record.pipeline.split, default=None),
         record.world.rehearsed,
@@ -78,10 +80,10 @@ def text(points: Sequence[Point]) -> str:
         ["activations", "at most"],
         [""],
     )
-    for mode in dict.fromkeys(each.mode for each in points):
-        table.section(f"{mode}: the worst rank")
+    for kind in dict.fromkeys((each.mode, each.dtype) for each in points):
+        table.section(f"{', '.join(filter(None, kind))}: the worst rank")
         for each in points:
-            if each.mode == mode:
+            if (each.mode, each.dtype) == kind:
                 table.row(*_cells(each, highest))
     return "\n".join([table.text(), *map("\n{}".format, _seen(points))])
 

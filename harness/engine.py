@@ -42,7 +42,7 @@ def deepspeed_config(settings: Settings, replicas: int) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": train.micro_batch,
         "gradient_accumulation_steps": train.accumulation,
         "gradient_clipping": train.clip,
-        "bf16": {"enabled": settings.precision == "bf16", "check_grad_overflow": False},
+        "bf16": {"enabled": settings.dtype == "bfloat16", "check_grad_overflow": False},
         "zero_optimization": optimization,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # torch's own AdamW needs no compiler, offloaded too

@@ -68,9 +68,7 @@ def explain(record: Record) -> Iterator[Finding]:
 
 def text(record: Record, findings: Sequence[Finding]) -> str:
     """The findings for a terminal, under what ran."""
-    world = record.world
-    kind = ", rehearsed" if world.rehearsed else ""
-    lines = [f"{record.title}{kind}, {world.size} x {(kind and world.device_name) or world.device}"]
+    lines = [record.heading]
     for finding in findings:
         sentence = printable(finding.sentence)
         lines.append(

@@ -95,7 +95,7 @@ def of_rehearsal(error: Exception, directory: Path) -> Failure:
 
 
 def _told(error: BaseException, rank: int, where: Where | None, directory: Path) -> Failure:
-    with (directory / f"failure-rank{rank}.txt").open("w") as stream:
+    with (directory / f"failure-rank{rank}.txt").open("w", encoding="utf-8") as stream:
         traceback.print_exception(error, file=stream)
     return Failure(rank, where, _line(error))
 

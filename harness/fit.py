@@ -2,9 +2,12 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+from harness.rehearsal.pool import REFUSED
+from harness.schema import printable
 from harness.search import AXES, Fit, Trial
+from harness.show import decided
 from harness.tables import Table, parse_size, size
 from harness.tool import Parser
 
@@ -34,7 +37,7 @@ PASSED_OVER = (
 
 
 def main(argv: Sequence[str]) -> int:
-    """`harness fit`; the exit code: 0 something fits, 1 nothing does, 2 a wrong request."""
+    """`harness fit`; the exit code: 0 something fits, 1 nothing does, 2 a wrong request, 3 nobody knows."""
     try:
         asked, words = _parser().parse_known_args(argv)
         fit = Fit(words, _reserve(asked.reserve))
@@ -42,8 +45,18 @@ def main(argv: Sequence[str]) -> int:
         print(f"harness: {error}", file=sys.stderr)
         return 2
     trials = fit.search()
+    if trials and all(trial.worst.failure.startswith(REFUSED) for trial in trials):
+        print(f"harness: {_reason(trials[0])}", file=sys.stderr)
+        return 2
     print(json.dumps(data(fit, trials), indent=1) if asked.json else text(fit, trials))
-    return 0 if any(trial.fits for trial in trials) else 1
+    return code(trials)
+
+
+def code(trials: Sequence[Trial]) -> int:
+    """The exit code: something fits, nothing does, or nothing is known."""
+    if any(trial.fits for trial in trials):
+        return 0
+    return 1 if any(trial.rehearsed for trial in trials) else 3
 
 
 def _reserve(text: str) -> int:
@@ -68,7 +81,8 @@ def _parser() -> Parser:
 def text(fit: Fit, trials: Sequence[Trial]) -> str:
     """A table for a person; its last line is the command to run."""
     fitting = fit.ranked(trials)
-    closest = sorted((t for t in trials if not t.fits and not t.worst.failure), key=lambda t: -t.left)
+    rehearsed = [trial for trial in trials if trial.rehearsed]
+    closest = sorted((trial for trial in rehearsed if not trial.fits), key=lambda trial: -trial.left)
     table = Table(["peak"], ["left"], ["of it"], ["filled by"])
     if fitting:
         table.section(f"fits {size(fit.memory - fit.reserve)} a device, the worst of {fit.world} ranks")
@@ -78,16 +92,32 @@ def text(fit: Fit, trials: Sequence[Trial]) -> str:
         table.section("does not fit")
     for trial in closest[:LISTED]:
         table.row(*_row(fit, trial))
-    failed = [f"not rehearsed: {' '.join(t.words)}: {t.worst.failure}" for t in trials if t.worst.failure]
-    lines = [table.text(), "", RANKING[fit.mode], UNSEEN, *failed]
+    failed = [*_unrehearsed(trials)]
+    if not rehearsed:
+        none = f"none of the {len(trials)} configs could be rehearsed: whether one fits is not known"
+        return "\n".join([*failed, "", none])
+    lines = [table.text(), *failed, "", *decided(fit.reasons), RANKING[fit.mode], UNSEEN]
     if any(trial.worst.passed_over for trial in trials):
         lines.append(PASSED_OVER)
-    lines.append(f"{len(trials)} configs rehearsed; {LEFT_OUT[fit.mode]}")
+    lines.append(f"{len(rehearsed)} configs rehearsed; {LEFT_OUT[fit.mode]}")
     if fitting:
         return "\n".join([*lines, "", command(fit, fitting[0])])
-    near = closest[0] if closest else None
-    misses = f"; {' '.join(_short(near))} comes nearest, {size(-near.left)} too much" if near else ""
-    return "\n".join([*lines, "", f"nothing fits{misses}"])
+    near = closest[0]
+    nothing = "nothing that could be rehearsed fits" if failed else "nothing fits"
+    misses = f"{' '.join(_short(near))} comes nearest, {size(-near.left)} too much"
+    return "\n".join([*lines, "", f"{nothing}; {misses}"])
+
+
+def _unrehearsed(trials: Sequence[Trial]) -> Iterator[str]:
+    """Those of which nothing is known, by the reason."""
+    failed = [trial for trial in trials if not trial.rehearsed]
+    for reason in dict.fromkeys(map(_reason, failed)):
+        yield f"could not be rehearsed, because {reason}"
+        yield from (f"  {' '.join(_short(trial))}" for trial in failed if _reason(trial) == reason)
+
+
+def _reason(trial: Trial) -> str:
+    return printable(trial.worst.failure.removeprefix(REFUSED))
 
 
 def _row(fit: Fit, trial: Trial) -> list[str]:
@@ -127,12 +157,13 @@ def data(fit: Fit, trials: Sequence[Trial]) -> dict[str, object]:
         "memory": fit.memory,
         "reserve": fit.reserve,
         "world_size": fit.world,
+        "resolved": fit.reasons,
         "trials": [
             {
                 "words": list(trial.words),
                 "fits": trial.fits,
-                "peak": None if trial.worst.failure else trial.worst.bytes,
-                "left": None if trial.worst.failure else trial.left,
+                "peak": trial.worst.bytes if trial.rehearsed else None,
+                "left": trial.left if trial.rehearsed else None,
                 "rank": trial.worst.rank,
                 "roles_passed_over": trial.worst.passed_over,
                 "categories": trial.worst.categories,

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from tqdm import tqdm
 from transformers import PretrainedConfig, PreTrainedModel
 
 from harness import continuous, model, stage, weights
@@ -17,6 +16,7 @@ from harness.cache import attention_flops_per_position, check_bits, check_kind, 
 from harness.compiled import Compiled
 from harness.decode import Choose, Generated, draws, generate, greedy, sampler
 from harness.ledger import Ledger
+from harness.pace import Pace
 from harness.paging import room
 from harness.prompts import Prompt, check, find, text_of
 from harness.record import Output
@@ -61,7 +61,7 @@ def run(settings: Settings, world: World, ledger: Ledger, out: Output) -> None:
     if asked.cache == "quantized" and not world.rehearsed:
         with ledger.opaque("check", NOTHING):  # it is no part of the run
             check_bits(asked.cache_bits, world.device)
-    dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
+    dtype = getattr(torch, settings.dtype)
     if asked.batching == "continuous":
         room(asked, config, dtype, prompts)  # refused before the model is made
     with ledger.phase("setup"):
@@ -77,7 +77,7 @@ def run(settings: Settings, world: World, ledger: Ledger, out: Output) -> None:
         told = f"{sizes['parameters']:,} parameters in {', '.join(ways)}, {world.size} ranks"
         out.say(f"{settings.model.name}: {told}")
     startup = time.perf_counter() - began
-    share = share_of(settings, world, ledger, built, prompts, out.flush)
+    share = share_of(settings, world, ledger, built, prompts, out.flush, out.say)
     ledger.enough()  # on every rank, however many batches each had: an exact one takes part in what follows
     by_rank = world.gather(share)
     shares = of_replicas(by_rank, world.replicas, world.tensor)
@@ -128,6 +128,7 @@ def share_of(
     built: PreTrainedModel | Stage,
     prompts: Sequence[Prompt],
     flush: Callable[[], None],
+    say: Say = lambda line: None,
 ) -> Share:
     """This replica's prompts, every `world.replicas`-th of them, in batches."""
     asked = settings.generation
@@ -138,19 +139,21 @@ def share_of(
         longest = max(len(prompts[number].tokens) + prompts[number].most for number in mine)
         compiled = Compiled(built, longest - 1, ledger, world.rehearsed)
     eos = end_tokens(built if relay is None else relay.stage.model) if asked.stop_at_eos else ()
-    quiet = None if world.leads and not world.rehearsed else True  # None: only on a terminal
-    with tqdm(total=len(mine), disable=quiet, unit="prompt", leave=False, desc="generate") as bar:
-        if asked.batching == "continuous" and isinstance(built, PreTrainedModel):
+    quiet = world.rehearsed or not world.leads
+    continued = asked.batching == "continuous"
+    unit, wanted = ("prompt", len(mine)) if continued else ("token", sum(prompts[each].most for each in mine))
+    with Pace(wanted, unit, say, quiet) as pace:
+        if continued and isinstance(built, PreTrainedModel):
 
             def tell(ended: int) -> None:
-                bar.update(ended)
+                pace.advance(ended)
                 flush()
 
             by_number = {number: prompts[number] for number in mine}
             return continuous.share_of(asked, built, by_number, eos, ledger, world.rehearsed, tell)
         for step, numbers in enumerate(batches(mine, asked.batch)):
             groups = cut(numbers, 1 if relay is None else settings.pipeline.groups or world.stages)
-            choose = [_chooser(settings, world, ledger, group) for group in groups]
+            choose = [pace.counting(_chooser(settings, world, ledger, group), len(group)) for group in groups]
             if world.rehearsed and step == settings.ledger.steps:
                 ledger.enough()  # as at the next prefill
                 break
@@ -166,7 +169,7 @@ def share_of(
             share.tokens.update(zip(numbers, made.tokens, strict=True))
             share.timings.append(timing(given, made))
             share.kv += [] if made.kv is None else [made.kv]
-            bar.update(len(numbers))
+            pace.up_to(sum(prompts[number].most for number in mine[: (step + 1) * asked.batch]))
             flush()
     return share
 

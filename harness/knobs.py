@@ -37,8 +37,8 @@ class Model:
     """Checkpoint directory or hub name; replaces the group's shape."""
     random: bool = False
     """Take only the config of model.path, with random weights."""
-    attention: Literal["sdpa", "eager"] = "sdpa"
-    """How attention is computed."""
+    attention: Literal["auto", "sdpa", "eager"] = "auto"
+    """How attention is computed; auto is transformers' own choice for the model."""
     trust_remote_code: Literal[False] = False
     """Code from a hub is never run."""
     config: dict[str, Any] = Field(default_factory=dict)
@@ -233,8 +233,8 @@ class Hardware:
 class Settings:
     mode: Literal["train", "infer"] = "train"
     """What to run."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """Of parameters, gradients, activations, KV cache."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Of parameters, gradients, activations, KV cache; auto is bf16 on a GPU and on a CPU that is faster in it."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Of weights, data order and sampling."""
     model: Model = Model()
@@ -249,9 +249,18 @@ class Settings:
     hardware: Hardware = Hardware()
 
     @property
+    def dtype(self) -> str:
+        """torch's name of the precision, which is no longer "auto"."""
+        return {"bf16": "bfloat16", "fp32": "float32"}[self.precision]
+
+    @property
     def tensor_parallel(self) -> int:
         """Ranks that share each layer; in training each has whole ones."""
         return self.generation.tensor_parallel if self.mode == "infer" else 1
+
+
+RESOLVED = ("precision", "model.attention")
+"""Keys whose `auto` is decided before a run begins, in `resolve.py`."""
 
 
 @dataclass(frozen=True)

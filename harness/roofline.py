@@ -94,7 +94,7 @@ def text(runs: Sequence[Against]) -> Iterator[str]:
 
 def _told(run: Against) -> Iterator[str]:
     record = run.record
-    yield f"{run.name}: {record.title}{', rehearsed' * record.world.rehearsed}, {record.world.devices}"
+    yield f"{run.name}: {record.heading}"
     if not run.phases:
         yield "its record has no work counted: a run with ledger=exact of this version counts it"
         return

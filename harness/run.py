@@ -5,11 +5,11 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -17,9 +17,13 @@ from tqdm import tqdm
 
 from harness import ceilings, failure, launcher, page, record, snapshot, timing, trace, world
 from harness.ledger import Ledger
+from harness.resolve import Resolved, resolve
 from harness.rules import check_world
 from harness.settings import Refusal, Settings
+from harness.show import decided, show
 from harness.world import World
+
+T = TypeVar("T")
 
 
 def run(settings: Settings, cfg: DictConfig, words: list[str]) -> int:
@@ -34,24 +38,35 @@ def run(settings: Settings, cfg: DictConfig, words: list[str]) -> int:
     parts = settings.pipeline.stages, settings.tensor_parallel
     with world.connected(settings.hardware.device, settings.world.timeout, *parts) as here:
         snapshot.check(settings, here.device)
-        directory = here.broadcast(_make_directory(settings, cfg) if here.leads else None)
-        if isinstance(directory, Refusal):
-            raise directory
-        assert directory is not None
-        return _Run(settings, cfg, words, here, directory).carry_out()
+        resolved = _by_rank_0(here, lambda: resolve(settings, here.device.type))
+        directory = _by_rank_0(here, lambda: _make_directory(resolved.settings, cfg))
+        return _Run(resolved, words, here, directory).carry_out()
 
 
-def rehearsed(
-    settings: Settings, cfg: DictConfig, words: Sequence[str], parallel: bool = True
-) -> dict[str, Any]:
+def _by_rank_0(here: World, decide: Callable[[], T]) -> T:
+    """What rank 0 decides, on every rank. Raises Refusal, on every rank, where it does."""
+    decided: Any = None
+    if here.leads:
+        try:
+            decided = decide()
+        except Refusal as refusal:
+            decided = refusal
+    decided = here.broadcast(decided)
+    if isinstance(decided, Refusal):
+        raise decided
+    return cast(T, decided)
+
+
+def rehearsed(settings: Settings, words: Sequence[str], parallel: bool = True) -> dict[str, Any]:
     """The record of a rehearsal that leaves nothing on disk; its roles at once where `parallel`.
 
     Raises Refusal as the run itself would, and whatever else the run raises.
     """
     from harness.rehearsal import run as rehearsal
 
-    ranks, done = rehearsal.rehearse(settings, parallel=parallel)
-    head = _head(settings, cfg, words, rehearsal.described(settings))
+    resolved = resolve(settings)
+    ranks, done = rehearsal.rehearse(resolved.settings, parallel=parallel)
+    head = _head(resolved, words, rehearsal.described(resolved.settings))
     return {**head, "status": "complete", **done, "ranks": ranks}
 
 
@@ -63,10 +78,12 @@ def _rehearse(settings: Settings, cfg: DictConfig, words: list[str]) -> int:
         raise Refusal("world", "rehearsed", "one process rehearses any world; start it without torchrun")
     assert settings.world.size is not None
     check_world(settings, settings.world.size)
+    resolved = resolve(settings)
+    settings = resolved.settings
     made = _make_directory(settings, cfg)
-    if isinstance(made, Refusal):
-        raise made
-    head = _head(settings, cfg, words, rehearsal.described(settings))
+    head = _head(resolved, words, rehearsal.described(settings))
+    for line in decided(resolved.reasons):
+        print(line)
     record.write(made, {**head, "failure": failure.UNFINISHED, "ranks": []})
     try:
         ranks, done = rehearsal.rehearse(settings, made)
@@ -84,22 +101,22 @@ def _rehearse(settings: Settings, cfg: DictConfig, words: list[str]) -> int:
     return 0
 
 
-def _head(settings: Settings, cfg: DictConfig, words: Sequence[str], world: dict[str, Any]) -> dict[str, Any]:
+def _head(resolved: Resolved, words: Sequence[str], world: dict[str, Any]) -> dict[str, Any]:
     """What is known of a run before it begins. It has failed until it says that it is complete."""
+    settings = resolved.settings
     return {
         "schema": record.SCHEMA,
         "status": "failed",
         "mode": settings.mode,
         "world": world,
         "model": {"name": settings.model.name, "parameters": None, "dtype": None},
-        "config": OmegaConf.to_container(_own(cfg), resolve=True),
+        "config": asdict(settings),
+        "resolved": dict(resolved.reasons),
         "environment": record.environment(words),
     }
 
 
 def _say_where(directory: Path, say: Callable[[str], object]) -> None:
-    from harness.show import show
-
     say(show(record.read(directory)))
     say(f"record: {directory / record.FILE}")
 
@@ -112,36 +129,30 @@ def _remove(directory: Path, heard: bool = True) -> None:
         directory.rmdir()
 
 
-def _make_directory(settings: Settings, cfg: DictConfig) -> Path | Refusal:
-    """The run's own directory with its config in it; a refusal where one is already there."""
+def _make_directory(settings: Settings, cfg: DictConfig) -> Path:
+    """The run's own directory with its config in it. Raises Refusal where one is already there."""
     asked = OmegaConf.select(cfg, "hydra.run.dir")
     stamp = datetime.now().strftime("%Y-%m-%d/%H-%M-%S")
     directory = Path(asked or f"outputs/{stamp}-{settings.mode}").absolute()
     if (directory / record.FILE).exists():
-        return Refusal("hydra.run.dir", directory, "it already holds a run's record; name another directory")
+        raise Refusal("hydra.run.dir", directory, "it already holds a run's record; name another directory")
     try:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / failure.CLAIM).unlink(missing_ok=True)  # of a run that was refused
         partial = directory / ".config.yaml.partial"
-        partial.write_text(OmegaConf.to_yaml(_own(cfg), resolve=True))
+        partial.write_text(OmegaConf.to_yaml(asdict(settings)), encoding="utf-8")
         os.replace(partial, directory / "config.yaml")
     except OSError as error:
-        return Refusal("hydra.run.dir", directory, f"it cannot be written: {error.strerror}")
+        raise Refusal("hydra.run.dir", directory, f"it cannot be written: {error.strerror}") from error
     return directory
-
-
-def _own(cfg: DictConfig) -> DictConfig:
-    """`cfg` without Hydra's own node."""
-    return OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
 
 
 class _Run:
     """One rank's part of a run: what it knows of itself, and how it ends."""
 
-    def __init__(
-        self, settings: Settings, cfg: DictConfig, words: list[str], here: World, directory: Path
-    ) -> None:
-        self.settings, self.world, self.directory = settings, here, directory
+    def __init__(self, resolved: Resolved, words: list[str], here: World, directory: Path) -> None:
+        self.settings, self.world, self.directory = resolved.settings, here, directory
+        settings = resolved.settings
         self.ledger = Ledger(
             mode=settings.ledger.mode,
             steps=settings.ledger.steps,
@@ -151,7 +162,9 @@ class _Run:
         self.ending = threading.Lock()
         self.done: dict[str, Any] = {}
         around = {"size": here.size, "device": here.device.type, "device_name": here.device_name}
-        self.head = _head(settings, cfg, words, {"kind": settings.world.kind, **around})
+        self.head = _head(resolved, words, {"kind": settings.world.kind, **around})
+        for line in decided(resolved.reasons):
+            self.say(line)
 
     def carry_out(self) -> int:
         """Run the mode; the exit code. Raises Refusal on rank 0; elsewhere it waits for rank 0 to say it first."""
@@ -205,25 +218,20 @@ class _Run:
         from harness.model import model_config
         from harness.proof import prove
 
-        found: Any = self.world.broadcast(self._split() if self.world.leads else None)
-        if isinstance(found, Refusal):
-            raise found
+        found = _by_rank_0(self.world, self._split)
         self.settings = replace(self.settings, pipeline=replace(self.settings.pipeline, split=found))
         prove(self.settings)
         layers = split.split_of(self.settings, model_config(self.settings.model))
         self.done["pipeline"] = split.told(self.settings, layers)
 
     def _split(self) -> Any:
-        """The settings' split; a list where they ask for one by `memory`; or why there is none."""
+        """The settings' split; a list where they ask for one by `memory`. Raises Refusal."""
         from harness.rehearsal.run import balanced
 
         settings, here = self.settings, self.world
         device = replace(settings.hardware, device="cuda" if here.kind == "cuda" else "cpu")
         around = replace(settings.world, kind="rehearsed", size=here.size)
-        try:
-            return balanced(replace(settings, world=around, hardware=device)).pipeline.split
-        except Refusal as refusal:
-            return refusal
+        return balanced(replace(settings, world=around, hardware=device)).pipeline.split
 
     def _books(self) -> dict[str, Any]:
         return record.rank_record(self.ledger, self.world.rank, self.world.stage, self.world.share)

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from harness import config
 from harness.knobs import Refusal, Settings, as_typed
-from harness.rehearsal.pool import progress, rehearse_all, workers
+from harness.rehearsal.pool import REFUSED, progress, rehearse_all, workers
 from harness.rules import check_world
 from harness.schema import Record
 from harness.settings import checked, typed
@@ -88,9 +88,6 @@ INFER = (
 SPELLED = {"zero.stage": "zero", "checkpointing.mode": "checkpointing"}
 """The keys that are typed as their group's option."""
 
-
-REFUSED = "Refusal: "
-"""How the failure of a change begins that the model itself cannot have."""
 
 WORTH = 0.01
 """The share of the peak below which a saving is not worth a change."""
@@ -184,8 +181,8 @@ def candidates(record: Record, base: Settings) -> Iterator[tuple[Settings, dict[
 
 def rehearse(wanted: Sequence[Settings]) -> list[int | str]:
     """The highest peak of any rank under each of `wanted`, in bytes, in parallel; or why there is none."""
-    with workers(len(wanted)) as pool, progress(len(wanted)) as bar:
-        return [found.failure or found.bytes for found in rehearse_all(pool, wanted, bar)]
+    with workers(len(wanted)) as pool, progress(len(wanted)) as pace:
+        return [found.failure or found.bytes for found in rehearse_all(pool, wanted, pace)]
 
 
 def agreement(record: Record, rehearsed: int) -> Iterator[Finding]:
@@ -263,13 +260,16 @@ def command(record: Record, change: Rehearsed) -> str:
     gone = {*change.values, *(SPELLED.get(key, key) for key in change.values), "hydra.run.dir"}
     kept = [word for word in record.environment.command if word.partition("=")[0] not in gone]
     words = [*kept, *change.words.split()]
+    decided = [f"{key}={as_typed(record.value(key))}" for key in record.resolved]
     start = "python -m harness"
     if not record.world.rehearsed and record.world.size > 1:
         start = f"torchrun --standalone --nproc-per-node {record.world.size} -m harness"
     try:
-        cfg = config.compose(words)
-        made: Any = OmegaConf.to_container(cfg, resolve=True)
+        made: Any = OmegaConf.to_container(
+            config.compose([*kept, *decided, *change.words.split()]), resolve=True
+        )
+        del made["hydra"]
+        same = typed(made) == typed(changed(record.config, change.values))
     except (Refusal, ValueError):
-        made = {}
-    same = {key: made[key] for key in made if key != "hydra"} == changed(record.config, change.values)
+        same = False
     return f"{start} {shlex.join(words if same else ['...', *change.words.split()])}"

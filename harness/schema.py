@@ -315,6 +315,7 @@ class Record(_Part):
     model: Model
     ranks: list[Rank]
     config: dict[str, Any] = {}
+    resolved: dict[Text, Text] = {}
     environment: Environment = Environment()
     failure: Failure | None = None
     pipeline: Pipeline = Pipeline()
@@ -327,6 +328,19 @@ class Record(_Part):
     def title(self) -> str:
         """What ran."""
         return f"{self.mode} {self.model.short}"
+
+    @property
+    def heading(self) -> str:
+        """What ran, in which precision, on what."""
+        rehearsed = ", rehearsed" * self.world.rehearsed
+        return f"{self.title}{rehearsed}, {self.model.dtype or '-'}, {self.world.devices}"
+
+    def value(self, key: str) -> Any:
+        """The config's value of `key`, a path as `train.steps`; None where there is none."""
+        found: Any = self.config
+        for name in key.split("."):
+            found = found.get(name) if isinstance(found, Mapping) else None
+        return found
 
     @cached_property
     def worst(self) -> Rank:

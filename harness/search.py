@@ -2,14 +2,14 @@
 
 from collections.abc import Container, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from itertools import product
 from typing import NamedTuple
 
 from harness import config
-from harness.knobs import Refusal, Settings
+from harness.climb import Climb
+from harness.knobs import RESOLVED, Refusal, Settings
 from harness.rehearsal import decisive
-from harness.rehearsal.pool import Worst, progress, rehearse_all, workers
+from harness.rehearsal.pool import Worst, decided, progress, rehearse_all, workers
 from harness.rules import check_world
 from harness.settings import load
 
@@ -31,53 +31,6 @@ RECOMPUTED = ("none", "selective", "full")
 LAST_RESORT = ("optimizer", "all")
 """What zero.offload may be where nothing else fits, and nobody said what it should be."""
 
-HIGHEST = 1024
-"""Where a climb by doubling ends."""
-
-
-@dataclass
-class Climb:
-    """Raises `key` under `words`: by `rungs` where they are given, else by doubling from 1, then between the last two.
-
-    More of `key` needs more; so nothing above what does not fit is asked for.
-    """
-
-    words: tuple[str, ...]
-    key: str
-    rungs: Sequence[int] = ()
-    fits: int = 0
-    """The highest that fits."""
-    fails: int | None = None
-    """The lowest that does not."""
-    exactly: bool = False
-    over: bool = field(default=False, init=False)
-
-    def wants(self) -> int | None:
-        """The next one to try; None where there is nothing more to know."""
-        if self.over:
-            return None
-        if self.rungs:
-            above = [rung for rung in self.rungs if rung > self.fits]
-            return above[0] if above and self.fails is None else None
-        if self.fails is None:
-            return max(1, 2 * self.fits) if self.fits < HIGHEST else None
-        between = (self.fits + self.fails) // 2
-        return between if self.exactly and between > self.fits else None
-
-    def told(self, fits: bool, exactly: bool = False) -> None:
-        """Whether what was wanted fits; `exactly`: whether it matters between powers of two."""
-        asked = self.wants()
-        assert asked is not None
-        self.exactly = exactly
-        if fits:
-            self.fits = asked
-        else:
-            self.fails = asked
-
-    def refused(self) -> None:
-        """What was wanted cannot be: neither can more of it."""
-        self.over = True
-
 
 class Trial(NamedTuple):
     """A config that was rehearsed, as the words that make it; `left` of the memory, below 0 where it does not fit."""
@@ -90,7 +43,12 @@ class Trial(NamedTuple):
     @property
     def fits(self) -> bool:
         """Whether there is room."""
-        return not self.worst.failure and self.left >= 0
+        return self.rehearsed and self.left >= 0
+
+    @property
+    def rehearsed(self) -> bool:
+        """Whether there is an answer."""
+        return not self.worst.failure
 
 
 class Fit:
@@ -114,19 +72,23 @@ class Fit:
         self.words = [word for word in words if word.partition("=")[0] not in ours]
         size_given = given.get("world.size", "")
         self.world = int(size_given) if size_given.isdecimal() else 1
+        self.decided: list[str] = []
+        self.reasons: dict[str, str] = {}
+        """What is `auto` among the words, and came to what, once a search has begun."""
         self.climbs = self._climbs({}, given)
-        lowest = self.climbs[0].wants() or 1
-        first = self.settings(
-            [
-                *self.climbs[0].words,
-                f"{self.climbs[0].key}={lowest}",
-                *self._accumulation(self.climbs[0].words, lowest),
-            ]
-        )
-        if first.hardware.memory is None:
+        memory = self._first().hardware.memory
+        if memory is None:
             remedy = "fit must know what a device has; give hardware=NAME or hardware.memory=BYTES"
             raise Refusal("hardware.memory", None, remedy)
-        self.memory = first.hardware.memory
+        self.memory = memory
+
+    def _first(self) -> Settings:
+        """The least of the first climb."""
+        climb = self.climbs[0]
+        lowest = climb.wants() or 1
+        return self.settings(
+            [*climb.words, f"{climb.key}={lowest}", *self._accumulation(climb.words, lowest)]
+        )
 
     def settings(self, chosen: Sequence[str]) -> Settings:
         """The rehearsal of a config with `chosen`, a word for each axis. Raises Refusal."""
@@ -136,7 +98,15 @@ class Fit:
             with suppress(ValueError):  # the settings say it better
                 count = int(values["generation.batch"]) * int(self.given["world.size"])
                 around.append(f"generation.count={count}")
-        every = [*self.words, *chosen, "world=rehearsed", "ledger=exact", "ledger.steps=2", *around]
+        every = [
+            *self.words,
+            *self.decided,
+            *chosen,
+            "world=rehearsed",
+            "ledger=exact",
+            "ledger.steps=2",
+            *around,
+        ]
         try:
             settings = load(config.compose(every))
         except Refusal as refusal:
@@ -151,12 +121,20 @@ class Fit:
 
     def search(self) -> list[Trial]:
         """Every config that had to be rehearsed. Raises Refusal where all that was asked for is refused."""
+        self._decide()
         trials = self._least_first(self.climbs)
         if self.mode == "train" and "zero.offload" not in self.given:
             for offload in LAST_RESORT:
-                if not any(trial.fits for trial in trials):
+                if any(trial.rehearsed for trial in trials) and not any(trial.fits for trial in trials):
                     trials += self._least_first(self._climbs({"zero.offload": offload}, ()))
         return trials
+
+    def _decide(self) -> None:
+        """Decide what is `auto`, once for all of them: no axis changes it."""
+        with workers(1) as pool:
+            settings, self.reasons = decided(pool, self._first())
+        values = settings.precision, settings.model.attention
+        self.decided = [f"{key}={value}" for key, value in zip(RESOLVED, values, strict=True)]
 
     def _least_first(self, climbs: Sequence[Climb]) -> list[Trial]:
         """Every climb; where nobody said what to recompute, one that recomputes more begins where less has ended."""
@@ -209,15 +187,18 @@ class Fit:
         """Every climb a rung at a time, all of them at once."""
         trials: list[Trial] = []
         refusals: list[Refusal] = []
-        with workers(len(climbs)) as pool, progress(None) as bar:
+        with workers(len(climbs)) as pool, progress(None) as pace:
             while True:
                 asked = list(self._rungs(climbs, refusals))
                 if not asked:
                     break
-                found = rehearse_all(pool, [decisive(settings) for _, _, settings in asked], bar)
+                found = rehearse_all(pool, [decisive(settings) for _, _, settings in asked], pace)
                 for (climb, words, settings), worst in zip(asked, found, strict=True):
                     trial = Trial(words, settings, worst, self.memory - self.reserve - worst.bytes)
-                    climb.told(trial.fits, exactly=self.mode == "infer")
+                    if trial.rehearsed:
+                        climb.told(trial.fits, exactly=self.mode == "infer")
+                    else:
+                        climb.refused()
                     trials.append(trial)
         if not trials and refusals:
             raise refusals[0]

@@ -25,6 +25,13 @@ def show(record: Mapping[str, Any]) -> str:
     return "\n".join([*lines, *_came_to(run), *filter(None, [line(run)])])
 
 
+def decided(reasons: Mapping[str, str]) -> Iterator[str]:
+    """What a person should know of what `auto` came to, by key: all but what is usual."""
+    for key, why in reasons.items():
+        if (key, why.partition(":")[0]) != ("model.attention", "sdpa"):
+            yield f"{key}={why}"
+
+
 def title(run: Record) -> str:
     """What ran, in a line."""
     model = run.model

@@ -45,6 +45,14 @@ def seconds(figure: float | None) -> str:
     return f"{figure / 1e-6:,.1f} us"
 
 
+def duration(figure: float) -> str:
+    """Seconds as a person says them: of s, min and h the one that leaves a small number, and no part of one."""
+    for unit, name in ((3600.0, "h"), (60.0, "min")):
+        if figure >= 2 * unit:
+            return f"{figure / unit:,.0f} {name}"
+    return f"{figure:,.0f} s"
+
+
 def count(figure: float | None, unit: str = "") -> str:
     """So many of `unit` in powers of 1000, named so; "-" for what was not measured."""
     if figure is None:

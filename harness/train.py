@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from harness import checkpoint, data, model, stage, weights
 from harness.engine import Engine
 from harness.ledger import Ledger
+from harness.pace import Pace
 from harness.pipeline import Pipeline
 from harness.record import Output
 from harness.rules import check_layers, positions
@@ -34,7 +34,7 @@ def run(settings: Settings, world: World, ledger: Ledger, out: Output) -> None:
     tokenizer = tokenizer_of(settings.model, settings.data.tokenizer)
     corpus = data.corpus(settings.data, tokenizer, train.sequence, world)
     held_out = _held_out(settings, world, corpus)
-    dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
+    dtype = getattr(torch, settings.dtype)
     with ledger.phase("setup"):
         engine, sizes = _engine(settings, config, dtype, world, ledger)
     out.done["model"] = {"name": settings.model.name, **sizes, "dtype": str(dtype)[6:]}
@@ -50,7 +50,7 @@ def run(settings: Settings, world: World, ledger: Ledger, out: Output) -> None:
     out.done["training"]["optimizer"] = engine.optimizer_class
     for step in progress:
         ledger.begins(step)
-        progress.stepped(step, engine.train_step(batches, step))
+        progress.stepped(engine.train_step(batches, step))
         if held_out is not None and _due(step, train.validate_every, train.steps):
             progress.validated(step, engine.evaluate(held_out(), step))
         if _due(step, max(1, train.steps // 10), first + settings.ledger.steps):
@@ -189,26 +189,22 @@ class Progress:
         return self.last == self.settings.train.steps
 
     def __iter__(self) -> Iterator[int]:
-        """The steps to take, with a bar where rank 0 has a terminal."""
-        shown = None if self.world.leads and not self.world.rehearsed else True
-        with tqdm(range(self.first, self.last), disable=shown, unit="step", leave=False) as self.bar:
-            for step in self.bar:
+        """The steps to take; rank 0 shows how far they are."""
+        silent = self.world.rehearsed or not self.world.leads
+        with Pace(self.last, "step", self.say, silent, self.first) as self.pace:
+            for step in range(self.first, self.last):
                 self.began = time.perf_counter()
                 yield step
 
-    def stepped(self, step: int, loss: float) -> None:
-        """Step `step` (from 0) is done."""
+    def stepped(self, loss: float) -> None:
+        """The step is done."""
         if self.world.device.type == "cuda":
             torch.cuda.synchronize(self.world.device)
         self.seconds.append(time.perf_counter() - self.began)
         if self.world.rehearsed:
             return
         self.losses.append(loss)
-        line = f"loss {loss:.3f}  {self.tokens / self.seconds[-1]:,.0f} tokens/s{self._peak()}"
-        steps = self.settings.train.steps
-        self.bar.set_postfix_str(line)
-        if self.bar.disable and (step + 1) % max(1, steps // 10) == 0:
-            self.say(f"step {step + 1}/{steps}  {line}")
+        self.pace.advance(1, f"loss {loss:.3f}  {self.tokens / self.seconds[-1]:,.0f} tokens/s{self._peak()}")
 
     def validated(self, step: int, loss: float) -> None:
         """Held-out text had this mean loss after step `step`."""

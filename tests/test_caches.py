@@ -234,6 +234,7 @@ def rehearsed(*words: str) -> tuple[dict[str, Any], dict[str, Any]]:
         "world.size=1",
         "ledger.steps=1",
         "generation.stop_at_eos=false",
+        *("precision=bf16", "model.attention=sdpa"),
         *words,
     ]
     ranks, done = rehearse(load(compose(asked)))

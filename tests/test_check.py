@@ -295,6 +295,14 @@ def test_keys_of_the_config_that_differ_are_named_and_its_world_s_are_not(held: 
     assert "another config: train.micro_batch=8, the baseline's 4" in lines(out)
 
 
+def test_what_a_baseline_leaves_to_auto_is_no_other_config(held: Run) -> None:
+    grown = another(record_of(rank_of([0], inputs=1)), micro_batch=8)
+    grown["config"]["precision"] = "bf16"
+    grown["config"]["model"]["attention"] = "sdpa"
+    out = held(record_of(rank_of([0])), grown)[1]
+    assert "another config: train.micro_batch=8, the baseline's 4" in lines(out)
+
+
 def test_a_dependency_whose_version_moved_is_named(held: Run) -> None:
     grown = another(record_of(rank_of([0], inputs=1)))
     grown["environment"]["packages"]["torch"] = "2.14.1"
@@ -683,10 +691,11 @@ def test_a_baseline_is_rehearsed_from_the_config_inside_it(gate: Run) -> None:
     assert main([*QUICK, "world=rehearsed", "world.size=1", "hydra.run.dir=made"]) == 0
     assert gate("made", "--baseline", "profiles/quick.json", "--update")[0] == 0
     tree = json.loads(Path("profiles/quick.json").read_text())
-    assert tree["config"] == QUICK
+    chosen = json.loads(Path("made/record.json").read_text())["config"]["precision"]
+    assert tree["config"] == [*QUICK, f"precision={chosen}"]  # another machine's choice may be another
     code, out, err = gate("--baseline", "profiles/quick.json")
     assert (code, out.split()[:2]) == (0, ["quick", "holds"]), err
-    tree["config"][-1] = "generation.max_new_tokens=3"
+    tree["config"].append("generation.max_new_tokens=3")
     Path("profiles/quick.json").write_text(json.dumps(tree))
     code, out, _ = gate("--baseline", "profiles/quick.json")
     assert (code, "activations" in out or "kv_cache" in out) == (1, True)

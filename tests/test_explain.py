@@ -22,6 +22,8 @@ from harness.surprises import Finding
 from harness.tables import size
 
 QUICK = "train.steps=2 train.sequence=64"
+DECIDED = ("precision=bf16", "model.attention=sdpa")
+"""What their `auto` came to, as on a CPU with units for it."""
 TRAIN = f"mode=train world.size=2 {QUICK}"
 INFER = "mode=infer world.size=2 generation.max_new_tokens=4"
 LOGITS = f"{TRAIN} zero=2 model.config.vocab_size=8000 train.sequence=256"
@@ -40,7 +42,7 @@ UNEVEN = f"{INFER} generation.prompt=['a','{'long' * 25}','b','c']"
 def rehearsed(words: str) -> str:
     """The record of a rehearsal, as JSON: what a run of `words` leaves."""
     typed = [*words.split(), "world=rehearsed"]
-    cfg = config.compose(typed)
+    cfg = config.compose([*DECIDED, *typed])
     settings = load(cfg)
     found = [(role, *rehearse(settings, role.rank)) for role in roles(settings)]
     done = max((each for _, _, each in found), key=lambda d: d.get("inference", {}).get("kv_reserved") or 0)
@@ -51,6 +53,7 @@ def rehearsed(words: str) -> str:
         "mode": settings.mode,
         "world": {"kind": "rehearsed", "size": settings.world.size, "device": "cpu", "device_name": None},
         "config": {key: value for key, value in tree.items() if key != "hydra"},
+        "resolved": dict(word.split("=") for word in DECIDED),
         "environment": {"command": typed},
         "ranks": [{**rank, "stands_for": role.stands_for, "bounds": role.bounds} for role, rank, _ in found],
         **done,
@@ -76,7 +79,7 @@ def put(directory: Path, record: dict[str, Any]) -> Path:
 
 
 def peak_of(words: str) -> int:
-    settings = load(config.compose([*words.split(), "world=rehearsed"]))
+    settings = load(config.compose([*DECIDED, *words.split(), "world=rehearsed"]))
     peaks: list[int] = [rehearse(settings, role.rank)[0]["peak"]["bytes"] for role in roles(settings)]
     return max(peaks)
 

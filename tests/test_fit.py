@@ -3,15 +3,18 @@
 import json
 import shlex
 from itertools import product
+from typing import Any
 
 import pytest
 
 from harness import config
 from harness.__main__ import main
+from harness.climb import HIGHEST, Climb
+from harness.fit import code, data, text
 from harness.knobs import Refusal
 from harness.rehearsal import decisive
-from harness.rehearsal.pool import worst
-from harness.search import HIGHEST, RECOMPUTED, Climb, Fit, cost
+from harness.rehearsal.pool import Worst, worst
+from harness.search import RECOMPUTED, Fit, Trial, cost
 from harness.settings import load
 from harness.tables import parse_size
 
@@ -111,6 +114,68 @@ def test_nothing_that_fits_is_said_with_the_nearest_miss(capsys: pytest.CaptureF
     assert main(["fit", *few, "hardware.memory=1000000", "zero=2"]) == 1
     told = capsys.readouterr().out.rstrip().splitlines()
     assert told[-1].startswith("nothing fits; zero=2 train.micro_batch=1 comes nearest")
+
+
+def trial(fit: Fit, words: list[str], held: int, failure: str = "") -> Trial:
+    return Trial(
+        tuple(words), fit._first(), Worst(held, 0, {"activations": held}, failure), fit.memory - held
+    )
+
+
+def test_what_could_not_be_rehearsed_is_told_apart_from_what_does_not_fit() -> None:
+    fit = Fit([*SMALL, "hardware.memory=1000000"])
+    large = trial(fit, ["zero=1", "train.micro_batch=4"], 1_048_576 + 1_000_000)
+    broken = [
+        trial(fit, [f"zero={zero}", "train.micro_batch=1"], 0, "RuntimeError: no such kernel")
+        for zero in (0, 2)
+    ]
+    refused = trial(fit, ["zero=3", "train.micro_batch=1"], 0, "Refusal: zero=3: it has none; use 2")
+    told = text(fit, [large, *broken, refused]).splitlines()
+    parts = told.index("could not be rehearsed, because RuntimeError: no such kernel")
+    assert told[parts + 1 : parts + 3] == ["  zero=0 train.micro_batch=1", "  zero=2 train.micro_batch=1"]
+    assert told[parts + 3 : parts + 5] == [
+        "could not be rehearsed, because zero=3: it has none; use 2",
+        "  zero=3 train.micro_batch=1",
+    ]
+    assert told.index("does not fit") < parts
+    assert told[-1] == (
+        "nothing that could be rehearsed fits; zero=1 train.micro_batch=4 comes nearest, 1.0 MiB too much"
+    )
+    assert any(line.startswith("1 configs rehearsed; ") for line in told)
+    found: Any = data(fit, [large, *broken])
+    assert [each["peak"] for each in found["trials"]] == [2_048_576, None, None]
+
+    nothing = text(fit, broken).splitlines()
+    assert nothing[-1] == "none of the 2 configs could be rehearsed: whether one fits is not known"
+    assert "does not fit" not in nothing
+    assert [code([large, *broken]), code(broken), code([*broken, refused])] == [1, 3, 3]
+    assert code([*broken, trial(fit, ["zero=1"], 1000)]) == 0
+
+
+def test_a_climb_ends_where_a_rehearsal_does_not(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["mode=infer", "model=tiny", "model.config.model_type=mamba", "world.size=1"]
+    assert main(["fit", *words, "hardware.memory=50000000"]) == 2
+    told = capsys.readouterr()
+    assert told.err.startswith("harness: generation.cache=dynamic: mamba keeps a state of another kind; ")
+    assert (told.err.count("\n"), told.out) == (1, "")
+
+
+def test_a_model_without_sdpa_is_searched_and_what_was_decided_is_said(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    gpu = [
+        "hardware=h100-sxm",
+        "hardware.memory=30000000",
+        "zero=1",
+        "checkpointing=none",
+        "train.micro_batch=1",
+    ]
+    words = [*SMALL, "model.config.model_type=bloom", "model.config.num_hidden_layers=1", *gpu]
+    assert main(["fit", *words]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert "precision=bf16: a GPU has units for it" in told
+    assert "model.attention=eager: transformers has no sdpa for bloom" in told
+    assert "model.attention" not in told[-1]  # as it was typed
 
 
 def test_what_is_kept_free_is_not_given_away(capsys: pytest.CaptureFixture[str]) -> None:

@@ -57,7 +57,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def ask(checkpoint: Path, precision: str = "fp32", seed: int = 0, **generation: Any) -> Settings:
     asked = Generation(**{"prompt": PROMPTS, "batch": 2, "max_new_tokens": NEW, **generation})
-    model = Model(name="test", path=str(checkpoint))
+    model = Model(name="test", path=str(checkpoint), attention="sdpa")
     return Settings(mode="infer", precision=precision, seed=seed, model=model, generation=asked)  # type: ignore[arg-type]
 
 

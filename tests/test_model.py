@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,8 @@ def settings(**more: object) -> Model:
 
 
 def made(given: Model, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.nn.Module:
-    built: torch.nn.Module = model.build(given, model.model_config(given), dtype, CPU, seed)
+    decided = replace(given, attention="sdpa")
+    built: torch.nn.Module = model.build(decided, model.model_config(given), dtype, CPU, seed)
     return built
 
 
@@ -173,7 +175,7 @@ def test_a_model_larger_than_the_memory_is_refused() -> None:
     with pytest.raises(
         Refusal, match=r"model=test: its parameters are [\d.]+ GiB in bfloat16, and .* are free"
     ):
-        model.build(given, model.model_config(given), torch.bfloat16, CPU, 0)
+        made(given, torch.bfloat16)
 
 
 def damage_truncate(directory: Path) -> None:

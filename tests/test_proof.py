@@ -142,7 +142,8 @@ def test_what_does_nothing_before_it_is_trained_is_found(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize(("words", "reason"), [(["model=gpt2"], "fails where it is given hidden states")])
 def test_a_refusal_names_the_model_and_what_would_work(words: list[str], reason: str) -> None:
-    settings = load(compose(["mode=train", "pipeline.stages=2", "world=rehearsed", "world.size=2", *words]))
+    around = ["world=rehearsed", "world.size=2", "precision=bf16", "model.attention=sdpa"]
+    settings = load(compose(["mode=train", "pipeline.stages=2", *around, *words]))
     with pytest.raises(Refusal) as refused:
         proof.prove(settings)
     sentence = str(refused.value)

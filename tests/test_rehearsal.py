@@ -27,7 +27,7 @@ from harness.rehearsal.shims import ONCE_A_RANK, Shim, shimmed
 from harness.rehearsal.values import UNKNOWN, Values
 from harness.settings import Settings, load
 
-TINY = ("hardware=cpu", "model.config.num_hidden_layers=2")
+TINY = ("hardware=cpu", "precision=bf16", "model.attention=sdpa", "model.config.num_hidden_layers=2")
 TRAIN = (
     "mode=train",
     "train.steps=2",

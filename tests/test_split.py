@@ -22,8 +22,11 @@ def every_split(layers: int, stages: int) -> list[list[int]]:
     return found
 
 
+DECIDED = ("precision=bf16", "model.attention=sdpa")
+
+
 def settings(*words: str) -> Settings:
-    return load(compose(["mode=train", "hardware=cpu", "world=rehearsed", *words]))
+    return load(compose(["mode=train", "hardware=cpu", *DECIDED, "world=rehearsed", *words]))
 
 
 @pytest.mark.parametrize(("layers", "stages"), [(1, 1), (7, 3), (16, 16), (80, 8), (32, 5)])

@@ -155,7 +155,7 @@ def saved(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, PreTrai
 
 
 def read(directory: Path, split: list[int]) -> list[Stage]:
-    asked = Model(name="saved", path=str(directory))
+    asked = Model(name="saved", path=str(directory), attention="eager")
     config = model.model_config(asked)
     return [stage.build(asked, config, torch.float32, CPU, 0, each) for each in ranges(split)]
 
@@ -174,7 +174,7 @@ def test_a_checkpoint_comes_into_stages_as_into_the_whole(
 def test_a_checkpoints_file_is_no_memory_of_the_stage_that_reads_it(tmp_path: Path) -> None:
     whole_of("llama").save_pretrained(tmp_path / "whole")
     file = (tmp_path / "whole/model.safetensors").stat().st_size
-    asked = Model(name="saved", path=str(tmp_path / "whole"))
+    asked = Model(name="saved", path=str(tmp_path / "whole"), attention="eager")
     with Ledger(device="cpu") as ledger:
         part = stage.build(asked, model.model_config(asked), torch.float32, CPU, 0, range(1))
         ledger.own(model=part.model)

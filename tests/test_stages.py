@@ -13,7 +13,7 @@ from harness.rehearsal.role import rehearse
 from harness.settings import load
 
 NARROW = (
-    "hardware=cpu",
+    *("hardware=cpu", "precision=bf16", "model.attention=sdpa"),
     "model.config.hidden_size=32",
     "model.config.intermediate_size=48",
     "model.config.vocab_size=400",

@@ -130,7 +130,7 @@ def test_all_that_a_model_has_gets_a_value(monkeypatch: pytest.MonkeyPatch) -> N
             assert torch.equal(tensor, tensors(whole)[name]), (kind, name)
 
 
-APERTUS = Model(name="apertus", config={"model_type": "apertus", **WIDER})
+APERTUS = Model(name="apertus", config={"model_type": "apertus", **WIDER}, attention="eager")
 
 
 def test_a_model_that_transformers_gives_no_first_values_is_refused() -> None:
@@ -209,7 +209,7 @@ def test_tensors_that_transformers_passes_over_do_not_have_the_whole_read(
     save("llama", tmp_path)
     old = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.ones(4) for layer in range(3)}
     change(tmp_path, lambda found: found.update(old))
-    asked = Model(name="saved", path=str(tmp_path))
+    asked = Model(name="saved", path=str(tmp_path), attention="eager")
     monkeypatch.delattr(model, "build")
     stage.build(asked, model.model_config(asked), torch.float32, CPU, 0, range(1))
 
@@ -235,7 +235,7 @@ def test_what_is_refused_as_a_whole_is_refused_in_the_stage_that_has_it(
     save("llama", tmp_path / "whole")
     broken = shutil.copytree(tmp_path / "whole", tmp_path / "broken")
     change(broken, by)
-    asked = Model(name="saved", path=str(broken))
+    asked = Model(name="saved", path=str(broken), attention="eager")
     config = model.model_config(asked)
     with pytest.raises(Refusal, match=told):
         model.build(asked, config, torch.float32, CPU, 0)

@@ -10,13 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from harness import config, record
 from harness.check import announce, baseline
 from harness.check.tolerance import tolerances
 from harness.check.verdict import Verdict, judge
 from harness.knobs import Refusal
+from harness.pace import Pace, aside
 from harness.rules import check_world
 from harness.schema import parse, printable
 from harness.settings import load
@@ -134,13 +133,13 @@ def _rehearsed(asked: Namespace, files: Sequence[Path], given: Mapping[str, str]
 
     with (
         workers(len(wanted)) as pool,
-        tqdm(total=len(wanted), unit="baseline", leave=False, disable=None) as bar,
+        Pace(len(wanted), "baseline", aside) as pace,
     ):
         running = {
             pool.submit(_rehearse, each.config, each.world, False): file for file, each in wanted.items()
         }
         for done in as_completed(running):
-            bar.update()
+            pace.advance()
             yield settled(running[done], *done.result())
 
 
@@ -148,12 +147,11 @@ def _rehearse(words: Sequence[str], size: int, parallel: bool = True) -> tuple[d
     """The record of a rehearsal of `words` on `size` ranks, or why there is none; and the seconds that took."""
     began = time.monotonic()
     try:
-        cfg = config.compose([*words, "world=rehearsed", f"world.size={size}"])
-        settings = load(cfg)
+        settings = load(config.compose([*words, "world=rehearsed", f"world.size={size}"]))
         check_world(settings, size)
         from harness.run import rehearsed  # torch comes in here
 
-        return rehearsed(settings, cfg, words, parallel), time.monotonic() - began
+        return rehearsed(settings, words, parallel), time.monotonic() - began
     except Refusal as refusal:
         return str(refusal), time.monotonic() - began
     except Exception as error:  # of whatever class: another process asked, or there are others to check

@@ -147,7 +147,7 @@ def to_github(verdicts: Sequence[Verdict], environment: Mapping[str, str] = os.e
     page = environment.get("GITHUB_STEP_SUMMARY")
     if page:
         try:
-            with Path(page).open("a") as stream:
+            with Path(page).open("a", encoding="utf-8") as stream:
                 stream.write(markdown(verdicts))
         except OSError as error:
             raise ValueError(f"GITHUB_STEP_SUMMARY={page}: it cannot be written: {error.strerror}") from None

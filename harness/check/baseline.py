@@ -21,6 +21,8 @@ from harness.schema import Bytes, Number, Record, Text, validated
 SCHEMA = "harness.baseline/1"
 PACKAGES = ("torch", "transformers", "deepspeed", "accelerate")
 """Whose versions decide bytes."""
+BY_MACHINE = ("precision",)
+"""Keys whose `auto` may be another on another machine: a baseline says what it was on the one that made it."""
 TEST = "test"
 """The mode of a baseline that is a test's, made by pytest's plugin; it has no config."""
 ROWS = 4
@@ -173,7 +175,7 @@ def of(run: Record, source: str) -> Baseline:
         raise ValueError(f"{source}: it has the books of no rank")
     alike = (Ranks(ranks=told_ranks(numbers), **dict(held)) for held, numbers in books.values())
     return Baseline(
-        config=[*_own(run.environment.command)],
+        config=[*_own(run)],
         mode=run.mode,
         device=run.world.device,
         world=run.world.size,
@@ -188,12 +190,14 @@ def made_by(versions: Mapping[str, str | None]) -> dict[str, str | None]:
     return {name: versions.get(name) for name in PACKAGES}
 
 
-def _own(words: Sequence[str]) -> Iterator[str]:
-    """The words but for those that say in which world a run is, and where it leaves what."""
-    for word in words:
+def _own(run: Record) -> Iterator[str]:
+    """Its words, but for those of where it is and what it leaves; and what its machine chose."""
+    chosen = {key: run.value(key) for key in BY_MACHINE if key in run.resolved}
+    for word in run.environment.command:
         key = word.partition("=")[0].lstrip("+~")
-        if key != "world" and not key.startswith(("world.", "hydra.")):
+        if key != "world" and not key.startswith(("world.", "hydra.")) and key not in chosen:
             yield word
+    yield from (f"{key}={value}" for key, value in chosen.items())
 
 
 def books_of(rank: schema.Rank, steps: int | None = None) -> Books:

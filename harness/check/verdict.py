@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from harness import config
 from harness.check.baseline import Baseline, Books, told_ranks
 from harness.check.tolerance import NONE, Tolerance
-from harness.knobs import as_typed
+from harness.knobs import RESOLVED, as_typed
 from harness.schema import printable
 from harness.tables import difference, size
 
@@ -253,10 +253,13 @@ def _why(baseline: Baseline, run: Baseline, tree: Mapping[str, Any]) -> Iterator
 
 
 def config_changes(words: Sequence[str], tree: Mapping[str, Any]) -> Iterator[str]:
-    """The keys of a run's config `tree` that `words` make others; but for its world. Raises Refusal for bad words."""
-    cfg = config.compose(words)
-    composed: Any = OmegaConf.to_container(cfg, resolve=True)
+    """The keys of a run's config `tree` that `words` make others; but for its world, and what they leave to `auto`.
+
+    Raises Refusal for bad words.
+    """
+    composed: Any = OmegaConf.to_container(config.compose(words), resolve=True)
     theirs, ours = dict(config.flat(composed)), dict(config.flat(tree))
-    for key in sorted(theirs.keys() | ours.keys()) if ours else ():
+    left_open = [key for key in RESOLVED if theirs.get(key) == "auto"]
+    for key in sorted((theirs.keys() | ours.keys()).difference(left_open)) if ours else ():
         if not key.startswith(("world.", "hydra.")) and theirs.get(key) != ours.get(key):
             yield f"{key}={as_typed(ours.get(key))}, the baseline's {as_typed(theirs.get(key))}"

@@ -1,5 +1,6 @@
 """Fake tensors, faster: a rehearsal dispatches a hundred thousand operators, most of them like ones before."""
 
+import logging
 from typing import Any
 
 import torch
@@ -8,6 +9,10 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_
 from harness.ledger.log import shared, tensors_in
 
 _aten = torch.ops.aten
+
+logging.getLogger("torch._subclasses.fake_tensor").setLevel(
+    logging.CRITICAL
+)  # what fails says so by its exception
 
 _KERNELS = frozenset(
     getattr(_aten, name).default

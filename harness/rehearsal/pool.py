@@ -11,8 +11,7 @@ from contextlib import contextmanager
 from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tqdm import tqdm
-
+from harness.pace import Pace, aside
 from harness.settings import Settings
 
 if TYPE_CHECKING:
@@ -20,6 +19,10 @@ if TYPE_CHECKING:
 
 MOST = 4
 """Roles of a stage that are rehearsed to find the worst of a config among many. Offloaded ZeRO-1 and 2 have more."""
+
+
+REFUSED = "Refusal: "
+"""How the failure of a rehearsal begins that the model, or the request, cannot have."""
 
 
 class Worst(NamedTuple):
@@ -35,10 +38,10 @@ class Worst(NamedTuple):
 
 @contextmanager
 def workers(tasks: int) -> Iterator[ProcessPoolExecutor]:
-    """A pool for so many tasks, on as many cores as there are. Where it is left by an exception, nothing goes on."""
+    """A pool for so many tasks, on as many cores as it may use. Where it is left by an exception, nothing goes on."""
     context = get_context("forkserver")
     context.set_forkserver_preload(["harness.rehearsal.balance"])
-    pool = ProcessPoolExecutor(max(1, min(tasks, os.cpu_count() or 1)), context, _leave_interrupts)
+    pool = ProcessPoolExecutor(max(1, min(tasks, _cores())), context, _leave_interrupts)
     try:
         yield pool
     except BaseException:
@@ -49,26 +52,46 @@ def workers(tasks: int) -> Iterator[ProcessPoolExecutor]:
     pool.shutdown()
 
 
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):  # a container or a job may have few of the machine's
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def _leave_interrupts() -> None:
     """A terminal interrupts every process; the one that asked ends these."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def rehearse_all(pool: ProcessPoolExecutor, wanted: Sequence[Settings], bar: Any = None) -> list[Worst]:
-    """The worst rank under each of `wanted`, all their ranks in parallel. `bar` is told of each that is done."""
+def rehearse_all(
+    pool: ProcessPoolExecutor, wanted: Sequence[Settings], pace: Pace | None = None
+) -> list[Worst]:
+    """The worst rank under each of `wanted`, all their ranks in parallel. `pace` is told of each that is done."""
     asked = [each.result() for each in [pool.submit(candidates, settings) for settings in wanted]]
     running = [[pool.submit(_peak, each.settings, rank) for rank in each.ranks] for each in asked]
     found = []
     for each, peaks in zip(asked, running, strict=True):
         found.append(_highest(each, [peak.result() for peak in peaks]))
-        if bar is not None:
-            bar.update()
+        if pace is not None:
+            pace.advance()
     return found
 
 
-def progress(total: int | None) -> Any:
-    """A bar for so many rehearsals, on a terminal."""
-    return tqdm(total=total, unit="rehearsal", desc="rehearse", leave=False, disable=None)
+def progress(total: int | None) -> Pace:
+    """How far so many rehearsals are."""
+    return Pace(total, "rehearsal", aside)
+
+
+def decided(pool: ProcessPoolExecutor, settings: Settings) -> tuple[Settings, dict[str, str]]:
+    """`settings` without `auto`, and why, as `resolve.py` has it. Raises Refusal."""
+    return pool.submit(_decided, settings).result()
+
+
+def _decided(settings: Settings) -> tuple[Settings, dict[str, str]]:
+    from harness.resolve import resolve
+
+    resolved = resolve(settings)
+    return resolved.settings, dict(resolved.reasons)
 
 
 class Candidates(NamedTuple):
@@ -90,9 +113,10 @@ def candidates(settings: Settings) -> Candidates:
     """The ranks to rehearse for `worst`."""
     from harness.rehearsal.balance import resolved
     from harness.rehearsal.roles import roles
+    from harness.resolve import resolve
 
     try:
-        settings = resolved(settings)
+        settings = resolved(resolve(settings).settings)
         every = sorted((role for role in roles(settings) if not role.outdone), key=lambda role: -role.held)
     except Exception as error:
         return Candidates(settings, [], failure=_words(error))
@@ -122,7 +146,7 @@ def _highest(asked: Candidates, peaks: Sequence[dict[str, Any] | str]) -> Worst:
 
 def _words(error: Exception) -> str:
     """Another process asked; the error's class may not be known there."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    return " ".join(f"{type(error).__name__}: {error}".split())[:400]
 
 
 def _of(roles: "Sequence[Role]", stage: int) -> "list[Role]":

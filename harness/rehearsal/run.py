@@ -5,8 +5,7 @@ from concurrent.futures import as_completed
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
+from harness.pace import Pace, aside
 from harness.rehearsal import UNVERIFIED
 from harness.rehearsal.balance import Task, peak, resolved
 from harness.rehearsal.pool import progress, workers
@@ -61,12 +60,10 @@ def rehearse(
     settings = balanced(settings) if parallel else resolved(settings)
     wanted = roles(settings)
     found: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
-    with tqdm(
-        total=len(wanted), unit="role", desc="rehearse", leave=False, disable=None if parallel else True
-    ) as bar:
+    with Pace(len(wanted), "role", aside, silent=not parallel) as pace:
         for role, rehearsed in _all(settings, wanted, directory, parallel):
             found[role.rank] = rehearsed
-            bar.update()
+            pace.advance()
     ranks = [
         {
             **found[role.rank][0],
@@ -98,13 +95,13 @@ def balanced(settings: Settings) -> Settings:
     """`settings` with a list of layers where they ask for `memory`: many rehearsals at once, with a progress bar."""
     if settings.pipeline.stages == 1 or settings.pipeline.split != "memory":
         return settings
-    with workers(2 * settings.pipeline.stages) as pool, progress(None) as bar:
+    with workers(2 * settings.pipeline.stages) as pool, progress(None) as pace:
 
         def measure(tasks: Sequence[Task]) -> list[int]:
             found = []
             for highest in pool.map(peak, tasks):
                 found.append(highest)
-                bar.update()
+                pace.advance()
             return found
 
         return resolved(settings, measure)

@@ -212,6 +212,30 @@ def packed(original: Original) -> Original:
     return stand_in
 
 
+def grouped(original: Original) -> Original:
+    """`_meta_grouped_mm_common`, which says what a grouped product makes: its kernels take fp32 too."""
+
+    def stand_in(
+        mat_a: Any,
+        mat_b: Any,
+        scale_a: Any,
+        scale_b: Any,
+        offs: Any = None,
+        bias: Any = None,
+        scale_result: Any = None,
+        out_dtype: Any = None,
+        use_fast_accum: bool = False,
+    ) -> Any:
+        if scale_a is None and mat_a.dtype == mat_b.dtype == torch.float32:
+            return import_module("torch._meta_registrations")._create_grouped_mm_output_tensor(
+                mat_a, mat_b, offs, out_dtype
+            )
+        more = bias, scale_result, out_dtype, use_fast_accum
+        return original(mat_a, mat_b, scale_a, scale_b, offs, *more)
+
+    return stand_in
+
+
 class Stream:
     """What a cache that moves layers between devices does its copies in: here all is done in order."""
 
@@ -264,6 +288,12 @@ SHIMS = (
         "_quantize",
         "optimum-quanto packs no fake tensor",
         packed,
+    ),
+    Shim(
+        "torch._meta_registrations",
+        "_meta_grouped_mm_common",
+        "it takes grouped products of fp32, which run, to be impossible",
+        grouped,
     ),
     Shim("torch", "get_rng_state", NOT_FAKE, fake_state),
     Shim("torch", "set_rng_state", NOT_FAKE, no_state),

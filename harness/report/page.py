@@ -41,8 +41,8 @@ def html(runs: Sequence[Told]) -> str:
         pairs=list(content.pairs(runs)),
         data=Markup(_inert(drawn)),
         traces=traces,
-        css=Markup((HERE / "page.css").read_text()),
-        js=Markup((HERE / "page.js").read_text()),
+        css=Markup((HERE / "page.css").read_text("utf-8")),
+        js=Markup((HERE / "page.js").read_text("utf-8")),
         plotly=Markup(get_plotlyjs()),
     )
 

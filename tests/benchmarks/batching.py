@@ -17,6 +17,7 @@ from harness import infer, model, record
 from harness.config import compose
 from harness.ledger import Ledger
 from harness.prompts import find
+from harness.resolve import resolve
 from harness.settings import load
 from harness.speed import Share, largest, performance, unasked
 from harness.tokenizer import tokenizer_of
@@ -43,10 +44,11 @@ def main(words: list[str]) -> None:
     own = dict(word.split("=", 1) for word in words)
     rounds = int(own.pop("rounds", 5))
     given = [f"{key}={value}" for key, value in {**ASKED, **own}.items()]
-    settings = {kind: load(compose([*given, *more])) for kind, more in KINDS.items()}
-    asked = settings["static"]
-    dtype = torch.bfloat16 if asked.precision == "bf16" else torch.float32
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    asked_for = {kind: load(compose([*given, *more])) for kind, more in KINDS.items()}
+    settings = {kind: resolve(each, device.type).settings for kind, each in asked_for.items()}
+    asked = settings["static"]
+    dtype = getattr(torch, asked.dtype)
     config = model.model_config(asked.model)
     built = model.build(asked.model, config, dtype, device, 0).eval().requires_grad_(False)
     prompts = find(asked, tokenizer_of(asked.model))

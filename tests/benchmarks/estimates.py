@@ -66,7 +66,8 @@ class Held(NamedTuple):
 
 def words(model: str, stage: int, more: Sequence[str] = LONG) -> list[str]:
     """Overrides that train `model` with ZeRO's `stage`."""
-    return ["mode=train", f"model={model}", f"zero={stage}", "hardware=cpu", *more]
+    decided = ("precision=bf16", "model.attention=sdpa")
+    return ["mode=train", f"model={model}", f"zero={stage}", "hardware=cpu", *decided, *more]
 
 
 def estimates(model: str, stage: int, world: int) -> Estimates:

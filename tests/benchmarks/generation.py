@@ -22,6 +22,7 @@ from harness.compiled import Compiled
 from harness.config import compose
 from harness.decode import generate
 from harness.ledger import Ledger
+from harness.resolve import resolve
 from harness.settings import Settings, load
 
 OFF = Ledger(mode="off")
@@ -39,9 +40,9 @@ def main(words: list[str]) -> None:
         [int(size) for size in own.pop("batches", "1,4,16").split(",")],
     )
     given = [f"{key}={value}" for key, value in {"mode": "infer", "model": "small", **own}.items()]
-    settings = load(compose(given))
-    dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    settings = resolve(load(compose(given)), device.type).settings
+    dtype = getattr(torch, settings.dtype)
     config = model.model_config(settings.model)
     built = model.build(settings.model, config, dtype, device, 0).eval().requires_grad_(False)
     machine = record.environment()

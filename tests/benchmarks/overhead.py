@@ -24,6 +24,7 @@ from harness import model, record
 from harness.config import compose
 from harness.engine import Engine
 from harness.ledger import Ledger
+from harness.resolve import resolve
 from harness.settings import load
 from harness.world import connected
 
@@ -31,10 +32,11 @@ from harness.world import connected
 def main(words: list[str]) -> None:
     rounds = next((int(word.removeprefix("rounds=")) for word in words if word.startswith("rounds=")), 7)
     own = [word for word in words if not word.startswith("rounds=")]
-    settings = load(compose(["model=small", "zero=2", *own]))
-    train = settings.train
     with connected("auto", 600) as world:
-        dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
+        settings = world.broadcast(
+            resolve(load(compose(["model=small", "zero=2", *own])), world.device.type).settings
+        )
+        train, dtype = settings.train, getattr(torch, settings.dtype)
         config = model.model_config(settings.model)
         built = model.build(settings.model, config, dtype, torch.device("cpu"), 0)
         engine = Engine(settings, world, Ledger(mode="off"), built)

@@ -81,7 +81,8 @@ def one(name: str, stage: str, size: str, *more: str) -> None:
     parts["import"] = clock() - start
     sequence = 1_024 if name == "tiny" else 4_096
     shape = (f"model={name}", f"zero={stage}", f"world.size={size}", f"train.sequence={sequence}", *SHAPE)
-    settings = load(compose(["mode=train", "world=rehearsed", *shape]))
+    decided = ("precision=bf16", "model.attention=sdpa")
+    settings = load(compose(["mode=train", "world=rehearsed", *decided, *shape]))
     rank = roles(settings)[-1].rank
 
     def timed(owner: Any, attribute: str, part: Callable[..., str]) -> None:

@@ -49,10 +49,13 @@ class Seen(NamedTuple):
     work: dict[str, tuple[int, int, int]]
 
 
+AROUND = ("world=rehearsed", "hardware=cpu", "precision=bf16", "model.attention=sdpa")
+
+
 @cache
 def seen(*words: str) -> Seen:
     """What a rehearsal of these sees on its one rank."""
-    asked = ("world=rehearsed", "world.size=1", "hardware=cpu", "ledger.steps=1", *words)
+    asked = (*AROUND, "world.size=1", "ledger.steps=1", *words)
     ranks, done = rehearse(load(compose(asked)))
     work: dict[str, tuple[int, int, int]] = {}
     for phase in ranks[0]["phases"]:
@@ -101,9 +104,7 @@ def step(context: int, batch: int = 1) -> tuple[int, int, int]:
 
 def peaks(*words: str) -> dict[str, int]:
     """Each category's own peak in a rehearsal of one rank."""
-    ranks, _ = rehearse(
-        load(compose(["world=rehearsed", "world.size=1", "hardware=cpu", "ledger.steps=2", *words]))
-    )
+    ranks, _ = rehearse(load(compose([*AROUND, "world.size=1", "ledger.steps=2", *words])))
     return {name: held["peak"] for name, held in ranks[0]["categories"].items()}
 
 
@@ -123,7 +124,7 @@ def kept(stages: int, layers: int) -> int:
             "train.validate_every=0",
             "train.export=false",
         ),
-        *("world=rehearsed", f"world.size={stages}", "hardware=cpu", "ledger.steps=1"),
+        *(*AROUND, f"world.size={stages}", "ledger.steps=1"),
     )
     return int(role.rehearse(load(compose(words)), 0)[0]["forwards"]["bytes"])
 

@@ -27,6 +27,9 @@ QUICK = (
 RATED = ("hardware.bandwidth=1e10",)
 """A machine's rate is given: a quarter of a quick run would be its measuring."""
 
+PRECISION = "precision=fp32"
+"""Where a test says nothing: every CPU has units for it, and a test that is about bf16 says so."""
+
 LAUNCHER = (sys.executable, "-m", "torch.distributed.run", "--standalone")
 
 Run = subprocess.CompletedProcess[str]
@@ -36,7 +39,7 @@ Launch = Callable[..., Path]
 def torchrun(words: Sequence[str], ranks: int = 2, timeout: float = 240) -> Run:
     """`harness` with `words` on `ranks` processes of this machine."""
     return subprocess.run(
-        [*LAUNCHER, f"--nproc-per-node={ranks}", "-m", "harness", "hardware=cpu", *words],
+        [*LAUNCHER, f"--nproc-per-node={ranks}", "-m", "harness", "hardware=cpu", PRECISION, *words],
         cwd=ROOT,
         text=True,
         capture_output=True,
@@ -102,7 +105,7 @@ def launch(warm: Callable[[int], Warm], tmp_path_factory: pytest.TempPathFactory
         key = (*words, str(ranks), str(again))
         if key not in runs:
             directory = tmp_path_factory.mktemp("run") / "out"
-            warm(ranks).run(["hardware=cpu", *RATED, *words, f"hydra.run.dir={directory}"])
+            warm(ranks).run(["hardware=cpu", PRECISION, *RATED, *words, f"hydra.run.dir={directory}"])
             runs[key] = directory
         return runs[key]
 

@@ -11,6 +11,7 @@ Trained = Callable[..., dict[str, Any]]
 
 # vocabulary 1000 and as many KV heads as heads: 3,676,416 parameters
 STATES = (
+    "precision=bf16",
     "model.config.vocab_size=1000",
     "model.config.num_key_value_heads=4",
     "zero.reduce_bucket_size=500000",

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from harness.__main__ import main
-from tests.distributed.conftest import QUICK, RATED, Launch
+from tests.distributed.conftest import PRECISION, QUICK, RATED, Launch
 
 WORDS = ("mode=train", "model=tiny", *QUICK, "train.steps=2", "zero=2")
 
@@ -18,7 +18,15 @@ def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tmp_path_factory.mktemp("rehearsed") / "run",
         tmp_path_factory.mktemp("profiles") / "zero2.json",
     )
-    words = ["hardware=cpu", *RATED, *WORDS, "world=rehearsed", "world.size=2", f"hydra.run.dir={run}"]
+    words = [
+        "hardware=cpu",
+        PRECISION,
+        *RATED,
+        *WORDS,
+        "world=rehearsed",
+        "world.size=2",
+        f"hydra.run.dir={run}",
+    ]
     assert main(words) == 0
     assert main(["check", str(run), "--baseline", str(file), "--update"]) == 0
     return file
@@ -36,7 +44,7 @@ def test_a_rehearsal_holds_the_baseline_of_a_real_run(launch: Launch, tmp_path: 
     file = tmp_path / "real.json"
     assert main(["check", str(launch(*WORDS)), "--baseline", str(file), "--update"]) == 0
     tree = json.loads(file.read_text())
-    assert tree["config"] == ["hardware=cpu", *RATED, *WORDS]
+    assert tree["config"] == ["hardware=cpu", PRECISION, *RATED, *WORDS]
     assert tree["ranks"][0]["allocator"] is not None
     assert main(["check", "--baseline", str(file)]) == 0
 

@@ -23,8 +23,9 @@ from harness.config import compose
 from harness.rehearsal.role import rehearse
 from harness.rehearsal.roles import Role, roles
 from harness.rehearsal.run import rehearse as rehearse_all
+from harness.resolve import resolve
 from harness.settings import Settings, load
-from tests.distributed.conftest import Launch, complete
+from tests.distributed.conftest import PRECISION, Launch, complete
 
 Words = tuple[str, ...]
 Books = dict[str, Any]
@@ -221,7 +222,8 @@ def _placed(words: Words, prompts: Path) -> list[str]:
 
 def settings_of(words: Words, size: int, prompts: Path) -> Settings:
     """The settings of a rehearsal of `words` on `size` ranks."""
-    return load(compose([*_placed(words, prompts), "world=rehearsed", f"world.size={size}"]))
+    asked = [PRECISION, *_placed(words, prompts), "world=rehearsed", f"world.size={size}"]
+    return resolve(load(compose(asked))).settings
 
 
 def seen(rank: Books, steps: int = 3) -> dict[tuple[int, str, int], Books]:

@@ -18,7 +18,9 @@ from tests.distributed.conftest import LAUNCHER, QUICK, ROOT, Launch, torchrun
 SAVED = ("mode=train", *QUICK, "train.steps=4", "train.save_every=1", "train.keep=4", "train.export=true")
 
 
-@pytest.fixture(scope="session", params=[("zero=2",), ("zero=3", "precision=fp32")], ids="-".join)
+@pytest.fixture(
+    scope="session", params=[("zero=2", "precision=bf16"), ("zero=3", "precision=fp32")], ids="-".join
+)
 def saved(request: pytest.FixtureRequest, launch: Launch) -> tuple[tuple[str, ...], Path]:
     """The words of a run that saved after each of its four steps, and its directory."""
     return request.param, launch(*SAVED, *request.param)
