@@ -36,7 +36,7 @@ Train a causal language model or generate with one, and see what every byte on e
   python -m harness --cfg job [key=value ...]     check and print the config, run nothing
 
 A run leaves record.json, config.yaml and what it made in hydra.run.dir=DIR, else in outputs/DATE/TIME-MODE.
-What is wrong is one sentence on stderr. torchrun prints a traceback of itself below it; its last line but one repeats it.
+What is wrong is one sentence on stderr; torchrun's own traceback below it ends with the same sentence.
 """
 
 

@@ -12,9 +12,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
 from harness.knobs import Refusal, Settings, knobs
-from harness.settings import nearest
+from harness.settings import nearest, resolved, unresolved
+
+RUN_DIR = "hydra.run.dir"
 
 
 def directory() -> Path:
@@ -51,7 +54,13 @@ def compose(words: Sequence[str]) -> DictConfig:
             cfg = hydra_compose("config", lines, return_hydra_config=True)
         except HydraException as error:
             raise _refusal(error, overrides) from error
-    run_dir = cfg.hydra.run.dir
+    resolved(cfg)
+    try:
+        run_dir = cfg.hydra.run.dir
+    except OmegaConfBaseException as error:
+        raise unresolved(error, cfg) from error
+    if not str(run_dir).strip():
+        raise Refusal(RUN_DIR, run_dir, "is empty; give it a value, or leave it out")
     with open_dict(cfg):
         cfg.hydra = {"run": {"dir": run_dir}}
         if cfg.model.path is not None:
@@ -80,6 +89,8 @@ def _parse(word: str) -> Override:
     except HydraException as error:
         raise Refusal(key, value, f"cannot be read; put quotes within quotes, as \"{key}='...'\"") from error
     key, options = override.key_or_group, groups().get(override.key_or_group)
+    if key.partition(".")[0].partition("/")[0] == "hydra" and key != RUN_DIR:
+        raise Refusal(key, value, f"of Hydra's own keys only {RUN_DIR} means something here; leave it out")
     if override.is_sweep_override():
         raise Refusal(key, value, "sweeps are not run; give one value, or a list as [a,b]")
     if options and (override.is_add() or override.is_force_add()):
@@ -94,7 +105,7 @@ def _parse(word: str) -> Override:
 def _taken_as_typed(key: str, value: str) -> str | None:
     """The override in quotes where its value is text, so that a comma or a bracket in it means nothing to Hydra."""
     knob = knobs().get(key)
-    if not (key in groups() or key == "hydra.run.dir" or (knob and knob.text)):
+    if not (key in groups() or key == RUN_DIR or (knob and knob.text)):
         return None
     if value == "null" or value.startswith(("'", '"', "[", "${")):
         return None
@@ -110,8 +121,17 @@ def _refusal(error: HydraException, overrides: Sequence[Override]) -> Refusal:
             value = override.value()
             if said.startswith("Could not override"):
                 return Refusal(key, value, nearest(key, _known(overrides)))
+            if said.startswith("Error merging override"):  # a dictionary for a list, or a list for a text
+                return Refusal(key, value, _kind_of(key))
             return Refusal(key, value, said.partition("\n")[0])
     return Refusal("config", "conf/config.yaml", said)
+
+
+def _kind_of(key: str) -> str:
+    """What should stand where a value of another kind was given."""
+    if isinstance(knobs()[key].default if key in knobs() else "", list):
+        return "should be a valid list, as [a,b]"
+    return "should be a valid string" if key == RUN_DIR else "should be a single value"
 
 
 def _known(overrides: Sequence[Override]) -> list[str]:

@@ -4,16 +4,28 @@ A field's place is its Hydra path (`Settings.train.steps` is `train.steps=`), an
 Nothing here imports torch, so a wrong request is refused within a second.
 """
 
+from collections.abc import Mapping
 from functools import cache
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, TypeAdapter
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 
-Positive = Annotated[int, Field(ge=1)]
-NotNegative = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NotNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+MOST = 2**53 - 1
+"""No number is larger: up to here JSON, doubles and 64-bit integers agree, and no library's counters run over."""
+
+
+def _no_truth(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("should be a number, and no true or false")
+    return value
+
+
+_Number = BeforeValidator(_no_truth)
+Positive = Annotated[int, Field(ge=1, le=MOST), _Number]
+NotNegative = Annotated[int, Field(ge=0, le=MOST), _Number]
+PositiveFloat = Annotated[float, Field(gt=0, le=1e30), _Number]
+NotNegativeFloat = Annotated[float, Field(ge=0, le=1e30), _Number]
 
 _STRICT = ConfigDict(extra="forbid", coerce_numbers_to_str=True, use_attribute_docstrings=True)
 
@@ -161,7 +173,7 @@ class Generation:
     """cache=quantized: bits of an element; 4 and 2 by optimum-quanto."""
     batching: Literal["static", "continuous"] = "static"
     """Continuous: a prompt that ends leaves its place to the next; static: all of a batch wait for the last."""
-    page_size: Annotated[int, Field(ge=4)] = 16
+    page_size: Annotated[int, Field(ge=4, le=MOST)] = 16
     """cache=paged: tokens in a page."""
     pages: Positive | None = None
     """cache=paged: pages of all layers; null is enough for the longest request in every place."""
@@ -203,10 +215,10 @@ class Ledger:
 class World:
     kind: Literal["torchrun", "rehearsed"] = "torchrun"
     """Set by world=."""
-    size: Positive | None = None
+    size: Annotated[int, Field(ge=1, le=2**20), _Number] | None = None
     """Ranks this config is meant for; refused on any other number."""
-    timeout: PositiveFloat = 600.0
-    """Seconds a rank waits for the others."""
+    timeout: Annotated[float, Field(ge=1, le=1e8), _Number] = 600.0
+    """Seconds a rank waits for the others; 1e8 is three years."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -235,7 +247,7 @@ class Settings:
     """What to run."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Of parameters, gradients, activations, KV cache; auto is bf16 on a GPU and on a CPU that is faster in it."""
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32), _Number] = 0
     """Of weights, data order and sampling."""
     model: Model = Model()
     data: Data = Data()
@@ -265,12 +277,13 @@ RESOLVED = ("precision", "model.attention")
 
 @dataclass(frozen=True)
 class Knob:
-    """What `--help` says of a key. `text` is whether any text will do."""
+    """What `--help` says of a key, and refusals of its `range`. `text` is whether any text will do."""
 
     default: Any
     choices: tuple[str, ...]
     text: bool
     meaning: str
+    range: str
 
 
 @cache
@@ -294,13 +307,30 @@ def _knob(schema: dict[str, Any]) -> Knob:
         kinds[0] or ""
     )  # what a default_factory makes is not in a schema
     text = "string" in kinds and not choices
-    return Knob(schema.get("default", made), choices, text, schema.get("description", ""))
+    return Knob(schema.get("default", made), choices, text, schema.get("description", ""), _range(schema))
+
+
+def _range(schema: Mapping[str, Any]) -> str:
+    """The numbers that a value may be, in words; empty where it is none."""
+    words = {
+        "minimum": "{} or more",
+        "exclusiveMinimum": "above {}",
+        "maximum": "{} or less",
+        "exclusiveMaximum": "below {}",
+    }
+    for each in (schema, *schema.get("anyOf", ())):
+        limits = {name: int(each[name]) for name in words if each.get(name, MOST) < MOST}
+        if limits:
+            return " and ".join(words[name].format(limit) for name, limit in limits.items())
+    return ""
 
 
 def as_typed(value: object) -> str:
     """A value as it is written on the command line."""
     if isinstance(value, list):
         return f"[{','.join(map(as_typed, value))}]"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{key}:{as_typed(each)}' for key, each in value.items())}}}"
     if value is None:
         return "null"
     return str(value).lower() if isinstance(value, bool) else str(value)

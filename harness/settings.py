@@ -50,12 +50,29 @@ def load(cfg: DictConfig) -> Settings:
 
     Raises `Refusal` for an unknown key, a wrong type or range, a file that is not there, an impossible combination.
     """
+    return checked(typed(resolved(cfg)))
+
+
+def resolved(cfg: DictConfig) -> dict[str, Any]:
+    """`cfg` as a plain tree, without Hydra's own node. Raises `Refusal` where a value stands for none."""
     ours = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
     try:
         tree: Any = OmegaConf.to_container(ours, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise Refusal(error.full_key or "config", "?", str(error.msg or error)) from error
-    return checked(typed(tree))
+        raise unresolved(error, ours) from error
+    for key, knob in knobs().items():
+        if knob.text and OmegaConf.select(ours, key) == "":
+            raise Refusal(key, "", "is empty; give it a value, or leave it out")
+    return tree  # type: ignore[no-any-return]
+
+
+def unresolved(error: OmegaConfBaseException, cfg: DictConfig) -> Refusal:
+    """OmegaConf's complaint about a value of `cfg` as a sentence."""
+    key, said = error.full_key or "config", str(error.msg or error).partition("\n")[0]
+    value = OmegaConf.to_container(cfg, resolve=False)
+    for name in key.split("."):
+        value = value.get(name, "?") if isinstance(value, dict) else "?"
+    return Refusal(key, value, f"{said}; give a value, and write \\${{ or \\??? where a text has that")
 
 
 def typed(tree: Mapping[str, Any]) -> Settings:
@@ -92,13 +109,31 @@ def _refusal(error: ValidationError, tree: Mapping[str, Any]) -> Refusal:
     if parts[:2] == ["pipeline", "split"]:
         choices = "uniform, parameters, memory, or the layers of each stage, 1 or more, as [3,5]"
         return Refusal("pipeline.split", tree["pipeline"]["split"], f"should be {choices}")
-    key, value, text = ".".join(parts), first["input"], first["msg"]
-    if first["type"] == "unexpected_keyword_argument":
+    key, value, kind = ".".join(parts), first["input"], first["type"]
+    if kind == "unexpected_keyword_argument":
         return Refusal(key, value, nearest(key, _keys()))
-    if first["type"] == "dataclass_type":
+    if kind == "dataclass_type":
         names = [name for name in knobs() if name.startswith(f"{key}.")]
         return Refusal(key, value, f"is a group of keys; set one of them, as {names[0]}=")
-    return Refusal(key, value, text.removeprefix("Input ").replace("False", "false"))
+    expected = _KINDS.get(kind.partition("_")[0])
+    if expected is not None:
+        knob = knobs().get(key)
+        limits = f", {knob.range}" if knob and knob.range else ""
+        return Refusal(key, value, f"should be {expected.format(key=key)}{limits}")
+    text = first["msg"].removeprefix("Input ").removeprefix("Value error, ")
+    return Refusal(key, value, text.replace("False", "false"))
+
+
+_KINDS = {
+    "int": "a valid integer",
+    "finite": "a valid integer",
+    "float": "a valid number",
+    "bool": "a valid boolean, true or false",
+    "list": "a valid list, as [a,b]",
+    "dict": "a valid dictionary; set a key of it, as {key}.NAME=",
+    "string": "a valid string",
+}
+"""What should be there, by the first word of pydantic's types of errors about a value that is of another kind."""
 
 
 def _keys() -> list[str]:
