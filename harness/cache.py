@@ -124,7 +124,11 @@ def check_kind(kind: str, config: PretrainedConfig, bits: int = 8, ranks: int = 
         remedy = f"{config.model_type} keeps a state of another kind; use generation.cache=none"
         raise Refusal("generation.cache", kind, remedy)
     if kind != "paged":
-        make(kind, config, 1, bits)
+        try:
+            make(kind, config, 1, bits)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:  # it knows no such layer
+            remedy = f"transformers makes none for {config.model_type} ({type(error).__name__}: {error})"
+            raise Refusal("generation.cache", kind, f"{remedy}; use generation.cache=dynamic") from error
     if kind == "quantized" and bits < 8:
         _check_groups(config, bits, ranks)
 

@@ -30,7 +30,9 @@ class Compiled:
         self.model, self.length, self.ledger, self.rehearsed = model, length, ledger, rehearsed
         self.cache: Cache | None = None
         self._work: Work | None = None  # of a step
-        self._step = self._forward if rehearsed else compiled(self._forward, model.device)
+        self._step = self._forward
+        if not rehearsed:
+            self._step = compiled(self._forward, model.device, _counts(make("static", model.config, length)))
         self._tokens = self._positions = self._mask = torch.empty(0, 0, dtype=torch.int64)
 
     def prepare(self, sequences: int) -> tuple[Cache, float]:
@@ -104,20 +106,37 @@ class Compiled:
         return logits
 
 
-def compiled(step: Step, device: torch.device) -> Step:
-    """`step` as a program of its own for each shape. Its first call raises Refusal where there can be none."""
-    how: dict[str, Any] = (
-        {"mode": "reduce-overhead"} if device.type == "cuda" else {"options": {"cpp_wrapper": True}}
-    )
-    program = torch.compile(step, fullgraph=True, dynamic=False, **how)
+def _counts(cache: Cache | None) -> bool:
+    """Whether the host counts how long it is, as that of a window does: a number that each step would be made for."""
+    return cache is not None and any(hasattr(layer, "cumulative_length_int") for layer in cache.layers)
+
+
+def compiled(step: Step, device: torch.device, counts: bool = False) -> Step:
+    """`step` as a program of its own for each shape. Its first call raises Refusal where there can be none.
+
+    Where the host `counts`, a program is for any number, and on a GPU no CUDA graph, which would be for one.
+    """
+    how: dict[str, Any] = {"mode": "reduce-overhead"}
+    if device.type != "cuda":
+        how = {"options": {"cpp_wrapper": True}}
+    elif counts:
+        how = {}
+    program = torch.compile(step, fullgraph=True, dynamic=None if counts else False, **how)
 
     def run(tokens: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
         try:
             made: Tensor = program(tokens, mask, positions, cache)
-        except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
+        except _NOT_COMPILED as error:
             told = next(iter(str(error).strip().splitlines()), type(error).__name__)
             remedy = f"the decoding step cannot be compiled ({told}); leave it out"
             raise Refusal("generation.compile", True, remedy) from error
         return made
 
     return run
+
+
+_NOT_COMPILED = (
+    torch._dynamo.exc.TorchDynamoException,
+    torch._dynamo.exc.FailOnRecompileLimitHit,
+    torch._inductor.exc.InductorError,
+)

@@ -12,7 +12,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from harness import continuous, model, stage, weights
-from harness.cache import attention_flops_per_position, check_bits, check_kind, kv_bytes_per_token
+from harness.cache import attention_flops_per_position, check_bits, kv_bytes_per_token
 from harness.compiled import Compiled
 from harness.decode import Choose, Generated, draws, generate, greedy, sampler
 from harness.ledger import Ledger
@@ -57,7 +57,6 @@ def run(settings: Settings, world: World, ledger: Ledger, out: Output) -> None:
     check(prompts, config)
     asked = settings.generation
     check_device(asked, world.kind)
-    check_kind(asked.cache, config, asked.cache_bits, world.tensor)
     if asked.cache == "quantized" and not world.rehearsed:
         with ledger.opaque("check", NOTHING):  # it is no part of the run
             check_bits(asked.cache_bits, world.device)

@@ -175,5 +175,5 @@ def made_narrow(config: PretrainedConfig, dtype: torch.dtype, attention: str) ->
 
 
 def first_line(error: Exception) -> str:
-    """What `error` says, on a line that fits into a sentence."""
-    return f"{type(error).__name__}: {error}".strip().splitlines()[0][:160]
+    """What `error` says first, for a sentence about it."""
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0].partition(". ")[0][:160]

@@ -186,13 +186,13 @@ class _Run:
 
     def _run_mode(self) -> dict[str, Any]:
         """The mode's own run under the ledger; this rank's books."""
+        from harness.cache_proof import prove
+
         if self.settings.mode == "train":
             from harness import train as mode
         else:
             from harness import infer as mode  # type: ignore[no-redef]
-            from harness.paged_proof import prove
-
-            prove(self.settings)
+        prove(self.settings)
         if self.world.stages > 1:
             self._cut()
         with self._snapshot(), self.ledger:

@@ -18,7 +18,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from harness import decode, paged_proof
+from harness import cache_proof, decode
 from harness.cache import layer_bytes_per_token
 from harness.config import compose
 from harness.continuous import Continued, generate
@@ -294,7 +294,7 @@ def test_pages_too_few_for_one_request_are_refused_with_the_number_that_would_do
 def narrow() -> Any:
     def difference(kind: str, attention: str = "eager") -> str | None:
         config = AutoConfig.for_model(kind, num_hidden_layers=3)
-        return paged_proof.difference(json.dumps(config.to_dict(), sort_keys=True), attention)
+        return cache_proof.difference(json.dumps(config.to_dict(), sort_keys=True), attention, "paged")
 
     return difference
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from harness import infer, paged_proof, record, trace, train
+from harness import cache_proof, infer, record, trace, train
 from harness.ledger import Ledger
 from harness.model import model_config
 from harness.proof import prove
@@ -35,7 +35,7 @@ def rehearse(
     if stages > 1:
         prove(settings)
         done["pipeline"] = told(settings, split_of(settings, model_config(settings.model)))
-    paged_proof.prove(settings)
+    cache_proof.prove(settings)
     with (
         warnings.catch_warnings(),
         rehearsed(

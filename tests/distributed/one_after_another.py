@@ -15,7 +15,7 @@ from harness.__main__ import main
 from harness.config import compose
 
 SLOW = (
-    *("harness.run", "harness.train", "harness.infer", "harness.text", "harness.show", "harness.paged_proof"),
+    *("harness.run", "harness.train", "harness.infer", "harness.text", "harness.show", "harness.cache_proof"),
     *("harness.pipeline", "harness.relay", "harness.tensor", "transformers.models.llama.modeling_llama"),
     *("deepspeed.module_inject.auto_ep_layer", "deepspeed.ops.op_builder.all_ops"),
     *("deepspeed.runtime.zero.muon.muon_optimizer", "torch._inductor.compile_fx"),
