@@ -30,7 +30,7 @@ class Compiled:
         self.model, self.length, self.ledger, self.rehearsed = model, length, ledger, rehearsed
         self.cache: Cache | None = None
         self._work: Work | None = None  # of a step
-        self._step = self._forward
+        self._step: Step = self._forward
         if not rehearsed:
             self._step = compiled(self._forward, model.device, _counts(make("static", model.config, length)))
         self._tokens = self._positions = self._mask = torch.empty(0, 0, dtype=torch.int64)

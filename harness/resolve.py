@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 from harness import ceilings, weights
 from harness.knobs import Refusal, Settings
 from harness.model import model_config
-from harness.proof import first_line
+from harness.narrow import first_line
 
 ATTENTIONS = ("sdpa", "eager")
 
