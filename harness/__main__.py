@@ -110,9 +110,13 @@ def console() -> NoReturn:
             stream.reconfigure(errors="backslashreplace")
     try:
         code = main()
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print("harness: interrupted", file=sys.stderr)
         code = 130  # as shells say it
+    except BrokenPipeError:  # who reads, as `head` does, has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
