@@ -11,21 +11,23 @@ import torch
 
 from harness.ledger import owners
 from harness.ledger.allocator import CpuAllocator, CudaAllocator
+from harness.ledger.books import Books, at_allocator_peak
 from harness.ledger.categories import CATEGORIES
 from harness.ledger.clock import Times
+from harness.ledger.collectives import settle
+from harness.ledger.events import Event, Operator, Where
 from harness.ledger.forwards import Forwards, in_flight, most_saved
-from harness.ledger.log import RANK, Event, Log, Operator, Where, device_of, tensors_in
+from harness.ledger.log import RANK, Log
+from harness.ledger.modules import Modules, in_backward
 from harness.ledger.observers import (
-    Modules,
-    in_backward,
     leaving_out_shapes,
-    settle,
     watch_moves,
     watching_checkpoints,
     watching_saved,
     watching_steps,
 )
-from harness.ledger.timeline import Books, Category, Peak, Phase, at_allocator_peak, replay
+from harness.ledger.tensors import device_of, tensors_in
+from harness.ledger.timeline import Category, Peak, Phase, replay
 from harness.ledger.work import Work
 
 MODES = ("exact", "phases", "off")

@@ -7,17 +7,17 @@ shows its death when the storage object goes.
 
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from time import time_ns
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
-from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from harness.ledger.events import Event, Operator, Storage, Where
+from harness.ledger.tensors import device_of, shared, tensors_in
 from harness.ledger.work import Counter
 
 PRECEDENCE = ("parameters", "optimizer", "communication", "gathered", "kv_cache", "gradients", "inputs")
@@ -43,117 +43,10 @@ _DEVICE = torch.ops.prim.device.default
 Made = TypeVar("Made")
 
 
-class Where(NamedTuple):
-    """A place in the run: which step, which phase of it, which micro-batch."""
-
-    step: int
-    phase: str
-    micro_batch: int
-
-
-@dataclass(slots=True, eq=False)
-class Storage:
-    """One allocation as tensors see it. `born`, `died` and `saved_at` (autograd kept it) are nanoseconds."""
-
-    nbytes: int
-    pointer: int
-    born: int
-    where: Where
-    module: str
-    op: str
-    category: str
-    name: str = ""
-    died: int | None = None
-    saved_at: int | None = None
-    recomputed: bool = False
-    base: bool = False  # it was alive before the log began
-    line: str = ""  # of the source that made it, where the log asks for lines
-    parts: dict[int, tuple[str, int]] | None = None  # parameters that lie in it, by offset: name, bytes
-
-    @property
-    def shares(self) -> list[tuple[str, int]]:
-        """Its bytes by name: of a buffer in which many parameters lie each one's, and what is left between them."""
-        own = [*self.parts.values()] if self.parts else []
-        if len(own) < 2:
-            return [(self.name, self.nbytes)]
-        left = self.nbytes - sum(nbytes for _, nbytes in own)
-        return [*own, *([("between parameters", left)] if left else [])]
-
-    def has(self, name: str, parameter: torch.Tensor) -> None:
-        """`parameter` lies in it, unless the place is known: a partition is a view of many that the module named."""
-        if self.parts is None:
-            self.parts = {}
-        offset = int(parameter.storage_offset())
-        if (
-            offset not in self.parts
-            and sum(n for _, n in self.parts.values()) + parameter.nbytes <= self.nbytes
-        ):
-            self.parts[offset] = name, parameter.nbytes
-
-
-class Event(NamedTuple):
-    """A change of the live set: `delta` bytes of `storage` at `time`; or a new phase where `storage` is None."""
-
-    time: int
-    delta: int
-    storage: Storage | None
-    where: Where
-    module: str
-    saved: bool = False  # the moment autograd saved it, which changes no total
-
-    @property
-    def saves(self) -> int:
-        """Bytes by which what autograd keeps of activations grows, or shrinks."""
-        storage = self.storage
-        if storage is None or storage.category != "activations":
-            return 0
-        if self.saved or (self.delta < 0 and storage.saved_at is not None):
-            return self.delta or storage.nbytes
-        return 0
-
-
-class Operator(NamedTuple):
-    """One dispatched operator, from `began` to `ended` in nanoseconds."""
-
-    began: int
-    ended: int
-    where: Where
-    module: str
-    name: str
-
-
 class _Death(weakref.ref):  # type: ignore[type-arg]
     __slots__ = ("key", "storage")
     key: int
     storage: Storage
-
-
-def tensors_in(tree: Any) -> Iterator[torch.Tensor]:
-    """Every tensor in nested tuples, lists and dicts; of one that is made of others, those."""
-    if isinstance(tree, torch.Tensor):
-        if hasattr(tree, "__tensor_flatten__"):
-            for name in tree.__tensor_flatten__()[0]:
-                yield from tensors_in(getattr(tree, name))
-        else:
-            yield tree
-        return
-    for item in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, (tuple, list)) else ():
-        if isinstance(item, (torch.Tensor, tuple, list, dict)):
-            yield from tensors_in(item)
-
-
-def shared(types: Iterable[type]) -> bool:
-    """Whether among these kinds of tensors is DTensor, which is this rank's part and the word of how ranks share it.
-
-    A mode that leaves an operator on such to them is shown what they do with the parts.
-    """
-    return any(issubclass(kind, DTensor) for kind in types)
-
-
-def device_of(tensor: torch.Tensor) -> str:
-    """Where `tensor` is: the kind of device; of a fake one its whole name, asked for without an operator."""
-    fake = getattr(tensor, "fake_device", None)
-    return tensor.device.type if fake is None else str(fake)
 
 
 def calling_line() -> str:
