@@ -9,7 +9,7 @@ from harness.ledger.allocator import Allocation
 from harness.ledger.categories import CATEGORIES
 from harness.ledger.events import Event, Operator, Storage, Where
 from harness.ledger.holdings import holdings_of
-from harness.ledger.timeline import Peak
+from harness.ledger.timeline import Peak, from_the_start
 
 CLOCK_ERROR = 500
 """Nanoseconds by which the allocator's clock and the log's may disagree; far below the time between two operators."""
@@ -105,16 +105,77 @@ def without_mappings(
     return [block for block in blocks if id(block) not in mappings]
 
 
-def at_allocator_peak(
-    events: Sequence[Event], operators: Sequence[Operator], allocations: Iterable[Allocation], source: str
-) -> tuple[Peak, Books]:
-    """The allocator's own peak, made up of categories, `kernel` scratch, and what nobody explains."""
+@dataclass(frozen=True)
+class Told:
+    """The log's story, as the allocator's events complete it: which blocks there were, and what lived in each."""
+
+    events: list[Event]
+    operators: Sequence[Operator]
+    blocks: list[Block]
+    foreign: list[Storage]  # in memory of somebody else's
+
+
+def told(
+    events: Sequence[Event], operators: Sequence[Operator], allocations: Iterable[Allocation], opened: int
+) -> Told:
+    """`events` with what the log, which began when it was `opened`, met too late or not at all."""
     storages = [event.storage for event in events if event.storage is not None and event.delta > 0]
     by_pointer = blocks_of(allocations)
     homeless = settle(storages, by_pointer)
+    homeless = [storage for storage in homeless if not (storage.base and _born_unseen(storage, by_pointer))]
+    whole = from_the_start(events, opened)
     foreign = [storage for storage in homeless if not storage.base]
     blocks = without_mappings([block for here in by_pointer.values() for block in here], foreign, operators)
+    left = left_behind(blocks, operators)
     blocks += [Block(s.nbytes, s.born, s.died or math.inf, storage=s) for s in homeless if s.base]
+    return Told(_with(whole, left), operators, blocks, foreign)
+
+
+def _born_unseen(storage: Storage, blocks: dict[int, list[Block]]) -> bool:
+    """Whether `storage`, which nobody saw being made, came within the log's time after all; it is put in its block."""
+    for block in blocks.get(storage.pointer, []):
+        if (
+            block.storage is None
+            and block.nbytes == storage.nbytes
+            and block.born <= storage.born < block.died
+        ):
+            block.storage, storage.base = storage, False
+            return True
+    return False
+
+
+def left_behind(blocks: Iterable[Block], operators: Sequence[Operator]) -> list[Storage]:
+    """A storage for each nameless block that was made inside an operator nobody sees into, and outlived it."""
+    opaque = [operator for operator in operators if operator.leaves]
+    left = []
+    for block in blocks if opaque else ():
+        index = bisect_right(opaque, block.born + CLOCK_ERROR, key=lambda operator: operator.began) - 1
+        if block.storage is None and index >= 0:
+            by = opaque[index]
+            if block.born <= by.ended + CLOCK_ERROR and not is_scratch(operators, block):
+                block.storage = Storage(
+                    block.nbytes, block.pointer, int(block.born), by.where, by.module, by.name, by.leaves
+                )
+                block.storage.recomputed = by.recomputed
+                block.storage.died = None if block.died == math.inf else int(block.died)
+                left.append(block.storage)
+    return left
+
+
+def _with(whole: list[Event], left: Iterable[Storage]) -> list[Event]:
+    """`whole`, with the events of `left` where they belong."""
+    for storage in left:
+        for time, delta in ((storage.born, storage.nbytes), (storage.died, -storage.nbytes)):
+            if time is not None:
+                index = bisect_right(whole, time, key=lambda event: event.time)
+                where = whole[index - 1].where if index else storage.where
+                whole.insert(index, Event(time, delta, storage, where, storage.module))
+    return whole
+
+
+def at_allocator_peak(story: Told, source: str) -> tuple[Peak, Books]:
+    """The allocator's own peak, made up of categories, `kernel` scratch, and what nobody explains."""
+    blocks, operators = story.blocks, story.operators
     changes = sorted(_changes(blocks), key=lambda change: change[0])
     total, peak, moment = 0, 0, -math.inf
     for time, delta in changes:
@@ -141,7 +202,9 @@ def at_allocator_peak(
     recomputed = sum(s.nbytes for s in owned if s.category == "activations" and s.recomputed)
     where, module, op = _place(operators, moment)
     unattributed = sum(block.nbytes for block in nameless) - kernel
-    books = Books(source, peak, unattributed, sum(storage.nbytes for storage in foreign if alive(storage)))
+    books = Books(
+        source, peak, unattributed, sum(storage.nbytes for storage in story.foreign if alive(storage))
+    )
     total_held = sum(held for held in categories.values() if held)
     return Peak(total_held, where, module, op, categories, saved, recomputed, holdings_of(owned)), books
 

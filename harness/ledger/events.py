@@ -83,3 +83,5 @@ class Operator(NamedTuple):
     where: Where
     module: str
     name: str
+    leaves: str = ""  # of what is not seen inside: the category of what it makes and keeps
+    recomputed: bool = False

@@ -17,24 +17,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from harness.ledger.log import Log
 from harness.ledger.modules import in_backward
+from harness.ledger.replaced import replaced
 from harness.ledger.tensors import tensors_in
-
-
-@contextmanager
-def watching_saved(log: Log) -> Iterator[None]:
-    """Tell `log` what autograd saves for backward. The hooks change no value.
-
-    With hooks, an operator that saves its own result is not let go without a backward: the tensor has the node, and the
-    node the tensor. So what is not a leaf is saved as an alias without a node; a leaf as it is, for its data may be
-    exchanged, as ZeRO-3 does.
-    """
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        log.save(tensor)
-        return tensor if tensor.is_leaf else log.aside(tensor.detach)
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield
 
 
 @contextmanager
@@ -48,26 +32,29 @@ def watching_checkpoints(log: Log) -> Iterator[None]:
 
     def taken() -> torch.Tensor:
         state = take()
-        log.see(state, "get_rng_state", time_ns())
-        if not in_backward() and log.makes == "activations":
-            log.save(state)
+        if log.here():
+            log.see(state, "get_rng_state", time_ns())
+            if not in_backward() and log.makes == "activations":
+                log.save(state)
         return state
 
     class Kept(own._VersionWrapper):
         def __init__(self, val: Any) -> None:
             super().__init__(val)
-            if isinstance(val, torch.Tensor):
+            if isinstance(val, torch.Tensor) and log.here():
                 log.save(val)
 
     class Again(own._recomputation_hook):
         def __enter__(self) -> Any:
             self._before = log.module, log.recomputing
-            log.recomputing = True
+            if log.here():
+                log.recomputing = True
             return super().__enter__()
 
         def __exit__(self, *exc: Any) -> None:
             super().__exit__(*exc)
-            log.module, log.recomputing = self._before
+            if log.here():
+                log.module, log.recomputing = self._before
 
     with ExitStack() as undo:
         for owner, name, stand_in in (
@@ -75,15 +62,34 @@ def watching_checkpoints(log: Log) -> Iterator[None]:
             (own, "_VersionWrapper", Kept),
             (own, "_recomputation_hook", Again),
         ):
-            undo.callback(setattr, owner, name, getattr(owner, name))
-            setattr(owner, name, stand_in)
+            undo.enter_context(replaced(owner, name, stand_in))
         yield
 
 
 @contextmanager
-def watching_steps(stepped: Callable[[torch.optim.Optimizer], None]) -> Iterator[None]:
+def watching_sizes(log: Log) -> Iterator[None]:
+    """Tell `log` of storages that are given another size by no operator, as FSDP lets go of what it gathered."""
+    resize = torch.UntypedStorage.resize_
+
+    def resized(storage: torch.UntypedStorage, size: Any) -> Any:
+        made = resize(storage, size)
+        if log.here():
+            log.resized(storage)
+        return made
+
+    with replaced(torch.UntypedStorage, "resize_", resized):
+        yield
+
+
+@contextmanager
+def watching_steps(log: Log, stepped: Callable[[torch.optim.Optimizer], None]) -> Iterator[None]:
     """Call `stepped` with any torch optimizer that has made a step."""
-    handle = register_optimizer_step_post_hook(lambda optimizer, *_: stepped(optimizer))
+
+    def hook(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if log.here():
+            stepped(optimizer)
+
+    handle = register_optimizer_step_post_hook(hook)
     try:
         yield
     finally:
@@ -125,8 +131,5 @@ def leaving_out_shapes() -> Iterator[None]:
         with _disable_current_modes():
             return try_out(self, *arguments)
 
-    ShardingPropagator._propagate_tensor_meta_non_cached = unseen  # type: ignore[assignment, method-assign]
-    try:
+    with replaced(ShardingPropagator, "_propagate_tensor_meta_non_cached", unseen):
         yield
-    finally:
-        ShardingPropagator._propagate_tensor_meta_non_cached = try_out  # type: ignore[method-assign]

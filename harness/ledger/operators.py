@@ -10,6 +10,7 @@ from math import prod
 from typing import Any, NamedTuple
 
 import torch
+from torch._ops import OpOverload
 from torch.utils.flop_counter import flop_registry
 
 _aten = torch.ops.aten
@@ -32,6 +33,9 @@ OVERWRITES = _packets(
     *("new_zeros", "new_ones", "new_full"),
 )
 """What looks at no value of its first tensor."""
+
+MEMORY = _packets("resize_", "resize_as_", "_resize_output_", "set_", "lift", "lift_fresh")
+"""What gives what it returns other memory, or returns what no operator has made."""
 
 TAKES = _packets("embedding", "index_select", "gather", "index", "take")
 """What reads as much of its first tensor as it makes."""
@@ -115,8 +119,23 @@ class Rule(NamedTuple):
     flops: Callable[..., int] | None
 
 
+UNKNOWN = Rule(frozenset(), frozenset(), False, False, False, None, False, False, None)
+"""What one operator that runs others, as `torch.cond`'s, has to do is not known."""
+
+
+def views(func: Any) -> bool:
+    """Whether `func` makes no storage of its own: all that it returns is in what it was given."""
+    if not isinstance(func, OpOverload):
+        return False
+    returns, composite = func._schema.returns, torch._C.DispatchKey.CompositeImplicitAutograd
+    aliases = bool(returns) and all(each.alias_info is not None for each in returns)
+    return aliases and func._overloadpacket not in MEMORY and not func.has_kernel_for_dispatch_key(composite)
+
+
 def rule_of(func: Any) -> Rule | None:
     """The rule of `func`, by its schema; None where it moves nothing."""
+    if not isinstance(func, OpOverload):
+        return UNKNOWN
     packet, schema = func._overloadpacket, func._schema
     if func.namespace in ("c10d", "_c10d_functional") or packet in NOTHING:
         return None

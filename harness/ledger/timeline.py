@@ -1,5 +1,6 @@
 """From the log's events to peaks and phases. Plain data in and out."""
 
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -67,6 +68,23 @@ class Live:
         if storage.recomputed and storage.category == "activations":
             self.recomputed += event.delta
         self.totals[storage.category] += event.delta
+
+
+def from_the_start(events: Iterable[Event], opened: int) -> list[Event]:
+    """`events`, with what was there before the log was `opened` there from its beginning, whenever it was named."""
+    late = {
+        id(event.storage): event.storage
+        for event in events
+        if event.storage is not None and event.storage.base and event.storage.born > opened
+    }
+    if not late:
+        return list(events)
+    rest = [event for event in events if event.delta <= 0 or id(event.storage) not in late]
+    for storage in late.values():
+        storage.born = opened
+    index = bisect_right(rest, opened, key=lambda event: event.time)
+    start = [Event(opened, storage.nbytes, storage, Where(0, "idle", 0), "") for storage in late.values()]
+    return [*rest[:index], *start, *rest[index:]]
 
 
 def replay(events: Sequence[Event]) -> tuple[Peak, dict[str, Category], list[Phase]]:

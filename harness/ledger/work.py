@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from harness.ledger.operators import Rule, rule_of
+from harness.ledger.operators import UNKNOWN, Rule, rule_of, views
+from harness.ledger.tensors import parts_of, storage_of
 
 if TYPE_CHECKING:
     from harness.ledger.events import Where
@@ -32,8 +33,9 @@ class Work(NamedTuple):
 class Counter:
     """Adds up the work of operators on one kind of device, by where they ran."""
 
-    def __init__(self, device_of: Callable[[torch.Tensor], str], device: str, where: "Where") -> None:
-        self._device_of, self._device = device_of, device
+    def __init__(self, there: Callable[[torch.Tensor], bool], where: "Where") -> None:
+        self.there = there
+        self.views: set[str] = set()  # operators seen so far that make nothing, but show what was there
         self._rules: dict[Any, Rule | None] = {}
         self._done: dict[Where, list[int]] = {}
         self._unknown: set[Where] = set()
@@ -78,7 +80,12 @@ class Counter:
             rule = self._rules[func]
         except KeyError:
             rule = self._rules[func] = rule_of(func)
+            if views(func):
+                self.views.add(func.__name__)
         if rule is None or self._off:
+            return
+        if rule is UNKNOWN:
+            self._unknown.add(self._where)
             return
         read, written = self._moved(rule, args, kwargs or {}, out)
         here = self._here
@@ -123,12 +130,13 @@ class Counter:
 
     def _size(self, tensor: torch.Tensor) -> int:
         """Bytes of `tensor` in memory, what is repeated in it once; 0 on another device."""
-        if self._device_of(tensor) != self._device:
+        if not self.there(tensor):
             return 0
         try:
             stride = tensor.stride()
-        except (NotImplementedError, RuntimeError):  # sparse and other layouts without strides
-            return sum(self._size(part) for part in (tensor.indices(), tensor.values()))
+        except RuntimeError:  # a layout without strides
+            storage = storage_of(tensor)
+            return storage.nbytes() if storage is not None else sum(map(self._size, parts_of(tensor)))
         if 0 in stride and tensor.numel():
             return tensor.itemsize * prod(
                 size for size, step in zip(tensor.shape, stride, strict=True) if step
@@ -138,7 +146,7 @@ class Counter:
     def _elements(self, args: Any, place: int) -> int:
         """Bytes of as many elements of the first argument as the one at `place` has."""
         whole, like = args[0], args[place] if place < len(args) else None
-        if self._device_of(whole) != self._device:
+        if not self.there(whole):
             return 0
         return int(whole.itemsize * (like.numel() if isinstance(like, torch.Tensor) else 1))
 
@@ -151,5 +159,7 @@ def _tensors(out: Any) -> list[torch.Tensor]:
 
 def _apart(taken: Any, made: Any) -> bool:
     """Whether two tensors share no storage."""
-    pair = isinstance(taken, torch.Tensor) and isinstance(made, torch.Tensor)
-    return pair and taken.untyped_storage()._cdata != made.untyped_storage()._cdata
+    if not isinstance(taken, torch.Tensor) or not isinstance(made, torch.Tensor):
+        return False
+    one, other = storage_of(taken), storage_of(made)
+    return one is not None and other is not None and one._cdata != other._cdata
