@@ -11,8 +11,8 @@ from transformers.cache_utils import CacheLayerMixin
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from harness.knobs import Refusal
-from harness.ledger.log import device_of, tensors_in
 from harness.ledger.owners import cache_claims
+from harness.ledger.tensors import device_of, tensors_in
 
 STATES = ("conv_states", "recurrent_states")
 """What a layer of linear attention keeps, under these names."""

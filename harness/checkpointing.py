@@ -11,7 +11,7 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from harness.ledger.log import tensors_in
+from harness.ledger.tensors import tensors_in
 from harness.settings import Checkpointing, Refusal
 from harness.stage import Uncuttable, layers_of
 

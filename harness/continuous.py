@@ -21,7 +21,7 @@ from harness.cache import KvBytes
 from harness.clock import clock
 from harness.knobs import Generation
 from harness.ledger import Ledger
-from harness.ledger.log import tensors_in
+from harness.ledger.tensors import tensors_in
 from harness.paging import Held, Paged, Room, room
 from harness.prompts import Prompt
 from harness.skipped import Alike

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from harness.ledger import Ledger
-    from harness.ledger.log import Event
+    from harness.ledger.events import Event
 
 DIRECTORY = "trace"
 COLUMNS = {

@@ -9,7 +9,7 @@ from harness import ceilings, page, timing
 from harness.config import groups
 from harness.ledger import Ledger
 from harness.ledger.clock import Times
-from harness.ledger.log import Where
+from harness.ledger.events import Where
 from harness.model import sizes
 
 RATED = sorted(set(groups()["hardware"]) - {"auto", "cpu"})

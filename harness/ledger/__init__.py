@@ -13,10 +13,11 @@ from harness.ledger.categories import CATEGORIES
 
 if TYPE_CHECKING:
     from harness.ledger.allocator import CpuAllocator
+    from harness.ledger.books import Books
+    from harness.ledger.events import Where
     from harness.ledger.forwards import Forwards
     from harness.ledger.ledger import Ledger
-    from harness.ledger.log import Where
-    from harness.ledger.timeline import Books, Category, Peak, Phase
+    from harness.ledger.timeline import Category, Peak, Phase
     from harness.ledger.work import Work
 
 __all__ = [
@@ -33,14 +34,14 @@ __all__ = [
 ]
 
 _ROOMS = {
-    "Books": "timeline",
+    "Books": "books",
     "Category": "timeline",
     "CpuAllocator": "allocator",
     "Forwards": "forwards",
     "Ledger": "ledger",
     "Peak": "timeline",
     "Phase": "timeline",
-    "Where": "log",
+    "Where": "events",
     "Work": "work",
 }
 

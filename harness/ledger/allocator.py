@@ -7,10 +7,19 @@ made before the start only the ones that an earlier profile saw are reported whe
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
+
+from harness.ledger.replaced import replaced
+from harness.ledger.unseen import Unseen
+
+PROFILED = (
+    "a profiler of the program's own, or of another ledger, has the allocator's events: the allocator's peak, kernel "
+    "and what is unattributed are not measured, and operators are in that profile twice"
+)
 
 
 class Allocation(NamedTuple):
@@ -44,6 +53,26 @@ class CpuAllocator:
         kineto._enable_profiler(config, activities, {RecordScope.USER_SCOPE})
         self.running = True
         return True
+
+    @contextmanager
+    def giving_way(self, unseen: Unseen) -> Iterator[None]:
+        """Within it a profiler that the program starts is the only one, as without a ledger."""
+
+        def first(start: Callable[..., Any]) -> Callable[..., Any]:
+            def started(*args: Any, **kwargs: Any) -> Any:
+                if self.running and torch._C._autograd._profiler_enabled():  # in this thread
+                    self.stop()
+                    unseen.note("profiler", "allocator", PROFILED)
+                return start(*args, **kwargs)
+
+            return started
+
+        with ExitStack() as undo:
+            for name in ("_prepare_profiler", "_enable_profiler", "_enable_profiler_legacy"):
+                start = getattr(torch.autograd.profiler, name, None)
+                if start is not None:
+                    undo.enter_context(replaced(torch.autograd.profiler, name, first(start)))
+            yield
 
     def stop(self) -> list[Allocation] | None:
         """Every block's coming and going since `start`, in order; None where it never started."""

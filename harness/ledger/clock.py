@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from harness.ledger.log import Where
+    from harness.ledger.events import Where
 
 
 def moment(gpu: bool) -> Any:

@@ -7,7 +7,7 @@ pipeline of P stages under 1F1B has min(P - stage, m) of them, of m micro-batche
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from harness.ledger.log import Event, Where
+from harness.ledger.events import Event, Where
 
 
 @dataclass(frozen=True)

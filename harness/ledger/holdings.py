@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from harness.ledger.categories import CATEGORIES, pattern
-from harness.ledger.log import Storage
+from harness.ledger.events import Storage
 
 LARGEST = 40
 """Holdings of a peak that are named one by one."""

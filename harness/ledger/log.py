@@ -2,22 +2,38 @@
 
 Known limits: a storage that no operator returned and no owner names is not seen here (the allocator's own
 events show it as `kernel` or `unattributed`), and an operator that frees a storage behind Python's back
-shows its death when the storage object goes.
+shows its death when the storage object goes. Operators of other threads are not seen, nor are those that a compiler
+has made one program of (`compiled.py`).
 """
 
-import sys
+import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from time import time_ns
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
-from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _get_current_dispatch_mode_stack,
+    _pop_mode,
+    _push_mode,
+)
 
+from harness.ledger.events import Event, Operator, Storage, Where
+from harness.ledger.lines import calling_line
+from harness.ledger.tensors import (
+    parts_of,
+    places,
+    stands_for_others,
+    storage_of,
+    tensors_in,
+    unnoticed,
+)
+from harness.ledger.unseen import Unseen
 from harness.ledger.work import Counter
 
 PRECEDENCE = ("parameters", "optimizer", "communication", "gathered", "kv_cache", "gradients", "inputs")
@@ -35,91 +51,17 @@ COLLECTIVES = ("c10d", "_c10d_functional")
 POINT_TO_POINT = ("send", "recv_", "recv_any_source_", "wait_tensor")
 """What passes a tensor on from one rank to another, or waits for it: it stays what it is."""
 
-PASSED_OVER = (str(Path(torch.__file__).parent), str(Path(__file__).parent), "<")
-"""How the files' names begin whose lines nobody asks for; `<` is code that was made and has no file."""
+UNMADE = ("", "saved")
+"""Not operators, but ways in which the log first meets a storage that was there: it is named, or autograd keeps it."""
 
 _DEVICE = torch.ops.prim.device.default
+_FAKE, _FUNCTIONAL, _PROXY = (
+    getattr(torch._C._TorchDispatchModeKey, name) for name in ("FAKE", "FUNCTIONAL", "PROXY")
+)
+_mode: Any = torch._C._get_dispatch_mode
+_function_modes: Any = torch._C._len_torch_function_stack
 
 Made = TypeVar("Made")
-
-
-class Where(NamedTuple):
-    """A place in the run: which step, which phase of it, which micro-batch."""
-
-    step: int
-    phase: str
-    micro_batch: int
-
-
-@dataclass(slots=True, eq=False)
-class Storage:
-    """One allocation as tensors see it. `born`, `died` and `saved_at` (autograd kept it) are nanoseconds."""
-
-    nbytes: int
-    pointer: int
-    born: int
-    where: Where
-    module: str
-    op: str
-    category: str
-    name: str = ""
-    died: int | None = None
-    saved_at: int | None = None
-    recomputed: bool = False
-    base: bool = False  # it was alive before the log began
-    line: str = ""  # of the source that made it, where the log asks for lines
-    parts: dict[int, tuple[str, int]] | None = None  # parameters that lie in it, by offset: name, bytes
-
-    @property
-    def shares(self) -> list[tuple[str, int]]:
-        """Its bytes by name: of a buffer in which many parameters lie each one's, and what is left between them."""
-        own = [*self.parts.values()] if self.parts else []
-        if len(own) < 2:
-            return [(self.name, self.nbytes)]
-        left = self.nbytes - sum(nbytes for _, nbytes in own)
-        return [*own, *([("between parameters", left)] if left else [])]
-
-    def has(self, name: str, parameter: torch.Tensor) -> None:
-        """`parameter` lies in it, unless the place is known: a partition is a view of many that the module named."""
-        if self.parts is None:
-            self.parts = {}
-        offset = int(parameter.storage_offset())
-        if (
-            offset not in self.parts
-            and sum(n for _, n in self.parts.values()) + parameter.nbytes <= self.nbytes
-        ):
-            self.parts[offset] = name, parameter.nbytes
-
-
-class Event(NamedTuple):
-    """A change of the live set: `delta` bytes of `storage` at `time`; or a new phase where `storage` is None."""
-
-    time: int
-    delta: int
-    storage: Storage | None
-    where: Where
-    module: str
-    saved: bool = False  # the moment autograd saved it, which changes no total
-
-    @property
-    def saves(self) -> int:
-        """Bytes by which what autograd keeps of activations grows, or shrinks."""
-        storage = self.storage
-        if storage is None or storage.category != "activations":
-            return 0
-        if self.saved or (self.delta < 0 and storage.saved_at is not None):
-            return self.delta or storage.nbytes
-        return 0
-
-
-class Operator(NamedTuple):
-    """One dispatched operator, from `began` to `ended` in nanoseconds."""
-
-    began: int
-    ended: int
-    where: Where
-    module: str
-    name: str
 
 
 class _Death(weakref.ref):  # type: ignore[type-arg]
@@ -128,116 +70,195 @@ class _Death(weakref.ref):  # type: ignore[type-arg]
     storage: Storage
 
 
-def tensors_in(tree: Any) -> Iterator[torch.Tensor]:
-    """Every tensor in nested tuples, lists and dicts; of one that is made of others, those."""
-    if isinstance(tree, torch.Tensor):
-        if hasattr(tree, "__tensor_flatten__"):
-            for name in tree.__tensor_flatten__()[0]:
-                yield from tensors_in(getattr(tree, name))
-        else:
-            yield tree
-        return
-    for item in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, (tuple, list)) else ():
-        if isinstance(item, (torch.Tensor, tuple, list, dict)):
-            yield from tensors_in(item)
-
-
-def shared(types: Iterable[type]) -> bool:
-    """Whether among these kinds of tensors is DTensor, which is this rank's part and the word of how ranks share it.
-
-    A mode that leaves an operator on such to them is shown what they do with the parts.
-    """
-    return any(issubclass(kind, DTensor) for kind in types)
-
-
-def device_of(tensor: torch.Tensor) -> str:
-    """Where `tensor` is: the kind of device; of a fake one its whole name, asked for without an operator."""
-    fake = getattr(tensor, "fake_device", None)
-    return tensor.device.type if fake is None else str(fake)
-
-
-def calling_line() -> str:
-    """`file:line` of the innermost caller that is neither torch's nor the ledger's; nothing where there is none."""
-    frame = sys._getframe(1)
-    while frame is not None and frame.f_code.co_filename.startswith(PASSED_OVER):
-        frame = frame.f_back  # type: ignore[assignment]
-    return f"{frame.f_code.co_filename}:{frame.f_lineno}" if frame is not None else ""
-
-
 class Log(TorchDispatchMode):
     """A dispatch mode that logs storages. It holds no tensor and changes none."""
 
-    def __init__(self, device: str = "cpu", block: int = 1, lines: bool = False) -> None:
+    supports_higher_order_operators = True
+
+    def __init__(
+        self, device: str = "cpu", block: int = 1, lines: bool = False, unseen: Unseen | None = None
+    ) -> None:
         super().__init__()
         self.device, self.block, self.lines = device, block, lines
+        self.unseen = unseen or Unseen()
         self.where = Where(0, "idle", 0)
-        self.work = Counter(device_of, device, self.where)
+        self._there = places(device, False)
+        self.work = Counter(self._there, self.where)
         self.module = ""
         self.recomputing = False
         self.follow: Callable[[], None] | None = None  # called before each operator
         self.settle: Callable[[Any], None] | None = None  # called after each collective, with its arguments
         self.events: list[Event] = []
         self.operators: list[Operator] = []
+        self.recording = False
+        self.fakes = False  # whether fake tensors are what it counts
+        self.began = 0  # in nanoseconds
         self._alive: dict[int, _Death] = {}
-        self._recording = False
+        self._wraps: dict[type, bool] = {}
         self._aside = False
+        self._above: list[TorchDispatchMode] | None = None  # while it is hidden, the modes that go before it
+        self._thread = 0
 
     def __enter__(self) -> "Log":
-        self._recording = True
+        self.recording, self.began, self._thread = True, time_ns(), threading.get_ident()
         super().__enter__()
         return self
 
     def __exit__(self, *exc: Any) -> None:
+        self.recording = False
+        modes = _get_current_dispatch_mode_stack()
+        if self in modes and modes[-1] is not self:
+            self.hide()  # modes of the program's that were entered later go on
+        if self._above is not None:
+            self._above = None
+            _push_mode(self)
+        elif self not in modes:  # a generator that another thread closes
+            return
         super().__exit__(*exc)
-        self._recording = False
+
+    def restart(self) -> None:
+        """Begin with an empty page."""
+        self.where, self.module, self.recomputing = Where(0, "idle", 0), "", False
+        self.work = Counter(self._there, self.where)
+        self.events, self.operators, self._alive = [], [], {}
+        self._aside, self._above = False, None
+
+    def look(self) -> None:
+        """Decide what there is to count: where a FakeTensorMode is on, what it makes; else what holds memory."""
+        self.fakes = any(isinstance(mode, FakeTensorMode) for mode in _get_current_dispatch_mode_stack())
+        self._there = self.work.there = places(self.device, self.fakes)
+
+    def here(self) -> bool:
+        """Whether this thread is one that the log sees: its own, or one that autograd lent its modes to."""
+        if not self.recording:
+            return False
+        if threading.get_ident() == self._thread or self in _get_current_dispatch_mode_stack():
+            return True
+        self.unseen.note(*another_thread())
+        return False
+
+    def traced(self) -> bool:
+        """Whether the program is only tried out now, by somebody who wants a graph of it."""
+        graph = _mode(_PROXY) is not None or _mode(_FUNCTIONAL) is not None
+        return graph or (not self.fakes and _mode(_FAKE) is not None)
+
+    @property
+    def hidden(self) -> bool:
+        """Whether no operator is seen now."""
+        return self._above is not None
+
+    def sleep(self) -> None:
+        """See nothing any more: this is a forked child, and nobody will ask."""
+        self._aside, self.recording = True, False
+
+    def hide(self) -> None:
+        """Until `show`, no operator is seen. What ends is."""
+        self._above = []
+        while (mode := _pop_mode()) is not self:
+            self._above.append(mode)
+        for mode in reversed(self._above):
+            _push_mode(mode)
+
+    def show(self) -> None:
+        """End what `hide` began."""
+        if self._above is None:  # it was closed meanwhile
+            return
+        above, self._above = self._above, None
+        for _ in above:
+            _pop_mode()
+        for mode in (self, *reversed(above)):
+            _push_mode(mode)
 
     @contextmanager
-    def blind(self) -> Iterator[None]:
-        """Within it operators are not seen, and what ends is still told."""
-        with _disable_current_modes():
+    def opaque(self, name: str) -> Iterator[None]:
+        """Within it nothing is seen but the allocator's events: to the log it is one operator."""
+        began, hidden = time_ns(), self._above is not None
+        if not hidden:
+            self.hide()
+        try:
             yield
+        finally:
+            if not hidden:
+                self.show()
+            self.operators.append(
+                Operator(began, time_ns(), self.where, self.module, name, self.makes, self.recomputing)
+            )
 
     def aside(self, call: Callable[[], Made]) -> Made:
         """What `call` makes by operators that are the ledger's own, and no part of the run."""
-        self._aside = True
+        before, self._aside = self._aside, True
         try:
             return call()
         finally:
-            self._aside = False
+            self._aside = before
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         """Not to be wrapped against tracing: the wrapper costs as much as the log, and only a compiler needs it."""
         return False
 
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        """To a compiler it is not there: what is compiled without the log is compiled with it."""
+        return True
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Likewise."""
+        return True
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if types and shared(types):
-            return NotImplemented
+        if types:
+            if self.traced():
+                return func(*args, **kwargs) if kwargs else func(*args)
+            for kind in types:
+                if self._wraps[kind] if kind in self._wraps else self._wrapping(kind, args, kwargs):
+                    return NotImplemented  # it is shown what they do with what they wrap
         if self._aside:
             return func(*args, **kwargs) if kwargs else func(*args)
         if func is _DEVICE and (fake := getattr(args[0], "fake_device", None)) is not None:
             return fake
-        if func.namespace == "prim":  # a tensor is asked what it is
+        space = func.namespace
+        if space == "prim":  # a tensor is asked what it is
             return func(*args)
         if self.follow is not None:
             self.follow()
         began = time_ns()
         out = func(*args, **kwargs) if kwargs else func(*args)
-        together = func.namespace in COLLECTIVES
+        together = space in COLLECTIVES
         collective = together and func.__name__.partition(".")[0] not in POINT_TO_POINT
         if collective and self.settle is not None:
             self.settle(args)
-        ended = time_ns()
-        self.operators.append(Operator(began, ended, self.where, self.module, func.__name__))
+        write = self._write if not _function_modes() else unnoticed(self._write)
+        try:
+            write(func, args, kwargs, out, began, collective)
+        except Exception as error:  # a tensor of a kind that nobody thought of is no reason to stop a run
+            self.missed(func.__name__, error)
+        return out
+
+    def _write(self, func: Any, args: Any, kwargs: Any, out: Any, began: int, collective: bool) -> None:
+        """`func` has made `out` of these."""
+        name, ended = func.__name__, time_ns()
+        self.operators.append(Operator(began, ended, self.where, self.module, name))
         self.work.count(func, args, kwargs, out)
         if type(out) is torch.Tensor:
-            self.see(out, func.__name__, ended)
+            self.see(out, name, ended)
         elif out is not None:
             for tensor in tensors_in(out):
-                self.see(tensor, func.__name__, ended)
+                self.see(tensor, name, ended)
         if collective:
-            self._communicated((args, out), func.__name__, ended)
-        return out
+            self._communicated((args, out), name, ended)
+
+    def _wrapping(self, kind: type, args: Any, kwargs: Any) -> bool:
+        self._wraps[kind] = unnoticed(stands_for_others)(kind, (args, kwargs))
+        return self._wraps[kind]
+
+    def missed(self, name: str, error: Exception) -> None:
+        """The ledger itself failed at `name`; the program goes on."""
+        told = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        self.unseen.note(
+            name, "memory", f"{name} is not in the ledger's figures, which could not read it ({told})"
+        )
 
     def _communicated(self, given: Any, op: str, now: int) -> None:
         """What a collective sent, filled or made, and no owner names, is a bucket of its caller's."""
@@ -248,11 +269,12 @@ class Log(TorchDispatchMode):
 
     def see(self, tensor: torch.Tensor, op: str, now: int) -> Storage | None:
         """The record of `tensor`'s storage, made now if it was not known. None where it has none on this device."""
-        if device_of(tensor) != self.device:
+        if not self._there(tensor):
             return None
         try:
             storage = tensor.untyped_storage()
-        except NotImplementedError:  # sparse and other layouts without one storage
+        except (RuntimeError, ValueError):  # it has none
+            self._see_parts(tensor, op, now)
             return None
         key = storage._cdata
         known = self._alive.get(key)
@@ -264,12 +286,25 @@ class Log(TorchDispatchMode):
             return record
         return self._begin(storage, key, op, now)
 
-    def _begin(self, storage: torch.UntypedStorage, key: int, op: str, now: int) -> Storage:
+    def _see_parts(self, tensor: torch.Tensor, op: str, now: int) -> None:
+        parts = self.aside(lambda: parts_of(tensor))
+        for part in parts:
+            self.see(part, op, now)
+        if not parts and op and not is_lazy(tensor):
+            layout = f"tensors of layout {tensor.layout}"
+            self.unseen.note(
+                layout, "memory", f"{layout} have no storage: their memory is unattributed, or in no figure"
+            )
+
+    def _begin(self, storage: torch.UntypedStorage, key: int, op: str, now: int) -> Storage | None:
         where, module = self.where, self.module
-        fake = storage.device.type == "meta"
+        try:
+            pointer = 0 if storage.device.type == "meta" else storage.data_ptr()
+        except RuntimeError:  # it stands for memory that is not there
+            return None
         record = Storage(
             self._size(storage),
-            0 if fake else storage.data_ptr(),
+            pointer,
             now,
             where,
             module,
@@ -300,10 +335,23 @@ class Log(TorchDispatchMode):
         self._end(death.storage, time_ns())
 
     def _end(self, record: Storage, now: int) -> None:
-        if self._recording and record.died is None:
+        if self.recording and record.died is None:
             record.died = now
             if record.nbytes:
                 self.events.append(Event(now, -record.nbytes, record, self.where, self.module))
+
+    def resized(self, storage: torch.UntypedStorage) -> None:
+        """`storage` may have another size, which no operator gave it."""
+        known = self._alive.get(storage._cdata)
+        if known is not None and self._size(storage) != known.storage.nbytes:
+            self._end(known.storage, time_ns())
+            again = self._begin(storage, known.key, "resize_", time_ns())
+            if again is not None:  # it is whose it was
+                again.category, again.name, again.parts = (
+                    known.storage.category,
+                    known.storage.name,
+                    known.storage.parts,
+                )
 
     def enter(self, where: Where) -> None:
         """From here on, what happens happens in `where`."""
@@ -311,22 +359,49 @@ class Log(TorchDispatchMode):
         self.work.enter(where)
         self.events.append(Event(time_ns(), 0, None, where, self.module))
 
-    def save(self, tensor: torch.Tensor) -> None:
-        """Autograd keeps `tensor` for backward."""
-        for part in tensors_in(tensor):
-            record = self.see(part, "saved", time_ns())
-            if record is not None and record.saved_at is None:
-                record.saved_at = time_ns()
-                self.events.append(Event(record.saved_at, 0, record, self.where, self.module, saved=True))
+    def save(self, tensors: Any) -> None:
+        """Autograd keeps what is in `tensors` for backward."""
+        for part in (tensors,) if type(tensors) is torch.Tensor else tensors_in(tensors):
+            for _, record in self._records(part, "saved"):
+                if record.saved_at is None:
+                    record.saved_at = time_ns()
+                    saved = Event(record.saved_at, 0, record, self.where, self.module, saved=True)
+                    self.events.append(saved)
 
     def claim(self, category: str, name: str, tensor: torch.Tensor, base: bool = False) -> None:
         """`tensor`'s storage is `category`, for its whole life. `base`: it was there before the log began."""
-        for part in tensors_in(tensor):
-            record = self.see(part, "", time_ns())
-            if record is None:
-                continue
-            record.base = record.base or (base and not record.op)
-            if category == "parameters" and part.nbytes < record.nbytes:
-                record.has(name, part)
-            if not record.name or RANK[category] < RANK[record.category]:
-                record.category, record.name = category, name
+        for each in tensors_in(tensor):
+            for part, record in self._records(each, ""):
+                if base and not record.base and not self._made(record):
+                    record.base = not self.recording or _own_memory(part)
+                if category == "parameters" and part.nbytes < record.nbytes:
+                    record.has(name, part)
+                if not record.name or RANK[category] < RANK[record.category]:
+                    record.category, record.name = category, name
+
+    def _records(self, tensor: torch.Tensor, op: str) -> Sequence[tuple[torch.Tensor, Storage]]:
+        """`tensor` with its storage's record; of one that has none, its parts with theirs."""
+        record = self.see(tensor, op, time_ns())
+        if record is not None:
+            return ((tensor, record),)
+        if not self._there(tensor) or storage_of(tensor) is not None:
+            return ()
+        parts = self.aside(lambda: parts_of(tensor))
+        return [known for part in parts for known in self._records(part, op)]
+
+    def _made(self, record: Storage) -> bool:
+        """Whether an operator made it, as far as is known: a view's is only seen there."""
+        return record.op not in UNMADE and record.op not in self.work.views
+
+
+def _own_memory(tensor: torch.Tensor) -> bool:
+    """Whether torch's allocator made what is behind `tensor`: nobody else's can have another size."""
+    storage = storage_of(tensor)
+    return storage is not None and storage.resizable()
+
+
+def another_thread() -> tuple[str, Any, str]:
+    """The gap that this thread is."""
+    name = threading.current_thread().name
+    told = "what it makes is in no figure; open the ledger in the thread that runs the loop"
+    return f"thread {name}", "memory", f"thread {name!r} worked while a ledger was open in another: {told}"

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from harness.ledger.log import tensors_in
+from harness.ledger.tensors import tensors_in
 
 Claim = tuple[str, str, torch.Tensor]
 

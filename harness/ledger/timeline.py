@@ -1,21 +1,13 @@
-"""From the log's events, and the allocator's where there are any, to peaks and phases. Plain data in and out."""
+"""From the log's events to peaks and phases. Plain data in and out."""
 
-import math
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from harness.ledger.allocator import Allocation
 from harness.ledger.categories import CATEGORIES
+from harness.ledger.events import Event, Storage, Where
 from harness.ledger.holdings import Holding, holdings_of
-from harness.ledger.log import Event, Operator, Storage, Where
 from harness.ledger.work import Work
-
-CLOCK_ERROR = 500
-"""Nanoseconds by which the allocator's clock and the log's may disagree; far below the time between two operators."""
-
-NUMBER = 16
-"""Bytes of the largest 0-dim tensor that a Python number given to an operator becomes; no dispatch mode is shown it."""
 
 
 @dataclass
@@ -57,18 +49,6 @@ class Category:
 
 
 @dataclass
-class Books:
-    """The allocator's count at its own peak, and what of it no category explains. None: no allocator was heard."""
-
-    source: str | None = None
-    peak: int | None = None
-    unattributed: int | None = None
-    foreign: int | None = (
-        None  # then alive, and in no figure here: a mapped file's, numpy's, or from before the log
-    )
-
-
-@dataclass
 class Live:
     """Running totals by category."""
 
@@ -88,6 +68,23 @@ class Live:
         if storage.recomputed and storage.category == "activations":
             self.recomputed += event.delta
         self.totals[storage.category] += event.delta
+
+
+def from_the_start(events: Iterable[Event], opened: int) -> list[Event]:
+    """`events`, with what was there before the log was `opened` there from its beginning, whenever it was named."""
+    late = {
+        id(event.storage): event.storage
+        for event in events
+        if event.storage is not None and event.storage.base and event.storage.born > opened
+    }
+    if not late:
+        return list(events)
+    rest = [event for event in events if event.delta <= 0 or id(event.storage) not in late]
+    for storage in late.values():
+        storage.born = opened
+    index = bisect_right(rest, opened, key=lambda event: event.time)
+    start = [Event(opened, storage.nbytes, storage, Where(0, "idle", 0), "") for storage in late.values()]
+    return [*rest[:index], *start, *rest[index:]]
 
 
 def replay(events: Sequence[Event]) -> tuple[Peak, dict[str, Category], list[Phase]]:
@@ -138,134 +135,3 @@ def _alive(events: Iterable[Event]) -> Iterable[Storage]:
         elif event.storage is not None and event.delta < 0:
             del alive[id(event.storage)]
     return alive.values()
-
-
-@dataclass(slots=True, eq=False)
-class Block:
-    """A block of the allocator's, and the storage found to live in it."""
-
-    nbytes: int
-    born: float
-    died: float = math.inf
-    pointer: int = 0
-    storage: Storage | None = None
-
-
-def blocks_of(allocations: Iterable[Allocation]) -> dict[int, list[Block]]:
-    """Blocks by address, in order of birth. A block whose birth was not heard is left out."""
-    blocks: dict[int, list[Block]] = {}
-    for event in allocations:
-        here = blocks.setdefault(event.pointer, [])
-        if event.delta > 0:
-            here.append(Block(event.delta, event.time, pointer=event.pointer))
-        elif here and here[-1].died == math.inf:
-            here[-1].died = event.time
-    return blocks
-
-
-def _born(block: Block) -> float:
-    return block.born
-
-
-def settle(storages: Iterable[Storage], blocks: dict[int, list[Block]]) -> list[Storage]:
-    """Put each storage into the block it lives in; those that live in none are returned."""
-    homeless = []
-    for storage in storages:
-        here = blocks.get(storage.pointer, [])
-        index = bisect_right(here, storage.born + CLOCK_ERROR, key=_born) - 1  # type: ignore[arg-type]
-        block = here[index] if index >= 0 else None
-        if (
-            block
-            and block.storage is None
-            and block.nbytes == storage.nbytes
-            and block.died > storage.born - CLOCK_ERROR
-        ):
-            block.storage = storage
-            if block.died == math.inf and storage.died is not None:  # freed by a thread that reports nothing
-                block.died = storage.died
-        else:
-            homeless.append(storage)
-    return homeless
-
-
-def is_scratch(operators: Sequence[Operator], block: Block) -> bool:
-    """Whether `block` came and went within one operator's turn: a kernel's scratch, or a number given to it.
-
-    A turn lasts until the next operator begins, for a collective does its work while its caller waits.
-    """
-    if block.nbytes <= NUMBER and block.died != math.inf:
-        return True
-    index = bisect_right(operators, block.born + CLOCK_ERROR, key=lambda operator: operator.began)
-    ends = operators[index].began if index < len(operators) else math.inf
-    return index > 0 and block.died <= ends + CLOCK_ERROR
-
-
-def without_mappings(
-    blocks: list[Block], foreign: Sequence[Storage], operators: Sequence[Operator]
-) -> list[Block]:
-    """`blocks` without mapped files, which are reported as if allocated: storages of `foreign` lie within them."""
-    nameless = [block for block in blocks if block.storage is None and not is_scratch(operators, block)]
-    mappings = {
-        id(block)
-        for block in nameless
-        for storage in foreign
-        if block.pointer <= storage.pointer < block.pointer + block.nbytes and storage.nbytes < block.nbytes
-        if block.born <= storage.born < block.died
-    }
-    return [block for block in blocks if id(block) not in mappings]
-
-
-def at_allocator_peak(
-    events: Sequence[Event], operators: Sequence[Operator], allocations: Iterable[Allocation], source: str
-) -> tuple[Peak, Books]:
-    """The allocator's own peak, made up of categories, `kernel` scratch, and what nobody explains."""
-    storages = [event.storage for event in events if event.storage is not None and event.delta > 0]
-    by_pointer = blocks_of(allocations)
-    homeless = settle(storages, by_pointer)
-    foreign = [storage for storage in homeless if not storage.base]
-    blocks = without_mappings([block for here in by_pointer.values() for block in here], foreign, operators)
-    blocks += [Block(s.nbytes, s.born, s.died or math.inf, storage=s) for s in homeless if s.base]
-    changes = sorted(_changes(blocks), key=lambda change: change[0])
-    total, peak, moment = 0, 0, -math.inf
-    for time, delta in changes:
-        total += delta
-        if total > peak:
-            peak, moment = total, time
-
-    def alive(thing: Block | Storage) -> bool:
-        return thing.born <= moment and (thing.died is None or thing.died > moment)
-
-    standing = [block for block in blocks if alive(block)]
-    owned = [block.storage for block in standing if block.storage is not None]
-    categories: dict[str, int | None] = {
-        name: sum(storage.nbytes for storage in owned if storage.category == name) for name in CATEGORIES
-    }
-    nameless = [block for block in standing if block.storage is None]
-    scratch = [block for block in nameless if is_scratch(operators, block)]
-    kernel = categories["kernel"] = sum(block.nbytes for block in scratch)
-    saved = sum(
-        s.nbytes
-        for s in owned
-        if s.category == "activations" and s.saved_at is not None and s.saved_at <= moment
-    )
-    recomputed = sum(s.nbytes for s in owned if s.category == "activations" and s.recomputed)
-    where, module, op = _place(operators, moment)
-    unattributed = sum(block.nbytes for block in nameless) - kernel
-    books = Books(source, peak, unattributed, sum(storage.nbytes for storage in foreign if alive(storage)))
-    total_held = sum(held for held in categories.values() if held)
-    return Peak(total_held, where, module, op, categories, saved, recomputed, holdings_of(owned)), books
-
-
-def _changes(blocks: Iterable[Block]) -> Iterator[tuple[float, int]]:
-    for block in blocks:
-        yield block.born, block.nbytes
-        if block.died != math.inf:
-            yield block.died, -block.nbytes
-
-
-def _place(operators: Sequence[Operator], moment: float) -> tuple[Where, str, str]:
-    index = bisect_right(operators, moment + CLOCK_ERROR, key=lambda operator: operator.began) - 1
-    if index < 0:
-        return Where(0, "idle", 0), "", ""
-    operator = operators[index]
-    return operator.where, operator.module, operator.name

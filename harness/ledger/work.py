@@ -5,10 +5,6 @@ from one operator to the next: an upper bound of the traffic, and a lower bound 
 once, one that is written over is not read, an expanded one is as small as what it repeats, and where an operator takes
 some rows of a table it reads those. A view moves nothing, nor does an empty tensor; what ranks send each other is not
 counted. Scratch inside a kernel is not seen.
-
-Operations are those of matrix products, convolutions and attention, by `torch.utils.flop_counter`'s formulas and, where
-it has none, the like. By its convention an addition and a multiplication are two, masked scores count as any, and
-every other operator is 0.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,12 +13,12 @@ from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch.utils.flop_counter import flop_registry
+
+from harness.ledger.operators import UNKNOWN, Rule, rule_of, views
+from harness.ledger.tensors import parts_of, storage_of
 
 if TYPE_CHECKING:
-    from harness.ledger.log import Where
-
-_aten = torch.ops.aten
+    from harness.ledger.events import Where
 
 
 class Work(NamedTuple):
@@ -34,112 +30,13 @@ class Work(NamedTuple):
     passes: int = 0
 
 
-def _packets(*names: str) -> frozenset[Any]:
-    return frozenset(getattr(_aten, name) for name in names if hasattr(_aten, name))
-
-
-NOTHING = _packets(
-    *("_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"),
-    *("resize_", "set_", "record_stream", "is_same_size", "is_pinned", "_has_compatible_shallow_copy_type"),
-    "_local_scalar_dense",  # the host reads a number
-)
-"""What moves nothing, beside all that only makes views."""
-
-OVERWRITES = _packets(
-    *("copy_", "fill_", "zero_", "normal_", "uniform_", "random_", "exponential_", "bernoulli_"),
-    *("zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like"),
-    *("new_zeros", "new_ones", "new_full"),
-)
-"""What looks at no value of its first tensor."""
-
-TAKES = _packets("embedding", "index_select", "gather", "index", "take")
-"""What reads as much of its first tensor as it makes."""
-
-PUTS = {
-    **dict.fromkeys(_packets("index_put_"), 2),
-    **dict.fromkeys(_packets("index_copy_", "index_add_"), 3),
-    **dict.fromkeys(_packets("scatter_", "scatter_add_", "scatter_reduce_"), 2),
-}
-"""What writes to as many elements of its first tensor as the argument at this place has."""
-ADDS = _packets("index_add_", "scatter_add_", "scatter_reduce_")
-"""Of those, what reads them too."""
-
-SHAPE_ONLY = {_aten.nll_loss_backward: 1, _aten.nll_loss_forward: 0}
-"""What takes at this place a tensor for its shape, or for one element of each row."""
-
-
-def _attention(query: Any, key: Any, value: Any, *others: Any) -> int:
-    """Scores, and their product with the values: as `sdpa_flop_count`, with fewer heads of keys than of queries too."""
-    return sum(_products(query, key, value))
-
-
-def _attention_backward(gradient: Any, query: Any, key: Any, value: Any, *others: Any) -> int:
-    """Scores once more, and two products for each of the forward's: as `sdpa_backward_flop_count`."""
-    scores, mixed = _products(query, key, value)
-    return 3 * scores + 2 * mixed
-
-
-def _products(query: Any, key: Any, value: Any) -> tuple[int, int]:
-    pairs: int = 2 * prod(query.shape[:-1]) * key.shape[-2]
-    return pairs * query.shape[-1], pairs * value.shape[-1]
-
-
-def _linear(taken: Any, weight: Any, *others: Any) -> int:
-    return int(2 * taken.numel() * weight.shape[0])
-
-
-def _matmul(left: Any, right: Any, *others: Any) -> int:
-    columns = right.shape[-1] if right.dim() > 1 else 1
-    rows = left.shape[-2] if left.dim() > 1 else 1
-    batch = prod(torch.broadcast_shapes(left.shape[:-2], right.shape[:-2]))
-    return int(2 * batch * rows * left.shape[-1] * columns)
-
-
-def _grouped(left: Any, right: Any, *others: Any) -> int:
-    """Each row meets one of the matrices, or each part of the inner dimension gives one."""
-    groups = left.shape[0] if left.dim() == right.dim() == 3 else 1
-    return int(2 * groups * left.shape[-2] * left.shape[-1] * right.shape[-1])
-
-
-def _added(_: Any, left: Any, right: Any, *others: Any) -> int:
-    return _matmul(left, right)
-
-
-_SDPA = "_scaled_dot_product_"
-_KERNELS = tuple(f"{_SDPA}{kind}" for kind in ("flash_attention", "efficient_attention", "cudnn_attention"))
-_OTHERS = tuple(f"{_SDPA}{kind}" for kind in ("flash_attention_for_cpu", "fused_attention_overrideable"))
-
-FORMULAS: dict[Any, Callable[..., int]] = {
-    **dict.fromkeys(_packets("scaled_dot_product_attention", *_KERNELS, *_OTHERS), _attention),
-    **dict.fromkeys(_packets(*(f"{name}_backward" for name in (*_KERNELS, *_OTHERS))), _attention_backward),
-    **dict.fromkeys(_packets("mm", "bmm", "mv", "dot", "vdot", "matmul"), _matmul),
-    **dict.fromkeys(_packets("addmm", "baddbmm", "addmv", "addbmm", "addmm_", "baddbmm_"), _added),
-    **dict.fromkeys(_packets("linear"), _linear),
-    **dict.fromkeys(_packets("_grouped_mm", "_scaled_grouped_mm"), _grouped),
-}
-"""By arguments. `linear`, `matmul` and `scaled_dot_product_attention` are seen whole only in inference mode."""
-
-
-class _Rule(NamedTuple):
-    """How an operator's work follows from its arguments. A place is a position or a name."""
-
-    unread: frozenset[int | str]
-    mutated: frozenset[int | str]
-    makes: bool  # what it returns is new
-    may_copy: bool  # it returns a view, or a copy where there can be none
-    takes: bool
-    puts: int | None
-    adds: bool
-    picks: bool  # one element of each row
-    flops: Callable[..., int] | None
-
-
 class Counter:
     """Adds up the work of operators on one kind of device, by where they ran."""
 
-    def __init__(self, device_of: Callable[[torch.Tensor], str], device: str, where: "Where") -> None:
-        self._device_of, self._device = device_of, device
-        self._rules: dict[Any, _Rule | None] = {}
+    def __init__(self, there: Callable[[torch.Tensor], bool], where: "Where") -> None:
+        self.there = there
+        self.views: set[str] = set()  # operators seen so far that make nothing, but show what was there
+        self._rules: dict[Any, Rule | None] = {}
         self._done: dict[Where, list[int]] = {}
         self._unknown: set[Where] = set()
         self._off = False
@@ -182,8 +79,13 @@ class Counter:
         try:
             rule = self._rules[func]
         except KeyError:
-            rule = self._rules[func] = _rule(func)
+            rule = self._rules[func] = rule_of(func)
+            if views(func):
+                self.views.add(func.__name__)
         if rule is None or self._off:
+            return
+        if rule is UNKNOWN:
+            self._unknown.add(self._where)
             return
         read, written = self._moved(rule, args, kwargs or {}, out)
         here = self._here
@@ -192,7 +94,7 @@ class Counter:
         if rule.flops is not None and (read or written):
             here[0] += rule.flops(args, kwargs or {}, out)
 
-    def _moved(self, rule: _Rule, args: Any, kwargs: Any, out: Any) -> tuple[int, int]:
+    def _moved(self, rule: Rule, args: Any, kwargs: Any, out: Any) -> tuple[int, int]:
         """Bytes read and written."""
         read = written = 0
         known: list[torch.Tensor] = []
@@ -228,12 +130,13 @@ class Counter:
 
     def _size(self, tensor: torch.Tensor) -> int:
         """Bytes of `tensor` in memory, what is repeated in it once; 0 on another device."""
-        if self._device_of(tensor) != self._device:
+        if not self.there(tensor):
             return 0
         try:
             stride = tensor.stride()
-        except (NotImplementedError, RuntimeError):  # sparse and other layouts without strides
-            return sum(self._size(part) for part in (tensor.indices(), tensor.values()))
+        except RuntimeError:  # a layout without strides
+            storage = storage_of(tensor)
+            return storage.nbytes() if storage is not None else sum(map(self._size, parts_of(tensor)))
         if 0 in stride and tensor.numel():
             return tensor.itemsize * prod(
                 size for size, step in zip(tensor.shape, stride, strict=True) if step
@@ -243,56 +146,9 @@ class Counter:
     def _elements(self, args: Any, place: int) -> int:
         """Bytes of as many elements of the first argument as the one at `place` has."""
         whole, like = args[0], args[place] if place < len(args) else None
-        if self._device_of(whole) != self._device:
+        if not self.there(whole):
             return 0
         return int(whole.itemsize * (like.numel() if isinstance(like, torch.Tensor) else 1))
-
-
-def _rule(func: Any) -> _Rule | None:
-    """The rule of `func`, by its schema; None where it moves nothing."""
-    packet, schema = func._overloadpacket, func._schema
-    if func.namespace in ("c10d", "_c10d_functional") or packet in NOTHING:
-        return None
-    mutated: set[int | str] = set()
-    unread: set[int | str] = {0} if packet in OVERWRITES or packet in TAKES or packet in PUTS else set()
-    for place, argument in enumerate(schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            mutated |= {place, argument.name}
-            if argument.kwarg_only:  # out=
-                unread.add(argument.name)
-    aliases = [each.alias_info is not None for each in schema.returns]
-    composite = func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
-    if not mutated and aliases and all(aliases):
-        if not composite:
-            return None
-        unread.update(range(len(schema.arguments)), (argument.name for argument in schema.arguments))
-    if packet in SHAPE_ONLY:
-        unread.add(SHAPE_ONLY[packet])
-    if packet in PUTS:
-        mutated -= {0, schema.arguments[0].name}
-    if packet is _aten._fused_adamw_ or packet is _aten._fused_adam_:
-        mutated -= {1, "grads"}  # written only where they are scaled
-    return _Rule(
-        frozenset(unread),
-        frozenset(mutated),
-        not any(aliases),
-        bool(aliases) and all(aliases) and not mutated,
-        packet in TAKES,
-        PUTS.get(packet),
-        packet in ADDS,
-        packet is _aten.nll_loss_forward,
-        _flops(packet),
-    )
-
-
-def _flops(packet: Any) -> Callable[[Any, Any, Any], int] | None:
-    """From what `packet` takes and makes to its operations; None where it has no formula."""
-    own, theirs = FORMULAS.get(packet), flop_registry.get(packet)
-    if own is not None:
-        return lambda args, kwargs, out: own(*args)
-    if theirs is not None:
-        return lambda args, kwargs, out: int(theirs(*args, **kwargs, out_val=out))
-    return None
 
 
 def _tensors(out: Any) -> list[torch.Tensor]:
@@ -303,5 +159,7 @@ def _tensors(out: Any) -> list[torch.Tensor]:
 
 def _apart(taken: Any, made: Any) -> bool:
     """Whether two tensors share no storage."""
-    pair = isinstance(taken, torch.Tensor) and isinstance(made, torch.Tensor)
-    return pair and taken.untyped_storage()._cdata != made.untyped_storage()._cdata
+    if not isinstance(taken, torch.Tensor) or not isinstance(made, torch.Tensor):
+        return False
+    one, other = storage_of(taken), storage_of(made)
+    return one is not None and other is not None and one._cdata != other._cdata

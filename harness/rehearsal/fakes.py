@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 
-from harness.ledger.log import shared, tensors_in
+from harness.ledger.tensors import shared, tensors_in
 
 _aten = torch.ops.aten
 

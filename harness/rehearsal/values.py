@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.weak import WeakIdKeyDictionary
 
-from harness.ledger.log import COLLECTIVES, shared, tensors_in
+from harness.ledger.log import COLLECTIVES
+from harness.ledger.tensors import shared, tensors_in
 
 LARGEST = 2**20
 """Elements of the largest tensor that is computed: masks of [B, T] are far below it, [T, T] is never asked for."""

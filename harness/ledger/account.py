@@ -1,0 +1,49 @@
+"""What a ledger measured, and how that follows from its log and from what the allocator's own events say."""
+
+from typing import NamedTuple
+
+from harness.ledger.allocator import CpuAllocator, CudaAllocator
+from harness.ledger.books import Books, at_allocator_peak, told
+from harness.ledger.events import Event
+from harness.ledger.forwards import Forwards, in_flight
+from harness.ledger.log import Log
+from harness.ledger.timeline import Category, Peak, Phase, from_the_start, replay
+
+
+class Account(NamedTuple):
+    """What a ledger measured."""
+
+    peak: Peak | None
+    categories: dict[str, Category]
+    phases: list[Phase]
+    books: Books
+    forwards: Forwards | None = None
+
+
+def nothing() -> Account:
+    """What a ledger has measured that has seen nothing."""
+    return Account(None, {}, [], Books())
+
+
+def so_far(log: Log) -> Account:
+    """Up to this moment, without the allocator's side."""
+    return _of(log, from_the_start(log.events, log.began), Books())
+
+
+def closed(log: Log, allocator: CpuAllocator | CudaAllocator | None) -> Account:
+    """Of a log that has ended, whose events are then the whole story. The allocator is heard no more."""
+    if isinstance(allocator, CpuAllocator) and (allocations := allocator.stop()) is not None:
+        story = told(log.events, log.operators, allocations, log.began)
+        log.events = story.events
+        peak, books = at_allocator_peak(story, allocator.source)
+        return _of(log, story.events, books)._replace(peak=peak)
+    log.events = from_the_start(log.events, log.began)
+    books = Books(allocator.source, allocator.highest()) if isinstance(allocator, CudaAllocator) else Books()
+    return _of(log, log.events, books)
+
+
+def _of(log: Log, events: list[Event], books: Books) -> Account:
+    peak, categories, phases = replay(events)
+    for phase in phases:
+        phase.work = log.work.of(phase.where)
+    return Account(peak, categories, phases, books, in_flight(events))

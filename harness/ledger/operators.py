@@ -1,0 +1,181 @@
+"""What each operator moves and computes, by its schema: from arguments and results to bytes and operations.
+
+Operations are those of matrix products, convolutions and attention, by `torch.utils.flop_counter`'s formulas and, where
+it has none, the like. By its convention an addition and a multiplication are two, masked scores count as any, and
+every other operator is 0.
+"""
+
+from collections.abc import Callable
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch._ops import OpOverload
+from torch.utils.flop_counter import flop_registry
+
+_aten = torch.ops.aten
+
+
+def _packets(*names: str) -> frozenset[Any]:
+    return frozenset(getattr(_aten, name) for name in names if hasattr(_aten, name))
+
+
+NOTHING = _packets(
+    *("_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"),
+    *("resize_", "set_", "record_stream", "is_same_size", "is_pinned", "_has_compatible_shallow_copy_type"),
+    "_local_scalar_dense",  # the host reads a number
+)
+"""What moves nothing, beside all that only makes views."""
+
+OVERWRITES = _packets(
+    *("copy_", "fill_", "zero_", "normal_", "uniform_", "random_", "exponential_", "bernoulli_"),
+    *("zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like"),
+    *("new_zeros", "new_ones", "new_full"),
+)
+"""What looks at no value of its first tensor."""
+
+MEMORY = _packets("resize_", "resize_as_", "_resize_output_", "set_", "lift", "lift_fresh")
+"""What gives what it returns other memory, or returns what no operator has made."""
+
+TAKES = _packets("embedding", "index_select", "gather", "index", "take")
+"""What reads as much of its first tensor as it makes."""
+
+PUTS = {
+    **dict.fromkeys(_packets("index_put_"), 2),
+    **dict.fromkeys(_packets("index_copy_", "index_add_"), 3),
+    **dict.fromkeys(_packets("scatter_", "scatter_add_", "scatter_reduce_"), 2),
+}
+"""What writes to as many elements of its first tensor as the argument at this place has."""
+ADDS = _packets("index_add_", "scatter_add_", "scatter_reduce_")
+"""Of those, what reads them too."""
+
+SHAPE_ONLY = {_aten.nll_loss_backward: 1, _aten.nll_loss_forward: 0}
+"""What takes at this place a tensor for its shape, or for one element of each row."""
+
+
+def _attention(query: Any, key: Any, value: Any, *others: Any) -> int:
+    """Scores, and their product with the values: as `sdpa_flop_count`, with fewer heads of keys than of queries too."""
+    return sum(_products(query, key, value))
+
+
+def _attention_backward(gradient: Any, query: Any, key: Any, value: Any, *others: Any) -> int:
+    """Scores once more, and two products for each of the forward's: as `sdpa_backward_flop_count`."""
+    scores, mixed = _products(query, key, value)
+    return 3 * scores + 2 * mixed
+
+
+def _products(query: Any, key: Any, value: Any) -> tuple[int, int]:
+    pairs: int = 2 * prod(query.shape[:-1]) * key.shape[-2]
+    return pairs * query.shape[-1], pairs * value.shape[-1]
+
+
+def _linear(taken: Any, weight: Any, *others: Any) -> int:
+    return int(2 * taken.numel() * weight.shape[0])
+
+
+def _matmul(left: Any, right: Any, *others: Any) -> int:
+    columns = right.shape[-1] if right.dim() > 1 else 1
+    rows = left.shape[-2] if left.dim() > 1 else 1
+    batch = prod(torch.broadcast_shapes(left.shape[:-2], right.shape[:-2]))
+    return int(2 * batch * rows * left.shape[-1] * columns)
+
+
+def _grouped(left: Any, right: Any, *others: Any) -> int:
+    """Each row meets one of the matrices, or each part of the inner dimension gives one."""
+    groups = left.shape[0] if left.dim() == right.dim() == 3 else 1
+    return int(2 * groups * left.shape[-2] * left.shape[-1] * right.shape[-1])
+
+
+def _added(_: Any, left: Any, right: Any, *others: Any) -> int:
+    return _matmul(left, right)
+
+
+_SDPA = "_scaled_dot_product_"
+_KERNELS = tuple(f"{_SDPA}{kind}" for kind in ("flash_attention", "efficient_attention", "cudnn_attention"))
+_OTHERS = tuple(f"{_SDPA}{kind}" for kind in ("flash_attention_for_cpu", "fused_attention_overrideable"))
+
+FORMULAS: dict[Any, Callable[..., int]] = {
+    **dict.fromkeys(_packets("scaled_dot_product_attention", *_KERNELS, *_OTHERS), _attention),
+    **dict.fromkeys(_packets(*(f"{name}_backward" for name in (*_KERNELS, *_OTHERS))), _attention_backward),
+    **dict.fromkeys(_packets("mm", "bmm", "mv", "dot", "vdot", "matmul"), _matmul),
+    **dict.fromkeys(_packets("addmm", "baddbmm", "addmv", "addbmm", "addmm_", "baddbmm_"), _added),
+    **dict.fromkeys(_packets("linear"), _linear),
+    **dict.fromkeys(_packets("_grouped_mm", "_scaled_grouped_mm"), _grouped),
+}
+"""By arguments. `linear`, `matmul` and `scaled_dot_product_attention` are seen whole only in inference mode."""
+
+
+class Rule(NamedTuple):
+    """How an operator's work follows from its arguments. A place is a position or a name."""
+
+    unread: frozenset[int | str]
+    mutated: frozenset[int | str]
+    makes: bool  # what it returns is new
+    may_copy: bool  # it returns a view, or a copy where there can be none
+    takes: bool
+    puts: int | None
+    adds: bool
+    picks: bool  # one element of each row
+    flops: Callable[..., int] | None
+
+
+UNKNOWN = Rule(frozenset(), frozenset(), False, False, False, None, False, False, None)
+"""What one operator that runs others, as `torch.cond`'s, has to do is not known."""
+
+
+def views(func: Any) -> bool:
+    """Whether `func` makes no storage of its own: all that it returns is in what it was given."""
+    if not isinstance(func, OpOverload):
+        return False
+    returns, composite = func._schema.returns, torch._C.DispatchKey.CompositeImplicitAutograd
+    aliases = bool(returns) and all(each.alias_info is not None for each in returns)
+    return aliases and func._overloadpacket not in MEMORY and not func.has_kernel_for_dispatch_key(composite)
+
+
+def rule_of(func: Any) -> Rule | None:
+    """The rule of `func`, by its schema; None where it moves nothing."""
+    if not isinstance(func, OpOverload):
+        return UNKNOWN
+    packet, schema = func._overloadpacket, func._schema
+    if func.namespace in ("c10d", "_c10d_functional") or packet in NOTHING:
+        return None
+    mutated: set[int | str] = set()
+    unread: set[int | str] = {0} if packet in OVERWRITES or packet in TAKES or packet in PUTS else set()
+    for place, argument in enumerate(schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            mutated |= {place, argument.name}
+            if argument.kwarg_only:  # out=
+                unread.add(argument.name)
+    aliases = [each.alias_info is not None for each in schema.returns]
+    composite = func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
+    if not mutated and aliases and all(aliases):
+        if not composite:
+            return None
+        unread.update(range(len(schema.arguments)), (argument.name for argument in schema.arguments))
+    if packet in SHAPE_ONLY:
+        unread.add(SHAPE_ONLY[packet])
+    if packet in PUTS:
+        mutated -= {0, schema.arguments[0].name}
+    if packet is _aten._fused_adamw_ or packet is _aten._fused_adam_:
+        mutated -= {1, "grads"}  # written only where they are scaled
+    return Rule(
+        frozenset(unread),
+        frozenset(mutated),
+        not any(aliases),
+        bool(aliases) and all(aliases) and not mutated,
+        packet in TAKES,
+        PUTS.get(packet),
+        packet in ADDS,
+        packet is _aten.nll_loss_forward,
+        _flops(packet),
+    )
+
+
+def _flops(packet: Any) -> Callable[[Any, Any, Any], int] | None:
+    """From what `packet` takes and makes to its operations; None where it has no formula."""
+    own, theirs = FORMULAS.get(packet), flop_registry.get(packet)
+    if own is not None:
+        return lambda args, kwargs, out: own(*args)
+    if theirs is not None:
+        return lambda args, kwargs, out: int(theirs(*args, **kwargs, out_val=out))
+    return None

@@ -1,0 +1,176 @@
+"""What autograd saves for backward, seen by hooks that change no value, and beside those of the program's own."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.autograd import graph
+
+from harness.ledger.log import Log
+from harness.ledger.replaced import replaced
+from harness.ledger.tensors import tensors_in, unnoticed
+
+Hooks = tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]]
+"""What packs a tensor for autograd to keep, and what unpacks it."""
+
+_stack: Any = torch._C._autograd
+_function_modes: Any = torch._C._len_torch_function_stack
+
+_KEPT = ("saved_tensors", "_tensors_no_vc_check")
+"""A function's own in Python: what it saved, and what a compiled one keeps beside that."""
+
+NOT_SAVED = (
+    "what torch.func, or a program that disables saved-tensor hooks, keeps for backward is counted as activations, "
+    "and not as saved"
+)
+
+
+class Saving:
+    """Tells a log what autograd saves for backward.
+
+    With hooks, an operator that saves its own result is not let go without a backward: the tensor has the node, and the
+    node the tensor. So what is not a leaf is saved as an alias without a node; a leaf as it is, for its data may be
+    exchanged, as ZeRO-3 does. Hooks that the program has are called as before, and what they keep is saved.
+    """
+
+    def __init__(self, log: Log) -> None:
+        self._log = log
+        self._hooks: Hooks | None = None
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Within it what is saved is seen."""
+        if _stack._saved_tensors_hooks_get_disabled_error_message() is not None:
+            self._log.unseen.note("saved", "saved", NOT_SAVED)
+            yield
+            return
+        theirs = _top()
+        hooks = self._hooks = (
+            (self._pack, unpack) if theirs is None else (self._telling(theirs[0]), theirs[1])
+        )
+        _push(hooks)
+        try:
+            yield
+        finally:
+            self._hooks = None
+            _remove(hooks)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Within it nothing of this is there, for what takes no hooks at all."""
+        hooks = self._hooks
+        if hooks is None or _top() != hooks:  # the program's own are on top, and count alone
+            yield
+            return
+        _stack._pop_saved_tensors_default_hooks()
+        try:
+            yield
+        finally:
+            _push(hooks)
+
+    @contextmanager
+    def sharing(self) -> Iterator[None]:
+        """Within it the program enters hooks of its own, or allows none, and both are as without a ledger."""
+        enter, disable = graph.saved_tensors_hooks.__enter__, graph.disable_saved_tensors_hooks
+
+        def entered(hooks: Any) -> None:
+            if self._log.here() and not _checkpoints(hooks):
+                _push((self._telling(hooks.pack_hook), hooks.unpack_hook))
+            else:
+                enter(hooks)
+
+        @contextmanager
+        def disabled(message: str) -> Iterator[None]:
+            if not self._log.here():
+                with disable(message):
+                    yield
+                return
+            self._log.unseen.note("saved", "saved", NOT_SAVED)
+            with self.aside(), disable(message):
+                yield
+
+        with (
+            replaced(graph.saved_tensors_hooks, "__enter__", entered),
+            replaced(graph, "disable_saved_tensors_hooks", disabled),
+        ):
+            yield
+
+    def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        if _function_modes():
+            return unnoticed(self._packed)(tensor)
+        return self._packed(tensor)
+
+    def _packed(self, tensor: torch.Tensor) -> torch.Tensor:
+        self._log.save(tensor)
+        if tensor.is_leaf or self._log.traced():
+            return tensor
+        if type(tensor) is not torch.Tensor:
+            return self._log.aside(tensor.detach)
+        with torch._C._DisableTorchDispatch():  # no mode of the program's has asked for this
+            return tensor.detach()
+
+    def _telling(self, theirs: Callable[[torch.Tensor], Any]) -> Callable[[torch.Tensor], Any]:
+        """As `theirs`; what it gives autograd to keep is saved."""
+
+        def pack(tensor: torch.Tensor) -> Any:
+            packed = theirs(tensor)
+            if self._log.here():
+                self._log.save((packed,))
+            return packed
+
+        return pack
+
+
+def unpack(tensor: torch.Tensor) -> torch.Tensor:
+    """What was packed as it is."""
+    return tensor
+
+
+def number() -> int:
+    """That of the next node of autograd's in this thread."""
+    return int(_stack._get_sequence_nr())
+
+
+def saved_by(made: Iterable[torch.Tensor], since: int) -> Iterator[torch.Tensor]:
+    """What autograd keeps for the backward of `made`, in the nodes whose numbers are `since` and more."""
+    nodes: list[Any] = [tensor.grad_fn for tensor in made]
+    known = set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in known or hasattr(node, "variable") or node._sequence_nr() < since:
+            continue
+        known.add(node)
+        nodes += [each for each, _ in node.next_functions]
+        for name in _KEPT if hasattr(node, "saved_tensors") else dir(node):
+            if name in _KEPT or name.startswith("_saved_"):
+                try:
+                    yield from tensors_in((getattr(node, name, None),))
+                except RuntimeError:  # it was changed in place, or is freed
+                    continue
+
+
+def _checkpoints(hooks: Any) -> bool:
+    """Whether these are of torch's checkpointing, which is watched by itself."""
+    return any(kind.__module__ == torch.utils.checkpoint.__name__ for kind in type(hooks).__mro__)
+
+
+def _remove(hooks: Hooks) -> None:
+    """Take these away, and nobody else's that came after them."""
+    above: list[Hooks] = []
+    while (top := _top()) is not None:
+        _stack._pop_saved_tensors_default_hooks()
+        if top == hooks:
+            break
+        above.append(top)
+    for each in reversed(above):
+        _push(each)
+
+
+def _top() -> Hooks | None:
+    top: Hooks | None = _stack._top_saved_tensors_default_hooks(True)
+    return top
+
+
+def _push(hooks: Hooks) -> None:
+    _stack._push_saved_tensors_default_hooks(*hooks)
