@@ -16,6 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from harness import continuous, decode
+from harness.batch import Requests
 from harness.cache import check_kind
 from harness.knobs import Generation, Refusal, Settings
 from harness.ledger import Ledger
@@ -168,14 +169,17 @@ def _apart(logits: Tensor, expected: Tensor) -> float | None:
 
 
 def _batched(model: PreTrainedModel, prompts: Sequence[list[int]], kind: str) -> list[list[int]]:
-    return decode.generate(model, prompts, NEW, cache=kind, ledger=_unwatched()).tokens
+    return decode.generate(model, _requests(prompts), cache=kind, ledger=_unwatched()).tokens
 
 
 def _paged(model: PreTrainedModel, prompts: Sequence[list[int]], asked: Generation) -> list[list[int]]:
-    most = [NEW for _ in prompts]
-    requests = [Prompt("", prompt, NEW, "", "", "") for prompt in prompts]
-    within = room(asked, model.config, torch.float32, requests)
-    return continuous.generate(model, prompts, most, room=within, ledger=_unwatched()).tokens
+    given = [Prompt("", prompt, NEW, "", "", "") for prompt in prompts]
+    within = room(asked, model.config, torch.float32, given)
+    return continuous.generate(model, _requests(prompts), room=within, ledger=_unwatched()).tokens
+
+
+def _requests(prompts: Sequence[list[int]]) -> Requests:
+    return Requests(prompts, [NEW for _ in prompts])
 
 
 def _unwatched() -> Ledger:

@@ -4,6 +4,7 @@ A program is made for shapes and addresses, so everything it is given has the sa
 the newest tokens, their positions, the mask and the cache. On a GPU it is replayed as a CUDA graph.
 """
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +25,10 @@ Step = Callable[[Tensor, Tensor, Tensor, Cache], Tensor]
 
 
 class Compiled:
-    """`model`'s decoding step for batches of up to `length` positions, L. A rehearsal takes the step as it is."""
+    """`model`'s decoding step for batches of up to `length` columns, L, padding and all that follows it among them.
+
+    A rehearsal takes the step as it is.
+    """
 
     def __init__(self, model: PreTrainedModel, length: int, ledger: Ledger, rehearsed: bool = False) -> None:
         self.model, self.length, self.ledger, self.rehearsed = model, length, ledger, rehearsed
@@ -61,6 +65,9 @@ class Compiled:
 
     def _make(self, sequences: int) -> None:
         """The cache is made by a prompt of one token, the program by decoding after it."""
+        if self.cache is not None:
+            self.cache = None
+            gc.collect()  # a compiler's circles hold on to the one before
         kept = self.model.device
         self._tokens = torch.zeros(sequences, 1, dtype=torch.int64, device=kept)
         self._positions = torch.zeros_like(self._tokens)

@@ -19,6 +19,9 @@ from harness.settings import nearest, resolved, unresolved
 
 RUN_DIR = "hydra.run.dir"
 
+OPEN = "generation.config."
+"""Keys in it are transformers' own, which no file here lists: they need no + before them."""
+
 
 def directory() -> Path:
     """`conf/`: inside the package in an installed wheel, beside it in a checkout."""
@@ -84,6 +87,8 @@ def _take_shape_from_path(cfg: DictConfig, overrides: Sequence[Override]) -> Non
 
 def _parse(word: str) -> Override:
     key, _, value = word.partition("=")
+    if f"{key}.".startswith(OPEN):
+        word = f"++{word}"
     try:
         override = OverridesParser.create().parse_override(_taken_as_typed(key, value) or word)
     except HydraException as error:

@@ -2,7 +2,7 @@
 
 The scheduler, the paged cache and the forward are transformers' own (`generation.continuous_batching`), driven here, in
 this thread: its manager would run them in one of its own, which no ledger sees. Prompts and new tokens of all requests
-are one row of tokens; each forward chooses the likeliest next token of every request whose prompt is through.
+are one row of tokens; each forward chooses the next token of every request whose prompt is through, as alone.
 
 What it sizes by itself is said here: pages, tokens in a forward, requests at once. Off is what would change bytes from
 run to run or hold them twice: pages shared between prompts that begin alike, CUDA graphs, batches prepared ahead.
@@ -17,15 +17,18 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
+from harness.batch import Requests
 from harness.cache import KvBytes
 from harness.clock import clock
 from harness.knobs import Generation
 from harness.ledger import Ledger
 from harness.ledger.tensors import tensors_in
+from harness.paged_choosing import Choosers
 from harness.paging import Held, Paged, Room, room
 from harness.prompts import Prompt
 from harness.skipped import Alike
 from harness.speed import Share, Timing
+from harness.strategy import LIKELIEST, Strategy
 
 PLENTY = 2.0**40
 """Of the memory that transformers finds free: it would hold sizes that are given against that of this machine."""
@@ -79,7 +82,7 @@ def share_of(
     asked: Generation,
     model: PreTrainedModel,
     prompts: Mapping[int, Prompt],
-    eos: Sequence[int],
+    strategy: Strategy,
     ledger: Ledger,
     rehearsed: bool,
     tell: Callable[[int], None],
@@ -89,8 +92,8 @@ def share_of(
         return Share()
     mine = list(prompts.values())
     within = room(asked, model.config, model.dtype, mine)
-    given, most = [prompt.tokens for prompt in mine], [prompt.most for prompt in mine]
-    made = generate(model, given, most, room=within, eos=eos, ledger=ledger, rehearsed=rehearsed, tell=tell)
+    requests = Requests([prompt.tokens for prompt in mine], [prompt.most for prompt in mine], [*prompts])
+    made = generate(model, requests, strategy, room=within, ledger=ledger, rehearsed=rehearsed, tell=tell)
     tokens = dict(zip(prompts, made.tokens, strict=True))
     kept = [] if made.kv is None else [made.kv]
     paged = [] if made.paged is None else [made.paged]
@@ -100,16 +103,15 @@ def share_of(
 @torch.no_grad()
 def generate(
     model: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
-    most: Sequence[int],
+    requests: Requests,
+    strategy: Strategy = LIKELIEST,
     *,
     room: Room,
-    eos: Sequence[int] = (),
     ledger: Ledger,
     rehearsed: bool = False,
     tell: Callable[[int], None] = lambda ended: None,
 ) -> Continued:
-    """Continue each of `prompts` (ids, none empty), in `room`, by up to its own `most` >= 1, ending after any of `eos`.
+    """Continue each of `requests`, in `room`, its tokens chosen by `strategy`.
 
     `model` is in eval mode. The tokens are those that each request gets alone. `ledger` has a step for each load: as
     many requests ended as there are places. Its phases are `data` (what the next forward is given), `prefill` (a
@@ -118,11 +120,13 @@ def generate(
     Where it is `rehearsed` nothing ends early, and of forwards that differ in nothing but that each request is a token
     longer only the first and the last are made; when the ledger has seen enough, none.
     """
+    prompts, eos = requests.prompts, [] if rehearsed else strategy.ends
     made = Continued([[] for _ in prompts], [[] for _ in prompts], [0.0 for _ in prompts])
     with _processor(model, room, ledger) as (manager, processor):
-        for number, (prompt, new) in enumerate(zip(prompts, most, strict=True)):
-            manager.add_request(list(prompt), str(number), new, eos_token_id=[] if rehearsed else list(eos))
-        run = Run(model, processor, ledger, made, room, rehearsed, tell)
+        for number, (prompt, new) in enumerate(zip(prompts, requests.most, strict=True)):
+            manager.add_request(list(prompt), str(number), new, eos_token_id=eos)
+        choosers = Choosers(strategy, requests, model, processor, ledger)
+        run = Run(model, processor, choosers, ledger, made, room, rehearsed, tell)
         while run.forward():
             pass
         run.end()
@@ -138,6 +142,7 @@ class Run:
         self,
         model: PreTrainedModel,
         processor: Any,
+        choosers: Choosers,
         ledger: Ledger,
         made: Continued,
         room: Room,
@@ -146,7 +151,7 @@ class Run:
     ) -> None:
         self.model, self.processor, self.ledger, self.made = model, processor, ledger, made
         self.rehearsed, self.places, self.tell = rehearsed, room.requests, tell
-        self.held = Held(processor.cache)
+        self.choosers, self.held = choosers, Held(processor.cache)
         self.ended = self.told = self.forwards = self.tokens = self.evicted = 0
         self.phases: set[str] = set()
         self.before: list[str] = []  # the requests of the decode before
@@ -184,7 +189,10 @@ class Run:
             began, self.now = self.now, clock(self.model.device)
             processor.update_batch()
         self._came(batch, load, began)
-        self.ended += len(batch) - sum(each.state.request_id in scheduler.active_requests for each in batch)
+        gone = [each.state for each in batch if each.state.request_id not in scheduler.active_requests]
+        for state in gone:
+            self.choosers.leave(state)
+        self.ended += len(gone)
         self.forwards, self.tokens = self.forwards + 1, self.tokens + shown
         load.prompt_tokens += given
         load.prefill_seconds += (self.now - began) * given / shown
@@ -223,10 +231,12 @@ class Run:
         requests of other lengths, or it is the second of those.
         """
         before, self.before = self.before, [] if given else [each.state.request_id for each in batch]
-        again = not given and self.before == before
+        turns = [self.choosers.bends(each.state) for each in batch]
+        again = not given and self.before == before and not any(first for first, _ in turns)
         self.repeats = self.repeats + 1 if again else 0
         short = self.held.free < len(batch)  # one of them may not be in the next
-        last = short or any(each.state.generated_len() + 1 == each.state.max_new_tokens for each in batch)
+        last = short or any(last for _, last in turns)
+        last = last or any(each.state.generated_len() + 1 == each.state.max_new_tokens for each in batch)
         return self.ledger.exact and (last or self.repeats < 2)
 
 

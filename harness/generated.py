@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from harness.knobs import NEW_TOKENS
 from harness.record import read
 from harness.schema import Ceilings, Record, parse, printable
 from harness.settings import Refusal, typed
@@ -93,16 +94,17 @@ def point(record: Record, source: str) -> Point:
         record.performance.decode_tokens_per_second,
         record.performance.latency.between_tokens_seconds,
     )
+    new = record.inference.max_new_tokens or asked.max_new_tokens or NEW_TOKENS
     replicas = record.world.size // (record.pipeline.stages * asked.tensor_parallel)
     return Point(
         record.model.short,
         asked.cache,
         asked.batch,
         asked.prompt_length,
-        asked.max_new_tokens,
+        new,
         record.world.rehearsed,
         between.p50 if between else None,
-        asked.batch * replicas * (asked.max_new_tokens - 1) / rate if rate else None,
+        asked.batch * replicas * (new - 1) / rate if rate else None,
         rate / replicas if rate else None,
         record.inference.kv_reserved,
         sum(flops) if whole else None,

@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,9 +12,12 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from harness import continuous, model, stage, weights
+from harness.batch import Requests
 from harness.cache import attention_flops_per_position, check_bits, kv_bytes_per_token
 from harness.compiled import Compiled
-from harness.decode import Choose, Generated, draws, generate, greedy, sampler
+from harness.decode import Generated, generate
+from harness.generation_config import strategy_of
+from harness.knobs import Refusal
 from harness.ledger import Ledger
 from harness.pace import Pace
 from harness.paging import room
@@ -37,6 +40,7 @@ from harness.speed import (
 )
 from harness.split import ranges, split_of
 from harness.stage import Stage
+from harness.strategy import Strategy
 from harness.tokenizer import tokenizer_of
 from harness.world import World
 
@@ -53,7 +57,8 @@ def run(settings: Settings, world: World, ledger: Ledger, out: Output) -> None:
     began = time.perf_counter()
     config = model.model_config(settings.model)
     tokenizer = tokenizer_of(settings.model, settings.data.tokenizer)
-    prompts = find(settings, tokenizer, world.rehearsed)
+    strategy = strategy_of(settings, config)
+    prompts = find(settings, tokenizer, strategy.most, world.rehearsed)
     check(prompts, config)
     asked = settings.generation
     check_device(asked, world.kind)
@@ -65,6 +70,10 @@ def run(settings: Settings, world: World, ledger: Ledger, out: Output) -> None:
         room(asked, config, dtype, prompts)  # refused before the model is made
     with ledger.phase("setup"):
         built, sizes = _built(settings, config, dtype, world, ledger)
+    if asked.batching == "static":
+        check_columns(
+            built.model if isinstance(built, Stage) else built, prompts, asked.batch, world.replicas
+        )
     out.done["model"] = {
         "name": settings.model.name,
         **sizes,
@@ -75,18 +84,22 @@ def run(settings: Settings, world: World, ledger: Ledger, out: Output) -> None:
         ways += [f"layers shared by {world.tensor}"] * (world.tensor > 1)
         told = f"{sizes['parameters']:,} parameters in {', '.join(ways)}, {world.size} ranks"
         out.say(f"{settings.model.name}: {told}")
+    if told := strategy.told():
+        out.say(f"{settings.model.name}: {told}")
     startup = time.perf_counter() - began
-    share = share_of(settings, world, ledger, built, prompts, out.flush, out.say)
+    share = share_of(settings, world, ledger, built, prompts, strategy, out.flush, out.say)
     ledger.enough()  # on every rank, however many batches each had: an exact one takes part in what follows
     by_rank = world.gather(share)
     shares = of_replicas(by_rank, world.replicas, world.tensor)
     out.done["inference"] = {
         "prompts": len(prompts),
         "prompt_tokens": sum(len(prompt.tokens) for prompt in prompts),
+        "max_new_tokens": max(prompt.most for prompt in prompts),
         "cache": settings.generation.cache,
         "tensor_parallel": world.tensor,
         "kv_bytes_per_token": kv_bytes_per_token(config, dtype),
         "attention_flops_per_position": attention_flops_per_position(config),
+        "generation_config": strategy.as_record(),
         **largest(shares),
         **pages(shares),
     }
@@ -126,57 +139,98 @@ def share_of(
     ledger: Ledger,
     built: PreTrainedModel | Stage,
     prompts: Sequence[Prompt],
+    strategy: Strategy,
     flush: Callable[[], None],
     say: Say = lambda line: None,
 ) -> Share:
     """This replica's prompts, every `world.replicas`-th of them, in batches."""
     asked = settings.generation
-    share, mine = Share(), range(world.replica, len(prompts), world.replicas)
-    relay = Relay(built, world, ledger) if isinstance(built, Stage) else None
-    compiled = None
-    if asked.compile and isinstance(built, PreTrainedModel) and mine:
-        longest = max(len(prompts[number].tokens) + prompts[number].most for number in mine)
-        compiled = Compiled(built, longest - 1, ledger, world.rehearsed)
-    eos = end_tokens(built if relay is None else relay.stage.model) if asked.stop_at_eos else ()
+    mine = {number: prompts[number] for number in of_replica(len(prompts), world.replica, world.replicas)}
     quiet = world.rehearsed or not world.leads
-    continued = asked.batching == "continuous"
-    unit, wanted = ("prompt", len(mine)) if continued else ("token", sum(prompts[each].most for each in mine))
-    with Pace(wanted, unit, say, quiet) as pace:
-        if continued and isinstance(built, PreTrainedModel):
+    if asked.batching == "continuous" and isinstance(built, PreTrainedModel):
+        with Pace(len(mine), "prompt", say, quiet) as pace:
 
             def tell(ended: int) -> None:
                 pace.advance(ended)
                 flush()
 
-            by_number = {number: prompts[number] for number in mine}
-            return continuous.share_of(asked, built, by_number, eos, ledger, world.rehearsed, tell)
-        for step, numbers in enumerate(batches(mine, asked.batch)):
-            groups = cut(numbers, 1 if relay is None else settings.pipeline.groups or world.stages)
-            choose = [pace.counting(_chooser(settings, world, ledger, group), len(group)) for group in groups]
-            if world.rehearsed and step == settings.ledger.steps:
-                ledger.enough()  # as at the next prefill
-                break
-            given = [[prompts[number].tokens for number in group] for group in groups]
-            most = [[prompts[number].most for number in group] for group in groups]
-            how: Any = {"cache": asked.cache, "bits": asked.cache_bits, "eos": eos, "step": step}
-            how["ends_only"] = world.rehearsed
-            if isinstance(relay, Relay):
-                made = relay.generate(given, most, choose=choose, **how)
-            else:
-                how |= {"compiled": compiled, "ledger": ledger}
-                made = generate(built, given[0], most[0], choose=choose[0], **how)
-            share.tokens.update(zip(numbers, made.tokens, strict=True))
-            share.timings.append(timing(given, made))
-            share.kv += [] if made.kv is None else [made.kv]
-            pace.up_to(sum(prompts[number].most for number in mine[: (step + 1) * asked.batch]))
-            flush()
+            return continuous.share_of(asked, built, mine, strategy, ledger, world.rehearsed, tell)
+    with Pace(sum(prompt.most for prompt in mine.values()), "token", say, quiet) as pace:
+        return _in_batches(settings, world, ledger, built, mine, strategy, pace, flush)
+
+
+def _in_batches(
+    settings: Settings,
+    world: World,
+    ledger: Ledger,
+    built: PreTrainedModel | Stage,
+    prompts: Mapping[int, Prompt],
+    strategy: Strategy,
+    pace: Pace,
+    flush: Callable[[], None],
+) -> Share:
+    """These prompts, by their numbers, in batches that begin and end together."""
+    asked, share, done = settings.generation, Share(), 0
+    relay = Relay(built, world, ledger) if isinstance(built, Stage) else None
+    together = [_requests(prompts, numbers) for numbers in batches(list(prompts), asked.batch)]
+    cache: str | Compiled = asked.cache
+    if asked.compile and isinstance(built, PreTrainedModel) and together:
+        longest = max(requests.shown for requests in together)
+        cache = Compiled(built, longest, ledger, world.rehearsed)
+    for step, requests in enumerate(together):
+        if world.rehearsed and step == settings.ledger.steps:
+            ledger.enough()  # as at the next prefill
+            break
+        groups = [requests]
+        how: Any = {"cache": cache, "bits": asked.cache_bits, "step": step, "tell": pace.advance}
+        how["ends_only"] = world.rehearsed
+        if relay is not None:
+            parts = cut(requests.numbers, settings.pipeline.groups or world.stages)
+            groups = [_requests(prompts, numbers) for numbers in parts]
+            made = relay.generate(groups, strategy, **how)
+        else:
+            made = generate(built, requests, strategy, ledger=ledger, **how)
+        share.tokens.update(zip(requests.numbers, made.tokens, strict=True))
+        share.timings.append(timing(groups, made))
+        share.kv += [] if made.kv is None else [made.kv]
+        done += sum(requests.most)
+        pace.up_to(done)
+        flush()
     return share
 
 
-def timing(groups: Sequence[Sequence[Sequence[int]]], made: Generated) -> Timing:
+def of_replica(prompts: int, replica: int, replicas: int) -> range:
+    """The numbers of a replica's prompts among so many."""
+    return range(replica, prompts, replicas)
+
+
+def check_columns(built: PreTrainedModel, prompts: Sequence[Prompt], batch: int, replicas: int = 1) -> None:
+    """Refuse a batch with more columns, padding among them, than `built` has places for in its attention's own table.
+
+    Where the longest prompt has not the most after it, no request alone has so many. Every rank refuses the same.
+    """
+    tables = [
+        each.shape[-1] for each in built.buffers() if each.dim() == 4 and each.shape[-2] == each.shape[-1]
+    ]
+    if built.config.model_type == "mpt":
+        tables.append(built.config.max_seq_len)  # biases by distance, made at every forward
+    numbers = [of_replica(len(prompts), replica, replicas) for replica in range(replicas)]
+    together = [each for mine in numbers for each in batches(mine, batch)]
+    columns = max(_requests(dict(enumerate(prompts)), each).shown for each in together)
+    if tables and columns > min(tables):
+        told = f"padded, a batch comes to {columns} columns, and the model's attention has {min(tables)}"
+        raise Refusal("generation.batch", batch, f"{told}; use 1, or prompts of more like lengths together")
+
+
+def _requests(prompts: Mapping[int, Prompt], numbers: Sequence[int]) -> Requests:
+    chosen = [prompts[number] for number in numbers]
+    return Requests([prompt.tokens for prompt in chosen], [prompt.most for prompt in chosen], numbers)
+
+
+def timing(groups: Sequence[Requests], made: Generated) -> Timing:
     """What became of the prompts in `groups` in time."""
-    given = [len(prompt) for group in groups for prompt in group]
-    padding = sum(len(group) * max(map(len, group)) for group in groups) - sum(given)
+    given = [len(prompt) for group in groups for prompt in group.prompts]
+    padding = sum(len(group.prompts) * group.width for group in groups) - sum(given)
     return Timing(
         len(given),
         sum(given),
@@ -192,15 +246,6 @@ def timing(groups: Sequence[Sequence[Sequence[int]]], made: Generated) -> Timing
     )
 
 
-def _chooser(settings: Settings, world: World, ledger: Ledger, numbers: Sequence[int]) -> Choose:
-    asked = settings.generation
-    if not asked.sample or world.stage < world.stages - 1:  # only the last stage chooses
-        return greedy
-    uniform = draws(settings.seed, numbers, asked.max_new_tokens, world.device)
-    ledger.claim("inputs", "draws", uniform)
-    return sampler(uniform, asked.temperature, asked.top_k, asked.top_p)
-
-
 def cut(numbers: Sequence[int], groups: int) -> list[Sequence[int]]:
     """`numbers` in so many runs as even as can be, or fewer where they are fewer; none is empty."""
     groups = min(groups, len(numbers))
@@ -212,15 +257,6 @@ def batches(numbers: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     """`numbers` in runs of `size`; the last may be shorter."""
     for begin in range(0, len(numbers), size):
         yield numbers[begin : begin + size]
-
-
-def end_tokens(built: PreTrainedModel) -> list[int]:
-    """The tokens that the model itself says end a sequence; none, one or several."""
-    config = built.generation_config
-    found = None if config is None else config.eos_token_id
-    if found is None:
-        return []
-    return [found] if isinstance(found, int) else list(found)
 
 
 def write(

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 
 MOST = 2**53 - 1
@@ -26,6 +26,18 @@ Positive = Annotated[int, Field(ge=1, le=MOST), _Number]
 NotNegative = Annotated[int, Field(ge=0, le=MOST), _Number]
 PositiveFloat = Annotated[float, Field(gt=0, le=1e30), _Number]
 NotNegativeFloat = Annotated[float, Field(ge=0, le=1e30), _Number]
+
+NEW_TOKENS = 64
+"""Most tokens generated for a prompt where nobody says how many."""
+
+
+def _above_zero(value: float) -> float:
+    if value > 0:
+        return value
+    raise ValueError("should be greater than 0; generation.sample=false takes the likeliest token")
+
+
+Temperature = Annotated[float, Field(allow_inf_nan=False), AfterValidator(_above_zero)]
 
 _STRICT = ConfigDict(extra="forbid", coerce_numbers_to_str=True, use_attribute_docstrings=True)
 
@@ -165,8 +177,8 @@ class Generation:
     """Prompts sampled from the data where none are given."""
     prompt_length: Positive = 64
     """Tokens of a sampled prompt."""
-    max_new_tokens: Positive = 64
-    """Most tokens generated for a prompt."""
+    max_new_tokens: Positive | None = None
+    """Most tokens generated for a prompt; null is what the checkpoint says, else 64."""
     cache: Literal["dynamic", "static", "paged", "quantized", "offloaded", "none"] = "dynamic"
     """KV cache; none recomputes everything."""
     cache_bits: Literal[8, 4, 2] = 8
@@ -187,16 +199,18 @@ class Generation:
     """How many ranks share each layer, by transformers' own plan."""
     compile: bool = False
     """Compile the decoding step; needs cache=static."""
-    sample: bool = False
-    """Draw tokens; false takes the likeliest."""
-    temperature: PositiveFloat = 1.0
-    """Sampling: below 1 is sharper."""
-    top_k: NotNegative = 0
-    """Sampling: only the k likeliest; 0 is off."""
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Sampling: only the likeliest that add up to p; 1 is off."""
+    sample: bool | None = None
+    """Draw tokens; false takes the likeliest; null is what the checkpoint says, else false."""
+    temperature: Temperature | None = None
+    """Sampling: below 1 is sharper; null is what the checkpoint says, else 1."""
+    top_k: NotNegative | None = None
+    """Sampling: only the k likeliest, 0 is off; null is what the checkpoint says, else 0."""
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Sampling: only the likeliest that add up to p, 1 is off; null is what the checkpoint says, else 1."""
     stop_at_eos: bool = True
-    """End a sequence at the end-of-sequence token."""
+    """End a sequence at the checkpoint's end-of-sequence tokens."""
+    config: dict[str, Any] = Field(default_factory=dict)
+    """Other fields of transformers' GenerationConfig, over the checkpoint's: generation.config.min_new_tokens=8."""
 
 
 @dataclass(frozen=True, config=_STRICT)

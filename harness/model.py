@@ -24,12 +24,13 @@ from torch.distributed.tensor import DTensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
+from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 from harness import tensor, weights
 from harness.knobs import Model, Refusal
@@ -98,6 +99,7 @@ def build(
         "trust_remote_code": False,
         "ignore_mismatched_sizes": True,  # they are reported, and refused below
         "output_loading_info": True,
+        "generation_config": GenerationConfig(),  # the checkpoint's is read apart: a wrong one is no wrong model
     }
     with loading(settings.path):
         if mesh is None:
@@ -130,22 +132,26 @@ def export(
     model: torch.nn.Module,
     state: Mapping[str, torch.Tensor] | None,
     tokens: PreTrainedTokenizerBase,
+    generation: Mapping[str, Any],
     directory: Path,
 ) -> None:
-    """Write `model` with the weights in `state`, and its tokenizer, as transformers reads them; whole or not at all.
+    """Write `model` with the weights in `state`, its tokenizer and the fields of its `generation` config; whole or not
+    at all.
 
     What ended each text that it was trained on is among the tokens that end what it generates.
     """
     partial = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     assert isinstance(model, PreTrainedModel)
-    ends = model.generation_config.eos_token_id or []
+    model.generation_config = GenerationConfig()  # transformers refuses to save some that checkpoints have
+    ends = generation.get("eos_token_id") or []
     ends = [ends] if isinstance(ends, int) else [*ends]
     if tokens.eos_token_id not in (None, *ends):
-        model.generation_config.eos_token_id = [tokens.eos_token_id, *ends]
+        generation = {**generation, "eos_token_id": [tokens.eos_token_id, *ends]}
     with quiet():
         model.save_pretrained(partial, state_dict=dict(state) if state is not None else None)
         tokens.save_pretrained(partial)
+    (partial / GENERATION_CONFIG_NAME).write_text(json.dumps(generation, indent=2), encoding="utf-8")
     os.replace(partial, directory)
 
 

@@ -1,6 +1,6 @@
 """Prompts: where they come from, as tokens, and whether the model can take them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -9,6 +9,7 @@ from harness import data, workload
 from harness.rules import sources
 from harness.rules.positions import limit
 from harness.settings import Refusal, Settings
+from harness.workload import Request
 
 
 class Prompt(NamedTuple):
@@ -22,41 +23,42 @@ class Prompt(NamedTuple):
     place: str
 
 
-def find(settings: Settings, tokenizer: PreTrainedTokenizerBase, rehearsed: bool = False) -> list[Prompt]:
+def find(
+    settings: Settings,
+    tokenizer: PreTrainedTokenizerBase,
+    limit: Callable[[int], int],
+    rehearsed: bool = False,
+) -> list[Prompt]:
     """From `generation.prompts`, `.prompt` or `.workload`, else held-out text of the data. Raises Refusal.
 
-    Where it is `rehearsed`, sampled prompts have their length and no text.
+    `limit` says how many tokens may follow a prompt of so many, where it does not say so itself. Where it is
+    `rehearsed`, sampled prompts have their length and no text.
     """
     generation = settings.generation
-    key: str
+    origin: tuple[str, object]
     if generation.prompts is not None:
-        key, value = "generation.prompts", generation.prompts
-        return [
-            Prompt(line, encode(tokenizer, line), generation.max_new_tokens, key, value, f"line {number}")
-            for number, line in lines(key, value)
+        origin = "generation.prompts", generation.prompts
+        requests = [Request(line, 0, None, f"line {number}") for number, line in lines(*origin)]
+    elif generation.prompt:
+        origin = "generation.prompt", None
+        requests = [
+            Request(text, 0, None, f"prompt {number}") for number, text in enumerate(generation.prompt, 1)
         ]
-    if generation.prompt:
-        key = "generation.prompt"
-        return [
-            Prompt(
-                text, encode(tokenizer, text), generation.max_new_tokens, key, text[:40], f"prompt {number}"
-            )
-            for number, text in enumerate(generation.prompt, 1)
-        ]
-    if generation.workload is not None:
-        origin: tuple[str, object] = (workload.KEY, generation.workload)
-        requests = workload.read(generation)
+    elif generation.workload is not None:
+        origin = workload.KEY, generation.workload
+        requests = workload.read(generation.workload)
     else:
         origin = "generation.prompt_length", generation.prompt_length
-        requests = workload.drawn(generation, settings.seed)
+        requests = workload.drawn(generation, limit(generation.prompt_length), settings.seed)
     lengths = [request.length for request in requests if request.text is None]
     texts = iter(_sampled(settings, tokenizer, lengths, rehearsed))
     found = []
+    key, value = origin
     for text, _, most, place in requests:
         tokens = next(texts) if text is None else encode(tokenizer, text)
-        found.append(
-            Prompt(text_of(tokenizer, tokens) if text is None else text, tokens, most, *origin, place)
-        )
+        most = limit(len(tokens)) if most is None else most
+        told = text_of(tokenizer, tokens) if text is None else text
+        found.append(Prompt(told, tokens, most, key, told[:40] if value is None else value, place))
     return found
 
 
@@ -103,6 +105,9 @@ def check(prompts: Sequence[Prompt], config: PretrainedConfig) -> None:
     for _, tokens, most, key, value, place in prompts:
         if not tokens:
             raise Refusal(key, value, f"{place} has no tokens; give it text")
+        if most < 1:
+            told = f"{place} is {len(tokens)} tokens, and the generation config's max_length {len(tokens) + most}"
+            raise Refusal(key, value, f"{told}; shorten it, or give generation.max_new_tokens=")
         if longest is not None and len(tokens) + most > longest.tokens:
             ways = [f"shorten it to {longest.tokens - most}"] if most < longest.tokens else []
             left = longest.tokens - len(tokens)

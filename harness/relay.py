@@ -7,7 +7,7 @@ see the same end. Every stage knows every prompt, so shapes are known on both si
 B sequences of a group, T columns, H the hidden size.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,13 +17,17 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import Cache
 
+from harness import choosing, growth
+from harness.batch import Batch, Requests
 from harness.cache import KvBytes, of_groups
+from harness.choosing import Choose, chooser, greedy, nobody, telling
 from harness.clock import Marks, clock
-from harness.decode import Batch, Choose, Generated, finish, grow, ready
-from harness.growth import bends, can_advance, ends, every
+from harness.decode import Generated, finish, grow, ready
 from harness.ledger import Ledger
 from harness.ledger.clock import moment, seconds
+from harness.skipped import Turns
 from harness.stage import Stage
+from harness.strategy import Strategy
 from harness.world import World
 
 Sent = tuple[Tensor, Any]
@@ -74,8 +78,7 @@ class Group:
     """Sequences that go through the stages together, with a cache of their own on each."""
 
     number: int
-    prompts: Sequence[Sequence[int]]
-    most: Sequence[int]
+    requests: Requests
     batch: Batch
     cache: Cache | None
     choose: Choose
@@ -83,11 +86,6 @@ class Group:
     sent: list[Sent] = field(default_factory=list)
     """Its newest token."""
     ended: bool = False
-
-    @property
-    def room(self) -> int:
-        """For so many new tokens."""
-        return self.batch.tokens.shape[1] - self.batch.width
 
 
 class Relay:
@@ -102,43 +100,37 @@ class Relay:
     @torch.no_grad()
     def generate(
         self,
-        groups: Sequence[Sequence[Sequence[int]]],
-        most: Sequence[Sequence[int]],
+        groups: Sequence[Requests],
+        strategy: Strategy,
         *,
-        choose: Sequence[Choose],
         cache: str = "dynamic",
         bits: int = 8,
-        eos: Sequence[int] = (),
         step: int = 0,
         ends_only: bool = False,
+        tell: Callable[[int], object] = nobody,
     ) -> Generated:
-        """As `decode.generate`, for the prompts of each of `groups`, each with its own `most`, which the last stage
-        chooses for by its own.
+        """As `decode.generate`, for each of `groups`. Every stage must be asked for the same.
 
-        Every stage must be asked for the same. The tokens are those of the last one; where nothing ends a sequence,
-        others do not know them. The ledger's micro-batches are groups.
+        The tokens are those of the last one; where nothing ends a sequence, others do not know them. The ledger's
+        micro-batches are groups.
         """
         device, ledger = self.world.device, self.ledger
         started, relayed = clock(device), []
-        for number, (prompts, limits, chosen) in enumerate(zip(groups, most, choose, strict=True)):
+        for number, requests in enumerate(groups):
             with ledger.phase("prefill", step, number):
-                made = ready(prompts, limits, cache, bits, eos, self.stage.config, device, ledger)
-                relayed.append(Group(number, prompts, limits, *made, chosen, Marks(device)))
-                self._next_token(relayed[-1], 0, relayed[-1].batch.width)
+                batch, kept = ready(requests, strategy, cache, bits, self.stage.config, device, ledger)
+                choose = telling(self._chooser(strategy, requests, batch), tell)
+                relayed.append(Group(number, requests, batch, kept, choose, Marks(device)))
+                self._next_token(relayed[-1], 0, batch.width)
         first = clock(device)
-        rooms = {group.room for group in relayed}
-        ends_only = ends_only and len(rooms) == 1 and all(can_advance(group.cache) for group in relayed)
-        numbers, bent = range(1, max(rooms)), set[int]()
-        for group in relayed if ends_only else []:
-            bent |= bends(group.cache, group.batch.width, max(rooms))
-        for number, skipped in ends(numbers, bent, ledger) if ends_only else every(numbers):
+        for number, skipped in self._turns(relayed, strategy, ends_only):
             for group in relayed:
-                if number < group.room and not group.ended:
+                if number < group.requests.room and not group.ended:
                     with ledger.phase("decode", step, group.number, again=True):
                         self._decode(group, number, skipped)
-        tokens, held = self._finish(relayed, eos, step)
+        tokens, held = self._finish(relayed, strategy.ends, step)
         last = clock(device)
-        at = [(group.marks.moments(), len(group.prompts)) for group in relayed]
+        at = [(group.marks.moments(), len(group.requests.prompts)) for group in relayed]
         came = (moments for moments, sequences in at for _ in range(sequences))
         return Generated(
             tokens,
@@ -150,6 +142,23 @@ class Relay:
             moments=[moments[: len(row)] for moments, row in zip(came, tokens, strict=True)],
             computed=sum(len(moments) * sequences for moments, sequences in at),
         )
+
+    def _chooser(self, strategy: Strategy, requests: Requests, batch: Batch) -> Choose:
+        """What the last stage chooses by; no other chooses."""
+        if not self.stage.last:
+            return greedy
+        return chooser(strategy, requests, batch.tokens, self.stage.config, self.ledger)
+
+    def _turns(self, groups: Sequence[Group], strategy: Strategy, ends_only: bool) -> Turns:
+        """The numbers of the new tokens after the first, all or those at the ends of each stretch."""
+        rooms = {group.requests.room for group in groups}
+        numbers, bent = range(1, max(rooms)), set[int]()
+        if not ends_only or len(rooms) > 1 or not all(growth.can_advance(group.cache) for group in groups):
+            return growth.every(numbers)
+        for group in groups:
+            bent |= growth.bends(group.cache, group.batch.width, max(rooms))
+            bent |= choosing.bends(strategy, group.requests)
+        return growth.ends(numbers, bent, self.ledger)
 
     def _decode(self, group: Group, number: int, skipped: int) -> None:
         """New token `number` of `group`, once `skipped` others are taken for done; none if all its sequences ended."""
@@ -211,7 +220,7 @@ class Relay:
             with self.ledger.phase("decode", step, group.number):
                 self.link.settle(self._sent)
                 self.link.settle(group.sent)
-                new, kept = finish(group.batch, group.cache, group.prompts, group.most, eos)
+                new, kept = finish(group.requests, group.batch, group.cache, eos)
             self.ledger.disown(group.cache)
             tokens += new
             held += [] if kept is None else [kept]

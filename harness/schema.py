@@ -219,11 +219,21 @@ class Training(_Part):
     optimizer: Text | None = None
 
 
+class Setting(_Part):
+    """A field of the generation config: its value, where that is from, and why it changes nothing where it does not."""
+
+    value: Any
+    source: Text
+    moot: Text = ""
+
+
 class Inference(_Part):
     """What an inference run came to."""
 
     prompts: Number | None = None
     prompt_tokens: Bytes | None = None
+    max_new_tokens: Number | None = None
+    generation_config: dict[Text, Setting] = {}
     cache: Text | None = None
     kv_bytes_per_token: Bytes | None = None
     attention_flops_per_position: Bytes | None = None

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from harness import config
 from harness.climb import Climb
-from harness.knobs import RESOLVED, Refusal, Settings
+from harness.knobs import NEW_TOKENS, RESOLVED, Refusal, Settings
 from harness.rehearsal import decisive
 from harness.rehearsal.pool import Worst, decided, progress, rehearse_all, workers
 from harness.rules import check_world
@@ -253,7 +253,8 @@ def cost(settings: Settings) -> tuple[float, ...]:
     """
     if settings.mode == "infer":
         generation = settings.generation
-        return (-(generation.prompt_length + generation.max_new_tokens) * generation.batch,)
+        new = generation.max_new_tokens or NEW_TOKENS
+        return (-(generation.prompt_length + new) * generation.batch,)
     zero, train = settings.zero, settings.train
     step = {0: 2.0, 1: 2.0, 2: 1.0 + train.accumulation, 3: 3.0 * train.accumulation}[zero.stage]
     offload = ("none", *LAST_RESORT).index(zero.offload)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from transformers import Cache, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import Cache, PretrainedConfig, PreTrainedModel
 
 from harness import model, tensor, weights
 from harness.knobs import Model
@@ -203,8 +203,6 @@ def build(
         if not (plain and weights.read(stored, directory)):
             host = torch.device("cpu")
             _copy(stored, stage.tied, model.build(settings, config, dtype, host, seed, mesh=mesh))
-        if (directory / "generation_config.json").is_file():
-            stage.model.generation_config = GenerationConfig.from_pretrained(directory)
     return stage
 
 

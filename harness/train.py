@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from harness import checkpoint, data, model, stage, weights
 from harness.engine import Engine
+from harness.generation_config import fields_of
 from harness.ledger import Ledger
 from harness.pace import Pace
 from harness.pipeline import Pipeline
@@ -32,6 +33,7 @@ def run(settings: Settings, world: World, ledger: Ledger, out: Output) -> None:
     config = model.model_config(settings.model)
     positions.check(settings, config.to_dict())  # what a config.json leaves out is there
     tokenizer = tokenizer_of(settings.model, settings.data.tokenizer)
+    generation = fields_of(settings.model, config)
     corpus = data.corpus(settings.data, tokenizer, train.sequence, world)
     held_out = _held_out(settings, world, corpus)
     dtype = getattr(torch, settings.dtype)
@@ -63,7 +65,7 @@ def run(settings: Settings, world: World, ledger: Ledger, out: Output) -> None:
         out.done["performance"] = progress.rates()
     if train.export and progress.whole:
         with ledger.phase("checkpoint", train.steps):
-            _export(engine, world, tokenizer, out)
+            _export(engine, world, tokenizer, generation, out)
 
 
 def _engine(
@@ -146,11 +148,17 @@ def _held_out(
     return batches
 
 
-def _export(engine: Engine | Pipeline, world: World, tokenizer: PreTrainedTokenizerBase, out: Output) -> None:
+def _export(
+    engine: Engine | Pipeline,
+    world: World,
+    tokenizer: PreTrainedTokenizerBase,
+    generation: Mapping[str, Any],
+    out: Output,
+) -> None:
     state = engine.full_state()
     if world.leads and not world.rehearsed:
         directory = out.directory / "checkpoint"
-        model.export(engine.whole, state, tokenizer, directory)
+        model.export(engine.whole, state, tokenizer, generation, directory)
         if said := opens_otherwise(directory, tokenizer):
             out.say(f"checkpoint/: {said}")
     world.barrier()

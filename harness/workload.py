@@ -14,11 +14,14 @@ _FORM = 'write {"prompt_length": 64, "max_new_tokens": 8}, or "prompt" with a te
 
 
 class Request(NamedTuple):
-    """A `text` to continue, or one of `length` tokens from the data, by up to `most` tokens; `place` is where it is."""
+    """A `text` to continue, or one of `length` tokens from the data, by up to `most` tokens; `place` is where it is.
+
+    None: by as many as any.
+    """
 
     text: str | None
     length: int
-    most: int
+    most: int | None
     place: str
 
 
@@ -30,9 +33,8 @@ class _Line(BaseModel):
     max_new_tokens: Positive | None = None
 
 
-def read(generation: Generation) -> list[Request]:
+def read(path: str) -> list[Request]:
     """The requests in the file of `generation.workload`, a JSON object a line. Raises Refusal."""
-    path = str(generation.workload)
     written = sources.text(KEY, path, "give a file with a JSON object a line")
     found = []
     for number, line in enumerate(written.split("\n"), 1):
@@ -47,18 +49,21 @@ def read(generation: Generation) -> list[Request]:
             raise Refusal(KEY, path, f"line {number}: {told}; {_FORM}") from None
         if (asked.prompt is None) == (asked.prompt_length is None):
             raise Refusal(KEY, path, f"line {number} should have a prompt or its prompt_length; {_FORM}")
-        most = asked.max_new_tokens or generation.max_new_tokens
-        found.append(Request(asked.prompt, asked.prompt_length or 0, most, f"line {number}"))
+        place = f"line {number}"
+        found.append(Request(asked.prompt, asked.prompt_length or 0, asked.max_new_tokens, place))
     if not found:
         raise Refusal(KEY, path, f"there is no request in it; {_FORM}")
     return found
 
 
-def drawn(generation: Generation, seed: int) -> list[Request]:
-    """`generation.count` requests with the lengths that `generation.lengths` asks for, drawn by `seed`."""
+def drawn(generation: Generation, limit: int, seed: int) -> list[Request]:
+    """`generation.count` requests with the lengths that `generation.lengths` asks for, drawn by `seed`.
+
+    The longest are a prompt of `generation.prompt_length` tokens and `limit` after it.
+    """
     count = generation.count
     prompts = lengths(generation.lengths, count, generation.prompt_length, (seed, 0))
-    most = lengths(generation.lengths, count, generation.max_new_tokens, (seed, 1))
+    most = lengths(generation.lengths if limit > 0 else "fixed", count, limit, (seed, 1))
     pairs = zip(prompts, most, strict=True)
     return [Request(None, *pair, f"prompt {number}") for number, pair in enumerate(pairs, 1)]
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, QuantizedCache
 
+from harness.batch import Requests
 from harness.cache import check_bits, check_kind, kv_bytes, kv_bytes_per_token, make
 from harness.config import compose
 from harness.decode import Generated, generate
@@ -85,7 +86,8 @@ def build(kind: str, dtype: torch.dtype = torch.float32, **more: Any) -> Any:
 def ours(
     model: Any, cache: str, prompts: Any = PROMPTS, new: int = NEW, bits: int = 8, ledger: Any = None
 ) -> Generated:
-    return generate(model, prompts, new, cache=cache, bits=bits, ledger=ledger or Ledger(mode="off"))
+    requests = Requests(prompts, [new] * len(prompts))
+    return generate(model, requests, cache=cache, bits=bits, ledger=ledger or Ledger(mode="off"))
 
 
 def theirs(model: Any, prompts: Any = PROMPTS, new: int = NEW, **cache: Any) -> list[list[int]]:
@@ -342,7 +344,7 @@ def test_a_rehearsal_of_the_ends_is_that_of_every_token(
         *("generation.prompt_length=20", "generation.max_new_tokens=50", "generation.count=2"),
     )
     ends = rehearsed(*words)
-    monkeypatch.setattr("harness.decode.can_advance", lambda cache: False)
+    monkeypatch.setattr("harness.growth.can_advance", lambda cache: False)
     assert json.dumps(rehearsed(*words)) == json.dumps(ends)
 
 

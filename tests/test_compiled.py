@@ -7,10 +7,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from harness.batch import Requests
 from harness.compiled import Compiled, compiled
 from harness.decode import Generated, generate
-from harness.knobs import Refusal
+from harness.knobs import Generation, Refusal
 from harness.ledger import Ledger
+from harness.strategy import merged
 
 PROMPTS = [[5, 6, 7], [9] * 6]
 NEW = 8
@@ -40,7 +42,8 @@ def program(model: Any) -> Compiled:
 
 
 def run(model: Any, program: Compiled | None, ledger: Ledger = OFF, prompts: Any = PROMPTS) -> Generated:
-    return generate(model, prompts, NEW, cache="static", compiled=program, ledger=ledger)
+    requests = Requests(prompts, [NEW] * len(prompts))
+    return generate(model, requests, cache=program or "static", ledger=ledger)
 
 
 def test_tokens_are_those_of_the_eager_step_for_every_batch(model: Any, program: Compiled) -> None:
@@ -52,6 +55,16 @@ def test_tokens_are_those_of_the_eager_step_for_every_batch(model: Any, program:
     assert first.tokens == run(model, None).tokens
     assert [layer.keys.data_ptr() for layer in program.cache.layers] == places  # type: ignore[union-attr]
     assert len({token for row in first.tokens for token in row}) > 3  # else anything would agree
+
+
+def test_what_looks_at_tokens_is_outside_of_the_program(model: Any, program: Compiled) -> None:
+    fields = {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2, "min_new_tokens": 4, "eos_token_id": 3}
+    strategy = merged(Generation(), fields)
+    requests = Requests(PROMPTS, [NEW] * 2)
+    made = [
+        generate(model, requests, strategy, cache=each, ledger=OFF).tokens for each in (program, "static")
+    ]
+    assert made[0] == made[1] != run(model, None).tokens
 
 
 def test_the_books_close_and_the_program_is_the_same_under_an_exact_ledger(

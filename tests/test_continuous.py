@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from harness import cache_proof, decode
+from harness.batch import Requests
 from harness.cache import layer_bytes_per_token
 from harness.config import compose
 from harness.continuous import Continued, generate
@@ -26,6 +27,7 @@ from harness.ledger import Ledger
 from harness.paging import layers, room
 from harness.prompts import Prompt
 from harness.settings import Generation, Refusal, load
+from harness.strategy import merged
 
 SIZES: dict[str, Any] = {
     "vocab_size": 384,
@@ -74,7 +76,9 @@ def requests(prompts: Sequence[list[int]], most: Sequence[int]) -> list[Prompt]:
 
 def continued(model: Any, ledger: Ledger | None = None, eos: Sequence[int] = (), **knobs: Any) -> Continued:
     within = room(asked(**knobs), model.config, model.dtype, requests(PROMPTS, MOST))
-    return generate(model, PROMPTS, MOST, room=within, eos=eos, ledger=ledger or Ledger(mode="off"))
+    strategy = merged(Generation(), {"eos_token_id": list(eos)})
+    asked_for = Requests(PROMPTS, MOST, range(len(PROMPTS)))
+    return generate(model, asked_for, strategy, room=within, ledger=ledger or Ledger(mode="off"))
 
 
 def alone(model: Any) -> list[list[int]]:
@@ -127,7 +131,7 @@ def test_tokens_are_those_of_static_batching() -> None:
     model = build()
     for first in range(0, len(PROMPTS), PLACES):
         mine = slice(first, first + PLACES)
-        made = decode.generate(model, PROMPTS[mine], MOST[mine], ledger=Ledger(mode="off"))
+        made = decode.generate(model, Requests(PROMPTS[mine], MOST[mine]), ledger=Ledger(mode="off"))
         assert continued(model).tokens[mine] == made.tokens
 
 
@@ -350,10 +354,6 @@ CONTINUOUS = ("generation.batching=continuous", "generation.cache=paged")
         (
             [*CONTINUOUS, "generation.batch_tokens=3"],
             "generation.batch_tokens=3: a forward has a token of each of",
-        ),
-        (
-            [*CONTINUOUS, "generation.sample=true"],
-            "generation.sample=true: continuous batching draws for all",
         ),
         ([*CONTINUOUS, "pipeline.stages=2"], "pipeline.stages=2: requests enter and leave on one rank"),
         (

@@ -8,10 +8,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig, Qwen3Config
 
+from harness.batch import Batch, Requests, pad_left
 from harness.cache import layer_bytes_per_token, make
+from harness.choosing import drawn, draws, greedy
 from harness.clock import Marks
-from harness.decode import decode_n_tokens, draws, generate, greedy, pad_left, prefill, sampler, shown_to
+from harness.decode import decode_n_tokens, generate, prefill, shown_to
 from harness.ledger import Ledger
+from harness.settings import Generation
+from harness.strategy import LIKELIEST, Strategy, merged
 
 SIZES: dict[str, Any] = {
     "vocab_size": 384,
@@ -44,8 +48,22 @@ def build(shape: str = "grouped", attention: str = "sdpa", dtype: torch.dtype = 
     return model.eval()
 
 
-def ours(model: Any, prompts: Sequence[Sequence[int]], **options: Any) -> list[list[int]]:
-    return generate(model, prompts, NEW, ledger=Ledger(mode="off"), **options).tokens
+def asked(prompts: Sequence[Sequence[int]], most: int = NEW, first: int = 0) -> Requests:
+    return Requests(prompts, [most] * len(prompts), range(first, first + len(prompts)))
+
+
+def ending(*eos: int) -> Strategy:
+    return merged(Generation(), {"eos_token_id": list(eos)})
+
+
+def sampled(**options: Any) -> Strategy:
+    return merged(Generation(sample=True, **options), {})
+
+
+def ours(
+    model: Any, prompts: Sequence[Sequence[int]], strategy: Strategy = LIKELIEST, **options: Any
+) -> list[list[int]]:
+    return generate(model, asked(prompts), strategy, ledger=Ledger(mode="off"), **options).tokens
 
 
 def theirs(model: Any, prompts: Sequence[list[int]], cache: str, **options: Any) -> list[list[int]]:
@@ -91,7 +109,7 @@ def test_a_sequence_ends_after_any_of_the_end_tokens_as_in_transformers(cache: s
     free = theirs(model, PADDED, cache)
     ends = [free[0][4], free[1][9]]
     expected = theirs(model, PADDED, cache, eos_token_id=ends)
-    stopped = ours(model, PADDED, cache=cache, eos=ends)
+    stopped = ours(model, PADDED, ending(*ends), cache=cache)
     assert len({len(row) for row in stopped}) > 1  # they end in different places
     for row, whole, unstopped in zip(stopped, expected, free, strict=True):
         assert row == whole[: len(row)] == unstopped[: len(row)]
@@ -103,7 +121,7 @@ def test_generation_stops_when_every_sequence_has_ended() -> None:
     model, forwards = build(), []
     first = ours(model, EVEN)
     watch(model, lambda given, logits: forwards.append(1))
-    assert ours(model, EVEN, eos=[row[2] for row in first]) == [row[:3] for row in first]
+    assert ours(model, EVEN, ending(*(row[2] for row in first))) == [row[:3] for row in first]
     assert len(forwards) == 3
 
 
@@ -114,7 +132,7 @@ def test_without_end_tokens_every_sequence_fills_its_room() -> None:
 @pytest.mark.parametrize("cache", CACHES)
 def test_one_new_token_is_prefill_alone(cache: str) -> None:
     model = build()
-    one = generate(model, PADDED, 1, cache=cache, ledger=Ledger(mode="off")).tokens
+    one = generate(model, asked(PADDED, 1), cache=cache, ledger=Ledger(mode="off")).tokens
     assert one == [row[:1] for row in theirs(model, PADDED, cache)]
 
 
@@ -136,6 +154,7 @@ def test_the_model_is_shown_each_token_once_and_asked_for_last_logits_only(cache
     assert asked == {1}
 
 
+@torch.no_grad()
 def test_tokens_are_chosen_in_fp32() -> None:
     seen = set()
 
@@ -143,7 +162,7 @@ def test_tokens_are_chosen_in_fp32() -> None:
         seen.add(logits.dtype)
         return greedy(logits, number)
 
-    ours(build(dtype=torch.bfloat16), PADDED, choose=choose)
+    prefill(shown_to(build(dtype=torch.bfloat16), None), pad_left(asked(PADDED), (), CPU), choose)
     assert seen == {torch.float32}
 
 
@@ -161,12 +180,16 @@ class Waits(TorchDispatchMode):
 @torch.no_grad()
 def test_decoding_reads_no_value_back(cache: str, prompts: list[list[int]]) -> None:
     model = build()
-    batch, held = pad_left(prompts, NEW, (), CPU), make(cache, model.config, 11 + NEW)
+    batch, held = pad_left(asked(prompts), (), CPU), make(cache, model.config, 11 + NEW)
     show = shown_to(model, held)
     prefill(show, batch, greedy)
     with Waits() as waits:
-        decode_n_tokens(show, batch, held is not None, greedy, Marks(CPU))
+        decode_n_tokens(show, batch, rest(batch), held is not None, greedy, Marks(CPU))
     assert waits.count == 0
+
+
+def rest(batch: Batch) -> range:
+    return range(batch.width + 1, batch.tokens.shape[1])
 
 
 def places(cache: Any) -> list[int]:
@@ -176,16 +199,16 @@ def places(cache: Any) -> list[int]:
 @torch.no_grad()
 def test_a_static_cache_stays_where_it_is() -> None:
     model = build()
-    batch, held = pad_left(PADDED, NEW, (), CPU), make("static", model.config, 11 + NEW)
+    batch, held = pad_left(asked(PADDED), (), CPU), make("static", model.config, 11 + NEW)
     show = shown_to(model, held)
     prefill(show, batch, greedy)
     before = places(held)
-    decode_n_tokens(show, batch, True, greedy, Marks(CPU))
+    decode_n_tokens(show, batch, rest(batch), True, greedy, Marks(CPU))
     assert places(held) == before != []
 
 
 def test_prompts_are_padded_on_the_left_and_positions_count_real_tokens() -> None:
-    batch = pad_left([[7, 8, 9], [5]], 2, (), CPU)
+    batch = pad_left(asked([[7, 8, 9], [5]], 2), (), CPU)
     assert batch.tokens.tolist() == [[7, 8, 9, 0, 0], [0, 0, 5, 0, 0]]
     assert batch.mask is not None
     assert batch.mask.tolist() == [[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]]
@@ -196,7 +219,7 @@ def test_prompts_are_padded_on_the_left_and_positions_count_real_tokens() -> Non
 def test_a_sequence_gets_as_many_tokens_as_it_asked_for(cache: str) -> None:
     model, most = build(), [3, NEW, 1, 7]
     whole = ours(model, PADDED, cache=cache)
-    made = generate(model, PADDED, most, cache=cache, ledger=Ledger(mode="off"))
+    made = generate(model, Requests(PADDED, most), cache=cache, ledger=Ledger(mode="off"))
     assert made.tokens == [row[:limit] for row, limit in zip(whole, most, strict=True)]
     assert [len(moments) for moments in made.moments] == most
     assert made.computed == len(PADDED) * NEW  # all wait for the last
@@ -207,13 +230,13 @@ def test_a_batch_ends_when_each_has_ended_or_has_all_it_asked_for() -> None:
     (long, _), most = ours(model, EVEN), [NEW, 4]
     end = long[8]
     assert end not in long[:8]
-    made = generate(model, EVEN, most, eos=[end], ledger=Ledger(mode="off"))
+    made = generate(model, Requests(EVEN, most), ending(end), ledger=Ledger(mode="off"))
     assert [len(row) for row in made.tokens] == [9, 4]
     assert made.computed == 2 * 9
 
 
 def test_moments_of_tokens_follow_each_other() -> None:
-    made = generate(build(), PADDED, NEW, ledger=Ledger(mode="off"))
+    made = generate(build(), asked(PADDED), ledger=Ledger(mode="off"))
     for moments in made.moments:
         assert list(moments) == sorted(moments)
         assert moments[0] >= made.began
@@ -221,41 +244,22 @@ def test_moments_of_tokens_follow_each_other() -> None:
 
 
 def test_a_batch_without_padding_needs_no_mask() -> None:
-    assert pad_left(EVEN, 2, (), CPU).mask is None
+    assert pad_left(asked(EVEN, 2), (), CPU).mask is None
 
 
 THIRDS = torch.tensor([0.5, 0.0, 0.25, 0.125, 0.125]).log()
-EVENLY = ((torch.arange(1000) + 0.5) / 1000)[:, None]  # [1000, 1]
-
-
-def counts(**options: Any) -> list[int]:
-    """How often each of five tokens is drawn by numbers that lie evenly in [0, 1)."""
-    drawn = sampler(EVENLY, **options)(THIRDS.expand(1000, -1), 0)
-    return drawn.bincount(minlength=5).tolist()
+EVENLY = (torch.arange(1000) + 0.5) / 1000
 
 
 def test_tokens_are_drawn_in_proportion_to_their_probability() -> None:
-    assert counts() == [500, 0, 250, 125, 125]
-
-
-def test_temperature_sharpens() -> None:
-    squares = torch.tensor([0.5, 0.0, 0.25, 0.125, 0.125]) ** 2
-    expected = (1000 * squares / squares.sum()).round().int().tolist()
-    assert counts(temperature=0.5) == pytest.approx(expected, abs=1)
-
-
-def test_top_k_keeps_the_k_likeliest() -> None:
-    assert counts(top_k=2) == pytest.approx([667, 0, 333, 0, 0], abs=1)
-
-
-def test_top_p_keeps_the_likeliest_that_reach_p() -> None:
-    assert counts(top_p=0.6) == pytest.approx([667, 0, 333, 0, 0], abs=1)
+    found = drawn(THIRDS.expand(1000, -1), EVENLY)
+    assert found.bincount(minlength=5).tolist() == [500, 0, 250, 125, 125]
 
 
 @pytest.mark.parametrize(("number", "expected"), [(0.0, 1), (1 - 2**-24, 3)])
 def test_the_ends_of_the_range_draw_no_impossible_token(number: float, expected: int) -> None:
     logits = torch.tensor([[-torch.inf, 3.0, 1.0, 2.0, -torch.inf]])
-    assert sampler(torch.tensor([[number]]))(logits, 0).tolist() == [expected]
+    assert drawn(logits, torch.tensor([number])).tolist() == [expected]
 
 
 def test_a_sequences_draws_depend_on_the_seed_and_its_number_alone() -> None:
@@ -263,22 +267,24 @@ def test_a_sequences_draws_depend_on_the_seed_and_its_number_alone() -> None:
     assert together[1].equal(apart[0])
     assert not together[0].equal(together[1])
     assert not apart.equal(draws(2, [8], NEW, CPU))
+    assert draws(1, [8], 3, CPU).equal(apart[:, :3])  # whatever room its batch has
     assert together.min() >= 0
     assert together.max() < 1
 
 
 def test_a_sampled_text_does_not_depend_on_its_neighbours() -> None:
     model = build()
-    together = ours(model, PADDED, choose=sampler(draws(0, range(4), NEW, CPU), temperature=0.8, top_k=50))
+    strategy = sampled(temperature=0.8, top_k=50)
+    together = ours(model, PADDED, strategy)
     for number, prompt in enumerate(PADDED):
-        choose = sampler(draws(0, [number], NEW, CPU), temperature=0.8, top_k=50)
-        assert ours(model, [prompt], choose=choose) == [together[number]]
+        alone = generate(model, asked([prompt], first=number), strategy, ledger=Ledger(mode="off")).tokens
+        assert alone == [together[number]]
     assert together != ours(model, PADDED)
 
 
 def test_only_the_likeliest_is_greedy() -> None:
     model = build()
-    assert ours(model, PADDED, choose=sampler(draws(0, range(4), NEW, CPU), top_k=1)) == ours(model, PADDED)
+    assert ours(model, PADDED, sampled(top_k=1)) == ours(model, PADDED)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -286,7 +292,7 @@ def test_only_the_likeliest_is_greedy() -> None:
 def test_the_books_of_generation_close_and_its_cache_is_named(cache: str, dtype: torch.dtype) -> None:
     model = build(dtype=dtype)
     with Ledger(model=model) as ledger:
-        made = generate(model, PADDED, NEW, cache=cache, ledger=ledger, step=0)
+        made = generate(model, asked(PADDED), cache=cache, ledger=ledger, step=0)
     assert ledger.allocator.unattributed == 0
     assert ledger.peak.bytes == ledger.allocator.peak
     assert ledger.peak.saved == 0
@@ -315,7 +321,7 @@ def test_the_books_of_generation_close_and_its_cache_is_named(cache: str, dtype:
 def test_a_ledger_changes_no_token() -> None:
     model = build()
     with Ledger(model=model) as ledger:
-        watched = generate(model, PADDED, NEW, ledger=ledger).tokens
+        watched = generate(model, asked(PADDED), ledger=ledger).tokens
     assert watched == ours(model, PADDED)
 
 
@@ -323,7 +329,7 @@ def test_a_ledger_changes_no_token() -> None:
 def test_live_bytes_leave_out_padding_and_what_follows_an_end(cache: str) -> None:
     model = build()
     ends = [ours(model, PADDED)[0][4]]
-    made = generate(model, PADDED, NEW, cache=cache, eos=ends, ledger=Ledger(mode="off"))
+    made = generate(model, asked(PADDED), ending(*ends), cache=cache, ledger=Ledger(mode="off"))
     per_token = model.config.num_hidden_layers * layer_bytes_per_token(model.config, torch.float32)
     kept = [
         len(prompt) + len(new) - (len(new) == NEW)  # the last of a full row is never shown to the model

@@ -1,17 +1,29 @@
 """The inference run: every prompt once and in order, with transformers' own tokens, whatever the number of ranks."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, LlamaConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    ByT5Tokenizer,
+    GPT2Config,
+    LlamaConfig,
+)
 
 from harness import infer
+from harness.batch import Requests
+from harness.decode import generate
+from harness.generation_config import strategy_of
 from harness.infer import share_of, shown
 from harness.ledger import Ledger
+from harness.model import model_config
 from harness.prompts import Prompt, find
 from harness.record import Output
 from harness.settings import Generation, Model, Refusal, Settings
@@ -55,9 +67,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def ask(checkpoint: Path, precision: str = "fp32", seed: int = 0, **generation: Any) -> Settings:
+def ask(
+    checkpoint: Path, precision: str = "fp32", seed: int = 0, place: Path | None = None, **generation: Any
+) -> Settings:
     asked = Generation(**{"prompt": PROMPTS, "batch": 2, "max_new_tokens": NEW, **generation})
-    model = Model(name="test", path=str(checkpoint), attention="sdpa")
+    model = Model(name="test", path=str(place or checkpoint), attention="sdpa")
     return Settings(mode="infer", precision=precision, seed=seed, model=model, generation=asked)  # type: ignore[arg-type]
 
 
@@ -141,11 +155,12 @@ def test_ranks_share_the_prompts_out_and_change_no_text(
     inferred: Infer, checkpoint: Path, size: int, sample: bool
 ) -> None:
     settings = ask(checkpoint, sample=sample)
-    prompts = find(settings, AutoTokenizer.from_pretrained(checkpoint))
+    strategy = strategy_of(settings, model_config(settings.model))
+    prompts = find(settings, AutoTokenizer.from_pretrained(checkpoint), strategy.most)
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     ledger = Ledger(mode="off")
     shares = [
-        share_of(settings, World(rank, size, 0, CPU), ledger, model, prompts, no_flush).tokens
+        share_of(settings, World(rank, size, 0, CPU), ledger, model, prompts, strategy, no_flush).tokens
         for rank in range(size)
     ]
     counts = [len(share) for share in shares]
@@ -154,6 +169,100 @@ def test_ranks_share_the_prompts_out_and_change_no_text(
     together = {number: new for share in shares for number, new in share.items()}
     _, lines = inferred(sample=sample)
     assert [together[number] for number in range(len(PROMPTS))] == [line["tokens"] for line in lines]
+
+
+OWN = {"repetition_penalty": 1.4, "no_repeat_ngram_size": 3, "min_new_tokens": 6, "max_new_tokens": 9}
+
+
+@pytest.mark.parametrize(
+    "asked", [{}, {"cache": "static"}, {"cache": "paged", "batching": "continuous"}], ids=str
+)
+def test_a_checkpoints_generation_config_gives_each_prompt_what_it_gives_it_in_transformers(
+    inferred: Infer, checkpoint: Path, tmp_path: Path, asked: dict[str, Any]
+) -> None:
+    place = shutil.copytree(checkpoint, tmp_path / "own")
+    ends = json.loads((place / "generation_config.json").read_text())["eos_token_id"]
+    (place / "generation_config.json").write_text(json.dumps({**OWN, "eos_token_id": ends}))
+    model = AutoModelForCausalLM.from_pretrained(place)
+    expected = []
+    for prompt in PROMPTS:
+        given = torch.tensor([[byte + 3 for byte in prompt.encode()]])
+        made = model.generate(given, attention_mask=torch.ones_like(given), pad_token_id=0)
+        expected.append(made[0, given.shape[1] :].tolist())
+    done, lines = inferred(place=place, max_new_tokens=None, **asked)
+    assert [line["tokens"] for line in lines] == expected
+    assert done["inference"]["generation_config"]["min_new_tokens"] == {"value": 6, "source": "checkpoint"}
+    told = inferred(place=place, max_new_tokens=None, config={"repetition_penalty": None}, **asked)[1]
+    assert told != lines
+
+
+CROSSED = [(30, 2), (3, 40), (9, 20)]
+"""Requests of which the longest prompt has the shortest answer: together they take more than any alone."""
+
+
+@pytest.fixture
+def crossed(tmp_path: Path) -> dict[str, Any]:
+    file = tmp_path / "crossed.jsonl"
+    lines = ({"prompt": "x" * prompt, "max_new_tokens": most} for prompt, most in CROSSED)
+    file.write_text("\n".join(map(json.dumps, lines)))
+    return {"workload": str(file), "prompt": [], "batch": 3, "max_new_tokens": None, "stop_at_eos": False}
+
+
+@pytest.mark.parametrize("sample", [False, True])
+def test_a_batch_has_room_for_its_longest_prompt_and_its_longest_answer(
+    inferred: Infer, checkpoint: Path, crossed: dict[str, Any], sample: bool
+) -> None:
+    alone = inferred(**{**crossed, "batch": 1}, sample=sample)[1]
+    assert [len(line["tokens"]) for line in alone] == [most for _, most in CROSSED]
+    for asked in ({}, {"cache": "static"}, {"cache": "paged", "batching": "continuous"}):
+        assert inferred(**crossed, sample=sample, **asked)[1] == alone
+    settings = ask(checkpoint, **crossed, sample=sample, cache="static", compile=True)
+    strategy = strategy_of(settings, model_config(settings.model))
+    prompts = find(settings, AutoTokenizer.from_pretrained(checkpoint), strategy.most)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    uncompiled = World(
+        0, 1, 0, CPU, rehearsed=True
+    )  # the step as it is, in the cache that a program would have
+    share = share_of(settings, uncompiled, Ledger(mode="off"), model, prompts, strategy, no_flush)
+    assert share.kv[0].reserved == 3 * (30 + 40 - 1) * PER_TOKEN + 8 * LAYERS
+    assert [share.tokens[0]] == [line["tokens"] for line in alone][:1]
+
+
+def test_what_follows_a_sequences_end_is_at_positions_that_the_model_has(crossed: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 384,
+        "n_embd": 16,
+        "n_layer": 1,
+        "n_head": 2,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    model = AutoModelForCausalLM.from_config(GPT2Config(n_positions=43, **sizes)).eval()
+    given = [([7 + length] * length, most) for length, most in CROSSED]
+    alone = [
+        generate(model, Requests([prompt], [most]), ledger=Ledger(mode="off")).tokens[0]
+        for prompt, most in given
+    ]
+    together = Requests([prompt for prompt, _ in given], [most for _, most in given])
+    assert together.shown > 43
+    assert generate(model, together, ledger=Ledger(mode="off")).tokens == alone
+
+
+@pytest.mark.parametrize("kind", ["gpt_neo", "mpt"])
+def test_a_batch_with_more_columns_than_attentions_own_table_is_refused(kind: str) -> None:
+    sizes = {"hidden_size": 16, "d_model": 16, "n_heads": 2, "num_heads": 2, "n_layers": 1, "num_layers": 1}
+    limits = {"max_position_embeddings": 43, "max_seq_len": 43, "attention_types": [[["global"], 1]]}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **limits, vocab_size=384))
+    prompts = [Prompt("", [7] * length, most, "", "", "") for length, most in CROSSED]
+    infer.check_columns(model, prompts, 1)
+    told = "generation.batch=3: padded, a batch comes to 69 columns, and the model's attention has 43; use 1"
+    with pytest.raises(Refusal, match=told):
+        infer.check_columns(model, prompts, 3)
+    with pytest.raises(Refusal, match="use 1"):
+        infer.check_columns(
+            model, [prompts[2], prompts[0], prompts[0], prompts[1]], 3, replicas=2
+        )  # of the second
 
 
 def test_a_seed_gives_the_same_sample_and_another_seed_another(inferred: Infer) -> None:
@@ -181,9 +290,17 @@ def test_the_record_gets_counts_and_kv_bytes(inferred: Infer) -> None:
     tokens = [len(prompt.encode()) for prompt in PROMPTS]
     shown = max(tokens) + NEW - 1
     assert done["model"]["dtype"] == "float32"
+    config = done["inference"]["generation_config"]
+    done["inference"]["generation_config"] = {key: each for key, each in config.items() if "moot" not in each}
     assert done["inference"] == {
         "prompts": len(PROMPTS),
         "prompt_tokens": sum(tokens),
+        "max_new_tokens": NEW,
+        "generation_config": {
+            "do_sample": {"value": False, "source": "default"},
+            "eos_token_id": {"value": None, "source": "command line"},
+            "max_new_tokens": {"value": NEW, "source": "command line"},
+        },
         "new_tokens": NEW * len(PROMPTS),
         "unasked_tokens": 0,
         "padding_tokens": len(PROMPTS) * max(tokens) - sum(tokens),

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer
 
 from harness import model
+from harness.generation_config import fields_of
 from harness.knobs import Model, Refusal
 from harness.tokenizer import of_bytes, tokenizer_of
 
@@ -43,7 +44,7 @@ def made(given: Model, dtype: torch.dtype = torch.float32, seed: int = 0) -> tor
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def exported(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[torch.nn.Module, Path]:
     built = made(settings(), request.param)
-    model.export(built, None, ByT5Tokenizer(), tmp_path / "checkpoint")
+    model.export(built, None, ByT5Tokenizer(), {}, tmp_path / "checkpoint")
     return built, tmp_path / "checkpoint"
 
 
@@ -69,7 +70,9 @@ def test_an_export_comes_back_bit_for_bit_with_its_tokenizer(exported: tuple[tor
 def test_what_ended_the_texts_that_were_trained_on_ends_what_the_export_generates(
     asked: object, expected: object, tmp_path: Path
 ) -> None:
-    model.export(made(settings(eos_token_id=asked)), None, of_bytes(), tmp_path / "checkpoint")
+    shape = settings(eos_token_id=asked)
+    fields = fields_of(shape, model.model_config(shape))
+    model.export(made(shape), None, of_bytes(), fields, tmp_path / "checkpoint")
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint")
     assert exported.generation_config.eos_token_id == expected
 
@@ -97,7 +100,7 @@ def test_loaded_buffers_have_their_values(exported: tuple[torch.nn.Module, Path]
 
 def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:
     built = made(settings(tie_word_embeddings=True))
-    model.export(built, dict(built.named_parameters()), ByT5Tokenizer(), tmp_path / "tied")
+    model.export(built, dict(built.named_parameters()), ByT5Tokenizer(), {}, tmp_path / "tied")
     loaded = made(Model(name="test", path=str(tmp_path / "tied")))
     assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight  # type: ignore[operator]
     assert model.count(loaded) == model.count(built)
@@ -113,7 +116,7 @@ def test_every_architecture_comes_back_from_its_state_with_the_same_logits(
     )
     built = made(Model(name="test", config={**shape, "model_type": kind, "tie_word_embeddings": tied}))
     state = {name: parameter.detach().clone() for name, parameter in built.named_parameters()}
-    model.export(built, state, ByT5Tokenizer(), tmp_path / "checkpoint")
+    model.export(built, state, ByT5Tokenizer(), {}, tmp_path / "checkpoint")
     loaded = made(Model(name="test", path=str(tmp_path / "checkpoint")), seed=1)
     tokens = torch.tensor([[5, 6, 7]])
     assert torch.equal(loaded(tokens).logits, built.eval()(tokens).logits)
@@ -160,7 +163,7 @@ def test_random_takes_only_the_config(exported: tuple[torch.nn.Module, Path]) ->
 
 def test_a_failed_export_leaves_nothing_at_its_place(tmp_path: Path) -> None:
     with pytest.raises(AttributeError):
-        model.export(made(settings()), None, None, tmp_path / "checkpoint")
+        model.export(made(settings()), None, None, {}, tmp_path / "checkpoint")
     assert not (tmp_path / "checkpoint").exists()
 
 
@@ -246,7 +249,7 @@ def test_a_damaged_checkpoint_is_refused_in_one_line_and_never_random(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model.export(made(settings()), None, ByT5Tokenizer(), tmp_path / "checkpoint")
+    model.export(made(settings()), None, ByT5Tokenizer(), {}, tmp_path / "checkpoint")
     damage(tmp_path / "checkpoint")
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     caplog.clear()

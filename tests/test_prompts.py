@@ -22,7 +22,7 @@ def words() -> PreTrainedTokenizerFast:
 
 
 def given(file: Path) -> list[Prompt]:
-    return find(Settings(mode="infer", generation=Generation(prompts=str(file))), BYTES)
+    return find(Settings(mode="infer", generation=Generation(prompts=str(file))), BYTES, lambda length: 64)
 
 
 def prompt(length: int, place: str = "line 3", most: int = 1) -> Prompt:
@@ -92,7 +92,9 @@ def test_a_missing_file_and_a_directory_are_refused(tmp_path: Path) -> None:
 
 
 def test_prompts_on_the_command_line_keep_their_order() -> None:
-    found = find(Settings(mode="infer", generation=Generation(prompt=["b\n", "a", "b\n"])), BYTES)
+    found = find(
+        Settings(mode="infer", generation=Generation(prompt=["b\n", "a", "b\n"])), BYTES, lambda length: 64
+    )
     assert [prompt.text for prompt in found] == ["b\n", "a", "b\n"]
     assert [prompt.tokens for prompt in found] == [[101, 13], [100], [101, 13]]
     assert [prompt.place for prompt in found] == ["prompt 1", "prompt 2", "prompt 3"]

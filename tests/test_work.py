@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from harness.batch import Requests
 from harness.cache import attention_flops_per_position
 from harness.decode import generate
 from harness.ledger import Ledger, Work
@@ -140,7 +141,7 @@ def test_decoding_does_two_operations_for_each_weight_and_token_and_attends_to_w
 ) -> None:
     model, prompts, new = small_model(), [[1, 2, 3], [4, 5, 6]], 5
     with Ledger(model=model) as ledger:
-        generate(model, prompts, new, cache=cache, ledger=ledger)
+        generate(model, Requests(prompts, [new] * 2), cache=cache, ledger=ledger)
     known = [3 + token for token in range(1, new)] if cache == "dynamic" else [3 + new - 1] * (new - 1)
     attention = sum(LAYERS * 2 * 2 * 2 * HEADS * positions * WIDTH for positions in known)
     position = attention_flops_per_position(model.config)
@@ -156,7 +157,7 @@ def test_a_dynamic_cache_is_read_twice_and_written_once_for_each_token(batch: in
 
     def token(length: int) -> Work:
         with Ledger(model=model) as ledger:
-            generate(model, [[1] * length] * batch, 2, cache="dynamic", ledger=ledger)
+            generate(model, Requests([[1] * length] * batch, [2] * batch), ledger=ledger)
         return worked(ledger, "decode")
 
     short, long = token(3), token(4)

@@ -20,8 +20,8 @@ def asked(file: Path, text: str | bytes) -> Generation:
 def test_a_line_is_a_request_with_a_text_or_a_length(tmp_path: Path) -> None:
     text = '{"prompt": "one"}\n\n{"prompt_length": 5, "max_new_tokens": 2}\n'
     generation = asked(tmp_path / "requests.jsonl", text)
-    assert read(generation) == [("one", 0, 9, "line 1"), (None, 5, 2, "line 3")]
-    found = find(Settings(mode="infer", generation=generation), BYTES)
+    assert read(str(generation.workload)) == [("one", 0, None, "line 1"), (None, 5, 2, "line 3")]
+    found = find(Settings(mode="infer", generation=generation), BYTES, lambda length: 9)
     assert [(len(prompt.tokens), prompt.most) for prompt in found] == [(3, 9), (5, 2)]
     assert found[0].text == "one"
 
@@ -30,7 +30,7 @@ def test_a_line_is_a_request_with_a_text_or_a_length(tmp_path: Path) -> None:
 def test_a_workload_is_the_same_however_an_editor_saves_it(tmp_path: Path, encoding: str) -> None:
     text = '{"prompt": "żółw"}\r\n\r\n{"prompt_length": 5}\r\n'
     generation = asked(tmp_path / "requests.jsonl", text.encode(encoding))
-    assert read(generation) == [("żółw", 0, 9, "line 1"), (None, 5, 9, "line 3")]
+    assert read(str(generation.workload)) == [("żółw", 0, None, "line 1"), (None, 5, None, "line 3")]
 
 
 @pytest.mark.parametrize(
@@ -50,14 +50,14 @@ def test_a_workload_is_the_same_however_an_editor_saves_it(tmp_path: Path, encod
 def test_a_line_that_is_no_request_is_refused_with_its_number(tmp_path: Path, line: str, told: str) -> None:
     generation = asked(tmp_path / "requests.jsonl", line)
     with pytest.raises(Refusal) as refused:
-        read(generation)
+        read(str(generation.workload))
     assert told in str(refused.value)
     assert 'write {"prompt_length": 64' in str(refused.value)
 
 
 def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Refusal, match=r"generation.workload=.*: Is a directory"):
-        read(Generation(workload=str(tmp_path)))
+        read(str(tmp_path))
 
 
 def test_lengths_are_drawn_by_seed_within_their_range() -> None:
@@ -77,17 +77,17 @@ def test_half_of_skewed_lengths_are_within_the_root_of_the_longest() -> None:
 
 
 def test_prompts_and_what_follows_them_are_drawn_apart() -> None:
-    requests = drawn(Generation(count=50, prompt_length=64, max_new_tokens=64, lengths="uniform"), 3)
+    requests = drawn(Generation(count=50, prompt_length=64, lengths="uniform"), 64, 3)
     assert [request.length for request in requests] != [request.most for request in requests]
     assert len(requests) == 50
 
 
 def test_sampled_prompts_have_the_lengths_that_were_drawn() -> None:
-    generation = Generation(count=6, prompt_length=32, max_new_tokens=16, lengths="skewed")
-    found = find(Settings(mode="infer", generation=generation), BYTES)
-    expected = drawn(generation, 0)
+    generation = Generation(count=6, prompt_length=32, lengths="skewed")
+    found = find(Settings(mode="infer", generation=generation), BYTES, lambda length: 16)
+    expected = drawn(generation, 16, 0)
     assert [(len(prompt.tokens), prompt.most) for prompt in found] == [(r.length, r.most) for r in expected]
-    rehearsed = find(Settings(mode="infer", generation=generation), BYTES, rehearsed=True)
+    rehearsed = find(Settings(mode="infer", generation=generation), BYTES, lambda length: 16, rehearsed=True)
     assert [(len(prompt.tokens), prompt.most) for prompt in rehearsed] == [
         (r.length, r.most) for r in expected
     ]

@@ -24,6 +24,7 @@ from typing import NamedTuple, TypeVar
 import torch
 
 from harness import model, prompts, weights
+from harness.generation_config import strategy_of
 from harness.infer import batches
 from harness.settings import Settings
 from harness.split import ranges, split_of
@@ -140,12 +141,18 @@ def _alike(
     return [Role(same[0], tuple(same), why=told(key), held=held(key)) for key, same in ranks.items()]
 
 
-Batches = tuple[tuple[tuple[int, int], ...], ...]
-"""By batch, the tokens of each prompt and the most that may follow it."""
+class Batches(NamedTuple):
+    """By batch, of those that are seen, the tokens of each prompt and the most that may follow it.
+
+    `columns` are those of the largest of all batches where one cache is kept for every one, else 0.
+    """
+
+    seen: tuple[tuple[tuple[int, int], ...], ...]
+    columns: int = 0
 
 
 def _largest_batch(batches: Batches) -> int:
-    return max((len(batch) * sum(_room(batch)) for batch in batches), default=0)
+    return max((len(batch) * (batches.columns or sum(_room(batch))) for batch in batches.seen), default=0)
 
 
 def _room(batch: tuple[tuple[int, int], ...]) -> tuple[int, int]:
@@ -154,8 +161,9 @@ def _room(batch: tuple[tuple[int, int], ...]) -> tuple[int, int]:
 
 
 def _told_batches(batches: Batches) -> str:
-    told = (f"{len(batch)} x {_room(batch)[0]} tokens" for batch in batches)
-    return f"its batches are {', '.join(told)}" if batches else "no prompt"
+    told = (f"{len(batch)} x {_room(batch)[0]} tokens" for batch in batches.seen)
+    cached = f", in a cache for {batches.columns}" if batches.columns else ""
+    return f"its batches are {', '.join(told)}{cached}" if batches.seen else "no prompt"
 
 
 Piece = tuple[tuple[int, int], ...]
@@ -190,15 +198,19 @@ def _told_share(apart: bool, key: tuple[Batches, Piece]) -> str:
 
 
 def _shares(settings: Settings, size: int) -> list[Batches]:
-    """By rank, the lengths of the prompts in each of the batches that are seen, and of what follows them."""
+    """By rank, the lengths of the prompts in its batches, and of what follows them."""
     tokenizer = tokenizer_of(settings.model, settings.data.tokenizer)
-    found = prompts.find(settings, tokenizer, rehearsed=True)
+    strategy = strategy_of(settings, model.model_config(settings.model))
+    found = prompts.find(settings, tokenizer, strategy.most, rehearsed=True)
     lengths = [(len(prompt.tokens), prompt.most) for prompt in found]
-    seen = settings.ledger.steps if settings.generation.batching == "static" else None
-    return [
-        tuple(tuple(batch) for batch in batches(lengths[rank::size], settings.generation.batch))[:seen]
-        for rank in range(size)
-    ]
+    asked = settings.generation
+    seen = settings.ledger.steps if asked.batching == "static" else None
+    shares = []
+    for rank in range(size):
+        every = [tuple(batch) for batch in batches(lengths[rank::size], asked.batch)]
+        columns = max((sum(_room(batch)) for batch in every), default=0) if asked.compile else 0
+        shares.append(Batches(tuple(every[:seen]), columns))
+    return shares
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,14 @@ from concurrent.futures import as_completed
 from pathlib import Path
 from typing import Any
 
+from harness.generation_config import strategy_of
+from harness.model import model_config
 from harness.pace import Pace, aside
 from harness.rehearsal import UNVERIFIED
 from harness.rehearsal.balance import Task, peak, resolved
 from harness.rehearsal.pool import progress, workers
 from harness.rehearsal.roles import Role, roles
-from harness.settings import Settings
+from harness.settings import Refusal, Settings
 
 MEASURED = (
     *("kv_bytes_per_token_measured", "kv_reserved", "kv_filled", "kv_live"),
@@ -39,12 +41,23 @@ def _differences(settings: Settings) -> Iterator[str]:
         yield "weights are made and not read: while a real run reads them, in setup, it holds one parameter twice"
     if settings.mode == "infer" and settings.generation.stop_at_eos:
         yield "no sequence ends early: generation goes on to generation.max_new_tokens"
+    if settings.mode == "infer" and _looks_up_ngrams(settings):
+        yield "encoder_no_repeat_ngram_size forbids other tokens, and so a few bytes of numbers are more or fewer"
     if settings.mode == "infer" and settings.generation.compile:
         yield "the decoding step is not compiled: what its program needs beside the cache is its compiler's choice"
     if settings.mode == "train" and settings.train.clip and settings.pipeline.stages > 1:
         yield "no gradient has a norm: where a real one is above train.clip, gradients may be moved once more"
     if settings.mode == "train":
         yield "no text is read: where a real run's data ends and begins anew, it has no next batch at hand"
+
+
+def _looks_up_ngrams(settings: Settings) -> bool:
+    """Whether a processor asks which tokens there are, and not only how many."""
+    try:
+        strategy = strategy_of(settings, model_config(settings.model))
+    except Refusal:  # the rehearsal itself says it
+        return False
+    return "encoder_no_repeat_ngram_size" in strategy.processed
 
 
 def rehearse(

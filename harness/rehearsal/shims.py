@@ -105,6 +105,16 @@ def received(original: Original) -> Original:
     return stand_in
 
 
+def valid(original: Original) -> Original:
+    """`torch._is_all_true`, by which distributions ask whether their parameters are numbers: these are taken to be."""
+
+    def stand_in(input: torch.Tensor) -> bool:
+        original(input)
+        return True
+
+    return stand_in
+
+
 def fake_state(original: Original) -> Original:
     """`torch.get_rng_state`, whose tensor no operator makes: a fake one."""
 
@@ -295,6 +305,7 @@ SHIMS = (
         "it takes grouped products of fp32, which run, to be impossible",
         grouped,
     ),
+    Shim("torch", "_is_all_true", "what is drawn from has no values that could be valid", valid),
     Shim("torch", "get_rng_state", NOT_FAKE, fake_state),
     Shim("torch", "set_rng_state", NOT_FAKE, no_state),
     Shim(

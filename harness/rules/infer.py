@@ -1,7 +1,13 @@
 """The rules between the knobs of generation, each with its sentence."""
 
-from harness.knobs import Generation, Refusal, Settings
-from harness.rules.sources import files
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from harness.generation_fields import KNOWN
+from harness.knobs import Generation, Model, Refusal, Settings
+from harness.rules.sources import files, generation_fields
+from harness.strategy import Origin, merged
 
 
 def generation(settings: Settings) -> None:
@@ -26,15 +32,15 @@ def generation(settings: Settings) -> None:
     if asked.compile and settings.pipeline.stages > 1:
         remedy = "stages are not compiled; use pipeline.stages=1, or leave it out"
         raise Refusal("generation.compile", True, remedy)
-    if not asked.sample:
-        for key, value, off in (
-            ("temperature", asked.temperature, 1.0),
-            ("top_k", asked.top_k, 0),
-            ("top_p", asked.top_p, 1.0),
-        ):
-            if value != off:
-                remedy = "the likeliest token is taken whatever it is; add generation.sample=true"
-                raise Refusal(f"generation.{key}", value, remedy)
+    if settings.model.path is None or os.path.isdir(os.path.expanduser(settings.model.path)):
+        merged(asked, *_checkpoint(settings.model))  # a hub's is known once it is there
+
+
+def _checkpoint(model: Model) -> tuple[Mapping[str, Any], Origin]:
+    """The fields of the generation config that a model brings, and what names it."""
+    if model.path is None:
+        return {}, ("model", model.name)
+    return generation_fields(model.path, KNOWN), ("model.path", model.path)
 
 
 def check_device(asked: Generation, device: str) -> None:
@@ -64,12 +70,6 @@ def _batching(settings: Settings) -> None:
             f"generation.cache={asked.cache} holds a batch that begins together; add generation.cache=paged"
         )
         raise Refusal(key, asked.batching, remedy)
-    if asked.sample:
-        remedy = (
-            "continuous batching draws for all requests at once, so that what one gets would depend on the others; "
-            "use generation.batching=static"
-        )
-        raise Refusal("generation.sample", True, remedy)
     for name, count in (
         ("pipeline.stages", settings.pipeline.stages),
         ("generation.tensor_parallel", asked.tensor_parallel),

@@ -7,7 +7,7 @@ asked twice, without torch and of the config itself.
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, TypeGuard
 
-from harness.knobs import Refusal, Settings
+from harness.knobs import NEW_TOKENS, Refusal, Settings
 from harness.rules.infer import given
 from harness.rules.sources import text_of
 
@@ -58,9 +58,10 @@ def check(settings: Settings, config: Mapping[str, Any]) -> None:
     allows = f"the model allows {most.tokens} tokens ({most.said})"
     if settings.mode == "train" and train.sequence > most.tokens:
         raise Refusal("train.sequence", train.sequence, allows)
-    asked = generation.max_new_tokens + (1 if given(generation) else generation.prompt_length)
+    new = generation.max_new_tokens or (NEW_TOKENS if settings.model.path is None else 1)
+    asked = new + (1 if given(generation) else generation.prompt_length)
     if settings.mode == "infer" and asked > most.tokens:
-        key, value = "generation.max_new_tokens", generation.max_new_tokens
+        key, value = "generation.max_new_tokens", new
         if asked - value >= most.tokens:
             key, value = "generation.prompt_length", generation.prompt_length
         raise Refusal(key, value, f"prompt and new tokens are {asked}, and {allows}")

@@ -4,7 +4,7 @@ import codecs
 import glob
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from harness.knobs import Model, Refusal
@@ -37,6 +37,27 @@ def shape_of(model: Model) -> Mapping[str, Any]:
     if not isinstance(shape, dict):
         raise Refusal("model.path", model.path, "its config.json is no transformers config")
     return shape
+
+
+def generation_fields(directory: str, known: Iterable[str]) -> dict[str, Any]:
+    """The fields of the generation config in a checkpoint's directory; of an old one, those `known` in config.json.
+
+    Raises Refusal where it cannot be read.
+    """
+    where = os.path.expanduser(directory)
+    whole = os.path.isfile(os.path.join(where, "generation_config.json"))
+    name = "generation_config.json" if whole else "config.json"
+    try:
+        with open(os.path.join(where, name), encoding="utf-8") as file:
+            found = json.load(file)
+    except (OSError, ValueError) as error:
+        raise Refusal("model.path", directory, f"its {name} cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise Refusal("model.path", directory, f"its {name} is no generation config")
+    if whole:
+        return found
+    both = {**text_of(found), **{name: value for name, value in found.items() if value is not None}}
+    return {name: both[name] for name in known if both.get(name) is not None}
 
 
 def files(key: str, path: str) -> list[str]:

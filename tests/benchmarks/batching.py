@@ -15,6 +15,7 @@ import torch
 
 from harness import infer, model, record
 from harness.config import compose
+from harness.generation_config import strategy_of
 from harness.ledger import Ledger
 from harness.prompts import find
 from harness.resolve import resolve
@@ -51,11 +52,13 @@ def main(words: list[str]) -> None:
     dtype = getattr(torch, asked.dtype)
     config = model.model_config(asked.model)
     built = model.build(asked.model, config, dtype, device, 0).eval().requires_grad_(False)
-    prompts = find(asked, tokenizer_of(asked.model))
+    strategy = strategy_of(asked, config)
+    prompts = find(asked, tokenizer_of(asked.model), strategy.most)
     alone = World(0, 1, 0, device)
 
     def run(kind: str) -> Share:
-        return infer.share_of(settings[kind], alone, Ledger(mode="off"), built, prompts, lambda: None)
+        off = Ledger(mode="off")
+        return infer.share_of(settings[kind], alone, off, built, prompts, strategy, lambda: None)
 
     made = {kind: [run(kind)] for kind in KINDS}  # the first is a warm-up
     same = made["static"][0].tokens == made["continuous"][0].tokens

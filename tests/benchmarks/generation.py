@@ -18,9 +18,11 @@ from typing import Any
 import torch
 
 from harness import model, record
+from harness.batch import Requests
 from harness.compiled import Compiled
 from harness.config import compose
 from harness.decode import generate
+from harness.knobs import NEW_TOKENS
 from harness.ledger import Ledger
 from harness.resolve import resolve
 from harness.settings import Settings, load
@@ -60,13 +62,13 @@ def main(words: list[str]) -> None:
                 began = time.perf_counter()
                 kinds[name]()
                 seconds[name].append(time.perf_counter() - began)
-        tell(seconds, batch, batch * settings.generation.max_new_tokens)
+        tell(seconds, batch, batch * _new(settings))
         print(f"{batch:<7}compiled in {compile_seconds:.1f} s")
 
 
 def _kinds(built: Any, settings: Settings, batch: int) -> tuple[dict[str, Callable[[], object]], float]:
     """What is timed, each of it run once and found to give the same tokens; and the seconds of compiling."""
-    length, new = settings.generation.prompt_length, settings.generation.max_new_tokens
+    length, new = settings.generation.prompt_length, _new(settings)
     generator = torch.Generator().manual_seed(batch)
     prompts = torch.randint(3, built.config.vocab_size, (batch, length), generator=generator)
     given = prompts.to(built.device)
@@ -83,8 +85,9 @@ def _kinds(built: Any, settings: Settings, batch: int) -> tuple[dict[str, Callab
         )
         return made[:, length:].tolist()  # type: ignore[no-any-return]
 
-    def ours(cache: str, program: Compiled | None = None) -> list[list[int]]:
-        return generate(built, prompts.tolist(), new, cache=cache, compiled=program, ledger=OFF).tokens
+    def ours(cache: str | Compiled) -> list[list[int]]:
+        requests = Requests(prompts.tolist(), [new] * batch)
+        return generate(built, requests, cache=cache, ledger=OFF).tokens
 
     compile_seconds = compiled.prepare(batch)[1]
     kinds: dict[str, Callable[[], object]] = {
@@ -92,13 +95,17 @@ def _kinds(built: Any, settings: Settings, batch: int) -> tuple[dict[str, Callab
         "transformers static": lambda: theirs("static"),
         "eager dynamic": lambda: ours("dynamic"),
         "eager static": lambda: ours("static"),
-        "compiled": lambda: ours("static", compiled),
+        "compiled": lambda: ours(compiled),
     }
     for mine, other in AGAINST.items():
         same = kinds[mine]() == kinds[other]()
         if not same:
             print(f"{batch:<7}{mine}: some tokens differ from those of {other}, by rounding")
     return kinds, compile_seconds
+
+
+def _new(settings: Settings) -> int:
+    return settings.generation.max_new_tokens or NEW_TOKENS
 
 
 def tell(seconds: dict[str, list[float]], batch: int, tokens: int) -> None:

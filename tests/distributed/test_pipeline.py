@@ -1,5 +1,6 @@
 """A pipeline trains the model that one rank trains, keeps what its schedule says, and its books close."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -156,7 +157,9 @@ def test_an_export_of_two_stages_opens_whole_and_in_four(run: Callable[..., Path
     assert found[4][0] < losses(run(2, *words))[0]
 
 
-def test_an_export_has_the_buffers_of_every_stage(run: Callable[..., Path], tmp_path: Path) -> None:
+def test_an_export_has_the_buffers_of_every_stage_and_the_generation_config(
+    run: Callable[..., Path], tmp_path: Path
+) -> None:
     sizes = {"vocab_size": 384, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16}
     heads = {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
     experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "first_k_dense_replace": 1}
@@ -167,12 +170,15 @@ def test_an_export_has_the_buffers_of_every_stage(run: Callable[..., Path], tmp_
         if name.endswith("e_score_correction_bias"):
             buffer.copy_(torch.rand_like(buffer))
     built.save_pretrained(tmp_path)
+    fields = {"num_return_sequences": 3, "temperature": 0.6, "eos_token_id": [5, 6], "own_setting": 1}
+    (tmp_path / "generation_config.json").write_text(json.dumps(fields))
     given = load_file(tmp_path / "model.safetensors")
     for stages in (1, 3):
         words = ("zero=0", "precision=fp32", f"model.path={tmp_path}", f"pipeline.stages={stages}")
         directory = run(stages, *words, "train.steps=1", "train.validate_every=0")
         kept = load_file(directory / "checkpoint/model.safetensors")
         assert kept.keys() == given.keys()
+        assert json.loads((directory / "checkpoint/generation_config.json").read_text()) == fields
         routers = [name for name in given if name.endswith("e_score_correction_bias")]
         assert len(routers) == 2
         assert all(torch.equal(kept[name], given[name]) for name in routers)

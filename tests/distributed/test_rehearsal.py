@@ -153,7 +153,10 @@ GENERATION = [
     (*TINY, *INFER, *CONTINUED, "generation.pages=9", "generation.max_new_tokens=40", "precision=fp32"),
     (*TINY, *INFER, *CONTINUED, "generation.batch_tokens=20", "model.attention=eager"),
     *((*TINY, *INFER, *SHARED, f"generation.cache={c}") for c in ("dynamic", "static", "none", "quantized")),
-    (*TINY, *INFER, *SHARED, "precision=fp32", "generation.sample=true", "model.attention=eager"),
+    (
+        *(*TINY, *INFER, *SHARED, "precision=fp32", "generation.sample=true", "model.attention=eager"),
+        "generation.config.no_repeat_ngram_size=3",
+    ),
     (*TINY, *INFER, *QUANTIZED),
     (*TINY, *INFER, *QUANTIZED, "generation.max_new_tokens=40", "precision=fp32"),
     (*TINY, *INFER, *QUANTIZED, "generation.cache_bits=4", "generation.max_new_tokens=140"),
@@ -165,7 +168,10 @@ GENERATION = [
     *((*TINY, *INFER, *RELAYED, f"generation.cache={c}") for c in ("dynamic", "static", "none")),
     (*TINY, *INFER, *RELAYED, "generation.cache=quantized"),
     (*TINY, *INFER, *RELAYED, *WINDOW),
-    (*TINY, *INFER, *RELAYED, "pipeline.groups=1", "generation.sample=true", "precision=fp32"),
+    (
+        *(*TINY, *INFER, *RELAYED, "pipeline.groups=1", "generation.sample=true", "precision=fp32"),
+        *("generation.config.repetition_penalty=1.2", "generation.config.min_p=0.01"),
+    ),
     (*TINY, *INFER, *RELAYED, "generation.max_new_tokens=40"),
 ]
 CELLS: dict[int, list[Words]] = {

@@ -22,7 +22,11 @@ COMMON = (
     f"generation.max_new_tokens={NEW}",
     "generation.batch=5",
 )
-SAMPLED = ("generation.sample=true", "generation.top_k=40")
+SAMPLED = (
+    *("generation.sample=true", "generation.top_k=40", "generation.config.repetition_penalty=1.3"),
+    *("generation.config.no_repeat_ngram_size=3", "generation.config.min_new_tokens=5"),
+)
+"""Prompts of a group are of other lengths: what looks at tokens is shown each group of rows that are alike."""
 WHOLE_LENGTH = ("generation.stop_at_eos=false", "generation.cache=static")
 EACH_BY_ITSELF, ONE_TOKEN = "pipeline.groups=5", "generation.max_new_tokens=1"
 LONG = (

@@ -46,7 +46,7 @@ def test_replicas_of_ranks_that_share_layers_change_no_token(launch: Launch, pro
 
 
 def test_sampled_tokens_are_the_same_too(launch: Launch, prompts: str) -> None:
-    words = (*ASKED, prompts, "generation.sample=true")
+    words = (*ASKED, prompts, "generation.sample=true", "generation.config.repetition_penalty=1.3")
     assert tokens(launch(*words, "generation.tensor_parallel=2")) == tokens(launch(*words))
 
 
