@@ -32,7 +32,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
-from harness import tensor, weights
+from harness import tensor, weights, widths
 from harness.knobs import Model, Refusal
 
 TEXTS = ("*.json", "*.txt", "*.model", "*.jinja")
@@ -79,6 +79,7 @@ def build(
     `rehearsed`, no memory is taken and no weight is read.
     """
     made = tensor.outline(config, dtype, settings.attention, mesh)
+    widths.check(settings, made)
     if not rehearsed:
         check_memory(settings, tensor.held(made) * dtype.itemsize, dtype, device)
     if settings.path is None or settings.random or rehearsed:

@@ -187,6 +187,7 @@ class _Run:
     def _run_mode(self) -> dict[str, Any]:
         """The mode's own run under the ledger; this rank's books."""
         from harness.cache_proof import prove
+        from harness.misfit import misfits
 
         if self.settings.mode == "train":
             from harness import train as mode
@@ -195,7 +196,7 @@ class _Run:
         prove(self.settings)
         if self.world.stages > 1:
             self._cut()
-        with self._snapshot(), self.ledger:
+        with misfits(self.settings), self._snapshot(), self.ledger:
             out = record.Output(self.directory, self.say, self.done, self.flush)
             mode.run(self.settings, self.world, self.ledger, out)
         self._trace()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import Cache, PretrainedConfig, PreTrainedModel
 
-from harness import model, tensor, weights
+from harness import model, tensor, weights, widths
 from harness.knobs import Model
 from harness.model import check_memory, check_values, loading, whole_checkpoint
 
@@ -187,6 +187,7 @@ def build(
     reads = settings.path is not None and not settings.random
     directory = whole_checkpoint(str(settings.path)) if reads and not rehearsed else None
     whole = tensor.outline(config, dtype, settings.attention, mesh)
+    widths.check(settings, whole)
     plain = directory is not None and weights.familiar(whole, directory)
     tree = list(weights.modules(whole))
     stage = Stage(whole, layers)

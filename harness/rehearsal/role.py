@@ -9,6 +9,7 @@ from typing import Any
 
 from harness import cache_proof, infer, record, trace, train
 from harness.ledger import Ledger
+from harness.misfit import misfits
 from harness.model import model_config
 from harness.proof import prove
 from harness.rehearsal.world import rehearsed
@@ -37,6 +38,7 @@ def rehearse(
         done["pipeline"] = told(settings, split_of(settings, model_config(settings.model)))
     cache_proof.prove(settings)
     with (
+        misfits(settings),
         warnings.catch_warnings(),
         rehearsed(
             rank, size, "cuda" if target == "cuda" else "cpu", stages, settings.tensor_parallel
