@@ -5,7 +5,7 @@ the newest tokens, their positions, the mask and the cache. On a GPU it is repla
 """
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -33,10 +33,12 @@ class Compiled:
     def __init__(self, model: PreTrainedModel, length: int, ledger: Ledger, rehearsed: bool = False) -> None:
         self.model, self.length, self.ledger, self.rehearsed = model, length, ledger, rehearsed
         self.cache: Cache | None = None
-        self._work: Work | None = None  # of a step
+        self._work: dict[bool, Work] = {}  # of a step, by whether windows are full
+        windows = _windows(make("static", model.config, length))
+        self._full = [False, True] if any(each.max_cache_len < length for each in windows) else [False]
         self._step: Step = self._forward
         if not rehearsed:
-            self._step = compiled(self._forward, model.device, _counts(make("static", model.config, length)))
+            self._step = compiled(self._forward, options(model.device, bool(windows)))
         self._tokens = self._positions = self._mask = torch.empty(0, 0, dtype=torch.int64)
 
     def prepare(self, sequences: int) -> tuple[Cache, float]:
@@ -77,15 +79,23 @@ class Compiled:
         self.cache = make("static", self.model.config, self.length)
         self.model(input_ids=self._tokens, past_key_values=self.cache, logits_to_keep=1)
         self.ledger.own(cache=self.cache)
-        if self.ledger.exact:
-            self._work = self._counted(self.cache)
-        for _ in range(min(WARM, self.length - 1)):
-            self._run()
+        for full in self._full:
+            if self.ledger.exact:
+                self._work[full] = self._counted(self.cache, full)
+            self._fill(self.cache, full)
+            for _ in range(min(WARM, self.length - 1)):
+                self._run()
 
-    def _counted(self, cache: Cache) -> Work:
+    def _fill(self, cache: Cache, full: bool) -> None:
+        """Let windows be taken for full: another program shifts them."""
+        for layer in _windows(cache) if full else []:
+            layer.cumulative_length_int = layer.max_cache_len
+
+    def _counted(self, cache: Cache, full: bool) -> Work:
         """What a step takes, by its operators one by one: the program has the same to compute, and no more to move."""
         where = self.ledger.where
         before = self.ledger.work()[where]
+        self._fill(cache, full)
         self._forward(self._tokens, self._mask, self._positions, cache)
         after = self.ledger.work()[where]
         cache.reset()
@@ -95,7 +105,8 @@ class Compiled:
         assert self.cache is not None
         if self.rehearsed:
             return self._step(self._tokens, self._mask, self._positions, self.cache)
-        with self.ledger.opaque("compiled", self._work):
+        full = any(each.cumulative_length_int >= each.max_cache_len for each in _windows(self.cache))
+        with self.ledger.opaque("compiled", self._work.get(full)):
             if self.model.device.type == "cuda":
                 torch.compiler.cudagraph_mark_step_begin()
             return self._step(self._tokens, self._mask, self._positions, self.cache)
@@ -113,22 +124,27 @@ class Compiled:
         return logits
 
 
-def _counts(cache: Cache | None) -> bool:
-    """Whether the host counts how long it is, as that of a window does: a number that each step would be made for."""
-    return cache is not None and any(hasattr(layer, "cumulative_length_int") for layer in cache.layers)
+def _windows(cache: Cache | None) -> list[Any]:
+    """The layers of `cache` with a window, of which the host counts how much is full."""
+    return [] if cache is None else [each for each in cache.layers if hasattr(each, "cumulative_length_int")]
 
 
-def compiled(step: Step, device: torch.device, counts: bool = False) -> Step:
-    """`step` as a program of its own for each shape. Its first call raises Refusal where there can be none.
+def options(device: torch.device, windows: bool) -> dict[str, Any]:
+    """How torch is to compile: a program for each shape, on a GPU as a CUDA graph.
 
-    Where the host `counts`, a program is for any number, and on a GPU no CUDA graph, which would be for one.
+    What the host counts of `windows` is another number in each step: the program is for any, a graph would be for one.
     """
     how: dict[str, Any] = {"mode": "reduce-overhead"}
     if device.type != "cuda":
         how = {"options": {"cpp_wrapper": True}}
-    elif counts:
+    elif windows:
         how = {}
-    program = torch.compile(step, fullgraph=True, dynamic=None if counts else False, **how)
+    return {"fullgraph": True, "dynamic": None if windows else False, **how}
+
+
+def compiled(step: Step, how: Mapping[str, Any]) -> Step:
+    """`step` as a program, compiled with these `options`. Its first call raises Refusal where there can be none."""
+    program = torch.compile(step, **how)
 
     def run(tokens: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
         try:

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 from harness.batch import Requests
-from harness.compiled import Compiled, compiled
+from harness.compiled import Compiled, compiled, options
 from harness.decode import Generated, generate
 from harness.knobs import Generation, Refusal
 from harness.ledger import Ledger
@@ -116,4 +116,28 @@ def test_what_cannot_be_compiled_whole_is_refused_with_the_reason() -> None:
 
     given = torch.zeros(1, 1)
     with pytest.raises(Refusal, match=r"generation\.compile=true: the decoding step cannot be compiled"):
-        compiled(step, torch.device("cpu"))(given, given, given, None)
+        compiled(step, options(torch.device("cpu"), False))(given, given, given, None)
+
+
+@pytest.mark.parametrize("window", [4, 64])
+def test_a_window_takes_a_program_while_it_fills_and_another_when_it_is_full(window: int) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        MistralConfig(
+            vocab_size=96,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            sliding_window=window,
+            initializer_range=0.2,
+        )
+    ).eval()
+    model.requires_grad_(False)
+    program = Compiled(model, LENGTH, OFF, rehearsed=True)
+    torch._dynamo.utils.counters.clear()
+    read = {**options(torch.device("cpu"), True), "options": None, "backend": "eager"}  # and not built
+    program._step = compiled(program._forward, read)
+    assert run(model, program).tokens == run(model, None).tokens
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
