@@ -19,51 +19,34 @@ from harness.model import count
 T = TypeVar("T")
 
 
-def _all(width: int, *names: str) -> dict[str, int]:
-    return dict.fromkeys(names, width)
+def _all(width: int, names: str) -> dict[str, int]:
+    return dict.fromkeys(names.split(), width)
 
 
 HEADS = {
-    **_all(4, "num_attention_heads", "decoder_attention_heads", "encoder_attention_heads", "index_n_heads"),
-    **_all(4, "linear_num_heads", "linear_num_value_heads"),
-    **_all(2, "num_key_value_heads", "linear_num_key_heads"),
-    **_all(8, "num_heads", "mamba_n_heads", "mamba_num_heads", "n_mamba_heads"),
-    **_all(
-        16,
-        "kv_lora_rank",
-        "q_lora_rank",
-        "v_head_dim",
-        "qk_nope_head_dim",
-        "qk_rope_head_dim",
-        "index_head_dim",
-    ),
-    **_all(16, "linear_head_dim", "linear_key_head_dim", "linear_value_head_dim"),
-    **_all(
-        16, "mamba_d_head", "mamba_d_state", "mamba_head_dim", "mamba_headdim", "ssm_state_size", "state_size"
-    ),
-    **_all(32, "qk_head_dim", "attention_head_dim"),
-    **_all(8, "rotary_dim"),
+    **_all(4, "num_attention_heads decoder_attention_heads encoder_attention_heads index_n_heads"),
+    **_all(4, "linear_num_heads linear_num_value_heads"),
+    **_all(2, "num_key_value_heads linear_num_key_heads"),
+    **_all(8, "num_heads mamba_n_heads mamba_num_heads n_mamba_heads rotary_dim"),
+    **_all(16, "kv_lora_rank q_lora_rank v_head_dim qk_nope_head_dim qk_rope_head_dim index_head_dim"),
+    **_all(16, "linear_head_dim linear_key_head_dim linear_value_head_dim"),
+    **_all(16, "mamba_d_head mamba_d_state mamba_head_dim mamba_headdim ssm_state_size state_size"),
+    **_all(32, "qk_head_dim attention_head_dim"),
 }
-WINDOWS = _all(
-    *(4, "sliding_window", "sliding_window_size", "attention_window_size", "window_size"),
-    *("attention_chunk_size", "index_topk"),
-)
+WINDOWS = _all(4, "sliding_window sliding_window_size attention_window_size window_size attention_chunk_size")
 EXPERTS = {
-    **_all(4, "moe_num_experts", "n_routed_experts", "num_experts", "num_local_experts"),
-    **_all(2, "moe_k", "moe_topk", "num_experts_per_tok"),
-    **_all(1, "n_group", "num_expert_group", "topk_group"),
+    **_all(4, "moe_num_experts n_routed_experts num_experts num_local_experts"),
+    **_all(2, "moe_k moe_topk num_experts_per_tok"),
+    **_all(1, "n_group num_expert_group topk_group"),
 }
 INNER = {
-    **_all(96, "intermediate_size", "intermediate_size_mlp", "ffn_dim", "decoder_ffn_dim", "encoder_ffn_dim"),
-    **_all(96, "ffn_hidden_size", "dense_intermediate_size"),
-    **_all(32, "moe_intermediate_size", "expert_ffn_hidden_size"),
-    **_all(32, "shared_intermediate_size", "shared_expert_intermediate_size"),
+    **_all(96, "intermediate_size intermediate_size_mlp ffn_dim decoder_ffn_dim encoder_ffn_dim"),
+    **_all(96, "ffn_hidden_size dense_intermediate_size"),
+    **_all(32, "moe_intermediate_size expert_ffn_hidden_size"),
+    **_all(32, "shared_intermediate_size shared_expert_intermediate_size"),
 }
-OUTER = {
-    **_all(64, "hidden_size", "embedding_dim", "attention_hidden_size", "lru_width"),
-    "mamba_d_ssm": 128,
-}
-WORDS = _all(128, "vocab_size", "vocab_size_per_layer_input")
+OUTER = {**_all(64, "hidden_size embedding_dim attention_hidden_size lru_width"), "mamba_d_ssm": 128}
+WORDS = _all(128, "vocab_size vocab_size_per_layer_input")
 NARROW: Sequence[Mapping[str, int]] = (
     {**WORDS, **INNER, **WINDOWS, **EXPERTS, **HEADS, **OUTER, "head_dim": 16},
     {**WORDS, **INNER, **WINDOWS, **EXPERTS, **HEADS, **OUTER, "attention_hidden_size": 128},
@@ -120,12 +103,12 @@ def small(config: PretrainedConfig, widths: Mapping[str, float], cut: bool = Fal
     text = made.get_text_config(decoder=True)
     if not any(text is each for each in vars(made).values()):
         text = made  # of an encoder and a decoder in one config transformers gives a copy
-    every_head = widths and _own(text, "num_attention_heads") == _own(text, "num_key_value_heads") is not None
+    every_head = _own(text, "num_attention_heads") == _own(text, "num_key_value_heads")
+    if every_head and "num_attention_heads" in widths:
+        widths = {**widths, "num_key_value_heads": widths["num_attention_heads"]}
     for key, width in widths.items():
         if _own(text, key) is not None:
             setattr(text, key, width)
-    if every_head:
-        text.num_key_value_heads = text.num_attention_heads
     for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
         if _own(text, key) is not None:
             setattr(text, key, 0)
