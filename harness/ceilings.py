@@ -28,8 +28,8 @@ SMALL, TRIES = 192, 4
 """Rows of the products that show which precision a CPU is good at (14 MFLOP: without units for bf16 some 5 ms), and how
 often each is tried: other work may be in the way."""
 FASTER = 1.2
-"""How much faster bf16 must be than fp32. With units it is twice as fast and more; without, three quarters as fast where
-AVX512 stands in, and a fortieth elsewhere: no CPU is near, and the answer stays."""
+"""How much faster bf16 must be than fp32. With units it is twice as fast and more; without, three quarters as fast
+where AVX512 stands in, and a fortieth elsewhere: no CPU is near, and the answer stays."""
 
 Rates = tuple[float | None, float | None]
 """Bytes and operations a second; None: not measured."""
