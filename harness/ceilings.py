@@ -24,8 +24,12 @@ SMALLEST, LARGEST = 2**9, 2**13
 ENOUGH = 0.01
 """Seconds that a product takes which is large enough."""
 
-SMALL, SHORTLY = 192, 0.015
-"""Rows and seconds that show which precision a CPU is good at: without units for bf16 14 MFLOP take it some 5 ms."""
+SMALL, TRIES = 192, 4
+"""Rows of the products that show which precision a CPU is good at (14 MFLOP: without units for bf16 some 5 ms), and how
+often each is tried: other work may be in the way."""
+FASTER = 1.2
+"""How much faster bf16 must be than fp32. With units it is twice as fast and more; without, three quarters as fast
+where AVX512 stands in, and a fortieth elsewhere: no CPU is near, and the answer stays."""
 
 Rates = tuple[float | None, float | None]
 """Bytes and operations a second; None: not measured."""
@@ -67,16 +71,22 @@ def _flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 
 def precision_of_cpu() -> tuple[str, str]:
-    """The precision in which this CPU multiplies faster, and by how much, in words; in some 40 ms.
+    """The precision in which a core of this CPU multiplies faster, and by how much, in words; in some 40 ms.
 
-    With units for bf16 it is twice as fast in that and more, without them it makes a third and less: there is no
-    CPU at the threshold, and the answer stays.
+    All cores at once would wait for each other more than they multiply.
     """
-    half, full = (
-        of_product(torch.device("cpu"), each, SMALL, SHORTLY) for each in (torch.bfloat16, torch.float32)
-    )
-    told = f"this CPU makes {count(half, 'FLOP/s')} in bf16 and {count(full, 'FLOP/s')} in fp32"
-    return ("bf16" if half > full else "fp32"), told
+    cpu, threads = torch.device("cpu"), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        tries = [
+            [of_product(cpu, dtype, SMALL, 0.0) for dtype in (torch.bfloat16, torch.float32)]
+            for _ in range(TRIES)
+        ]
+    finally:
+        torch.set_num_threads(threads)
+    half, full = map(max, zip(*tries, strict=True))
+    told = f"a core here makes {count(half, 'FLOP/s')} in bf16 and {count(full, 'FLOP/s')} in fp32"
+    return ("bf16" if half > FASTER * full else "fp32"), told
 
 
 def of_product(device: torch.device, dtype: torch.dtype, rows: int, within: float = SECONDS) -> float:

@@ -260,7 +260,7 @@ class Settings:
     mode: Literal["train", "infer"] = "train"
     """What to run."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Of parameters, gradients, activations, KV cache; auto is bf16 on a GPU and on a CPU that is faster in it."""
+    """Of parameters, gradients, activations, KV cache; auto is bf16 on a GPU, and on a CPU that is faster in it."""
     seed: Annotated[int, Field(ge=0, lt=2**32), _Number] = 0
     """Of weights, data order and sampling."""
     model: Model = Model()

@@ -45,16 +45,16 @@ def run(settings: Settings, cfg: DictConfig, words: list[str]) -> int:
 
 def _by_rank_0(here: World, decide: Callable[[], T]) -> T:
     """What rank 0 decides, on every rank. Raises Refusal, on every rank, where it does."""
-    decided: Any = None
+    outcome: Any = None
     if here.leads:
         try:
-            decided = decide()
+            outcome = decide()
         except Refusal as refusal:
-            decided = refusal
-    decided = here.broadcast(decided)
-    if isinstance(decided, Refusal):
-        raise decided
-    return cast(T, decided)
+            outcome = refusal
+    outcome = here.broadcast(outcome)
+    if isinstance(outcome, Refusal):
+        raise outcome
+    return cast(T, outcome)
 
 
 def rehearsed(settings: Settings, words: Sequence[str], parallel: bool = True) -> dict[str, Any]:

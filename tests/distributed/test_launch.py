@@ -12,9 +12,9 @@ import psutil
 import pytest
 
 from harness import record
-from tests.distributed.conftest import QUICK, ROOT, Launch, complete
+from tests.distributed.conftest import PRECISION, QUICK, ROOT, Launch, complete
 
-SMALL = ("hardware=cpu", "mode=train", *QUICK, "zero=2")
+SMALL = (PRECISION, "hardware=cpu", "mode=train", *QUICK, "zero=2")
 """On two ranks of one node or on one of each of two."""
 
 INTERPRETER = Path(sys.executable).parent

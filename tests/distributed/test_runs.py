@@ -179,3 +179,19 @@ def told(stderr: str) -> list[tuple[int, str]]:
 def _batch(tokenizer: Any, texts: list[str]) -> dict[str, torch.Tensor]:
     ids = tokenizer(texts, return_tensors="pt").input_ids
     return {"input_ids": ids, "labels": ids}
+
+
+def test_all_ranks_run_in_the_precision_and_the_attention_that_rank_0_decides(launch: Launch) -> None:
+    words = (
+        "mode=infer",
+        "model.config.model_type=bloom",
+        "model.config.num_hidden_layers=1",
+        "precision=auto",
+    )
+    found = record.read(launch(*words, "generation.count=2", "generation.max_new_tokens=2"))
+    precision, dtype = found["config"]["precision"], getattr(torch, found["model"]["dtype"])
+    assert {"bf16": torch.bfloat16, "fp32": torch.float32}[precision] == dtype
+    assert found["resolved"]["precision"].startswith(f"{precision}: a core here makes ")
+    assert found["resolved"]["model.attention"] == "eager: transformers has no sdpa for bloom"
+    held = {rank["categories"]["parameters"]["end"] for rank in found["ranks"]}
+    assert held == {found["model"]["parameters"] * dtype.itemsize}
