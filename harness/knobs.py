@@ -37,7 +37,7 @@ def _above_zero(value: float) -> float:
     raise ValueError("should be greater than 0; generation.sample=false takes the likeliest token")
 
 
-Temperature = Annotated[float, Field(allow_inf_nan=False), AfterValidator(_above_zero)]
+Temperature = Annotated[float, Field(le=1e30), AfterValidator(_above_zero), _Number]
 
 _STRICT = ConfigDict(extra="forbid", coerce_numbers_to_str=True, use_attribute_docstrings=True)
 

@@ -199,7 +199,13 @@ def test_what_is_drawn_from_is_what_transformers_draws_from(model: Any, fields: 
 
 
 SMALL = (
-    *("mode=infer", "hardware=cpu", "generation.batch=3", "generation.config.eos_token_id=383"),
+    *(
+        "mode=infer",
+        "hardware=cpu",
+        "model.attention=sdpa",
+        "generation.batch=3",
+        "generation.config.eos_token_id=383",
+    ),
     *("model.config.num_hidden_layers=1", "model.config.hidden_size=32", "model.config.intermediate_size=48"),
     *("model.config.num_attention_heads=2", "generation.config.suppress_tokens=[383]"),
 )
