@@ -42,7 +42,7 @@ class Model:
     trust_remote_code: Literal[False] = False
     """Code from a hub is never run."""
     config: dict[str, Any] = Field(default_factory=dict)
-    """Keyword arguments of the transformers config."""
+    """Keyword arguments of the transformers config; of model.path's only its quantization_config."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -227,6 +227,8 @@ class Hardware:
     """Dense fp16 operations a second, added up in fp16."""
     link: PositiveFloat | None = None
     """Bytes a second between devices, both directions together."""
+    capability: PositiveFloat | None = None
+    """A GPU's compute capability, as 8.9: which kernels for packed weights it has."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -292,6 +294,8 @@ def as_typed(value: object) -> str:
     """A value as it is written on the command line."""
     if isinstance(value, list):
         return f"[{','.join(map(as_typed, value))}]"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{key}:{as_typed(each)}' for key, each in value.items())}}}"
     if value is None:
         return "null"
     return str(value).lower() if isinstance(value, bool) else str(value)

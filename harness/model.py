@@ -1,5 +1,6 @@
 """A transformers model: from a shape with random weights, or from a checkpoint; and back to one."""
 
+import copy
 import json
 import os
 import shutil
@@ -33,6 +34,10 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, loggi
 
 from harness import tensor, weights
 from harness.knobs import Model, Refusal
+from harness.ledger.log import tensors_in
+from harness.ledger.owners import beside, module_claims, packs
+from harness.quantized import Quantization
+from harness.rules import quantized as rules
 
 TEXTS = ("*.json", "*.txt", "*.model", "*.jinja")
 WEIGHTS = ("model*.safetensors",)
@@ -45,7 +50,7 @@ def model_config(settings: Model) -> PretrainedConfig:
         with loading(settings.path):
             config = AutoConfig.from_pretrained(directory_of(settings.path), trust_remote_code=False)
     else:
-        shape = dict(settings.config)
+        shape = {key: value for key, value in settings.config.items() if (key, value) != (rules.NAME, None)}
         kind = shape.pop("model_type", None)
         try:
             config = AutoConfig.for_model(kind, **shape)
@@ -68,21 +73,25 @@ def build(
     seed: int,
     rehearsed: bool = False,
     mesh: DeviceMesh | None = None,
+    quantization: Quantization | None = None,
 ) -> PreTrainedModel:
     """The model in `dtype` on `device`: weights of `model.path`, or random ones that `seed` alone decides.
 
-    With `mesh` this rank has its part of them (`tensor.py`).
+    With `mesh` this rank has its part of them (`tensor.py`). With `quantization` they are packed so, or were.
 
     Every parameter has a storage of its own and of exactly its size. Raises Refusal where the memory is too small,
     or the checkpoint is torn, pickled, lacks a weight, has one too many, or one of another shape. Where it is
     `rehearsed`, no memory is taken and no weight is read.
     """
     made = tensor.outline(config, dtype, settings.attention, mesh)
-    if not rehearsed:
-        check_memory(settings, tensor.held(made) * dtype.itemsize, dtype, device)
+    packs = quantization is not None and quantization.packed
+    if quantization is not None and quantization.outlined(rehearsed):
+        quantization.pack(made, settings)
+    if not rehearsed and (quantization is None or quantization.known):
+        check_memory(settings, tensor.nbytes(made), dtype, device)
     if settings.path is None or settings.random or rehearsed:
         unset = weights.make(made, list(weights.modules(made)), made, device, seed)
-        if settings.path is None or settings.random:
+        if (settings.path is None or settings.random) and not packs:
             check_values(settings, unset)
         return made
     set_seed(seed)
@@ -98,6 +107,7 @@ def build(
         "trust_remote_code": False,
         "ignore_mismatched_sizes": True,  # they are reported, and refused below
         "output_loading_info": True,
+        **({} if quantization is None else quantization.options(config)),
     }
     with loading(settings.path):
         if mesh is None:
@@ -114,15 +124,30 @@ def count(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def sizes(model: torch.nn.Module) -> dict[str, int]:
-    """The record's figures of a whole model: its `parameters`, and those of them that are `embeddings`."""
-    return {"parameters": count(model), "embeddings": looked_up(model)}
+def sizes(model: PreTrainedModel, quantization: Quantization | None = None) -> dict[str, Any]:
+    """The record's figures of a whole model: its `parameters`, those of them that are `embeddings`, and its bytes.
+
+    A weight that is packed counts as what it stands for.
+    """
+    figures = {"parameters": count(model), "embeddings": looked_up(model)}
+    if quantization is None:
+        return figures
+    config = copy.deepcopy(model.config)
+    figures["parameters"] = count(weights.outline(config, next(model.parameters()).dtype))
+    return {**figures, "quantization": quantization.told(_bytes(model))}
+
+
+def _bytes(model: torch.nn.Module) -> int:
+    """Of all that the model has, packed or not, each storage once."""
+    parts = (part for _, _, held in module_claims(model) for part in tensors_in(held))
+    return sum({part.untyped_storage()._cdata: part.nbytes for part in parts}.values())
 
 
 def looked_up(model: torch.nn.Module) -> int:
     """Elements of tables of which each token needs one row: embeddings that are not the last layer's weights too."""
     tables = {each.weight for each in model.modules() if isinstance(each, torch.nn.Embedding)}
-    tables -= {each.weight for each in model.modules() if isinstance(each, torch.nn.Linear)}
+    linear = (each for each in model.modules() if isinstance(each, torch.nn.Linear))
+    tables -= {each.weight for each in linear if hasattr(each, "weight")}  # else it is packed
     return sum(table.numel() for table in tables)
 
 
@@ -147,12 +172,6 @@ def export(
         model.save_pretrained(partial, state_dict=dict(state) if state is not None else None)
         tokens.save_pretrained(partial)
     os.replace(partial, directory)
-
-
-def size_in_bytes(config: PretrainedConfig, dtype: torch.dtype) -> int:
-    """Bytes of the model's parameters in `dtype`, counted without making them."""
-    with torch.device("meta"):
-        return count(AutoModelForCausalLM.from_config(config)) * dtype.itemsize
 
 
 def whole_checkpoint(place: str) -> Path:
@@ -233,11 +252,52 @@ def _check_weights(place: str, report: Mapping[str, Any]) -> None:
 
 
 def _own_storages(model: torch.nn.Module) -> None:
-    """Take parameters out of mapped files and out of storages larger than they are."""
-    for parameter in model.parameters():
-        if parameter.device.type == "cpu":
-            held = parameter._local_tensor if isinstance(parameter, DTensor) else parameter
-            held.data = held.data.clone(memory_format=torch.contiguous_format)
+    """Take what the model has out of mapped files, and out of storages larger than it is.
+
+    Its buffers are its own already, unless weights are packed: what has two names in a layer stays one then.
+    """
+    quantized = getattr(model, "hf_quantizer", None) is not None
+    known: set[int] = set()
+    for module in model.modules():
+        owned: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        for parameter in module._parameters.values():
+            if parameter is not None and id(parameter) not in known:
+                known.add(id(parameter))
+                held = parameter._local_tensor if isinstance(parameter, DTensor) else parameter
+                if hasattr(held, "__tensor_flatten__"):
+                    _own_parts(held, owned)
+                else:
+                    held.data = _owned(held.data, owned)
+        for holder, key in _beside(module) if quantized and packs(module) else ():
+            if type(holder[key]) is torch.Tensor:
+                holder[key] = _owned(holder[key], owned)
+
+
+def _own_parts(tensor: Any, owned: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """The same for the tensors that `tensor` is made of."""
+    for name in tensor.__tensor_flatten__()[0]:
+        part = getattr(tensor, name)
+        if hasattr(part, "__tensor_flatten__"):
+            _own_parts(part, owned)
+        elif type(part) is torch.Tensor:
+            setattr(tensor, name, _owned(part, owned))
+
+
+def _beside(module: torch.nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
+    """Where a module has what is no parameter of it: in which dict, under which key."""
+    yield from ((module._buffers, key) for key in module._buffers)
+    yield from ((holder, key) for _, holder, key in beside(module))
+
+
+def _owned(tensor: torch.Tensor, owned: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """`tensor` with a storage of its own, or with that of the same one before it."""
+    if tensor.device.type != "cpu":
+        return tensor
+    was, own = owned.get(tensor.data_ptr(), (tensor, None))
+    if own is None or own.shape != tensor.shape or own.dtype != tensor.dtype:
+        own = tensor.clone(memory_format=torch.contiguous_format)
+        owned[tensor.data_ptr()] = was, own  # kept, so that no other takes its place
+    return own
 
 
 def directory_of(place: str, patterns: tuple[str, ...] = TEXTS) -> Path:

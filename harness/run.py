@@ -51,7 +51,9 @@ def rehearsed(
     from harness.rehearsal import run as rehearsal
 
     ranks, done = rehearsal.rehearse(settings, parallel=parallel)
-    head = _head(settings, cfg, words, rehearsal.described(settings))
+    around = rehearsal.described(settings)
+    around["differences"] += rehearsal.of_packing(done["model"])
+    head = _head(settings, cfg, words, around)
     return {**head, "status": "complete", **done, "ranks": ranks}
 
 
@@ -78,6 +80,7 @@ def _rehearse(settings: Settings, cfg: DictConfig, words: list[str]) -> int:
         record.write(made, {**head, "failure": found.as_record(), "ranks": []})
         print(f"harness: {found.sentence()}", file=sys.stderr, flush=True)
         return 3
+    head["world"]["differences"] += rehearsal.of_packing(done["model"])
     done["ceilings"] = page.ceilings(settings.hardware, done["model"]["dtype"])
     record.write(made, {**head, "status": "complete", **done, "ranks": ranks})
     _say_where(made, print)

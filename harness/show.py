@@ -12,7 +12,7 @@ def show(record: Mapping[str, Any]) -> str:
     """A run's ledger as lines to read. Raises ValueError where `record` is none."""
     run = parse(record, "the record")
     world, worst = run.world, run.worst
-    lines = [title(run)]
+    lines = [title(run), *_made_whole(run)]
     if worst.peak.bytes is None and not worst.seen:
         lines.append("no memory was measured; ledger=exact does")
     else:
@@ -30,7 +30,16 @@ def title(run: Record) -> str:
     model = run.model
     parameters = "parameters not counted" if model.parameters is None else f"{model.parameters:,} parameters"
     rehearsed = ", rehearsed" * run.world.rehearsed
-    return f"{run.title}{rehearsed}: {parameters}, {model.dtype or '-'}, {run.world.devices}"
+    dtype = model.dtype or "-"
+    packed = "" if model.quantization is None else f", {model.quantization.short}"
+    return f"{run.title}{rehearsed}: {parameters}, {dtype}{packed}, {run.world.devices}"
+
+
+def _made_whole(run: Record) -> Iterator[str]:
+    """That weights are not packed in memory, though the checkpoint's are."""
+    packed = run.model.quantization
+    if packed is not None and packed.whole is not None:
+        yield f"its {packed.method} weights are made whole {packed.whole}: the figures are of {run.model.dtype}"
 
 
 def _table(run: Record) -> Table:

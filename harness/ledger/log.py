@@ -10,11 +10,13 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from time import time_ns
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
@@ -134,12 +136,20 @@ def tensors_in(tree: Any) -> Iterator[torch.Tensor]:
         if hasattr(tree, "__tensor_flatten__"):
             for name in tree.__tensor_flatten__()[0]:
                 yield from tensors_in(getattr(tree, name))
+        elif _wraps(type(tree)):
+            yield from tensors_in([part for part in vars(tree).values() if isinstance(part, torch.Tensor)])
         else:
             yield tree
         return
     for item in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, (tuple, list)) else ():
         if isinstance(item, (torch.Tensor, tuple, list, dict)):
             yield from tensors_in(item)
+
+
+@cache
+def _wraps(kind: type[torch.Tensor]) -> bool:
+    """Whether a tensor of this class is made of others, and does not say of which: it has no memory itself."""
+    return kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ and not issubclass(kind, FakeTensor)
 
 
 def shared(types: Iterable[type]) -> bool:

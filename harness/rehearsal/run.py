@@ -1,12 +1,13 @@
 """A whole rehearsal: every role of a world, and one record of them all."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import as_completed
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from harness.quantized import AT_FIRST, AT_LOAD
 from harness.rehearsal import UNVERIFIED
 from harness.rehearsal.balance import Task, peak, resolved
 from harness.rehearsal.pool import progress, workers
@@ -46,6 +47,19 @@ def _differences(settings: Settings) -> Iterator[str]:
         yield "no gradient has a norm: where a real one is above train.clip, gradients may be moved once more"
     if settings.mode == "train":
         yield "no text is read: where a real run's data ends and begins anew, it has no next batch at hand"
+
+
+def of_packing(model: Mapping[str, Any]) -> Iterator[str]:
+    """What differs where the weights of `model`, the record's, are packed."""
+    packed = model.get("quantization")
+    if packed is None or packed["whole"] == AT_LOAD:
+        return
+    yield (
+        f"weights have the layout of {packed['method']}: what its kernels need beside them, or make of them to be "
+        "faster, is not in these figures"
+    )
+    if packed["whole"] == AT_FIRST:
+        yield "weights are made whole in one go: a real run holds a few copies of one layer meanwhile"
 
 
 def rehearse(
