@@ -195,7 +195,7 @@ def _scale(given: Given, strategy: str, layer: Linear) -> tuple[int, ...]:
     raise Unknown("strategy", strategy, "its scales are not known here")
 
 
-def mxfp4(given: Given, experts: int, layer: Linear) -> Tensors:
+def mxfp4(experts: int, layer: Linear) -> Tensors:
     """transformers/integrations/mxfp4.py: of so many experts, each a weight in blocks of 32 that share a scale."""
     _divides("quant_method", "mxfp4", layer.into, 32, "inputs")
     return {
@@ -222,6 +222,34 @@ def groups(given: Given) -> Iterator[dict[str, Any]]:
             raise Unknown(f"config_groups.{name}", scheme, "schemes by name are not known here; spell it out")
         if scheme.get("weights"):
             yield {**scheme, "format": scheme.get("format") or given.get("format")}
+
+
+def summary(method: str, given: Given) -> tuple[int | None, int | None]:
+    """Bits of a weight, and how many weights share a scale; None where that is no one number, or not known."""
+    if method == "bitsandbytes":
+        return (4, BLOCK) if given.get("load_in_4bit") else (8, None)
+    if method in FIXED:
+        return FIXED[method]
+    if method == "compressed-tensors":
+        schemes = [
+            each["weights"] for each in (given.get("config_groups") or {}).values() if isinstance(each, dict)
+        ]
+        found = {(each.get("num_bits"), each.get("group_size")) for each in schemes if each}
+        bits, group = found.pop() if len(found) == 1 else (None, None)
+    elif method == "quanto":
+        bits, group = int(str(given.get("weights", "int8"))[-1]), None
+    else:
+        bits, group = given.get("bits"), given.get("group_size")
+    return bits if isinstance(bits, int) else None, group if isinstance(group, int) and group > 0 else None
+
+
+FIXED: dict[str, tuple[int, int | None]] = {
+    "fp8": (8, None),
+    "mxfp8": (8, 32),
+    "mxfp4": (4, 32),
+    "bitnet": (2, None),
+}
+"""Bits of a weight, and how many share a scale, where a method leaves no choice."""
 
 
 def _bits(given: Given, *known: int) -> int:

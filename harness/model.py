@@ -85,7 +85,12 @@ def build(
     """
     made = tensor.outline(config, dtype, settings.attention, mesh)
     packs = quantization is not None and quantization.packed
-    if quantization is not None and quantization.outlined(rehearsed):
+    if (
+        quantization is not None
+        and packs
+        and quantization.known
+        and (rehearsed or quantization.whole is None)
+    ):
         quantization.pack(made, settings)
     if not rehearsed and (quantization is None or quantization.known):
         check_memory(settings, tensor.nbytes(made), dtype, device)

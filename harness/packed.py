@@ -35,7 +35,7 @@ def _(packed: list[Tensor], out: int, into: int, dtype: torch.dtype) -> Tensor:
     return packed[0].new_empty(out, into, dtype=dtype)
 
 
-@register_flop_formula(torch.ops.harness.packed_product, get_raw=True)  # type: ignore[untyped-decorator]
+@register_flop_formula(torch.ops.harness.packed_product, get_raw=True)
 def _flops(taken: Tensor, packed: Any, shape: Any, flops: int, *args: Any, **kwargs: Any) -> int:
     return flops
 
@@ -125,7 +125,8 @@ def _grouped(self: Any, hidden: Tensor, experts: Tensor, weights: Tensor) -> Ten
     made = product(made, _pair(self, "down_proj"), [rows, width], 2 * rows * width * inner)
     made = made * weights.reshape(-1)[order].to(made.dtype).unsqueeze(-1)
     made = made[torch.argsort(order)]
-    return made.view(tokens, picked, width).sum(dim=1).to(hidden.dtype)
+    added: Tensor = made.view(tokens, picked, width).sum(dim=1)
+    return added.to(hidden.dtype)
 
 
 def _pair(experts: nn.Module, name: str) -> list[Tensor]:

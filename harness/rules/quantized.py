@@ -65,8 +65,8 @@ def merged(shape: Mapping[str, Any], model: Model) -> dict[str, Any] | None:
         return dict(said)
     together = {**own, **said}
     if method_of(together) != method_of(own):
-        remedy = f"the checkpoint is packed by {method_of(own)}, and cannot be read as another; leave it out"
-        raise Refusal(f"{KEY}.quant_method", method_of(together), remedy)
+        told = f"the checkpoint is packed by {method_of(own)}, and cannot be read as another; leave it out"
+        raise Refusal(f"{KEY}.quant_method", method_of(together), told)
     return together
 
 
@@ -107,29 +107,29 @@ def check_given(settings: Settings, given: Mapping[str, Any], packs: bool | None
     method = METHODS.get(name)
     rehearsed = settings.world.kind == "rehearsed"
     if method is None and rehearsed:
-        remedy = f"its layout is not known here, so neither is its size; {_whole(settings.model, rehearsed)}"
-        raise refusal(settings.model, given, remedy)
+        unknown = f"its layout is not known here, so neither is its size; {remedy(settings)}"
+        raise refusal(settings.model, given, unknown)
     if settings.mode == "train" and not (method and method.dequantizes):
-        remedy = f"packed weights take no gradients; {_whole(settings.model, rehearsed)}"
-        raise refusal(settings.model, given, remedy)
+        raise refusal(settings.model, given, f"packed weights take no gradients; {remedy(settings)}")
     if settings.tensor_parallel > 1:
-        remedy = "packed weights are not shared among ranks here; use generation.tensor_parallel=1"
-        raise refusal(settings.model, given, remedy)
+        shared = "packed weights are not shared among ranks here; use generation.tensor_parallel=1"
+        raise refusal(settings.model, given, shared)
     missing = [each for each in (method.packages if method else ()) if not _installed(each)]
     if missing and not rehearsed and settings.model.path is not None and not settings.model.random:
-        remedy = f"{' and '.join(missing)} must be there to read them; pip install {' '.join(missing)}"
-        raise refusal(settings.model, given, remedy)
+        needed = f"{' and '.join(missing)} must be there to read them; pip install {' '.join(missing)}"
+        raise refusal(settings.model, given, needed)
     if settings.mode == "train" or not packs:
         return
     if settings.pipeline.stages > 1:
-        remedy = "packed weights are not cut into stages here; use pipeline.stages=1"
-        raise refusal(settings.model, given, remedy)
+        cut = "packed weights are not cut into stages here; use pipeline.stages=1"
+        raise refusal(settings.model, given, cut)
     if settings.generation.compile:
-        remedy = "packed weights are not compiled here; use generation.compile=false"
-        raise refusal(settings.model, given, remedy)
+        compiled = "packed weights are not compiled here; use generation.compile=false"
+        raise refusal(settings.model, given, compiled)
     if not rehearsed and (settings.model.path is None or settings.model.random):
-        remedy = f"random weights are not packed; rehearse it, or {_whole(settings.model, rehearsed)}"
-        raise refusal(settings.model, given, remedy)
+        raise refusal(
+            settings.model, given, f"random weights are not packed; rehearse it, or {remedy(settings)}"
+        )
 
 
 def check_whole(settings: Settings, own: Any) -> None:
@@ -138,15 +138,15 @@ def check_whole(settings: Settings, own: Any) -> None:
     if own and model.path is not None and not model.random and settings.world.kind != "rehearsed":
         name = method_of(own)
         read = f", or {KEY}.dequantize=true" if METHODS.get(name, Method()).dequantizes else ""
-        remedy = f"the checkpoint is packed ({name}), and its weights are read; add model.random=true{read}"
-        raise Refusal(KEY, None, remedy)
+        told = f"the checkpoint is packed ({name}), and its weights are read; add model.random=true{read}"
+        raise Refusal(KEY, None, told)
 
 
-def refusal(model: Model, given: Mapping[str, Any], remedy: str) -> Refusal:
+def refusal(model: Model, given: Mapping[str, Any], told: str) -> Refusal:
     """It names the checkpoint that is packed, or the key that asks for it."""
     if model.path is not None and NAME not in model.config:
-        return Refusal("model.path", model.path, f"its weights are packed ({method_of(given)}): {remedy}")
-    return Refusal(f"{KEY}.quant_method", method_of(given), remedy)
+        return Refusal("model.path", model.path, f"its weights are packed ({method_of(given)}): {told}")
+    return Refusal(f"{KEY}.quant_method", method_of(given), told)
 
 
 def _installed(name: str) -> bool:
@@ -157,8 +157,9 @@ def _installed(name: str) -> bool:
     return True
 
 
-def _whole(model: Model, rehearsed: bool) -> str:
-    """How to have weights of the run's precision."""
-    if model.path is None or model.random or rehearsed:
+def remedy(settings: Settings) -> str:
+    """How to have weights in the run's precision."""
+    model = settings.model
+    if model.path is None or model.random or settings.world.kind == "rehearsed":
         return f"{KEY}=null has them whole"
     return f"give a checkpoint that is whole, or model.random=true {KEY}=null"
