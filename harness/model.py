@@ -21,7 +21,6 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError, safe_open
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -32,10 +31,8 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
-from harness import tensor, weights
+from harness import storages, tensor, weights
 from harness.knobs import Model, Refusal
-from harness.ledger.log import tensors_in
-from harness.ledger.owners import beside, module_claims, packs
 from harness.quantized import Quantization
 from harness.rules import quantized as rules
 
@@ -85,12 +82,7 @@ def build(
     """
     made = tensor.outline(config, dtype, settings.attention, mesh)
     packs = quantization is not None and quantization.packed
-    if (
-        quantization is not None
-        and packs
-        and quantization.known
-        and (rehearsed or quantization.whole is None)
-    ):
+    if quantization is not None and quantization.stays(rehearsed):
         quantization.pack(made, settings)
     if not rehearsed and (quantization is None or quantization.known):
         check_memory(settings, tensor.nbytes(made), dtype, device)
@@ -120,7 +112,7 @@ def build(
         else:
             loaded, report = tensor.load(directory, made, mesh, **options)
     _check_weights(settings.path, report)
-    _own_storages(loaded)
+    storages.own(loaded)
     return loaded
 
 
@@ -139,13 +131,7 @@ def sizes(model: PreTrainedModel, quantization: Quantization | None = None) -> d
         return figures
     config = copy.deepcopy(model.config)
     figures["parameters"] = count(weights.outline(config, next(model.parameters()).dtype))
-    return {**figures, "quantization": quantization.told(_bytes(model))}
-
-
-def _bytes(model: torch.nn.Module) -> int:
-    """Of all that the model has, packed or not, each storage once."""
-    parts = (part for _, _, held in module_claims(model) for part in tensors_in(held))
-    return sum({part.untyped_storage()._cdata: part.nbytes for part in parts}.values())
+    return {**figures, "quantization": quantization.told(storages.nbytes(model))}
 
 
 def looked_up(model: torch.nn.Module) -> int:
@@ -254,55 +240,6 @@ def _check_weights(place: str, report: Mapping[str, Any]) -> None:
                 place,
                 f"its weights are not this model's: {len(found)} {problem}, {min(found)} first",
             )
-
-
-def _own_storages(model: torch.nn.Module) -> None:
-    """Take what the model has out of mapped files, and out of storages larger than it is.
-
-    Its buffers are its own already, unless weights are packed: what has two names in a layer stays one then.
-    """
-    quantized = getattr(model, "hf_quantizer", None) is not None
-    known: set[int] = set()
-    for module in model.modules():
-        owned: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        for parameter in module._parameters.values():
-            if parameter is not None and id(parameter) not in known:
-                known.add(id(parameter))
-                held = parameter._local_tensor if isinstance(parameter, DTensor) else parameter
-                if hasattr(held, "__tensor_flatten__"):
-                    _own_parts(held, owned)
-                else:
-                    held.data = _owned(held.data, owned)
-        for holder, key in _beside(module) if quantized and packs(module) else ():
-            if type(holder[key]) is torch.Tensor:
-                holder[key] = _owned(holder[key], owned)
-
-
-def _own_parts(tensor: Any, owned: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """The same for the tensors that `tensor` is made of."""
-    for name in tensor.__tensor_flatten__()[0]:
-        part = getattr(tensor, name)
-        if hasattr(part, "__tensor_flatten__"):
-            _own_parts(part, owned)
-        elif type(part) is torch.Tensor:
-            setattr(tensor, name, _owned(part, owned))
-
-
-def _beside(module: torch.nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
-    """Where a module has what is no parameter of it: in which dict, under which key."""
-    yield from ((module._buffers, key) for key in module._buffers)
-    yield from ((holder, key) for _, holder, key in beside(module))
-
-
-def _owned(tensor: torch.Tensor, owned: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-    """`tensor` with a storage of its own, or with that of the same one before it."""
-    if tensor.device.type != "cpu":
-        return tensor
-    was, own = owned.get(tensor.data_ptr(), (tensor, None))
-    if own is None or own.shape != tensor.shape or own.dtype != tensor.dtype:
-        own = tensor.clone(memory_format=torch.contiguous_format)
-        owned[tensor.data_ptr()] = was, own  # kept, so that no other takes its place
-    return own
 
 
 def directory_of(place: str, patterns: tuple[str, ...] = TEXTS) -> Path:

@@ -45,6 +45,10 @@ class Quantization:
         """Whether its layout is known here."""
         return self.method in rules.METHODS
 
+    def stays(self, rehearsed: bool) -> bool:
+        """Whether its layout is what a model takes for as long as it runs; of a `rehearsed` one, at first."""
+        return self.known and self.packed and (rehearsed or self.whole is None)
+
     def dtype(self, dtype: torch.dtype, device: str) -> torch.dtype:
         """What a model computes in that is asked to in `dtype`: on a GPU transformers has AWQ in fp16 alone."""
         fp16 = self.method == "awq" and device == "cuda" and dtype == torch.bfloat16
