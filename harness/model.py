@@ -112,6 +112,8 @@ def build(
         else:
             loaded, report = tensor.load(directory, made, mesh, **options)
     _check_weights(settings.path, report)
+    if quantization is not None and not quantization.as_read(loaded).packed:
+        vars(loaded).pop("_weight_conversions", None)  # else what is saved would be packed once more
     storages.own(loaded)
     return loaded
 

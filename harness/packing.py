@@ -31,6 +31,8 @@ def pack(model: PreTrainedModel, method: str, given: Given) -> None:
         else:
             for name, layer, own in [*_chosen(model, method, given)]:
                 model.set_submodule(name, _packed(layer, method, own, model.dtype))
+        if given.get("kv_cache_scheme"):
+            _scale_keys_and_values(model)
 
 
 def _packed(layer: nn.Module, method: str, given: Given, dtype: torch.dtype) -> PackedLinear:
@@ -61,6 +63,8 @@ def _chosen(model: PreTrainedModel, method: str, given: Given) -> Iterator[Chose
 
 def _matched(model: PreTrainedModel, given: Given) -> Iterator[Chosen]:
     """As compressed_tensors/utils/match.py: by a whole name, the name of a class, or `re:` and a pattern."""
+    if given.get("use_optimized_inference"):
+        raise Unknown("use_optimized_inference", True, "what its kernels take is not known here")
     ignore, groups = given.get("ignore") or [], [*layouts.groups(given)]
     for name, module in model.named_modules():
         scheme = next((each for each in groups if _matches(name, module, each["targets"])), None)
@@ -70,6 +74,14 @@ def _matched(model: PreTrainedModel, given: Given) -> Iterator[Chosen]:
             raise Unknown("config_groups", scheme["targets"], "packed embeddings are not known here")
         if isinstance(module, nn.Linear):
             yield name, module, scheme
+
+
+def _scale_keys_and_values(model: PreTrainedModel) -> None:
+    """What compressed-tensors has of a cache in few bits in transformers, where keys and values stay as they are."""
+    for module in [*model.modules()]:
+        if {"k_proj", "v_proj"} <= module._modules.keys():
+            for name in ("k_scale", "v_scale"):
+                module.register_buffer(name, torch.empty(1))
 
 
 def _matches(name: str, module: nn.Module, targets: Sequence[str]) -> bool:

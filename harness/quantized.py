@@ -11,13 +11,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.quantizers import AutoHfQuantizer, AutoQuantizationConfig
 
 from harness import layouts, packed, packing
-from harness.knobs import Model, Refusal, Settings
+from harness.knobs import Model, Settings
 from harness.layouts import Unknown
 from harness.rules import quantized as rules
-
-AT_LOAD = "as they are read"
-AT_FIRST = "at the first forward"
-"""When transformers makes packed weights whole, in the record's words."""
+from harness.rules.quantized import AT_FIRST, AT_LOAD
 
 
 @dataclass(frozen=True)
@@ -69,8 +66,10 @@ class Quantization:
         try:
             packing.pack(model, self.method, self.given)
         except Unknown as unknown:
-            remedy = f"{unknown.reason}; {rules.KEY}=null has weights whole"
-            raise Refusal(f"{rules.KEY}.{unknown.key}", unknown.value, remedy) from None
+            told = f"{unknown.reason}; {rules.KEY}=null has weights whole"
+            raise rules.refusal(
+                settings, {**self.given, unknown.key: unknown.value}, told, unknown.key
+            ) from None
         except KeyError as error:
             raise rules.refusal(settings, self.given, f"its config has no {error}") from error
         except (ValueError, TypeError, AttributeError, AssertionError) as error:
@@ -105,12 +104,11 @@ def take(config: PretrainedConfig, settings: Settings, device: str) -> Quantizat
         rules.check_whole(settings, own)
         return None
     method = rules.method_of(given)
+    if not AutoHfQuantizer.supports_quant_method(given):  # it would be read as if it were whole
+        told = f"this transformers knows no such method; {rules.remedy(settings)}"
+        raise rules.refusal(settings.model, given, told)
     packs = rules.packed(given, device, _capability(settings, device))
     rules.check_given(settings, given, packs)
-    if not AutoHfQuantizer.supports_quant_method(given):  # it would be read as if it were whole
-        raise rules.refusal(
-            settings.model, given, f"this transformers knows no such method; {rules.remedy(settings)}"
-        )
     return Quantization(method, given, own is not None, bool(packs) and settings.mode == "infer")
 
 

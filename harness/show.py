@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from harness.roofline import line
+from harness.rules.quantized import AT_FIRST
 from harness.schema import Rank, Record, Where, parse
 from harness.tables import AT_LEAST, Table, size
 
@@ -39,7 +40,9 @@ def _made_whole(run: Record) -> Iterator[str]:
     """That weights are not packed in memory, though the checkpoint's are."""
     packed = run.model.quantization
     if packed is not None and packed.whole is not None:
-        yield f"its {packed.method} weights are made whole {packed.whole}: the figures are of {run.model.dtype}"
+        took = f", {size(packed.bytes)}" if packed.whole == AT_FIRST else ""
+        why = "transformers computes with them so here"
+        yield f"its weights ({packed.short}{took}) are made whole {packed.whole}: {why}"
 
 
 def _table(run: Record) -> Table:

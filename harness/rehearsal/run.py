@@ -7,11 +7,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from harness.quantized import AT_FIRST, AT_LOAD
 from harness.rehearsal import UNVERIFIED
 from harness.rehearsal.balance import Task, peak, resolved
 from harness.rehearsal.pool import progress, workers
 from harness.rehearsal.roles import Role, roles
+from harness.rules.quantized import AT_FIRST, AT_LOAD
 from harness.settings import Settings
 
 MEASURED = (
@@ -58,6 +58,8 @@ def of_packing(model: Mapping[str, Any]) -> Iterator[str]:
         f"weights have the layout of {packed['method']}: what its kernels need beside them, or make of them to be "
         "faster, is not in these figures"
     )
+    if packed["method"] == "mxfp4":
+        yield "transformers computes in mxfp4 where triton and kernels are installed, and makes weights whole elsewhere"
     if packed["whole"] == AT_FIRST:
         yield "weights are made whole in one go: a real run holds a few copies of one layer meanwhile"
 

@@ -8,11 +8,15 @@ from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, distribution
 from typing import Any, NamedTuple
 
-from harness.knobs import Model, Refusal, Settings
+from harness.knobs import Model, Refusal, Settings, as_typed
 from harness.rules.sources import shape_of
 
 NAME = "quantization_config"
 KEY = f"model.config.{NAME}"
+
+AT_LOAD = "as they are read"
+AT_FIRST = "at the first forward"
+"""When transformers makes packed weights whole, in the record's words."""
 
 
 class Method(NamedTuple):
@@ -47,7 +51,7 @@ def check(settings: Settings) -> None:
     given = merged(shape, settings.model)
     if given is None:
         check_whole(settings, stored(shape))
-    else:
+    elif method_of(given) in METHODS or settings.world.kind == "rehearsed":  # else transformers may know it
         check_given(settings, given, packed(given, settings.hardware.device, settings.hardware.capability))
 
 
@@ -109,6 +113,9 @@ def check_given(settings: Settings, given: Mapping[str, Any], packs: bool | None
     if method is None and rehearsed:
         unknown = f"its layout is not known here, so neither is its size; {remedy(settings)}"
         raise refusal(settings.model, given, unknown)
+    if given.get("dequantize") and method and not method.dequantizes:
+        told = f"transformers makes no {name} weights whole as it reads them; leave it out"
+        raise refusal(settings.model, given, told, "dequantize")
     if settings.mode == "train" and not (method and method.dequantizes):
         raise refusal(settings.model, given, f"packed weights take no gradients; {remedy(settings)}")
     if settings.tensor_parallel > 1:
@@ -142,11 +149,13 @@ def check_whole(settings: Settings, own: Any) -> None:
         raise Refusal(KEY, None, told)
 
 
-def refusal(model: Model, given: Mapping[str, Any], told: str) -> Refusal:
-    """It names the checkpoint that is packed, or the key that asks for it."""
+def refusal(model: Model, given: Mapping[str, Any], told: str, key: str = "quant_method") -> Refusal:
+    """It names the checkpoint that is packed, or the `key` that asks for it."""
+    name, value = method_of(given), given.get(key)
     if model.path is not None and NAME not in model.config:
-        return Refusal("model.path", model.path, f"its weights are packed ({method_of(given)}): {told}")
-    return Refusal(f"{KEY}.quant_method", method_of(given), told)
+        packed = name if key == "quant_method" else f"{name}, {key}={as_typed(value)}"
+        return Refusal("model.path", model.path, f"its weights are packed ({packed}): {told}")
+    return Refusal(f"{KEY}.{key}", name if key == "quant_method" else value, told)
 
 
 def _installed(name: str) -> bool:
