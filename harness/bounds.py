@@ -25,8 +25,6 @@ WEIGHTS = {"forward": 1, "prefill": 1, "decode": 1, "backward": 2}
 COPIES = {"dynamic": 3, "static": 1}
 """How often a new token moves each cached position: a dynamic cache is read and written anew, then read."""
 
-ITEMSIZE = {"bfloat16": 2, "float32": 4}
-
 
 class Total(NamedTuple):
     """A phase's work in one step, over its micro-batches."""
@@ -224,13 +222,13 @@ def _shape(
     record: Record, rank: Rank, settings: Settings, name: str, totals: Mapping[str, Total]
 ) -> Shape | None:
     """The pass of phase `name`; None where the record does not say all of it."""
-    if name not in WEIGHTS or record.model.parameters is None:
+    matrices = record.model.matrices
+    if name not in WEIGHTS or matrices is None:
         return None
     apart = settings.generation.tensor_parallel if record.mode == "infer" else 1
     split = record.pipeline.split
     share = (split[rank.stage] / sum(split) if rank.stage < len(split) else 1.0) / apart
-    matrices = record.model.parameters - (record.model.embeddings or 0)
-    weights = WEIGHTS[name] * matrices * ITEMSIZE.get(record.model.dtype or "", 0) * share
+    weights = WEIGHTS[name] * matrices * share
     if record.mode == "train":
         return Shape(settings.train.micro_batch, weights)
     told, asked = record.inference, settings.generation

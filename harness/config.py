@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from harness.knobs import Refusal, Settings, knobs
+from harness.rules.quantized import KEY, NAME
 from harness.settings import nearest, resolved, unresolved
 
 RUN_DIR = "hydra.run.dir"
@@ -72,22 +73,26 @@ def compose(words: Sequence[str]) -> DictConfig:
 
 
 def _take_shape_from_path(cfg: DictConfig, overrides: Sequence[Override]) -> None:
-    """Leave nothing of the group's shape in a config whose model comes from `model.path`, so that it says what runs."""
+    """Leave nothing of the group's shape in a config whose model comes from `model.path`, so that it says what runs.
+
+    How its weights are packed may be said all the same.
+    """
+    packing = [each for each in overrides if _of_packing(each.key_or_group)]
     for override in overrides:
-        if override.key_or_group.startswith("model.config"):
+        if override.key_or_group.startswith("model.config") and override not in packing:
             raise Refusal(
                 override.key_or_group,
                 override.value(),
                 "model.path= brings a config of its own; leave one out",
             )
-    cfg.model.config = {}
+    cfg.model.config = {NAME: cfg.model.config.get(NAME)} if packing else {}
     if not any(override.key_or_group == "model.name" for override in overrides):
         cfg.model.name = cfg.model.path
 
 
 def _parse(word: str) -> Override:
     key, _, value = word.partition("=")
-    if f"{key}.".startswith(OPEN):
+    if f"{key}.".startswith(OPEN) or _of_packing(key):  # no group has it, and any model may
         word = f"++{word}"
     try:
         override = OverridesParser.create().parse_override(_taken_as_typed(key, value) or word)
@@ -105,6 +110,11 @@ def _parse(word: str) -> Override:
     if options and override.value() not in options:
         raise Refusal(key, value, f"no such option; one of {', '.join(options)}")
     return override
+
+
+def _of_packing(key: str) -> bool:
+    """Whether `key` is `quantization_config`, or one in it."""
+    return key == KEY or key.startswith(f"{KEY}.")
 
 
 def _taken_as_typed(key: str, value: str) -> str | None:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from harness import continuous, model, stage, weights
+from harness import continuous, model, quantized, stage, weights
 from harness.batch import Requests
 from harness.cache import attention_flops_per_position, check_bits, kv_bytes_per_token
 from harness.compiled import Compiled
@@ -22,6 +22,7 @@ from harness.ledger import Ledger
 from harness.pace import Pace
 from harness.paging import room
 from harness.prompts import Prompt, check, find, text_of
+from harness.quantized import Quantization
 from harness.record import Output
 from harness.relay import Relay
 from harness.rules.infer import check_device
@@ -66,10 +67,13 @@ def run(settings: Settings, world: World, ledger: Ledger, out: Output) -> None:
         with ledger.opaque("check", NOTHING):  # it is no part of the run
             check_bits(asked.cache_bits, world.device)
     dtype = getattr(torch, settings.dtype)
+    quantization = quantized.take(config, settings, world.kind)
+    if quantization is not None:
+        dtype = quantization.dtype(dtype, world.kind)
     if asked.batching == "continuous":
         room(asked, config, dtype, prompts)  # refused before the model is made
     with ledger.phase("setup"):
-        built, sizes = _built(settings, config, dtype, world, ledger)
+        built, sizes = _built(settings, config, dtype, world, ledger, quantization)
     if asked.batching == "static":
         check_columns(
             built.model if isinstance(built, Stage) else built, prompts, asked.batch, world.replicas
@@ -119,18 +123,26 @@ def run(settings: Settings, world: World, ledger: Ledger, out: Output) -> None:
 
 
 def _built(
-    settings: Settings, config: PretrainedConfig, dtype: torch.dtype, world: World, ledger: Ledger
-) -> tuple[PreTrainedModel | Stage, dict[str, int]]:
+    settings: Settings,
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    world: World,
+    ledger: Ledger,
+    quantization: Quantization | None,
+) -> tuple[PreTrainedModel | Stage, dict[str, Any]]:
     """The model, or this rank's stage of it, and the sizes of the whole."""
-    asked = settings.model, config, dtype, world.device, settings.seed
+    asked, how = (settings.model, config, dtype, world.device, settings.seed), (world.rehearsed, world.mesh)
     if world.stages == 1:
-        built = model.build(*asked, world.rehearsed, world.mesh)
+        built = model.build(*asked, *how, quantization)
         ledger.own(model=built.eval().requires_grad_(False))
-        return built, model.sizes(built)
-    part = stage.build(*asked, ranges(split_of(settings, config))[world.stage], world.rehearsed, world.mesh)
+        if quantization is not None and not world.rehearsed:
+            quantization = quantization.as_read(built)
+        return built, model.sizes(built, quantization)
+    part = stage.build(*asked, ranges(split_of(settings, config))[world.stage], *how, quantization)
     part.eval().requires_grad_(False)
     ledger.own(model=part.model)
-    return part, model.sizes(weights.outline(config, dtype, settings.model.attention))
+    whole = weights.outline(config, dtype, settings.model.attention)
+    return part, model.sizes(whole, quantization)
 
 
 def share_of(

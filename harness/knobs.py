@@ -66,7 +66,7 @@ class Model:
     trust_remote_code: Literal[False] = False
     """Code from a hub is never run."""
     config: dict[str, Any] = Field(default_factory=dict)
-    """Keyword arguments of the transformers config."""
+    """Keyword arguments of the transformers config; of model.path's only its quantization_config."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -253,6 +253,8 @@ class Hardware:
     """Dense fp16 operations a second, added up in fp16."""
     link: PositiveFloat | None = None
     """Bytes a second between devices, both directions together."""
+    capability: PositiveFloat | None = None
+    """A GPU's compute capability, as 8.9: which kernels for packed weights it has."""
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -1,5 +1,6 @@
 """A transformers model: from a shape with random weights, or from a checkpoint; and back to one."""
 
+import copy
 import json
 import os
 import shutil
@@ -20,7 +21,6 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError, safe_open
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -32,8 +32,10 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
-from harness import tensor, weights, widths
+from harness import storages, tensor, weights, widths
 from harness.knobs import Model, Refusal
+from harness.quantized import Quantization
+from harness.rules import quantized as rules
 
 TEXTS = ("*.json", "*.txt", "*.model", "*.jinja")
 WEIGHTS = ("model*.safetensors",)
@@ -46,7 +48,7 @@ def model_config(settings: Model) -> PretrainedConfig:
         with loading(settings.path):
             config = AutoConfig.from_pretrained(directory_of(settings.path), trust_remote_code=False)
     else:
-        shape = dict(settings.config)
+        shape = {key: value for key, value in settings.config.items() if (key, value) != (rules.NAME, None)}
         kind = shape.pop("model_type", None)
         try:
             config = AutoConfig.for_model(kind, **shape)
@@ -69,10 +71,11 @@ def build(
     seed: int,
     rehearsed: bool = False,
     mesh: DeviceMesh | None = None,
+    quantization: Quantization | None = None,
 ) -> PreTrainedModel:
     """The model in `dtype` on `device`: weights of `model.path`, or random ones that `seed` alone decides.
 
-    With `mesh` this rank has its part of them (`tensor.py`).
+    With `mesh` this rank has its part of them (`tensor.py`). With `quantization` they are packed so, or were.
 
     Every parameter has a storage of its own and of exactly its size. Raises Refusal where the memory is too small,
     or the checkpoint is torn, pickled, lacks a weight, has one too many, or one of another shape. Where it is
@@ -80,11 +83,14 @@ def build(
     """
     made = tensor.outline(config, dtype, settings.attention, mesh)
     widths.check(settings, made)
-    if not rehearsed:
-        check_memory(settings, tensor.held(made) * dtype.itemsize, dtype, device)
+    packs = quantization is not None and quantization.packed
+    if quantization is not None and quantization.stays(rehearsed):
+        quantization.pack(made, settings)
+    if not rehearsed and (quantization is None or quantization.known):
+        check_memory(settings, tensor.nbytes(made), dtype, device)
     if settings.path is None or settings.random or rehearsed:
         unset = weights.make(made, list(weights.modules(made)), made, device, seed)
-        if settings.path is None or settings.random:
+        if (settings.path is None or settings.random) and not packs:
             check_values(settings, unset)
         return made
     set_seed(seed)
@@ -101,6 +107,7 @@ def build(
         "ignore_mismatched_sizes": True,  # they are reported, and refused below
         "output_loading_info": True,
         "generation_config": GenerationConfig(),  # the checkpoint's is read apart: a wrong one is no wrong model
+        **({} if quantization is None else quantization.options(config)),
     }
     with loading(settings.path):
         if mesh is None:
@@ -108,7 +115,9 @@ def build(
         else:
             loaded, report = tensor.load(directory, made, mesh, **options)
     _check_weights(settings.path, report)
-    _own_storages(loaded)
+    if quantization is not None and not quantization.as_read(loaded).packed:
+        vars(loaded).pop("_weight_conversions", None)  # else what is saved would be packed once more
+    storages.own(loaded)
     return loaded
 
 
@@ -117,15 +126,24 @@ def count(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def sizes(model: torch.nn.Module) -> dict[str, int]:
-    """The record's figures of a whole model: its `parameters`, and those of them that are `embeddings`."""
-    return {"parameters": count(model), "embeddings": looked_up(model)}
+def sizes(model: PreTrainedModel, quantization: Quantization | None = None) -> dict[str, Any]:
+    """The record's figures of a whole model: its `parameters`, those of them that are `embeddings`, and its bytes.
+
+    A weight that is packed counts as what it stands for.
+    """
+    figures = {"parameters": count(model), "embeddings": looked_up(model)}
+    if quantization is None:
+        return figures
+    config = copy.deepcopy(model.config)
+    figures["parameters"] = count(weights.outline(config, next(model.parameters()).dtype))
+    return {**figures, "quantization": quantization.told(storages.nbytes(model))}
 
 
 def looked_up(model: torch.nn.Module) -> int:
     """Elements of tables of which each token needs one row: embeddings that are not the last layer's weights too."""
     tables = {each.weight for each in model.modules() if isinstance(each, torch.nn.Embedding)}
-    tables -= {each.weight for each in model.modules() if isinstance(each, torch.nn.Linear)}
+    linear = (each for each in model.modules() if isinstance(each, torch.nn.Linear))
+    tables -= {each.weight for each in linear if hasattr(each, "weight")}  # else it is packed
     return sum(table.numel() for table in tables)
 
 
@@ -154,12 +172,6 @@ def export(
         tokens.save_pretrained(partial)
     (partial / GENERATION_CONFIG_NAME).write_text(json.dumps(generation, indent=2), encoding="utf-8")
     os.replace(partial, directory)
-
-
-def size_in_bytes(config: PretrainedConfig, dtype: torch.dtype) -> int:
-    """Bytes of the model's parameters in `dtype`, counted without making them."""
-    with torch.device("meta"):
-        return count(AutoModelForCausalLM.from_config(config)) * dtype.itemsize
 
 
 def whole_checkpoint(place: str) -> Path:
@@ -237,14 +249,6 @@ def _check_weights(place: str, report: Mapping[str, Any]) -> None:
                 place,
                 f"its weights are not this model's: {len(found)} {problem}, {min(found)} first",
             )
-
-
-def _own_storages(model: torch.nn.Module) -> None:
-    """Take parameters out of mapped files and out of storages larger than they are."""
-    for parameter in model.parameters():
-        if parameter.device.type == "cpu":
-            held = parameter._local_tensor if isinstance(parameter, DTensor) else parameter
-            held.data = held.data.clone(memory_format=torch.contiguous_format)
 
 
 def directory_of(place: str, patterns: tuple[str, ...] = TEXTS) -> Path:

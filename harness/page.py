@@ -21,9 +21,10 @@ def named(name: str) -> Hardware:
 def ceilings(hardware: Hardware, dtype: str) -> dict[str, Any] | None:
     """The record's `ceilings` for operations on `dtype`, by a page; None where it has no rates.
 
-    Its dense rate of bf16 counts: a sparse one, or one that adds up in fp16, is none that these runs can reach.
+    Its dense rate of bf16 counts, and for fp16 too: a sparse one, or one that adds up in fp16, is none that these runs
+    can reach.
     """
-    flops = hardware.flops_bf16 if dtype == "bfloat16" else None
+    flops = hardware.flops_bf16 if dtype in ("bfloat16", "float16") else None
     if hardware.bandwidth is None and flops is None:
         return None
     return {"source": hardware.name, "bandwidth": hardware.bandwidth, "flops": flops, "dtype": dtype}

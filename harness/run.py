@@ -66,7 +66,9 @@ def rehearsed(settings: Settings, words: Sequence[str], parallel: bool = True) -
 
     resolved = resolve(settings)
     ranks, done = rehearsal.rehearse(resolved.settings, parallel=parallel)
-    head = _head(resolved, words, rehearsal.described(resolved.settings))
+    around = rehearsal.described(resolved.settings)
+    around["differences"] += rehearsal.of_packing(done["model"])
+    head = _head(resolved, words, around)
     return {**head, "status": "complete", **done, "ranks": ranks}
 
 
@@ -95,6 +97,7 @@ def _rehearse(settings: Settings, cfg: DictConfig, words: list[str]) -> int:
         record.write(made, {**head, "failure": found.as_record(), "ranks": []})
         print(f"harness: {found.sentence()}", file=sys.stderr, flush=True)
         return 3
+    head["world"]["differences"] += rehearsal.of_packing(done["model"])
     done["ceilings"] = page.ceilings(settings.hardware, done["model"]["dtype"])
     record.write(made, {**head, "status": "complete", **done, "ranks": ranks})
     _say_where(made, print)

@@ -23,6 +23,10 @@ Figures = Mapping[str, int | None]
 """Bytes by category. None: not measured."""
 
 
+ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
+"""Bytes of an element that is not packed."""
+
+
 class _Part(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True)
 
@@ -180,13 +184,41 @@ class World(_Part):
         return f"{self.size} x {(self.rehearsed and self.device_name) or self.device}"
 
 
+class Quantization(_Part):
+    """How a checkpoint's weights are packed: `bytes` is what all of them take, those that are not packed too.
+
+    `whole` says when they are made whole again; None: never.
+    """
+
+    method: Text
+    bits: Number | None = None
+    group_size: Number | None = None
+    whole: Text | None = None
+    bytes: Bytes
+
+    @property
+    def short(self) -> str:
+        """The method, and bits of a weight."""
+        return self.method + (f" {self.bits} bits" if self.bits else "")
+
+
 class Model(_Part):
-    """What ran."""
+    """What ran. A parameter that is packed counts as one."""
 
     name: Text
     parameters: Bytes | None
     dtype: Text | None
     embeddings: Bytes | None = None
+    quantization: Quantization | None = None
+
+    @property
+    def matrices(self) -> float | None:
+        """Bytes of what each token is multiplied with: of all parameters but tables of which it needs a row."""
+        itemsize = ITEMSIZE.get(self.dtype or "", 0)
+        tables = (self.embeddings or 0) * itemsize
+        if self.quantization is not None and self.quantization.whole is None:
+            return self.quantization.bytes - tables
+        return None if self.parameters is None else self.parameters * itemsize - tables
 
     @property
     def short(self) -> str:

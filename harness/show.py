@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from harness.roofline import line
+from harness.rules.quantized import AT_FIRST
 from harness.schema import Rank, Record, Where, parse
 from harness.tables import AT_LEAST, Table, size
 
@@ -12,7 +13,7 @@ def show(record: Mapping[str, Any]) -> str:
     """A run's ledger as lines to read. Raises ValueError where `record` is none."""
     run = parse(record, "the record")
     world, worst = run.world, run.worst
-    lines = [title(run)]
+    lines = [title(run), *_made_whole(run)]
     if worst.peak.bytes is None and not worst.seen:
         lines.append("no memory was measured; ledger=exact does")
     else:
@@ -37,7 +38,18 @@ def title(run: Record) -> str:
     model = run.model
     parameters = "parameters not counted" if model.parameters is None else f"{model.parameters:,} parameters"
     rehearsed = ", rehearsed" * run.world.rehearsed
-    return f"{run.title}{rehearsed}: {parameters}, {model.dtype or '-'}, {run.world.devices}"
+    dtype = model.dtype or "-"
+    packed = "" if model.quantization is None else f", {model.quantization.short}"
+    return f"{run.title}{rehearsed}: {parameters}, {dtype}{packed}, {run.world.devices}"
+
+
+def _made_whole(run: Record) -> Iterator[str]:
+    """That weights are not packed in memory, though the checkpoint's are."""
+    packed = run.model.quantization
+    if packed is not None and packed.whole is not None:
+        took = f", {size(packed.bytes)}" if packed.whole == AT_FIRST else ""
+        why = "transformers computes with them so here"
+        yield f"its weights ({packed.short}{took}) are made whole {packed.whole}: {why}"
 
 
 def _table(run: Record) -> Table:

@@ -17,6 +17,7 @@ from transformers import Cache, PretrainedConfig, PreTrainedModel
 from harness import model, tensor, weights, widths
 from harness.knobs import Model
 from harness.model import check_memory, check_values, loading, whole_checkpoint
+from harness.quantized import Quantization
 
 
 class Uncuttable(Exception):
@@ -177,10 +178,11 @@ def build(
     layers: range,
     rehearsed: bool = False,
     mesh: DeviceMesh | None = None,
+    quantization: Quantization | None = None,
 ) -> Stage:
     """The stage with `layers`: its weights are those of `model.build`'s whole, of which no more is ever in memory.
 
-    With `mesh` this rank has its part of them (`tensor.py`).
+    With `mesh` this rank has its part of them (`tensor.py`). With `quantization` they are made whole as they are read.
 
     Raises Refusal as that does. A checkpoint whose tensors transformers renames or merges is loaded whole first.
     """
@@ -192,7 +194,7 @@ def build(
     tree = list(weights.modules(whole))
     stage = Stage(whole, layers)
     if not rehearsed:
-        check_memory(settings, tensor.held(stage) * dtype.itemsize, dtype, device)
+        check_memory(settings, tensor.nbytes(stage), dtype, device)
     unset = weights.make(whole, tree, stage, device, seed)
     stored = stage.stored() if reads else {}
     check_values(settings, unset - set(stored))
@@ -202,8 +204,8 @@ def build(
         stored[name].data = stored[name].data.float()
     with loading(str(settings.path)):
         if not (plain and weights.read(stored, directory)):
-            host = torch.device("cpu")
-            _copy(stored, stage.tied, model.build(settings, config, dtype, host, seed, mesh=mesh))
+            host, how = torch.device("cpu"), (False, mesh, quantization)
+            _copy(stored, stage.tied, model.build(settings, config, dtype, host, seed, *how))
     return stage
 
 

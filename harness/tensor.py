@@ -80,9 +80,10 @@ def load(directory: Path, whole: PreTrainedModel, mesh: DeviceMesh, **options: A
     return loaded, report
 
 
-def held(module: nn.Module) -> int:
-    """Elements of a module's parameters that this rank has, each once however many names it has."""
-    return sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in module.parameters())
+def nbytes(module: nn.Module) -> int:
+    """Bytes of a module's parameters and buffers that this rank has, each once however many names it has."""
+    held = (*module.parameters(), *module.buffers())
+    return sum((each.to_local() if isinstance(each, DTensor) else each).nbytes for each in held)
 
 
 def _check(whole: PreTrainedModel, plan: Mapping[str, str], ranks: int) -> None:

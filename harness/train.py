@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from harness import checkpoint, data, model, stage, weights
+from harness import checkpoint, data, model, quantized, stage, weights
 from harness.engine import Engine
 from harness.generation_config import fields_of
 from harness.ledger import Ledger
 from harness.pace import Pace
 from harness.pipeline import Pipeline
+from harness.quantized import Quantization
 from harness.record import Output
 from harness.rules import check_layers, positions
 from harness.settings import Refusal, Settings
@@ -37,8 +38,9 @@ def run(settings: Settings, world: World, ledger: Ledger, out: Output) -> None:
     corpus = data.corpus(settings.data, tokenizer, train.sequence, world)
     held_out = _held_out(settings, world, corpus)
     dtype = getattr(torch, settings.dtype)
+    quantization = quantized.take(config, settings, "cpu")
     with ledger.phase("setup"):
-        engine, sizes = _engine(settings, config, dtype, world, ledger)
+        engine, sizes = _engine(settings, config, dtype, world, ledger, quantization)
     out.done["model"] = {"name": settings.model.name, **sizes, "dtype": str(dtype)[6:]}
     first = _resume(settings, world, engine, out.say)
     batches = data.loader(
@@ -69,19 +71,24 @@ def run(settings: Settings, world: World, ledger: Ledger, out: Output) -> None:
 
 
 def _engine(
-    settings: Settings, config: PretrainedConfig, dtype: torch.dtype, world: World, ledger: Ledger
-) -> tuple[Engine | Pipeline, dict[str, int]]:
+    settings: Settings,
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    world: World,
+    ledger: Ledger,
+    quantization: Quantization | None,
+) -> tuple[Engine | Pipeline, dict[str, Any]]:
     """This rank's part of the model in DeepSpeed's hands, and the sizes of the whole."""
     check_layers(settings.checkpointing, config.get_text_config(decoder=True).num_hidden_layers)
-    asked, cpu = (settings.model, config, dtype), torch.device("cpu")
+    asked, how = (settings.model, config, dtype, torch.device("cpu"), settings.seed), (None, quantization)
     if world.stages == 1:
-        built = model.build(*asked, cpu, settings.seed, world.rehearsed)
-        sizes = model.sizes(built)  # before ZeRO-3 leaves them empty
+        built = model.build(*asked, world.rehearsed, *how)
+        sizes = model.sizes(built, quantization)  # before ZeRO-3 leaves them empty
         return Engine(settings, world, ledger, built), sizes
     split = split_of(settings, config)
-    part = stage.build(*asked, cpu, settings.seed, ranges(split)[world.stage], world.rehearsed)
+    part = stage.build(*asked, ranges(split)[world.stage], world.rehearsed, *how)
     whole = weights.outline(config, dtype, settings.model.attention)
-    return Pipeline(settings, world, ledger, part, whole, split), model.sizes(whole)
+    return Pipeline(settings, world, ledger, part, whole, split), model.sizes(whole, quantization)
 
 
 def identity(settings: Settings, world: World) -> dict[str, Any]:

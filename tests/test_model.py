@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer
 
-from harness import model
+from harness import model, tensor, weights
 from harness.generation_config import fields_of
 from harness.knobs import Model, Refusal
 from harness.tokenizer import of_bytes, tokenizer_of
@@ -170,7 +170,9 @@ def test_a_failed_export_leaves_nothing_at_its_place(tmp_path: Path) -> None:
 def test_sizes_are_counted_without_making_anything() -> None:
     given = settings()
     config = model.model_config(given)
-    assert model.size_in_bytes(config, torch.bfloat16) == 2 * model.count(made(given))
+    outline = weights.outline(config, torch.bfloat16)
+    buffers = sum(buffer.nbytes for buffer in outline.buffers())
+    assert tensor.nbytes(outline) == 2 * model.count(made(given)) + buffers
 
 
 def test_a_model_larger_than_the_memory_is_refused() -> None:

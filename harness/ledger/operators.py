@@ -5,6 +5,7 @@ it has none, the like. By its convention an addition and a multiplication are tw
 every other operator is 0.
 """
 
+import re
 from collections.abc import Callable
 from math import prod
 from typing import Any, NamedTuple
@@ -12,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch._ops import OpOverload
 from torch.utils.flop_counter import flop_registry
+
+from harness.ledger.tensors import tensors_in
 
 _aten = torch.ops.aten
 
@@ -178,4 +181,26 @@ def _flops(packet: Any) -> Callable[[Any, Any, Any], int] | None:
         return lambda args, kwargs, out: own(*args)
     if theirs is not None:
         return lambda args, kwargs, out: int(theirs(*args, **kwargs, out_val=out))
-    return None
+    return _packed if packet in PACKED or _multiplies(packet._qualified_op_name) else None
+
+
+PACKED = _packets(
+    *("_int_mm", "_scaled_mm_v2", "_weight_int8pack_mm", "_weight_int4pack_mm"),
+    *("_weight_int4pack_mm_for_cpu", "_dyn_quant_matmul_4bit"),
+)
+"""What multiplies with a weight in few bits, whose shape does not show."""
+
+
+def _multiplies(name: str) -> bool:
+    """Whether a library's own operator of this name does."""
+    product = re.search("(_|::)(gemm|gemv|mm|matmul|linear)(_|$)", name)
+    return product is not None and not re.search("^aten::|pack|backward", name)
+
+
+def _packed(args: Any, kwargs: Any, out: Any) -> int:
+    """Of a product from [..., into] to [..., out] by a weight that is packed."""
+    given = next((each for each in args if isinstance(each, torch.Tensor)), None)
+    product = next(tensors_in(out), None)
+    if given is None or product is None or not product.dim():
+        return 0
+    return int(2 * given.numel() * product.shape[-1])

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from harness.ledger.tensors import tensors_in
 
@@ -57,6 +58,56 @@ def module_claims(module: torch.nn.Module) -> Iterator[Claim]:
         yield from parameter_claims(name, parameter)
     for name, buffer in module.named_buffers():
         yield "parameters", name, buffer
+    for name, part in module.named_modules():
+        for key, holder, attribute in beside(part):
+            for tensor in tensors_in(holder[attribute]):
+                yield "parameters", f"{name}.{key}".removeprefix("."), tensor
+
+
+def packs(module: torch.nn.Module) -> bool:
+    """Whether a layer has a weight that is no plain tensor of floats: one in few bits, with scales beside it."""
+    if type(module).__module__.startswith("transformers.integrations."):
+        return True
+    plain = (torch.Tensor, torch.nn.Parameter, DTensor)
+    held = (*module._parameters.values(), *module._buffers.values())
+    return any(
+        tensor is not None
+        and (not tensor.is_floating_point() or tensor.itemsize == 1 or type(tensor) not in plain)
+        for tensor in held
+    )
+
+
+def beside(module: torch.nn.Module) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """What a layer that `packs` keeps of its weight in attributes, its own and the weight's: scales, code tables.
+
+    By name, and the dict and the key that have it.
+    """
+    holders = {  # of one that is made of others, `tensors_in` finds them
+        name: vars(parameter)
+        for name, parameter in module._parameters.items()
+        if parameter is not None and next(tensors_in(parameter), None) is parameter
+    }
+    for name, holder in {"": vars(module), **holders}.items() if packs(module) else ():
+        for key in [*holder]:
+            if key not in PLAIN:
+                yield from _reached(f"{name}.{key}".removeprefix("."), holder, key)
+
+
+PLAIN = frozenset(vars(torch.nn.Module())) | {"grad", "module"}
+"""Attributes of every module, and what leads from a weight back to it."""
+
+
+def _reached(
+    name: str, holder: dict[str, Any], key: str, depth: int = 3
+) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Where tensors are in what `holder` has: there, or in the attributes of what is only made to hold some."""
+    value = holder[key]
+    if isinstance(value, (torch.Tensor, tuple, list, dict)):
+        if next(tensors_in(value), None) is not None:
+            yield name, holder, key
+    elif depth and hasattr(value, "__dict__") and not callable(value):  # no module, class or function
+        for part in [*vars(value)]:
+            yield from _reached(f"{name}.{part}", vars(value), part, depth - 1)
 
 
 def parameter_claims(name: str, parameter: torch.nn.Parameter) -> Iterator[Claim]:

@@ -1,7 +1,7 @@
 """Tensors as the ledger takes them: nested in anything, made of others, shared among ranks, fake, or without memory."""
 
 from collections.abc import Callable, Iterable, Iterator
-from functools import wraps
+from functools import cache, wraps
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -37,12 +37,20 @@ def tensors_in(tree: Any) -> Iterator[torch.Tensor]:
         if hasattr(tree, "__tensor_flatten__"):
             for name in tree.__tensor_flatten__()[0]:
                 yield from tensors_in(getattr(tree, name))
+        elif _dispatches(type(tree)) and not has_memory(tree):
+            yield from tensors_in([part for part in vars(tree).values() if isinstance(part, torch.Tensor)])
         else:
             yield tree
         return
     for item in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, (tuple, list)) else ():
         if isinstance(item, (torch.Tensor, tuple, list, dict)):
             yield from tensors_in(item)
+
+
+@cache
+def _dispatches(kind: type[torch.Tensor]) -> bool:
+    """Whether tensors of this class may be made of others, and not say of which."""
+    return kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ and not issubclass(kind, FakeTensor)
 
 
 def parts_of(tensor: torch.Tensor) -> list[torch.Tensor]:

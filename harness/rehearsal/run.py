@@ -1,6 +1,6 @@
 """A whole rehearsal: every role of a world, and one record of them all."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import as_completed
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from harness.rehearsal import UNVERIFIED, kernels
 from harness.rehearsal.balance import Task, peak, resolved
 from harness.rehearsal.pool import progress, workers
 from harness.rehearsal.roles import Role, roles
+from harness.rules.quantized import AT_FIRST, AT_LOAD
 from harness.settings import Refusal, Settings
 
 MEASURED = (
@@ -60,6 +61,21 @@ def _looks_up_ngrams(settings: Settings) -> bool:
     except Refusal:  # the rehearsal itself says it
         return False
     return "encoder_no_repeat_ngram_size" in strategy.processed
+
+
+def of_packing(model: Mapping[str, Any]) -> Iterator[str]:
+    """What differs where the weights of `model`, the record's, are packed."""
+    packed = model.get("quantization")
+    if packed is None or packed["whole"] == AT_LOAD:
+        return
+    yield (
+        f"weights have the layout of {packed['method']}: what its kernels need beside them, or make of them to be "
+        "faster, is not in these figures"
+    )
+    if packed["method"] == "mxfp4":
+        yield "transformers computes in mxfp4 where triton and kernels are installed, and makes weights whole elsewhere"
+    if packed["whole"] == AT_FIRST:
+        yield "weights are made whole in one go: a real run holds a few copies of one layer meanwhile"
 
 
 def rehearse(

@@ -4,14 +4,15 @@ import os
 from collections.abc import Sequence
 
 from harness.knobs import Checkpointing, Pipeline, Refusal, Settings
-from harness.rules import positions
+from harness.rules import positions, quantized
 from harness.rules.infer import generation
 from harness.rules.sources import files, read, shape_of, text_of
 
 
 def check(settings: Settings) -> None:
     """Raise Refusal for an impossible combination, as far as neither torch nor the other ranks must be asked."""
-    for rule in (_parallelism, _pipeline, _rehearsal, _model, _checkpointing, _data, _train, generation):
+    rules = (_parallelism, _pipeline, _rehearsal, _model, _checkpointing, _data, _train, generation)
+    for rule in (*rules, quantized.check):
         rule(settings)
 
 
