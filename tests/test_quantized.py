@@ -673,7 +673,9 @@ NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 def test_a_library_packs_into_as_many_bytes(package: str, given: dict[str, Any], plain: Path) -> None:
     pytest.importorskip(package, reason=f"{package} is not in the test environment: it was compared by hand")
     asked = asks(
-        path=plain, world=Asked(), model=Model("test", str(plain), config={"quantization_config": given})
+        path=plain,
+        world=Asked(),
+        model=Model("test", str(plain), attention="eager", config={"quantization_config": given}),
     )
     config, found = taken(asked)
     loaded = model.build(asked.model, config, torch.bfloat16, CPU, 0, quantization=found)
