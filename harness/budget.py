@@ -12,10 +12,12 @@ from harness.ledger.categories import CATEGORIES
 from harness.tables import Table, parse_size, size
 
 if TYPE_CHECKING:
-    from harness.ledger import Ledger
+    from harness.ledger import Gap, Ledger
 
 BUDGETED = (*CATEGORIES, "total", "saved")
 """Each category's own peak, the peak of them all, and the most of the activations that was kept for backward."""
+UNOWNED = ("activations", "workspace", "communication", "inputs")
+"""Of those, what is known by the operator that made it."""
 LARGEST = 8
 """How many holdings a failed test shows."""
 AGAIN = "once that is meant, --memory-update makes it the baseline"
@@ -53,26 +55,45 @@ def limits(marks: Iterable[Mark]) -> dict[str, int]:
     return found
 
 
-def _held(ledger: "Ledger") -> dict[str, int]:
-    """What can have a budget, at its own peak, in bytes."""
-    own = {name: category.peak or 0 for name, category in ledger.categories.items()}
-    return {**own, "total": ledger.peak.bytes, "saved": ledger.saved}
+def _held(ledger: "Ledger") -> dict[str, int | None]:
+    """What can have a budget, at its own peak, in bytes. None: not measured.
+
+    What a compiled program holds inside is in no storage that is seen, so the total is then the allocator's.
+    """
+    own = {name: category.peak for name, category in ledger.categories.items()}
+    total: int | None = ledger.peak.bytes
+    if any(gap.figures == "storages" for gap in ledger.gaps):
+        total = ledger.allocator.peak
+    return {**own, "total": total, "saved": ledger.saved}
 
 
 def exceeded(ledger: "Ledger", limits: Mapping[str, int]) -> Iterator[str]:
-    """A sentence for each limit that was passed."""
+    """A sentence for each limit that was passed, or that nobody can say it was kept."""
     held = _held(ledger) if limits else {}
     for name, limit in limits.items():
-        if held[name] > limit:
-            what = {"total": "the test", "saved": "what is saved for backward"}.get(name, name)
-            over = size(held[name] - limit)
-            yield f"{what} held {size(held[name])} at its peak, {over} over its budget of {size(limit)}"
+        what = {"total": "the test", "saved": "what is saved for backward"}.get(name, name)
+        most = held[name]
+        if most is not None and most > limit:
+            over = size(most - limit)
+            yield f"{what} held {size(most)} at its peak, {over} over its budget of {size(limit)}"
+        elif (gap := _gap(ledger, name)) is not None:
+            yield f"memory_budget({name}={size(limit)!r}) cannot be judged: {gap.sentence}"
+
+
+def _gap(ledger: "Ledger", name: str) -> "Gap | None":
+    """Why nobody can say what `name` held at most."""
+    lacks = {"all"} | ({name} & {"saved"})
+    if name in UNOWNED or (name == "total" and ledger.allocator.peak is None):
+        lacks.add("storages")
+    return next((gap for gap in ledger.gaps if gap.figures in lacks), None)
 
 
 def off_baseline(ledger: "Ledger", file: Path, name: str, update: bool, root: Path) -> Iterator[str]:
     """What of the test `name` is not as `file` says; with `update` nothing, for the file is written."""
     shown = file.relative_to(root) if file.is_relative_to(root) else file
     try:
+        if gap := next((gap for gap in ledger.gaps if gap.figures != "allocator"), None):
+            raise ValueError(f"{shown}: the test has no baseline to hold: {gap.sentence}")
         held = _measured(ledger, name)
         if update:
             baseline.update(file, held, {})

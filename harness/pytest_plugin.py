@@ -75,7 +75,7 @@ def _ledger(item: pytest.Item) -> "Ledger":
         from harness.ledger import Ledger
 
         device = item.config.getoption("memory_device")
-        item.stash[LEDGER] = Ledger(device=device, allocator=False, discover=True, lines=True)
+        item.stash[LEDGER] = Ledger(device=device, kernel=False, discover=True, lines=True)
     return item.stash[LEDGER]
 
 

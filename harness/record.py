@@ -84,6 +84,7 @@ def rank_record(ledger: "Ledger", rank: int, stage: int = 0, share: int = 0) -> 
         ],
         "forwards": _forwards(account.forwards),
         "allocator": asdict(account.books),
+        "unseen": [gap.sentence for gap in ledger.gaps],
     }
 
 

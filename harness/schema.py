@@ -118,7 +118,10 @@ class Allocator(_Part):
 
 
 class Rank(_Part):
-    """One rank's books; a rehearsed one `stands_for` others, and `bounds` those that hold no more."""
+    """One rank's books; a rehearsed one `stands_for` others, and `bounds` those that hold no more.
+
+    `unseen` says by name what the ledger did not see.
+    """
 
     rank: Number
     stage: Number = 0
@@ -131,6 +134,7 @@ class Rank(_Part):
     phases: list[Phase] = []
     forwards: Forwards | None = None
     allocator: Allocator
+    unseen: list[Text] = []
 
     @property
     def numbers(self) -> list[int]:

@@ -155,6 +155,8 @@ def _notes(rank: Rank, table: Table) -> Iterator[str]:
     yield from table.legend()
     if rank.peak.where is not None:
         yield f"peak in {_place(rank.peak.where)}"
+    for sentence in rank.unseen:
+        yield f"not seen: {sentence}"
 
 
 def _place(where: Where) -> str:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from harness.ledger.forwards import Forwards
     from harness.ledger.ledger import Ledger
     from harness.ledger.timeline import Category, Peak, Phase
+    from harness.ledger.unseen import Gap, NotSeen
     from harness.ledger.work import Work
 
 __all__ = [
@@ -26,7 +27,9 @@ __all__ = [
     "Category",
     "CpuAllocator",
     "Forwards",
+    "Gap",
     "Ledger",
+    "NotSeen",
     "Peak",
     "Phase",
     "Where",
@@ -38,7 +41,9 @@ _ROOMS = {
     "Category": "timeline",
     "CpuAllocator": "allocator",
     "Forwards": "forwards",
+    "Gap": "unseen",
     "Ledger": "ledger",
+    "NotSeen": "unseen",
     "Peak": "timeline",
     "Phase": "timeline",
     "Where": "events",

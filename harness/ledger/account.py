@@ -30,20 +30,29 @@ def so_far(log: Log) -> Account:
     return _of(log, from_the_start(log.events, log.began), Books())
 
 
-def closed(log: Log, allocator: CpuAllocator | CudaAllocator | None) -> Account:
-    """Of a log that has ended, whose events are then the whole story. The allocator is heard no more."""
+def closed(log: Log, allocator: CpuAllocator | CudaAllocator | None, kernel: bool) -> Account:
+    """Of a log that has ended, whose events are then the whole story. The allocator is heard no more.
+
+    With `kernel` the peak is the allocator's, else that of storages.
+    """
     if isinstance(allocator, CpuAllocator) and (allocations := allocator.stop()) is not None:
         story = told(log.events, log.operators, allocations, log.began)
         log.events = story.events
         peak, books = at_allocator_peak(story, allocator.source)
-        return _of(log, story.events, books)._replace(peak=peak)
+        return _of(log, story.events, books, peak if kernel else None)
     log.events = from_the_start(log.events, log.began)
     books = Books(allocator.source, allocator.highest()) if isinstance(allocator, CudaAllocator) else Books()
     return _of(log, log.events, books)
 
 
-def _of(log: Log, events: list[Event], books: Books) -> Account:
+def _of(log: Log, events: list[Event], books: Books, highest: Peak | None = None) -> Account:
     peak, categories, phases = replay(events)
+    peak = highest or peak
     for phase in phases:
         phase.work = log.work.of(phase.where)
-    return Account(peak, categories, phases, books, in_flight(events))
+    if not log.unseen.lacks("saved"):
+        return Account(peak, categories, phases, books, in_flight(events))
+    peak.saved = None
+    for phase in phases:
+        phase.saved = None
+    return Account(peak, categories, phases, books)

@@ -8,13 +8,15 @@ made before the start only the ones that an earlier profile saw are reported whe
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
 
 from harness.ledger.replaced import replaced
 from harness.ledger.unseen import Unseen
+
+_silent = False
 
 PROFILED = (
     "a profiler of the program's own, or of another ledger, has the allocator's events: the allocator's peak, kernel "
@@ -45,12 +47,14 @@ class CpuAllocator:
 
         if torch._C._autograd._profiler_enabled():
             return False
-        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # kineto writes to stderr at every start
         config = ProfilerConfig(ProfilerState.KINETO, False, True, False, False, False, _ExperimentalConfig())
         activities = {torch.profiler.ProfilerActivity.CPU}
         kineto: Any = _autograd
-        kineto._prepare_profiler(config, activities)
-        kineto._enable_profiler(config, activities, {RecordScope.USER_SCOPE})
+        with _in_silence():
+            older = [torch.UntypedStorage(1)]
+            kineto._prepare_profiler(config, activities)
+            kineto._enable_profiler(config, activities, {RecordScope.USER_SCOPE})
+            older.clear()  # of the first block that goes and was there before, the allocator warns
         self.running = True
         return True
 
@@ -81,6 +85,28 @@ class CpuAllocator:
         self.running = False
         result = torch._C._autograd._disable_profiler()
         return sorted(_allocations(result.experimental_event_tree()), key=lambda event: event.time)
+
+
+@contextmanager
+def _in_silence() -> Iterator[None]:
+    """The first time in a process nothing is written to stderr within it: kineto and the allocator would, and once."""
+    global _silent
+    if _silent:
+        yield
+        return
+    _silent = True
+    added = "KINETO_LOG_LEVEL" not in os.environ
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    with ExitStack() as undo:
+        if added:
+            undo.callback(os.environ.pop, "KINETO_LOG_LEVEL")
+        with suppress(OSError):  # there is no stderr
+            kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+            undo.callback(os.close, kept)
+            undo.callback(os.close, nowhere)
+            undo.callback(os.dup2, kept, 2)
+            os.dup2(nowhere, 2)
+        yield
 
 
 def _allocations(events: Any) -> Iterator[Allocation]:

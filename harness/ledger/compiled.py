@@ -24,7 +24,7 @@ from harness.ledger.modules import Mark, Modules, in_backward
 from harness.ledger.phases import Phases
 from harness.ledger.replaced import replaced
 from harness.ledger.roster import Roster
-from harness.ledger.saving import number, saved_by, unpack
+from harness.ledger.saving import NOT_SAVED, Hooks, checkpoints, number, saved_by, top, unpack
 from harness.ledger.tensors import tensors_in, unnoticed
 
 NAME = "compiled"
@@ -66,6 +66,8 @@ class Compiled:
         self._region = ExitStack()
         self._began = self._number = self._versions = 0
         self._owner: Any = None
+        self._name = ""
+        self._hooks: Hooks | None = None
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -171,13 +173,16 @@ class Compiled:
 
     def _begin(self, caller: Any) -> None:
         self._caller, self._said, self._runs = caller, 1, caller.f_code.co_name != WRAPPER
-        program = caller.f_locals.get("fn")
+        program, given = caller.f_locals.get("fn"), caller.f_locals.get("args")
         self._owner = getattr(program, "__self__", None)
+        if self._owner is None and given and isinstance(given[0], torch.nn.Module):
+            self._owner = given[0]  # a class was compiled, and this is its method
         self._name = self._log.module if self._modules.within else _name(program, self._owner)
         if not self._modules.within:
             self._phases.program_begins(self._owner)
         self._versions, self._number, self._began = self._roster.versions(), number(), time_ns()
         self._region.enter_context(self._hidden())
+        self._hooks = top()  # the program's own, which would be asked to unpack what we look at
 
     @unnoticed
     def _end(self, caller: Any) -> None:
@@ -190,9 +195,12 @@ class Compiled:
             Operator(self._began, time_ns(), log.where, log.module, NAME, log.makes, log.recomputing)
         )
         log.work.add(log.where, None)
-        log.unseen.note(f"{NAME} {self._name}", "memory", f"{self._name} is compiled: {NOT_SEEN}")
-        for tensor in saved_by(self._left(caller.f_locals.get("result")), self._number):
+        log.unseen.note(f"{NAME} {self._name}", "storages", f"{self._name} is compiled: {NOT_SEEN}")
+        left = self._left(caller.f_locals.get("result"))
+        for tensor in saved_by(left, self._number) if self._hooks is None else ():
             log.save(tensor)
+        if self._hooks is not None and not checkpoints(self._hooks):  # those keep nothing
+            log.unseen.note("saved", "saved", NOT_SAVED)
         if self._roster.versions() != self._versions or isinstance(owner, torch.optim.Optimizer):
             self._phases.stepped(owner if isinstance(owner, torch.optim.Optimizer) else None)
         else:

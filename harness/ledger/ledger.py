@@ -40,7 +40,8 @@ class Ledger:
     then every rank must have such a ledger, for it is a collective itself.
 
     `allocator=False` holds the books against no allocator: where tensors are fake, nothing is allocated. `block`
-    rounds each storage up to a multiple of so many bytes, as the allocator that is missing would.
+    rounds each storage up to a multiple of so many bytes, as the allocator that is missing would. `kernel=False` leaves
+    scratch inside kernels to the books: the peak is that of storages.
 
     With `discover`, modules that are called from outside of all others and optimizers that step are owned without a
     word, for as long as they live. With `lines`, each storage has the line of the source that made it.
@@ -62,6 +63,7 @@ class Ledger:
         settle_collectives: bool = False,
         device: str | None = None,
         allocator: bool = True,
+        kernel: bool = True,
         block: int = 1,
         discover: bool = False,
         lines: bool = False,
@@ -71,7 +73,7 @@ class Ledger:
         self.mode, self.steps = mode, steps
         self.exact = False  # whether every tensor is being seen now
         self.device = device or _device_of(model)
-        self._settle, self._with_allocator = settle_collectives, allocator
+        self._settle, self._with_allocator, self._kernel = settle_collectives, allocator, kernel
         self._unseen = Unseen()
         self._log = Log(self.device, block, lines, self._unseen)
         self._times = Times(self.device == "cuda")
@@ -98,7 +100,7 @@ class Ledger:
         self._entered += 1
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *exc: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None = None, *exc: Any) -> None:
         self._entered -= 1
         if self._entered:
             return
@@ -272,7 +274,8 @@ class Ledger:
     @property
     def saved(self) -> int | None:
         """The most bytes of activations that autograd kept for backward at once; None where nothing saw them."""
-        return most_saved(self._log.events) if self.exact or self._account.peak is not None else None
+        seen = self.exact or self._account.peak is not None
+        return most_saved(self._log.events) if seen and not self._unseen.lacks("saved") else None
 
     @property
     def allocator(self) -> Books:
@@ -325,7 +328,7 @@ class Ledger:
     def _stop(self) -> None:
         self._instruments.close()
         self.exact = False
-        self._account = closed(self._log, self._allocator)
+        self._account = closed(self._log, self._allocator, self._kernel)
 
 
 def _device_of(model: torch.nn.Module | None) -> str:

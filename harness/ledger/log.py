@@ -257,7 +257,9 @@ class Log(TorchDispatchMode):
         """The ledger itself failed at `name`; the program goes on."""
         told = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
         self.unseen.note(
-            name, "memory", f"{name} is not in the ledger's figures, which could not read it ({told})"
+            name,
+            "storages",
+            f"{name} is not in the figures of storages: the ledger could not read it ({told})",
         )
 
     def _communicated(self, given: Any, op: str, now: int) -> None:
@@ -293,7 +295,7 @@ class Log(TorchDispatchMode):
         if not parts and op and not is_lazy(tensor):
             layout = f"tensors of layout {tensor.layout}"
             self.unseen.note(
-                layout, "memory", f"{layout} have no storage: their memory is unattributed, or in no figure"
+                layout, "storages", f"{layout} have no storage: their memory is unattributed, or in no figure"
             )
 
     def _begin(self, storage: torch.UntypedStorage, key: int, op: str, now: int) -> Storage | None:
@@ -404,4 +406,4 @@ def another_thread() -> tuple[str, Any, str]:
     """The gap that this thread is."""
     name = threading.current_thread().name
     told = "what it makes is in no figure; open the ledger in the thread that runs the loop"
-    return f"thread {name}", "memory", f"thread {name!r} worked while a ledger was open in another: {told}"
+    return f"thread {name}", "all", f"thread {name!r} worked while a ledger was open in another: {told}"

@@ -45,7 +45,7 @@ class Saving:
             self._log.unseen.note("saved", "saved", NOT_SAVED)
             yield
             return
-        theirs = _top()
+        theirs = top()
         hooks = self._hooks = (
             (self._pack, unpack) if theirs is None else (self._telling(theirs[0]), theirs[1])
         )
@@ -60,7 +60,7 @@ class Saving:
     def aside(self) -> Iterator[None]:
         """Within it nothing of this is there, for what takes no hooks at all."""
         hooks = self._hooks
-        if hooks is None or _top() != hooks:  # the program's own are on top, and count alone
+        if hooks is None or top() != hooks:  # the program's own are on top, and count alone
             yield
             return
         _stack._pop_saved_tensors_default_hooks()
@@ -75,7 +75,7 @@ class Saving:
         enter, disable = graph.saved_tensors_hooks.__enter__, graph.disable_saved_tensors_hooks
 
         def entered(hooks: Any) -> None:
-            if self._log.here() and not _checkpoints(hooks):
+            if self._log.here() and not checkpoints((hooks.pack_hook, hooks.unpack_hook)):
                 _push((self._telling(hooks.pack_hook), hooks.unpack_hook))
             else:
                 enter(hooks)
@@ -150,26 +150,27 @@ def saved_by(made: Iterable[torch.Tensor], since: int) -> Iterator[torch.Tensor]
                     continue
 
 
-def _checkpoints(hooks: Any) -> bool:
+def checkpoints(hooks: Hooks) -> bool:
     """Whether these are of torch's checkpointing, which is watched by itself."""
-    return any(kind.__module__ == torch.utils.checkpoint.__name__ for kind in type(hooks).__mro__)
+    return getattr(hooks[0], "__module__", None) == torch.utils.checkpoint.__name__
 
 
 def _remove(hooks: Hooks) -> None:
     """Take these away, and nobody else's that came after them."""
     above: list[Hooks] = []
-    while (top := _top()) is not None:
+    while (each := top()) is not None:
         _stack._pop_saved_tensors_default_hooks()
-        if top == hooks:
+        if each == hooks:
             break
-        above.append(top)
+        above.append(each)
     for each in reversed(above):
         _push(each)
 
 
-def _top() -> Hooks | None:
-    top: Hooks | None = _stack._top_saved_tensors_default_hooks(True)
-    return top
+def top() -> Hooks | None:
+    """The hooks that pack what autograd saves now."""
+    hooks: Hooks | None = _stack._top_saved_tensors_default_hooks(True)
+    return hooks
 
 
 def _push(hooks: Hooks) -> None:

@@ -12,14 +12,14 @@ from harness.ledger.work import Work
 
 @dataclass
 class Peak:
-    """The moment when most bytes were alive. `categories` has every category, and `kernel` (None: not measured)."""
+    """The moment when most bytes were alive. `categories` has every category, and `kernel`. None: not measured."""
 
     bytes: int
     where: Where
     module: str
     op: str
     categories: dict[str, int | None]
-    saved: int
+    saved: int | None
     recomputed: int
     holdings: list[Holding] = field(default_factory=list)  # largest first; the small ones as one a category
 

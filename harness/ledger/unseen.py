@@ -5,8 +5,9 @@ import warnings
 from dataclasses import dataclass
 from typing import Literal
 
-Figures = Literal["memory", "saved", "allocator"]
-"""Which figures are incomplete for it: what storages hold, what of it is saved for backward, or the allocator's own."""
+Figures = Literal["all", "storages", "saved", "allocator"]
+"""Which are incomplete for it: all of them; those of storages, though not the allocator's; what is saved for backward;
+or the allocator's own."""
 
 
 class NotSeen(UserWarning):
@@ -36,6 +37,10 @@ class Unseen:
     def gaps(self) -> list[Gap]:
         """All of them."""
         return list(self._gaps.values())
+
+    def lacks(self, figures: Figures) -> bool:
+        """Whether these figures are incomplete."""
+        return any(gap.figures == figures for gap in self._gaps.values())
 
     def say(self) -> None:
         """Warn of each once. Where a program makes errors of warnings it is told on stderr: this is no error of its."""
