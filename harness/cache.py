@@ -90,9 +90,13 @@ def kv_bytes_per_token(config: PretrainedConfig, dtype: torch.dtype) -> int | No
     """Bytes of one token's keys and values: 2 x layers x KV heads x head dimension x itemsize.
 
     As in Kwon et al. 2023 (PagedAttention, arXiv 2309.06180, section 3), with KV heads for all heads where
-    they are grouped. None for models to which it does not apply: with windows, or latent or linear attention.
+    they are grouped. None for models to which it does not apply: with windows, latent or linear attention, layers for
+    what is no text, each layer with a config of its own, or no cache at all.
     """
     text = config.get_text_config(decoder=True)
+    apart = getattr(text, "is_heterogeneous", False) or getattr(text, "cross_attention_layers", None)
+    if apart or not _caches(config):
+        return None
     kinds = getattr(text, "layer_types", None) or ["full_attention"]
     windowed = getattr(text, "sliding_window", None) and "layer_types" not in vars(text)
     no_heads = getattr(text, "num_attention_heads", None) is None
@@ -111,6 +115,15 @@ def layer_bytes_per_token(config: PretrainedConfig, dtype: torch.dtype) -> int:
     return int(2 * heads * width * dtype.itemsize)
 
 
+def _caches(config: PretrainedConfig) -> bool:
+    """Whether transformers' model of `config` takes a cache; of a part of one, as of its text, it is taken to."""
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return True
+    model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    taken = inspect.signature(model.forward).parameters
+    return "past_key_values" in taken and bool(model._supports_default_dynamic_cache())
+
+
 def check_kind(kind: str, config: PretrainedConfig, bits: int = 8, ranks: int = 1) -> None:
     """Refuse a cache that a model of `config` cannot have, before the model is made.
 
@@ -118,9 +131,7 @@ def check_kind(kind: str, config: PretrainedConfig, bits: int = 8, ranks: int = 
     """
     if kind == "none":
         return
-    model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    asked = inspect.signature(model.forward).parameters
-    if "past_key_values" not in asked or not model._supports_default_dynamic_cache():
+    if not _caches(config):
         remedy = f"{config.model_type} keeps a state of another kind; use generation.cache=none"
         raise Refusal("generation.cache", kind, remedy)
     if kind != "paged":

@@ -26,7 +26,7 @@ def _all(width: int, names: str) -> dict[str, int]:
 HEADS = {
     **_all(4, "num_attention_heads decoder_attention_heads encoder_attention_heads index_n_heads"),
     **_all(4, "linear_num_heads linear_num_value_heads"),
-    **_all(2, "num_key_value_heads linear_num_key_heads"),
+    **_all(2, "num_key_value_heads num_kv_heads linear_num_key_heads"),
     **_all(8, "num_heads mamba_n_heads mamba_num_heads n_mamba_heads rotary_dim"),
     **_all(16, "kv_lora_rank q_lora_rank v_head_dim qk_nope_head_dim qk_rope_head_dim index_head_dim"),
     **_all(16, "linear_head_dim linear_key_head_dim linear_value_head_dim"),
@@ -103,9 +103,10 @@ def small(config: PretrainedConfig, widths: Mapping[str, float], cut: bool = Fal
     text = made.get_text_config(decoder=True)
     if not any(text is each for each in vars(made).values()):
         text = made  # of an encoder and a decoder in one config transformers gives a copy
-    every_head = _own(text, "num_attention_heads") == _own(text, "num_key_value_heads")
-    if every_head and "num_attention_heads" in widths:
-        widths = {**widths, "num_key_value_heads": widths["num_attention_heads"]}
+    heads = widths.get("num_attention_heads")
+    for key in ("num_key_value_heads", "num_kv_heads"):
+        if heads is not None and _own(text, key) == _own(text, "num_attention_heads"):
+            widths = {**widths, key: heads}
     for key, width in widths.items():
         if _own(text, key) is not None:
             setattr(text, key, width)

@@ -9,7 +9,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, QuantizedCache
 
 from harness.batch import Requests
-from harness.cache import check_bits, check_kind, kv_bytes, kv_bytes_per_token, make
+from harness.cache import (
+    attention_flops_per_position,
+    check_bits,
+    check_kind,
+    kv_bytes,
+    kv_bytes_per_token,
+    make,
+)
 from harness.config import compose
 from harness.decode import Generated, generate
 from harness.ledger import Ledger
@@ -134,6 +141,13 @@ def test_linear_attention_keeps_as_much_however_long_a_sequence_is() -> None:
 @pytest.mark.parametrize("kind", [kind for kind in SHAPES if kind != "llama"])
 def test_the_formula_is_not_told_of_models_that_it_does_not_describe(kind: str) -> None:
     assert kv_bytes_per_token(build(kind).config, torch.float32) is None
+
+
+@pytest.mark.parametrize("kind", ["mllama", "openai-gpt", "xlnet", "mamba", "dots3_note_text"])
+def test_nor_of_one_that_caches_other_things_or_nothing(kind: str) -> None:
+    config = AutoConfig.for_model(kind)
+    assert kv_bytes_per_token(config, torch.float32) is None
+    assert attention_flops_per_position(config) is None
 
 
 def test_a_model_with_a_state_of_another_kind_is_refused_a_cache() -> None:

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from harness.knobs import Refusal, Settings, Train
 from harness.rules import positions
 from harness.rules.positions import limit
+from harness.rules.sources import read
 
 
 def rope(kind: str, factor: float, before: int | None = None, **more: Any) -> dict[str, Any]:
@@ -127,3 +128,20 @@ def test_training_is_held_to_what_the_config_leaves_out_too() -> None:
     positions.check(settings, {"model_type": "mpt"})  # a config.json without it says nothing
     with pytest.raises(Refusal, match=r"train\.sequence=2049: the model allows 2048 tokens \(max_seq_len\)"):
         positions.check(settings, left_out)
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "layers"),
+    [
+        ("gpt2", {"n_layer": 3}, 3),
+        ("mpt", {"n_layers": 3}, 3),
+        ("whisper", {"encoder_layers": 2, "decoder_layers": 3}, 3),
+        ("gemma3", {"text_config": {"model_type": "gemma3_text", "num_hidden_layers": 3}}, 3),
+    ],
+)
+def test_layers_are_counted_under_whichever_name_a_config_has_for_them(
+    kind: str, config: dict[str, Any], layers: int
+) -> None:
+    made = AutoConfig.for_model(kind, **config)
+    assert read(config, "num_hidden_layers")[1] == read(made.to_dict(), "num_hidden_layers")[1] == layers
+    assert made.get_text_config(decoder=True).num_hidden_layers == layers

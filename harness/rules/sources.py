@@ -111,16 +111,16 @@ def text_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
 NAMES = {
     "num_hidden_layers": (
         *("decoder_layers", "num_decoder_layers", "num_hidden_layers"),
-        *("n_layer", "n_layers", "num_layers", "num_blocks"),
+        *("n_layer", "n_layers"),
     ),
     "num_attention_heads": (
         *("decoder_attention_heads", "num_decoder_attention_heads", "num_attention_heads"),
-        *("n_head", "n_heads", "num_heads", "attention_heads"),
+        *("n_head", "n_heads", "attention_heads"),
     ),
     "num_key_value_heads": ("num_key_value_heads", "num_kv_heads"),
     "hidden_size": ("hidden_size", "n_embd", "d_model", "emb_dim", "embedding_dim"),
 }
-"""What transformers' configs call these; of those that have an encoder too, first what the decoder has."""
+"""What transformers' configs call these, where it is nothing else in another; a decoder's before an encoder's."""
 
 
 def read(config: Mapping[str, Any], name: str) -> tuple[str, Any]:
