@@ -62,7 +62,18 @@ def _parser() -> Parser:
 def explain(record: Record) -> Iterator[Finding]:
     """What the record alone shows, the most important first."""
     run = Run(record)
-    for found in (failure, unattributed, made_of, holdings, ranks, *STAGES, *CACHED, *SURPRISES, not_in_them):
+    for found in (
+        failure,
+        unattributed,
+        made_of,
+        holdings,
+        packed,
+        ranks,
+        *STAGES,
+        *CACHED,
+        *SURPRISES,
+        not_in_them,
+    ):
         yield from found(run)
 
 
@@ -162,6 +173,17 @@ def holdings(run: Run) -> Iterator[Finding]:
     ]
     if parts:
         yield Finding("holdings", f"Largest by name: {'; '.join(parts)}.", sum(held for _, held in largest))
+
+
+def packed(run: Run) -> Iterator[Finding]:
+    """Weights that are packed in the checkpoint, and not in memory."""
+    told = run.record.model.quantization
+    if told is not None and told.whole is not None:
+        sentence = (
+            f"The checkpoint's weights are packed ({told.short}), and transformers makes them whole {told.whole}: "
+            f"a parameter takes as much as in {run.record.model.dtype}."
+        )
+        yield Finding("packed", sentence, None)
 
 
 def ranks(run: Run) -> Iterator[Finding]:

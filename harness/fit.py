@@ -1,6 +1,7 @@
 """`harness fit`: which of the sensible configs fit into a device's memory, each rehearsed, and which costs least."""
 
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -117,7 +118,7 @@ def command(fit: Fit, trial: Trial) -> str:
         nodes = f"--nnodes {-(-fit.world // NODE)} --nproc-per-node {NODE}"
         start = f"torchrun {nodes} --rdzv-backend c10d --rdzv-endpoint HOST:29500"
     prompts = [f"generation.count={trial.settings.generation.count}"] if fit.mode == "infer" else []
-    return " ".join([start, "-m harness", *fit.words, *_short(trial), *prompts])
+    return " ".join([start, "-m harness", *map(shlex.quote, fit.words), *_short(trial), *prompts])
 
 
 def data(fit: Fit, trials: Sequence[Trial]) -> dict[str, object]:

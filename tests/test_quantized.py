@@ -9,10 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, QuantoConfig
+from transformers import AutoModelForCausalLM, PreTrainedModel, QuantoConfig
 
 from harness import infer, layouts, model, quantized, storages, tensor, weights
 from harness.config import compose
+from harness.explain import explain
 from harness.knobs import Generation, Hardware, Model, Refusal, Settings
 from harness.knobs import World as Asked
 from harness.ledger import Ledger
@@ -22,7 +23,9 @@ from harness.record import Output
 from harness.rehearsal.role import rehearse
 from harness.rules.quantized import AT_FIRST, AT_LOAD
 from harness.schema import Model as Told
+from harness.schema import parse
 from harness.settings import load
+from harness.show import show
 from harness.tokenizer import of_bytes
 from harness.world import World
 
@@ -37,6 +40,7 @@ LLAMA = {
     "num_key_value_heads": 2,
     "eos_token_id": None,
 }
+MXFP4: dict[str, Any] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
 GPT_OSS = {
     "model_type": "gpt_oss",
     "vocab_size": 384,
@@ -53,7 +57,7 @@ GPT_OSS = {
     "pad_token_id": 0,
     "tie_word_embeddings": False,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-    "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]},
+    "quantization_config": MXFP4,
 }
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [32, 32]}
@@ -86,7 +90,7 @@ def taken(asked: Settings) -> tuple[Any, quantized.Quantization]:
     return config, found
 
 
-def outlined(shape: dict[str, Any], **more: Any) -> nn.Module:
+def outlined(shape: dict[str, Any], **more: Any) -> PreTrainedModel:
     """The packed model of `shape` on meta."""
     asked = asks(shape, **more)
     config, found = taken(asked)
@@ -115,7 +119,8 @@ ENDS = 2 * (2 * 128256 * 4096 + 65 * 4096)
 def held(shape: dict[str, Any], given: dict[str, Any]) -> int:
     """Bytes of the packed model of `shape`, but for the frequencies of its positions."""
     made = outlined({**shape, "quantization_config": given})
-    return tensor.nbytes(made) - sum(b.nbytes for name, b in made.named_buffers() if "inv_freq" in name)
+    frequencies: int = sum(buffer.nbytes for name, buffer in made.named_buffers() if "inv_freq" in name)
+    return tensor.nbytes(made) - frequencies
 
 
 def test_an_8b_in_awq_is_half_a_byte_a_weight_and_ends_that_are_whole() -> None:
@@ -155,7 +160,7 @@ def test_gpt_oss_20b_is_as_large_as_its_file_but_for_biases_that_are_loaded_in_f
         "tie_word_embeddings": False,
     }
     biases = 24 * 32 * (5760 + 2880)
-    assert held(shape, GPT_OSS["quantization_config"]) == 13_761_264_768 + 2 * biases
+    assert held(shape, MXFP4) == 13_761_264_768 + 2 * biases
 
 
 def test_qwen_7b_in_gptq_has_an_index_for_each_input_and_biases_in_fp16() -> None:
@@ -342,7 +347,7 @@ def mxfp4(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     torch.manual_seed(0)
     directory = tmp_path_factory.mktemp("mxfp4") / "checkpoint"
-    return repacked(bare, directory, pack, GPT_OSS["quantization_config"])  # type: ignore[arg-type]
+    return repacked(bare, directory, pack, MXFP4)
 
 
 def refused(*words: str) -> str:
@@ -729,7 +734,7 @@ class Hiding(nn.Linear):
 
 def test_scales_in_attributes_of_a_packed_layer_are_parameters() -> None:
     layer = nn.Sequential(Hiding(), nn.Linear(4, 4, bias=False))
-    layer[1].last = torch.ones(100)  # type: ignore[assignment]
+    layer[1].last = torch.ones(100)
     claims = {name: held.numel() for _, name, held in module_claims(layer)}
     assert claims == {"0.weight": 8, "1.weight": 16, "0.weight.state.scales": 7, "0.table": 3, "0.alias": 8}
     assert storages.nbytes(layer) == 8 + 16 * 4 + 7 * 4 + 3 * 4
@@ -741,15 +746,16 @@ def test_scales_in_attributes_of_a_packed_layer_are_parameters() -> None:
 class Wrapping(torch.Tensor):
     """A tensor that is made of another and does not say so."""
 
+    within: torch.Tensor
+
     @staticmethod
     def __new__(cls, inner: torch.Tensor) -> "Wrapping":
-        return torch.Tensor._make_wrapper_subclass(cls, (8, 8))  # type: ignore[attr-defined, no-any-return]
-
-    def __init__(self, inner: torch.Tensor) -> None:
-        self.inner = inner
+        made: Wrapping = torch.Tensor._make_wrapper_subclass(cls, (8, 8))
+        made.within = inner
+        return made
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         raise NotImplementedError
 
 
@@ -777,6 +783,24 @@ def test_a_token_reads_packed_weights_and_no_more(whole: str | None, expected: i
     packed = {"method": "awq", "bits": 4, "whole": whole, "bytes": 700}
     told = {"name": "m", "parameters": 1000, "embeddings": 10, "dtype": "float16", "quantization": packed}
     assert Told.model_validate(told).matrices == expected
+
+
+@pytest.mark.parametrize("whole", [None, AT_FIRST, AT_LOAD])
+def test_a_record_tells_of_packed_weights_and_when_they_are_whole(whole: str | None) -> None:
+    packed = {"method": "awq", "bits": 4, "group_size": 128, "whole": whole, "bytes": 2**20}
+    told = {"name": "m", "parameters": 1000, "dtype": "float16", "quantization": packed}
+    around = {"size": 1, "device": "cpu"}
+    written = {"status": "complete", "mode": "infer", "world": around, "model": told, "ranks": []}
+    line = show(written).splitlines()
+    assert line[0] == "infer m: 1,000 parameters, float16, awq 4 bits, 1 x cpu"
+    took = ", 1.0 MiB" if whole == AT_FIRST else ""
+    expected = (
+        f"its weights (awq 4 bits{took}) are made whole {whole}: transformers computes with them so here"
+    )
+    assert (expected in line) == (whole is not None)
+    found = [each.sentence for each in explain(parse(written, "it")) if each.kind == "packed"]
+    sentence = f"The checkpoint's weights are packed (awq 4 bits), and transformers makes them whole {whole}"
+    assert [each.startswith(sentence) for each in found] == [True] * (whole is not None)
 
 
 def test_awq_on_a_gpu_computes_in_fp16() -> None:
