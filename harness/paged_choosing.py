@@ -31,7 +31,7 @@ class Choosers:
                     "the transformers here chooses tokens in another place; use generation.batching=static"
                 )
                 raise Refusal("generation.batching", "continuous", remedy)
-            runner._sample = self._sample
+            setattr(runner, "_sample", self._sample)  # noqa: B010
 
     def leave(self, state: Any) -> None:
         """A request has ended."""

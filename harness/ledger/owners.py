@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 
 from harness.ledger.tensors import tensors_in
@@ -65,16 +66,24 @@ def module_claims(module: torch.nn.Module) -> Iterator[Claim]:
 
 
 def packs(module: torch.nn.Module) -> bool:
-    """Whether a layer has a weight that is no plain tensor of floats: one in few bits, with scales beside it."""
+    """Whether a layer has a weight in few bits, with scales beside it: a table that is neither of floats nor a mask."""
     if type(module).__module__.startswith("transformers.integrations."):
         return True
-    plain = (torch.Tensor, torch.nn.Parameter, DTensor)
-    held = (*module._parameters.values(), *module._buffers.values())
-    return any(
-        tensor is not None
-        and (not tensor.is_floating_point() or tensor.itemsize == 1 or type(tensor) not in plain)
-        for tensor in held
+    plain = (torch.Tensor, torch.nn.Parameter, DTensor, FakeTensor)
+    return any(type(each) not in plain for each in module._parameters.values() if each is not None) or any(
+        tensor.dim() > 1 and tensor.dtype in FEW_BITS
+        for tensor in (*module._parameters.values(), *module._buffers.values())
+        if tensor is not None
     )
+
+
+FEW_BITS = frozenset(
+    {
+        *(torch.int8, torch.uint8, torch.int32),  # several in one, where they are smaller
+        *(torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz),
+        *(torch.float8_e8m0fnu, torch.float4_e2m1fn_x2),
+    }
+)
 
 
 def beside(module: torch.nn.Module) -> Iterator[tuple[str, dict[str, Any], str]]:
