@@ -87,7 +87,7 @@ def is_scratch(operators: Sequence[Operator], block: Block) -> bool:
         return True
     index = bisect_right(operators, block.born + CLOCK_ERROR, key=lambda operator: operator.began)
     ends = operators[index].began if index < len(operators) else math.inf
-    return index > 0 and block.died <= ends + CLOCK_ERROR
+    return index > 0 and block.died != math.inf and block.died <= ends + CLOCK_ERROR
 
 
 def without_mappings(

@@ -72,7 +72,8 @@ class Compiled:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Within it regions are found, of what was compiled before it too."""
-        for entry in (unpack, Log._gone, Roster._gradient_made, Mark.__call__):  # called whoever looks
+        entries = unpack, Log._gone, Roster._gradient_made, Mark.__call__, _caller, Compiled._guarded
+        for entry in entries:  # they are called whoever looks
             pass_over(entry, with_callees=True)
         look: Any = dynamo.set_eval_frame  # type: ignore[attr-defined]
         autograd, looking = torch._C._dynamo.compiled_autograd, self._looking(look)
@@ -98,17 +99,18 @@ class Compiled:
         """Dynamo's `set_eval_frame`: from here on it looks at each frame, or (None) at none."""
 
         def set_eval_frame(callback: Any) -> Any:
-            prior = real(None) if callback is None else None  # what is ours is never looked at
             caller = _caller()
             if self._caller is None:
                 begins = callback is not None or caller.f_code.co_name == WRAPPER
                 if begins and not self._log.hidden and self._log.here():
                     self._guarded(self._begin, caller)
-            elif caller is self._caller:
+                return real(callback)
+            prior = real(callback)
+            if caller is self._caller:
                 self._said -= 1
                 if not self._said:
                     self._guarded(self._end, caller)
-            return prior if callback is None else real(callback)
+            return prior
 
         pass_over(set_eval_frame)
         return set_eval_frame
@@ -119,6 +121,7 @@ class Compiled:
         def _callback_from_stance(callback: Any) -> Any:
             if self._caller is not None and _caller() is self._caller:
                 self._said, self._runs = 3, True  # before it runs, after it, and when it returns
+                self._hooks = top()  # the program's own, which would be asked to unpack what we look at
             return real(callback)
 
         pass_over(_callback_from_stance)
@@ -182,7 +185,6 @@ class Compiled:
             self._phases.program_begins(self._owner)
         self._versions, self._number, self._began = self._roster.versions(), number(), time_ns()
         self._region.enter_context(self._hidden())
-        self._hooks = top()  # the program's own, which would be asked to unpack what we look at
 
     @unnoticed
     def _end(self, caller: Any) -> None:
