@@ -122,11 +122,12 @@ class Fit:
     def search(self) -> list[Trial]:
         """Every config that had to be rehearsed. Raises Refusal where all that was asked for is refused."""
         self._decide()
-        trials = self._least_first(self.climbs)
-        if self.mode == "train" and "zero.offload" not in self.given:
-            for offload in LAST_RESORT:
-                if any(trial.rehearsed for trial in trials) and not any(trial.fits for trial in trials):
-                    trials += self._least_first(self._climbs({"zero.offload": offload}, ()))
+        with progress(None) as self.pace:
+            trials = self._least_first(self.climbs)
+            if self.mode == "train" and "zero.offload" not in self.given:
+                for offload in LAST_RESORT:
+                    if any(trial.rehearsed for trial in trials) and not any(trial.fits for trial in trials):
+                        trials += self._least_first(self._climbs({"zero.offload": offload}, ()))
         return trials
 
     def _decide(self) -> None:
@@ -187,12 +188,12 @@ class Fit:
         """Every climb a rung at a time, all of them at once."""
         trials: list[Trial] = []
         refusals: list[Refusal] = []
-        with workers(len(climbs)) as pool, progress(None) as pace:
+        with workers(len(climbs)) as pool:
             while True:
                 asked = list(self._rungs(climbs, refusals))
                 if not asked:
                     break
-                found = rehearse_all(pool, [decisive(settings) for _, _, settings in asked], pace)
+                found = rehearse_all(pool, [decisive(settings) for _, _, settings in asked], self.pace)
                 for (climb, words, settings), worst in zip(asked, found, strict=True):
                     trial = Trial(words, settings, worst, self.memory - self.reserve - worst.bytes)
                     if trial.rehearsed:
