@@ -138,6 +138,8 @@ def _refusal(error: HydraException, overrides: Sequence[Override]) -> Refusal:
                 return Refusal(key, value, nearest(key, _known(overrides)))
             if said.startswith("Error merging override"):  # a dictionary for a list, or a list for a text
                 return Refusal(key, value, _kind_of(key))
+            if said.startswith("Could not append"):
+                return Refusal(key, value, f"it is there already; leave out the + of +{key}")
             return Refusal(key, value, said.partition("\n")[0])
     return Refusal("config", "conf/config.yaml", said)
 

@@ -32,10 +32,9 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
-from harness import storages, tensor, weights, widths
+from harness import shape, storages, tensor, weights, widths
 from harness.knobs import Model, Refusal
 from harness.quantized import Quantization
-from harness.rules import quantized as rules
 
 TEXTS = ("*.json", "*.txt", "*.model", "*.jinja")
 WEIGHTS = ("model*.safetensors",)
@@ -46,20 +45,18 @@ def model_config(settings: Model) -> PretrainedConfig:
     """The transformers config of `settings`: its own shape, or that of `model.path`. Raises Refusal."""
     if settings.path is not None:
         with loading(settings.path):
-            config = AutoConfig.from_pretrained(directory_of(settings.path), trust_remote_code=False)
+            directory = directory_of(settings.path)
+            shape.check_stored(settings, directory)
+            config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     else:
-        shape = {key: value for key, value in settings.config.items() if (key, value) != (rules.NAME, None)}
-        kind = shape.pop("model_type", None)
-        try:
-            config = AutoConfig.for_model(kind, **shape)
-        except Exception as error:  # a config's own checks raise what they like
-            raise Refusal("model.config", settings.name, f"transformers refuses it: {error}") from error
+        config = shape.written(settings)
     reads_ahead = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", True)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or reads_ahead:
         key, value = (
             ("model.path", settings.path) if settings.path else ("model.config.model_type", config.model_type)
         )
-        raise Refusal(key, value, f"{config.model_type} is no causal language model in transformers")
+        told = f"{config.model_type} is no causal language model in transformers; give one, as llama or qwen3"
+        raise Refusal(key, value, told)
     return config
 
 

@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PretrainedConfig
 
-from harness import ceilings, weights
+from harness import ceilings, shape, weights
 from harness.knobs import Refusal, Settings
 from harness.model import model_config
-from harness.narrow import first_line
 
 ATTENTIONS = ("sdpa", "eager")
 
@@ -40,6 +39,8 @@ def resolve(settings: Settings, device: str | None = None) -> Resolved:
     if settings.model.attention == "auto":
         settings = replace(settings, model=replace(settings.model, attention=value))
         reasons["model.attention"] = f"{value}: {why}"
+    if unread := shape.left_out(settings.model):
+        reasons["model.config"] = unread
     return Resolved(settings, reasons)
 
 
@@ -67,27 +68,25 @@ def _attention(settings: Settings) -> tuple[str, str]:
         if wanted not in (None, *ATTENTIONS):
             remedy = f"the model's config asks for {wanted}; say model.attention=sdpa or eager"
             raise Refusal("model.attention", "auto", remedy)
-        chosen = _chosen(settings, config, wanted)
+        chosen = _chosen(config, wanted)
         if wanted is not None:
             return chosen, "the model's config asks for it"
         if chosen == "eager":
             return chosen, f"transformers has no sdpa for {kind}"
         return chosen, f"transformers' own choice for {kind}"
-    own = _chosen(settings, config, None)
-    if model.attention != own and _chosen(settings, config, model.attention, own) != model.attention:
+    own = _chosen(config, None)
+    if model.attention != own and _chosen(config, model.attention, own) != model.attention:
         remedy = f"transformers has no {model.attention} for {kind}; use {own}, or auto"
         raise Refusal("model.attention", model.attention, remedy)
     return model.attention, ""
 
 
-def _chosen(settings: Settings, config: PretrainedConfig, wanted: str | None, instead: str = "") -> str:
+def _chosen(config: PretrainedConfig, wanted: str | None, instead: str = "") -> str:
     """What transformers makes of `wanted`; `instead` where it refuses it. Raises Refusal where it makes no model."""
     try:
         made = weights.outline(copy.deepcopy(config), torch.float32, wanted)
-    except Exception as error:  # each model has checks of its own, or none
+    except Refusal:
         if instead:
             return instead
-        model = settings.model
-        key, value = ("model.path", model.path) if model.path else ("model", model.name)
-        raise Refusal(key, value, f"transformers cannot make such a model: {first_line(error)}") from error
+        raise
     return str(made.config._attn_implementation)

@@ -19,6 +19,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from harness import shape
+
 Stored = Mapping[str, Tensor]
 """Parameters, and buffers that a checkpoint has, by the first name that they have in the whole model."""
 
@@ -27,11 +29,12 @@ Home = dict[str, Any]
 
 
 def outline(config: PretrainedConfig, dtype: torch.dtype, attention: str | None = None) -> PreTrainedModel:
-    """The whole model of `config` on `meta`: shapes, and no memory."""
-    with torch.device("meta"):
+    """The whole model of `config` on `meta`: shapes, and no memory. Raises Refusal where it cannot be built."""
+    with torch.device("meta"), shape.building(config):
         made: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=attention
         )
+        shape.check_whole(made, config)
     return made
 
 

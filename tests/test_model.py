@@ -285,5 +285,5 @@ def test_code_that_comes_with_a_checkpoint_is_refused_and_not_run(
 
 
 def test_an_unknown_architecture_is_refused() -> None:
-    with pytest.raises(Refusal, match=r"model.config=test: transformers refuses it"):
+    with pytest.raises(Refusal, match=r"^model.config.model_type=no-such-model: this transformers has no "):
         model.model_config(Model(name="test", config={"model_type": "no-such-model"}))

@@ -4,9 +4,9 @@ import os
 from collections.abc import Sequence
 
 from harness.knobs import Checkpointing, Pipeline, Refusal, Settings
-from harness.rules import positions, quantized
+from harness.rules import positions, quantized, widths
 from harness.rules.infer import generation
-from harness.rules.sources import files, read, shape_of, text_of
+from harness.rules.sources import files, read, shape_of
 
 
 def check(settings: Settings) -> None:
@@ -125,16 +125,7 @@ def _rehearsal(settings: Settings) -> None:
 def _model(settings: Settings) -> None:
     model = settings.model
     shape = shape_of(model)
-    prefix = "model.config." if model.path is None else f"{model.path}/config.json: "
-    heads, kv_heads = read(shape, "num_attention_heads"), read(shape, "num_key_value_heads")
-    hidden, layers = read(shape, "hidden_size"), read(shape, "num_hidden_layers")
-    for name, value in (heads, kv_heads, hidden, layers):
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise Refusal(prefix + name, value, "should be a whole number, 1 or more")
-    if heads[1] and kv_heads[1] and heads[1] % kv_heads[1]:
-        raise Refusal(prefix + kv_heads[0], kv_heads[1], f"must divide {heads[0]}={heads[1]} evenly")
-    if heads[1] and hidden[1] and text_of(shape).get("head_dim") is None and hidden[1] % heads[1]:
-        raise Refusal(prefix + hidden[0], hidden[1], f"must be a multiple of {heads[0]}={heads[1]}")
+    widths.check(shape, "model.config." if model.path is None else f"{model.path}/config.json: ")
     positions.check(settings, shape)
 
 
@@ -152,7 +143,7 @@ def _checkpointing(settings: Settings) -> None:
     if len(set(asked.layers)) < len(asked.layers):
         raise Refusal("checkpointing.layers", asked.layers, "give each layer once")
     _, layers = read(shape_of(settings.model), "num_hidden_layers")
-    if layers is not None:
+    if isinstance(layers, int):
         check_layers(asked, layers)
 
 

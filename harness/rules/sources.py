@@ -33,7 +33,8 @@ def shape_of(model: Model) -> Mapping[str, Any]:
         with open(config, encoding="utf-8") as file:
             shape = json.load(file)
     except (OSError, ValueError) as error:
-        raise Refusal("model.path", model.path, f"its config.json cannot be read: {error}") from error
+        remedy = "; save it as UTF-8 without a mark, as transformers reads it" if "BOM" in str(error) else ""
+        raise Refusal("model.path", model.path, f"its config.json cannot be read: {error}{remedy}") from error
     if not isinstance(shape, dict):
         raise Refusal("model.path", model.path, "its config.json is no transformers config")
     return shape
