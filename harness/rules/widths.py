@@ -20,8 +20,8 @@ COUNTS = re.compile(
 HEAD = re.compile(r"head_(dim|size)$|^(d_kv|kv_channels)$")
 """What says how wide a head is; where nothing does, heads share the hidden size."""
 
-OF_OTHERS = re.compile(r"(audio|encoder|image|speech|vision)_.*")
-"""Configs within one that are not of its text."""
+OF_OTHERS = re.compile(r"(audio|encoder|image|quantization|speech|vision)_.*")
+"""Configs within one that are not of its text, or have rules of their own."""
 
 NEVER_NONE = (
     *(
