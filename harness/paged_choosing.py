@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from harness.batch import PADDING, Requests
 from harness.choosing import Choose, bends, chooser
+from harness.knobs import Refusal
 from harness.ledger import Ledger
 from harness.strategy import Strategy
 
@@ -24,7 +25,11 @@ class Choosers:
         self._batch = processor.inputs_and_outputs
         self._each: dict[int, tuple[torch.Tensor, Choose]] = {}
         if strategy.processed or strategy.samples:
-            processor.model_runner._sample = self._sample
+            runner: Any = getattr(processor, "model_runner", None)
+            if not hasattr(runner, "_sample"):
+                remedy = "the transformers here chooses tokens in another place; use generation.batching=static"
+                raise Refusal("generation.batching", "continuous", remedy)
+            runner._sample = self._sample
 
     def leave(self, state: Any) -> None:
         """A request has ended."""

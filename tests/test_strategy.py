@@ -320,7 +320,8 @@ def test_a_torn_file_is_refused(checkpoint: Path, text: str) -> None:
 def test_a_trained_model_takes_the_fields_along_even_those_that_are_refused(tmp_path: Path) -> None:
     built = AutoModelForCausalLM.from_config(model.model_config(Model(name="test", config=SHAPE)))
     built.save_pretrained(tmp_path / "first")
-    fields = {"num_return_sequences": 3, "temperature": 0.6, "own_setting": [1], "eos_token_id": [5, 6]}
+    end = ByT5Tokenizer().eos_token_id
+    fields = {"num_return_sequences": 3, "temperature": 0.6, "own_setting": [1], "eos_token_id": [end, 6]}
     (tmp_path / "first" / "generation_config.json").write_text(json.dumps(fields))
     asked = Model(path=str(tmp_path / "first"), attention="sdpa")
     config = model.model_config(asked)

@@ -170,7 +170,7 @@ def test_an_export_has_the_buffers_of_every_stage_and_the_generation_config(
         if name.endswith("e_score_correction_bias"):
             buffer.copy_(torch.rand_like(buffer))
     built.save_pretrained(tmp_path)
-    fields = {"num_return_sequences": 3, "temperature": 0.6, "eos_token_id": [5, 6], "own_setting": 1}
+    fields = {"num_return_sequences": 3, "temperature": 0.6, "eos_token_id": [1, 6], "own_setting": 1}
     (tmp_path / "generation_config.json").write_text(json.dumps(fields))
     given = load_file(tmp_path / "model.safetensors")
     for stages in (1, 3):
