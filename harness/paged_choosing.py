@@ -25,13 +25,11 @@ class Choosers:
         self._batch = processor.inputs_and_outputs
         self._each: dict[int, tuple[torch.Tensor, Choose]] = {}
         if strategy.processed or strategy.samples:
-            runner = getattr(processor, "model_runner", None)
+            runner: Any = getattr(processor, "model_runner", None)
             if not hasattr(runner, "_sample"):
-                remedy = (
-                    "the transformers here chooses tokens in another place; use generation.batching=static"
-                )
+                remedy = "the transformers here chooses tokens in another place; use generation.batching=static"
                 raise Refusal("generation.batching", "continuous", remedy)
-            setattr(runner, "_sample", self._sample)  # noqa: B010
+            runner._sample = self._sample
 
     def leave(self, state: Any) -> None:
         """A request has ended."""
