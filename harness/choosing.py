@@ -23,13 +23,9 @@ Choose = Callable[[Tensor, int], Tensor]
 """From logits [B, V] in fp32 for the new token of this number (0 is the first) to that token, [B]."""
 
 LOOKING = (
-    *(
-        "repetition_penalty",
-        "encoder_repetition_penalty",
-        "no_repeat_ngram_size",
-        "encoder_no_repeat_ngram_size",
-    ),
-    *("sequence_bias", "bad_words_ids", "min_length", "forced_bos_token_id", "forced_eos_token_id"),
+    *("repetition_penalty", "encoder_repetition_penalty", "sequence_bias", "bad_words_ids"),
+    *("no_repeat_ngram_size", "encoder_no_repeat_ngram_size"),
+    *("min_length", "forced_bos_token_id", "forced_eos_token_id"),
 )
 """The fields whose processors look at tokens, or count those of a prompt: padding is none."""
 
@@ -166,9 +162,8 @@ def bends(strategy: Strategy, requests: Requests) -> set[int]:
     """The numbers of new tokens from which on some processor does another thing than it did before."""
     fields, lengths = strategy.processed, {len(prompt) for prompt in requests.prompts}
     words = [*fields.get("bad_words_ids", []), *(word for word, _ in fields.get("sequence_bias", []))]
-    begins = [
-        len(word) - 1 for word in words
-    ]  # where a processor has tokens enough, those of a prompt among them
+    # tokens, those of a prompt among them, that are enough for a processor
+    begins = [len(word) - 1 for word in words]
     begins += [fields[name] for name in ("min_length", "no_repeat_ngram_size") if name in fields]
     found = {begin - length for begin in begins for length in lengths}
     if "min_new_tokens" in fields:
