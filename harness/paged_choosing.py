@@ -27,7 +27,9 @@ class Choosers:
         if strategy.processed or strategy.samples:
             runner: Any = getattr(processor, "model_runner", None)
             if not hasattr(runner, "_sample"):
-                remedy = "the transformers here chooses tokens in another place; use generation.batching=static"
+                remedy = (
+                    "the transformers here chooses tokens in another place; use generation.batching=static"
+                )
                 raise Refusal("generation.batching", "continuous", remedy)
             runner._sample = self._sample
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from harness.ledger.owners import beside, module_claims, packs
 from harness.ledger.tensors import tensors_in
+from harness.ledger.owners import beside, module_claims, packs
 
 Owned = dict[int, tuple[Tensor, Tensor]]
 """By where it was, a tensor and the one that took its place: it is kept meanwhile, so that no other has that place."""
@@ -37,7 +37,7 @@ def own(model: nn.Module) -> None:
                     _own_parts(held, owned)
                 else:
                     held.data = _owned(held.data, owned if quantized else {})
-        for holder, key in _beside(module) if quantized and packs(module) else ():
+        for holder, key in _beside(module) if quantized else ():
             if type(holder[key]) is torch.Tensor:
                 holder[key] = _owned(holder[key], owned)
 
@@ -53,8 +53,10 @@ def _own_parts(tensor: Any, owned: Owned) -> None:
 
 
 def _beside(module: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
-    """Where a module has what is no parameter of it: in which dict, under which key."""
-    yield from ((module._buffers, key) for key in module._buffers)
+    """Where a layer has what is no parameter of it, and packed: in which dict, under which key."""
+    buffers = [buffer for buffer in module._buffers.values() if buffer is not None]
+    if packs(module) or any(not buffer.is_floating_point() for buffer in buffers):
+        yield from ((module._buffers, key) for key in module._buffers)
     yield from ((holder, key) for _, holder, key in beside(module))
 
 

@@ -66,24 +66,18 @@ def module_claims(module: torch.nn.Module) -> Iterator[Claim]:
 
 
 def packs(module: torch.nn.Module) -> bool:
-    """Whether a layer has a weight in few bits, with scales beside it: a table that is neither of floats nor a mask."""
+    """Whether a layer has a weight that is no plain tensor of floats: one in few bits, with scales beside it."""
     if type(module).__module__.startswith("transformers.integrations."):
         return True
-    plain = (torch.Tensor, torch.nn.Parameter, DTensor, FakeTensor)
-    return any(type(each) not in plain for each in module._parameters.values() if each is not None) or any(
-        tensor.dim() > 1 and tensor.dtype in FEW_BITS
-        for tensor in (*module._parameters.values(), *module._buffers.values())
-        if tensor is not None
+    return any(
+        weight is not None
+        and (not weight.is_floating_point() or weight.itemsize == 1 or type(weight) not in KINDS)
+        for weight in module._parameters.values()
     )
 
 
-FEW_BITS = frozenset(
-    {
-        *(torch.int8, torch.uint8, torch.int32),  # several in one, where they are smaller
-        *(torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz),
-        *(torch.float8_e8m0fnu, torch.float4_e2m1fn_x2),
-    }
-)
+KINDS = (torch.Tensor, torch.nn.Parameter, DTensor, FakeTensor)
+"""Classes of tensors that are no more than what they hold."""
 
 
 def beside(module: torch.nn.Module) -> Iterator[tuple[str, dict[str, Any], str]]:
@@ -91,12 +85,13 @@ def beside(module: torch.nn.Module) -> Iterator[tuple[str, dict[str, Any], str]]
 
     By name, and the dict and the key that have it.
     """
-    holders = {  # of one that is made of others, `tensors_in` finds them
-        name: vars(parameter)
-        for name, parameter in module._parameters.items()
-        if parameter is not None and next(tensors_in(parameter), None) is parameter
-    }
-    for name, holder in {"": vars(module), **holders}.items() if packs(module) else ():
+    if not packs(module):
+        return
+    holders = {"": vars(module)}
+    for name, weight in module._parameters.items():
+        if weight is not None and next(tensors_in(weight), None) is weight:  # else it is made of what it has
+            holders[name] = vars(weight)
+    for name, holder in holders.items():
         for key in [*holder]:
             if key not in PLAIN:
                 yield from _reached(f"{name}.{key}".removeprefix("."), holder, key)
