@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from harness.ledger.tensors import tensors_in
 from harness.ledger.owners import beside, module_claims, packs
+from harness.ledger.tensors import tensors_in
 
 Owned = dict[int, tuple[Tensor, Tensor]]
 """By where it was, a tensor and the one that took its place: it is kept meanwhile, so that no other has that place."""
