@@ -11,15 +11,16 @@ SIZES: dict[str, Any] = {
     "vocab_size": 96,
     "hidden_size": 64,
     "num_hidden_layers": 2,
-    "num_attention_heads": 4,
 }
+HEADS = {"num_attention_heads": 4}
 LINEAR = {
+    **HEADS,
     "num_experts": 4,
     "moe_intermediate_size": 32,
     "layer_types": ["linear_attention", "full_attention"],
 }
 FULL = {**LINEAR, "layer_types": ["full_attention", "full_attention"]}
-CONV = {"layer_types": ["conv", "full_attention"], "num_key_value_heads": 2}
+CONV = {**HEADS, "layer_types": ["conv", "full_attention"], "num_key_value_heads": 2}
 
 
 def differences(kind: str, device: Any, **more: Any) -> str:
@@ -37,7 +38,7 @@ def differences(kind: str, device: Any, **more: Any) -> str:
         ("mamba2", {"num_heads": 8, "head_dim": 16}, ["mamba_chunk_scan_combined"], "mamba-ssm"),
         ("lfm2", CONV, ["causal_conv1d_fn"], "causal-conv1d"),
         ("rwkv", {}, ["rwkv_linear_attention"], "kernels"),
-        ("diffllama", {"intermediate_size": 96}, ["rms_norm"], "torch"),
+        ("diffllama", {**HEADS, "intermediate_size": 96}, ["rms_norm"], "torch"),
     ],
 )
 def test_what_a_gpu_has_kernels_for_is_named(
@@ -49,6 +50,6 @@ def test_what_a_gpu_has_kernels_for_is_named(
     assert "reference code" not in differences(kind, "cpu", **more)  # there it is what runs
 
 
-@pytest.mark.parametrize(("kind", "more"), [("llama", {}), ("qwen3_next", FULL), ("gpt_oss", {})])
+@pytest.mark.parametrize(("kind", "more"), [("llama", HEADS), ("qwen3_next", FULL), ("gpt_oss", HEADS)])
 def test_a_model_whose_layers_have_none_is_told_of_none(kind: str, more: dict[str, Any]) -> None:
     assert "reference code" not in differences(kind, "cuda", **more)

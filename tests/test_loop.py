@@ -89,7 +89,7 @@ def test_the_other_tools_read_a_loop_too(
     model = small()
     harness.save(stepped(model), tmp_path, model=model)
     assert main([*words, str(tmp_path)]) == 0
-    assert "train Linear, 1 x cpu" in capsys.readouterr().out
+    assert "train Linear, float32, 1 x cpu" in capsys.readouterr().out
 
 
 def test_a_record_is_never_overwritten(tmp_path: Path) -> None:
