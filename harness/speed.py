@@ -143,9 +143,10 @@ def idleness(shares: Sequence[Share], stages: int, exact: int) -> list[dict[str,
 
 
 def largest(shares: Sequence[Share]) -> dict[str, int | None]:
-    """What the largest cache of a replica held when its batch ended, in bytes; None where nothing was cached."""
+    """What the largest cache of a replica held when its batch ended, in bytes, and for how many positions; None where
+    nothing was cached."""
     held = max((kv for share in shares for kv in share.kv), key=lambda kv: kv.reserved, default=None)
-    parts = ("reserved", "filled", "live", "pinned", "state", "host")
+    parts = ("reserved", "filled", "live", "positions", "pinned", "state", "host")
     return {
         "kv_bytes_per_token_measured": None if held is None else held.per_token,
         **{f"kv_{part}": None if held is None else getattr(held, part) for part in parts},

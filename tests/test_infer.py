@@ -311,6 +311,7 @@ def test_the_record_gets_counts_and_kv_bytes(inferred: Infer) -> None:
         "kv_reserved": len(PROMPTS) * shown * PER_TOKEN,
         "kv_filled": len(PROMPTS) * shown * PER_TOKEN,
         "kv_live": sum(length + NEW - 1 for length in tokens) * PER_TOKEN,
+        "kv_positions": len(PROMPTS) * shown,
         "kv_pinned": 0,
         "kv_state": 0,
         "kv_host": 0,

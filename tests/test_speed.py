@@ -26,6 +26,7 @@ def test_the_largest_cache_is_the_one_told() -> None:
         "kv_reserved": 20,
         "kv_filled": 18,
         "kv_live": 16,
+        "kv_positions": 9,
         "kv_pinned": 0,
         "kv_state": 0,
         "kv_host": 0,

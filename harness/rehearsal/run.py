@@ -16,7 +16,7 @@ from harness.rules.quantized import AT_FIRST, AT_LOAD
 from harness.settings import Refusal, Settings
 
 MEASURED = (
-    *("kv_bytes_per_token_measured", "kv_reserved", "kv_filled", "kv_live"),
+    *("kv_reserved", "kv_filled", "kv_live"),
     *("kv_pinned", "kv_state", "kv_host"),
 )
 """Figures that `infer.largest` has of one rank's own layers."""
@@ -119,6 +119,8 @@ def _whole(stages: list[dict[str, Any]], apart: int) -> dict[str, Any]:
     if not told:
         return stages[0]
     held = {key: apart * sum(each[key] for each in told) for key in MEASURED if told[0][key] is not None}
+    if positions := told[0]["kv_positions"]:
+        held["kv_bytes_per_token_measured"] = held["kv_filled"] // positions
     return {**stages[0], "inference": {**told[0], **held}}
 
 
