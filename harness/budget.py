@@ -77,7 +77,9 @@ def exceeded(ledger: "Ledger", limits: Mapping[str, int]) -> Iterator[str]:
             over = size(most - limit)
             yield f"{what} held {size(most)} at its peak, {over} over its budget of {size(limit)}"
         elif (gap := _gap(ledger, name)) is not None:
-            yield f"memory_budget({name}={size(limit)!r}) cannot be judged: {gap.sentence}"
+            heard = gap.figures == "storages" and ledger.allocator.peak is not None
+            instead = "; total can, by the allocator" if heard else ""
+            yield f"memory_budget({name}={size(limit)!r}) cannot be judged{instead}: {gap.sentence}"
 
 
 def _gap(ledger: "Ledger", name: str) -> "Gap | None":

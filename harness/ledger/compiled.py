@@ -89,7 +89,8 @@ class Compiled:
                 (convert_frame, "fullgraph_capture", self._capturing),
                 (export, "_export", self._capturing),
             ):
-                undo.enter_context(replaced(owner, name, watched(getattr(owner, name))))
+                if hasattr(owner, name):
+                    undo.enter_context(replaced(owner, name, watched(getattr(owner, name))))
             yield
 
     def _forget(self) -> None:
