@@ -3,6 +3,7 @@
 import importlib.util
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -743,6 +744,21 @@ def test_scales_in_attributes_of_a_packed_layer_are_parameters() -> None:
     with Ledger(model=layer) as ledger:
         pass
     assert ledger.categories["parameters"].end == storages.nbytes(layer)
+
+
+class Kernels(nn.Module):
+    """A layer as transformers' mxfp4 leaves it on a GPU: no parameter, and its weight three attributes deep."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = SimpleNamespace(storage=SimpleNamespace(data=torch.zeros(5, dtype=torch.uint8)))
+
+
+def test_what_transformers_keeps_in_objects_of_its_kernels_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [*module_claims(Kernels())] == []
+    monkeypatch.setattr(Kernels, "__module__", "transformers.integrations.mxfp4")
+    claims = [(name, held.numel()) for _, name, held in module_claims(Kernels())]
+    assert claims == [("weight.storage.data", 5)]
 
 
 class Wrapping(torch.Tensor):

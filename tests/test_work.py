@@ -11,6 +11,7 @@ from harness.batch import Requests
 from harness.cache import attention_flops_per_position
 from harness.decode import generate
 from harness.ledger import Ledger, Work
+from harness.ledger.operators import _multiplies
 from harness.skipped import Alike, missing
 
 F32, I64 = 4, 8
@@ -207,3 +208,33 @@ def test_forwards_left_out_before_others_are_not_counted_as_none() -> None:
         alike.leave_out()
         alike.make(lambda: torch.ones(3), 0)  # of other requests
     assert [each.work for each in ledger.phases if each.where.phase == "decode"] == [None]
+
+
+@torch.library.custom_op("library::gemm_4bit", mutates_args=())
+def gemm_4bit(taken: torch.Tensor, packed: torch.Tensor, out: int) -> torch.Tensor:
+    """A product of a library's own, with a weight in half bytes."""
+    return taken.new_zeros(*taken.shape[:-1], out)
+
+
+def test_a_product_with_a_packed_weight_counts_as_one_with_the_whole() -> None:
+    taken, packed = torch.ones(3, 5, 16), torch.zeros(8 * 16 // 2, 1, dtype=torch.uint8)
+    left, right = torch.ones(32, 16, dtype=torch.int8), torch.ones(16, 8, dtype=torch.int8)
+    assert done(lambda: gemm_4bit(taken, packed, 8)).flops == 2 * 3 * 5 * 16 * 8
+    assert done(lambda: torch._int_mm(left, right)).flops == 2 * 32 * 16 * 8
+
+
+@pytest.mark.parametrize(
+    ("name", "multiplies"),
+    [
+        ("bitsandbytes::gemm_4bit", True),
+        ("bitsandbytes::int8_mixed_scaled_mm", True),
+        ("gptqmodel::gemm_int4_qzero_group_scaled_cpu_forward", True),
+        ("quanto::qbytes_mm", True),
+        ("quantized::linear_prepack", False),
+        ("library::linear_backward", False),
+        ("library::comm", False),
+        ("aten::linalg_matmul", False),
+    ],
+)
+def test_a_librarys_products_are_known_by_their_names(name: str, multiplies: bool) -> None:
+    assert _multiplies(name) == multiplies
