@@ -40,7 +40,7 @@ class Quantization:
     @property
     def known(self) -> bool:
         """Whether its layout is known here."""
-        return self.method in rules.METHODS
+        return self.method in rules.METHODS and rules.METHODS[self.method].layout
 
     def stays(self, rehearsed: bool) -> bool:
         """Whether its layout is what a model takes for as long as it runs; of a `rehearsed` one, at first."""

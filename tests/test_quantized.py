@@ -404,6 +404,12 @@ def test_what_cannot_be_done_with_packed_weights_is_a_sentence(words: tuple[str,
 def test_a_checkpoint_that_is_packed_is_named_and_what_reads_it(plain: Path, tmp_path: Path) -> None:
     directory = repacked(plain, tmp_path / "awq", lambda name, weight: {name: weight}, AWQ)
     path = f"model.path={directory}"
+    if importlib.util.find_spec("torchao") is None:
+        given = {"quant_method": "torchao"}  # no layout of it is known here, and what reads it is
+        other = repacked(plain, tmp_path / "torchao", lambda name, weight: {name: weight}, given)
+        assert refused(f"model.path={other}").endswith(
+            "torchao must be there to read them; pip install torchao"
+        )
     if importlib.util.find_spec("gptqmodel") is None:
         told = f"{path}: its weights are packed (awq): gptqmodel must be there to read them; pip install gptqmodel"
         assert refused(path) == told

@@ -23,12 +23,14 @@ class Method(NamedTuple):
     """What a method needs. `packages` read it, beside transformers, by the names that pip knows.
 
     `dequantizes` is whether transformers can make its weights whole as it reads them. It does so on a CPU where
-    `capability` is said: the least of a GPU whose kernels compute with packed ones.
+    `capability` is said: the least of a GPU whose kernels compute with packed ones. `layout` is whether what it packs
+    into is known here: what is not is run, and is not rehearsed.
     """
 
     packages: tuple[str, ...] = ()
     dequantizes: bool = False
     capability: float | None = None
+    layout: bool = True
 
 
 METHODS = {
@@ -41,8 +43,14 @@ METHODS = {
     "mxfp4": Method(dequantizes=True, capability=7.5),
     "bitnet": Method(),
     "quanto": Method(("optimum-quanto",)),
+    "aqlm": Method(("aqlm",), layout=False),
+    "auto-round": Method(("auto-round",), layout=False),
+    "hqq": Method(("hqq",), layout=False),
+    "quark": Method(("amd-quark",), layout=False),
+    "torchao": Method(("torchao",), layout=False),
+    "vptq": Method(("vptq",), layout=False),
 }
-"""Those whose layout is known here. What others transformers can read is run, and is not rehearsed."""
+"""By the names that transformers has for them; it may know others."""
 
 
 def check(settings: Settings) -> None:
@@ -110,7 +118,7 @@ def check_given(settings: Settings, given: Mapping[str, Any], packs: bool | None
     name = method_of(given)
     method = METHODS.get(name)
     rehearsed = settings.world.kind == "rehearsed"
-    if method is None and rehearsed:
+    if rehearsed and not (method and method.layout):
         unknown = f"its layout is not known here, so neither is its size; {remedy(settings)}"
         raise refusal(settings.model, given, unknown)
     if given.get("dequantize") and method and not method.dequantizes:
