@@ -99,15 +99,10 @@ class World:
 
         It goes through the group's store, for it is no tensor of the run and has no place in its books.
         """
-        self.barrier()  # notices a peer that is gone, which the store would wait for
         if self.alone:
+            self.barrier()
             return [value]
-        store, turn = dist.distributed_c10d._get_default_store(), f"harness/{next(self._turns)}"
-        store.set(f"{turn}/{self.rank}", pickle.dumps(value))  # type: ignore[arg-type]
-        if self.leads:
-            values = [store.get(f"{turn}/{rank}") for rank in range(self.size)]
-            store.set(turn, pickle.dumps(values))  # type: ignore[arg-type]
-        return [pickle.loads(each) for each in pickle.loads(store.get(turn))]
+        return exchange(value, f"harness/{next(self._turns)}")
 
     def mean(self, value: float) -> float:
         """The mean of every rank's `value`."""
@@ -116,6 +111,21 @@ class World:
         total = torch.tensor(value, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
         return float(total) / self.size
+
+
+def exchange(value: T, turn: str) -> list[T]:
+    """Every rank's `value`, in rank order, on every rank of the default group; `turn` is a name that is used once.
+
+    It goes through the group's store: a collective would be one of the program's, and what it is given is freed by
+    another thread, after it returns.
+    """
+    dist.barrier()  # notices a peer that is gone, which the store would wait for
+    store, rank, size = dist.distributed_c10d._get_default_store(), dist.get_rank(), dist.get_world_size()
+    store.set(f"{turn}/{rank}", pickle.dumps(value))  # type: ignore[arg-type]
+    if rank == 0:
+        values = [store.get(f"{turn}/{each}") for each in range(size)]
+        store.set(turn, pickle.dumps(values))  # type: ignore[arg-type]
+    return [pickle.loads(each) for each in pickle.loads(store.get(turn))]
 
 
 def environment() -> tuple[int, int, int]:

@@ -1,8 +1,10 @@
 """Collectives that repeat: frees after them happen in an order that no two runs would share."""
 
+from types import FunctionType
 from typing import Any
 
 import torch
+from torch.distributed.nn import functional
 
 
 def settle(arguments: Any) -> None:
@@ -28,3 +30,18 @@ def _group(argument: Any) -> Any:
         except RuntimeError:  # how to reduce
             return None
     return argument if isinstance(argument, torch.distributed.ProcessGroup) else None
+
+
+def release_default_group() -> None:
+    """Leave no process group in the default arguments of torch.distributed.nn.functional, which Dynamo imports.
+
+    They take the group that is the default when it is imported. Where that is after init_process_group, gloo's threads
+    outlive destroy_process_group, and one that still frees a tensor as Python ends aborts the process (torch 2.13).
+    With None, as when it is imported before, the functions use the group that is the default when they are called.
+    """
+    for function in vars(functional).values():
+        if isinstance(function, FunctionType) and function.__defaults__:
+            function.__defaults__ = tuple(
+                None if isinstance(each, torch.distributed.ProcessGroup) else each
+                for each in function.__defaults__
+            )

@@ -18,6 +18,7 @@ import torch.export._trace as export
 from torch._C._dynamo import eval_frame as frames
 from torch._dynamo import convert_frame
 
+from harness.ledger.collectives import release_default_group
 from harness.ledger.events import Operator
 from harness.ledger.log import Log
 from harness.ledger.modules import Mark, Modules, in_backward
@@ -26,6 +27,8 @@ from harness.ledger.replaced import replaced
 from harness.ledger.roster import Roster
 from harness.ledger.saving import NOT_SAVED, Hooks, checkpoints, number, saved_by, top, unpack
 from harness.ledger.tensors import tensors_in, unnoticed
+
+release_default_group()
 
 NAME = "compiled"
 """What such a region is called among operators."""

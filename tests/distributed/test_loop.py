@@ -20,8 +20,33 @@ with harness.Ledger(model=model) as ledger:
 try:
     harness.save(ledger, sys.argv[1], model=model)
 except ValueError as error:
-    print(f"rank {dist.get_rank()}: {error}", flush=True)
+    sys.stdout.write(f"rank {dist.get_rank()}: {error}\\n")
 dist.destroy_process_group()
+"""
+
+THREADS = """
+import sys
+from pathlib import Path
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+
+class Collectives(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if str(function).startswith("c10d.") and not str(function).startswith("c10d.barrier"):
+            sys.stdout.write(f"rank {dist.get_rank()}: {function}\\n")
+        return function(*args, **(kwargs or {}))
+
+dist.init_process_group("gloo")
+import harness, torch
+model = torch.nn.Linear(16, 8)
+with harness.Ledger(model=model) as ledger:
+    model(torch.ones(8, 16)).sum().backward()
+with Collectives():
+    harness.save(ledger, sys.argv[1], model=model)
+rank = dist.get_rank()
+dist.destroy_process_group()
+threads = [(each / "comm").read_text().strip() for each in Path("/proc/self/task").iterdir()]
+sys.stdout.write(f"rank {rank}: {[each for each in threads if 'gloo' in each]}\\n")
 """
 
 
@@ -52,3 +77,10 @@ def test_one_record_holds_every_rank_s_books_and_a_second_is_refused_on_every_ra
     refused = f"{directory} already holds a run's record; name another directory"
     assert run(script, directory) == [f"rank 0: {refused}", f"rank 1: {refused}"]
     assert (directory / record.FILE).read_bytes() == before
+
+
+def test_a_group_s_threads_end_with_it_and_none_is_given_a_tensor_by_us(tmp_path: Path) -> None:
+    """A thread of gloo's that frees a tensor as Python ends aborts the process."""
+    script = tmp_path / "loop.py"
+    script.write_text(THREADS)
+    assert run(script, tmp_path / "run") == ["rank 0: []", "rank 1: []"]
