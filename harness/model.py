@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from accelerate.utils import set_seed
 from huggingface_hub import snapshot_download
@@ -34,6 +33,7 @@ from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, 
 
 from harness import shape, storages, tensor, weights, widths
 from harness.knobs import Model, Refusal
+from harness.memory import check_parameters
 from harness.quantized import Quantization
 
 TEXTS = ("*.json", "*.txt", "*.model", "*.jinja")
@@ -84,7 +84,7 @@ def build(
     if quantization is not None and quantization.stays(rehearsed):
         quantization.pack(made, settings)
     if not rehearsed and (quantization is None or quantization.known):
-        check_memory(settings, tensor.nbytes(made), dtype, device)
+        check_parameters(settings, tensor.nbytes(made), dtype, device)
     if settings.path is None or settings.random or rehearsed:
         unset = weights.make(made, list(weights.modules(made)), made, device, seed)
         if (settings.path is None or settings.random) and not packs:
@@ -177,23 +177,6 @@ def whole_checkpoint(place: str) -> Path:
         directory = directory_of(place, TEXTS + WEIGHTS)
         _check_files(place, directory)
     return directory
-
-
-def check_memory(settings: Model, needed: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Refuse a model, or a part of one, whose parameters take `needed` bytes where fewer are free."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-    else:
-        free = psutil.virtual_memory().available
-    if needed > free:
-        key, value = ("model.path", settings.path) if settings.path else ("model", settings.name)
-        gib = 2**30
-        raise Refusal(
-            key,
-            value,
-            f"its parameters are {needed / gib:.1f} GiB in {str(dtype)[6:]}, and {free / gib:.1f} GiB of {device.type} "
-            "memory are free; use a smaller model or a machine with more",
-        )
 
 
 def check_values(settings: Model, unset: set[str]) -> None:

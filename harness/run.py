@@ -190,6 +190,7 @@ class _Run:
     def _run_mode(self) -> dict[str, Any]:
         """The mode's own run under the ledger; this rank's books."""
         from harness.cache_proof import prove
+        from harness.memory import allocations
         from harness.misfit import misfits
 
         if self.settings.mode == "train":
@@ -199,9 +200,10 @@ class _Run:
         prove(self.settings)
         if self.world.stages > 1:
             self._cut()
-        with misfits(self.settings), self._snapshot(), self.ledger:
+        settings = self.settings
+        with misfits(settings), allocations(settings, self.world.device), self._snapshot(), self.ledger:
             out = record.Output(self.directory, self.say, self.done, self.flush)
-            mode.run(self.settings, self.world, self.ledger, out)
+            mode.run(settings, self.world, self.ledger, out)
         self._trace()
         return self._books()
 

@@ -16,7 +16,8 @@ from transformers import Cache, PretrainedConfig, PreTrainedModel
 
 from harness import model, tensor, weights, widths
 from harness.knobs import Model
-from harness.model import check_memory, check_values, loading, whole_checkpoint
+from harness.memory import check_parameters
+from harness.model import check_values, loading, whole_checkpoint
 from harness.quantized import Quantization
 
 
@@ -194,7 +195,7 @@ def build(
     tree = list(weights.modules(whole))
     stage = Stage(whole, layers)
     if not rehearsed:
-        check_memory(settings, tensor.nbytes(stage), dtype, device)
+        check_parameters(settings, tensor.nbytes(stage), dtype, device)
     unset = weights.make(whole, tree, stage, device, seed)
     stored = stage.stored() if reads else {}
     check_values(settings, unset - set(stored))
