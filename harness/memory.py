@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import inf
 
 import psutil
 import torch
@@ -15,6 +16,7 @@ WIDEST = 2**20
 
 _ASKED = re.compile(r"[Tt]ried to allocate ([\d.]+) ?(bytes|[KMGTP]iB)")
 """What torch says of an allocation that failed, on a CPU in bytes, on a GPU rounded."""
+_OVERFLOWS = re.compile("Storage size calculation overflowed|Overflow when unpacking long")
 _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": GIB, "TiB": 2**40, "PiB": 2**50}
 
 _SIZES = {
@@ -58,24 +60,24 @@ def allocations(settings: Settings, device: torch.device) -> Iterator[None]:
     """
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, OverflowError) as error:
         needed = asked(error)
         _, total = _memory(device)
         if needed is None or needed <= total:
             raise
-        key, value = _largest(settings)
+        size = "more bytes than there are numbers for" if needed == inf else f"{needed / GIB:,.1f} GiB"
         raise Refusal(
-            key,
-            value,
-            f"it asks for a tensor of {needed / GIB:,.1f} GiB, and the {device.type} has {total / GIB:.1f} GiB; "
-            "use less, or a machine with more",
+            *_largest(settings),
+            f"it asks for a tensor of {size}, and the {device.type} has {total / GIB:.1f} GiB; use less, or a machine "
+            "with more",
         ) from error
 
 
-def asked(error: RuntimeError) -> int | None:
-    """The bytes of the allocation that failed; None where `error` is another."""
-    says = _ASKED.search(str(error))
-    return round(float(says[1]) * _UNITS[says[2]]) if says else None
+def asked(error: Exception) -> float | None:
+    """The bytes of the allocation that failed, inf where they are above 2**63; None where `error` is another."""
+    if says := _ASKED.search(str(error)):
+        return round(float(says[1]) * _UNITS[says[2]])
+    return inf if _OVERFLOWS.search(str(error)) else None
 
 
 def _memory(device: torch.device) -> tuple[int, int]:

@@ -1,5 +1,6 @@
 """What a machine has not the memory for is refused, by the key that asks for it."""
 
+from math import inf
 from typing import Any
 
 import psutil
@@ -52,10 +53,11 @@ def test_a_failure_of_another_kind_stays_one(error: RuntimeError) -> None:
             102400064512,
         ),
         ("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of", 20 * 2**30),
+        ("Storage size calculation overflowed with sizes=[1099511627776, 1099511627776]", inf),
         ("expected all tensors to be on the same device", None),
     ],
 )
-def test_how_large_the_allocation_was_that_failed(says: str, bytes_: int | None) -> None:
+def test_how_large_the_allocation_was_that_failed(says: str, bytes_: float | None) -> None:
     assert asked(RuntimeError(says)) == bytes_
 
 
@@ -72,3 +74,10 @@ def test_parameters_larger_than_what_is_free_are_refused_by_the_size_that_asks(
     model = settings(mode="train", model={"name": "mine", "config": config}).model
     with pytest.raises(Refusal, match=f"^{key}: its parameters are .* GiB in bfloat16, and .* are free"):
         check_parameters(model, LARGER, torch.bfloat16, CPU)
+
+
+def test_a_tensor_of_more_bytes_than_can_be_counted_is_refused_too() -> None:
+    asking = settings(mode="infer", generation={"pages": 2**53 - 1})
+    for size in ((2**53 - 1) * 2**20, (2**40, 2**40)):
+        with pytest.raises(Refusal, match="more bytes than there are numbers for"), allocations(asking, CPU):
+            torch.zeros(size)
