@@ -270,6 +270,59 @@ def test_an_operator_that_the_ledger_cannot_read_stops_nothing_and_is_named(
     assert ledger.allocator.unattributed == 40
 
 
+def test_an_owner_that_cannot_be_asked_stops_nothing_and_is_named() -> None:
+    class Odd(nn.Linear):
+        closed = False
+
+        def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+            if self.closed:
+                raise KeyError("closed")
+            return super().named_parameters(*args, **kwargs)
+
+    model, other = Odd(4, 4), nn.Linear(4, 4)
+    with pytest.warns(NotSeen, match=r"what Odd holds is not in .*KeyError"), Ledger(model=model) as ledger:  # noqa: PT031
+        ledger.own(model=other)
+        with ledger.phase("forward"):
+            model(torch.ones(2, 4)).sum().backward()
+        model.closed = True
+    assert ledger.peak.categories["parameters"] == 2 * (4 * 4 + 4) * 4
+    assert ledger.allocator.unattributed == 0
+
+
+def test_an_account_that_cannot_be_closed_stops_nothing_and_gives_no_figure(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("harness.ledger.account.replay", lambda events: events.no_such_thing)
+    with pytest.warns(NotSeen, match="the account is not in the figures"), Ledger() as ledger:
+        torch.ones(10)
+    assert (ledger.last_peak, ledger.allocator.peak, ledger.phases) == (None, None, [])
+    with pytest.raises(LookupError, match="the account is not in the figures"):
+        ledger.peak  # noqa: B018
+
+
+def test_a_ledger_that_ends_inside_a_compiled_program_leaves_nothing_behind() -> None:
+    ledger = Ledger(model=(model := mlp()))
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def ends() -> None:
+        ledger.__exit__(None, None, None)
+
+    def forward(rows: Tensor) -> Tensor:
+        made: Tensor = model(rows)
+        ends()
+        return made.exp()
+
+    compiled = torch.compile(forward, backend="eager")
+    ledger.__enter__()
+    made = compiled(data())
+    assert torch.equal(made, model(data()).exp())
+    assert _get_current_dispatch_mode_stack() == []
+    with ledger:
+        model(data()).sum().backward()
+    assert ledger.categories["gradients"].peak == PARAMETERS
+    assert ledger.saved
+
+
 # What it says, and when
 
 

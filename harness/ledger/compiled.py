@@ -97,6 +97,7 @@ class Compiled:
             yield
 
     def _forget(self) -> None:
+        self._region.close()
         self._caller = self._owner = None
 
     def _looking(self, real: Callable[[Any], Any]) -> Callable[[Any], Any]:

@@ -100,17 +100,11 @@ class Ledger:
         self._entered += 1
         return self
 
-    def __exit__(self, kind: type[BaseException] | None = None, *exc: Any) -> None:
+    def __exit__(self, *exc: object) -> None:
         self._entered -= 1
-        if self._entered:
-            return
-        try:
+        if not self._entered:
             self.enough()
-        except Exception as error:
-            if kind is None:
-                raise
-            self._log.missed("the account", error)  # the program's own error goes on
-        self._unseen.say()
+            self._unseen.say()
 
     # -- owners ------------------------------------------------------------------------------------------------
 
@@ -174,7 +168,10 @@ class Ledger:
     def enough(self) -> None:
         """From here on see no more than `"phases"` does, as from step `steps` on."""
         if self.exact:
-            self._finish()
+            try:
+                self._finish()
+            except Exception as error:  # a mistake of ours must not stop the program
+                self._log.missed("the account", error, "all")
 
     @property
     def where(self) -> Where:
@@ -249,12 +246,18 @@ class Ledger:
         """The moment of most bytes. Raises LookupError where nothing was measured exactly."""
         peak = self.account().peak
         if peak is None:
-            raise LookupError(
-                f"mode={self.mode!r} measures no peak; mode='exact' does"
-                if self.mode != "exact"
-                else "no peak was measured yet: run what is to be measured inside the ledger's with block"
-            )
+            raise LookupError(self._without())
         return peak
+
+    def _without(self) -> str:
+        """Why there is no peak."""
+        if self.mode != "exact":
+            return f"mode={self.mode!r} measures no peak; mode='exact' does"
+        failed = [gap.sentence for gap in self.gaps if gap.figures == "all"]
+        return (
+            *failed,
+            "no peak was measured yet: run what is to be measured inside the ledger's with block",
+        )[0]
 
     @property
     def categories(self) -> dict[str, Category]:

@@ -33,7 +33,7 @@ from harness.ledger.tensors import (
     tensors_in,
     unnoticed,
 )
-from harness.ledger.unseen import Unseen
+from harness.ledger.unseen import Figures, Unseen
 from harness.ledger.work import Counter
 
 PRECEDENCE = ("parameters", "optimizer", "communication", "gathered", "kv_cache", "gradients", "inputs")
@@ -253,13 +253,14 @@ class Log(TorchDispatchMode):
         self._wraps[kind] = unnoticed(stands_for_others)(kind, (args, kwargs))
         return self._wraps[kind]
 
-    def missed(self, name: str, error: Exception) -> None:
+    def missed(self, name: str, error: Exception, figures: Figures = "storages") -> None:
         """The ledger itself failed at `name`; the program goes on."""
         told = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        of = "" if figures == "all" else f" of {figures}"
         self.unseen.note(
             name,
-            "storages",
-            f"{name} is not in the figures of storages: the ledger could not read it ({told})",
+            figures,
+            f"{name} is not in the figures{of}: the ledger could not read it ({told})",
         )
 
     def _communicated(self, given: Any, op: str, now: int) -> None:

@@ -20,7 +20,7 @@ from harness.ledger.tensors import device_of, parts_of, storage_of, tensors_in, 
 HELD = ("parameters", "gathered", "gradients", "optimizer", "kv_cache", "communication")
 """The categories that owners hold, and can be summed without a log."""
 
-Claims = Callable[[], Iterator[owners.Claim]]
+Claims = partial[Iterator[owners.Claim]]
 
 
 class Roster:
@@ -151,7 +151,10 @@ class Roster:
 
     def _claims(self) -> Iterator[owners.Claim]:
         for claims in (*self._owners.values(), *self._caches.values()):
-            yield from claims()
+            try:
+                yield from claims()
+            except Exception as error:  # of the owner's own code, or of ours
+                self._log.missed(f"what {type(claims.args[0]).__name__} holds", error)
 
     def _ask(self, found: Any) -> None:
         for claim in self._found[found](found):
