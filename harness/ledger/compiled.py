@@ -36,6 +36,9 @@ NAME = "compiled"
 WRAPPER = "compile_wrapper"
 """What torch.compile makes of a function."""
 
+RESULT = "result"
+"""The variable there that has what the region made."""
+
 _SAYS = ("set_eval_frame", "_maybe_set_eval_frame", "_callback_from_stance")
 """What it calls to say where to look, and our stand-ins for those."""
 
@@ -203,7 +206,11 @@ class Compiled:
         )
         log.work.add(log.where, None)
         log.unseen.note(f"{NAME} {self._name}", "storages", f"{self._name} is compiled: {NOT_SEEN}")
-        left = self._left(caller.f_locals.get("result"))
+        left = self._left(caller.f_locals.get(RESULT))
+        if RESULT not in caller.f_locals and sys.exc_info()[0] is None:  # torch 2.11 does not keep it
+            log.unseen.note(
+                "saved", "saved", f"what {self._name} saves for backward is not counted: it is compiled"
+            )
         for tensor in saved_by(left, self._number) if self._hooks is None else ():
             log.save(tensor)
         if self._hooks is not None and not checkpoints(self._hooks):  # those keep nothing
