@@ -697,7 +697,9 @@ def test_a_model_that_fits_packed_is_not_refused_for_what_it_would_be_whole(
     plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     needed = []
-    monkeypatch.setattr(model, "check_parameters", lambda settings, nbytes, dtype, device: needed.append(nbytes))
+    monkeypatch.setattr(
+        model, "check_parameters", lambda settings, nbytes, dtype, device: needed.append(nbytes)
+    )
     monkeypatch.setattr(model, "whole_checkpoint", lambda place: (_ for _ in ()).throw(InterruptedError))
     directory = repacked(plain, tmp_path / "awq", lambda name, weight: {name: weight}, AWQ)
     for given in (AWQ, COMPRESSED):
