@@ -89,12 +89,13 @@ def _refusal(asked: Generation, model: str, reason: str, look: Look) -> Refusal:
         remedy = f"{model} is not the same in pages: {reason}; use generation.batching=static"
         return Refusal("generation.batching", "continuous", remedy)
     kind, mixed = AS.get(asked.cache, asked.cache), _mixed(asked)
-    others = [
-        other for other in ("dynamic", "static", "none") if other != kind and look(other, mixed) is None
-    ]
+    kinds = [other for other in ("dynamic", "static", "none") if other != kind]
+    others = [other for other in kinds if look(other, mixed) is None]
     if not others and mixed and look(kind, False) is None:
         remedy = f"{model} is not the same where a prompt is padded beside a longer one: {reason}; use 1"
         return Refusal("generation.batch", asked.batch, remedy)
+    if not others and mixed:
+        others = [f"{other} generation.batch=1" for other in kinds if look(other, False) is None]
     use = f"use generation.cache={others[0]}" if others else "no other cache is right either"
     return Refusal("generation.cache", asked.cache, f"{model} is not the same with it: {reason}; {use}")
 
