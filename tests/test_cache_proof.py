@@ -65,7 +65,7 @@ def asked(
     return Settings(mode=mode, precision="fp32", model=model, generation=Generation(**generation))
 
 
-MIXED = {"lengths": "uniform"}
+MIXED: dict[str, Any] = {"lengths": "uniform"}
 
 
 @pytest.mark.parametrize(
@@ -88,6 +88,10 @@ MIXED = {"lengths": "uniform"}
         (
             asked("recurrent_gemma", {"num_hidden_layers": 2}, **MIXED),  # of those that attend it has none
             "generation.cache=dynamic: recurrent_gemma .*; use generation.cache=none generation.batch=1$",
+        ),
+        (
+            asked("mpt", cache="paged", batching="continuous"),
+            "generation.batching=continuous: .* use generation.batching=static generation.cache=dynamic$",
         ),
         (
             asked("mpt", cache="static", compile=True),

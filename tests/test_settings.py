@@ -296,7 +296,7 @@ def test_a_number_out_of_its_range_is_refused_by_its_key(words: str) -> None:
         (
             "mode=infer generation.tensor_parallel=2 generation.batching=continuous generation.cache=paged",
             "generation.tensor_parallel=2",
-            "or generation.batching=static",
+            "or generation.batching=static generation.cache=dynamic",
         ),
         (
             "mode=infer generation.compile=true generation.cache=static pipeline.stages=2",
