@@ -24,7 +24,7 @@ from harness.model import model_config, quiet
 from harness.narrow import NoneRuns, first_line, narrowest
 from harness.paging import layers, room
 from harness.prompts import Prompt
-from harness.rules.infer import given
+from harness.rules.infer import STATIC, given
 
 MIXED = [[5, 6, 7], [9, 40, 41, 42, 8, 7], [20, 21, 22, 23, 24, 25, 26, 27, 28]]
 EVEN = [prompt[:3] for prompt in MIXED]
@@ -86,15 +86,16 @@ def _mixed(asked: Generation) -> bool:
 def _refusal(asked: Generation, model: str, reason: str, look: Look) -> Refusal:
     """What is wrong for this `reason`, and what would do."""
     if asked.cache == "paged":
-        remedy = f"{model} is not the same in pages: {reason}; use generation.batching=static"
+        remedy = f"{model} is not the same in pages: {reason}; use {STATIC}"
         return Refusal("generation.batching", "continuous", remedy)
     kind, mixed = AS.get(asked.cache, asked.cache), _mixed(asked)
-    others = [
-        other for other in ("dynamic", "static", "none") if other != kind and look(other, mixed) is None
-    ]
+    kinds = [other for other in ("dynamic", "static", "none") if other != kind]
+    others = [other for other in kinds if look(other, mixed) is None]
     if not others and mixed and look(kind, False) is None:
         remedy = f"{model} is not the same where a prompt is padded beside a longer one: {reason}; use 1"
         return Refusal("generation.batch", asked.batch, remedy)
+    if not others and mixed:
+        others = [f"{other} generation.batch=1" for other in kinds if look(other, False) is None]
     use = f"use generation.cache={others[0]}" if others else "no other cache is right either"
     return Refusal("generation.cache", asked.cache, f"{model} is not the same with it: {reason}; {use}")
 

@@ -135,13 +135,22 @@ def _refusal(error: HydraException, overrides: Sequence[Override]) -> Refusal:
         if f"'{key}'" in said or str(override.input_line) in said:
             value = override.value()
             if said.startswith("Could not override"):
-                return Refusal(key, value, nearest(key, _known(overrides)))
+                return Refusal(key, value, _missing(key, _known(overrides)))
             if said.startswith("Error merging override"):  # a dictionary for a list, or a list for a text
                 return Refusal(key, value, _kind_of(key))
             if said.startswith("Could not append"):
                 return Refusal(key, value, f"it is there already; leave out the + of +{key}")
             return Refusal(key, value, said.partition("\n")[0])
     return Refusal("config", "conf/config.yaml", said)
+
+
+def _missing(key: str, known: Sequence[str]) -> str:
+    """What to write for a key that is not there: a model's config may have more than its group's shape says."""
+    if not key.startswith("model.config."):
+        return nearest(key, known)
+    if key in known:
+        return f"the group's shape has not all of it; add what is new as ++{key}="
+    return f"{nearest(key, known)} Where a model's config has it, ++{key}= adds it"
 
 
 def _kind_of(key: str) -> str:

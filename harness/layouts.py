@@ -77,6 +77,9 @@ def bitsandbytes(given: Given, layer: Linear) -> Tensors:
                 "llm_int8_has_fp16_weight", True, "weights that are packed at each use are not known here"
             )
         return {"weight": ((layer.out, layer.into), torch.int8), "SCB": ((layer.out,), torch.float32)}
+    kind = given.get("bnb_4bit_quant_type") or "fp4"
+    if kind not in ("fp4", "nf4"):
+        raise Unknown("bnb_4bit_quant_type", kind, "should be fp4 or nf4")
     storage = getattr(torch, str(given.get("bnb_4bit_quant_storage") or "uint8").removeprefix("torch."))
     blocks = ceil(elements / BLOCK)
     tensors: Tensors = {

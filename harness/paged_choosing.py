@@ -12,6 +12,7 @@ from harness.batch import PADDING, Requests
 from harness.choosing import Choose, bends, chooser
 from harness.knobs import Refusal
 from harness.ledger import Ledger
+from harness.rules.infer import STATIC
 from harness.strategy import Strategy
 
 
@@ -27,9 +28,7 @@ class Choosers:
         if strategy.processed or strategy.samples:
             runner: Any = getattr(processor, "model_runner", None)
             if not hasattr(runner, "_sample"):
-                remedy = (
-                    "the transformers here chooses tokens in another place; use generation.batching=static"
-                )
+                remedy = f"the transformers here chooses tokens in another place; use {STATIC}"
                 raise Refusal("generation.batching", "continuous", remedy)
             runner._sample = self._sample
 

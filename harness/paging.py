@@ -17,6 +17,7 @@ from transformers import PretrainedConfig
 from harness.cache import KvBytes, layer_bytes_per_token
 from harness.knobs import Generation, Refusal
 from harness.prompts import Prompt
+from harness.rules.infer import STATIC
 
 CHUNK = 512
 """Tokens in one forward, where more wait, of prompts that are shorter."""
@@ -101,9 +102,7 @@ def layers(config: PretrainedConfig) -> Mapping[str, Sequence[int]]:
         found: Mapping[str, Sequence[int]] = group_layers_by_attn_type(config.get_text_config(decoder=True))
     except ValueError as error:
         told = f"transformers has no pages for a layer of {config.model_type} ({error})"
-        raise Refusal(
-            "generation.batching", "continuous", f"{told}; use generation.batching=static"
-        ) from error
+        raise Refusal("generation.batching", "continuous", f"{told}; use {STATIC}") from error
     return found
 
 

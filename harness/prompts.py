@@ -13,7 +13,10 @@ from harness.workload import Request
 
 
 class Prompt(NamedTuple):
-    """What to continue by up to `most` tokens, and where it was given: the key, its value and the place in it."""
+    """What to continue by up to `most` tokens, and where it was given: the key, its value and the place in it.
+
+    `said` is whether that place says `most`, too.
+    """
 
     text: str
     tokens: list[int]
@@ -21,6 +24,7 @@ class Prompt(NamedTuple):
     key: str
     value: object
     place: str
+    said: bool = False
 
 
 def find(
@@ -54,11 +58,12 @@ def find(
     texts = iter(_sampled(settings, tokenizer, lengths, rehearsed))
     found = []
     key, value = origin
-    for text, _, most, place in requests:
+    for text, _, asked, place in requests:
         tokens = next(texts) if text is None else encode(tokenizer, text)
-        most = limit(len(tokens)) if most is None else most
+        most = limit(len(tokens)) if asked is None else asked
         told = text_of(tokenizer, tokens) if text is None else text
-        found.append(Prompt(told, tokens, most, key, told[:40] if value is None else value, place))
+        given, said = told[:40] if value is None else value, asked is not None and key == workload.KEY
+        found.append(Prompt(told, tokens, most, key, given, place, said))
     return found
 
 
@@ -102,7 +107,7 @@ def text_of(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
 def check(prompts: Sequence[Prompt], config: PretrainedConfig) -> None:
     """Refuse a prompt with no tokens, with more than the model allows with the new ones, or unknown ones."""
     shape, longest = config.get_text_config(decoder=True), limit(config.to_dict())
-    for _, tokens, most, key, value, place in prompts:
+    for _, tokens, most, key, value, place, said in prompts:
         if not tokens:
             raise Refusal(key, value, f"{place} has no tokens; give it text")
         if most < 1:
@@ -111,7 +116,8 @@ def check(prompts: Sequence[Prompt], config: PretrainedConfig) -> None:
         if longest is not None and len(tokens) + most > longest.tokens:
             ways = [f"shorten it to {longest.tokens - most}"] if most < longest.tokens else []
             left = longest.tokens - len(tokens)
-            ways += [f"use generation.max_new_tokens={left}"] if left > 0 else []
+            use = f'give it "max_new_tokens": {left}' if said else f"use generation.max_new_tokens={left}"
+            ways += [use] if left > 0 else []
             raise Refusal(
                 key,
                 value,

@@ -3,6 +3,8 @@
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from inspect import signature
 from typing import Any
 
 import torch
@@ -73,7 +75,8 @@ class Quantization:
         except KeyError as error:
             raise rules.refusal(settings, self.given, f"its config has no {error}") from error
         except (ValueError, TypeError, AttributeError, AssertionError) as error:
-            raise rules.refusal(settings, self.given, f"its layout cannot be made: {error}") from error
+            told = f"its layout cannot be made ({_said(error)}); {rules.KEY}=null has weights whole"
+            raise rules.refusal(settings, self.given, told, _blamed(self.given, error)) from error
         if self.whole == AT_FIRST:
             packed.make_whole_at_first(model)
 
@@ -104,12 +107,41 @@ def take(config: PretrainedConfig, settings: Settings, device: str) -> Quantizat
         rules.check_whole(settings, own)
         return None
     method = rules.method_of(given)
-    if not AutoHfQuantizer.supports_quant_method(given):  # it would be read as if it were whole
-        told = f"this transformers knows no such method; {rules.remedy(settings)}"
-        raise rules.refusal(settings.model, given, told)
     packs = rules.packed(given, device, _capability(settings, device))
     rules.check_given(settings, given, packs)
+    _check_known(settings, given)
     return Quantization(method, given, own is not None, bool(packs) and settings.mode == "infer")
+
+
+def _check_known(settings: Settings, given: Mapping[str, Any]) -> None:
+    """Refuse a method or a value that transformers does not take, and a field that was typed amiss: it drops those."""
+    remedy = rules.remedy(settings)
+    if not AutoHfQuantizer.supports_quant_method(given):  # it would be read as if it were whole
+        raise rules.refusal(settings.model, given, f"this transformers knows no such method; {remedy}")
+    try:
+        taken = AutoQuantizationConfig.from_dict(dict(given))
+    except ImportError:  # a rehearsal needs no library that reads it
+        return
+    except Exception as error:  # a config for each method, which raises what it likes
+        told = f"transformers does not take it ({_said(error)}); {remedy}"
+        raise rules.refusal(settings.model, given, told, _blamed(given, error)) from error
+    fields = [*signature(type(taken).__init__).parameters]
+    for name in settings.model.config.get(rules.NAME) or ():
+        close = [] if name in fields or name.startswith("_") else get_close_matches(name, fields, 1, 0.8)
+        if close:
+            told = f"{rules.method_of(given)} has no such field; did you mean {close[0]}?"
+            raise rules.refusal(settings.model, given, told, name)
+
+
+def _blamed(given: Mapping[str, Any], error: Exception) -> str:
+    """The field that `error` speaks of, by its name or else by its value; the method where it names none."""
+    said = _said(error)
+    named = [name for name in given if name in said]
+    return next(iter(named or [name for name, value in given.items() if str(value) in said]), "quant_method")
+
+
+def _said(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def _capability(settings: Settings, device: str) -> float | None:

@@ -1,5 +1,6 @@
 """A model's transformers config from what was asked: all that was said counts, or is refused by name."""
 
+import copy
 import dataclasses
 import inspect
 import json
@@ -50,7 +51,8 @@ HEADLESS = (
 
 def written(settings: Model) -> PretrainedConfig:
     """The config that `model.config` says. Raises Refusal."""
-    shape = {key: value for key, value in settings.config.items() if (key, value) != (quantized.NAME, None)}
+    given = copy.deepcopy(settings.config)  # transformers writes into what it is given
+    shape = {key: value for key, value in given.items() if (key, value) != (quantized.NAME, None)}
     kind = shape.pop("model_type", None)
     if kind not in CONFIG_MAPPING_NAMES:
         raise Refusal(f"{KEY}model_type", kind, _no_type(kind))
@@ -79,12 +81,11 @@ def written(settings: Model) -> PretrainedConfig:
 def _refused(settings: Model, error: Exception) -> Refusal:
     """What a config's own checks say, by the key that it is about."""
     told = str(error).strip().splitlines() or [type(error).__name__]
-    field = re.search(r"field '(\w+)'", told[0])
+    fields = re.findall(r"(?:field '|`)(\w+)['`]", " ".join(told))
     last = told[-1].strip().partition(" Errors: ")[0]
     said = f"transformers refuses it: {last.partition('Error: ')[2] or last}"
-    if field and field[1] in settings.config:
-        return Refusal(KEY + field[1], settings.config[field[1]], said)
-    return Refusal(KEY.rstrip("."), settings.name, said)
+    named = next((name for name in fields if name in settings.config), "model_type")
+    return Refusal(KEY + named, settings.config.get(named), said)
 
 
 def _instead(name: str, made: PretrainedConfig) -> str:

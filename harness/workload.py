@@ -1,5 +1,6 @@
 """A workload: how long each request's prompt is, and how many tokens it asks for."""
 
+import json
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -40,13 +41,9 @@ def read(path: str) -> list[Request]:
     for number, line in enumerate(written.split("\n"), 1):
         if not line.strip():
             continue
-        try:
-            asked = _Line.model_validate_json(line)
-        except ValidationError as error:
-            first = error.errors(include_url=False, include_context=False)[0]
-            where = " ".join(map(str, first["loc"]))
-            told = printable(f"{where} {first['msg'].removeprefix('Input ')}".strip())
-            raise Refusal(KEY, path, f"line {number}: {told}; {_FORM}") from None
+        asked, wrong = _line(line)
+        if asked is None:
+            raise Refusal(KEY, path, f"line {number}: {wrong}; {_FORM}")
         if (asked.prompt is None) == (asked.prompt_length is None):
             raise Refusal(KEY, path, f"line {number} should have a prompt or its prompt_length; {_FORM}")
         place = f"line {number}"
@@ -54,6 +51,22 @@ def read(path: str) -> list[Request]:
     if not found:
         raise Refusal(KEY, path, f"there is no request in it; {_FORM}")
     return found
+
+
+def _line(line: str) -> tuple[_Line | None, str]:
+    """What a line asks for; None where it is no request, and why."""
+    try:
+        asked = _Line.model_validate_json(line)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        where, said = " ".join(map(str, first["loc"])), first["msg"]
+        for words in ("Input ", "Value error, "):
+            said = said.removeprefix(words)
+        said = "is no field of a request" if first["type"] == "extra_forbidden" else said
+        return None, printable(f"{where} {said}".strip())
+    names = [name for name, _ in json.loads(line, object_pairs_hook=list)]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    return (asked, "") if twice is None else (None, f"{twice} is said twice")
 
 
 def drawn(generation: Generation, limit: int, seed: int) -> list[Request]:

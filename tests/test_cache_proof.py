@@ -1,6 +1,7 @@
 """A model says the same from a cache and in a batch as alone, or the request is refused with what would do."""
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -57,12 +58,14 @@ def test_what_only_padding_changes_is_the_same_without() -> None:
     assert told("recurrent_gemma", "dynamic", False) is None
 
 
-def asked(kind: str, mode: Any = "infer", **generation: Any) -> Settings:
-    model = Model(name="mine", attention="eager", config={"model_type": kind})
+def asked(
+    kind: str, shape: Mapping[str, Any] | None = None, mode: Any = "infer", **generation: Any
+) -> Settings:
+    model = Model(name="mine", attention="eager", config={"model_type": kind, **(shape or {})})
     return Settings(mode=mode, precision="fp32", model=model, generation=Generation(**generation))
 
 
-MIXED = {"lengths": "uniform"}
+MIXED: dict[str, Any] = {"lengths": "uniform"}
 
 
 @pytest.mark.parametrize(
@@ -81,6 +84,14 @@ MIXED = {"lengths": "uniform"}
         (
             asked("recurrent_gemma", **MIXED),
             "generation.batch=4: recurrent_gemma is not the same where a prompt is padded .*; use 1$",
+        ),
+        (
+            asked("recurrent_gemma", {"num_hidden_layers": 2}, **MIXED),  # of those that attend it has none
+            "generation.cache=dynamic: recurrent_gemma .*; use generation.cache=none generation.batch=1$",
+        ),
+        (
+            asked("mpt", cache="paged", batching="continuous"),
+            "generation.batching=continuous: .* use generation.batching=static generation.cache=dynamic$",
         ),
         (
             asked("mpt", cache="static", compile=True),

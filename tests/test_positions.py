@@ -76,6 +76,12 @@ def test_the_limit_is_what_the_config_comes_to_as_it_is_written_and_as_it_is_rea
         assert (None if found is None else found.tokens) == expected
 
 
+def test_a_model_is_not_held_to_what_a_group_says_for_others() -> None:
+    of_others = {"model_type": "mpt", "max_position_embeddings": 1024}
+    assert limit(of_others) is None
+    assert limit({**of_others, "max_seq_len": 32}) == (32, "max_seq_len")
+
+
 @pytest.mark.parametrize("value", [None, -1, 0, True, "many"])
 def test_a_number_that_counts_nothing_is_no_limit(value: object) -> None:
     assert limit({"model_type": "any", "max_position_embeddings": value}) is None

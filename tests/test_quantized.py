@@ -470,6 +470,75 @@ def test_a_layout_that_is_not_known_is_refused(given: Any, more: Any, method: st
     assert told in str(refusal.value)
 
 
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (
+            {"load_in_8bit": True, "load_in_4bit": True},
+            "load_in_8bit=true: transformers does not take it (load_in_4bit and load_in_8bit are both",
+        ),
+        (
+            {"load_in_4bit": True, "bnb_4bit_compute_dtype": "fp17"},
+            "bnb_4bit_compute_dtype=fp17: transformers",
+        ),
+        (
+            {"load_in_4bit": True, "bnb_4bit_quant_storage": "int4"},
+            "bnb_4bit_quant_storage=int4: transformers",
+        ),
+        (
+            {"load_in_4bit": True, "bnb_4bit_quant_type": "nf3"},
+            "bnb_4bit_quant_type=nf3: should be fp4 or nf4; ",
+        ),
+        ({"load_in_8bit": True, "llm_int8_threshold": "six"}, "llm_int8_threshold=six: transformers"),
+        (
+            {"load_in_8bit": True, "llm_int8_skip_modules": "lm_head"},
+            "llm_int8_skip_modules=lm_head: should be a list",
+        ),
+        (
+            {"quant_method": "bitsandbytes"},
+            "load_in_4bit=null: bitsandbytes packs into 4 bits or 8; say load_in_4bit",
+        ),
+        (
+            {"quant_method": "fp8", "weight_block_size": [32]},
+            "weight_block_size=[32]: transformers does not take it",
+        ),
+        (
+            {"quant_method": "fp8", "activation_scheme": "odd"},
+            "activation_scheme=odd: transformers does not take it",
+        ),
+        ({**AWQ, "modules_to_not_convert": 7}, "modules_to_not_convert=7: should be a list of names; "),
+        (
+            {**AWQ, "modules_to_not_convert": "lm_head"},
+            "modules_to_not_convert=lm_head: should be a list of names; ",
+        ),
+        ({**AWQ, "modules_to_not_convert": [7]}, "modules_to_not_convert=[7]: should be a list of names; "),
+        ({**COMPRESSED, "config_groups": 5}, "config_groups=5: should be a mapping; "),
+        ({**COMPRESSED, "ignore": "lm_head"}, "ignore=lm_head: should be a list of names; "),
+        (
+            {"quant_method": "awq", "groupsize": 32},
+            "groupsize=32: awq has no such field; did you mean group_size?",
+        ),
+        ({"load_in_4bit": True, "bnb_4bit_use_doublequant": True}, "did you mean bnb_4bit_use_double_quant?"),
+    ],
+    ids=str,
+)
+def test_a_field_that_no_method_can_have_is_named_with_what_would_do(given: Any, told: str) -> None:
+    with pytest.raises(Refusal) as refusal:
+        outlined({**LLAMA, "quantization_config": given})
+    assert told in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_checkpoint_read_by_fields_that_no_method_can_have_is_refused_before_it_is_read(
+    plain: Path,
+) -> None:
+    for mode in ("infer", "train"):
+        config = {"quantization_config": {"quant_method": "fp8", "activation_scheme": "odd"}}
+        asked = asks(config, plain, mode=mode, world=Asked(), hardware=Hardware(device="cpu"))
+        with pytest.raises(Refusal, match=r"activation_scheme=odd: transformers does not take it \("):
+            quantized.take(model.model_config(asked.model), asked, "cpu")
+
+
 def test_a_method_that_transformers_does_not_know_is_not_read_as_if_weights_were_whole(plain: Path) -> None:
     config = {"quantization_config": {"quant_method": "of-tomorrow"}}
     asked = asks(
@@ -628,7 +697,9 @@ def test_a_model_that_fits_packed_is_not_refused_for_what_it_would_be_whole(
     plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     needed = []
-    monkeypatch.setattr(model, "check_memory", lambda settings, nbytes, dtype, device: needed.append(nbytes))
+    monkeypatch.setattr(
+        model, "check_parameters", lambda settings, nbytes, dtype, device: needed.append(nbytes)
+    )
     monkeypatch.setattr(model, "whole_checkpoint", lambda place: (_ for _ in ()).throw(InterruptedError))
     directory = repacked(plain, tmp_path / "awq", lambda name, weight: {name: weight}, AWQ)
     for given in (AWQ, COMPRESSED):

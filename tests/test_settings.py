@@ -94,6 +94,16 @@ def test_a_key_of_a_model_config_can_be_changed_or_added() -> None:
             "model=gpt2 model.config.n_hed=3",
             "model.config.n_hed=3: no such key; did you mean model.config.n_head?",
         ),
+        (
+            "model.config.model_type=mpt model.config.max_seq_len=32",
+            "model.config.max_seq_len=32: no such key; did you mean model.config.vocab_size? "
+            "Where a model's config has it, ++model.config.max_seq_len= adds it",
+        ),
+        (
+            "model.config.rope_parameters={rope_type:linear,factor:2.0}",
+            "model.config.rope_parameters={rope_type:linear,factor:2.0}: the group's shape has not all of it; "
+            "add what is new as ++model.config.rope_parameters=",
+        ),
         ("train=5", "train=5: is a group of keys; set one of them, as train.steps="),
         ("zero=4", "zero=4: no such option; one of 0, 1, 2, 3"),
         ("model=huge", "model=huge: no such option; one of gpt2, "),
@@ -296,7 +306,7 @@ def test_a_number_out_of_its_range_is_refused_by_its_key(words: str) -> None:
         (
             "mode=infer generation.tensor_parallel=2 generation.batching=continuous generation.cache=paged",
             "generation.tensor_parallel=2",
-            "or generation.batching=static",
+            "or generation.batching=static generation.cache=dynamic",
         ),
         (
             "mode=infer generation.compile=true generation.cache=static pipeline.stages=2",

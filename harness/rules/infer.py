@@ -9,6 +9,9 @@ from harness.knobs import Generation, Model, Refusal, Settings
 from harness.rules.sources import files, generation_fields
 from harness.strategy import Origin, merged
 
+STATIC = "generation.batching=static generation.cache=dynamic"
+"""What to type instead of continuous batching: pages are for that alone."""
+
 
 def generation(settings: Settings) -> None:
     """Refuse what cannot be generated so."""
@@ -75,7 +78,7 @@ def _batching(settings: Settings) -> None:
         ("generation.tensor_parallel", asked.tensor_parallel),
     ):
         if count > 1:
-            remedy = "requests enter and leave on one rank at a time; use 1, or generation.batching=static"
+            remedy = f"requests enter and leave on one rank at a time; use 1, or {STATIC}"
             raise Refusal(name, count, remedy)
     if asked.batch_tokens is not None and asked.batch_tokens < asked.batch:
         remedy = (

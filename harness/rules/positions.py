@@ -17,6 +17,9 @@ NAMES = (
 )
 """What configs call their positions, the first that is there."""
 
+OWN = {"mpt": "max_seq_len", "whisper": "max_target_positions"}
+"""Model types that read one of these and never the first, which a group's shape may have for other models."""
+
 ORIGINAL = "original_max_position_embeddings"
 """What there were before they were stretched, where a config has both."""
 
@@ -79,7 +82,8 @@ def limit(config: Mapping[str, Any]) -> Limit | None:
     by_distance = shape.get("alibi") or shape.get("position_embedding_type") == "alibi"
     if kind in NONE or by_distance:
         return None
-    name = next((name for name in NAMES if _positive(shape.get(name))), None)
+    names = (OWN[kind],) if kind in OWN else NAMES
+    name = next((name for name in names if _positive(shape.get(name))), None)
     if name is None:
         return None
     tokens = int(shape[name])

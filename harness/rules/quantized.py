@@ -4,7 +4,7 @@ A *method* packs the weights of linear layers into few bits, each in a layout of
 or are made *whole* again as they are read, where what computes with packed ones is not there.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, distribution
 from typing import Any, NamedTuple
 
@@ -13,6 +13,9 @@ from harness.rules.sources import shape_of
 
 NAME = "quantization_config"
 KEY = f"model.config.{NAME}"
+
+LISTS = ("ignore", "llm_int8_skip_modules", "modules_to_convert", "modules_to_not_convert")
+"""The fields of a `quantization_config` that are lists of modules' names."""
 
 AT_LOAD = "as they are read"
 AT_FIRST = "at the first forward"
@@ -118,6 +121,7 @@ def check_given(settings: Settings, given: Mapping[str, Any], packs: bool | None
     name = method_of(given)
     method = METHODS.get(name)
     rehearsed = settings.world.kind == "rehearsed"
+    _check_forms(settings, given)
     if rehearsed and not (method and method.layout):
         unknown = f"its layout is not known here, so neither is its size; {remedy(settings)}"
         raise refusal(settings.model, given, unknown)
@@ -145,6 +149,25 @@ def check_given(settings: Settings, given: Mapping[str, Any], packs: bool | None
         raise refusal(
             settings.model, given, f"random weights are not packed; rehearse it, or {remedy(settings)}"
         )
+
+
+def _check_forms(settings: Settings, given: Mapping[str, Any]) -> None:
+    """Refuse fields of another form than any method has for them."""
+    if method_of(given) == "bitsandbytes" and not (given.get("load_in_4bit") or given.get("load_in_8bit")):
+        told = "bitsandbytes packs into 4 bits or 8; say load_in_4bit=true or load_in_8bit=true"
+        raise refusal(settings.model, given, told, "load_in_4bit")
+    for key in LISTS:
+        names = given.get(key)
+        if names is None or (isinstance(names, Sequence) and not isinstance(names, str) and _texts(names)):
+            continue
+        raise refusal(settings.model, given, f"should be a list of names; {remedy(settings)}", key)
+    groups = given.get("config_groups")
+    if groups is not None and not isinstance(groups, Mapping):
+        raise refusal(settings.model, given, f"should be a mapping; {remedy(settings)}", "config_groups")
+
+
+def _texts(names: Sequence[Any]) -> bool:
+    return all(isinstance(name, str) for name in names)
 
 
 def check_whole(settings: Settings, own: Any) -> None:
