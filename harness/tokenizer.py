@@ -14,7 +14,9 @@ from harness import model
 from harness.knobs import Model, Refusal
 
 CONFIG = "tokenizer_config.json"
-FILES = (CONFIG, "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+WHOLE = "tokenizer.json"
+JSON = (CONFIG, WHOLE, "special_tokens_map.json", "added_tokens.json", "vocab.json")
+FILES = (CONFIG, WHOLE, "tokenizer.model", "vocab.json", "vocab.txt")
 SAMPLE = "It's  1234567 words,\n\tof which SOME are like_this(): e\u0301\u00e9 \u6f22\u5b57 \U0001f422\r\n\n "
 """Text that tokenizers are known to cut in different ways."""
 
@@ -42,16 +44,31 @@ def opened(directory: Path) -> PreTrainedTokenizerBase:
 
     `AutoTokenizer` goes by the model's type, and beside some passes over that class.
     """
+    _check_files(directory)
     kind = _saved_class(directory) or AutoTokenizer
     return kind.from_pretrained(directory, trust_remote_code=False)
+
+
+def _check_files(directory: Path) -> None:
+    """Raise ValueError for a file of a tokenizer's that is not what its name says."""
+    for name in JSON:
+        file = directory / name
+        if not file.is_file():
+            continue
+        try:
+            read = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"its {name} is no JSON ({error}); save the tokenizer again") from error
+        if not isinstance(read, dict):
+            raise ValueError(f"its {name} holds no JSON object; save the tokenizer again")
+        if name == WHOLE and not isinstance(read.get("model"), dict):
+            raise ValueError(f"its {name} has no model, as tokenizers writes it; save the tokenizer again")
 
 
 def _saved_class(directory: Path) -> type[PreTrainedTokenizerBase] | None:
     """The class that the config names. None: not one of transformers', or of before its version 5."""
     file = directory / CONFIG
     config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    if not isinstance(config, dict):
-        raise ValueError(f"{CONFIG} holds no JSON object")
     kind = getattr(transformers, str(config.get("tokenizer_class")), None)
     if not isinstance(kind, type) or not issubclass(kind, PreTrainedTokenizerBase):
         return None

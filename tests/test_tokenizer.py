@@ -153,6 +153,11 @@ def torn(directory: Path) -> None:
     (directory / "tokenizer.json").write_text('{"version": "1.0"}')
 
 
+def cut(directory: Path) -> None:
+    of_bytes().save_pretrained(directory)
+    (directory / "tokenizer.json").write_text('{"version": "1.')
+
+
 def listed(directory: Path) -> None:
     (directory / "tokenizer_config.json").write_text("[]")
 
@@ -167,9 +172,13 @@ def marked(directory: Path) -> None:
     ("damage", "says"),
     [
         (emptied, r"its Qwen2Tokenizer makes no tokens of a text; are its files whole\? Give another with "),
-        (torn, "it cannot be loaded: "),
-        (listed, "it cannot be loaded: tokenizer_config.json holds no JSON object"),
-        (marked, "it cannot be loaded: .*BOM"),
+        (torn, r"it cannot be loaded: its tokenizer\.json has no model, as tokenizers writes it; save "),
+        (
+            cut,
+            r"it cannot be loaded: its tokenizer\.json is no JSON \(Unterminated .*\); save the tokenizer again",
+        ),
+        (listed, r"it cannot be loaded: its tokenizer_config\.json holds no JSON object; save "),
+        (marked, r"it cannot be loaded: its tokenizer_config\.json is no JSON \(.*BOM"),
     ],
 )
 def test_a_damaged_tokenizer_is_refused_in_one_line(damage: object, says: str, tmp_path: Path) -> None:
