@@ -82,6 +82,14 @@ def test_bytes_behind_the_ledgers_back_are_unattributed_and_never_hidden() -> No
     assert ledger.allocator.peak == ledger.peak.bytes + 123_457
 
 
+def test_a_number_that_autograd_keeps_is_kernel_for_as_long_as_it_lives() -> None:
+    values = torch.ones(100, requires_grad=True)
+    with Ledger() as ledger:
+        doubled = values * 2
+    assert ledger.allocator.unattributed == 0
+    assert ledger.allocator.peak == ledger.peak.bytes > doubled.nbytes
+
+
 def test_scratch_inside_a_kernel_is_kernel() -> None:
     values = torch.arange(100_000).flip(0)
     with Ledger() as ledger:

@@ -81,9 +81,10 @@ def settle(storages: Iterable[Storage], blocks: dict[int, list[Block]]) -> list[
 def is_scratch(operators: Sequence[Operator], block: Block) -> bool:
     """Whether `block` came and went within one operator's turn: a kernel's scratch, or a number given to it.
 
-    A turn lasts until the next operator begins, for a collective does its work while its caller waits.
+    A turn lasts until the next operator begins, for a collective does its work while its caller waits. A number may
+    live on, for autograd keeps it.
     """
-    if block.nbytes <= NUMBER and block.died != math.inf:
+    if block.nbytes <= NUMBER:
         return True
     index = bisect_right(operators, block.born + CLOCK_ERROR, key=lambda operator: operator.began)
     ends = operators[index].began if index < len(operators) else math.inf
@@ -152,7 +153,8 @@ def left_behind(blocks: Iterable[Block], operators: Sequence[Operator]) -> list[
         index = bisect_right(opaque, block.born + CLOCK_ERROR, key=lambda operator: operator.began) - 1
         if block.storage is None and index >= 0:
             by = opaque[index]
-            if block.born <= by.ended + CLOCK_ERROR and not is_scratch(operators, block):
+            outlived = block.died == math.inf or not is_scratch(operators, block)
+            if outlived and block.born <= by.ended + CLOCK_ERROR:
                 block.storage = Storage(
                     block.nbytes, block.pointer, int(block.born), by.where, by.module, by.name, by.leaves
                 )
