@@ -1,5 +1,7 @@
 """What autograd and torch.func are asked for, under modes and hooks of the program's own."""
 
+import weakref
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -158,6 +160,46 @@ def saved_tensor_hooks(ledger: Ledger) -> Any:
         three = rows.exp().sum()
     (one + two + three).backward()
     return rows.grad, packed
+
+
+def error_of(run: Callable[[], Any]) -> str:
+    """What `run` raises, in words."""
+    with pytest.raises(RuntimeError) as raised:
+        run()
+    return str(raised.value)
+
+
+@program
+def saved_and_then_changed(ledger: Ledger) -> Any:
+    """Autograd refuses a backward from what is no longer what was saved."""
+    rows, weight = data().requires_grad_(), data(seed=1)
+    result, argument, view = rows.exp(), rows * 1, (rows * 1)[0]
+    made = [result, argument.sin(), rows * weight, view.sin(), rows.sin(), Twice.apply(rows)]
+    with torch.no_grad():
+        for changed in (result, argument, weight, view, rows):
+            changed.add_(1)
+    return [error_of(each.sum().backward) for each in made]
+
+
+@program
+def saved_and_then_exchanged(ledger: Ledger) -> Any:
+    rows = data().requires_grad_()
+    argument = rows * 1
+    made = argument.sin()
+    argument.data = data(seed=1)
+    made.sum().backward()
+    return rows.grad
+
+
+@program
+def saved_as_it_is(ledger: Ledger) -> Any:
+    """What is saved lives on as itself, not as another tensor beside it, and a result goes with its last name."""
+    rows = data().requires_grad_()
+    argument, result, own = rows * 1, rows.exp(), Twice.apply(rows)
+    made = argument.sin()
+    kept, gone, passed = weakref.ref(argument), weakref.ref(result), weakref.ref(own)
+    del argument, result, own
+    return kept() is None, gone() is None, passed() is None, made
 
 
 @program
