@@ -129,8 +129,11 @@ class Log(TorchDispatchMode):
         self._there = self.work.there = places(self.device, self.fakes)
 
     def here(self) -> bool:
-        """Whether this thread is one that the log sees: its own, or one that autograd lent its modes to."""
-        if not self.recording:
+        """Whether this thread is one that the log sees: its own, or one that autograd lent its modes to.
+
+        Where a compiler traces it as part of a program, it does so in another thread, and what asks is to do nothing.
+        """
+        if torch.compiler.is_compiling() or not self.recording:
             return False
         if threading.get_ident() == self._thread or self in _get_current_dispatch_mode_stack():
             return True
