@@ -28,6 +28,7 @@ from harness.ledger.lines import calling_line
 from harness.ledger.tensors import (
     parts_of,
     places,
+    sizes_of,
     stands_for_others,
     storage_of,
     tensors_in,
@@ -290,6 +291,9 @@ class Log(TorchDispatchMode):
                 self._end(record, now)
                 return self._begin(storage, key, op, now)
             return record
+        if tensor.is_nested:
+            for sizes in self.aside(lambda: sizes_of(tensor)):
+                self.see(sizes, op, now)
         return self._begin(storage, key, op, now)
 
     def _see_parts(self, tensor: torch.Tensor, op: str, now: int) -> None:

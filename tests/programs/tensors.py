@@ -25,6 +25,14 @@ def jagged(ledger: Ledger) -> Any:
 
 
 @program
+def nested(ledger: Ledger) -> Any:
+    rows: Any = torch.nested.nested_tensor([data(3), data(5)], requires_grad=True)
+    padded = (rows * 2).to_padded_tensor(0.0)
+    padded.sum().backward()
+    return padded, rows.grad.to_padded_tensor(0.0)
+
+
+@program
 def an_encoder_with_padding(ledger: Ledger) -> Any:
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
