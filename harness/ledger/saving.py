@@ -24,7 +24,7 @@ Packed = tuple[torch.Tensor, int, str]
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 """Whose attributes can be asked for without a word to code of the program's."""
 
-_BACKWARD = re.compile(r"Backward\d+$")
+_BACKWARD = re.compile(r"Backward\d*$")
 """What the name of a node has more than that of its operator."""
 
 _KEPT = ("saved_tensors", "_tensors_no_vc_check")
@@ -167,8 +167,8 @@ def _changed(tensor: torch.Tensor, version: int, made: str) -> str:
 
 
 def _saves_now(node: Any) -> bool:
-    """Whether `node` is being made: what it saves is then its own result. A function's in Python has yet to save."""
-    return getattr(node, "to_save", None) is not None or node._sequence_nr() == number() - 1
+    """Whether `node` is being made, and saves its own result. A function's in Python may be, whatever came after it."""
+    return isinstance(node, torch._C._FunctionBase) or node._sequence_nr() == number() - 1
 
 
 def number() -> int:

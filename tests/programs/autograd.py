@@ -136,6 +136,21 @@ class Twice(torch.autograd.Function):
         return gradient * ctx.made * 2 + 0 * ctx.saved_tensors[0]
 
 
+class Tangent(torch.autograd.Function):
+    """Saves its result, and has autograd make nodes of its own before that."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Any:
+        with torch.enable_grad():
+            made = x.detach().requires_grad_().tanh().atanh().tanh()
+        ctx.save_for_backward(result := made.detach() * 1)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return gradient * (1 - ctx.saved_tensors[0] ** 2)
+
+
 @program
 def a_function_of_its_own(ledger: Ledger) -> Any:
     rows = data().requires_grad_()
@@ -174,9 +189,10 @@ def saved_and_then_changed(ledger: Ledger) -> Any:
     """Autograd refuses a backward from what is no longer what was saved."""
     rows, weight = data().requires_grad_(), data(seed=1)
     result, argument, view = rows.exp(), rows * 1, (rows * 1)[0]
-    made = [result, argument.sin(), rows * weight, view.sin(), rows.sin(), Twice.apply(rows)]
+    own: Any = Tangent.apply(rows)
+    made = [result, argument.sin(), rows * weight, view.sin(), rows.sin(), Twice.apply(rows), own]
     with torch.no_grad():
-        for changed in (result, argument, weight, view, rows):
+        for changed in (result, argument, weight, view, rows, own):
             changed.add_(1)
     return [error_of(each.sum().backward) for each in made]
 
@@ -195,7 +211,8 @@ def saved_and_then_exchanged(ledger: Ledger) -> Any:
 def saved_as_it_is(ledger: Ledger) -> Any:
     """What is saved lives on as itself, not as another tensor beside it, and a result goes with its last name."""
     rows = data().requires_grad_()
-    argument, result, own = rows * 1, rows.exp(), Twice.apply(rows)
+    argument, result = rows * 1, rows.exp()
+    own: Any = Tangent.apply(rows)
     made = argument.sin()
     kept, gone, passed = weakref.ref(argument), weakref.ref(result), weakref.ref(own)
     del argument, result, own
