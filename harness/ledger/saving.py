@@ -1,12 +1,14 @@
 """What autograd saves for backward, seen by hooks that change no value, and beside those of the program's own."""
 
 import re
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.autograd import graph
+from torch.autograd.function import BackwardCFunction
 
 from harness.ledger.log import Log
 from harness.ledger.replaced import replaced
@@ -26,6 +28,9 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 _BACKWARD = re.compile(r"Backward\d*$")
 """What the name of a node has more than that of its operator."""
+
+_asked = threading.local()
+"""What was unpacked for a function in Python that asks now for what it saved."""
 
 _KEPT = ("saved_tensors", "_tensors_no_vc_check")
 """A function's own in Python: what it saved, and what a compiled one keeps beside that."""
@@ -107,6 +112,25 @@ class Saving:
         ):
             yield
 
+    @contextmanager
+    def giving_back(self) -> Iterator[None]:
+        """Within it a function in Python is given what it saved itself, with all that was set on it."""
+        saved: Any = BackwardCFunction.saved_tensors
+
+        def saved_tensors(function: Any) -> Any:
+            outer, _asked.unpacked = getattr(_asked, "unpacked", None), []
+            try:
+                given, packed = saved.__get__(function), _asked.unpacked
+            finally:
+                _asked.unpacked = outer
+            if len(packed) != sum(each is not None for each in given):  # another's hooks packed them
+                return given
+            each_packed = iter(packed)
+            return tuple(None if each is None else _itself(each, *next(each_packed)) for each in given)
+
+        with replaced(BackwardCFunction, "saved_tensors", property(saved_tensors)):
+            yield
+
     def _pack(self, tensor: torch.Tensor) -> Packed:
         if _function_modes() or type(tensor) not in _PLAIN:
             return unnoticed(self._packed)(tensor)
@@ -145,7 +169,14 @@ def unpack(packed: Packed) -> torch.Tensor:
         changed = unnoticed(getattr)(tensor, "_version") != version
     if changed:
         raise RuntimeError(unnoticed(_changed)(*packed))
+    if (asked := getattr(_asked, "unpacked", None)) is not None:
+        asked.append(packed)
     return tensor
+
+
+def _itself(given: torch.Tensor, saved: torch.Tensor, version: int, made: str) -> torch.Tensor:
+    """What was saved, of which autograd made `given`; that where an alias was saved."""
+    return given if made else saved
 
 
 def _changed(tensor: torch.Tensor, version: int, made: str) -> str:

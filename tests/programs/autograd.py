@@ -184,6 +184,32 @@ def error_of(run: Callable[[], Any]) -> str:
     return str(raised.value)
 
 
+class Accumulates(torch.autograd.Function):
+    """As Megatron's layers: a gradient goes where an attribute of the weight says."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Any, other: Tensor) -> Any:
+        ctx.save_for_backward(x, None, weight, other)
+        return x @ weight + other
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        x, _, weight, other = ctx.saved_tensors
+        weight.main_grad.add_(x.T @ gradient)
+        return gradient @ weight.T, None, gradient * len(other.note)
+
+
+@program
+def attributes_of_what_is_saved(ledger: Ledger) -> Any:
+    weight: Any = nn.Parameter(data(16))
+    rows, other = data().requires_grad_(), data().requires_grad_() * 1
+    weight.main_grad = torch.zeros(16, 16)
+    other.note = "noted"  # type: ignore[attr-defined]
+    made: Any = Accumulates.apply(rows, weight, other)
+    made.sum().backward()
+    return rows.grad, weight.main_grad
+
+
 @program
 def saved_and_then_changed(ledger: Ledger) -> Any:
     """Autograd refuses a backward from what is no longer what was saved."""
