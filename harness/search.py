@@ -180,7 +180,7 @@ class Fit:
             nowhere = not any(word in climb.words for climb in possible)
             if nowhere and word.partition("=")[0] in asked:
                 raise reason
-        if asked and not possible:
+        if not changed and not possible:
             raise next(iter(refused.values()))
         return possible
 

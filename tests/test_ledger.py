@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as collectives
 from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
@@ -80,6 +82,30 @@ def test_bytes_behind_the_ledgers_back_are_unattributed_and_never_hidden() -> No
         torch.ones(10)
     assert hidden.nbytes() == ledger.allocator.unattributed == 123_457
     assert ledger.allocator.peak == ledger.peak.bytes + 123_457
+
+
+def test_what_a_collective_keeps_until_it_is_waited_for_is_kernel() -> None:
+    dist.init_process_group("gloo", rank=0, world_size=1, store=torch._C._distributed_c10d.HashStore())
+    try:
+        values = torch.ones(1000)
+        with Ledger() as ledger:
+            parts = collectives.reduce_scatter_tensor(values, "sum", 0, [0])
+            doubled = values * 2
+            parts = collectives.wait_tensor(parts)
+    finally:
+        dist.destroy_process_group()
+    assert ledger.allocator.unattributed == 0
+    assert ledger.allocator.peak == ledger.peak.bytes
+    assert (ledger.peak.categories["kernel"] or 0) >= values.nbytes
+    assert ledger.peak.bytes >= values.nbytes + parts.nbytes + doubled.nbytes
+
+
+def test_a_number_that_autograd_keeps_is_kernel_for_as_long_as_it_lives() -> None:
+    values = torch.ones(100, requires_grad=True)
+    with Ledger() as ledger:
+        doubled = values * 2
+    assert ledger.allocator.unattributed == 0
+    assert ledger.allocator.peak == ledger.peak.bytes > doubled.nbytes
 
 
 def test_scratch_inside_a_kernel_is_kernel() -> None:

@@ -20,6 +20,7 @@ COMPILED = {name for name in PROGRAMS if name.startswith(("compiled", "operators
 LACKS = {
     **{name: {"storages"} for name in COMPILED},
     "compiled_functions_of_functions": {"saved", "storages"},
+    "compiled_in_a_thread": {"all"},
     "compiled_under_hooks": {"saved", "storages"},
     "gradients_of_each_sample": {"saved"},
     "grad_of_a_function": {"saved"},

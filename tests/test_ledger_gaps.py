@@ -454,6 +454,7 @@ def test_nothing_that_was_replaced_stays_so_even_after_an_error() -> None:
         (threading.Thread, "start"),
         (graph, "disable_saved_tensors_hooks"),
         (graph.saved_tensors_hooks, "__enter__"),
+        (torch.autograd.function.BackwardCFunction, "saved_tensors"),
         (torch.nn.modules.module, "_has_any_global_hook"),
         (torch.autograd.profiler, "_prepare_profiler"),
         (torch.autograd.profiler, "_enable_profiler"),

@@ -18,6 +18,10 @@ NUMBER = 16
 """Bytes of the largest 0-dim tensor that a Python number given to an operator becomes; no dispatch mode is shown it."""
 
 
+WAITS = ("wait_tensor.default",)
+"""Operators that wait for a collective."""
+
+
 @dataclass
 class Books:
     """The allocator's count at its own peak, and what of it no category explains. None: no allocator was heard."""
@@ -81,13 +85,20 @@ def settle(storages: Iterable[Storage], blocks: dict[int, list[Block]]) -> list[
 def is_scratch(operators: Sequence[Operator], block: Block) -> bool:
     """Whether `block` came and went within one operator's turn: a kernel's scratch, or a number given to it.
 
-    A turn lasts until the next operator begins, for a collective does its work while its caller waits.
+    A turn lasts until the next operator begins, for a collective does its work while its caller waits; where its caller
+    goes on and waits later, it keeps its scratch until then. A number may live on, for autograd keeps it.
     """
-    if block.nbytes <= NUMBER and block.died != math.inf:
+    if block.nbytes <= NUMBER:
         return True
-    index = bisect_right(operators, block.born + CLOCK_ERROR, key=lambda operator: operator.began)
-    ends = operators[index].began if index < len(operators) else math.inf
-    return index > 0 and block.died != math.inf and block.died <= ends + CLOCK_ERROR
+    born, died = (_turn(operators, time) for time in (block.born + CLOCK_ERROR, block.died - CLOCK_ERROR))
+    if born < 0 or block.died == math.inf:
+        return False
+    return died <= born or operators[died].name in WAITS
+
+
+def _turn(operators: Sequence[Operator], time: float) -> int:
+    """Which operator began last at `time`; -1 where none had."""
+    return bisect_right(operators, time, key=lambda operator: operator.began) - 1
 
 
 def without_mappings(
@@ -152,7 +163,8 @@ def left_behind(blocks: Iterable[Block], operators: Sequence[Operator]) -> list[
         index = bisect_right(opaque, block.born + CLOCK_ERROR, key=lambda operator: operator.began) - 1
         if block.storage is None and index >= 0:
             by = opaque[index]
-            if block.born <= by.ended + CLOCK_ERROR and not is_scratch(operators, block):
+            outlived = block.died == math.inf or not is_scratch(operators, block)
+            if outlived and block.born <= by.ended + CLOCK_ERROR:
                 block.storage = Storage(
                     block.nbytes, block.pointer, int(block.born), by.where, by.module, by.name, by.leaves
                 )

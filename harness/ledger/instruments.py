@@ -55,6 +55,7 @@ class Instruments:
             self._modules.watching(),
             watching_steps(log, self._phases.stepped),
             self._saving.sharing(),
+            self._saving.giving_back(),
             watching_checkpoints(log),
             watching_sizes(log),
             watching_threads(log),

@@ -28,6 +28,7 @@ from harness.ledger.lines import calling_line
 from harness.ledger.tensors import (
     parts_of,
     places,
+    sizes_of,
     stands_for_others,
     storage_of,
     tensors_in,
@@ -129,8 +130,11 @@ class Log(TorchDispatchMode):
         self._there = self.work.there = places(self.device, self.fakes)
 
     def here(self) -> bool:
-        """Whether this thread is one that the log sees: its own, or one that autograd lent its modes to."""
-        if not self.recording:
+        """Whether this thread is one that the log sees: its own, or one that autograd lent its modes to.
+
+        Where a compiler traces it as part of a program, it does so in another thread, and what asks is to do nothing.
+        """
+        if torch.compiler.is_compiling() or not self.recording:
             return False
         if threading.get_ident() == self._thread or self in _get_current_dispatch_mode_stack():
             return True
@@ -287,6 +291,9 @@ class Log(TorchDispatchMode):
                 self._end(record, now)
                 return self._begin(storage, key, op, now)
             return record
+        if tensor.is_nested:
+            for sizes in self.aside(lambda: sizes_of(tensor)):
+                self.see(sizes, op, now)
         return self._begin(storage, key, op, now)
 
     def _see_parts(self, tensor: torch.Tensor, op: str, now: int) -> None:

@@ -105,18 +105,12 @@ class Modules:
                 self._enough = 1024 + 2 * len(self._marks)
 
 
-def _nodes(output: Any) -> Iterator[Any]:
+def _nodes(output: Any) -> list[Any]:
     """Where backward comes to `output`, a tensor or some nested."""
-    if torch._C._len_torch_function_stack():
+    if isinstance(output, (torch.Tensor, tuple, list, dict)):
         with torch._C.DisableTorchFunction():
-            yield from [tensor.grad_fn for tensor in tensors_in(output) if tensor.grad_fn is not None]
-    elif isinstance(output, torch.Tensor):
-        if output.grad_fn is not None:
-            yield output.grad_fn
-    elif isinstance(output, (tuple, list, dict)):
-        for tensor in tensors_in(output):
-            if tensor.grad_fn is not None:
-                yield tensor.grad_fn
+            return [tensor.grad_fn for tensor in tensors_in(output) if tensor.grad_fn is not None]
+    return []
 
 
 def _others() -> bool:

@@ -1,11 +1,14 @@
 """What autograd saves for backward, seen by hooks that change no value, and beside those of the program's own."""
 
+import re
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.autograd import graph
+from torch.autograd.function import BackwardCFunction
 
 from harness.ledger.log import Log
 from harness.ledger.replaced import replaced
@@ -16,6 +19,18 @@ Hooks = tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]]
 
 _stack: Any = torch._C._autograd
 _function_modes: Any = torch._C._len_torch_function_stack
+
+Packed = tuple[torch.Tensor, int, str]
+"""A tensor as a ledger has autograd keep it, its version, and which output it is of the operator that saves it."""
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+"""Whose attributes can be asked for without a word to code of the program's."""
+
+_BACKWARD = re.compile(r"Backward\d*$")
+"""What the name of a node has more than that of its operator."""
+
+_asked = threading.local()
+"""What was unpacked for a function in Python that asks now for what it saved."""
 
 _KEPT = ("saved_tensors", "_tensors_no_vc_check")
 """A function's own in Python: what it saved, and what a compiled one keeps beside that."""
@@ -29,9 +44,10 @@ NOT_SAVED = (
 class Saving:
     """Tells a log what autograd saves for backward.
 
-    With hooks, an operator that saves its own result is not let go without a backward: the tensor has the node, and the
-    node the tensor. So what is not a leaf is saved as an alias without a node; a leaf as it is, for its data may be
-    exchanged, as ZeRO-3 does. Hooks that the program has are called as before, and what they keep is saved.
+    What an operator is given is saved as it is, for its data may be exchanged, as ZeRO-3 does. With hooks, an operator
+    that saves its own result is not let go without a backward: the tensor has the node, and the node the tensor. So a
+    result is saved as an alias without a node. Hooks that the program has are called as before, and what they keep is
+    saved.
     """
 
     def __init__(self, log: Log) -> None:
@@ -96,19 +112,41 @@ class Saving:
         ):
             yield
 
-    def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
-        if _function_modes():
+    @contextmanager
+    def giving_back(self) -> Iterator[None]:
+        """Within it a function in Python is given what it saved itself, with all that was set on it."""
+        saved: Any = BackwardCFunction.saved_tensors
+
+        def saved_tensors(function: Any) -> Any:
+            outer, _asked.unpacked = getattr(_asked, "unpacked", None), []
+            try:
+                given, packed = saved.__get__(function), _asked.unpacked
+            finally:
+                _asked.unpacked = outer
+            if len(packed) != sum(each is not None for each in given):  # another's hooks packed them
+                return given
+            each_packed = iter(packed)
+            return tuple(None if each is None else _itself(each, *next(each_packed)) for each in given)
+
+        with replaced(BackwardCFunction, "saved_tensors", property(saved_tensors)):
+            yield
+
+    def _pack(self, tensor: torch.Tensor) -> Packed:
+        if _function_modes() or type(tensor) not in _PLAIN:
             return unnoticed(self._packed)(tensor)
         return self._packed(tensor)
 
-    def _packed(self, tensor: torch.Tensor) -> torch.Tensor:
+    def _packed(self, tensor: torch.Tensor) -> Packed:
         self._log.save(tensor)
-        if tensor.is_leaf or self._log.traced():
-            return tensor
+        version = tensor._version
+        node = None if tensor.is_leaf or self._log.traced() else tensor.grad_fn
+        if node is None or not _saves_now(node):
+            return tensor, version, ""
+        made = f", which is output {tensor.output_nr} of {_BACKWARD.sub('', node.name())},"
         if type(tensor) is not torch.Tensor:
-            return self._log.aside(tensor.detach)
+            return self._log.aside(tensor.detach), version, made
         with torch._C._DisableTorchDispatch():  # no mode of the program's has asked for this
-            return tensor.detach()
+            return tensor.detach(), version, made
 
     def _telling(self, theirs: Callable[[torch.Tensor], Any]) -> Callable[[torch.Tensor], Any]:
         """As `theirs`; what it gives autograd to keep is saved."""
@@ -122,9 +160,46 @@ class Saving:
         return pack
 
 
-def unpack(tensor: torch.Tensor) -> torch.Tensor:
-    """What was packed as it is."""
+def unpack(packed: Packed) -> torch.Tensor:
+    """What was packed, as it is. Raises RuntimeError if it has changed: with hooks autograd does not look."""
+    tensor, version, _ = packed
+    if type(tensor) in _PLAIN and not _function_modes():
+        changed = tensor._version != version
+    else:
+        changed = unnoticed(getattr)(tensor, "_version") != version
+    if changed:
+        raise RuntimeError(unnoticed(_changed)(*packed))
+    if (asked := getattr(_asked, "unpacked", None)) is not None:
+        asked.append(packed)
     return tensor
+
+
+def _itself(given: torch.Tensor, saved: torch.Tensor, version: int, made: str) -> torch.Tensor:
+    """What was saved, of which autograd made `given`; that where an alias was saved."""
+    return given if made else saved
+
+
+def _changed(tensor: torch.Tensor, version: int, made: str) -> str:
+    """What autograd says of a tensor that was saved at `version`, and has another now."""
+    if not made and tensor.grad_fn is not None:
+        made = f", which is output {tensor.output_nr} of {_BACKWARD.sub('', tensor.grad_fn.name())},"
+    hint = (
+        "the backtrace further above shows the operation that failed to compute its gradient. The variable in question "
+        "was changed in there or anywhere later. Good luck!"
+        if torch.is_anomaly_enabled()
+        else "enable anomaly detection to find the operation that failed to compute its gradient, with "
+        "torch.autograd.set_detect_anomaly(True, check_nan=False)."
+    )
+    return (
+        "one of the variables needed for gradient computation has been modified by an inplace operation: "
+        f"[{tensor.type()} {[*tensor.shape]}]{made} is at version {tensor._version}; expected version {version} "
+        f"instead. Hint: {hint}"
+    )
+
+
+def _saves_now(node: Any) -> bool:
+    """Whether `node` is being made, and saves its own result. A function's in Python may be, whatever came after it."""
+    return isinstance(node, torch._C._FunctionBase) or node._sequence_nr() == number() - 1
 
 
 def number() -> int:

@@ -53,6 +53,15 @@ def _dispatches(kind: type[torch.Tensor]) -> bool:
     return kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ and not issubclass(kind, FakeTensor)
 
 
+def sizes_of(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors in which a nested one that has a storage keeps how its rows lie there."""
+    return [
+        tensor._nested_tensor_size(),
+        tensor._nested_tensor_strides(),
+        tensor._nested_tensor_storage_offsets(),
+    ]
+
+
 def parts_of(tensor: torch.Tensor) -> list[torch.Tensor]:
     """The tensors that hold the memory of one that has no storage: a sparse one's, or what torch.func has wrapped."""
     wrapped: Any = torch._C._functorch

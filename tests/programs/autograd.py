@@ -1,5 +1,7 @@
 """What autograd and torch.func are asked for, under modes and hooks of the program's own."""
 
+import weakref
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -134,6 +136,21 @@ class Twice(torch.autograd.Function):
         return gradient * ctx.made * 2 + 0 * ctx.saved_tensors[0]
 
 
+class Tangent(torch.autograd.Function):
+    """Saves its result, and has autograd make nodes of its own before that."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Any:
+        with torch.enable_grad():
+            made = x.detach().requires_grad_().tanh().atanh().tanh()
+        ctx.save_for_backward(result := made.detach() * 1)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return gradient * (1 - ctx.saved_tensors[0] ** 2)
+
+
 @program
 def a_function_of_its_own(ledger: Ledger) -> Any:
     rows = data().requires_grad_()
@@ -158,6 +175,74 @@ def saved_tensor_hooks(ledger: Ledger) -> Any:
         three = rows.exp().sum()
     (one + two + three).backward()
     return rows.grad, packed
+
+
+def error_of(run: Callable[[], Any]) -> str:
+    """What `run` raises, in words."""
+    with pytest.raises(RuntimeError) as raised:
+        run()
+    return str(raised.value)
+
+
+class Accumulates(torch.autograd.Function):
+    """As Megatron's layers: a gradient goes where an attribute of the weight says."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Any, other: Tensor) -> Any:
+        ctx.save_for_backward(x, None, weight, other)
+        return x @ weight + other
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        x, _, weight, other = ctx.saved_tensors
+        weight.main_grad.add_(x.T @ gradient)
+        return gradient @ weight.T, None, gradient * len(other.note)
+
+
+@program
+def attributes_of_what_is_saved(ledger: Ledger) -> Any:
+    weight: Any = nn.Parameter(data(16))
+    rows, other = data().requires_grad_(), data().requires_grad_() * 1
+    weight.main_grad = torch.zeros(16, 16)
+    other.note = "noted"  # type: ignore[attr-defined]
+    made: Any = Accumulates.apply(rows, weight, other)
+    made.sum().backward()
+    return rows.grad, weight.main_grad
+
+
+@program
+def saved_and_then_changed(ledger: Ledger) -> Any:
+    """Autograd refuses a backward from what is no longer what was saved."""
+    rows, weight = data().requires_grad_(), data(seed=1)
+    result, argument, view = rows.exp(), rows * 1, (rows * 1)[0]
+    own: Any = Tangent.apply(rows)
+    made = [result, argument.sin(), rows * weight, view.sin(), rows.sin(), Twice.apply(rows), own]
+    with torch.no_grad():
+        for changed in (result, argument, weight, view, rows, own):
+            changed.add_(1)
+    return [error_of(each.sum().backward) for each in made]
+
+
+@program
+def saved_and_then_exchanged(ledger: Ledger) -> Any:
+    rows = data().requires_grad_()
+    argument = rows * 1
+    made = argument.sin()
+    argument.data = data(seed=1)
+    made.sum().backward()
+    return rows.grad
+
+
+@program
+def saved_as_it_is(ledger: Ledger) -> Any:
+    """What is saved lives on as itself, not as another tensor beside it, and a result goes with its last name."""
+    rows = data().requires_grad_()
+    argument, result = rows * 1, rows.exp()
+    own: Any = Tangent.apply(rows)
+    made = argument.sin()
+    kept, gone, passed = weakref.ref(argument), weakref.ref(result), weakref.ref(own)
+    del argument, result, own
+    return kept() is None, gone() is None, passed() is None, made
 
 
 @program

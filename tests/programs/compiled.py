@@ -1,5 +1,6 @@
 """What torch.compile makes of models, losses, optimizers and whole steps, and torch.export of a model."""
 
+import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._dynamo import compiled_autograd
+from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
 from torch.autograd import graph
 from torch.nn.attention.flex_attention import flex_attention
@@ -174,6 +176,26 @@ def compiled_and_raising(ledger: Ledger) -> Any:
         except ValueError as error:
             made.append(str(error))
     return [*made, *train(ledger, mlp())]
+
+
+@program
+def compiled_in_a_thread(ledger: Ledger) -> Any:
+    """Nothing of a ledger is among what a compiler traces there."""
+    model, counted = mlp(), CompileCounter()
+    made: list[Any] = []
+
+    def forward(rows: Tensor) -> Tensor:
+        out: Tensor = checkpoint(model, rows, use_reentrant=False)
+        return out
+
+    def run() -> None:
+        made.append(train(Ledger(mode="off"), model, torch.compile(forward, backend=counted, fullgraph=True)))
+
+    ledger.own(model=model)
+    thread = threading.Thread(target=run, name="loop")
+    thread.start()
+    thread.join()
+    return made, counted.frame_count, counted.op_count
 
 
 @program

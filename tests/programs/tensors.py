@@ -1,9 +1,10 @@
 """Tensors of every kind: nested, sparse, quantized, made of others, in anybody's memory."""
 
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from harness import Ledger
-from tests.programs import PROGRAMS, data, gradients, mlp, program
+from tests.programs import PROGRAMS, data, gradients, mlp, program, train
 
 
 @program
@@ -21,6 +22,14 @@ def jagged(ledger: Ledger) -> Any:
     rows: Any = torch.nested.nested_tensor([data(3), data(5)], layout=torch.jagged, requires_grad=True)
     layer(rows).values().sum().backward()
     return rows.grad.values(), gradients(layer)
+
+
+@program
+def nested(ledger: Ledger) -> Any:
+    rows: Any = torch.nested.nested_tensor([data(3), data(5)], requires_grad=True)
+    padded = (rows * 2).to_padded_tensor(0.0)
+    padded.sum().backward()
+    return padded, rows.grad.to_padded_tensor(0.0)
 
 
 @program
@@ -113,6 +122,29 @@ def parameters_that_wrap(ledger: Ledger) -> Any:
     layer(data()).pow(2).sum().backward()
     optimizer.step()
     return layer.weight.whole.detach(), layer.weight.grad.whole
+
+
+class Heard(Tensor):
+    """Says whatever is asked of it."""
+
+    asked: ClassVar[list[str]] = []
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        cls.asked.append(str(function))
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+@program
+def tensors_that_hear_what_is_asked(ledger: Ledger) -> Any:
+    Heard.asked.clear()
+    model: Any = mlp()
+    model[0].weight = nn.Parameter(model[0].weight.detach().as_subclass(Heard))
+    trained = train(ledger, model)
+    model(data().as_subclass(Heard).requires_grad_() * 1).exp().sum().backward()
+    return [each.as_subclass(Tensor) for each in trained], [
+        re.sub(" at 0x.*", "", each) for each in Heard.asked
+    ]
 
 
 @program
