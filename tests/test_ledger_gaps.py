@@ -13,7 +13,7 @@ import torch._dynamo.eval_frame as dynamo
 import torch._functorch._aot_autograd.runtime_wrappers as aot
 from torch import Tensor, nn
 from torch.autograd import graph
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 from torch.utils.flop_counter import FlopCounterMode
 
 import harness
@@ -321,6 +321,13 @@ def test_a_ledger_that_ends_inside_a_compiled_program_leaves_nothing_behind() ->
         model(data()).sum().backward()
     assert ledger.categories["gradients"].peak == PARAMETERS
     assert ledger.saved
+
+
+def test_what_is_made_where_modes_are_set_aside_is_unattributed_and_said() -> None:
+    said = pytest.warns(NotSeen, match="4,000 bytes of the peak were made by no operator")
+    with said, Ledger() as ledger, _disable_current_modes():
+        kept = torch.ones(1000)
+    assert ledger.allocator.unattributed == kept.nbytes
 
 
 # What it says, and when

@@ -27,6 +27,11 @@ from harness.ledger.work import Work
 
 MODES = ("exact", "phases", "off")
 
+UNATTRIBUTED = (
+    "made by no operator that the ledger was shown: by code that sets torch's dispatch modes aside, as tracing for a "
+    "compiler does, or that allocates by itself"
+)
+
 
 class Ledger:
     """Accounts for memory inside its `with` block, in this thread.
@@ -332,6 +337,11 @@ class Ledger:
         self._instruments.close()
         self.exact = False
         self._account = closed(self._log, self._allocator, self._kernel)
+        unattributed = self._account.books.unattributed
+        if unattributed and not self._unseen.lacks("storages"):
+            self._unseen.note(
+                "unattributed", "storages", f"{unattributed:,} bytes of the peak were {UNATTRIBUTED}"
+            )
 
 
 def _device_of(model: torch.nn.Module | None) -> str:
