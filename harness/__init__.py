@@ -7,7 +7,7 @@ __all__ = ["Ledger", "save"]
 
 if TYPE_CHECKING:
     from harness.ledger import Ledger
-    from harness.loop import save
+    from harness.record.save import save
 
 _ROOMS = {"Ledger": "ledger", "save": "loop"}
 

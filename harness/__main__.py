@@ -11,9 +11,10 @@ from typing import NoReturn
 
 from omegaconf import OmegaConf
 
-from harness import config, launcher
-from harness.knobs import Refusal, as_typed, knobs
-from harness.settings import load
+from harness.config import compose
+from harness.config.load import load
+from harness.config.settings import Refusal, as_typed, knobs
+from harness.runtime import launcher
 
 TOOLS = {
     "check": "[RUN] --baseline FILE | --all   the gate: a run, or rehearsals, must hold what baselines say; --update",
@@ -54,10 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def usage() -> str:
     """What `--help` prints: the doors, the tools, the groups in `conf/` and every key."""
-    chosen = config.defaults()
+    chosen = compose.defaults()
     lines = [USAGE, "Tools", *(f"  {name} {line}" for name, line in TOOLS.items())]
     lines += ["", "Groups, as zero=2; * is what it is when nothing is said"]
-    for group, options in config.groups().items():
+    for group, options in compose.groups().items():
         starred = (f"{each}*" if each == chosen.get(group) else each for each in options)
         lines.append(f"  {group:<10} {'  '.join(starred)}")
     lines += ["", "Keys, as train.steps=100, with what they are when nothing is said"]
@@ -79,7 +80,7 @@ def _carry_out(words: list[str]) -> int:
             close = get_close_matches(word, [*TOOLS, "--help", "--cfg job"], n=1)
             hint = f"did you mean {close[0]}?" if close else "--help lists the keys and the tools"
             return _refuse(f"{word}: neither key=value nor a tool; {hint}")
-    cfg = config.compose(words)
+    cfg = compose.compose(words)
     settings = load(cfg)
     if only_print:
         ours = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])

@@ -53,7 +53,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """
     for item in items:
         if any(item.iter_markers("memory_budget")):
-            from harness.budget import limits
+            from harness.check.budget import limits
 
             try:
                 limits(item.iter_markers("memory_budget"))
@@ -113,7 +113,7 @@ def _settled() -> Iterator[None]:
 
 def _wrong(item: pytest.Item) -> Iterator[str]:
     """Why the finished test is not within its budget, or off its baseline."""
-    from harness import budget
+    from harness.check import budget
 
     ledger = item.stash[LEDGER]
     yield from budget.exceeded(ledger, budget.limits(item.iter_markers("memory_budget")))
@@ -140,7 +140,7 @@ def pytest_runtest_makereport(
     report = yield
     if LEDGER in item.stash:
         if call.when == "call" and report.failed:
-            from harness import budget
+            from harness.check import budget
 
             ledger, marks = item.stash[LEDGER], [*item.iter_markers("memory_budget")]
             own = call.excinfo is not None and not call.excinfo.errisinstance(pytest.fail.Exception)

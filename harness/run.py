@@ -15,13 +15,15 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from harness import ceilings, failure, launcher, page, record, snapshot, timing, trace, world
+from harness.analysis.summary import decided, show
+from harness.config import hardware_page
+from harness.config.load import Refusal, Settings
+from harness.config.rules import check_world
 from harness.ledger import Ledger
-from harness.resolve import Resolved, resolve
-from harness.rules import check_world
-from harness.settings import Refusal, Settings
-from harness.show import decided, show
-from harness.world import World
+from harness.record import phase_times, record_file, trace
+from harness.rehearsal.resolve import Resolved, resolve
+from harness.runtime import failure, launcher, memory_snapshot, peak_rates, world
+from harness.runtime.world import World
 
 T = TypeVar("T")
 
@@ -37,7 +39,7 @@ def run(settings: Settings, cfg: DictConfig, words: list[str]) -> int:
     check_world(settings, size, words)
     parts = settings.pipeline.stages, settings.tensor_parallel
     with world.connected(settings.hardware.device, settings.world.timeout, *parts) as here:
-        snapshot.check(settings, here.device)
+        memory_snapshot.check(settings, here.device)
         resolved = _by_rank_0(here, lambda: resolve(settings, here.device.type))
         directory = _by_rank_0(here, lambda: _make_directory(resolved.settings, cfg))
         return _Run(resolved, words, here, directory).carry_out()
@@ -62,7 +64,7 @@ def rehearsed(settings: Settings, words: Sequence[str], parallel: bool = True) -
 
     Raises Refusal as the run itself would, and whatever else the run raises.
     """
-    from harness.rehearsal import run as rehearsal
+    from harness.rehearsal import all_ranks as rehearsal
 
     resolved = resolve(settings)
     ranks, done = rehearsal.rehearse(resolved.settings, parallel=parallel)
@@ -74,7 +76,7 @@ def rehearsed(settings: Settings, words: Sequence[str], parallel: bool = True) -
 
 def _rehearse(settings: Settings, cfg: DictConfig, words: list[str]) -> int:
     """The same, with no world: every role in a process of its own, and one record of them all."""
-    from harness.rehearsal import run as rehearsal
+    from harness.rehearsal import all_ranks as rehearsal
 
     if world.environment()[1] > 1:
         raise Refusal("world", "rehearsed", "one process rehearses any world; start it without torchrun")
@@ -86,7 +88,7 @@ def _rehearse(settings: Settings, cfg: DictConfig, words: list[str]) -> int:
     head = _head(resolved, words, rehearsal.described(settings))
     for line in decided(resolved.reasons):
         print(line)
-    record.write(made, {**head, "failure": failure.UNFINISHED, "ranks": []})
+    record_file.write(made, {**head, "failure": failure.UNFINISHED, "ranks": []})
     try:
         ranks, done = rehearsal.rehearse(settings, made)
     except Refusal:
@@ -94,12 +96,12 @@ def _rehearse(settings: Settings, cfg: DictConfig, words: list[str]) -> int:
         raise
     except Exception as error:
         found = failure.of_rehearsal(error, made)
-        record.write(made, {**head, "failure": found.as_record(), "ranks": []})
+        record_file.write(made, {**head, "failure": found.as_record(), "ranks": []})
         print(f"harness: {found.sentence()}", file=sys.stderr, flush=True)
         return 3
     head["world"]["differences"] += rehearsal.of_packing(done["model"])
-    done["ceilings"] = page.ceilings(settings.hardware, done["model"]["dtype"])
-    record.write(made, {**head, "status": "complete", **done, "ranks": ranks})
+    done["ceilings"] = hardware_page.ceilings(settings.hardware, done["model"]["dtype"])
+    record_file.write(made, {**head, "status": "complete", **done, "ranks": ranks})
     _say_where(made, print)
     return 0
 
@@ -108,25 +110,25 @@ def _head(resolved: Resolved, words: Sequence[str], world: dict[str, Any]) -> di
     """What is known of a run before it begins. It has failed until it says that it is complete."""
     settings = resolved.settings
     return {
-        "schema": record.SCHEMA,
+        "schema": record_file.SCHEMA,
         "status": "failed",
         "mode": settings.mode,
         "world": world,
         "model": {"name": settings.model.name, "parameters": None, "dtype": None},
         "config": asdict(settings),
         "resolved": dict(resolved.reasons),
-        "environment": record.environment(words),
+        "environment": record_file.environment(words),
     }
 
 
 def _say_where(directory: Path, say: Callable[[str], object]) -> None:
-    say(show(record.read(directory)))
-    say(f"record: {directory / record.FILE}")
+    say(show(record_file.read(directory)))
+    say(f"record: {directory / record_file.FILE}")
 
 
 def _remove(directory: Path, heard: bool = True) -> None:
     """A refused run leaves nothing, but the reason where a rank may not have `heard` it."""
-    for name in (record.FILE, "config.yaml", *([failure.CLAIM] if heard else [])):
+    for name in (record_file.FILE, "config.yaml", *([failure.CLAIM] if heard else [])):
         (directory / name).unlink(missing_ok=True)
     with suppress(OSError):
         directory.rmdir()
@@ -137,7 +139,7 @@ def _make_directory(settings: Settings, cfg: DictConfig) -> Path:
     asked = OmegaConf.select(cfg, "hydra.run.dir")
     stamp = datetime.now().strftime("%Y-%m-%d/%H-%M-%S")
     directory = Path(asked or f"outputs/{stamp}-{settings.mode}").absolute()
-    if (directory / record.FILE).exists():
+    if (directory / record_file.FILE).exists():
         raise Refusal("hydra.run.dir", directory, "it already holds a run's record; name another directory")
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -189,20 +191,20 @@ class _Run:
 
     def _run_mode(self) -> dict[str, Any]:
         """The mode's own run under the ledger; this rank's books."""
-        from harness.cache_proof import prove
-        from harness.memory import allocations
-        from harness.misfit import misfits
+        from harness.generation.cache_check import prove
+        from harness.model.misfit import misfits
+        from harness.runtime.memory_limit import allocations
 
         if self.settings.mode == "train":
-            from harness import train as mode
+            from harness.training import train as mode
         else:
-            from harness import infer as mode  # type: ignore[no-redef]
+            from harness.generation import infer as mode  # type: ignore[no-redef]
         prove(self.settings)
         if self.world.stages > 1:
             self._cut()
         settings = self.settings
         with misfits(settings), allocations(settings, self.world.device), self._snapshot(), self.ledger:
-            out = record.Output(self.directory, self.say, self.done, self.flush)
+            out = record_file.Output(self.directory, self.say, self.done, self.flush)
             mode.run(settings, self.world, self.ledger, out)
         self._trace()
         return self._books()
@@ -210,29 +212,31 @@ class _Run:
     def _bounds(self) -> None:
         """What phases took, and what the machine could do at most, by every rank."""
         took = self.world.gather(self.ledger.seconds())
-        self.done.setdefault("performance", {})["phases"] = timing.of_ranks(took, self.settings.ledger.mode)
+        self.done.setdefault("performance", {})["phases"] = phase_times.of_ranks(
+            took, self.settings.ledger.mode
+        )
         dtype = self.done["model"]["dtype"]
-        found = page.ceilings(self.settings.hardware, dtype)
+        found = hardware_page.ceilings(self.settings.hardware, dtype)
         if found is None:
-            rates = ceilings.measure(self.world.device, getattr(torch, dtype))
-            found = ceilings.of_ranks(self.world.gather(rates), dtype)
+            rates = peak_rates.measure(self.world.device, getattr(torch, dtype))
+            found = peak_rates.of_ranks(self.world.gather(rates), dtype)
         self.done["ceilings"] = found
 
     def _cut(self) -> None:
         """Decide which layers each stage has, and see that the stages are the whole. Raises Refusal, on every rank."""
-        from harness import split
-        from harness.model import model_config
-        from harness.proof import prove
+        from harness.model import partition
+        from harness.model.loader import model_config
+        from harness.model.stage_check import prove
 
         found = _by_rank_0(self.world, self._split)
         self.settings = replace(self.settings, pipeline=replace(self.settings.pipeline, split=found))
         prove(self.settings)
-        layers = split.split_of(self.settings, model_config(self.settings.model))
-        self.done["pipeline"] = split.told(self.settings, layers)
+        layers = partition.split_of(self.settings, model_config(self.settings.model))
+        self.done["pipeline"] = partition.told(self.settings, layers)
 
     def _split(self) -> Any:
         """The settings' split; a list where they ask for one by `memory`. Raises Refusal."""
-        from harness.rehearsal.run import balanced
+        from harness.rehearsal.all_ranks import balanced
 
         settings, here = self.settings, self.world
         device = replace(settings.hardware, device="cuda" if here.kind == "cuda" else "cpu")
@@ -240,11 +244,11 @@ class _Run:
         return balanced(replace(settings, world=around, hardware=device)).pipeline.split
 
     def _books(self) -> dict[str, Any]:
-        return record.rank_record(self.ledger, self.world.rank, self.world.stage, self.world.share)
+        return record_file.rank_record(self.ledger, self.world.rank, self.world.stage, self.world.share)
 
     def _snapshot(self) -> AbstractContextManager[None]:
         if self.settings.ledger.snapshot:
-            return snapshot.kept(self.directory, self.world.rank)
+            return memory_snapshot.kept(self.directory, self.world.rank)
         return nullcontext()
 
     def _trace(self) -> None:
@@ -263,7 +267,7 @@ class _Run:
             self._write([self._books()], failure=unfinished)
 
     def _write(self, ranks: list[dict[str, Any]], **more: Any) -> None:
-        record.write(self.directory, {**self.head, **more, **self.done, "ranks": ranks})
+        record_file.write(self.directory, {**self.head, **more, **self.done, "ranks": ranks})
 
     def _refused(self, refusal: Refusal) -> int:
         """Let one rank say it for all. Raises it where there is no other."""

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from harness import batching, caching
-from harness.batching import crossing
-from harness.caching import saved
-from harness.config import compose
-from harness.generated import point
+from harness.analysis import sweep_batch, sweep_cache
+from harness.analysis.sweep import point
+from harness.analysis.sweep_batch import crossing
+from harness.analysis.sweep_cache import saved
+from harness.config.compose import compose
 from harness.ledger.categories import CATEGORIES
-from harness.schema import parse
+from harness.record.schema import parse
 
 GONE = dict.fromkeys(CATEGORIES, 0)
 
@@ -119,7 +119,7 @@ def test_batching_tells_what_a_batch_brings_and_what_the_context_takes(written: 
         record(batch=1, prompt=64, step=0.011, flops=440, moved=900, ceilings=MACHINE),
         record(batch=8, prompt=64, step=0.03, flops=3500, moved=2300, ceilings=MACHINE),
     )
-    assert batching.main(runs) == 0
+    assert sweep_batch.main(runs) == 0
     told = capsys.readouterr().out
     assert (
         "At 13 tokens of context a step of 8 sequences takes 2.00 times one of 1, for 8 times the tokens."
@@ -138,7 +138,7 @@ def test_caching_tells_what_a_cache_saves_for_its_bytes(written: Any, capsys: An
         record(cache="static", new=5, flops=400),
         record(cache="static", new=9, flops=800),
     )
-    assert caching.main(runs) == 0
+    assert sweep_cache.main(runs) == 0
     told = capsys.readouterr().out
     assert "Without a cache, from 5 to 9 new tokens, a token takes x 2.00 and computes x 2.00." in told
     assert "With a static cache, from 5 to 9 new tokens, a token takes as long and computes as much." in told
@@ -153,7 +153,7 @@ def test_caching_tells_what_a_cache_saves_for_its_bytes(written: Any, capsys: An
     assert saved(*points) is None
 
 
-@pytest.mark.parametrize("tool", [batching, caching])
+@pytest.mark.parametrize("tool", [sweep_batch, sweep_cache])
 def test_json_has_every_figure_and_null_for_what_was_not_measured(
     tool: Any, written: Any, capsys: Any
 ) -> None:
@@ -166,14 +166,22 @@ def test_json_has_every_figure_and_null_for_what_was_not_measured(
 @pytest.mark.parametrize(
     ("tool", "records", "told"),
     [
-        (batching, [record()], "name two runs or more"),
-        (batching, [record(), record()], "two runs have one batch and one context"),
-        (batching, [record(), record(batch=2, cache="none")], "of several models, caches, or kinds"),
-        (batching, [record(), record(mode="train")], "is a run of mode=train"),
-        (caching, [record(), record(batch=2)], "differ in model, batch or prompt"),
-        (caching, [record(), {"schema": "other"}], "has schema 'other'"),
-        (caching, [record(), record(config={"generation": {"lengths": "skewed"}})], "has prompts of its own"),
-        (caching, [record(), record(config={"nonsense": 1})], "has a config that cannot be read: nonsense=1"),
+        (sweep_batch, [record()], "name two runs or more"),
+        (sweep_batch, [record(), record()], "two runs have one batch and one context"),
+        (sweep_batch, [record(), record(batch=2, cache="none")], "of several models, caches, or kinds"),
+        (sweep_batch, [record(), record(mode="train")], "is a run of mode=train"),
+        (sweep_cache, [record(), record(batch=2)], "differ in model, batch or prompt"),
+        (sweep_cache, [record(), {"schema": "other"}], "has schema 'other'"),
+        (
+            sweep_cache,
+            [record(), record(config={"generation": {"lengths": "skewed"}})],
+            "has prompts of its own",
+        ),
+        (
+            sweep_cache,
+            [record(), record(config={"nonsense": 1})],
+            "has a config that cannot be read: nonsense=1",
+        ),
     ],
 )
 def test_runs_that_are_no_study_are_one_sentence(

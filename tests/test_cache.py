@@ -14,7 +14,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from harness.cache import kv_bytes, kv_bytes_per_token, layer_bytes_per_token, make
+from harness.model.kv_cache import kv_bytes, kv_bytes_per_token, layer_bytes_per_token, make
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64,

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
-from harness.cache import check_kind
-from harness.cache_proof import AHEAD, difference, prove
-from harness.knobs import Generation, Model, Refusal, Settings
+from harness.config.settings import Generation, Model, Refusal, Settings
+from harness.generation.cache_check import AHEAD, difference, prove
+from harness.model.kv_cache import check_kind
 
 ALIBI = {"alibi": True}
 SAME: list[tuple[str, str, dict[str, Any]]] = [

@@ -8,8 +8,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, QuantizedCache
 
-from harness.batch import Requests
-from harness.cache import (
+from harness.config.compose import compose
+from harness.config.load import Refusal, load
+from harness.generation.batch import Requests
+from harness.generation.decode import Generated, generate
+from harness.ledger import Ledger
+from harness.model.kv_cache import (
     attention_flops_per_position,
     check_bits,
     check_kind,
@@ -17,11 +21,7 @@ from harness.cache import (
     kv_bytes_per_token,
     make,
 )
-from harness.config import compose
-from harness.decode import Generated, generate
-from harness.ledger import Ledger
-from harness.rehearsal.run import rehearse
-from harness.settings import Refusal, load
+from harness.rehearsal.all_ranks import rehearse
 
 BASE: dict[str, Any] = {
     "vocab_size": 96,
@@ -229,7 +229,7 @@ def test_what_is_larger_than_all_in_a_prompt_is_the_largest_that_eight_bits_hold
 
 
 def test_a_torch_that_makes_large_numbers_none_is_refused_eight_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("harness.cache.saturates", lambda device: False)
+    monkeypatch.setattr("harness.model.kv_cache.saturates", lambda device: False)
     cpu = torch.device("cpu")
     with pytest.raises(
         Refusal, match=r"generation\.cache_bits=8: .* use torch 2\.13, or generation\.cache_bits=4"
@@ -358,7 +358,7 @@ def test_a_rehearsal_of_the_ends_is_that_of_every_token(
         *("generation.prompt_length=20", "generation.max_new_tokens=50", "generation.count=2"),
     )
     ends = rehearsed(*words)
-    monkeypatch.setattr("harness.growth.can_advance", lambda cache: False)
+    monkeypatch.setattr("harness.generation.cache_growth.can_advance", lambda cache: False)
     assert json.dumps(rehearsed(*words)) == json.dumps(ends)
 
 

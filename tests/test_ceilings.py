@@ -5,19 +5,21 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from harness import ceilings, page, timing
-from harness.config import groups
+from harness.config import hardware_page
+from harness.config.compose import groups
 from harness.ledger import Ledger
-from harness.ledger.clock import Times
 from harness.ledger.events import Where
-from harness.model import sizes
+from harness.ledger.timer import Times
+from harness.model.loader import sizes
+from harness.record import phase_times
+from harness.runtime import peak_rates
 
 RATED = sorted(set(groups()["hardware"]) - {"auto", "cpu"})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_dtype_that_runs_has_both_rates(dtype: torch.dtype) -> None:
-    bandwidth, flops = ceilings.measure(torch.device("cpu"), dtype)
+    bandwidth, flops = peak_rates.measure(torch.device("cpu"), dtype)
     assert bandwidth is not None
     assert bandwidth > 0
     assert flops is not None
@@ -25,21 +27,21 @@ def test_every_dtype_that_runs_has_both_rates(dtype: torch.dtype) -> None:
 
 
 def test_the_slowest_rank_is_the_ceiling_and_one_that_could_not_measure_leaves_none() -> None:
-    told = ceilings.of_ranks([(3.0, 70.0), (2.0, 80.0)], "bfloat16")
+    told = peak_rates.of_ranks([(3.0, 70.0), (2.0, 80.0)], "bfloat16")
     assert told == {"source": "measured", "bandwidth": 2.0, "flops": 70.0, "dtype": "bfloat16"}
-    assert ceilings.of_ranks([(3.0, None), (2.0, 80.0)], "float32")["flops"] is None
+    assert peak_rates.of_ranks([(3.0, None), (2.0, 80.0)], "float32")["flops"] is None
 
 
 def test_what_cannot_be_tried_is_not_measured() -> None:
-    bandwidth, flops = ceilings.measure(torch.device("cpu"), torch.uint16)  # has no matrix product
+    bandwidth, flops = peak_rates.measure(torch.device("cpu"), torch.uint16)  # has no matrix product
     assert bandwidth is not None
     assert flops is None
 
 
 @pytest.mark.parametrize("name", RATED)
 def test_a_page_gives_its_dense_rate_and_keeps_the_others_apart(name: str) -> None:
-    hardware = page.named(name)
-    told = page.ceilings(hardware, "bfloat16")
+    hardware = hardware_page.named(name)
+    told = hardware_page.ceilings(hardware, "bfloat16")
     assert told is not None
     assert (told["source"], told["flops"]) == (name, hardware.flops_bf16)
     assert hardware.flops_bf16 is not None
@@ -48,15 +50,15 @@ def test_a_page_gives_its_dense_rate_and_keeps_the_others_apart(name: str) -> No
 
 
 def test_a_page_has_no_rate_of_what_it_does_not_say() -> None:
-    told = page.ceilings(page.named("h100-sxm"), "float32")
+    told = hardware_page.ceilings(hardware_page.named("h100-sxm"), "float32")
     assert told == {"source": "h100-sxm", "bandwidth": 3.35e12, "flops": None, "dtype": "float32"}
-    assert page.named("rtx4090").flops_fp16_accumulate == 3.303e14
+    assert hardware_page.named("rtx4090").flops_fp16_accumulate == 3.303e14
 
 
 @pytest.mark.parametrize("name", ["h1000", "cpu", "auto", "../model/tiny"])
 def test_a_page_without_rates_is_refused_with_those_that_have_them(name: str) -> None:
     with pytest.raises(ValueError, match=f"hardware={name}: no page with rates .* one of a100-40gb, .*l40s"):
-        page.named(name)
+        hardware_page.named(name)
 
 
 def test_a_phase_s_seconds_are_the_median_step_of_the_slowest_rank() -> None:
@@ -64,14 +66,14 @@ def test_a_phase_s_seconds_are_the_median_step_of_the_slowest_rank() -> None:
         {"forward": {0: 9.0, 1: 1.0, 2: 3.0, 3: 2.0}},
         {"forward": {0: 9.0, 1: 4.0, 2: 6.0, 3: 5.0}, "only": {0: 7.0}},
     ]
-    assert timing.of_ranks(taken, "off") == [
+    assert phase_times.of_ranks(taken, "off") == [
         {"phase": "forward", "seconds": 5.0, "steps": 3, "rank": 1},
         {"phase": "only", "seconds": 7.0, "steps": 1, "rank": 1},
     ]
-    assert timing.of_ranks([{"forward": {3: 2.0, 4: 4.0}}], "exact") == [
+    assert phase_times.of_ranks([{"forward": {3: 2.0, 4: 4.0}}], "exact") == [
         {"phase": "forward", "seconds": 3.0, "steps": 2, "rank": 0}
     ]
-    assert timing.of_ranks([{}, {}], "exact") is None
+    assert phase_times.of_ranks([{}, {}], "exact") is None
 
 
 def test_phases_are_timed_once_the_exact_ledger_lets_go() -> None:

@@ -280,7 +280,7 @@ def another(record: dict[str, Any], **config: Any) -> dict[str, Any]:
     """`record` with the config of its own words, and with these keys of `train` besides."""
     from omegaconf import OmegaConf
 
-    from harness.config import compose
+    from harness.config.compose import compose
 
     tree: Any = OmegaConf.to_container(compose(WORDS), resolve=True)
     del tree["hydra"]

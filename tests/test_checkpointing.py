@@ -10,11 +10,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from harness import Ledger
-from harness.checkpointing import apply, selective
+from harness.config.load import Checkpointing, Refusal
 from harness.ledger import Where
+from harness.model.activation_checkpointing import apply, selective
+from harness.model.stage import layers_of
 from harness.rehearsal.world import rehearsed
-from harness.settings import Checkpointing, Refusal
-from harness.stage import layers_of
 
 GPT = {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64, "vocab_size": 128}
 LLAMA = {

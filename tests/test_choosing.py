@@ -8,19 +8,19 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from harness import continuous, infer
-from harness.batch import Requests
-from harness.choosing import draws, processors
-from harness.config import compose
-from harness.decode import generate
+from harness.config.compose import compose
+from harness.config.load import Generation, load
+from harness.config.strategy import Strategy, merged
+from harness.data.prompts import Prompt
+from harness.generation import continuous_batching, infer
+from harness.generation.batch import Requests
+from harness.generation.choosing import draws, processors
+from harness.generation.decode import generate
+from harness.generation.paged_cache import room
 from harness.ledger import Ledger
-from harness.paging import room
-from harness.prompts import Prompt
-from harness.record import Output, rank_record
-from harness.rehearsal.role import rehearse
-from harness.settings import Generation, load
-from harness.strategy import Strategy, merged
-from harness.world import World
+from harness.record.record_file import Output, rank_record
+from harness.rehearsal.one_rank import rehearse
+from harness.runtime.world import World
 
 WORDS = 48
 SIZES: dict[str, Any] = {
@@ -108,7 +108,9 @@ def paged(model: Any, strategy: Strategy, **knobs: Any) -> list[list[int]]:
     asked = Generation(batch=3, page_size=4, cache="paged", batching="continuous", **knobs)
     given = [Prompt("", prompt, new, "", "", "") for prompt, new in zip(PROMPTS, MOST, strict=True)]
     within = room(asked, model.config, model.dtype, given)
-    return continuous.generate(model, REQUESTS, strategy, room=within, ledger=Ledger(mode="off")).tokens
+    return continuous_batching.generate(
+        model, REQUESTS, strategy, room=within, ledger=Ledger(mode="off")
+    ).tokens
 
 
 def theirs(model: Any, fields: dict[str, Any], *eos: int) -> list[list[int]]:

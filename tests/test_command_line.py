@@ -11,9 +11,9 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from harness import config
-from harness.knobs import knobs
-from harness.settings import load
+from harness.config import compose
+from harness.config.load import load
+from harness.config.settings import knobs
 
 ROOT = Path(__file__).parents[1]
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -52,7 +52,7 @@ def test_help_lists_every_key_every_option_and_the_torchrun_line(door: Door, wor
     assert "torchrun --standalone" in result.stdout
     for key in knobs():
         assert f"  {key}=" in result.stdout
-    for group, options in config.groups().items():
+    for group, options in compose.groups().items():
         line = next(line for line in result.stdout.splitlines() if line.startswith(f"  {group} "))
         assert [each.rstrip("*") for each in line.split()[1:]] == options
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from harness import compare, record
+from harness.analysis import compare
+from harness.analysis.summary import show
 from harness.ledger.categories import CATEGORIES
-from harness.show import show
+from harness.record import record_file
 from harness.tables import difference, factor, size
 
 KIB = 1024
@@ -395,7 +396,7 @@ def test_what_is_no_record_is_one_sentence_and_exit_code_2(
 def test_a_record_is_the_same_however_an_editor_saves_it(encoding: str, tmp_path: Path) -> None:
     plain, saved = put(tmp_path / "plain", train()), tmp_path / "saved.json"
     saved.write_bytes((plain / "record.json").read_text().encode(encoding))
-    assert record.read(saved) == record.read(plain)
+    assert record_file.read(saved) == record_file.read(plain)
 
 
 def refused(paths: list[Path], capsys: pytest.CaptureFixture[str], *says: str) -> None:

@@ -7,12 +7,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
-from harness.batch import Requests
-from harness.compiled import Compiled, compiled, options
-from harness.decode import Generated, generate
-from harness.knobs import Generation, Refusal
+from harness.config.settings import Generation, Refusal
+from harness.config.strategy import merged
+from harness.generation.batch import Requests
+from harness.generation.compiled_decode import Compiled, compiled, options
+from harness.generation.decode import Generated, generate
 from harness.ledger import Ledger
-from harness.strategy import merged
 
 PROMPTS = [[5, 6, 7], [9] * 6]
 NEW = 8

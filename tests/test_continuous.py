@@ -18,16 +18,16 @@ from transformers import (
     Qwen3Config,
 )
 
-from harness import cache_proof, decode
-from harness.batch import Requests
-from harness.cache import layer_bytes_per_token
-from harness.config import compose
-from harness.continuous import Continued, generate
+from harness.config.compose import compose
+from harness.config.load import Generation, Refusal, load
+from harness.config.strategy import merged
+from harness.data.prompts import Prompt
+from harness.generation import cache_check, decode
+from harness.generation.batch import Requests
+from harness.generation.continuous_batching import Continued, generate
+from harness.generation.paged_cache import layers, room
 from harness.ledger import Ledger
-from harness.paging import layers, room
-from harness.prompts import Prompt
-from harness.settings import Generation, Refusal, load
-from harness.strategy import merged
+from harness.model.kv_cache import layer_bytes_per_token
 
 SIZES: dict[str, Any] = {
     "vocab_size": 384,
@@ -298,7 +298,7 @@ def test_pages_too_few_for_one_request_are_refused_with_the_number_that_would_do
 def narrow() -> Any:
     def difference(kind: str, attention: str = "eager") -> str | None:
         config = AutoConfig.for_model(kind, num_hidden_layers=3)
-        return cache_proof.difference(json.dumps(config.to_dict(), sort_keys=True), attention, "paged")
+        return cache_check.difference(json.dumps(config.to_dict(), sort_keys=True), attention, "paged")
 
     return difference
 

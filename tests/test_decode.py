@@ -8,14 +8,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig, Qwen3Config
 
-from harness.batch import Batch, Requests, pad_left
-from harness.cache import layer_bytes_per_token, make
-from harness.choosing import drawn, draws, greedy
-from harness.clock import Marks
-from harness.decode import decode_n_tokens, generate, prefill, shown_to
+from harness.config.load import Generation
+from harness.config.strategy import LIKELIEST, Strategy, merged
+from harness.generation.batch import Batch, Requests, pad_left
+from harness.generation.choosing import drawn, draws, greedy
+from harness.generation.decode import decode_n_tokens, generate, prefill, shown_to
+from harness.generation.timestamps import Marks
 from harness.ledger import Ledger
-from harness.settings import Generation
-from harness.strategy import LIKELIEST, Strategy, merged
+from harness.model.kv_cache import layer_bytes_per_token, make
 
 SIZES: dict[str, Any] = {
     "vocab_size": 384,

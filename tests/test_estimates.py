@@ -9,7 +9,7 @@ from string import Formatter
 
 import pytest
 
-from harness import record
+from harness.record import record_file
 from tests.benchmarks import estimates
 
 PAGE = (Path(__file__).parents[1] / "profiles" / "estimates.md").read_text()
@@ -17,7 +17,7 @@ REHEARSED = (("llama2-7b", 64, 3),)
 
 pytestmark = pytest.mark.skipif(
     not all(
-        f"{name} {record.environment()['packages'][name]}" in PAGE
+        f"{name} {record_file.environment()['packages'][name]}" in PAGE
         for name in ("torch", "deepspeed", "transformers", "accelerate")
     ),
     reason="the page was made with other versions",

@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from harness import config, explain
-from harness.rehearsal.role import rehearse
-from harness.rehearsal.roles import roles
-from harness.savings import Rehearsed, candidates, ranked, settings_of
-from harness.schema import Record, parse
-from harness.settings import load
-from harness.surprises import Finding
+from harness.advice import explain
+from harness.advice.savings import Rehearsed, candidates, ranked, settings_of
+from harness.analysis.findings import Finding
+from harness.config import compose
+from harness.config.load import load
+from harness.record.schema import Record, parse
+from harness.rehearsal.one_rank import rehearse
+from harness.rehearsal.representatives import roles
 from harness.tables import size
 
 QUICK = "train.steps=2 train.sequence=64"
@@ -42,7 +43,7 @@ UNEVEN = f"{INFER} generation.prompt=['a','{'long' * 25}','b','c']"
 def rehearsed(words: str) -> str:
     """The record of a rehearsal, as JSON: what a run of `words` leaves."""
     typed = [*words.split(), "world=rehearsed"]
-    cfg = config.compose([*DECIDED, *typed])
+    cfg = compose.compose([*DECIDED, *typed])
     settings = load(cfg)
     found = [(role, *rehearse(settings, role.rank)) for role in roles(settings)]
     done = max((each for _, _, each in found), key=lambda d: d.get("inference", {}).get("kv_reserved") or 0)
@@ -79,7 +80,7 @@ def put(directory: Path, record: dict[str, Any]) -> Path:
 
 
 def peak_of(words: str) -> int:
-    settings = load(config.compose([*DECIDED, *words.split(), "world=rehearsed"]))
+    settings = load(compose.compose([*DECIDED, *words.split(), "world=rehearsed"]))
     peaks: list[int] = [rehearse(settings, role.rank)[0]["peak"]["bytes"] for role in roles(settings)]
     return max(peaks)
 

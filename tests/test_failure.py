@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness import failure
 from harness.ledger import Where
-from harness.world import World
+from harness.runtime import failure
+from harness.runtime.world import World
 
 HERE = socket.gethostname()
 LOST = RuntimeError("[pair.cc:547] Connection closed by peer [10.0.0.2]:4242")

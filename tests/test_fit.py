@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 
-from harness import config
 from harness.__main__ import main
-from harness.climb import HIGHEST, Climb
-from harness.fit import code, data, text
-from harness.knobs import Refusal
+from harness.advice.climb import HIGHEST, Climb
+from harness.advice.fit import code, data, text
+from harness.advice.search import RECOMPUTED, Fit, Trial, cost
+from harness.config import compose
+from harness.config.load import load
+from harness.config.settings import Refusal
 from harness.rehearsal import decisive
 from harness.rehearsal.pool import Worst, worst
-from harness.search import RECOMPUTED, Fit, Trial, cost
-from harness.settings import load
 from harness.tables import parse_size
 
 SMALL = ["mode=train", "model=tiny", "world.size=2", "train.sequence=32"]
@@ -61,7 +61,7 @@ def test_pruning_gives_what_trying_everything_gives(capsys: pytest.CaptureFixtur
             f"checkpointing={mode}",
             f"train.micro_batch={micro_batch}",
         ]
-        settings = load(config.compose([*few, *words, "world=rehearsed", "ledger.steps=2"]))
+        settings = load(compose.compose([*few, *words, "world=rehearsed", "ledger.steps=2"]))
         itself = worst(settings)
         trial = verdicts.get(tuple(words))
         if trial is None:
@@ -80,7 +80,7 @@ def test_the_last_line_is_a_command_that_the_harness_takes(capsys: pytest.Captur
     told = capsys.readouterr().out.rstrip().splitlines()
     start, _, words = told[-1].partition(" -m harness ")
     assert start == "torchrun --standalone --nproc-per-node 2"
-    settings = load(config.compose(shlex.split(words)))
+    settings = load(compose.compose(shlex.split(words)))
     assert (settings.zero.stage, settings.model.name) == (2, "tiny")
     assert settings.train.micro_batch * settings.train.accumulation * 2 == 8
     assert any(line.startswith("  zero=2") for line in told)
@@ -94,7 +94,7 @@ def test_the_largest_batch_in_inference_is_the_largest_that_fits(capsys: pytest.
     batch = int(found["ranked"][0][-1].partition("=")[2])
     for tried, fits in ((batch, True), (batch + 1, False)):
         more = [f"generation.batch={tried}", f"generation.count={tried}", "world=rehearsed"]
-        settings = load(config.compose([*given, *more]))
+        settings = load(compose.compose([*given, *more]))
         assert (worst(settings).bytes <= 8_000_000) == fits
 
 
@@ -196,7 +196,7 @@ def test_what_is_kept_free_is_not_given_away(capsys: pytest.CaptureFixture[str])
 
 def test_less_sent_is_cheaper_and_a_larger_micro_batch_makes_it_less() -> None:
     def of(*words: str) -> tuple[float, ...]:
-        return cost(load(config.compose(["mode=train", *words])))
+        return cost(load(compose.compose(["mode=train", *words])))
 
     assert of("zero=1", "train.accumulation=2") < of("zero=2", "train.accumulation=2")
     assert of("zero=2") < of("zero=3")
@@ -285,7 +285,7 @@ def test_more_micro_batches_than_decide_a_peak_add_their_losses_and_no_more() ->
     shallow = [*SMALL, "model.config.num_hidden_layers=2"]
     words = [*shallow, "ledger.steps=2", "world=rehearsed", "train.accumulation=7"]
     for stages, zero in ((1, 2), (1, 3), (2, 1)):
-        many = load(config.compose([*words, f"zero={zero}", f"pipeline.stages={stages}", "world.size=2"]))
+        many = load(compose.compose([*words, f"zero={zero}", f"pipeline.stages={stages}", "world.size=2"]))
         few = decisive(many)
         assert few.train.accumulation == stages + 1
         apart = worst(many).bytes - worst(few).bytes

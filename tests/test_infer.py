@@ -17,17 +17,17 @@ from transformers import (
     LlamaConfig,
 )
 
-from harness import infer
-from harness.batch import Requests
-from harness.decode import generate
-from harness.generation_config import strategy_of
-from harness.infer import share_of, shown
+from harness.config.load import Generation, Model, Refusal, Settings
+from harness.data.prompts import Prompt, find
+from harness.generation import infer
+from harness.generation.batch import Requests
+from harness.generation.decode import generate
+from harness.generation.generation_config import strategy_of
+from harness.generation.infer import share_of, shown
 from harness.ledger import Ledger
-from harness.model import model_config
-from harness.prompts import Prompt, find
-from harness.record import Output
-from harness.settings import Generation, Model, Refusal, Settings
-from harness.world import World
+from harness.model.loader import model_config
+from harness.record.record_file import Output
+from harness.runtime.world import World
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, 0, CPU)

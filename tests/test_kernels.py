@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from harness.knobs import Hardware, Model, Settings, World
-from harness.rehearsal.run import described
+from harness.config.settings import Hardware, Model, Settings, World
+from harness.rehearsal.all_ranks import described
 
 SIZES: dict[str, Any] = {
     "vocab_size": 96,

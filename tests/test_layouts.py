@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from harness.layouts import LAYOUTS, Linear, Unknown, mxfp4, summary
+from harness.quantization.layouts import LAYOUTS, Linear, Unknown, mxfp4, summary
 
 I8, U8, I32, I64 = torch.int8, torch.uint8, torch.int32, torch.int64
 F8, F16, BF16, F32 = torch.float8_e4m3fn, torch.float16, torch.bfloat16, torch.float32

@@ -17,9 +17,10 @@ from torch.utils._python_dispatch import _disable_current_modes, _get_current_di
 from torch.utils.flop_counter import FlopCounterMode
 
 import harness
-from harness import Ledger, record, schema
+from harness import Ledger
+from harness.analysis.summary import show
 from harness.ledger import NotSeen
-from harness.show import show
+from harness.record import record_file, schema
 from tests.programs import data, mlp, train
 
 PARAMETERS = sum(parameter.nbytes for parameter in mlp().parameters())
@@ -252,7 +253,7 @@ def test_what_torch_func_keeps_for_backward_is_not_known_to_be_saved() -> None:
         torch.func.grad(lambda rows: rows.exp().sum())(data())
     assert (ledger.saved, ledger.peak.saved, ledger.forwards) == (None, None, None)
     assert {phase.saved for phase in ledger.phases} == {None}
-    assert record.rank_record(ledger, 0)["peak"]["saved"] is None
+    assert record_file.rank_record(ledger, 0)["peak"]["saved"] is None
 
 
 def test_a_tensor_that_has_no_storage_is_named_by_its_layout() -> None:
@@ -363,9 +364,9 @@ def test_a_record_says_what_was_not_seen_and_so_does_what_shows_it(tmp_path: Pat
     with Ledger(model=model) as ledger:
         torch.compile(model, backend="eager")(data())
     harness.save(ledger, tmp_path, model=model)
-    (rank,) = schema.parse(record.read(tmp_path), "it").ranks
+    (rank,) = schema.parse(record_file.read(tmp_path), "it").ranks
     assert rank.unseen == [ledger.gaps[0].sentence]
-    assert "not seen: Sequential is compiled" in show(record.read(tmp_path))
+    assert "not seen: Sequential is compiled" in show(record_file.read(tmp_path))
 
 
 # One in another, and in the way of others

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import harness
-from harness import compare, record, schema
 from harness.__main__ import main
+from harness.analysis import compare
+from harness.record import record_file, schema
 
 
 class Wrapper(torch.nn.Module):
@@ -37,7 +38,7 @@ def test_the_record_is_whole_and_holds_the_ledger_s_own_figures(tmp_path: Path, 
     ledger = stepped(model, mode)
     path = harness.save(ledger, tmp_path / "new/run", model=model)
     assert path == tmp_path / "new/run/record.json"
-    found = schema.parse(record.read(path), str(path))
+    found = schema.parse(record_file.read(path), str(path))
     assert (found.status, found.mode, found.world.kind, found.world.size) == ("complete", "train", "loop", 1)
     (rank,) = found.ranks
     if mode == "exact":
@@ -51,14 +52,14 @@ def test_the_record_is_whole_and_holds_the_ledger_s_own_figures(tmp_path: Path, 
 def test_the_model_is_the_one_inside_its_wrappers(tmp_path: Path, dtype: torch.dtype) -> None:
     model = small().to(dtype)
     harness.save(stepped(model), tmp_path, model=Wrapper(Wrapper(model)), mode="infer")
-    found = record.read(tmp_path)
+    found = record_file.read(tmp_path)
     assert found["mode"] == "infer"
     assert found["model"] == {"name": "Linear", "parameters": 16 * 8 + 8, "dtype": str(dtype)[6:]}
 
 
 def test_a_model_without_parameters_has_no_dtype(tmp_path: Path) -> None:
     harness.save(stepped(small()), tmp_path, model=torch.nn.ReLU())
-    assert record.read(tmp_path)["model"] == {"name": "ReLU", "parameters": 0, "dtype": None}
+    assert record_file.read(tmp_path)["model"] == {"name": "ReLU", "parameters": 0, "dtype": None}
 
 
 @pytest.fixture(scope="module")

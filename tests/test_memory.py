@@ -7,8 +7,8 @@ import psutil
 import pytest
 import torch
 
-from harness.knobs import Refusal, Settings
-from harness.memory import allocations, asked, check_parameters
+from harness.config.settings import Refusal, Settings
+from harness.runtime.memory_limit import allocations, asked, check_parameters
 
 CPU = torch.device("cpu")
 LARGER = 2 * psutil.virtual_memory().total

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer
 
-from harness import model, tensor, weights
-from harness.generation_config import fields_of
-from harness.knobs import Model, Refusal
-from harness.tokenizer import of_bytes, tokenizer_of
+from harness.config.settings import Model, Refusal
+from harness.generation.generation_config import fields_of
+from harness.model import init_weights, loader, tensor_parallel
+from harness.model.tokenizer import of_bytes, tokenizer_of
 
 SHAPE = {
     "model_type": "llama",
@@ -37,14 +37,14 @@ def settings(**more: object) -> Model:
 
 def made(given: Model, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.nn.Module:
     decided = replace(given, attention="sdpa")
-    built: torch.nn.Module = model.build(decided, model.model_config(given), dtype, CPU, seed)
+    built: torch.nn.Module = loader.build(decided, loader.model_config(given), dtype, CPU, seed)
     return built
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def exported(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[torch.nn.Module, Path]:
     built = made(settings(), request.param)
-    model.export(built, None, ByT5Tokenizer(), {}, tmp_path / "checkpoint")
+    loader.export(built, None, ByT5Tokenizer(), {}, tmp_path / "checkpoint")
     return built, tmp_path / "checkpoint"
 
 
@@ -62,7 +62,7 @@ def test_an_export_comes_back_bit_for_bit_with_its_tokenizer(exported: tuple[tor
     for (name, a), (other, b) in zip(built.named_parameters(), loaded.named_parameters(), strict=True):
         assert name == other
         assert torch.equal(a, b), name
-    assert AutoModelForCausalLM.from_pretrained(directory).num_parameters() == model.count(built)
+    assert AutoModelForCausalLM.from_pretrained(directory).num_parameters() == loader.count(built)
     assert AutoTokenizer.from_pretrained(directory)("abc").input_ids == ByT5Tokenizer()("abc").input_ids
 
 
@@ -71,8 +71,8 @@ def test_what_ended_the_texts_that_were_trained_on_ends_what_the_export_generate
     asked: object, expected: object, tmp_path: Path
 ) -> None:
     shape = settings(eos_token_id=asked)
-    fields = fields_of(shape, model.model_config(shape))
-    model.export(made(shape), None, of_bytes(), fields, tmp_path / "checkpoint")
+    fields = fields_of(shape, loader.model_config(shape))
+    loader.export(made(shape), None, of_bytes(), fields, tmp_path / "checkpoint")
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint")
     assert exported.generation_config.eos_token_id == expected
 
@@ -100,10 +100,10 @@ def test_loaded_buffers_have_their_values(exported: tuple[torch.nn.Module, Path]
 
 def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:
     built = made(settings(tie_word_embeddings=True))
-    model.export(built, dict(built.named_parameters()), ByT5Tokenizer(), {}, tmp_path / "tied")
+    loader.export(built, dict(built.named_parameters()), ByT5Tokenizer(), {}, tmp_path / "tied")
     loaded = made(Model(name="test", path=str(tmp_path / "tied")))
     assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight  # type: ignore[operator]
-    assert model.count(loaded) == model.count(built)
+    assert loader.count(loaded) == loader.count(built)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2"])
@@ -116,11 +116,11 @@ def test_every_architecture_comes_back_from_its_state_with_the_same_logits(
     )
     built = made(Model(name="test", config={**shape, "model_type": kind, "tie_word_embeddings": tied}))
     state = {name: parameter.detach().clone() for name, parameter in built.named_parameters()}
-    model.export(built, state, ByT5Tokenizer(), {}, tmp_path / "checkpoint")
+    loader.export(built, state, ByT5Tokenizer(), {}, tmp_path / "checkpoint")
     loaded = made(Model(name="test", path=str(tmp_path / "checkpoint")), seed=1)
     tokens = torch.tensor([[5, 6, 7]])
     assert torch.equal(loaded(tokens).logits, built.eval()(tokens).logits)
-    assert model.count(loaded) == model.count(built)
+    assert loader.count(loaded) == loader.count(built)
 
 
 def test_a_checkpoint_in_shards_is_the_same_checkpoint(exported: tuple[torch.nn.Module, Path]) -> None:
@@ -150,29 +150,29 @@ def test_a_name_that_the_hub_does_not_give_is_one_sentence() -> None:
     with pytest.raises(
         Refusal, match=r"model.path=nobody/nothing: no such directory, and the hub"
     ) as refusal:
-        model.model_config(Model(name="test", path="nobody/nothing"))
+        loader.model_config(Model(name="test", path="nobody/nothing"))
     assert "\n" not in str(refusal.value)
 
 
 def test_random_takes_only_the_config(exported: tuple[torch.nn.Module, Path]) -> None:
     built, directory = exported
     other = made(Model(name="test", path=str(directory), random=True), seed=5)
-    assert model.count(other) == model.count(built)
+    assert loader.count(other) == loader.count(built)
     assert not torch.equal(next(other.parameters()).float(), next(built.parameters()).float())
 
 
 def test_a_failed_export_leaves_nothing_at_its_place(tmp_path: Path) -> None:
     with pytest.raises(AttributeError):
-        model.export(made(settings()), None, None, {}, tmp_path / "checkpoint")
+        loader.export(made(settings()), None, None, {}, tmp_path / "checkpoint")
     assert not (tmp_path / "checkpoint").exists()
 
 
 def test_sizes_are_counted_without_making_anything() -> None:
     given = settings()
-    config = model.model_config(given)
-    outline = weights.outline(config, torch.bfloat16)
+    config = loader.model_config(given)
+    outline = init_weights.outline(config, torch.bfloat16)
     buffers = sum(buffer.nbytes for buffer in outline.buffers())
-    assert tensor.nbytes(outline) == 2 * model.count(made(given)) + buffers
+    assert tensor_parallel.nbytes(outline) == 2 * loader.count(made(given)) + buffers
 
 
 def test_a_model_larger_than_the_memory_is_refused() -> None:
@@ -251,7 +251,7 @@ def test_a_damaged_checkpoint_is_refused_in_one_line_and_never_random(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model.export(made(settings()), None, ByT5Tokenizer(), {}, tmp_path / "checkpoint")
+    loader.export(made(settings()), None, ByT5Tokenizer(), {}, tmp_path / "checkpoint")
     damage(tmp_path / "checkpoint")
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     caplog.clear()
@@ -263,12 +263,12 @@ def test_a_damaged_checkpoint_is_refused_in_one_line_and_never_random(
 
 def test_a_model_that_generates_nothing_is_refused() -> None:
     with pytest.raises(Refusal, match="vit is no causal language model"):
-        model.model_config(Model(name="test", config={"model_type": "vit"}))
+        loader.model_config(Model(name="test", config={"model_type": "vit"}))
 
 
 def test_a_model_that_reads_ahead_is_refused() -> None:
     with pytest.raises(Refusal, match=r"model.config.model_type=bert: .*no causal language model"):
-        model.model_config(Model(name="test", config={"model_type": "bert"}))
+        loader.model_config(Model(name="test", config={"model_type": "bert"}))
 
 
 def test_code_that_comes_with_a_checkpoint_is_refused_and_not_run(
@@ -280,10 +280,10 @@ def test_code_that_comes_with_a_checkpoint_is_refused_and_not_run(
     (directory / "config.json").write_text(json.dumps({**config, **theirs}))
     (directory / "theirs.py").write_text(f"open({str(directory / 'ran')!r}, 'w')")
     with pytest.raises(Refusal, match=r"model.path=.*custom code"):
-        model.model_config(Model(name="test", path=str(directory)))
+        loader.model_config(Model(name="test", path=str(directory)))
     assert not (directory / "ran").exists()
 
 
 def test_an_unknown_architecture_is_refused() -> None:
     with pytest.raises(Refusal, match=r"^model.config.model_type=no-such-model: this transformers has no "):
-        model.model_config(Model(name="test", config={"model_type": "no-such-model"}))
+        loader.model_config(Model(name="test", config={"model_type": "no-such-model"}))

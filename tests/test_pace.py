@@ -3,14 +3,14 @@
 import pytest
 
 from harness import tables
-from harness.pace import Pace
+from harness.runtime.progress import Pace
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The seconds on the clock, which a test sets."""
     now = [100.0]
-    monkeypatch.setattr("harness.pace.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("harness.runtime.progress.time.monotonic", lambda: now[0])
     return now
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from harness import config
+from harness.config import compose
 
 ROOT = Path(__file__).parents[1]
 
@@ -25,10 +25,11 @@ def test_importing_the_package_and_its_settings_imports_no_torch() -> None:
 
 def test_the_ledger_and_save_are_the_package_s_own_names() -> None:
     import harness
-    from harness import ledger, loop
+    from harness import ledger
+    from harness.record import save
 
     assert harness.Ledger is ledger.Ledger
-    assert harness.save is loop.save
+    assert harness.save is save.save
     with pytest.raises(AttributeError, match="no attribute 'Leger'"):
         harness.Leger  # noqa: B018
 
@@ -92,4 +93,4 @@ def test_every_requirement_has_an_exact_version_in_the_constraints() -> None:
 
 
 def test_the_checkout_reads_the_pages_beside_the_package() -> None:
-    assert config.directory() == ROOT / "conf"
+    assert compose.directory() == ROOT / "conf"

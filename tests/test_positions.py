@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from harness.knobs import Refusal, Settings, Train
-from harness.rules import positions
-from harness.rules.positions import limit
-from harness.rules.sources import read
+from harness.config.rules import positions
+from harness.config.rules.positions import limit
+from harness.config.rules.sources import read
+from harness.config.settings import Refusal, Settings, Train
 
 
 def rope(kind: str, factor: float, before: int | None = None, **more: Any) -> dict[str, Any]:

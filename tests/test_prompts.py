@@ -6,8 +6,8 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BloomConfig, ByT5Tokenizer, LlamaConfig, PreTrainedTokenizerFast
 
-from harness.prompts import Prompt, check, encode, find, lines, text_of
-from harness.settings import Generation, Refusal, Settings
+from harness.config.load import Generation, Refusal, Settings
+from harness.data.prompts import Prompt, check, encode, find, lines, text_of
 
 BYTES = ByT5Tokenizer()
 

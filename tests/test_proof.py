@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from harness import proof
-from harness.config import compose
-from harness.settings import Refusal, load
-from harness.split import uniform
+from harness.config.compose import compose
+from harness.config.load import Refusal, load
+from harness.model import stage_check
+from harness.model.partition import uniform
 
 PASS = (
     *(
@@ -61,7 +61,7 @@ def difference(
     config = AutoConfig.for_model(kind, **{"num_hidden_layers": LAYERS, **FEWER.get(kind, {}), **more})
     split = tuple(uniform(config.get_text_config(decoder=True).num_hidden_layers, stages))
     shape = json.dumps(config.to_dict(), sort_keys=True)
-    return proof.difference(shape, attention, precision, kept, split, trains)
+    return stage_check.difference(shape, attention, precision, kept, split, trains)
 
 
 @pytest.mark.parametrize("kind", PASS)
@@ -145,7 +145,7 @@ def test_a_refusal_names_the_model_and_what_would_work(words: list[str], reason:
     around = ["world=rehearsed", "world.size=2", "precision=bf16", "model.attention=sdpa"]
     settings = load(compose(["mode=train", "pipeline.stages=2", *around, *words]))
     with pytest.raises(Refusal) as refused:
-        proof.prove(settings)
+        stage_check.prove(settings)
     sentence = str(refused.value)
     assert sentence.startswith("pipeline.stages=2: gpt2 cannot be cut into stages: ")
     assert reason in sentence

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness import budget, pytest_plugin  # a run in this process must not import them, and torch, anew
+from harness import pytest_plugin  # a run in this process must not import them, and torch, anew
+from harness.check import budget
 from harness.ledger.ledger import Ledger
 
 ROOT = Path(__file__).parents[1]
@@ -385,7 +386,7 @@ def test_without_a_mark_or_the_fixture_nothing_is_imported(
 import sys
 
 def test_nothing():
-    heavy = {"torch", "pydantic", "harness.budget", "harness.ledger.ledger"}
+    heavy = {"torch", "pydantic", "harness.check.budget", "harness.ledger.ledger"}
     assert not heavy & set(sys.modules)
 """
     )

@@ -12,23 +12,25 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, QuantoConfig
 
-from harness import infer, layouts, model, quantized, storages, tensor, weights
-from harness.config import compose
-from harness.explain import explain
-from harness.knobs import Generation, Hardware, Model, Refusal, Settings
-from harness.knobs import World as Asked
+from harness.advice.explain import explain
+from harness.analysis.summary import show
+from harness.config.compose import compose
+from harness.config.load import load
+from harness.config.rules.quantized import AT_FIRST, AT_LOAD
+from harness.config.settings import Generation, Hardware, Model, Refusal, Settings
+from harness.config.settings import World as Asked
+from harness.generation import infer
 from harness.ledger import Ledger
 from harness.ledger.owners import module_claims
 from harness.ledger.tensors import tensors_in
-from harness.record import Output
-from harness.rehearsal.role import rehearse
-from harness.rules.quantized import AT_FIRST, AT_LOAD
-from harness.schema import Model as Told
-from harness.schema import parse
-from harness.settings import load
-from harness.show import show
-from harness.tokenizer import of_bytes
-from harness.world import World
+from harness.model import init_weights, loader, storages, tensor_parallel
+from harness.model.tokenizer import of_bytes
+from harness.quantization import layouts, method
+from harness.record.record_file import Output
+from harness.record.schema import Model as Told
+from harness.record.schema import parse
+from harness.rehearsal.one_rank import rehearse
+from harness.runtime.world import World
 
 CPU = torch.device("cpu")
 LLAMA = {
@@ -83,10 +85,10 @@ def asks(shape: dict[str, Any] | None = None, path: Path | None = None, **more: 
     return Settings(**{"precision": "bf16", **asked, **more})
 
 
-def taken(asked: Settings) -> tuple[Any, quantized.Quantization]:
+def taken(asked: Settings) -> tuple[Any, method.Quantization]:
     """The config without its quantization, and that."""
-    config = model.model_config(asked.model)
-    found = quantized.take(config, asked, asked.hardware.device)
+    config = loader.model_config(asked.model)
+    found = method.take(config, asked, asked.hardware.device)
     assert found is not None
     return config, found
 
@@ -95,7 +97,7 @@ def outlined(shape: dict[str, Any], **more: Any) -> PreTrainedModel:
     """The packed model of `shape` on meta."""
     asked = asks(shape, **more)
     config, found = taken(asked)
-    made = weights.outline(config, torch.bfloat16, "eager")
+    made = init_weights.outline(config, torch.bfloat16, "eager")
     found.pack(made, asked.model)
     return made
 
@@ -121,7 +123,7 @@ def held(shape: dict[str, Any], given: dict[str, Any]) -> int:
     """Bytes of the packed model of `shape`, but for the frequencies of its positions."""
     made = outlined({**shape, "quantization_config": given})
     frequencies = sum(buffer.nbytes for name, buffer in made.named_buffers() if "inv_freq" in name)
-    return int(tensor.nbytes(made) - frequencies)
+    return int(tensor_parallel.nbytes(made) - frequencies)
 
 
 def test_an_8b_in_awq_is_half_a_byte_a_weight_and_ends_that_are_whole() -> None:
@@ -271,7 +273,7 @@ def test_a_tied_head_is_neither_packed_nor_counted_twice() -> None:
     made = outlined(tied)
     assert made.get_parameter("lm_head.weight") is made.get_parameter("model.embed_tokens.weight")
     apart = outlined({**tied, "tie_word_embeddings": False})
-    assert tensor.nbytes(apart) - tensor.nbytes(made) == 384 * 64 * 2
+    assert tensor_parallel.nbytes(apart) - tensor_parallel.nbytes(made) == 384 * 64 * 2
 
 
 def test_groups_of_layers_have_each_its_own_scheme() -> None:
@@ -294,8 +296,8 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint that is whole."""
     directory = tmp_path_factory.mktemp("plain") / "checkpoint"
     given = Model(name="test", config=LLAMA, attention="eager")
-    built = model.build(given, model.model_config(given), torch.bfloat16, CPU, 0)
-    model.export(built, None, of_bytes(), {}, directory)
+    built = loader.build(given, loader.model_config(given), torch.bfloat16, CPU, 0)
+    loader.export(built, None, of_bytes(), {}, directory)
     return directory
 
 
@@ -331,8 +333,8 @@ def mxfp4(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint whose experts are in mxfp4."""
     bare = tmp_path_factory.mktemp("bare") / "checkpoint"
     given = Model(name="test", config={**GPT_OSS, "quantization_config": None}, attention="eager")
-    made = model.build(given, model.model_config(given), torch.bfloat16, CPU, 0)
-    model.export(made, None, of_bytes(), {}, bare)
+    made = loader.build(given, loader.model_config(given), torch.bfloat16, CPU, 0)
+    loader.export(made, None, of_bytes(), {}, bare)
 
     def pack(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
@@ -432,7 +434,7 @@ def test_the_command_line_says_over_the_checkpoint_how_weights_are_packed(
     assert changed.model.config == {"quantization_config": {"group_size": 64}}
     assert dict(taken(changed)[1].given) == {**AWQ, "group_size": 64}
     asked = load(compose([*words, f"{KEY}=null"]))
-    assert quantized.take(model.model_config(asked.model), asked, "cuda") is None
+    assert method.take(loader.model_config(asked.model), asked, "cuda") is None
     with pytest.raises(Refusal, match="brings a config of its own"):
         compose([*words, "model.config.hidden_size=32"])
 
@@ -536,7 +538,7 @@ def test_a_checkpoint_read_by_fields_that_no_method_can_have_is_refused_before_i
         config = {"quantization_config": {"quant_method": "fp8", "activation_scheme": "odd"}}
         asked = asks(config, plain, mode=mode, world=Asked(), hardware=Hardware(device="cpu"))
         with pytest.raises(Refusal, match=r"activation_scheme=odd: transformers does not take it \("):
-            quantized.take(model.model_config(asked.model), asked, "cpu")
+            method.take(loader.model_config(asked.model), asked, "cpu")
 
 
 def test_a_method_that_transformers_does_not_know_is_not_read_as_if_weights_were_whole(plain: Path) -> None:
@@ -545,7 +547,7 @@ def test_a_method_that_transformers_does_not_know_is_not_read_as_if_weights_were
         path=plain, world=Asked(), model=Model(name="test", path=str(plain), config=config, attention="eager")
     )
     with pytest.raises(Refusal, match="this transformers knows no such method"):
-        quantized.take(model.model_config(asked.model), asked, "cpu")
+        method.take(loader.model_config(asked.model), asked, "cpu")
 
 
 @pytest.mark.parametrize(
@@ -632,7 +634,7 @@ def test_weights_that_are_packed_as_they_are_read_are_rehearsed_so(plain: Path, 
     given = Model(name="test", path=str(plain), config={"quantization_config": QUANTO}, attention="eager")
     asked = on_cpu(plain, model=given)
     config, found = taken(asked)
-    model.build(given, config, torch.bfloat16, CPU, 0, quantization=found)  # it makes tables once a process
+    loader.build(given, config, torch.bfloat16, CPU, 0, quantization=found)  # it makes tables once a process
     told = same_as_rehearsed(asked, tmp_path)
     layer = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128
     outputs = 3 * 64 + 2 * 32 + 2 * 128
@@ -673,14 +675,14 @@ def test_what_is_trained_from_packed_weights_is_saved_whole(fp8: Path, tmp_path:
     asked = asks(path=fp8, mode="train", world=Asked())
     config, found = taken(asked)
     assert not found.packed
-    made = model.build(asked.model, config, torch.bfloat16, CPU, 0, quantization=found)
-    model.export(made, None, of_bytes(), {}, tmp_path / "checkpoint")
+    made = loader.build(asked.model, config, torch.bfloat16, CPU, 0, quantization=found)
+    loader.export(made, None, of_bytes(), {}, tmp_path / "checkpoint")
     stored = load_file(tmp_path / "checkpoint" / "model.safetensors")
     assert {weight.dtype for weight in stored.values()} == {torch.bfloat16}
     again = Model(name="test", path=str(tmp_path / "checkpoint"), attention="eager")
-    config = model.model_config(again)
+    config = loader.model_config(again)
     assert not hasattr(config, "quantization_config")
-    loaded = model.build(again, config, torch.bfloat16, CPU, 0)
+    loaded = loader.build(again, config, torch.bfloat16, CPU, 0)
     for one, other in zip(made.parameters(), loaded.parameters(), strict=True):
         assert torch.equal(one, other)
 
@@ -688,7 +690,7 @@ def test_what_is_trained_from_packed_weights_is_saved_whole(fp8: Path, tmp_path:
 def test_random_weights_of_a_shape_that_a_cpu_makes_whole_are_whole() -> None:
     asked = asks(GPT_OSS, hardware=Hardware(device="cpu"), world=Asked())
     config, found = taken(asked)
-    made = model.build(asked.model, config, torch.float32, CPU, 0, quantization=found)
+    made = loader.build(asked.model, config, torch.float32, CPU, 0, quantization=found)
     assert {each.dtype for each in made.parameters()} == {torch.float32}
     assert not hasattr(made.config, "quantization_config")  # an export would say that it is packed
 
@@ -698,21 +700,21 @@ def test_a_model_that_fits_packed_is_not_refused_for_what_it_would_be_whole(
 ) -> None:
     needed = []
     monkeypatch.setattr(
-        model, "check_parameters", lambda settings, nbytes, dtype, device: needed.append(nbytes)
+        loader, "check_parameters", lambda settings, nbytes, dtype, device: needed.append(nbytes)
     )
-    monkeypatch.setattr(model, "whole_checkpoint", lambda place: (_ for _ in ()).throw(InterruptedError))
+    monkeypatch.setattr(loader, "whole_checkpoint", lambda place: (_ for _ in ()).throw(InterruptedError))
     directory = repacked(plain, tmp_path / "awq", lambda name, weight: {name: weight}, AWQ)
     for given in (AWQ, COMPRESSED):
-        found = quantized.Quantization(str(given["quant_method"]), given, stored=True, packed=True)
+        found = method.Quantization(str(given["quant_method"]), given, stored=True, packed=True)
         asked = asks(path=directory)
         config, _ = taken(asked)
         with pytest.raises(InterruptedError):
-            model.build(asked.model, config, torch.bfloat16, CPU, 0, quantization=found)
-    packed = tensor.nbytes(outlined({**LLAMA, "quantization_config": AWQ}))
+            loader.build(asked.model, config, torch.bfloat16, CPU, 0, quantization=found)
+    packed = tensor_parallel.nbytes(outlined({**LLAMA, "quantization_config": AWQ}))
     config, _ = taken(asks({**LLAMA, "quantization_config": AWQ}))
     assert needed == [
         packed,
-        tensor.nbytes(weights.outline(config, torch.bfloat16)),
+        tensor_parallel.nbytes(init_weights.outline(config, torch.bfloat16)),
     ]  # the other: at its first forward
 
 
@@ -755,8 +757,10 @@ def test_a_library_packs_into_as_many_bytes(package: str, given: dict[str, Any],
         model=Model("test", str(plain), attention="eager", config={"quantization_config": given}),
     )
     config, found = taken(asked)
-    loaded = model.build(asked.model, config, torch.bfloat16, CPU, 0, quantization=found)
-    assert storages.nbytes(loaded) == tensor.nbytes(outlined({**LLAMA, "quantization_config": given}))
+    loaded = loader.build(asked.model, config, torch.bfloat16, CPU, 0, quantization=found)
+    assert storages.nbytes(loaded) == tensor_parallel.nbytes(
+        outlined({**LLAMA, "quantization_config": given})
+    )
 
 
 @pytest.mark.parametrize(
@@ -785,10 +789,10 @@ def test_a_library_reads_a_checkpoint_of_its_layout(
     directory = repacked(plain, tmp_path / "packed", pack, given)
     asked = asks(path=directory, world=Asked())
     config, found = taken(asked)
-    loaded = model.build(asked.model, config, torch.bfloat16, CPU, 0, quantization=found)
+    loaded = loader.build(asked.model, config, torch.bfloat16, CPU, 0, quantization=found)
     kernels = sum(each.nbytes for name, each in loaded.named_buffers() if "wf_unsqueeze" in name)
     made = outlined({**LLAMA, "quantization_config": given})
-    assert storages.nbytes(loaded) == tensor.nbytes(made) + kernels
+    assert storages.nbytes(loaded) == tensor_parallel.nbytes(made) + kernels
 
 
 # -- what the ledger sees of them --------------------------------------------------------------------------------------

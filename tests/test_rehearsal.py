@@ -15,17 +15,17 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from harness import record
 from harness.__main__ import main
-from harness.config import compose
+from harness.config.compose import compose
+from harness.config.load import Settings, load
 from harness.ledger import Ledger
-from harness.rehearsal import UNVERIFIED, role, shims, slices
-from harness.rehearsal.fakes import Fakes
-from harness.rehearsal.role import GPU_BLOCK, rehearse
-from harness.rehearsal.roles import roles
+from harness.record import record_file
+from harness.rehearsal import UNVERIFIED, one_rank, shims, zero_shims
+from harness.rehearsal.fake_mode import Fakes
+from harness.rehearsal.known_values import UNKNOWN, Values
+from harness.rehearsal.one_rank import GPU_BLOCK, rehearse
+from harness.rehearsal.representatives import roles
 from harness.rehearsal.shims import ONCE_A_RANK, Shim, shimmed
-from harness.rehearsal.values import UNKNOWN, Values
-from harness.settings import Settings, load
 
 TINY = ("hardware=cpu", "precision=bf16", "model.attention=sdpa", "model.config.num_hidden_layers=2")
 TRAIN = (
@@ -206,7 +206,7 @@ def test_parameters_are_placed_in_partitions_as_deepspeed_places_them(seed: int)
     theirs, ours = Partitions(sizes, paddings, count), Partitions(sizes, paddings, count)
     for part in range(count):
         place(theirs, 0, theirs.parameters, part)
-        slices.placed(place)(ours, 0, ours.parameters, part)
+        zero_shims.placed(place)(ours, 0, ours.parameters, part)
     for name in (
         "param_to_partition_ids",
         "total_grads_in_partition",
@@ -217,7 +217,7 @@ def test_parameters_are_placed_in_partitions_as_deepspeed_places_them(seed: int)
         assert getattr(ours, name) == getattr(theirs, name), name
     assert theirs.param_to_partition_ids[0]
     for part in range(count):
-        assert slices.first_index(first)(ours, 0, ours.parameters, part) == first(
+        assert zero_shims.first_index(first)(ours, 0, ours.parameters, part) == first(
             theirs, 0, theirs.parameters, part
         )
 
@@ -235,7 +235,7 @@ class Counted(Ledger):
 @pytest.fixture
 def operators(monkeypatch: pytest.MonkeyPatch) -> Callable[[Settings, int], int]:
     """A function of settings and a rank to the number of operators that its rehearsal dispatched."""
-    monkeypatch.setattr(role, "Ledger", Counted)
+    monkeypatch.setattr(one_rank, "Ledger", Counted)
     monkeypatch.setattr(Counted, "made", [])
 
     def count(asked: Settings, rank: int) -> int:
@@ -476,7 +476,7 @@ def test_a_rehearsal_leaves_a_record_of_what_it_measured_and_nulls(
 ) -> None:
     sizes = ("world.size=4", "generation.max_new_tokens=3", f"hydra.run.dir={tmp_path}/out")
     assert main([*REHEARSED, *words, *sizes]) == 0
-    left = record.read(tmp_path / "out")
+    left = record_file.read(tmp_path / "out")
     assert (left["status"], left["world"]["kind"], left["world"]["size"]) == ("complete", "rehearsed", 4)
     assert left["world"]["verified"] is None
     stood_for = [rank for each in left["ranks"] for rank in (*each["stands_for"], *each["bounds"])]
@@ -562,7 +562,7 @@ def test_a_rehearsal_for_a_gpu_is_unverified_and_in_its_allocators_blocks(
     gpu = ("hardware=h100-sxm", "world.size=8", "zero=3", f"hydra.run.dir={tmp_path}/out")
     assert main([*REHEARSED, *gpu]) == 0
     assert UNVERIFIED in capsys.readouterr().out
-    left = record.read(tmp_path / "out")
+    left = record_file.read(tmp_path / "out")
     assert (left["world"]["device"], left["world"]["device_name"]) == ("cuda", "h100-sxm")
     assert left["world"]["verified"] == UNVERIFIED == "not verified on this hardware"
     (books,) = left["ranks"]

@@ -2,11 +2,11 @@
 
 import pytest
 
-from harness import infer
-from harness.cache import KvBytes, of_groups, of_stages
-from harness.growth import every, turns
-from harness.infer import cut
-from harness.speed import Share, Timing, idleness, of_replicas
+from harness.generation import infer
+from harness.generation.cache_growth import every, turns
+from harness.generation.infer import cut
+from harness.generation.metrics import Share, Timing, idleness, of_replicas
+from harness.model.kv_cache import KvBytes, of_groups, of_stages
 
 
 @pytest.mark.parametrize("groups", range(1, 9))

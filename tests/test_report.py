@@ -12,9 +12,9 @@ import pyarrow.csv
 import pyarrow.parquet
 import pytest
 
-from harness import trace
 from harness.__main__ import main
-from harness.record import FILE, read, write
+from harness.record import trace
+from harness.record.record_file import FILE, read, write
 from harness.report import PAGE, points
 
 TINY = "model=tiny hardware=cpu world=rehearsed world.size=2 model.config.num_hidden_layers=2"

@@ -13,9 +13,9 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
-from harness import trace
 from harness.__main__ import main
-from harness.record import read, write
+from harness.record import trace
+from harness.record.record_file import read, write
 from harness.report import PAGE
 from tests.test_report import HOSTILE, INFER, TRAIN, changed, report
 

@@ -12,13 +12,14 @@ import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from harness import config, record
 from harness.__main__ import main
-from harness.knobs import Refusal, Settings
-from harness.resolve import resolve
-from harness.savings import settings_of
-from harness.schema import parse
-from harness.settings import load
+from harness.advice.savings import settings_of
+from harness.config import compose
+from harness.config.load import load
+from harness.config.settings import Refusal, Settings
+from harness.record import record_file
+from harness.record.schema import parse
+from harness.rehearsal.resolve import resolve
 
 SMALL: dict[str, Any] = {
     "vocab_size": 96,
@@ -42,7 +43,7 @@ WITHOUT_SDPA = set(KINDS) - {"llama", "gpt2", "qwen3_moe"}
 
 
 def asked(*words: str) -> Settings:
-    return load(config.compose(["hardware=cpu", "world=rehearsed", "world.size=1", *words]))
+    return load(compose.compose(["hardware=cpu", "world=rehearsed", "world.size=1", *words]))
 
 
 def of(directory: Path, *words: str) -> Settings:
@@ -181,7 +182,7 @@ def test_a_run_that_is_resumed_keeps_its_precision(tmp_path: Path) -> None:
     (tmp_path / "state/step-00000003").mkdir()
     (tmp_path / "state/step-00000003/manifest.json").write_text("{")  # torn
     words = ["mode=train", "hardware=cpu", f"train.resume={tmp_path}", "model.attention=sdpa"]
-    settings, reasons = resolve(load(config.compose(words)), "cpu")
+    settings, reasons = resolve(load(compose.compose(words)), "cpu")
     assert (settings.precision, reasons["precision"]) == ("fp32", "fp32: that of the run which is resumed")
 
 
@@ -203,7 +204,7 @@ def test_a_record_and_its_config_have_what_ran_and_the_reasons(
     ]
     assert main([*words, f"hydra.run.dir={tmp_path}/auto"]) == 0
     said = capsys.readouterr().out
-    found = record.read(tmp_path / "auto")
+    found = record_file.read(tmp_path / "auto")
     precision = found["config"]["precision"]
     assert found["model"]["dtype"] == {"bf16": "bfloat16", "fp32": "float32"}[precision]
     assert found["config"]["model"]["attention"] == "sdpa"
@@ -219,7 +220,7 @@ def test_a_record_and_its_config_have_what_ran_and_the_reasons(
     assert (again.precision, again.model.attention) == (precision, "sdpa")
     assert (read.resolved, read.value("model.attention")) == (found["resolved"], "sdpa")
     assert main([*words, f"precision={precision}", f"hydra.run.dir={tmp_path}/said"]) == 0
-    said_so = record.read(tmp_path / "said")
+    said_so = record_file.read(tmp_path / "said")
     assert said_so["resolved"].keys() == {"model.attention"}
     assert (said_so["config"], said_so["ranks"]) == (found["config"], found["ranks"])
     assert not capsys.readouterr().out.startswith("precision=")

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from harness.__main__ import main
-from harness.bounds import Bound, bounds
-from harness.config import compose
-from harness.roofline import line, sentence
-from harness.schema import Record, parse
-from harness.show import show
+from harness.analysis.roofline import line, sentence
+from harness.analysis.roofline_model import Bound, bounds
+from harness.analysis.summary import show
+from harness.config.compose import compose
+from harness.record.schema import Record, parse
 
 PARAMETERS, EMBEDDINGS, KV, ATTENTION = 5 * 10**9, 10**9, 10**6, 10**6
 WEIGHTS = 2 * (PARAMETERS - EMBEDDINGS)

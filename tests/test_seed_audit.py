@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from harness import record, weights
-from harness.config import compose
-from harness.model import model_config
-from harness.settings import load
+from harness.config.compose import compose
+from harness.config.load import load
+from harness.model import init_weights
+from harness.model.loader import model_config
+from harness.record import record_file
 from tests.benchmarks import seed_audit as audit
 
 PAGE = (Path(__file__).parents[1] / "profiles" / "seed-audit.md").read_text()
@@ -28,7 +29,7 @@ EXAMPLES = (
 
 same_versions = pytest.mark.skipif(
     not all(
-        f"{name} {record.environment()['packages'][name]}" in PAGE
+        f"{name} {record_file.environment()['packages'][name]}" in PAGE
         for name in ("torch", "transformers", "deepspeed")
     ),
     reason="the page was made with other versions",
@@ -48,7 +49,7 @@ def test_the_page_has_every_example() -> None:
 
 def test_the_real_model_has_the_parameters_and_the_shape_that_the_page_takes_it_to_have() -> None:
     config = model_config(load(compose(["mode=infer", "model=llama2-70b"])).model)
-    whole = weights.outline(config, config.dtype)
+    whole = init_weights.outline(config, config.dtype)
     assert sum(parameter.numel() for parameter in whole.parameters()) == audit.PARAMETERS
     assert (config.num_hidden_layers, config.hidden_size) == (audit.LAYERS, audit.HIDDEN)
     assert (config.num_attention_heads, config.num_key_value_heads) == (audit.ASSUMED, audit.REAL)

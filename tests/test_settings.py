@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from harness import config
-from harness.knobs import knobs
-from harness.rules import check_world
-from harness.settings import Refusal, Settings, Train, load
+from harness.config import compose
+from harness.config.load import Refusal, Settings, Train, load
+from harness.config.rules import check_world
+from harness.config.settings import knobs
 
-MODELS = config.groups()["model"]
+MODELS = compose.groups()["model"]
 
 
 def settings(*words: str) -> Settings:
-    return load(config.compose(words))
+    return load(compose.compose(words))
 
 
 def refusal(*words: str) -> str:
@@ -394,7 +394,7 @@ def test_a_model_page_has_as_many_parameters_as_it_says(name: str) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    page = (config.directory() / "model" / f"{name}.yaml").read_text()
+    page = (compose.directory() / "model" / f"{name}.yaml").read_text()
     said = re.search(r"([\d,]{7,}) parameters", page)
     assert said is not None
     assert OmegaConf.select(OmegaConf.create(page), "name") == name
@@ -426,11 +426,11 @@ def test_a_hardware_page_has_the_dense_rate(name: str, intensity: int) -> None:
     assert round(page.flops_bf16 / page.bandwidth) == intensity
 
 
-@pytest.mark.parametrize("group", list(config.groups()))
+@pytest.mark.parametrize("group", list(compose.groups()))
 def test_every_option_is_a_page_of_its_group(group: str) -> None:
     fields = {key.partition(".")[2] for key in knobs() if key.startswith(f"{group}.")}
-    for option in config.groups()[group]:
-        assert set(OmegaConf.load(config.directory() / group / f"{option}.yaml")) <= fields
+    for option in compose.groups()[group]:
+        assert set(OmegaConf.load(compose.directory() / group / f"{option}.yaml")) <= fields
 
 
 def test_a_config_written_by_hand_meets_the_same_rules() -> None:

@@ -8,11 +8,12 @@ import torch
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from harness import config, shape, weights
-from harness.knobs import Model, Refusal
-from harness.model import model_config
-from harness.rules import widths
-from harness.settings import load
+from harness.config import compose
+from harness.config.load import load
+from harness.config.rules import widths
+from harness.config.settings import Model, Refusal
+from harness.model import init_weights, shape
+from harness.model.loader import model_config
 
 MOE = "model.config.model_type=qwen3_moe"
 
@@ -27,8 +28,8 @@ def refusal(*words: str) -> str:
 
 
 def built(*words: str) -> Model:
-    asked = load(config.compose(words)).model
-    weights.outline(model_config(asked), torch.float32)
+    asked = load(compose.compose(words)).model
+    init_weights.outline(model_config(asked), torch.float32)
     return asked
 
 
@@ -129,9 +130,9 @@ def test_what_a_page_says_to_another_type_of_model_is_left_out_and_told() -> Non
     assert told.endswith("of model=tiny; left out")
 
 
-@pytest.mark.parametrize("name", config.groups()["model"])
+@pytest.mark.parametrize("name", compose.groups()["model"])
 def test_of_every_page_all_counts(name: str) -> None:
-    assert shape.left_out(load(config.compose([f"model={name}"])).model) is None
+    assert shape.left_out(load(compose.compose([f"model={name}"])).model) is None
 
 
 def test_no_type_of_causal_model_has_a_config_that_is_refused() -> None:
@@ -179,4 +180,4 @@ def test_a_config_that_begins_with_a_mark_is_refused_with_what_to_do(tmp_path: P
     file = tmp_path / "config.json"
     file.write_text(file.read_text(), encoding="utf-8-sig")
     with pytest.raises(Refusal, match=r"its config.json cannot be read: .*; save it as UTF-8 without a mark"):
-        load(config.compose([f"model.path={tmp_path}"]))
+        load(compose.compose([f"model.path={tmp_path}"]))

@@ -1,7 +1,7 @@
 """Rates, latencies and waste of a run come from what each batch took, and nothing is counted that was not timed."""
 
-from harness.cache import KvBytes
-from harness.speed import Share, Timing, largest, latency, performance, unasked
+from harness.generation.metrics import Share, Timing, largest, latency, performance, unasked
+from harness.model.kv_cache import KvBytes
 
 
 def test_rates_add_up_over_ranks_and_leave_out_batches_that_an_exact_ledger_slowed() -> None:

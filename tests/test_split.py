@@ -6,11 +6,11 @@ from random import Random
 
 import pytest
 
-from harness.config import compose
-from harness.model import model_config
+from harness.config.compose import compose
+from harness.config.load import Refusal, Settings, load
+from harness.model.loader import model_config
+from harness.model.partition import balanced, by_parameters, ranges, split_of, told, uniform
 from harness.rehearsal.balance import peak, resolved
-from harness.settings import Refusal, Settings, load
-from harness.split import balanced, by_parameters, ranges, split_of, told, uniform
 
 
 def every_split(layers: int, stages: int) -> list[list[int]]:

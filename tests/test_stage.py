@@ -10,11 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from harness import Ledger, model, proof, stage, weights
-from harness.cache import make
-from harness.knobs import Model, Refusal
-from harness.split import ranges
-from harness.stage import Stage, Uncuttable
+from harness import Ledger
+from harness.config.settings import Model, Refusal
+from harness.model import init_weights, loader, stage, stage_check
+from harness.model.kv_cache import make
+from harness.model.partition import ranges
+from harness.model.stage import Stage, Uncuttable
 
 CPU = torch.device("cpu")
 SIZES: dict[str, Any] = {
@@ -47,7 +48,7 @@ def settings_of(name: str) -> Model:
 
 
 def whole_of(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
-    return model.build(settings_of(name), config_of(name), dtype, CPU, seed).eval()
+    return loader.build(settings_of(name), config_of(name), dtype, CPU, seed).eval()
 
 
 def stages_of(name: str, split: list[int], dtype: torch.dtype = torch.float32) -> list[Stage]:
@@ -73,7 +74,7 @@ def test_the_weights_and_buffers_of_a_stage_are_those_of_the_whole(name: str, dt
 def test_every_weight_is_in_one_stage_and_a_tied_one_in_the_first_and_the_last(
     name: str, split: list[int]
 ) -> None:
-    whole = weights.outline(config_of(name), torch.float32)
+    whole = init_weights.outline(config_of(name), torch.float32)
     stages = stages_of(name, split)
     owned = [set(each.owned()) for each in stages]
     every = {key for key, _ in whole.named_parameters()}
@@ -123,23 +124,23 @@ def test_a_stage_keeps_its_layers_names_and_a_cache_of_its_own_layers() -> None:
 
 
 def test_layers_of_one_kind_are_known_as_such() -> None:
-    alike = stage.layer_kinds(weights.outline(config_of("llama"), torch.float32))
+    alike = stage.layer_kinds(init_weights.outline(config_of("llama"), torch.float32))
     assert len(set(alike)) == 1
     by_turns = stage.layer_kinds(
-        weights.outline(config_of("gemma2"), torch.float32)
+        init_weights.outline(config_of("gemma2"), torch.float32)
     )  # sliding and full attention
     assert by_turns[0] == by_turns[2] != by_turns[1] == by_turns[3]
 
 
 def test_a_model_without_a_list_of_layers_is_no_model_to_cut() -> None:
-    whole = weights.outline(config_of("llama"), torch.float32)
+    whole = init_weights.outline(config_of("llama"), torch.float32)
     whole.config.num_hidden_layers = 5
     with pytest.raises(Uncuttable, match="no one list of its 5 layers"):
         stage.layers_of(whole)
 
 
 def test_layers_that_share_parameters_are_not_cut() -> None:
-    whole = weights.outline(config_of("llama"), torch.float32)
+    whole = init_weights.outline(config_of("llama"), torch.float32)
     _, layers = stage.layers_of(whole)
     layers[1].input_layernorm = layers[0].input_layernorm
     with pytest.raises(Uncuttable, match="share parameters"):
@@ -157,7 +158,7 @@ def saved(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, PreTrai
 
 def read(directory: Path, split: list[int]) -> list[Stage]:
     asked = Model(name="saved", path=str(directory), attention="eager")
-    config = model.model_config(asked)
+    config = loader.model_config(asked)
     return [stage.build(asked, config, torch.float32, CPU, 0, each) for each in ranges(split)]
 
 
@@ -177,7 +178,7 @@ def test_a_checkpoints_file_is_no_memory_of_the_stage_that_reads_it(tmp_path: Pa
     file = (tmp_path / "whole/model.safetensors").stat().st_size
     asked = Model(name="saved", path=str(tmp_path / "whole"), attention="eager")
     with Ledger(device="cpu") as ledger:
-        part = stage.build(asked, model.model_config(asked), torch.float32, CPU, 0, range(1))
+        part = stage.build(asked, loader.model_config(asked), torch.float32, CPU, 0, range(1))
         ledger.own(model=part.model)
     held = sum(parameter.nbytes for parameter in part.parameters())
     assert ledger.allocator.unattributed == 0
@@ -198,4 +199,4 @@ def test_a_checkpoint_without_a_tensor_of_a_stage_is_refused(tmp_path: Path) -> 
 def test_proof_and_stages_agree_on_every_shape() -> None:
     for name in SHAPES:
         shape = json.dumps(config_of(name).to_dict(), sort_keys=True)
-        assert proof.difference(shape, "eager", "fp32", "dynamic", (1, 2, 1)) is None, name
+        assert stage_check.difference(shape, "eager", "fp32", "dynamic", (1, 2, 1)) is None, name

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from harness.__main__ import main
-from harness.config import compose
-from harness.rehearsal.role import rehearse
-from harness.settings import load
+from harness.config.compose import compose
+from harness.config.load import load
+from harness.rehearsal.one_rank import rehearse
 
 NARROW = (
     *("hardware=cpu", "precision=bf16", "model.attention=sdpa"),

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, ByT5Tokenizer, GenerationConfig
 
-from harness import model
-from harness.generation_config import fields_of, strategy_of
-from harness.generation_fields import BOOKKEEPING, KNOWN, REFUSED
-from harness.knobs import Model
-from harness.rules.sources import generation_fields
-from harness.settings import Generation, Refusal, Settings
-from harness.strategy import Strategy, merged
+from harness.config.generation_fields import BOOKKEEPING, KNOWN, REFUSED
+from harness.config.load import Generation, Refusal, Settings
+from harness.config.rules.sources import generation_fields
+from harness.config.settings import Model
+from harness.config.strategy import Strategy, merged
+from harness.generation.generation_config import fields_of, strategy_of
+from harness.model import loader
 
 PATH = ("model.path", "DIR")
 SHAPE: dict[str, Any] = {
@@ -242,7 +242,7 @@ def checkpoint(tmp_path: Path) -> Path:
 def read(place: Path | None, random: bool = False, **asked: Any) -> Strategy:
     shape = Model(name="test", config=SHAPE) if place is None else Model(path=str(place), random=random)
     settings = Settings(mode="infer", model=shape, generation=Generation(**asked))
-    return strategy_of(settings, model.model_config(shape))
+    return strategy_of(settings, loader.model_config(shape))
 
 
 def test_an_old_checkpoint_has_its_fields_in_the_model_s_config(checkpoint: Path) -> None:
@@ -318,13 +318,13 @@ def test_a_torn_file_is_refused(checkpoint: Path, text: str) -> None:
 
 
 def test_a_trained_model_takes_the_fields_along_even_those_that_are_refused(tmp_path: Path) -> None:
-    built = AutoModelForCausalLM.from_config(model.model_config(Model(name="test", config=SHAPE)))
+    built = AutoModelForCausalLM.from_config(loader.model_config(Model(name="test", config=SHAPE)))
     built.save_pretrained(tmp_path / "first")
     end = ByT5Tokenizer().eos_token_id
     fields = {"num_return_sequences": 3, "temperature": 0.6, "own_setting": [1], "eos_token_id": [end, 6]}
     (tmp_path / "first" / "generation_config.json").write_text(json.dumps(fields))
     asked = Model(path=str(tmp_path / "first"), attention="sdpa")
-    config = model.model_config(asked)
-    loaded = model.build(asked, config, built.dtype, built.device, 0)
-    model.export(loaded, None, ByT5Tokenizer(), fields_of(asked, config), tmp_path / "second")
+    config = loader.model_config(asked)
+    loaded = loader.build(asked, config, built.dtype, built.device, 0)
+    loader.export(loaded, None, ByT5Tokenizer(), fields_of(asked, config), tmp_path / "second")
     assert json.loads((tmp_path / "second" / "generation_config.json").read_text()) == fields

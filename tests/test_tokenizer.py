@@ -19,9 +19,9 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
-from harness.knobs import Model, Refusal
-from harness.prompts import encode, text_of
-from harness.tokenizer import SAMPLE, of_bytes, opened, opens_otherwise, tokenizer_of
+from harness.config.settings import Model, Refusal
+from harness.data.prompts import encode, text_of
+from harness.model.tokenizer import SAMPLE, of_bytes, opened, opens_otherwise, tokenizer_of
 
 TEXTS = ("abc", "Hello  world\n\tif x:\n    y = 1234567", "źółw 🐢", "  lead", "a\u2028b\x00c\r\n", SAMPLE)
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 384}

@@ -7,9 +7,10 @@ import pyarrow.compute as pc
 import pytest
 import torch
 
-from harness import Ledger, trace
+from harness import Ledger
 from harness.__main__ import main
-from harness.record import read
+from harness.record import trace
+from harness.record.record_file import read
 from harness.report import points
 
 WORDS = (

@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from harness import model, stage, weights
-from harness.knobs import Model, Refusal
-from harness.split import ranges
-from harness.stage import Stage
+from harness.config.settings import Model, Refusal
+from harness.model import init_weights, loader, stage
+from harness.model.partition import ranges
+from harness.model.stage import Stage
 
 CPU = torch.device("cpu")
 SIZES: dict[str, Any] = {
@@ -52,7 +52,7 @@ def config_of(kind: str, **more: Any) -> PretrainedConfig:
 
 
 def made(kind: str, seed: int = 0, **more: Any) -> PreTrainedModel:
-    return model.build(settings_of(kind, **more), config_of(kind, **more), torch.float32, CPU, seed)
+    return loader.build(settings_of(kind, **more), config_of(kind, **more), torch.float32, CPU, seed)
 
 
 def tensors(built: torch.nn.Module) -> dict[str, Tensor]:
@@ -73,10 +73,10 @@ def save(kind: str, directory: Path, **more: Any) -> PreTrainedModel:
 def read(directory: Path, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, list[Stage]]:
     """It as a whole, and in a stage for each layer."""
     asked = Model(name="saved", path=str(directory), attention="eager")
-    whole = model.build(asked, model.model_config(asked), dtype, CPU, 0)
+    whole = loader.build(asked, loader.model_config(asked), dtype, CPU, 0)
     layers = whole.config.num_hidden_layers
     return whole, [
-        stage.build(asked, model.model_config(asked), dtype, CPU, 0, each) for each in ranges([1] * layers)
+        stage.build(asked, loader.model_config(asked), dtype, CPU, 0, each) for each in ranges([1] * layers)
     ]
 
 
@@ -134,16 +134,16 @@ APERTUS = Model(name="apertus", config={"model_type": "apertus", **WIDER}, atten
 
 
 def test_a_model_that_transformers_gives_no_first_values_is_refused() -> None:
-    config = model.model_config(APERTUS)
+    config = loader.model_config(APERTUS)
     told = r"model=apertus: transformers has no first value for its .*act_fn\.alpha_n"
     with pytest.raises(Refusal, match=told):
-        model.build(APERTUS, config, torch.float32, CPU, 0)
+        loader.build(APERTUS, config, torch.float32, CPU, 0)
     with pytest.raises(Refusal, match=told):
         stage.build(APERTUS, config, torch.float32, CPU, 0, range(1, 2))
 
 
 def test_its_checkpoint_has_them_all_and_is_read(tmp_path: Path) -> None:
-    built = AutoModelForCausalLM.from_config(model.model_config(APERTUS))
+    built = AutoModelForCausalLM.from_config(loader.model_config(APERTUS))
     built.save_pretrained(tmp_path)
     whole, stages = read(tmp_path)
     assert_same(stages, whole)
@@ -162,7 +162,7 @@ def test_a_checkpoint_comes_into_stages_in_transformers_values_and_types(
 
 @pytest.mark.parametrize("kind", ["llama", "glm4_moe", "bloom"])
 def test_what_is_asked_of_each_stage_for_a_checkpoint_is_what_it_has(kind: str) -> None:
-    whole = weights.outline(config_of(kind), torch.float32, "eager")
+    whole = init_weights.outline(config_of(kind), torch.float32, "eager")
     asked = stage.parts(whole, [1, 2], buffers=True)
     stages = [
         stage.build(settings_of(kind), config_of(kind), torch.float32, CPU, 0, each)
@@ -210,8 +210,8 @@ def test_tensors_that_transformers_passes_over_do_not_have_the_whole_read(
     old = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.ones(4) for layer in range(3)}
     change(tmp_path, lambda found: found.update(old))
     asked = Model(name="saved", path=str(tmp_path), attention="eager")
-    monkeypatch.delattr(model, "build")
-    stage.build(asked, model.model_config(asked), torch.float32, CPU, 0, range(1))
+    monkeypatch.delattr(loader, "build")
+    stage.build(asked, loader.model_config(asked), torch.float32, CPU, 0, range(1))
 
 
 @pytest.mark.parametrize(
@@ -236,8 +236,8 @@ def test_what_is_refused_as_a_whole_is_refused_in_the_stage_that_has_it(
     broken = shutil.copytree(tmp_path / "whole", tmp_path / "broken")
     change(broken, by)
     asked = Model(name="saved", path=str(broken), attention="eager")
-    config = model.model_config(asked)
+    config = loader.model_config(asked)
     with pytest.raises(Refusal, match=told):
-        model.build(asked, config, torch.float32, CPU, 0)
+        loader.build(asked, config, torch.float32, CPU, 0)
     with pytest.raises(Refusal, match=told):
         stage.build(asked, config, torch.float32, CPU, 0, range(2, 3))

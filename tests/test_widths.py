@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from harness import weights, widths
-from harness.knobs import Model, Refusal, Settings
-from harness.misfit import misfits
+from harness.config.settings import Model, Refusal, Settings
+from harness.model import init_weights, widths
+from harness.model.misfit import misfits
 
 BASE: dict[str, Any] = {
     "vocab_size": 96,
@@ -27,7 +27,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def outline(kind: str, dtype: torch.dtype, **more: int) -> Any:
-    return weights.outline(AutoConfig.for_model(kind, **{**BASE, **SHAPES[kind], **more}), dtype)
+    return init_weights.outline(AutoConfig.for_model(kind, **{**BASE, **SHAPES[kind], **more}), dtype)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_what_is_not_refused_runs_and_what_is_does_not(kind: str, dtype: torch.d
         fits = True
     except Refusal:
         fits = False
-    weights.make(model, list(weights.modules(model)), model, torch.device("cpu"), seed=0)
+    init_weights.make(model, list(init_weights.modules(model)), model, torch.device("cpu"), seed=0)
     try:
         model(input_ids=torch.ones(1, 8, dtype=torch.int64)).logits.sum().backward()
         runs = True

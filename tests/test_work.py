@@ -7,12 +7,12 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from harness.batch import Requests
-from harness.cache import attention_flops_per_position
-from harness.decode import generate
+from harness.generation.batch import Requests
+from harness.generation.decode import generate
+from harness.generation.extrapolation import Alike, missing
 from harness.ledger import Ledger, Work
-from harness.ledger.operators import _multiplies
-from harness.skipped import Alike, missing
+from harness.ledger.op_cost import _multiplies
+from harness.model.kv_cache import attention_flops_per_position
 
 F32, I64 = 4, 8
 LAYERS, HEADS, KV_HEADS, WIDTH, HIDDEN, WORDS = 2, 4, 2, 16, 64, 128

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from transformers import ByT5Tokenizer
 
-from harness.prompts import find
-from harness.settings import Generation, Refusal, Settings
-from harness.workload import drawn, lengths, read
+from harness.config.load import Generation, Refusal, Settings
+from harness.data.prompts import find
+from harness.data.workload import drawn, lengths, read
 
 BYTES = ByT5Tokenizer()
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from harness.knobs import Refusal
-from harness.world import connected
+from harness.config.settings import Refusal
+from harness.runtime.world import connected
 
 
 def test_a_world_of_one_opens_no_port_and_leaves_nothing() -> None:

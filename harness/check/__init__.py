@@ -10,16 +10,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from harness import config, record
+from harness.analysis.args import Parser
 from harness.check import announce, baseline
 from harness.check.tolerance import tolerances
 from harness.check.verdict import Verdict, judge
-from harness.knobs import Refusal
-from harness.pace import Pace, aside
-from harness.rules import check_world
-from harness.schema import parse, printable
-from harness.settings import load
-from harness.tool import Parser
+from harness.config import compose
+from harness.config.load import load
+from harness.config.rules import check_world
+from harness.config.settings import Refusal
+from harness.record import record_file
+from harness.record.schema import parse, printable
+from harness.runtime.progress import Pace, aside
 
 SAID = "--tolerance "
 EMPTY = "it has no baseline; RUN --baseline FILE --update makes one"
@@ -86,7 +87,7 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 def _of_run(asked: Namespace, files: Sequence[Path], given: Mapping[str, str]) -> Iterator[Verdict]:
-    yield _settled(files[0], record.read(asked.run), str(asked.run), asked.update, given)
+    yield _settled(files[0], record_file.read(asked.run), str(asked.run), asked.update, given)
 
 
 def _settled(
@@ -147,7 +148,7 @@ def _rehearse(words: Sequence[str], size: int, parallel: bool = True) -> tuple[d
     """The record of a rehearsal of `words` on `size` ranks, or why there is none; and the seconds that took."""
     began = time.monotonic()
     try:
-        settings = load(config.compose([*words, "world=rehearsed", f"world.size={size}"]))
+        settings = load(compose.compose([*words, "world=rehearsed", f"world.size={size}"]))
         check_world(settings, size)
         from harness.run import rehearsed  # torch comes in here
 
@@ -176,6 +177,6 @@ def _report(asked: Namespace, verdicts: Sequence[Verdict]) -> None:
     if asked.junit:
         try:
             asked.junit.parent.mkdir(parents=True, exist_ok=True)
-            record.put(asked.junit, announce.junit(verdicts))
+            record_file.put(asked.junit, announce.junit(verdicts))
         except OSError as error:
             raise ValueError(f"--junit {asked.junit}: it cannot be written: {error.strerror}") from None

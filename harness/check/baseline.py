@@ -14,9 +14,9 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from harness import record, schema
 from harness.check.tolerance import tolerances
-from harness.schema import Bytes, Number, Record, Text, validated
+from harness.record import record_file, schema
+from harness.record.schema import Bytes, Number, Record, Text, validated
 
 SCHEMA = "harness.baseline/1"
 PACKAGES = ("torch", "transformers", "deepspeed", "accelerate")
@@ -245,7 +245,7 @@ def _holdings(holdings: Sequence[schema.Holding]) -> Iterator[Holding]:
 
 def read(file: Path) -> Baseline:
     """The baseline in `file`. Raises ValueError with a sentence where there is none to read."""
-    tree = record.tree(file, SCHEMA, f"{file}: there is no baseline; --update makes one from a run")
+    tree = record_file.tree(file, SCHEMA, f"{file}: there is no baseline; --update makes one from a run")
     del tree["schema"]
     baseline = validated(Baseline, tree, str(file), "baseline")
     tolerances(baseline.tolerance, f"{file}: tolerance.")
@@ -256,7 +256,7 @@ def write(file: Path, baseline: Baseline) -> None:
     """Make `file` hold `baseline`, whole or not at all. Raises ValueError with a sentence where it cannot."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        record.put(file, text(baseline))
+        record_file.put(file, text(baseline))
     except OSError as error:
         raise ValueError(f"{file}: it cannot be written: {error.strerror}") from None
 

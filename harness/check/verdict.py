@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
 
-from harness import config
 from harness.check.baseline import Baseline, Books, told_ranks
 from harness.check.tolerance import NONE, Tolerance
-from harness.knobs import RESOLVED, as_typed
-from harness.schema import printable
+from harness.config import compose
+from harness.config.settings import RESOLVED, as_typed
+from harness.record.schema import printable
 from harness.tables import difference, size
 
 GROWN = 3
@@ -257,8 +257,8 @@ def config_changes(words: Sequence[str], tree: Mapping[str, Any]) -> Iterator[st
 
     Raises Refusal for bad words.
     """
-    composed: Any = OmegaConf.to_container(config.compose(words), resolve=True)
-    theirs, ours = dict(config.flat(composed)), dict(config.flat(tree))
+    composed: Any = OmegaConf.to_container(compose.compose(words), resolve=True)
+    theirs, ours = dict(compose.flat(composed)), dict(compose.flat(tree))
     left_open = [key for key in RESOLVED if theirs.get(key) == "auto"]
     for key in sorted((theirs.keys() | ours.keys()).difference(left_open)) if ours else ():
         if not key.startswith(("world.", "hydra.")) and theirs.get(key) != ours.get(key):

@@ -13,11 +13,11 @@ from harness.ledger.categories import CATEGORIES
 
 if TYPE_CHECKING:
     from harness.ledger.allocator import CpuAllocator
-    from harness.ledger.books import Books
     from harness.ledger.events import Where
-    from harness.ledger.forwards import Forwards
+    from harness.ledger.in_flight import Forwards
     from harness.ledger.ledger import Ledger
-    from harness.ledger.timeline import Category, Peak, Phase
+    from harness.ledger.reconcile import Books
+    from harness.ledger.replay import Category, Peak, Phase
     from harness.ledger.unseen import Gap, NotSeen
     from harness.ledger.work import Work
 

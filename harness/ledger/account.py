@@ -3,11 +3,11 @@
 from typing import NamedTuple
 
 from harness.ledger.allocator import CpuAllocator, CudaAllocator
-from harness.ledger.books import Books, at_allocator_peak, told
 from harness.ledger.events import Event
-from harness.ledger.forwards import Forwards, in_flight
+from harness.ledger.in_flight import Forwards, in_flight
 from harness.ledger.log import Log
-from harness.ledger.timeline import Category, Peak, Phase, from_the_start, replay
+from harness.ledger.reconcile import Books, at_allocator_peak, told
+from harness.ledger.replay import Category, Peak, Phase, from_the_start, replay
 
 
 class Account(NamedTuple):

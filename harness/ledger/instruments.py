@@ -6,7 +6,12 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from harness.ledger.elsewhere import watching_threads
 from harness.ledger.log import Log
 from harness.ledger.modules import Modules
-from harness.ledger.observers import leaving_out_shapes, watching_checkpoints, watching_sizes, watching_steps
+from harness.ledger.observers import (
+    leaving_out_shapes,
+    watching_checkpoints,
+    watching_sizes,
+    watching_steps,
+)
 from harness.ledger.phases import Phases
 from harness.ledger.roster import Roster
 from harness.ledger.saving import Saving

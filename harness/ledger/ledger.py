@@ -9,19 +9,19 @@ import torch
 
 from harness.ledger.account import Account, closed, nothing, so_far
 from harness.ledger.allocator import PROFILED, CpuAllocator, CudaAllocator
-from harness.ledger.books import Books
 from harness.ledger.categories import CATEGORIES
-from harness.ledger.clock import Times
 from harness.ledger.collectives import settle
 from harness.ledger.compiled import Compiled
 from harness.ledger.events import Event, Where
-from harness.ledger.forwards import Forwards, most_saved
+from harness.ledger.in_flight import Forwards, most_saved
 from harness.ledger.instruments import Instruments
 from harness.ledger.log import Log
 from harness.ledger.modules import Modules
 from harness.ledger.phases import Phases
+from harness.ledger.reconcile import Books
+from harness.ledger.replay import Category, Peak, Phase
 from harness.ledger.roster import Roster
-from harness.ledger.timeline import Category, Peak, Phase
+from harness.ledger.timer import Times
 from harness.ledger.unseen import Gap, Unseen
 from harness.ledger.work import Work
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from harness.ledger.operators import UNKNOWN, Rule, rule_of, views
+from harness.ledger.op_cost import UNKNOWN, Rule, rule_of, views
 from harness.ledger.tensors import parts_of, storage_of
 
 if TYPE_CHECKING:

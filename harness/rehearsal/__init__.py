@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from harness.knobs import Settings
+from harness.config.settings import Settings
 
 UNVERIFIED = "not verified on this hardware"
 """What a rehearsal for a GPU is until it has been held against a run on one."""

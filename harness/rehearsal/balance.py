@@ -3,13 +3,13 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from harness.model import model_config
+from harness.config.load import Settings
+from harness.config.rules import check_split
+from harness.model.loader import model_config
+from harness.model.partition import balanced, ranges, uniform
 from harness.rehearsal import decisive
-from harness.rehearsal.role import rehearse
-from harness.rehearsal.roles import roles
-from harness.rules import check_split
-from harness.settings import Settings
-from harness.split import balanced, ranges, uniform
+from harness.rehearsal.one_rank import rehearse
+from harness.rehearsal.representatives import roles
 
 ROUNDS = 6
 """Splits that are tried after the uniform one; the second is mostly the last that is better."""

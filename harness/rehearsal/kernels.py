@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from harness import weights
-from harness.knobs import Settings
-from harness.model import model_config, quiet
+from harness.config.settings import Settings
+from harness.model import init_weights
+from harness.model.loader import model_config, quiet
 
 PACKAGES = {
     **dict.fromkeys(("causal_conv1d_fn", "causal_conv1d_update"), "causal_conv1d"),
@@ -33,7 +33,7 @@ DISTRIBUTIONS = {"fla": "flash-linear-attention"}
 def told(settings: Settings) -> str | None:
     """The functions of `settings`' model that are reference code here and kernels on a GPU, in a sentence."""
     with quiet():
-        model = weights.outline(model_config(settings.model), torch.bfloat16, settings.model.attention)
+        model = init_weights.outline(model_config(settings.model), torch.bfloat16, settings.model.attention)
     classes = {base for module in model.modules() for base in type(module).__mro__}
     own = [each for each in classes if each.__module__.startswith("transformers.models.")]
     found = {name: package for each in own for name, package in _kernels(each)}

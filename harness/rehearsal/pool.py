@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from harness.pace import Pace, aside
-from harness.settings import Settings
+from harness.config.load import Settings
+from harness.runtime.progress import Pace, aside
 
 if TYPE_CHECKING:
-    from harness.rehearsal.roles import Role
+    from harness.rehearsal.representatives import Role
 
 MOST = 4
 """Roles of a stage that are rehearsed to find the worst of a config among many. Offloaded ZeRO-1 and 2 have more."""
@@ -88,7 +88,7 @@ def decided(pool: ProcessPoolExecutor, settings: Settings) -> tuple[Settings, di
 
 
 def _decided(settings: Settings) -> tuple[Settings, dict[str, str]]:
-    from harness.resolve import resolve
+    from harness.rehearsal.resolve import resolve
 
     resolved = resolve(settings)
     return resolved.settings, dict(resolved.reasons)
@@ -112,8 +112,8 @@ def worst(settings: Settings) -> Worst:
 def candidates(settings: Settings) -> Candidates:
     """The ranks to rehearse for `worst`."""
     from harness.rehearsal.balance import resolved
-    from harness.rehearsal.roles import roles
-    from harness.resolve import resolve
+    from harness.rehearsal.representatives import roles
+    from harness.rehearsal.resolve import resolve
 
     try:
         settings = resolved(resolve(settings).settings)
@@ -126,7 +126,7 @@ def candidates(settings: Settings) -> Candidates:
 
 def _peak(settings: Settings, rank: int) -> dict[str, Any] | str:
     """A rank's peak, as its record has it; or why there is none."""
-    from harness.rehearsal.role import rehearse
+    from harness.rehearsal.one_rank import rehearse
 
     try:
         peak: dict[str, Any] = rehearse(settings, rank)[0]["peak"]

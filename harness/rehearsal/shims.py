@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch._guards import detect_fake_mode
 
-from harness.rehearsal import slices
-from harness.rehearsal.slices import Original
+from harness.rehearsal import zero_shims
+from harness.rehearsal.zero_shims import Original
 
 
 class Shim(NamedTuple):
@@ -322,20 +322,20 @@ SHIMS = (
         supported,
     ),
     Shim(f"{ZERO3}.utils", "get_lst_from_rank0", ALONE, same_list),
-    Shim(f"{ZERO3}.stage3", "reduce_scatter_coalesced", ONCE_A_RANK, slices.reduce_scattered),
-    Shim(f"{ZERO3}.partition_parameters.AllGatherCoalescedHandle", "wait", ONCE_A_RANK, slices.gathered),
-    Shim(ZERO12, "average_tensor", ONCE_A_RANK, slices.averaged),
-    Shim(ZERO12, "allreduce_and_copy_with_multiple_ranks", ONCE_A_RANK, slices.sent),
-    Shim(ZERO12, "initialize_gradient_partitioning_data_structures", ONCE_A_RANK, slices.booked),
-    Shim(ZERO12, "initialize_gradient_partition", ONCE_A_RANK, slices.placed),
-    Shim(ZERO12, "get_first_param_index", ONCE_A_RANK, slices.first_index),
+    Shim(f"{ZERO3}.stage3", "reduce_scatter_coalesced", ONCE_A_RANK, zero_shims.reduce_scattered),
+    Shim(f"{ZERO3}.partition_parameters.AllGatherCoalescedHandle", "wait", ONCE_A_RANK, zero_shims.gathered),
+    Shim(ZERO12, "average_tensor", ONCE_A_RANK, zero_shims.averaged),
+    Shim(ZERO12, "allreduce_and_copy_with_multiple_ranks", ONCE_A_RANK, zero_shims.sent),
+    Shim(ZERO12, "initialize_gradient_partitioning_data_structures", ONCE_A_RANK, zero_shims.booked),
+    Shim(ZERO12, "initialize_gradient_partition", ONCE_A_RANK, zero_shims.placed),
+    Shim(ZERO12, "get_first_param_index", ONCE_A_RANK, zero_shims.first_index),
     Shim(
         "deepspeed.runtime.pipe.engine.PipelineEngine",
         "_recv_tensor_meta",
         "there is no stage before it that would say what it sends",
         received,
     ),
-    Shim("torch.Tensor", "narrow", ONCE_A_RANK, slices.narrow),
+    Shim("torch.Tensor", "narrow", ONCE_A_RANK, zero_shims.narrow),
 )
 
 

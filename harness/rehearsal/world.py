@@ -10,10 +10,10 @@ import torch.distributed as dist
 from accelerate.state import PartialState
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from harness.rehearsal.fakes import Fakes
+from harness.rehearsal.fake_mode import Fakes
+from harness.rehearsal.known_values import Values
 from harness.rehearsal.shims import GPU, shimmed
-from harness.rehearsal.values import Values
-from harness.world import World, group_of, variables
+from harness.runtime.world import World, group_of, variables
 
 
 @contextmanager

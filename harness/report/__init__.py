@@ -4,9 +4,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from harness.record import put
-from harness.schema import printable
-from harness.tool import Parser
+from harness.analysis.args import Parser
+from harness.record.record_file import put
+from harness.record.schema import printable
 
 PAGE = "index.html"
 

@@ -7,16 +7,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from harness import trace
-from harness.bounds import bounds
-from harness.compare import Run, names_of
-from harness.config import flat
-from harness.explain import explain
-from harness.record import read
+from harness.advice.explain import explain
+from harness.analysis.compare import Run, names_of
+from harness.analysis.roofline import machine, sentence
+from harness.analysis.roofline_model import bounds
+from harness.analysis.summary import title
+from harness.config.compose import flat
+from harness.record import trace
+from harness.record.record_file import read
+from harness.record.schema import Rank, Record, parse, printable
 from harness.report import points
-from harness.roofline import machine, sentence
-from harness.schema import Rank, Record, parse, printable
-from harness.show import title
 from harness.tables import size
 
 

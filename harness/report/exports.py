@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from harness.ledger.categories import CATEGORIES
-from harness.record import put
+from harness.record.record_file import put
 from harness.tables import escaped
 
 if TYPE_CHECKING:
@@ -149,9 +149,9 @@ def events(runs: Sequence["Told"]) -> "pa.Table":
 
 def markdown(runs: Sequence["Told"], directory: Path) -> list[Path]:
     """What the page says, as text: what stands out in each run, and the comparison."""
-    from harness.compare import compare
-    from harness.explain import explain
-    from harness.schema import printable
+    from harness.advice.explain import explain
+    from harness.analysis.compare import compare
+    from harness.record.schema import printable
 
     lines = ["# Memory report", ""]
     for run in runs:

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.compare import compare
+from harness.analysis.compare import compare
+from harness.analysis.summary import show
 from harness.report import content, points
 from harness.report.content import Told
-from harness.show import show
 from harness.tables import size
 
 HERE = Path(__file__).parent

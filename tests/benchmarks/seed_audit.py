@@ -13,13 +13,13 @@ from functools import cache
 from textwrap import fill
 from typing import Any, NamedTuple
 
-from harness import record
-from harness.batching import crossing
-from harness.config import compose
-from harness.rehearsal import role
-from harness.rehearsal.run import rehearse
-from harness.settings import load
-from harness.workload import lengths
+from harness.analysis.sweep_batch import crossing
+from harness.config.compose import compose
+from harness.config.load import load
+from harness.data.workload import lengths
+from harness.record import record_file
+from harness.rehearsal import one_rank
+from harness.rehearsal.all_ranks import rehearse
 
 GIB, LAYERS, HIDDEN, TOKENS = 2**30, 80, 8192, 4096
 PARAMETERS = 68_976_648_192
@@ -126,7 +126,7 @@ def kept(stages: int, layers: int) -> int:
         ),
         *(*AROUND, f"world.size={stages}", "ledger.steps=1"),
     )
-    return int(role.rehearse(load(compose(words)), 0)[0]["forwards"]["bytes"])
+    return int(one_rank.rehearse(load(compose(words)), 0)[0]["forwards"]["bytes"])
 
 
 def hardware(name: str) -> Any:
@@ -468,7 +468,7 @@ assumes, in which each of 64 heads has keys and values of its own, and for the r
 
 def page() -> str:
     """All of it."""
-    packages = record.environment()["packages"]
+    packages = record_file.environment()["packages"]
     names = ("torch", "transformers", "deepspeed")
     head = PAGE.format(python=platform.python_version(), **{name: packages[name] for name in names})
     return "\n".join([head, *(told(example(), number) for number, example in enumerate(EXAMPLES, 1))])

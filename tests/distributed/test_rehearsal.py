@@ -19,12 +19,12 @@ from typing import Any
 
 import pytest
 
-from harness.config import compose
-from harness.rehearsal.role import rehearse
-from harness.rehearsal.roles import Role, roles
-from harness.rehearsal.run import rehearse as rehearse_all
-from harness.resolve import resolve
-from harness.settings import Settings, load
+from harness.config.compose import compose
+from harness.config.load import Settings, load
+from harness.rehearsal.all_ranks import rehearse as rehearse_all
+from harness.rehearsal.one_rank import rehearse
+from harness.rehearsal.representatives import Role, roles
+from harness.rehearsal.resolve import resolve
 from tests.distributed.conftest import PRECISION, Launch, complete
 
 Words = tuple[str, ...]

@@ -1,0 +1,302 @@
+"""Runs side by side: what held the memory at each run's peak, category by category. It reads records, and no torch."""
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from textwrap import fill
+from typing import Any, NamedTuple
+
+from harness.analysis.args import Parser
+from harness.analysis.findings_pipeline import grew
+from harness.ledger.categories import CATEGORIES
+from harness.record.record_file import FILE, read
+from harness.record.schema import UNHEARD, Failure, Record, parse, printable
+from harness.tables import AT_LEAST, Table, difference, escaped, factor, size, tail
+
+WIDTH = 100
+NAME = 24
+"""The longest name in a heading, so that two runs fit in `WIDTH`."""
+
+
+class Run(NamedTuple):
+    """A record, and where it lies."""
+
+    path: Path
+    record: Record
+
+
+@dataclass(frozen=True)
+class Row:
+    """A figure of every run in bytes, each with a word before it; None for a word: there is nothing to be said."""
+
+    name: str
+    figures: Sequence[int | None]
+    words: Sequence[str | None]
+
+    @classmethod
+    def of(cls, name: str, figures: Sequence[int | None]) -> "Row":
+        """A row without words."""
+        return cls(name, figures, [""] * len(figures))
+
+    def cells(self, exact: bool) -> list[str]:
+        """The figures as text."""
+        told = zip(self.words, self.figures, strict=True)
+        return ["" if word is None else f"{word}{size(figure, exact)}" for word, figure in told]
+
+    def apart(self, index: int, exact: bool) -> tuple[str, str]:
+        """How far run `index` is from the first, and the factor; "-" where their figures are not of a kind."""
+        pair = self.figures[0], self.figures[index]
+        if None in (self.words[0], self.words[index]):
+            return "", ""
+        if (self.words[0] == AT_LEAST) != (self.words[index] == AT_LEAST):
+            pair = None, None
+        return difference(*pair, exact), factor(*pair)
+
+
+def main(argv: Sequence[str]) -> int:
+    """`harness compare RUN RUN [...]`; the exit code."""
+    try:
+        asked = _parser().parse_args(argv)
+        if len(asked.run) < 2:
+            raise ValueError("compare: there is nothing to compare with; name two runs or more")
+        runs = [Run(path, parse(read(path), str(path))) for path in asked.run]
+    except ValueError as error:
+        print(f"harness: {printable(str(error))}", file=sys.stderr)
+        return 2
+    if asked.json:
+        print(json.dumps(as_json(runs), indent=1))
+    else:
+        print(compare(runs, markdown=asked.markdown, exact=asked.bytes))
+    return 0
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        "compare",
+        description="Hold runs, of one mode or of both, side by side: what held the memory at the peak of each.",
+        epilog="A failed run is compared as far as it came. Exit code 2: a run has no record that can be read.",
+    )
+    parser.takes_runs("*")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="exact bytes as JSON; null: not measured")
+    form.add_argument("--markdown", action="store_true", help="a Markdown table, for a page or an issue")
+    parser.add_argument("--bytes", action="store_true", help="exact bytes in the table")
+    return parser
+
+
+def compare(runs: Sequence[Run], markdown: bool = False, exact: bool = False) -> str:
+    """The runs as one table, each held against the first; then, in words, what changed the most."""
+    names, records = names_of(runs), [run.record for run in runs]
+    pair, at_peak = len(runs) == 2, [*_at_peak(records)]
+    sections = {
+        "at the peak of the worst rank": at_peak,
+        "each category's own peak, whenever that was": [*_own_peaks(records)],
+        _lined_up(records): [*(_stages(records) if _cut(records) else _ranks(records))],
+    }
+    table = Table(*map(_heading, records, names), *([["difference"], ["factor"]] if pair else []))
+    for title, rows in sections.items():
+        if rows:
+            table.section(title)
+        for row in rows:
+            if row.name == "total":
+                table.rule()
+            table.row(f"  {row.name}", *row.cells(exact), *(row.apart(1, exact) if pair else ()))
+    if not pair:
+        table.section(f"at the peak of the worst rank, against {names[0]}")
+        for row in at_peak:
+            others = (row.apart(index, exact) for index in range(1, len(runs)))
+            table.row(f"  {row.name}", "", *("  ".join(filter(None, cells)) for cells in others))
+    notes = [*_folded(records), *table.legend(), *_failures(records, names), *_changed(records, names, exact)]
+    if markdown:
+        return "\n\n".join([table.markdown(), *map(escaped, notes)])
+    return "\n".join([table.text(), "", *(fill(note, WIDTH) for note in notes)])
+
+
+def names_of(runs: Sequence[Run]) -> list[str]:
+    """What tells the runs apart in a sentence: what ran, else the directory's name, else its whole path."""
+    places = [run.path.parent if run.path.name == FILE else run.path for run in runs]
+    titles = [run.record.title for run in runs]
+    for names in (titles, [printable(Path(os.path.abspath(place)).name) for place in places]):
+        if len(set(names)) == len(runs):
+            return names
+    return [printable(str(place)) for place in places]
+
+
+def _heading(record: Record, name: str) -> list[str]:
+    world, model = record.world, record.model
+    mode = f"{record.mode}, rehearsed" if world.rehearsed else record.mode
+    ran = [mode, model.short, f"{world.devices}, {model.dtype or '-'}"]
+    lines = ran if name in (record.title, record.mode) else [name, *ran]
+    return [tail(line, NAME) for line in lines]
+
+
+def _categories(records: Sequence[Record]) -> list[str]:
+    """Every category in a fixed order; then what this version has no name for, and `kernel`."""
+    found = {name for r in records for name in (*r.worst.peak.categories, *r.worst.highest)}
+    return [*CATEGORIES, *sorted(found - {*CATEGORIES, "kernel"}), "kernel"]
+
+
+def _at_peak(records: Sequence[Record]) -> Iterator[Row]:
+    folded = {name for names in _fold(records).values() for name in names}
+    peaks, books = [r.worst.peak for r in records], [r.worst.allocator for r in records]
+    for name in _categories(records):
+        if name not in folded:
+            yield Row.of(name, [peak.categories.get(name) for peak in peaks])
+            if name == "activations":
+                yield Row.of("  saved for backward", [peak.saved for peak in peaks])
+                if any(peak.recomputed for peak in peaks):
+                    yield Row.of("  recomputed in backward", [peak.recomputed for peak in peaks])
+    yield Row.of("total", [peak.bytes for peak in peaks])
+    yield Row.of("allocator's own peak", [each.peak for each in books])
+    yield Row.of("unattributed", [each.unattributed for each in books])
+    if any(each.foreign for each in books):
+        yield Row.of("foreign, in no figure", [each.foreign for each in books])
+
+
+def _fold(records: Sequence[Record]) -> dict[int | None, list[str]]:
+    """The categories that are 0 at every peak, and those that were measured at none."""
+    folded: dict[int | None, list[str]] = {0: [], None: []}
+    for name in _categories(records)[:-1]:  # kernel is always shown
+        for same, names in folded.items():
+            if all(record.worst.peak.categories.get(name) == same for record in records):
+                names.append(name)
+    return folded
+
+
+def _folded(records: Sequence[Record]) -> list[str]:
+    said = {0: "0 B at these peaks", None: "not measured at these peaks"}
+    return [f"{said[same]}: {', '.join(names)}" for same, names in _fold(records).items() if names]
+
+
+def _own_peaks(records: Sequence[Record]) -> Iterator[Row]:
+    for name in _categories(records):
+        tops = [(record.worst.highest.get(name), record.worst.seen.get(name)) for record in records]
+        least = [(seen or 0) > (top or 0) for top, seen in tops]
+        figures = [seen if more else top for more, (top, seen) in zip(least, tops, strict=True)]
+        if any(figures):
+            yield Row(name, figures, [AT_LEAST if more else "" for more in least])
+
+
+def _cut(records: Sequence[Record]) -> bool:
+    return any(record.pipeline.stages > 1 for record in records)
+
+
+def _lined_up(records: Sequence[Record]) -> str:
+    return "the peak of each stage's worst rank" if _cut(records) else "each rank's peak"
+
+
+def _stages(records: Sequence[Record]) -> Iterator[Row]:
+    """Two rows for each stage: its peak, and what its forwards keep until their backward, with how many those are."""
+    for stage in sorted({stage for record in records for stage in record.by_stage}):
+        ranks = [record.by_stage.get(stage, UNHEARD) for record in records]
+        words = [
+            _word(record, rank.rank) if rank is not UNHEARD else None
+            for record, rank in zip(records, ranks, strict=True)
+        ]
+        yield Row(f"stage {stage}", [rank.peak.bytes for rank in ranks], words)
+        kept = [
+            (rank.forwards.alive, rank.forwards.bytes) if rank.forwards else (None, None) for rank in ranks
+        ]
+        alive = ["" if number is None else f"{number}: " for number, _ in kept]
+        words = [None if word is None else number for word, number in zip(words, alive, strict=True)]
+        yield Row("  forwards alive", [bytes_ for _, bytes_ in kept], words)
+
+
+def _ranks(records: Sequence[Record]) -> Iterator[Row]:
+    """A row for each rank, or for neighbours that are alike in every run."""
+    numbers = sorted({number for record in records for number in record.peaks})
+
+    def alike(place: tuple[int, int]) -> tuple[int, list[tuple[int | None, str | None]]]:
+        index, number = place
+        return number - index, [(record.peaks.get(number), _word(record, number)) for record in records]
+
+    for (_, cells), group in groupby(enumerate(numbers), alike):
+        places = [number for _, number in group]
+        name = f"rank {places[0]}" if len(places) == 1 else f"ranks {places[0]} to {places[-1]}"
+        yield Row(name, [peak for peak, _ in cells], [word for _, word in cells])
+
+
+def _word(record: Record, number: int) -> str | None:
+    """What is said of a rank's peak; None where the run has no such rank."""
+    if number not in record.peaks and number >= record.world.size:
+        return None
+    return "worst " if number in record.worst.numbers and len(set(record.peaks.values())) > 1 else ""
+
+
+def _failures(records: Sequence[Record], names: Sequence[str]) -> Iterator[str]:
+    """Which runs failed, where, with what, and how much of them is known."""
+    for record, name in zip(records, names, strict=True):
+        if record.status == "failed":
+            told = record.failure or Failure()
+            rank = "" if told.rank is None else f" on rank {told.rank}"
+            rank += "" if told.stage is None else f", stage {told.stage},"
+            where = "" if told.where is None else f" in step {told.where.step}, {told.where.phase}"
+            yield f"{name} failed{rank}{where}: {told.error or 'its record does not say why'}"
+            if len(record.peaks) < record.world.size:
+                yield f"{name} has the books of {len(record.peaks)} of its {record.world.size} ranks"
+
+
+def _changed(records: Sequence[Record], names: Sequence[str], exact: bool) -> Iterator[str]:
+    for other, name in zip(records[1:], names[1:], strict=True):
+        yield _sentence(records[0], names[0], other, name, exact)
+        yield from grew(records[0], names[0], other, name)
+
+
+def _sentence(first: Record, first_name: str, other: Record, other_name: str, exact: bool) -> str:
+    """What changed the most from `first` to `other`."""
+    before, after = first.worst.peak.bytes, other.worst.peak.bytes
+    if before is None or after is None:
+        unknown = first_name if before is None else other_name
+        return f"The peak of {unknown} was not measured, so what changed the most is not known."
+    changes = _changes(first, other)
+    name = max(changes, key=lambda name: abs(changes[name] or 0), default="")
+    change = changes.get(name)
+    if not change:
+        return f"At its peak {other_name} holds what {first_name} does, in every category."
+    moved = f"{name} {'grew' if change > 0 else 'shrank'} the most, by {size(abs(change), exact)}"
+    if before == after:
+        return f"At its peak {other_name} holds as much as {first_name}; {moved}."
+    less = f"{size(abs(after - before), exact)} {'more' if after > before else 'less'}"
+    sizes = f"{size(after, exact)}, not {size(before, exact)}"
+    return f"At its peak {other_name} holds {less} than {first_name} ({sizes}): {moved}."
+
+
+def _changes(first: Record, other: Record) -> dict[str, int | None]:
+    """Bytes by category, from one peak to the other. None: not measured in both."""
+    base, mine = first.worst.peak.categories, other.worst.peak.categories
+    return {name: _change(base.get(name), mine.get(name)) for name in _categories([first, other])}
+
+
+def _change(first: int | None, other: int | None) -> int | None:
+    return None if first is None or other is None else other - first
+
+
+def as_json(runs: Sequence[Run]) -> dict[str, Any]:
+    """The same as plain data, in bytes: exact integers, and None for what was not measured."""
+    first = runs[0].record.worst.peak
+    told = []
+    for path, record in runs:
+        worst = record.worst
+        told.append(
+            {
+                "run": str(path),
+                **record.model_dump(include={"status", "mode", "model", "world", "failure"}),
+                "worst_rank": worst.rank if record.ranks else None,
+                "peak": worst.peak.model_dump(),
+                "difference": {
+                    "bytes": _change(first.bytes, worst.peak.bytes),
+                    "saved": _change(first.saved, worst.peak.saved),
+                    "recomputed": _change(first.recomputed, worst.peak.recomputed),
+                    "categories": _changes(runs[0].record, record),
+                },
+                "highest": dict(worst.highest),
+                "at_least": dict(worst.seen),
+                "ranks": [{"rank": number, "peak": peak} for number, peak in record.peaks.items()],
+                "allocator": worst.allocator.model_dump(),
+            }
+        )
+    return {"runs": told}

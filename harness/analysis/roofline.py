@@ -1,0 +1,190 @@
+"""`harness roofline RUN [RUN ...]`: what bounds each phase of a run, and where that would turn. It reads no torch."""
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from textwrap import fill
+from typing import NamedTuple
+
+from harness.analysis.args import Parser
+from harness.analysis.roofline_model import Bound, Turn, bounds
+from harness.config import hardware_page
+from harness.config.settings import Hardware
+from harness.record.record_file import read
+from harness.record.schema import Ceilings, Record, parse, printable
+from harness.tables import Table, count, seconds, size
+
+WIDTH = 120
+
+NOTES = (
+    "FLOPs are those of matrix products and attention. Bytes are those of the tensors that operators take and make, as "
+    "if nothing stayed in the device's caches in between: what fits into caches can be faster than `at best`. What "
+    "ranks send each other is not counted.",
+    "MFU: the FLOPs, over seconds, over the dense peak. MBU, of a decode, as gpt-fast has it: weights and KV cache "
+    "once for each token of a batch, over seconds, over the bandwidth.",
+    "Seconds are of steps that no exact ledger slowed, the slowest rank's.",
+)
+
+
+class Against(NamedTuple):
+    """A run and the machine that it is held against."""
+
+    name: str
+    record: Record
+    ceilings: Ceilings
+    phases: list[Bound]
+
+
+def main(argv: Sequence[str]) -> int:
+    """`harness roofline RUN [RUN ...]`; the exit code."""
+    try:
+        asked = _parser().parse_args(argv)
+        hardware = None if asked.hardware is None else hardware_page.named(asked.hardware)
+        runs = [against(path, parse(read(path), str(path)), hardware) for path in asked.run]
+    except ValueError as error:
+        print(f"harness: {printable(str(error))}", file=sys.stderr)
+        return 2
+    print(json.dumps([as_json(run) for run in runs], indent=1) if asked.json else "\n\n".join(text(runs)))
+    return 0
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        "roofline",
+        description="Hold each phase of a run against what its machine can do: which of computing and moving bounds "
+        "it, by how much, and at which batch and context it would turn.",
+        epilog="Exit code 2: a run has no record that can be read.",
+    )
+    parser.takes_runs("+")
+    parser.add_argument(
+        "--hardware", metavar="NAME", help="hold it against this page of conf/hardware instead"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="the same as JSON; null: not measured, or not known"
+    )
+    return parser
+
+
+def against(path: Path, record: Record, hardware: Hardware | None = None) -> Against:
+    """`record` held against its own machine, or against `hardware`: then only seconds of its own kind count."""
+    ceilings, timed = record.ceilings, True
+    if hardware is not None:
+        ceilings = Ceilings.model_validate(hardware_page.ceilings(hardware, record.model.dtype or "") or {})
+        timed = hardware.device == record.world.device
+    return Against(printable(str(path)), record, ceilings, bounds(record, ceilings, timed))
+
+
+def as_json(run: Against) -> dict[str, object]:
+    """All of it."""
+    return {
+        "run": run.name,
+        "ceilings": run.ceilings.model_dump() if run.ceilings.source else None,
+        "phases": [{**each.as_dict(), "sentence": sentence(each)} for each in run.phases],
+    }
+
+
+def text(runs: Sequence[Against]) -> Iterator[str]:
+    """A table and sentences for each run; what the figures are, once."""
+    for run in runs:
+        yield "\n".join(_told(run))
+    if any(run.phases for run in runs):
+        yield "\n".join(fill(note, WIDTH) for note in NOTES)
+
+
+def _told(run: Against) -> Iterator[str]:
+    record = run.record
+    yield f"{run.name}: {record.heading}"
+    if not run.phases:
+        yield "its record has no work counted: a run with ledger=exact of this version counts it"
+        return
+    yield machine(run.ceilings)
+    table = Table(["FLOP"], ["moved"], ["FLOP/B"], ["at best"], ["seconds"], ["MFU"], ["MBU"], ["bound by"])
+    for each in run.phases:
+        if each is run.phases[-1]:
+            table.rule()
+        table.row(*_cells(each))
+    yield table.text()
+    yield from (fill(line, WIDTH) for each in run.phases[:-1] if (line := sentence(each)))
+
+
+def machine(ceilings: Ceilings) -> str:
+    """What it can do at most."""
+    if ceilings.balance is None:
+        if ceilings.bandwidth is None:
+            return "no machine is known to hold it against; --hardware NAME gives one"
+        return (
+            f"{ceilings.source}: no rate of {ceilings.dtype} is known, and {count(ceilings.bandwidth, 'B/s')}"
+        )
+    return (
+        f"{ceilings.source}: {count(ceilings.flops, 'FLOP/s')} of {ceilings.dtype}, "
+        f"{count(ceilings.bandwidth, 'B/s')}; they balance at {ceilings.balance:,.0f} FLOP/B"
+    )
+
+
+def _cells(bound: Bound) -> Iterator[str]:
+    yield f"  {bound.phase}"
+    yield count(bound.flops)
+    yield size(bound.moved)
+    yield "-" if bound.intensity is None else f"{bound.intensity:,.2f}"
+    yield seconds(bound.at_best)
+    yield seconds(bound.seconds)
+    yield from ("-" if share is None else f"{share:.1%}" for share in (bound.mfu, bound.mbu))
+    yield _by(bound)
+
+
+def _by(bound: Bound) -> str:
+    if bound.by is None or bound.times is None:
+        return "-"
+    times = bound.times if bound.by == "compute" else bound.times and 1 / bound.times
+    return f"{bound.by}, x {times:,.1f}" if times else bound.by
+
+
+def sentence(bound: Bound) -> str:
+    """What bounds a phase, by how much, and where that would turn; empty where it is not known."""
+    if bound.by is None or bound.times is None:
+        return ""
+    if not bound.times:
+        return f"{bound.phase} is memory-bound: it has no matrix product."
+    long, short = ("computing", "moving") if bound.by == "compute" else ("moving", "computing")
+    times = max(bound.times, 1 / bound.times)
+    said = f"{bound.phase} is {bound.by}-bound: {long} takes {times:,.1f} times as long as {short}"
+    turn = bound.turn
+    if turn is None:
+        return f"{said}."
+    return f"{said}; {_batch(bound, turn)}{_context(bound, turn)}."
+
+
+def _batch(bound: Bound, turn: Turn) -> str:
+    if bound.by == "memory":
+        if turn.batch is None:
+            return (
+                f"no batch would turn that, for what each sequence moves for itself gives {turn.own:,.1f} FLOP/B, and "
+                f"the machine balances at {bound.ceilings.balance:,.0f}"
+            )
+        return f"it would be compute-bound from a batch of {turn.batch:,.0f} on"
+    if turn.batch is None or turn.batch < 1:
+        return "so it would be at any batch"
+    return f"it would be memory-bound below a batch of {turn.batch:,.1f}"
+
+
+def _context(bound: Bound, turn: Turn) -> str:
+    """How the context of a decode decides; nothing where it does not."""
+    if bound.by == "compute":
+        return "" if turn.context is None else f", or beyond a context of {turn.context:,.0f}"
+    if bound.phase != "decode":
+        return ""
+    if turn.batch is not None and turn.longest is not None:
+        return f" at this context; beyond one of {turn.longest:,.0f} no batch would turn it"
+    return f"; below a context of {turn.longest:,.0f} one would" if turn.longest else ""
+
+
+def line(record: Record) -> str:
+    """What bounds the run, in a line for its end; empty where that is not known."""
+    found = bounds(record)
+    if not found or found[-1].at_best is None:
+        return ""
+    whole = found[-1]
+    told = ", ".join(f"{each.phase} by {_by(each)}" for each in found[:-1])
+    took = "" if whole.seconds is None else f", and took {seconds(whole.seconds)}"
+    return f"bound: {told}; {whole.phase} takes {seconds(whole.at_best)} at best{took} (harness roofline)"

@@ -1,0 +1,181 @@
+"""What a run prints at its end: where the memory of its worst rank went, and what the run came to."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from harness.analysis.roofline import line
+from harness.config.rules.quantized import AT_FIRST
+from harness.record.schema import Rank, Record, Where, parse
+from harness.tables import AT_LEAST, Table, size
+
+
+def show(record: Mapping[str, Any]) -> str:
+    """A run's ledger as lines to read. Raises ValueError where `record` is none."""
+    run = parse(record, "the record")
+    world, worst = run.world, run.worst
+    lines = [title(run), *_made_whole(run)]
+    if worst.peak.bytes is None and not worst.seen:
+        lines.append("no memory was measured; ledger=exact does")
+    else:
+        table = _table(run)
+        lines += [table.text(), *_notes(worst, table)]
+    if run.pipeline.stages > 1:
+        lines += _stages(run)
+    if world.rehearsed:
+        lines += _rehearsed(run)
+    return "\n".join([*lines, *_came_to(run), *filter(None, [line(run)])])
+
+
+def decided(reasons: Mapping[str, str]) -> Iterator[str]:
+    """What a person should know of what `auto` came to, by key: all but what is usual."""
+    for key, why in reasons.items():
+        if (key, why.partition(":")[0]) != ("model.attention", "sdpa"):
+            yield f"{key}={why}"
+
+
+def title(run: Record) -> str:
+    """What ran, in a line."""
+    model = run.model
+    parameters = "parameters not counted" if model.parameters is None else f"{model.parameters:,} parameters"
+    rehearsed = ", rehearsed" * run.world.rehearsed
+    dtype = model.dtype or "-"
+    packed = "" if model.quantization is None else f", {model.quantization.short}"
+    return f"{run.title}{rehearsed}: {parameters}, {dtype}{packed}, {run.world.devices}"
+
+
+def _made_whole(run: Record) -> Iterator[str]:
+    """That weights are not packed in memory, though the checkpoint's are."""
+    packed = run.model.quantization
+    if packed is not None and packed.whole is not None:
+        took = f", {size(packed.bytes)}" if packed.whole == AT_FIRST else ""
+        why = "transformers computes with them so here"
+        yield f"its weights ({packed.short}{took}) are made whole {packed.whole}: {why}"
+
+
+def _table(run: Record) -> Table:
+    """The categories of the worst rank, largest first, then what they are held against."""
+    worst = run.worst
+    at_peak, total, books = worst.peak.categories, worst.peak.bytes, worst.allocator
+    table = Table(["at the peak"], ["share"], ["own peak"], ["at the end"])
+    table.section(_whose(run))
+    for name in _held(worst):
+        end = worst.categories[name].end
+        table.row(f"  {name}", *_part(at_peak.get(name), total), _own_peak(worst, name), size(end))
+        if name == "activations":
+            table.row("    saved for backward", *_part(worst.peak.saved, total))
+            if worst.peak.recomputed:
+                table.row("    recomputed in backward", *_part(worst.peak.recomputed, total))
+    table.row("  kernel", *_part(at_peak.get("kernel"), total))
+    table.rule()
+    table.row("  total", *_part(total, total))
+    if not run.world.rehearsed:
+        table.row("  allocator's own peak", _said(books.peak))
+        table.row("  unattributed", _said(books.unattributed))
+    if books.foreign:
+        table.row("  foreign, in no figure", size(books.foreign))
+    return table
+
+
+def _stages(run: Record) -> Iterator[str]:
+    """Which stage has what, what of it waits for a backward, and how long each waits for the others."""
+    cut, seen = run.pipeline, {rank.stage: rank for rank in reversed(run.ranks)}
+    layers = ", ".join(map(str, cut.split))
+    waits = ""
+    if cut.bubble is not None:
+        plural = "es" * (cut.micro_batches != 1)
+        waits = f"; each waits {cut.bubble:.0%} of a step ({cut.micro_batches} micro-batch{plural})"
+    yield f"{cut.stages} stages of {layers} layers{waits}"
+    alive = [seen[stage].forwards for stage in sorted(seen)]
+    if run.mode == "train" and all(each is not None for each in alive) and len(alive) == cut.stages:
+        told = ", ".join(f"{each.alive} ({size(each.bytes)})" for each in alive if each is not None)
+        yield f"forwards alive at once, by stage: {told}"
+
+
+def _rehearsed(run: Record) -> Iterator[str]:
+    """What a rehearsal does not see, and whether what it sees fits."""
+    peak, memory, where = run.worst.peak.bytes, run.world.memory, run.world.device_name
+    yield "a rehearsal sees no scratch inside kernels (kernel), and nothing outside the framework's allocator"
+    if run.worst.why:
+        yield f"rank {run.worst.rank} is the worst: {run.worst.why}"
+    if run.world.differences:
+        yield f"{len(run.world.differences)} known to differ from a real run: differences, in the record's world"
+    if run.world.verified is not None:
+        yield f"{where or run.world.device}: {run.world.verified}"
+    if peak is not None and memory is not None:
+        left = memory - peak
+        fits = f"fits, with {size(left)} left" if left >= 0 else f"does not fit: {size(-left)} too much"
+        yield f"{size(peak)} of {size(memory)} on {where or run.world.device}: {fits}"
+
+
+def _whose(run: Record) -> str:
+    """Which rank is shown, of how many."""
+    ranks, peaks = run.world.size, run.peaks
+    if ranks == 1:
+        return f"rank {run.worst.rank}"
+    if any(rank.bounds for rank in run.ranks):
+        return (
+            f"rank {run.worst.rank} of {ranks}, the worst of {len(run.ranks)} rehearsed; no other holds more"
+        )
+    alike = len(peaks) == ranks and len(set(peaks.values())) == 1
+    return f"rank {run.worst.rank} of {ranks}, {'all alike' if alike else 'the worst'}"
+
+
+def _part(held: int | None, total: int | None) -> tuple[str, str]:
+    """Bytes, and what part they are of `total`."""
+    return size(held), "-" if held is None or not total else f"{held / total:.1%}"
+
+
+def _said(figure: int | None) -> str:
+    return "not measured" if figure is None else size(figure)
+
+
+def _own_peak(rank: Rank, name: str) -> str:
+    """A category's own peak, or what is known of it."""
+    peak, seen = rank.highest[name], rank.seen.get(name) or 0
+    return f"{AT_LEAST}{size(seen)}" if seen > (peak or 0) else size(peak)
+
+
+def _held(rank: Rank) -> list[str]:
+    """The categories that ever held a byte, the largest at the peak first."""
+    at_peak = rank.peak.categories
+    most = {name: max(peak or 0, rank.seen.get(name) or 0) for name, peak in rank.highest.items()}
+    held = [name for name in most if most[name] or at_peak.get(name)]
+    return sorted(held, key=lambda name: (-(at_peak.get(name) or 0), -most[name]))
+
+
+def _notes(rank: Rank, table: Table) -> Iterator[str]:
+    """What the table leaves out, what its signs mean, and where the peak was."""
+    others = [name for name in rank.highest if name not in _held(rank)]
+    zero = [name for name in others if rank.highest[name] == 0]
+    null = [name for name in others if rank.highest[name] is None]
+    if zero:
+        yield f"0 B throughout: {', '.join(zero)}"
+    if null:
+        yield f"not measured: {', '.join(null)}"
+    yield from table.legend()
+    if rank.peak.where is not None:
+        yield f"peak in {_place(rank.peak.where)}"
+    for sentence in rank.unseen:
+        yield f"not seen: {sentence}"
+
+
+def _place(where: Where) -> str:
+    micro_batch = f" of micro-batch {where.micro_batch}"
+    module = f"module {where.module}" if where.module else "outside any module"
+    return f"step {where.step}, {where.phase}{micro_batch}, {module}, {where.op or 'no operator'}"
+
+
+def _came_to(run: Record) -> Iterator[str]:
+    """Loss or answers, and how fast."""
+    speed, losses = run.performance, run.training.losses
+    parts = []
+    if losses:
+        parts.append(f"loss {losses[0]:.3f} to {losses[-1]:.3f} in {len(losses)} steps")
+    if speed.tokens_per_second is not None:
+        parts.append(f"{speed.tokens_per_second:,.0f} tokens/s")
+    if speed.time_to_first_token_seconds is not None:
+        parts.append(f"first token after {speed.time_to_first_token_seconds * 1000:,.1f} ms")
+    if run.inference.kv_bytes_per_token is not None:
+        parts.append(f"KV {size(run.inference.kv_bytes_per_token)} a token")
+    if parts:
+        yield ", ".join(parts)

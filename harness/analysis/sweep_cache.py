@@ -1,0 +1,94 @@
+"""`harness caching RUN RUN [...]`: what a KV cache saves and costs, by the number of tokens that are generated."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+
+from harness.analysis.sweep import Point, main_of
+from harness.tables import Table, count, factor, seconds, size
+
+
+def main(argv: Sequence[str]) -> int:
+    """`harness caching RUN RUN [...]`; the exit code."""
+    return main_of(
+        argv,
+        "caching",
+        "Hold inference runs with a KV cache beside runs without one, by the tokens they generated: time and "
+        "operations "
+        "a token, and bytes.",
+        "launch/caching-study makes such runs.",
+        lambda given, as_json: told_as_json(given) if as_json else told(given),
+    )
+
+
+def by_cache(given: Sequence[Point]) -> dict[str, list[Point]]:
+    """The runs of each cache by the tokens they generated, that without one first."""
+    if len({(point.batch, point.prompt, point.model) for point in given}) > 1:
+        raise ValueError(
+            "caching: the runs differ in model, batch or prompt; name those that differ in length and cache"
+        )
+    found: dict[str, list[Point]] = {}
+    for point in sorted(given, key=lambda each: (each.cache != "none", each.cache, each.new)):
+        found.setdefault(point.cache, []).append(point)
+    return found
+
+
+def saved(with_cache: Point, without: Point) -> int | None:
+    """FLOPs that the cache saved over a whole decode; None: not counted."""
+    if with_cache.flops is None or without.flops is None:
+        return None
+    return without.flops - with_cache.flops
+
+
+def told_as_json(given: Sequence[Point]) -> str:
+    """The runs as JSON; null: not measured."""
+    return json.dumps([point.as_dict() for points in by_cache(given).values() for point in points], indent=1)
+
+
+def told(given: Sequence[Point]) -> str:
+    """The table, and what is seen in it."""
+    found = by_cache(given)
+    table = Table(
+        ["new", "tokens"],
+        ["seconds", "a token"],
+        ["FLOP", "a token"],
+        ["bytes", "a token"],
+        ["KV", "cache"],
+        ["lower", "bound"],
+    )
+    for cache, points in found.items():
+        table.section("without a cache" if cache == "none" else f"{cache} cache")
+        for point in points:
+            table.row(*_cells(point))
+    return "\n".join([table.text(), *_seen(found)])
+
+
+def _cells(point: Point) -> Iterator[str]:
+    yield f"  {'rehearsed' if point.rehearsed else 'run'}"
+    yield f"{point.new:,}"
+    yield seconds(point.each(point.decode_seconds))
+    yield count(point.each(point.flops))
+    yield size(point.each(point.moved))
+    yield size(point.kv) if point.cache != "none" else "none"
+    yield seconds(point.each(point.bound))
+
+
+def _seen(found: Mapping[str, Sequence[Point]]) -> Iterator[str]:
+    for cache, points in found.items():
+        few, many = points[0], points[-1]
+        if many.new > few.new:
+            name = "Without a cache" if cache == "none" else f"With a {cache} cache"
+            changes = [
+                f"takes {factor(few.each(few.decode_seconds), many.each(many.decode_seconds)) or 'as long'}",
+                f"computes {factor(few.each(few.flops), many.each(many.flops)) or 'as much'}",
+            ]
+            yield f"{name}, from {few.new} to {many.new} new tokens, a token {' and '.join(changes)}."
+    without = {point.new: point for point in found.get("none", [])}
+    for cache, points in found.items():
+        point = points[-1]
+        other = without.get(point.new)
+        kept = saved(point, other) if other is not None and cache != "none" else None
+        if kept is not None and point.kv:
+            yield (
+                f"At {point.new} new tokens the {cache} cache of {size(point.kv)} saves {count(kept, 'FLOP')}: "
+                f"{count(kept / point.kv, 'FLOP')} for each of its bytes."
+            )

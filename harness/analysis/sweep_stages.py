@@ -1,0 +1,114 @@
+"""`harness contrast RUN RUN [...]`: the activations of a stage by the number of stages, training beside inference."""
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from harness.analysis.args import Parser
+from harness.record.record_file import read
+from harness.record.schema import Record, parse, printable
+from harness.tables import Table, factor, size
+
+WIDTH = 24
+"""Characters of the longest bar."""
+
+
+class Point(NamedTuple):
+    """A run by its stages. `activations` are the most that its worst rank had at once, in bytes, and `kept` of forwards
+    whose backward was still to come; `alive` is how many those were. None: not measured."""
+
+    mode: str
+    dtype: str | None
+    stages: int
+    layers: int | None  # of the largest stage; None: all
+    rehearsed: bool
+    activations: int | None
+    alive: int | None
+    kept: int | None
+
+
+def main(argv: Sequence[str]) -> int:
+    """`harness contrast RUN RUN [...]`; the exit code."""
+    try:
+        asked = _parser().parse_args(argv)
+        records = [parse(read(path), str(path)) for path in asked.run]
+        if len(records) < 2:
+            raise ValueError("contrast: there is nothing to contrast; name two runs or more")
+        points = sorted(map(point, records), key=lambda each: (each.mode != "train", each.stages))
+    except ValueError as error:
+        print(f"harness: {printable(str(error))}", file=sys.stderr)
+        return 2
+    print(json.dumps([each._asdict() for each in points], indent=1) if asked.json else text(points))
+    return 0
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        "contrast",
+        description="Draw what activations the worst rank of each run holds, by its number of pipeline stages.",
+        epilog="launch/pipeline-contrast makes such runs. Exit code 2: a run has no record that can be read.",
+    )
+    parser.takes_runs("*")
+    parser.add_argument("--json", action="store_true", help="the same as JSON; null: not measured")
+    return parser
+
+
+def point(record: Record) -> Point:
+    """`record` by its stages."""
+    measured = [rank.forwards for rank in record.ranks if rank.forwards is not None]
+    peaks = [rank.highest.get("activations") for rank in record.ranks]
+    return Point(
+        record.mode,
+        record.model.dtype,
+        record.pipeline.stages,
+        max(record.pipeline.split, default=None),
+        record.world.rehearsed,
+        max((peak for peak in peaks if peak is not None), default=None),
+        max((each.alive for each in measured), default=None),
+        max((each.bytes for each in measured), default=None),
+    )
+
+
+def text(points: Sequence[Point]) -> str:
+    """A table of each mode with bars of one scale, and what is seen in it."""
+    highest = max((each.activations or 0 for each in points), default=0)
+    table = Table(
+        ["layers", "a stage"],
+        ["forwards", "alive"],
+        ["kept for", "backward"],
+        ["activations", "at most"],
+        [""],
+    )
+    for kind in dict.fromkeys((each.mode, each.dtype) for each in points):
+        table.section(f"{', '.join(filter(None, kind))}: the worst rank")
+        for each in points:
+            if (each.mode, each.dtype) == kind:
+                table.row(*_cells(each, highest))
+    return "\n".join([table.text(), *map("\n{}".format, _seen(points))])
+
+
+def _cells(each: Point, highest: int) -> Iterator[str]:
+    stages = f"  {each.stages} stage{'s' * (each.stages > 1)}{', rehearsed' * each.rehearsed}"
+    yield stages
+    yield "all" if each.stages == 1 else str(each.layers)
+    yield "-" if each.alive is None else str(each.alive)
+    yield size(each.kept)
+    yield size(each.activations)
+    length = round(WIDTH * (each.activations or 0) / highest) if highest else 0
+    yield ("#" * length or "." * bool(each.activations)).ljust(WIDTH)
+
+
+def _seen(points: Sequence[Point]) -> Iterator[str]:
+    """How each mode's fewest stages and its most differ."""
+    for mode in dict.fromkeys(each.mode for each in points):
+        of_mode = [each for each in points if each.mode == mode]
+        few, many = of_mode[0], of_mode[-1]
+        if few.stages < many.stages and many.kept is not None and few.kept is not None:
+            times = factor(few.kept, many.kept)
+            kept = (
+                f"{size(few.kept)}, then {size(many.kept)}{f' ({times})' if times else ''}"
+                if many.kept
+                else "nothing"
+            )
+            yield f"{mode}: from {few.stages} to {many.stages} stages the worst rank keeps {kept} for backward."

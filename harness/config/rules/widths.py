@@ -1,0 +1,120 @@
+"""The numbers in a model's config that its parameters are made by: whole, and as many as something can have.
+
+What transformers' configs call them differs; their endings do not. What is left of a config is transformers' to check.
+"""
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeGuard
+
+from harness.config.rules.sources import read, text_of
+from harness.config.settings import Refusal
+
+COUNTS = re.compile(
+    r"(.*_)?(size|dim|heads|layers|experts|rank|hidden|per_tok|topk)|n_(embd|head|layer|inner|heads|layers)"
+    r"|d_(model|ff|kv|head|inner|state|conv)|expand"
+)
+"""Names of whole numbers, 0 or more; some say null or auto, and that there is one by true."""
+
+HEAD = re.compile(r"head_(dim|size)$|^(d_kv|kv_channels)$")
+"""What says how wide a head is; where nothing does, heads share the hidden size."""
+
+OF_OTHERS = re.compile(r"(audio|encoder|image|quantization|speech|vision)_.*")
+"""Configs within one that are not of its text, or have rules of their own."""
+
+NEVER_NONE = (
+    *(
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "head_dim",
+        "num_hidden_layers",
+        "num_attention_heads",
+    ),
+    *("num_key_value_heads", "num_experts_per_tok", "n_embd", "n_head", "n_layer", "d_model"),
+)
+"""Those of them that are 1 or more."""
+
+POSITIVE = ("rope_theta", "rotary_emb_base", "rope_local_base_freq", "factor")
+"""Numbers that something is divided by, or a power of."""
+
+DROPPED = re.compile(r"(.*_)?(dropout|dropout_p|dropout_prob|pdrop|layerdrop)")
+"""Shares of what is left out in training."""
+
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+CHOSEN = ("num_experts_per_tok", "moe_topk", "moe_k")
+
+
+def check(shape: Mapping[str, Any], prefix: str) -> None:
+    """Refuse a model's config with a width that none can have; `prefix` is what a name in it is called by."""
+    for path, value in _values(shape):
+        if (remedy := _remedy(path.rpartition(".")[2], value)) is not None:
+            raise Refusal(prefix + path, value, remedy)
+    _heads(shape, prefix)
+    text = text_of(shape)
+    experts = next(((name, text[name]) for name in EXPERTS if _whole(text.get(name))), None)
+    for name in CHOSEN:
+        if experts and _whole(text.get(name)) and text[name] > experts[1]:
+            raise Refusal(
+                prefix + name, text[name], f"there are {experts[0]}={experts[1]}; use as many or fewer"
+            )
+
+
+def _remedy(name: str, value: object) -> str | None:
+    """What `value` should be, where it is none for `name`."""
+    number = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    if name in NEVER_NONE and not (_whole(value) and value >= 1):
+        return "should be a whole number, 1 or more"
+    if COUNTS.fullmatch(name) and number < 0:
+        return "should be a whole number, 0 or more"
+    if name in POSITIVE and not 0 < number < math.inf:
+        return "should be a number above 0"
+    if name.endswith(("_eps", "_epsilon")) and not 0 <= number < math.inf:
+        return "should be a number, 0 or more"
+    if DROPPED.fullmatch(name) and not 0 <= number <= 1:
+        return "should be a number from 0 to 1"
+    return None
+
+
+def _whole(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _heads(shape: Mapping[str, Any], prefix: str) -> None:
+    heads, kv_heads, hidden = (
+        read(shape, name) for name in ("num_attention_heads", "num_key_value_heads", "hidden_size")
+    )
+    if not all(value is None or _whole(value) for _, value in (heads, kv_heads, hidden)):
+        return  # one for each layer
+    if heads[1] and kv_heads[1] and heads[1] % kv_heads[1]:
+        raise Refusal(prefix + kv_heads[0], kv_heads[1], f"must divide {heads[0]}={heads[1]} evenly")
+    text = text_of(shape)
+    width = text.get("head_dim")
+    if heads[1] and hidden[1] and not any(HEAD.search(name) for name, each in text.items() if each):
+        if hidden[1] % heads[1]:
+            raise Refusal(prefix + hidden[0], hidden[1], f"must be a multiple of {heads[0]}={heads[1]}")
+        width = hidden[1] // heads[1]
+    turned = text.get("rope_parameters") or text.get("rope_theta")
+    if turned and not text.get("partial_rotary_factor") and isinstance(width, int) and width % 2:
+        key, value = ("head_dim", width) if text.get("head_dim") else hidden
+        told = f"rotary positions turn pairs, and a head has {width}; head_dim should be even"
+        raise Refusal(prefix + key, value, told)
+
+
+def _values(shape: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every single value in `shape` by its path, and each number of a list, but for those that are not said."""
+    for name, value in shape.items():
+        if isinstance(value, Mapping):
+            yield from () if OF_OTHERS.fullmatch(name) else _values(value, f"{prefix}{name}.")
+        else:
+            numbers = (
+                [each for each in value if not isinstance(each, str)] if isinstance(value, list) else [value]
+            )
+            yield from ((f"{prefix}{name}", each) for each in numbers if isinstance(each, int | float | str))
+
+
+def nothing(shape: Mapping[str, Any]) -> str | None:
+    """The first count in `shape` that is 0."""
+    counts = ((path, value) for path, value in _values(shape) if COUNTS.fullmatch(path.rpartition(".")[2]))
+    return next((path for path, value in counts if value == 0), None)

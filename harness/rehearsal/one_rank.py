@@ -1,0 +1,84 @@
+"""One rank of a run, rehearsed in this process: the run's own code, on fake tensors, under the ledger."""
+
+import gc
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from harness.config.load import Settings
+from harness.generation import cache_check, infer
+from harness.ledger import Ledger
+from harness.model.loader import model_config
+from harness.model.misfit import misfits
+from harness.model.partition import split_of, told
+from harness.model.stage_check import prove
+from harness.record import record_file, trace
+from harness.rehearsal.world import rehearsed
+from harness.training import train
+
+GPU_BLOCK = 512
+"""Bytes that CUDA's caching allocator rounds up to: kMinBlockSize of c10/cuda/CUDACachingAllocator."""
+
+
+def rehearse(
+    settings: Settings, rank: int, directory: Path | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Rank `rank` of `settings.world.size`: its part of `record.json`, and what the run says of itself.
+
+    It leaves its trace in `directory`, where one is given.
+
+    Raises Refusal as the run itself would, and RuntimeError where a shim does not fit.
+    """
+    size, target = settings.world.size or 1, settings.hardware.device
+    mode = train if settings.mode == "train" else infer
+    stages = settings.pipeline.stages
+    done: dict[str, Any] = {}
+    if stages > 1:
+        prove(settings)
+        done["pipeline"] = told(settings, split_of(settings, model_config(settings.model)))
+    cache_check.prove(settings)
+    with (
+        misfits(settings),
+        warnings.catch_warnings(),
+        rehearsed(
+            rank, size, "cuda" if target == "cuda" else "cpu", stages, settings.tensor_parallel
+        ) as world,
+    ):
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+        ledger = Ledger(
+            steps=settings.ledger.steps,
+            device=str(world.device),
+            allocator=False,
+            block=GPU_BLOCK if target == "cuda" else 1,
+        )
+        try:
+            with _settled(), ledger:
+                mode.run(
+                    settings, world, ledger, record_file.Output(Path("/dev/null"), _quiet, done, _nothing)
+                )
+        except Exception as error:
+            error.rehearsed = rank, ledger.where  # type: ignore[attr-defined]
+            raise
+    if directory is not None and settings.ledger.trace:
+        trace.write(directory, rank, trace.of_ledger(ledger, timed=False))
+    return record_file.rank_record(ledger, rank, world.stage, world.share), done
+
+
+@contextmanager
+def _settled() -> Iterator[None]:
+    """Within it the garbage collector passes over what is there now: most of a rehearsal's objects are its modules'."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def _quiet(line: str) -> None:
+    """What a rehearsed rank would say of its losses means nothing."""
+
+
+def _nothing() -> None:
+    """There is nothing to flush."""

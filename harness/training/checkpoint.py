@@ -1,0 +1,197 @@
+"""The full state of a training run on disk: everything that the next step depends on, and no pickle.
+
+A checkpoint is a directory `step-00000010` with one safetensors file a rank and a manifest that names every file
+with its size and digest. It is written beside its place and renamed into it, so it is whole or it is not there.
+"""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from harness.config.load import Refusal
+from harness.runtime.world import World
+from harness.training.engine import Engine
+from harness.training.pipeline_engine import Pipeline
+
+SCHEMA = "harness.checkpoint/1"
+
+FLAT_MASTERS = (
+    "fp32_partitioned_groups_flat",  # ZeRO-3
+    "single_partition_of_fp32_groups",  # ZeRO-1 and 2
+    "fp32_groups_flat_partition",  # BF16_Optimizer
+)
+"""Where DeepSpeed's optimizers keep flat masters."""
+
+
+def masters(engine: Engine | Pipeline) -> list[torch.Tensor]:
+    """This rank's fp32 masters, in the optimizer's order; the parameters themselves where there are no others."""
+    wrapper = engine.deepspeed.optimizer
+    if wrapper is engine.inner:
+        return [parameter for group in engine.inner.param_groups for parameter in group["params"]]
+    for attribute in FLAT_MASTERS:
+        if hasattr(wrapper, attribute):
+            return list(getattr(wrapper, attribute))
+    return [parameter for group in wrapper.fp32_groups for parameter in group]
+
+
+def tensors(engine: Engine | Pipeline) -> dict[str, torch.Tensor]:
+    """Every tensor of this rank that the next step depends on, by name: weights, masters, optimizer state."""
+    named = {}
+    for name, parameter in engine.module.named_parameters():
+        named[f"weights/{name}"] = getattr(parameter, "ds_tensor", parameter).data
+    for index, master in enumerate(masters(engine)):
+        if engine.deepspeed.optimizer is not engine.inner:
+            named[f"masters/{index}"] = master.data
+        for key, value in engine.inner.state.get(master, {}).items():
+            named[f"optimizer/{index}/{key}"] = value
+    return named
+
+
+def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    state = {"random/cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["random/cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def save(
+    engine: Engine | Pipeline, world: World, directory: Path, step: int, identity: dict[str, Any], keep: int
+) -> Path:
+    """Write the state after `step` steps under `directory`, then drop all but the newest `keep`. Collective.
+
+    A rehearsal takes the memory that it takes, and writes nothing.
+    """
+    final = directory / f"step-{step:08d}"
+    partial = directory / f".{final.name}.partial"
+    if world.leads and not world.rehearsed:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    world.barrier()
+    file = partial / f"rank-{world.rank:05d}.safetensors"
+    state = {**tensors(engine), **_random_state(world.device)}
+    state = {name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}
+    entries = world.gather({} if world.rehearsed else _written(state, file))
+    if world.leads and not world.rehearsed:
+        manifest = {"schema": SCHEMA, "step": step, "identity": identity, "files": entries}
+        (partial / "manifest.json").write_text(json.dumps(manifest))
+        _flush(partial / "manifest.json")
+        os.replace(partial, final)
+        for old in sorted(directory.glob("step-*"))[:-keep]:
+            shutil.rmtree(old)
+    world.barrier()
+    return final
+
+
+def _written(state: dict[str, torch.Tensor], file: Path) -> dict[str, Any]:
+    """This rank's entry in the manifest, once `state` and the host's random state are on disk."""
+    save_file(state, file)
+    _flush(file)
+    python = random.getstate()
+    host = {"python": [python[0], list(python[1]), python[2]], "numpy": _numpy_state()}
+    return {"name": file.name, "bytes": file.stat().st_size, "sha256": _digest(file), "host": host}
+
+
+def newest_whole(directory: Path, key: str = "train.resume") -> tuple[Path, dict[str, Any], list[str]]:
+    """The newest whole checkpoint in a run's directory, its manifest, and why newer ones were passed over.
+
+    Raises Refusal where there is none.
+    """
+    passed_over: list[str] = []
+    for candidate in sorted(_home(directory).glob("step-*"), reverse=True):
+        try:
+            return candidate, _whole(candidate), passed_over
+        except (OSError, ValueError, KeyError, TypeError) as reason:
+            passed_over.append(f"{candidate.name} is torn: {reason}")
+    found = "; ".join(passed_over) or "it has no step-* directory; train with train.save_every=N to make them"
+    raise Refusal(key, directory, f"no whole checkpoint is there: {found}")
+
+
+def identity_in(directory: Path) -> dict[str, Any]:
+    """What the newest manifest in a run's directory says that its run was; nothing where none can be read."""
+    for manifest in sorted(_home(directory).glob("step-*/manifest.json"), reverse=True):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            return dict(json.loads(manifest.read_text())["identity"])
+    return {}
+
+
+def _home(directory: Path) -> Path:
+    return directory / "state" if (directory / "state").is_dir() else directory
+
+
+def _whole(candidate: Path) -> dict[str, Any]:
+    manifest = json.loads((candidate / "manifest.json").read_text())
+    if manifest["schema"] != SCHEMA:
+        raise ValueError(f"its schema is {manifest['schema']}, and this version reads {SCHEMA}")
+    for entry in manifest["files"]:
+        file = candidate / entry["name"]
+        if (
+            file.parent != candidate
+            or file.stat().st_size != entry["bytes"]
+            or _digest(file) != entry["sha256"]
+        ):
+            raise ValueError(f"{entry['name']} is not what was written")
+    return manifest  # type: ignore[no-any-return]
+
+
+def load(
+    engine: Engine | Pipeline,
+    world: World,
+    checkpoint: Path,
+    manifest: dict[str, Any],
+    identity: dict[str, Any],
+) -> int:
+    """Put the state back, in place; the number of steps already taken. Raises Refusal where it is another run's."""
+    for name, value in identity.items():
+        was = manifest["identity"].get(name)
+        if was != value:
+            raise Refusal(
+                "train.resume", checkpoint, f"it was saved with {name}={was}, and this run has {value}"
+            )
+    entry = manifest["files"][world.rank]
+    state = load_file(checkpoint / entry["name"])
+    live = tensors(engine)
+    for name in [name for name in live if not name.startswith("optimizer/")]:
+        live[name].copy_(state[name])
+    resident = getattr(engine.deepspeed.optimizer, "persistent_parameters", [])
+    if resident:  # ZeRO-3 keeps small parameters gathered; they are copies of the shards just filled
+        resident[0].partition(resident)
+        resident[0].all_gather(resident)
+    for index, master in enumerate(masters(engine)):
+        prefix = f"optimizer/{index}/"
+        kept = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        if kept:
+            engine.inner.state[master] = {
+                key: value.to(master.device) if value.dim() else value for key, value in kept.items()
+            }
+    torch.set_rng_state(state["random/cpu"])
+    if "random/cuda" in state and world.device.type == "cuda":
+        torch.cuda.set_rng_state(state["random/cuda"], world.device)
+    version, words, gauss = entry["host"]["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, keys, *rest = entry["host"]["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    return int(manifest["step"])
+
+
+def _numpy_state() -> list[Any]:
+    name, keys, *rest = np.random.get_state(legacy=True)
+    return [name, np.asarray(keys).tolist(), *rest]
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _flush(file: Path) -> None:
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())
