@@ -17,16 +17,44 @@ from harness.config.settings import Refusal, as_typed, knobs
 from harness.runtime import launcher
 
 TOOLS = {
-    "check": "[RUN] --baseline FILE | --all   the gate: a run, or rehearsals, must hold what baselines say; --update",
-    "compare": "RUN RUN [...]   runs side by side, category by category; --json, --markdown",
-    "report": "RUN [...] -o DIR  a page of them to look at; --perfetto, --tensorboard, --csv, --parquet, --markdown",
-    "contrast": "RUN RUN [...]  what activations a stage keeps, by the number of stages, in either mode; --json",
-    "batching": "RUN RUN [...]  what a larger batch brings in generation and costs, by the context; --json",
-    "caching": "RUN RUN [...]   what a KV cache saves and costs, by the tokens that are generated; --json",
-    "fit": "mode=... world.size=N hardware=NAME [...]   which configs fit, and the command of the cheapest; --json",
-    "roofline": "RUN [...]      whether computing or moving bounds it, and where that turns; --hardware NAME, --json",
-    "explain": "RUN             what holds its memory, and the change that would save most; --no-rehearsal, --json",
+    "check": (
+        "check",
+        "[RUN] --baseline FILE | --all   the gate: a run, or rehearsals, must hold what baselines say; --update",
+    ),
+    "compare": (
+        "analysis.compare",
+        "RUN RUN [...]   runs side by side, category by category; --json, --markdown",
+    ),
+    "report": (
+        "report",
+        "RUN [...] -o DIR  a page of them to look at; --perfetto, --tensorboard, --csv, --parquet, --markdown",
+    ),
+    "contrast": (
+        "analysis.sweep_stages",
+        "RUN RUN [...]  what activations a stage keeps, by the number of stages, in either mode; --json",
+    ),
+    "batching": (
+        "analysis.sweep_batch",
+        "RUN RUN [...]  what a larger batch brings in generation and costs, by the context; --json",
+    ),
+    "caching": (
+        "analysis.sweep_cache",
+        "RUN RUN [...]   what a KV cache saves and costs, by the tokens that are generated; --json",
+    ),
+    "fit": (
+        "advice.fit",
+        "mode=... world.size=N hardware=NAME [...]   which configs fit, and the command of the cheapest; --json",
+    ),
+    "roofline": (
+        "analysis.roofline",
+        "RUN [...]      whether computing or moving bounds it, and where that turns; --hardware NAME, --json",
+    ),
+    "explain": (
+        "advice.explain",
+        "RUN             what holds its memory, and the change that would save most; --no-rehearsal, --json",
+    ),
 }
+"""Each tool: the module in `harness` whose `main` it is, and its line of help."""
 
 USAGE = """\
 Train a causal language model or generate with one, and see what every byte on every rank is.
@@ -56,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def usage() -> str:
     """What `--help` prints: the doors, the tools, the groups in `conf/` and every key."""
     chosen = compose.defaults()
-    lines = [USAGE, "Tools", *(f"  {name} {line}" for name, line in TOOLS.items())]
+    lines = [USAGE, "Tools", *(f"  {name} {line}" for name, (_, line) in TOOLS.items())]
     lines += ["", "Groups, as zero=2; * is what it is when nothing is said"]
     for group, options in compose.groups().items():
         starred = (f"{each}*" if each == chosen.get(group) else each for each in options)
@@ -72,7 +100,7 @@ def _carry_out(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help"):
         return _say(usage())
     if words[0] in TOOLS:
-        return int(import_module(f"harness.{words[0]}").main(words[1:]))
+        return int(import_module(f"harness.{TOOLS[words[0]][0]}").main(words[1:]))
     only_print = words[:2] == ["--cfg", "job"]
     words = words[2:] if only_print else words
     for word in words:

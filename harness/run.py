@@ -3,7 +3,7 @@
 import os
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, replace
 from datetime import datetime
@@ -20,8 +20,8 @@ from harness.config import hardware_page
 from harness.config.load import Refusal, Settings
 from harness.config.rules import check_world
 from harness.ledger import Ledger
+from harness.model.resolve import Resolved, resolve
 from harness.record import phase_times, record_file, trace
-from harness.rehearsal.resolve import Resolved, resolve
 from harness.runtime import failure, launcher, memory_snapshot, peak_rates, world
 from harness.runtime.world import World
 
@@ -59,21 +59,6 @@ def _by_rank_0(here: World, decide: Callable[[], T]) -> T:
     return cast(T, outcome)
 
 
-def rehearsed(settings: Settings, words: Sequence[str], parallel: bool = True) -> dict[str, Any]:
-    """The record of a rehearsal that leaves nothing on disk; its roles at once where `parallel`.
-
-    Raises Refusal as the run itself would, and whatever else the run raises.
-    """
-    from harness.rehearsal import all_ranks as rehearsal
-
-    resolved = resolve(settings)
-    ranks, done = rehearsal.rehearse(resolved.settings, parallel=parallel)
-    around = rehearsal.described(resolved.settings)
-    around["differences"] += rehearsal.of_packing(done["model"])
-    head = _head(resolved, words, around)
-    return {**head, "status": "complete", **done, "ranks": ranks}
-
-
 def _rehearse(settings: Settings, cfg: DictConfig, words: list[str]) -> int:
     """The same, with no world: every role in a process of its own, and one record of them all."""
     from harness.rehearsal import all_ranks as rehearsal
@@ -85,7 +70,7 @@ def _rehearse(settings: Settings, cfg: DictConfig, words: list[str]) -> int:
     resolved = resolve(settings)
     settings = resolved.settings
     made = _make_directory(settings, cfg)
-    head = _head(resolved, words, rehearsal.described(settings))
+    head = record_file.head(settings, resolved.reasons, words, rehearsal.described(settings))
     for line in decided(resolved.reasons):
         print(line)
     record_file.write(made, {**head, "failure": failure.UNFINISHED, "ranks": []})
@@ -104,21 +89,6 @@ def _rehearse(settings: Settings, cfg: DictConfig, words: list[str]) -> int:
     record_file.write(made, {**head, "status": "complete", **done, "ranks": ranks})
     _say_where(made, print)
     return 0
-
-
-def _head(resolved: Resolved, words: Sequence[str], world: dict[str, Any]) -> dict[str, Any]:
-    """What is known of a run before it begins. It has failed until it says that it is complete."""
-    settings = resolved.settings
-    return {
-        "schema": record_file.SCHEMA,
-        "status": "failed",
-        "mode": settings.mode,
-        "world": world,
-        "model": {"name": settings.model.name, "parameters": None, "dtype": None},
-        "config": asdict(settings),
-        "resolved": dict(resolved.reasons),
-        "environment": record_file.environment(words),
-    }
 
 
 def _say_where(directory: Path, say: Callable[[str], object]) -> None:
@@ -167,7 +137,9 @@ class _Run:
         self.ending = threading.Lock()
         self.done: dict[str, Any] = {}
         around = {"size": here.size, "device": here.device.type, "device_name": here.device_name}
-        self.head = _head(resolved, words, {"kind": settings.world.kind, **around})
+        self.head = record_file.head(
+            settings, resolved.reasons, words, {"kind": settings.world.kind, **around}
+        )
         for line in decided(resolved.reasons):
             self.say(line)
 

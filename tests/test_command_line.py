@@ -11,6 +11,7 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
+from harness.__main__ import TOOLS
 from harness.config import compose
 from harness.config.load import load
 from harness.config.settings import knobs
@@ -61,7 +62,7 @@ def test_help_names_only_tools_that_are_there(door: Door) -> None:
     tools = door("--help").stdout.partition("Tools\n")[2].partition("\n\n")[0].splitlines()
     assert tools
     for line in tools:
-        assert callable(import_module(f"harness.{line.split()[0]}").main)
+        assert callable(import_module(f"harness.{TOOLS[line.split()[0]][0]}").main)
 
 
 def test_a_wrong_request_is_refused_before_torch_is_imported(door: Door, tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer
 
 from harness.config.settings import Model, Refusal
-from harness.generation.generation_config import fields_of
 from harness.model import init_weights, loader, tensor_parallel
+from harness.model.generation_defaults import fields_of
 from harness.model.tokenizer import of_bytes, tokenizer_of
 
 SHAPE = {

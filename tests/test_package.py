@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_importing_the_package_and_its_settings_imports_no_torch() -> None:
-    code = "import sys, harness, harness.settings, harness.config; print('torch' in sys.modules)"
+    code = "import sys, harness, harness.config.load, harness.config.compose; print('torch' in sys.modules)"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     result = subprocess.run(
         [sys.executable, "-c", code], env=environment, text=True, capture_output=True, check=True
@@ -23,13 +23,17 @@ def test_importing_the_package_and_its_settings_imports_no_torch() -> None:
     assert result.stdout == "False\n"
 
 
-def test_the_ledger_and_save_are_the_package_s_own_names() -> None:
+def test_what_programs_need_are_the_package_s_own_names() -> None:
     import harness
-    from harness import ledger
-    from harness.record import save
+    from harness.analysis import compare, summary
+    from harness.ledger import ledger
+    from harness.record import record_file, save
 
     assert harness.Ledger is ledger.Ledger
     assert harness.save is save.save
+    assert harness.read is record_file.read
+    assert harness.show is summary.show
+    assert harness.compare is compare.compare
     with pytest.raises(AttributeError, match="no attribute 'Leger'"):
         harness.Leger  # noqa: B018
 
@@ -55,7 +59,7 @@ def test_an_installed_wheel_composes_its_own_config_away_from_the_checkout(
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
     code = (
-        "import sys, harness.config, harness.__main__ as door; print(harness.config.directory());"
+        "import sys, harness.config.compose as config, harness.__main__ as door; print(config.directory());"
         "sys.exit(door.main(['--cfg', 'job', 'model=small']))"
     )
     environment = {**os.environ, "PYTHONPATH": str(site)}

@@ -17,9 +17,9 @@ from harness.advice.savings import settings_of
 from harness.config import compose
 from harness.config.load import load
 from harness.config.settings import Refusal, Settings
+from harness.model.resolve import resolve
 from harness.record import record_file
 from harness.record.schema import parse
-from harness.rehearsal.resolve import resolve
 
 SMALL: dict[str, Any] = {
     "vocab_size": 96,

@@ -12,8 +12,9 @@ from harness.config.load import Generation, Refusal, Settings
 from harness.config.rules.sources import generation_fields
 from harness.config.settings import Model
 from harness.config.strategy import Strategy, merged
-from harness.generation.generation_config import fields_of, strategy_of
+from harness.generation.generation_config import strategy_of
 from harness.model import loader
+from harness.model.generation_defaults import fields_of
 
 PATH = ("model.path", "DIR")
 SHAPE: dict[str, Any] = {

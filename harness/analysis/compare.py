@@ -63,14 +63,14 @@ def main(argv: Sequence[str]) -> int:
         asked = _parser().parse_args(argv)
         if len(asked.run) < 2:
             raise ValueError("compare: there is nothing to compare with; name two runs or more")
-        runs = [Run(path, parse(read(path), str(path))) for path in asked.run]
+        runs = [_run(path) for path in asked.run]
     except ValueError as error:
         print(f"harness: {printable(str(error))}", file=sys.stderr)
         return 2
     if asked.json:
         print(json.dumps(as_json(runs), indent=1))
     else:
-        print(compare(runs, markdown=asked.markdown, exact=asked.bytes))
+        print(table(runs, markdown=asked.markdown, exact=asked.bytes))
     return 0
 
 
@@ -88,7 +88,19 @@ def _parser() -> Parser:
     return parser
 
 
-def compare(runs: Sequence[Run], markdown: bool = False, exact: bool = False) -> str:
+def _run(path: Path) -> Run:
+    return Run(path, parse(read(path), str(path)))
+
+
+def compare(*paths: str | Path, markdown: bool = False, exact: bool = False) -> str:
+    """`harness compare` as a function: the runs at `paths` side by side, as text; bytes whole where `exact`.
+
+    Raises ValueError for a path without a record that can be read.
+    """
+    return table([_run(Path(path)) for path in paths], markdown, exact)
+
+
+def table(runs: Sequence[Run], markdown: bool = False, exact: bool = False) -> str:
     """The runs as one table, each held against the first; then, in words, what changed the most."""
     names, records = names_of(runs), [run.record for run in runs]
     pair, at_peak = len(runs) == 2, [*_at_peak(records)]
@@ -97,23 +109,23 @@ def compare(runs: Sequence[Run], markdown: bool = False, exact: bool = False) ->
         "each category's own peak, whenever that was": [*_own_peaks(records)],
         _lined_up(records): [*(_stages(records) if _cut(records) else _ranks(records))],
     }
-    table = Table(*map(_heading, records, names), *([["difference"], ["factor"]] if pair else []))
+    lines = Table(*map(_heading, records, names), *([["difference"], ["factor"]] if pair else []))
     for title, rows in sections.items():
         if rows:
-            table.section(title)
+            lines.section(title)
         for row in rows:
             if row.name == "total":
-                table.rule()
-            table.row(f"  {row.name}", *row.cells(exact), *(row.apart(1, exact) if pair else ()))
+                lines.rule()
+            lines.row(f"  {row.name}", *row.cells(exact), *(row.apart(1, exact) if pair else ()))
     if not pair:
-        table.section(f"at the peak of the worst rank, against {names[0]}")
+        lines.section(f"at the peak of the worst rank, against {names[0]}")
         for row in at_peak:
             others = (row.apart(index, exact) for index in range(1, len(runs)))
-            table.row(f"  {row.name}", "", *("  ".join(filter(None, cells)) for cells in others))
-    notes = [*_folded(records), *table.legend(), *_failures(records, names), *_changed(records, names, exact)]
+            lines.row(f"  {row.name}", "", *("  ".join(filter(None, cells)) for cells in others))
+    notes = [*_folded(records), *lines.legend(), *_failures(records, names), *_changed(records, names, exact)]
     if markdown:
-        return "\n\n".join([table.markdown(), *map(escaped, notes)])
-    return "\n".join([table.text(), "", *(fill(note, WIDTH) for note in notes)])
+        return "\n\n".join([lines.markdown(), *map(escaped, notes)])
+    return "\n".join([lines.text(), "", *(fill(note, WIDTH) for note in notes)])
 
 
 def names_of(runs: Sequence[Run]) -> list[str]:

@@ -1,4 +1,8 @@
-"""`harness check`: a run, or a rehearsal of a baseline's own config, must hold what the baseline says, to the byte."""
+"""`harness check`: a run, or a rehearsal of a baseline's own config, must hold what the baseline says, to the byte.
+
+It may import all that is below it. Start at `main` here; `verdict.py` compares, `announce.py` prints, `budget.py`
+is pytest's side.
+"""
 
 import json
 import sys
@@ -150,7 +154,7 @@ def _rehearse(words: Sequence[str], size: int, parallel: bool = True) -> tuple[d
     try:
         settings = load(compose.compose([*words, "world=rehearsed", f"world.size={size}"]))
         check_world(settings, size)
-        from harness.run import rehearsed  # torch comes in here
+        from harness.rehearsal.all_ranks import rehearsed  # torch comes in here
 
         return rehearsed(settings, words, parallel), time.monotonic() - began
     except Refusal as refusal:

@@ -26,7 +26,7 @@ OPEN = "generation.config."
 
 def directory() -> Path:
     """`conf/`: inside the package in an installed wheel, beside it in a checkout."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     installed = package / "conf"
     return installed if installed.is_dir() else package.parent / "conf"
 

@@ -288,7 +288,7 @@ class Settings:
 
 
 RESOLVED = ("precision", "model.attention")
-"""Keys whose `auto` is decided before a run begins, in `resolve.py`."""
+"""Keys whose `auto` is decided before a run begins, in `model/resolve.py`."""
 
 
 @dataclass(frozen=True)

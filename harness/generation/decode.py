@@ -97,10 +97,11 @@ def generate(
 ) -> Generated:
     """Continue each of `requests`, its tokens chosen by `strategy`; `tell` is told of so many after each column.
 
-    `model` is in eval mode, `cache` a kind that `harness.model.kv_cache.make` knows, of so many `bits`; or a `Compiled` of
-    `model`, whose own is static and stays there for the next batch. Unless they are drawn, tokens are those that
-    transformers' `generate` gives each prompt alone. `ledger` sees a prefill and a decode, as `step`; with `ends_only`,
-    only the first and last tokens of each stretch of the decode, and what is generated means nothing.
+    `model` is in eval mode, `cache` a kind that `harness.model.kv_cache.make` knows, of so many `bits`; or a
+    `Compiled` of `model`, whose own is static and stays there for the next batch. Unless they are drawn, tokens are
+    those that transformers' `generate` gives each prompt alone. `ledger` sees a prefill and a decode,
+    as `step`; with `ends_only`, only the first and last tokens of each stretch of the decode, and what is generated
+    means nothing.
     """
     kept, compiling = cache if isinstance(cache, str) else None, 0.0
     if isinstance(cache, Compiled):

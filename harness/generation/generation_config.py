@@ -1,4 +1,4 @@
-"""A checkpoint's generation config: read as it lies there, and held against the model.
+"""A checkpoint's generation config, checked against the model that generates by it.
 
 transformers' own `GenerationConfig` is made from it only where its processors are (`choosing.py`): it refuses, or takes
 without a word, what here has a sentence.
@@ -10,13 +10,10 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PretrainedConfig
 
-from harness.config.generation_fields import HONOURED, KNOWN, REFUSED
 from harness.config.load import Settings
-from harness.config.rules.sources import generation_fields
-from harness.config.settings import Model
 from harness.config.strategy import Strategy, merged
 from harness.generation.choosing import processors
-from harness.model import loader
+from harness.model.generation_defaults import fields_of
 
 INDEXING = ("sequence_bias", "bad_words_ids", "forced_bos_token_id", "forced_eos_token_id")
 """The fields whose processors fail at a token that the model does not know."""
@@ -29,15 +26,6 @@ def strategy_of(settings: Settings, config: PretrainedConfig) -> Strategy:
     strategy = merged(settings.generation, fields_of(settings.model, config), origin, settings.seed)
     _check(strategy, config)
     return strategy
-
-
-def fields_of(settings: Model, config: PretrainedConfig) -> dict[str, Any]:
-    """The fields of the generation config that the checkpoint brings; a model without one has those of its `config`."""
-    if settings.path is not None:
-        with loader.loading(settings.path):
-            return generation_fields(str(loader.directory_of(settings.path)), KNOWN)
-    given = GenerationConfig.from_model_config(config).to_dict()
-    return {name: given[name] for name in (*HONOURED, *REFUSED) if given.get(name) is not None}
 
 
 def _check(strategy: Strategy, config: PretrainedConfig) -> None:

@@ -4,7 +4,8 @@
         train()
     ledger.peak.bytes, ledger.peak.categories, ledger.peak.where
 
-It knows nothing of training, inference, Hydra or DeepSpeed's ways: owners say which storages are theirs.
+It knows nothing of training, inference, Hydra or DeepSpeed's ways: owners say which storages are theirs. It may
+import torch and no other room. Start at `ledger.py`, then `log.py`.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -37,15 +38,15 @@ __all__ = [
 ]
 
 _ROOMS = {
-    "Books": "books",
-    "Category": "timeline",
+    "Books": "reconcile",
+    "Category": "replay",
     "CpuAllocator": "allocator",
-    "Forwards": "forwards",
+    "Forwards": "in_flight",
     "Gap": "unseen",
     "Ledger": "ledger",
     "NotSeen": "unseen",
-    "Peak": "timeline",
-    "Phase": "timeline",
+    "Peak": "replay",
+    "Phase": "replay",
     "Where": "events",
     "Work": "work",
 }

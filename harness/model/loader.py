@@ -72,7 +72,7 @@ def build(
 ) -> PreTrainedModel:
     """The model in `dtype` on `device`: weights of `model.path`, or random ones that `seed` alone decides.
 
-    With `mesh` this rank has its part of them (`tensor.py`). With `quantization` they are packed so, or were.
+    With `mesh` this rank has its part of them (`tensor_parallel.py`). With `quantization` they are packed so, or were.
 
     Every parameter has a storage of its own and of exactly its size. Raises Refusal where the memory is too small,
     or the checkpoint is torn, pickled, lacks a weight, has one too many, or one of another shape. Where it is

@@ -2,7 +2,7 @@
 
 A stage is the transformers model itself with a part of its layers; the first has the embedding, the last the head.
 What comes before the layers in the model's own code, and after them, runs in every stage: where that changes what a
-stage was given, the model cannot be cut, and `proof.py` finds out.
+stage was given, the model cannot be cut, and `stage_check.py` finds out.
 """
 
 import copy
@@ -183,7 +183,8 @@ def build(
 ) -> Stage:
     """The stage with `layers`: its weights are those of `model.build`'s whole, of which no more is ever in memory.
 
-    With `mesh` this rank has its part of them (`tensor.py`). With `quantization` they are made whole as they are read.
+    With `mesh` this rank has its part of them (`tensor_parallel.py`). With `quantization` they are made whole as
+    they are read.
 
     Raises Refusal as that does. A checkpoint whose tensors transformers renames or merges is loaded whole first.
     """

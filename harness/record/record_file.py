@@ -33,6 +33,22 @@ class Output:
     flush: Callable[[], None]  # put what is known so far on disk
 
 
+def head(
+    settings: Any, reasons: Mapping[str, str], words: Sequence[str], world: dict[str, Any]
+) -> dict[str, Any]:
+    """What is known of a run of `settings` before it begins. It has failed until it says that it is complete."""
+    return {
+        "schema": SCHEMA,
+        "status": "failed",
+        "mode": settings.mode,
+        "world": world,
+        "model": {"name": settings.model.name, "parameters": None, "dtype": None},
+        "config": asdict(settings),
+        "resolved": dict(reasons),
+        "environment": environment(words),
+    }
+
+
 def environment(words: Sequence[str] = ()) -> dict[str, Any]:
     """The versions and the machine that made the figures, and the words that asked for them."""
     import torch

@@ -1,4 +1,8 @@
-"""A run without its world: the same code on fake tensors, for ranks that do not exist."""
+"""A run without its world: the same code on fake tensors, for ranks that do not exist.
+
+It may import all that a run imports. Start at `all_ranks.py`, then `one_rank.py`; `shims.py` has what is replaced in
+torch, transformers and DeepSpeed, each with its reason.
+"""
 
 from dataclasses import replace
 

@@ -9,6 +9,8 @@ from harness.config.load import Refusal, Settings
 from harness.config.rules.quantized import AT_FIRST, AT_LOAD
 from harness.generation.generation_config import strategy_of
 from harness.model.loader import model_config
+from harness.model.resolve import resolve
+from harness.record import record_file
 from harness.rehearsal import UNVERIFIED, kernels
 from harness.rehearsal.balance import Task, peak, resolved
 from harness.rehearsal.pool import progress, workers
@@ -76,6 +78,19 @@ def of_packing(model: Mapping[str, Any]) -> Iterator[str]:
         yield "transformers computes in mxfp4 where triton and kernels are installed, and makes weights whole elsewhere"
     if packed["whole"] == AT_FIRST:
         yield "weights are made whole in one go: a real run holds a few copies of one layer meanwhile"
+
+
+def rehearsed(settings: Settings, words: Sequence[str], parallel: bool = True) -> dict[str, Any]:
+    """The record of a rehearsal that leaves nothing on disk; its roles at once where `parallel`.
+
+    Raises Refusal as the run itself would, and whatever else the run raises.
+    """
+    decision = resolve(settings)
+    ranks, done = rehearse(decision.settings, parallel=parallel)
+    around = described(decision.settings)
+    around["differences"] += of_packing(done["model"])
+    head = record_file.head(decision.settings, decision.reasons, words, around)
+    return {**head, "status": "complete", **done, "ranks": ranks}
 
 
 def rehearse(

@@ -83,12 +83,12 @@ def progress(total: int | None) -> Pace:
 
 
 def decided(pool: ProcessPoolExecutor, settings: Settings) -> tuple[Settings, dict[str, str]]:
-    """`settings` without `auto`, and why, as `resolve.py` has it. Raises Refusal."""
+    """`settings` without `auto`, and why, as `model/resolve.py` has it. Raises Refusal."""
     return pool.submit(_decided, settings).result()
 
 
 def _decided(settings: Settings) -> tuple[Settings, dict[str, str]]:
-    from harness.rehearsal.resolve import resolve
+    from harness.model.resolve import resolve
 
     resolved = resolve(settings)
     return resolved.settings, dict(resolved.reasons)
@@ -111,9 +111,9 @@ def worst(settings: Settings) -> Worst:
 
 def candidates(settings: Settings) -> Candidates:
     """The ranks to rehearse for `worst`."""
+    from harness.model.resolve import resolve
     from harness.rehearsal.balance import resolved
     from harness.rehearsal.representatives import roles
-    from harness.rehearsal.resolve import resolve
 
     try:
         settings = resolved(resolve(settings).settings)

@@ -52,7 +52,7 @@ def in_place(original: Original) -> Original:
 
 
 def with_values(original: Original) -> Original:
-    """transformers' `is_fake_tensor`: a mask or positions are none, for their values are known (`values.py`)."""
+    """transformers' `is_fake_tensor`: a mask or positions are none, for their values are known (`known_values.py`)."""
 
     def stand_in(x: Any) -> bool:
         return False

@@ -1,4 +1,7 @@
-"""`harness report RUN [RUN ...] -o DIR`: runs to look at, from their records and traces alone, with no torch."""
+"""`harness report RUN [RUN ...] -o DIR`: runs to look at, from their records and traces alone, with no torch.
+
+It may import analysis and advice. Start at `content.py`: what is said of runs, as plain data; `page.py` draws it.
+"""
 
 import sys
 from collections.abc import Sequence

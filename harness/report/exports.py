@@ -150,7 +150,7 @@ def events(runs: Sequence["Told"]) -> "pa.Table":
 def markdown(runs: Sequence["Told"], directory: Path) -> list[Path]:
     """What the page says, as text: what stands out in each run, and the comparison."""
     from harness.advice.explain import explain
-    from harness.analysis.compare import compare
+    from harness.analysis.compare import table
     from harness.record.schema import printable
 
     lines = ["# Memory report", ""]
@@ -158,7 +158,7 @@ def markdown(runs: Sequence["Told"], directory: Path) -> list[Path]:
         lines += [f"## {escaped(run.name)}", "", escaped(run.record.title), ""]
         lines += [*(f"- {escaped(printable(finding.sentence))}" for finding in explain(run.record)), ""]
     if len(runs) > 1:
-        lines += ["## Side by side", "", compare([run.run for run in runs], markdown=True), ""]
+        lines += ["## Side by side", "", table([run.run for run in runs], markdown=True), ""]
     put(directory / "report.md", "\n".join(lines))
     return [directory / "report.md"]
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.analysis.compare import compare
+from harness.analysis import compare
 from harness.analysis.summary import show
 from harness.report import content, points
 from harness.report.content import Told
@@ -54,7 +54,7 @@ def _drawn(run: dict[str, Any]) -> dict[str, Any]:
 
 def _table(runs: Sequence[Told]) -> str:
     if len(runs) > 1:
-        return compare([run.run for run in runs])
+        return compare.table([run.run for run in runs])
     return show(runs[0].raw)
 
 

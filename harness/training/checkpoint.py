@@ -9,7 +9,6 @@ import json
 import os
 import random
 import shutil
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from harness.config.load import Refusal
+from harness.config.rules.sources import run_state
 from harness.runtime.world import World
 from harness.training.engine import Engine
 from harness.training.pipeline_engine import Pipeline
@@ -106,25 +106,13 @@ def newest_whole(directory: Path, key: str = "train.resume") -> tuple[Path, dict
     Raises Refusal where there is none.
     """
     passed_over: list[str] = []
-    for candidate in sorted(_home(directory).glob("step-*"), reverse=True):
+    for candidate in sorted(run_state(directory).glob("step-*"), reverse=True):
         try:
             return candidate, _whole(candidate), passed_over
         except (OSError, ValueError, KeyError, TypeError) as reason:
             passed_over.append(f"{candidate.name} is torn: {reason}")
     found = "; ".join(passed_over) or "it has no step-* directory; train with train.save_every=N to make them"
     raise Refusal(key, directory, f"no whole checkpoint is there: {found}")
-
-
-def identity_in(directory: Path) -> dict[str, Any]:
-    """What the newest manifest in a run's directory says that its run was; nothing where none can be read."""
-    for manifest in sorted(_home(directory).glob("step-*/manifest.json"), reverse=True):
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            return dict(json.loads(manifest.read_text())["identity"])
-    return {}
-
-
-def _home(directory: Path) -> Path:
-    return directory / "state" if (directory / "state").is_dir() else directory
 
 
 def _whole(candidate: Path) -> dict[str, Any]:

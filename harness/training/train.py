@@ -13,9 +13,9 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from harness.config.load import Refusal, Settings
 from harness.config.rules import check_layers, positions
 from harness.data import token_batches
-from harness.generation.generation_config import fields_of
 from harness.ledger import Ledger
 from harness.model import init_weights, loader, stage
+from harness.model.generation_defaults import fields_of
 from harness.model.partition import ranges, split_of
 from harness.model.tokenizer import opens_otherwise, tokenizer_of
 from harness.quantization import method

@@ -21,9 +21,9 @@ from harness.generation.generation_config import strategy_of
 from harness.generation.metrics import Share, largest, performance, unasked
 from harness.ledger import Ledger
 from harness.model import loader
+from harness.model.resolve import resolve
 from harness.model.tokenizer import tokenizer_of
 from harness.record import record_file
-from harness.rehearsal.resolve import resolve
 from harness.runtime.world import World
 
 ASKED = {

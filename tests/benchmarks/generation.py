@@ -25,8 +25,8 @@ from harness.generation.compiled_decode import Compiled
 from harness.generation.decode import generate
 from harness.ledger import Ledger
 from harness.model import loader
+from harness.model.resolve import resolve
 from harness.record import record_file
-from harness.rehearsal.resolve import resolve
 
 OFF = Ledger(mode="off")
 AGAINST = {

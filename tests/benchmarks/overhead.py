@@ -24,8 +24,8 @@ from harness.config.compose import compose
 from harness.config.load import load
 from harness.ledger import Ledger
 from harness.model import loader
+from harness.model.resolve import resolve
 from harness.record import record_file
-from harness.rehearsal.resolve import resolve
 from harness.runtime.world import connected
 from harness.training.engine import Engine
 

@@ -21,10 +21,10 @@ import pytest
 
 from harness.config.compose import compose
 from harness.config.load import Settings, load
+from harness.model.resolve import resolve
 from harness.rehearsal.all_ranks import rehearse as rehearse_all
 from harness.rehearsal.one_rank import rehearse
 from harness.rehearsal.representatives import Role, roles
-from harness.rehearsal.resolve import resolve
 from tests.distributed.conftest import PRECISION, Launch, complete
 
 Words = tuple[str, ...]

@@ -5,6 +5,8 @@ import glob
 import json
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from harness.config.settings import Model, Refusal
@@ -128,3 +130,16 @@ def read(config: Mapping[str, Any], name: str) -> tuple[str, Any]:
     """A length in a model's config by the name that it has there, and its value: None where it is not said."""
     shape = text_of(config)
     return next(((each, shape[each]) for each in NAMES[name] if shape.get(each) is not None), (name, None))
+
+
+def run_state(run: Path) -> Path:
+    """Where the full-state checkpoints of a training run's directory are."""
+    return run / "state" if (run / "state").is_dir() else run
+
+
+def identity_in(run: Path) -> dict[str, Any]:
+    """What the newest checkpoint in a run's directory says that its run was; nothing where none can be read."""
+    for manifest in sorted(run_state(run).glob("step-*/manifest.json"), reverse=True):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            return dict(json.loads(manifest.read_text())["identity"])
+    return {}

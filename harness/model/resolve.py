@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PretrainedConfig
 
+from harness.config.rules.sources import identity_in
 from harness.config.settings import Refusal, Settings
 from harness.model import init_weights, shape
 from harness.model.loader import model_config
@@ -48,8 +49,6 @@ def resolve(settings: Settings, device: str | None = None) -> Resolved:
 def _precision(settings: Settings, device: str | None) -> tuple[str, str]:
     """The precision, and why."""
     if settings.train.resume is not None:
-        from harness.training.checkpoint import identity_in
-
         before = identity_in(Path(settings.train.resume)).get("precision")
         if before in ("bf16", "fp32"):
             return before, "that of the run which is resumed"
