@@ -3,7 +3,7 @@
     python tests/benchmarks/estimates.py > profiles/estimates.md
 
 Prints a page. Every number on it is computed here; small models are also trained for real, on two ranks of this
-machine. Takes some minutes. `tests/test_estimates.py` holds the committed page against what is computed anew.
+machine. Takes some minutes. `tests/rehearsal/test_estimates.py` holds the committed page against what is computed anew.
 """
 
 import os
@@ -190,7 +190,7 @@ def bucket(name: str) -> str:
 PAGE = """\
 # Estimates, rehearsals and runs
 
-Made by `python tests/benchmarks/estimates.py > profiles/estimates.md`, and checked by `tests/test_estimates.py`.
+Made by `python tests/benchmarks/estimates.py > profiles/estimates.md`, and checked by `tests/rehearsal/test_estimates.py`.
 {processor}, python {python}, {packages}.
 
 Four accounts of the memory of one rank in training: bf16 parameters and gradients, AdamW in fp32.

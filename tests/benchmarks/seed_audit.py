@@ -4,7 +4,7 @@
 
 Prints a page. Its figures come from rehearsals of LLaMA-2-70B, as the text takes it to be (64 heads of keys and values)
 and as it is (8): from the ledger's bytes, and from the operations and bytes counted in the operators that ran. Takes a
-minute. `tests/test_seed_audit.py` holds the committed page against what is computed anew.
+minute. `tests/rehearsal/test_seed_audit.py` holds the committed page against what is computed anew.
 """
 
 import platform
@@ -457,7 +457,7 @@ def told(example: Example, number: int) -> str:
 
 PAGE = """# The seed, audited
 
-Made by `python tests/benchmarks/seed_audit.py > profiles/seed-audit.md`, and checked by `tests/test_seed_audit.py`.
+Made by `python tests/benchmarks/seed_audit.py > profiles/seed-audit.md`, and checked by `tests/rehearsal/test_seed_audit.py`.
 Python {python}, torch {torch}, transformers {transformers}, deepspeed {deepspeed}.
 
 The text that this project grew from ("What is the difference between GPU inference and training?", NADDOD) works

@@ -11,7 +11,7 @@ from harness import pytest_plugin  # a run in this process must not import them,
 from harness.check import budget
 from harness.ledger.ledger import Ledger
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 HEAD = """
 import pytest, torch
 

@@ -17,7 +17,7 @@ from harness.__main__ import main
 from harness.record import trace
 from harness.record.record_file import read, write
 from harness.report import PAGE
-from tests.test_report import HOSTILE, INFER, TRAIN, changed, report
+from tests.report.test_report import HOSTILE, INFER, TRAIN, changed, report
 
 Browser = webdriver.Chrome
 

@@ -490,7 +490,7 @@ def test_comparing_imports_neither_torch_nor_transformers(tmp_path: Path) -> Non
         f"import sys; from harness.__main__ import main; assert main({['compare', *pair]!r}) == 0; "
         "assert not {'torch', 'transformers'} & set(sys.modules)"
     )
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, cwd=root)
 
 

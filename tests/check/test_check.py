@@ -17,7 +17,7 @@ from harness.check import announce, baseline
 from harness.check.tolerance import tolerances
 from harness.ledger.categories import CATEGORIES
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 KIB = 1024
 WORDS = ["mode=train", "model=tiny", "hardware=cpu", "zero=2"]
 PLACES = [(0, "setup", 0), (0, "forward", 0), (0, "backward", 0), (1, "forward", 0), (1, "forward", 1)]

@@ -12,7 +12,7 @@ import pytest
 from harness.record import record_file
 from tests.benchmarks import estimates
 
-PAGE = (Path(__file__).parents[1] / "profiles" / "estimates.md").read_text()
+PAGE = (Path(__file__).parents[2] / "profiles" / "estimates.md").read_text()
 REHEARSED = (("llama2-7b", 64, 3),)
 
 pytestmark = pytest.mark.skipif(

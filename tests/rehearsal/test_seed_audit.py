@@ -11,7 +11,7 @@ from harness.model.loader import model_config
 from harness.record import record_file
 from tests.benchmarks import seed_audit as audit
 
-PAGE = (Path(__file__).parents[1] / "profiles" / "seed-audit.md").read_text()
+PAGE = (Path(__file__).parents[2] / "profiles" / "seed-audit.md").read_text()
 EXAMPLES = (
     audit.training,
     audit.stages,

@@ -166,7 +166,7 @@ def test_a_cpu_decides_the_same_each_time() -> None:
 def test_a_cpu_whose_bf16_units_are_not_used_computes_in_fp32() -> None:
     said = subprocess.run(
         [sys.executable, "-c", DECIDE],
-        env={**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2", "PYTHONPATH": str(Path(__file__).parents[1])},
+        env={**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2", "PYTHONPATH": str(Path(__file__).parents[2])},
         text=True,
         capture_output=True,
         check=True,
