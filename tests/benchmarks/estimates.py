@@ -190,7 +190,8 @@ def bucket(name: str) -> str:
 PAGE = """\
 # Estimates, rehearsals and runs
 
-Made by `python tests/benchmarks/estimates.py > profiles/estimates.md`, and checked by `tests/rehearsal/test_estimates.py`.
+Made by `python tests/benchmarks/estimates.py > profiles/estimates.md`,
+and checked by `tests/rehearsal/test_estimates.py`.
 {processor}, python {python}, {packages}.
 
 Four accounts of the memory of one rank in training: bf16 parameters and gradients, AdamW in fp32.

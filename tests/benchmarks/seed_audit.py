@@ -457,7 +457,8 @@ def told(example: Example, number: int) -> str:
 
 PAGE = """# The seed, audited
 
-Made by `python tests/benchmarks/seed_audit.py > profiles/seed-audit.md`, and checked by `tests/rehearsal/test_seed_audit.py`.
+Made by `python tests/benchmarks/seed_audit.py > profiles/seed-audit.md`,
+and checked by `tests/rehearsal/test_seed_audit.py`.
 Python {python}, torch {torch}, transformers {transformers}, deepspeed {deepspeed}.
 
 The text that this project grew from ("What is the difference between GPU inference and training?", NADDOD) works
