@@ -145,7 +145,7 @@ def pytest_runtest_makereport(
             ledger, marks = item.stash[LEDGER], [*item.iter_markers("memory_budget")]
             own = call.excinfo is not None and not call.excinfo.errisinstance(pytest.fail.Exception)
             also = budget.exceeded(ledger, budget.limits(marks)) if own else ()
-            shown = "\n".join([*also, budget.told(ledger, marks, item.config.rootpath)])
+            shown = "\n".join([*also, budget.text_of(ledger, marks, item.config.rootpath)])
             report.sections.append(("memory", shown))
         if call.when == "teardown":
             del item.stash[LEDGER]

@@ -204,7 +204,7 @@ class _Run:
         self.settings = replace(self.settings, pipeline=replace(self.settings.pipeline, split=found))
         prove(self.settings)
         layers = partition.split_of(self.settings, model_config(self.settings.model))
-        self.done["pipeline"] = partition.told(self.settings, layers)
+        self.done["pipeline"] = partition.as_record(self.settings, layers)
 
     def _split(self) -> Any:
         """The settings' split; a list where they ask for one by `memory`. Raises Refusal."""

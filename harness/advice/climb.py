@@ -36,7 +36,7 @@ class Climb:
         between = (self.fits + self.fails) // 2
         return between if self.exactly and between > self.fits else None
 
-    def told(self, fits: bool, exactly: bool = False) -> None:
+    def learn(self, fits: bool, exactly: bool = False) -> None:
         """Whether what was wanted fits; `exactly`: whether it matters between powers of two."""
         asked = self.wants()
         assert asked is not None

@@ -197,7 +197,7 @@ class Fit:
                 for (climb, words, settings), worst in zip(asked, found, strict=True):
                     trial = Trial(words, settings, worst, self.memory - self.reserve - worst.bytes)
                     if trial.rehearsed:
-                        climb.told(trial.fits, exactly=self.mode == "infer")
+                        climb.learn(trial.fits, exactly=self.mode == "infer")
                     else:
                         climb.refused()
                     trials.append(trial)

@@ -69,7 +69,7 @@ class Run:
         """Bytes at the peak; 0 where that was not measured."""
         return self.peak.bytes or 0
 
-    def held(self, category: str) -> int:
+    def bytes_of(self, category: str) -> int:
         """Bytes of `category` at the peak."""
         return self.peak.categories.get(category) or 0
 
@@ -112,7 +112,7 @@ def bucket(run: Run) -> Iterator[Finding]:
         (h.bytes for h in run.holdings if h.category == "communication" and h.name.startswith("ipg_bucket")),
         default=0,
     )
-    parameters = run.held("parameters")
+    parameters = run.bytes_of("parameters")
     if run.settings is None or found <= parameters:
         return
     stays = ", and ZeRO-3 keeps it from start to end" if run.end("communication") >= found else ""
@@ -186,7 +186,7 @@ def checkpointing(run: Run) -> Iterator[Finding]:
     if settings is None or settings.checkpointing.mode == "none" or where is None:
         return
     asked = settings.checkpointing
-    name, held = f"checkpointing={asked.mode}", run.held("activations")
+    name, held = f"checkpointing={asked.mode}", run.bytes_of("activations")
     layers = int(read(settings.model.config, "num_hidden_layers")[1] or 0)  # 0: it does not say
     recomputed = len(asked.layers) or -(-layers // asked.every)
     beside = sum(h.bytes for h in run.holdings if h.category == "activations" and not _of_layer(h))
@@ -254,14 +254,14 @@ def same_on_more_ranks(run: Run) -> Iterator[Finding]:
     if run.size == 1 or not run.whole or run.record.pipeline.stages > 1:
         return
     if run.record.mode == "infer":
-        whole = run.held("parameters")
+        whole = run.bytes_of("parameters")
         sentence = (
             f"Each of the {run.size} ranks holds all {size(whole)} of the parameters: more ranks share out "
             "prompts, not the model."
         )
         yield Finding("ranks", sentence, whole)
     elif run.stage is not None:
-        shared = sum(map(run.held, SHARDED[run.stage]))
+        shared = sum(map(run.bytes_of, SHARDED[run.stage]))
         same = run.whole - shared
         if 2 * same >= run.whole:
             sentence = (

@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
         "the next, "
         "and KV cache.",
         "launch/batching-study makes such runs.",
-        lambda given, as_json: told_as_json(given) if as_json else told(given),
+        lambda given, as_json: told_as_json(given) if as_json else as_text(given),
     )
 
 
@@ -83,7 +83,7 @@ def told_as_json(given: Sequence[Point]) -> str:
     return json.dumps(rows, indent=1)
 
 
-def told(given: Sequence[Point]) -> str:
+def as_text(given: Sequence[Point]) -> str:
     """The table, with bars of one scale, and what is seen in it."""
     found = steps(given)
     fastest = max((step.point.tokens_per_second or 0 for step in found), default=0)

@@ -16,7 +16,7 @@ def main(argv: Sequence[str]) -> int:
         "operations "
         "a token, and bytes.",
         "launch/caching-study makes such runs.",
-        lambda given, as_json: told_as_json(given) if as_json else told(given),
+        lambda given, as_json: told_as_json(given) if as_json else as_text(given),
     )
 
 
@@ -44,7 +44,7 @@ def told_as_json(given: Sequence[Point]) -> str:
     return json.dumps([point.as_dict() for points in by_cache(given).values() for point in points], indent=1)
 
 
-def told(given: Sequence[Point]) -> str:
+def as_text(given: Sequence[Point]) -> str:
     """The table, and what is seen in it."""
     found = by_cache(given)
     table = Table(

@@ -31,7 +31,7 @@ def details(verdict: Verdict) -> Iterator[str]:
         if apart.moved:
             yield f"{apart.ranks}: the peak is in {apart.moved}"
         if apart.holdings:
-            named = (f"{_named(each)} {each.told()}" for each in apart.holdings)
+            named = (f"{_named(each)} {each.sentence()}" for each in apart.holdings)
             yield f"{apart.ranks}: at the peak the furthest from the baseline are {'; '.join(named)}"
     yield from verdict.notes
 

@@ -125,7 +125,7 @@ def _measured(ledger: "Ledger", name: str) -> baseline.Baseline:
     )
 
 
-def told(ledger: "Ledger", marks: Iterable[Mark], root: Path) -> str:
+def text_of(ledger: "Ledger", marks: Iterable[Mark], root: Path) -> str:
     """What the test held: each category, its budget, and the largest storages with the lines that made them."""
     peak, held, allowed = ledger.peak, _held(ledger), limits(marks)
     where = f"step {peak.where.step}, {peak.where.phase}{f', in {peak.module}' if peak.module else ''}"

@@ -33,7 +33,7 @@ class Change(NamedTuple):
         """Bytes above the baseline."""
         return self.after - self.before
 
-    def told(self) -> str:
+    def sentence(self) -> str:
         """How far it is from the baseline."""
         return f"{difference(self.before, self.after)}{f' ({self.share})' if self.share else ''}"
 
@@ -67,7 +67,7 @@ class Apart(NamedTuple):
         if change is None:
             return f"{self.ranks}: {self.phases[0]}"
         since = f", since {change.since}" if change.since else ""
-        return f"{self.ranks}: {change.name} {change.told()}{since}"
+        return f"{self.ranks}: {change.name} {change.sentence()}{since}"
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ class Strategy:
             for name, each in sorted(self.settings.items())
         }
 
-    def told(self) -> str:
+    def description(self) -> str:
         """What a person did not type and may wonder at, in a line; empty where there is nothing of it."""
         names = [*self.processed, *(name for name in ("max_new_tokens", "max_length") if self.get(name))]
         told = [

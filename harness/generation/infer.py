@@ -90,8 +90,8 @@ def run(settings: Settings, world: World, ledger: Ledger, out: Output) -> None:
         ways += [f"layers shared by {world.tensor}"] * (world.tensor > 1)
         told = f"{sizes['parameters']:,} parameters in {', '.join(ways)}, {world.size} ranks"
         out.say(f"{settings.model.name}: {told}")
-    if told := strategy.told():
-        out.say(f"{settings.model.name}: {told}")
+    if description := strategy.description():
+        out.say(f"{settings.model.name}: {description}")
     startup = time.perf_counter() - began
     share = share_of(settings, world, ledger, built, prompts, strategy, out.flush, out.say)
     ledger.enough()  # on every rank, however many batches each had: an exact one takes part in what follows

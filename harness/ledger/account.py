@@ -6,7 +6,7 @@ from harness.ledger.allocator import CpuAllocator, CudaAllocator
 from harness.ledger.events import Event
 from harness.ledger.in_flight import Forwards, in_flight
 from harness.ledger.log import Log
-from harness.ledger.reconcile import Books, at_allocator_peak, told
+from harness.ledger.reconcile import Books, at_allocator_peak, reconciled
 from harness.ledger.replay import Category, Peak, Phase, from_the_start, replay
 
 
@@ -36,7 +36,7 @@ def closed(log: Log, allocator: CpuAllocator | CudaAllocator | None, kernel: boo
     With `kernel` the peak is the allocator's, else that of storages.
     """
     if isinstance(allocator, CpuAllocator) and (allocations := allocator.stop()) is not None:
-        story = told(log.events, log.operators, allocations, log.began)
+        story = reconciled(log.events, log.operators, allocations, log.began)
         log.events = story.events
         peak, books = at_allocator_peak(story, allocator.source)
         return _of(log, story.events, books, peak if kernel else None)

@@ -201,7 +201,7 @@ class Ledger:
 
         What only a log sees is not measured.
         """
-        totals, where = self._roster.held(self.device), self._log.where
+        totals, where = self._roster.totals(self.device), self._log.where
         if self._steady.get(where[1:]) != totals:
             self._steady[where[1:]] = totals
             end = torch.cuda.memory_allocated() if self.device == "cuda" else None

@@ -117,7 +117,7 @@ def without_mappings(
 
 
 @dataclass(frozen=True)
-class Told:
+class Reconciled:
     """The log's story, as the allocator's events complete it: which blocks there were, and what lived in each."""
 
     events: list[Event]
@@ -126,9 +126,9 @@ class Told:
     foreign: list[Storage]  # in memory of somebody else's
 
 
-def told(
+def reconciled(
     events: Sequence[Event], operators: Sequence[Operator], allocations: Iterable[Allocation], opened: int
-) -> Told:
+) -> Reconciled:
     """`events` with what the log, which began when it was `opened`, met too late or not at all."""
     storages = [event.storage for event in events if event.storage is not None and event.delta > 0]
     by_pointer = blocks_of(allocations)
@@ -139,7 +139,7 @@ def told(
     blocks = without_mappings([block for here in by_pointer.values() for block in here], foreign, operators)
     left = left_behind(blocks, operators)
     blocks += [Block(s.nbytes, s.born, s.died or math.inf, storage=s) for s in homeless if s.base]
-    return Told(_with(whole, left), operators, blocks, foreign)
+    return Reconciled(_with(whole, left), operators, blocks, foreign)
 
 
 def _born_unseen(storage: Storage, blocks: dict[int, list[Block]]) -> bool:
@@ -185,7 +185,7 @@ def _with(whole: list[Event], left: Iterable[Storage]) -> list[Event]:
     return whole
 
 
-def at_allocator_peak(story: Told, source: str) -> tuple[Peak, Books]:
+def at_allocator_peak(story: Reconciled, source: str) -> tuple[Peak, Books]:
     """The allocator's own peak, made up of categories, `kernel` scratch, and what nobody explains."""
     blocks, operators = story.blocks, story.operators
     changes = sorted(_changes(blocks), key=lambda change: change[0])

@@ -128,7 +128,7 @@ class Roster:
             self._ask(owner)
 
     @unnoticed
-    def held(self, device: str) -> dict[str, int | None]:
+    def totals(self, device: str) -> dict[str, int | None]:
         """What owners hold now, by category, in bytes. None: only a log sees it."""
         held: dict[int, tuple[str, int]] = {}
         for category, _, owned in self._claims():

@@ -133,7 +133,7 @@ def sizes(model: PreTrainedModel, quantization: Quantization | None = None) -> d
         return figures
     config = copy.deepcopy(model.config)
     figures["parameters"] = count(init_weights.outline(config, next(model.parameters()).dtype))
-    return {**figures, "quantization": quantization.told(storages.nbytes(model))}
+    return {**figures, "quantization": quantization.as_record(storages.nbytes(model))}
 
 
 def looked_up(model: torch.nn.Module) -> int:

@@ -70,7 +70,7 @@ def ranges(split: Sequence[int]) -> list[range]:
     return [range(begin, end) for begin, end in pairwise(accumulate(split, initial=0))]
 
 
-def told(settings: Settings, split: Sequence[int]) -> dict[str, Any]:
+def as_record(settings: Settings, split: Sequence[int]) -> dict[str, Any]:
     """The record's `pipeline`. `bubble` is the part of a step in which a stage waits for the others, under 1F1B."""
     stages, micro_batches = len(split), settings.train.accumulation
     made: dict[str, Any] = {"stages": stages, "split": list(split)}

@@ -84,7 +84,7 @@ class Quantization:
         """What it came to in a `model` that transformers read: where that lacks a kernel, weights are whole."""
         return replace(self, packed=getattr(model, "hf_quantizer", None) is not None)
 
-    def told(self, nbytes: int) -> dict[str, Any]:
+    def as_record(self, nbytes: int) -> dict[str, Any]:
         """The record's `quantization`, of a model whose weights take `nbytes` in all once it is made."""
         bits, group = layouts.summary(self.method, self.given)
         return {

@@ -48,8 +48,8 @@ def _differences(settings: Settings) -> Iterator[str]:
         yield "encoder_no_repeat_ngram_size forbids other tokens, and so a few bytes of numbers are more or fewer"
     if settings.mode == "infer" and settings.generation.compile:
         yield "the decoding step is not compiled: what its program needs beside the cache is its compiler's choice"
-    if settings.hardware.device == "cuda" and (kernels_told := kernels.told(settings)):
-        yield kernels_told
+    if settings.hardware.device == "cuda" and (own := kernels.difference(settings)):
+        yield own
     if settings.mode == "train" and settings.train.clip and settings.pipeline.stages > 1:
         yield "no gradient has a norm: where a real one is above train.clip, gradients may be moved once more"
     if settings.mode == "train":

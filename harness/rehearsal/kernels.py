@@ -30,7 +30,7 @@ DISTRIBUTIONS = {"fla": "flash-linear-attention"}
 """What is installed to have a package, where that has another name."""
 
 
-def told(settings: Settings) -> str | None:
+def difference(settings: Settings) -> str | None:
     """The functions of `settings`' model that are reference code here and kernels on a GPU, in a sentence."""
     with quiet():
         model = init_weights.outline(model_config(settings.model), torch.bfloat16, settings.model.attention)

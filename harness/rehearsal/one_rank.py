@@ -12,7 +12,7 @@ from harness.generation import cache_check, infer
 from harness.ledger import Ledger
 from harness.model.loader import model_config
 from harness.model.misfit import misfits
-from harness.model.partition import split_of, told
+from harness.model.partition import as_record, split_of
 from harness.model.stage_check import prove
 from harness.record import record_file, trace
 from harness.rehearsal.world import rehearsed
@@ -37,7 +37,7 @@ def rehearse(
     done: dict[str, Any] = {}
     if stages > 1:
         prove(settings)
-        done["pipeline"] = told(settings, split_of(settings, model_config(settings.model)))
+        done["pipeline"] = as_record(settings, split_of(settings, model_config(settings.model)))
     cache_check.prove(settings)
     with (
         misfits(settings),

@@ -232,7 +232,7 @@ class Partition:
             )
         return self.held >= other.held and self.moment <= other.moment
 
-    def told(self) -> str:
+    def reason(self) -> str:
         """It as what sets a rank apart."""
         when = f"after {self.moment} others" if self.moment else "first"
         return f"the parameters in its partition have {self.held:,} elements, and are reduced {when}"
@@ -278,6 +278,6 @@ def _outdone(partitions: Sequence[Partition], exports: bool, offloaded: bool) ->
             assert other is not None
             bounds[other].append(rank)
     return [
-        Role(rank, (rank,), tuple(outdone), partitions[rank].told(), partitions[rank].held)
+        Role(rank, (rank,), tuple(outdone), partitions[rank].reason(), partitions[rank].held)
         for rank, outdone in sorted(bounds.items())
     ]

@@ -20,7 +20,7 @@ def main(argv: Sequence[str]) -> int:
 
     try:
         asked = _parser().parse_args(argv)
-        runs = content.told(asked.run)
+        runs = content.runs_at(asked.run)
         drawn = page.html(runs)
         asked.output.mkdir(parents=True, exist_ok=True)
         put(asked.output / PAGE, drawn)

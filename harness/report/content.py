@@ -21,7 +21,7 @@ from harness.tables import size
 
 
 @dataclass(frozen=True)
-class Told:
+class ReportedRun:
     """A run, its raw record, and its name among the others."""
 
     run: Run
@@ -50,11 +50,11 @@ class Told:
                 yield rank, table
 
 
-def told(paths: Sequence[Path]) -> list[Told]:
+def runs_at(paths: Sequence[Path]) -> list[ReportedRun]:
     """The runs in `paths`. Raises ValueError where one has no record that can be read."""
     raws = [read(path) for path in paths]
     runs = [Run(path, parse(raw, str(path))) for path, raw in zip(paths, raws, strict=True)]
-    return [Told(*each) for each in zip(runs, raws, names_of(runs), strict=True)]
+    return [ReportedRun(*each) for each in zip(runs, raws, names_of(runs), strict=True)]
 
 
 def _texts(tree: Mapping[str, Any]) -> dict[str, str]:
@@ -64,7 +64,7 @@ def _texts(tree: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def of_run(run: Told, modules: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def of_run(run: ReportedRun, modules: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Everything about one run but its traces; `modules` are the worst rank's."""
     record = run.record
     return {
@@ -120,7 +120,7 @@ def _roofline(record: Record) -> dict[str, Any] | None:
     }
 
 
-def differing(runs: Sequence[Told]) -> dict[str, list[str]]:
+def differing(runs: Sequence[ReportedRun]) -> dict[str, list[str]]:
     """The config's keys in which the runs differ, with each one's value; "-" where a run has no such key."""
     configs = [run.config for run in runs]
     keys = sorted({key for config in configs for key in config})
@@ -128,7 +128,7 @@ def differing(runs: Sequence[Told]) -> dict[str, list[str]]:
     return {key: each for key, each in values.items() if len(set(each)) > 1}
 
 
-def pairs(runs: Sequence[Told]) -> Iterator[dict[str, Any]]:
+def pairs(runs: Sequence[ReportedRun]) -> Iterator[dict[str, Any]]:
     """Each rehearsal beside each real run of the same config: where their figures differ, rank by rank."""
     for rehearsed in (run for run in runs if run.record.world.rehearsed):
         for real in (run for run in runs if not run.record.world.rehearsed):
@@ -142,7 +142,7 @@ def pairs(runs: Sequence[Told]) -> Iterator[dict[str, Any]]:
                 }
 
 
-def _same(one: Told, other: Told) -> bool:
+def _same(one: ReportedRun, other: ReportedRun) -> bool:
     ours, theirs = (
         {key: value for key, value in run.config.items() if not key.startswith(("world.", "hardware."))}
         for run in (one, other)
@@ -168,7 +168,7 @@ def _apart(rehearsed: Record, real: Record) -> Iterator[dict[str, Any]]:
                 }
 
 
-def comparison(runs: Sequence[Told]) -> list[dict[str, Any]]:
+def comparison(runs: Sequence[ReportedRun]) -> list[dict[str, Any]]:
     """At each run's peak, on its worst rank: bytes by category."""
     return [
         {

@@ -12,17 +12,17 @@ from harness.tables import escaped
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from harness.report.content import Told
+    from harness.report.content import ReportedRun
 
 
 class Form(NamedTuple):
     """A form of a report: what it is, and what writes it into a directory and says which files those are."""
 
     meaning: str
-    write: Callable[[Sequence["Told"], Path], list[Path]]
+    write: Callable[[Sequence["ReportedRun"], Path], list[Path]]
 
 
-def perfetto(runs: Sequence["Told"], directory: Path) -> list[Path]:
+def perfetto(runs: Sequence["ReportedRun"], directory: Path) -> list[Path]:
     """Counter tracks by category and slices by phase, a process for each rank: Chrome's trace event format.
 
     Time is the run's own; a rehearsal has none, and its events are a microsecond apart.
@@ -62,7 +62,7 @@ def _slice(rank: int, place: tuple[Any, ...], began: float, ended: float) -> dic
     return {"ph": "X", "name": phase, "pid": rank, "tid": 0, "ts": began, "dur": ended - began, "args": told}
 
 
-def tensorboard(runs: Sequence["Told"], directory: Path) -> list[Path]:
+def tensorboard(runs: Sequence["ReportedRun"], directory: Path) -> list[Path]:
     """Scalars of the worst rank, in MiB by step: the most in a step, by category; and the losses."""
     try:
         from tensorboard.summary import Writer
@@ -78,7 +78,7 @@ def tensorboard(runs: Sequence["Told"], directory: Path) -> list[Path]:
     return made
 
 
-def _scalars(run: "Told") -> Iterator[tuple[str, float, int]]:
+def _scalars(run: "ReportedRun") -> Iterator[tuple[str, float, int]]:
     most: dict[tuple[str, int], int] = {}
     for phase in run.record.worst.phases:
         for name, held in (("total", phase.peak), *phase.categories.items()):
@@ -88,10 +88,10 @@ def _scalars(run: "Told") -> Iterator[tuple[str, float, int]]:
     yield from (("loss", loss, step) for step, loss in enumerate(run.record.training.losses))
 
 
-def tables(kind: str) -> Callable[[Sequence["Told"], Path], list[Path]]:
+def tables(kind: str) -> Callable[[Sequence["ReportedRun"], Path], list[Path]]:
     """What writes every phase of every rank, a row each, and each rank's events, as `kind` of file."""
 
-    def write_tables(runs: Sequence["Told"], directory: Path) -> list[Path]:
+    def write_tables(runs: Sequence["ReportedRun"], directory: Path) -> list[Path]:
         import pyarrow.csv
         import pyarrow.parquet
 
@@ -106,7 +106,7 @@ def tables(kind: str) -> Callable[[Sequence["Told"], Path], list[Path]]:
     return write_tables
 
 
-def phases(runs: Sequence["Told"]) -> "pa.Table":
+def phases(runs: Sequence["ReportedRun"]) -> "pa.Table":
     """A row for each phase of each rank of each run, in bytes; what was not measured is null."""
     import pyarrow as pa
 
@@ -134,7 +134,7 @@ def phases(runs: Sequence["Told"]) -> "pa.Table":
     return pa.Table.from_pylist(rows)
 
 
-def events(runs: Sequence["Told"]) -> "pa.Table":
+def events(runs: Sequence["ReportedRun"]) -> "pa.Table":
     """Every event of every rank that left a trace, under its run and rank."""
     import pyarrow as pa
 
@@ -147,7 +147,7 @@ def events(runs: Sequence["Told"]) -> "pa.Table":
     return pa.concat_tables(found) if found else pa.table({})
 
 
-def markdown(runs: Sequence["Told"], directory: Path) -> list[Path]:
+def markdown(runs: Sequence["ReportedRun"], directory: Path) -> list[Path]:
     """What the page says, as text: what stands out in each run, and the comparison."""
     from harness.advice.explain import explain
     from harness.analysis.compare import table
@@ -163,7 +163,7 @@ def markdown(runs: Sequence["Told"], directory: Path) -> list[Path]:
     return [directory / "report.md"]
 
 
-def _called(kind: str, index: int, runs: Sequence["Told"], ending: str = "") -> str:
+def _called(kind: str, index: int, runs: Sequence["ReportedRun"], ending: str = "") -> str:
     number = f"-{index}" if len(runs) > 1 else ""
     return f"{kind}{number}{'.' * bool(ending)}{ending}"
 

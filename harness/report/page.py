@@ -8,13 +8,13 @@ from typing import Any
 from harness.analysis import compare
 from harness.analysis.summary import show
 from harness.report import content, points
-from harness.report.content import Told
+from harness.report.content import ReportedRun
 from harness.tables import size
 
 HERE = Path(__file__).parent
 
 
-def html(runs: Sequence[Told]) -> str:
+def html(runs: Sequence[ReportedRun]) -> str:
     """The report of `runs` as a page. Raises ValueError for a torn trace."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
@@ -52,7 +52,7 @@ def _drawn(run: dict[str, Any]) -> dict[str, Any]:
     return {name: run[name] for name in ("name", "worst", "ranks", "modules", "roofline")}
 
 
-def _table(runs: Sequence[Told]) -> str:
+def _table(runs: Sequence[ReportedRun]) -> str:
     if len(runs) > 1:
         return compare.table([run.run for run in runs])
     return show(runs[0].raw)

@@ -61,7 +61,7 @@ def allocations(settings: Settings, device: torch.device) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, TypeError, OverflowError) as error:
-        needed = asked(error)
+        needed = bytes_wanted(error)
         _, total = _memory(device)
         if needed is None or needed <= total:
             raise
@@ -73,7 +73,7 @@ def allocations(settings: Settings, device: torch.device) -> Iterator[None]:
         ) from error
 
 
-def asked(error: Exception) -> float | None:
+def bytes_wanted(error: Exception) -> float | None:
     """The bytes of the allocation that failed, inf where they are above 2**63; None where `error` is another."""
     if says := _ASKED.search(str(error)):
         return round(float(says[1]) * _UNITS[says[2]])

@@ -26,7 +26,7 @@ def climbed(limit: int, exactly: bool = False, rungs: tuple[int, ...] = ()) -> t
     climb, asked = Climb((), "key", rungs), []
     while (wanted := climb.wants()) is not None:
         asked.append(wanted)
-        climb.told(wanted <= limit, exactly)
+        climb.learn(wanted <= limit, exactly)
     return asked, climb.fits
 
 

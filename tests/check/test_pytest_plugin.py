@@ -44,7 +44,7 @@ def _warm() -> None:
         linear = torch.nn.Linear(2, 2)
         linear(torch.ones(2)).sum().backward()
         torch.optim.AdamW(linear.parameters()).step()
-    budget.told(ledger, [], Path())
+    budget.text_of(ledger, [], Path())
     assert pytest_plugin.MARKS
 
 

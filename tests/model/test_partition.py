@@ -9,7 +9,7 @@ import pytest
 from harness.config.compose import compose
 from harness.config.load import Refusal, Settings, load
 from harness.model.loader import model_config
-from harness.model.partition import balanced, by_parameters, ranges, split_of, told, uniform
+from harness.model.partition import as_record, balanced, by_parameters, ranges, split_of, uniform
 from harness.rehearsal.balance import peak, resolved
 
 
@@ -84,7 +84,7 @@ def test_the_bubble_is_what_the_schedule_leaves_empty(stages: int, micro_batches
     given = settings(
         f"world.size={stages}", f"pipeline.stages={stages}", f"train.accumulation={micro_batches}"
     )
-    assert told(given, [1] * stages)["bubble"] == bubble
+    assert as_record(given, [1] * stages)["bubble"] == bubble
 
 
 @pytest.mark.parametrize(

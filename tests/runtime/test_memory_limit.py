@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from harness.config.settings import Refusal, Settings
-from harness.runtime.memory_limit import allocations, asked, check_parameters
+from harness.runtime.memory_limit import allocations, bytes_wanted, check_parameters
 
 CPU = torch.device("cpu")
 LARGER = 2 * psutil.virtual_memory().total
@@ -58,7 +58,7 @@ def test_a_failure_of_another_kind_stays_one(error: RuntimeError) -> None:
     ],
 )
 def test_how_large_the_allocation_was_that_failed(says: str, bytes_: float | None) -> None:
-    assert asked(RuntimeError(says)) == bytes_
+    assert bytes_wanted(RuntimeError(says)) == bytes_
 
 
 @pytest.mark.parametrize(
