@@ -1,9 +1,11 @@
 """The rooms of `harness/`: what each may import, by the import statements themselves."""
 
 import ast
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
+import tomllib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,12 @@ ROOMS = (
     *("rehearsal", "analysis", "advice", "check", "report", "run", "pytest_plugin", "__main__", "__init__"),
 )
 """From the bottom up: a room imports what stands before it."""
+
+EXTRA = {
+    "run": ("transformers", "deepspeed", "accelerate", "datasets", "huggingface_hub", "safetensors"),
+    "report": ("jinja2", "plotly"),
+}
+"""The packages that an extra brings."""
 
 WITHOUT_TORCH = (
     "config",
@@ -77,19 +85,45 @@ def test_training_and_generation_do_not_know_each_other() -> None:
     )
 
 
+def modules_of(room: str) -> list[str]:
+    """Every module in a room of the harness, or the one that has this name."""
+    folder = HARNESS / room
+    inside = folder.rglob("*.py") if folder.is_dir() else []
+    names = (file.relative_to(HARNESS).with_suffix("").parts for file in inside if file.stem != "__init__")
+    return [f"harness.{room}", *(".".join(("harness", *parts)) for parts in names)]
+
+
+def fails_without(absent: Sequence[str], modules: Sequence[str]) -> str:
+    """What Python says where `modules` are imported and the packages `absent` are not installed; "" if all is well."""
+    lines = [f"import sys; sys.modules.update(dict.fromkeys({[*absent]!r}))", f"import {', '.join(modules)}"]
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=False
+    )
+    return done.stderr[-500:]
+
+
 @pytest.mark.parametrize("room", WITHOUT_TORCH)
 def test_a_room_that_reads_needs_no_torch(room: str) -> None:
-    folder = HARNESS / room
-    names = [f"harness.{room}"]
-    if folder.is_dir():
-        names += [
-            "harness." + ".".join(file.relative_to(HARNESS).with_suffix("").parts)
-            for file in folder.rglob("*.py")
-            if file.stem not in ("__init__", "budget")
-        ]
-    code = f"import sys; sys.modules['torch'] = None; import {', '.join(names)}"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-500:]
+    modules = [each for each in modules_of(room) if each != "harness.check.budget"]
+    extra = () if room == "report" else EXTRA["report"]
+    assert not fails_without(("torch", *EXTRA["run"], *extra), modules)
+
+
+@pytest.mark.parametrize("room", ["__init__", "ledger", "record", "pytest_plugin", "check"])
+def test_what_the_bare_package_is_for_needs_no_extra(room: str) -> None:
+    assert not fails_without(
+        (*EXTRA["run"], *EXTRA["report"]), modules_of(room.replace("__init__", "__main__"))
+    )
+
+
+def test_the_extras_are_those_of_the_project_s_own_file() -> None:
+    with (HARNESS.parent / "pyproject.toml").open("rb") as file:
+        project = tomllib.load(file)["project"]
+    named = {
+        re.split("[><=]", line)[0].lower().replace("-", "_")
+        for line in project["optional-dependencies"]["run"]
+    }
+    assert named == {*EXTRA["run"], *EXTRA["report"]}
 
 
 def test_each_room_says_what_lives_there_what_it_may_import_and_where_to_start() -> None:
