@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from omegaconf import OmegaConf
 
 from harness.advice import explain
 from harness.advice.savings import Rehearsed, candidates, ranked, settings_of
@@ -18,6 +17,7 @@ from harness.analysis.findings import Finding
 from harness.config import compose
 from harness.config.load import load
 from harness.record.schema import Record, parse
+from harness.rehearsal import all_ranks
 from harness.rehearsal.one_rank import rehearse
 from harness.rehearsal.representatives import roles
 from harness.tables import size
@@ -44,24 +44,7 @@ def rehearsed(words: str) -> str:
     """The record of a rehearsal, as JSON: what a run of `words` leaves."""
     typed = [*words.split(), "world=rehearsed"]
     cfg = compose.compose([*DECIDED, *typed])
-    settings = load(cfg)
-    found = [(role, *rehearse(settings, role.rank)) for role in roles(settings)]
-    done = max((each for _, _, each in found), key=lambda d: d.get("inference", {}).get("kv_reserved") or 0)
-    tree: Any = OmegaConf.to_container(cfg, resolve=True)
-    record = {
-        "schema": "harness.record/1",
-        "status": "complete",
-        "mode": settings.mode,
-        "world": {"kind": "rehearsed", "size": settings.world.size, "device": "cpu", "device_name": None},
-        "config": {key: value for key, value in tree.items() if key != "hydra"},
-        "resolved": dict(word.split("=") for word in DECIDED),
-        "environment": {"command": typed},
-        "ranks": [{**rank, "stands_for": role.stands_for, "bounds": role.bounds} for role, rank, _ in found],
-        **done,
-    }
-    if settings.hardware.device == "cuda":
-        record["world"] |= {"device": "cuda", "device_name": settings.hardware.name}
-    return json.dumps(record)
+    return json.dumps(all_ranks.rehearsed(load(cfg), typed, parallel=False))
 
 
 def record_of(words: str) -> dict[str, Any]:

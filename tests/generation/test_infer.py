@@ -340,10 +340,10 @@ def test_one_new_token_has_no_decoding_rate(inferred: Infer) -> None:
 def test_a_run_under_the_exact_ledger_closes_its_books(checkpoint: Path, tmp_path: Path) -> None:
     done: dict[str, Any] = {}
     with Ledger(mode="exact") as ledger:
-        infer.run(ask(checkpoint), ALONE, ledger, quiet(tmp_path, done))
+        infer.run(ask(checkpoint, cache="static"), ALONE, ledger, quiet(tmp_path, done))
     assert ledger.allocator.unattributed == 0
     assert ledger.peak.bytes == ledger.allocator.peak
-    assert ledger.categories["kv_cache"].peak == pytest.approx(done["inference"]["kv_reserved"], rel=0.3)
+    assert ledger.categories["kv_cache"].peak == done["inference"]["kv_reserved"] > 0
     batches = [(phase.where.step, phase.where.phase) for phase in ledger.phases]
     assert [each for each in batches if each[1] in ("prefill", "decode")] == [
         (step, phase) for step in range(3) for phase in ("prefill", "decode")

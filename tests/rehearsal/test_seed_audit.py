@@ -8,8 +8,8 @@ from harness.config.compose import compose
 from harness.config.load import load
 from harness.model import init_weights
 from harness.model.loader import model_config
-from harness.record import record_file
 from tests.benchmarks import seed_audit as audit
+from tests.pages import installed_as_pinned, pinned
 
 PAGE = (Path(__file__).parents[2] / "profiles" / "seed-audit.md").read_text()
 EXAMPLES = (
@@ -28,12 +28,13 @@ EXAMPLES = (
 )
 
 same_versions = pytest.mark.skipif(
-    not all(
-        f"{name} {record_file.environment()['packages'][name]}" in PAGE
-        for name in ("torch", "transformers", "deepspeed")
-    ),
-    reason="the page was made with other versions",
+    not installed_as_pinned("torch", "transformers", "deepspeed"),
+    reason="the page is of the versions in constraints.txt, and others are installed here",
 )
+
+
+def test_the_page_is_of_the_versions_that_the_tests_run_on() -> None:
+    assert [line for line in pinned("torch", "transformers", "deepspeed") if line not in PAGE] == []
 
 
 @same_versions
