@@ -326,7 +326,13 @@ def test_a_saving_is_what_the_two_runs_differ_by(tmp_path: Path, capsys: pytest.
     assert findings["zero3"]["bytes"] == before - peak_of(f"{TRAIN} zero=2")
 
 
-@pytest.mark.parametrize("words", [f"{LARGE} checkpointing=full", f"{TRAIN} zero=0 checkpointing=full"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        pytest.param(f"{LARGE} checkpointing=full", marks=pytest.mark.exhaustive),
+        f"{TRAIN} zero=0 checkpointing=full",
+    ],
+)
 def test_what_checkpointing_saves_is_what_a_run_without_it_takes_more(
     words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

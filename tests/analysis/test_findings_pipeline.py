@@ -29,6 +29,9 @@ INFER = (
 )
 
 
+OTHER_PIPELINES = [(2, 3), (2, 20), (4, 1), (4, 20), (8, 1), (8, 3), (16, 1), (16, 3), (16, 20)]
+
+
 @cache
 def rank_of(stages: int, stage: int, *words: str) -> dict[str, Any]:
     """The books of a stage of so many, of two layers each."""
@@ -37,8 +40,13 @@ def rank_of(stages: int, stage: int, *words: str) -> dict[str, Any]:
     return rehearse(made, stage)[0]
 
 
-@pytest.mark.parametrize("micro_batches", [1, 3, 20])
-@pytest.mark.parametrize("stages", [2, 4, 8, 16])
+@pytest.mark.parametrize(
+    ("stages", "micro_batches"),
+    [
+        *((2, 1), (4, 3), (8, 20)),
+        *(pytest.param(stages, count, marks=pytest.mark.exhaustive) for stages, count in OTHER_PIPELINES),
+    ],
+)
 def test_as_many_forwards_are_alive_as_stages_from_it_on(stages: int, micro_batches: int) -> None:
     kept = []
     for stage in sorted({0, 1, stages // 2, stages - 1}):
@@ -50,7 +58,9 @@ def test_as_many_forwards_are_alive_as_stages_from_it_on(stages: int, micro_batc
     assert len(set(middle)) <= 1  # each of them has the same layers
 
 
-@pytest.mark.parametrize("stages", [2, 4, 8, 16])
+@pytest.mark.parametrize(
+    "stages", [2, 4, *(pytest.param(more, marks=pytest.mark.exhaustive) for more in (8, 16))]
+)
 def test_a_stage_that_generates_keeps_nothing_however_many_there_are(stages: int) -> None:
     whole = rank_of(1, 0, *INFER)
     for stage in sorted({0, stages // 2, stages - 1}):

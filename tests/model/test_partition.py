@@ -88,7 +88,11 @@ def test_the_bubble_is_what_the_schedule_leaves_empty(stages: int, micro_batches
 
 
 @pytest.mark.parametrize(
-    "words", [("zero=1", "train.accumulation=6"), ("zero=0", "train.accumulation=1", "precision=fp32")]
+    "words",
+    [
+        pytest.param(("zero=1", "train.accumulation=6"), marks=pytest.mark.exhaustive),
+        ("zero=0", "train.accumulation=1", "precision=fp32"),
+    ],
 )
 def test_a_split_by_memory_is_the_best_of_all_that_can_be_rehearsed(words: tuple[str, ...]) -> None:
     shape = (
