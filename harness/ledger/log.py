@@ -26,9 +26,9 @@ from torch.utils._python_dispatch import (
 from harness.ledger.events import Event, Operator, Storage, Where
 from harness.ledger.lines import calling_line
 from harness.ledger.tensors import (
-    device_test,
     is_wrapper,
     parts_of,
+    places,
     sizes_of,
     storage_of,
     tensors_in,
@@ -83,7 +83,7 @@ class Log(TorchDispatchMode):
         self.device, self.block, self.lines = device, block, lines
         self.unseen = unseen or Unseen()
         self.where = Where(0, "idle", 0)
-        self._on_device = device_test(device, False)
+        self._on_device = places(device, False)
         self.work = Counter(self._on_device, self.where)
         self.module = ""
         self.recomputing = False
@@ -127,7 +127,7 @@ class Log(TorchDispatchMode):
     def look(self) -> None:
         """Choose what to count: fake tensors if a FakeTensorMode is on, otherwise tensors with memory."""
         self.fakes = any(isinstance(mode, FakeTensorMode) for mode in _get_current_dispatch_mode_stack())
-        self._on_device = self.work.on_device = device_test(self.device, self.fakes)
+        self._on_device = self.work.on_device = places(self.device, self.fakes)
 
     def here(self) -> bool:
         """Whether the log sees this thread: its own thread, or one to which autograd passed its modes.

@@ -113,7 +113,7 @@ def device_of(tensor: torch.Tensor) -> str:
     return tensor.device.type if fake_device is None else str(fake_device)
 
 
-def device_test(device: str, fakes: bool) -> Callable[[torch.Tensor], bool]:
+def places(device: str, fakes: bool) -> Callable[[torch.Tensor], bool]:
     """A fast test whether a tensor is on `device`. Without `fakes`, fake tensors fail it: they have no memory."""
     if not fakes:
         if device == "cpu":
