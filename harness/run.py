@@ -38,28 +38,28 @@ def run(settings: Settings, cfg: DictConfig, words: list[str]) -> int:
     _, size, _ = world.environment()
     check_world(settings, size, words)
     group_sizes = settings.pipeline.stages, settings.tensor_parallel
-    with world.connected(settings.hardware.device, settings.world.timeout, *group_sizes) as joined:
-        memory_snapshot.check(settings, joined.device)
-        resolved = _by_rank_0(joined, lambda: resolve(settings, joined.device.type))
-        directory = _by_rank_0(joined, lambda: _make_directory(resolved.settings, cfg))
-        return _Run(resolved, words, joined, directory).carry_out()
+    with world.connected(settings.hardware.device, settings.world.timeout, *group_sizes) as joined_world:
+        memory_snapshot.check(settings, joined_world.device)
+        resolved = _by_rank_0(joined_world, lambda: resolve(settings, joined_world.device.type))
+        directory = _by_rank_0(joined_world, lambda: _make_directory(resolved.settings, cfg))
+        return _Run(resolved, words, joined_world, directory).carry_out()
 
 
-def _by_rank_0(joined: World, decide: Callable[[], T]) -> T:
+def _by_rank_0(joined_world: World, decide: Callable[[], T]) -> T:
     """Rank 0's result of `decide`, on every rank. If it raises Refusal, every rank raises it."""
     outcome: Any = None
-    if joined.leads:
+    if joined_world.leads:
         try:
             outcome = decide()
         except Refusal as refusal:
             outcome = refusal
-    outcome = joined.broadcast(outcome)
+    outcome = joined_world.broadcast(outcome)
     if isinstance(outcome, Refusal):
         raise outcome
     return cast(T, outcome)
 
 
-def _rehearse(settings: Settings, cfg: DictConfig, words: list[str]) -> int:
+def _rehearse(settings: Settings, cfg: DictConfig, command: list[str]) -> int:
     """Rehearse `settings` without a world: each representative rank in its own process, and one record of all."""
     from harness.rehearsal import all_ranks as rehearsal
 
@@ -70,7 +70,7 @@ def _rehearse(settings: Settings, cfg: DictConfig, words: list[str]) -> int:
     resolved = resolve(settings)
     settings = resolved.settings
     directory = _make_directory(settings, cfg)
-    head = record_file.head(settings, resolved.reasons, words, rehearsal.described(settings))
+    head = record_file.head(settings, resolved.reasons, command, rehearsal.described(settings))
     for line in decided(resolved.reasons):
         print(line)
     record_file.write(directory, {**head, "failure": failure.UNFINISHED, "ranks": []})
@@ -80,9 +80,9 @@ def _rehearse(settings: Settings, cfg: DictConfig, words: list[str]) -> int:
         _remove(directory)
         raise
     except Exception as error:
-        reported = failure.of_rehearsal(error, directory)
-        record_file.write(directory, {**head, "failure": reported.as_record(), "ranks": []})
-        print(f"harness: {reported.sentence()}", file=sys.stderr, flush=True)
+        rank_failure = failure.of_rehearsal(error, directory)
+        record_file.write(directory, {**head, "failure": rank_failure.as_record(), "ranks": []})
+        print(f"harness: {rank_failure.sentence()}", file=sys.stderr, flush=True)
         return 3
     head["world"]["differences"] += rehearsal.of_packing(done["model"])
     done["ceilings"] = hardware_page.ceilings(settings.hardware, done["model"]["dtype"])
@@ -96,9 +96,9 @@ def _print_summary(directory: Path, say: Callable[[str], object]) -> None:
     say(f"record: {directory / record_file.FILE}")
 
 
-def _remove(directory: Path, heard: bool = True) -> None:
-    """Delete the files of a refused run. Keep the reason if a rank may not have `heard` it."""
-    for name in (record_file.FILE, "config.yaml", *([failure.CLAIM] if heard else [])):
+def _remove(directory: Path, reason_received: bool = True) -> None:
+    """Delete the files of a refused run. Keep the reason unless every rank has received it."""
+    for name in (record_file.FILE, "config.yaml", *([failure.CLAIM] if reason_received else [])):
         (directory / name).unlink(missing_ok=True)
     with suppress(OSError):
         directory.rmdir()
@@ -125,20 +125,24 @@ def _make_directory(settings: Settings, cfg: DictConfig) -> Path:
 class _Run:
     """One rank's part of a run: its settings, ledger and results, and how it ends."""
 
-    def __init__(self, resolved: Resolved, words: list[str], joined: World, directory: Path) -> None:
-        self.settings, self.world, self.directory = resolved.settings, joined, directory
+    def __init__(self, resolved: Resolved, command: list[str], joined_world: World, directory: Path) -> None:
+        self.settings, self.world, self.directory = resolved.settings, joined_world, directory
         settings = resolved.settings
         self.ledger = Ledger(
             mode=settings.ledger.mode,
             steps=settings.ledger.steps,
-            settle_collectives=joined.size > 1 and joined.device.type == "cpu",
-            device=joined.device.type,
+            settle_collectives=joined_world.size > 1 and joined_world.device.type == "cpu",
+            device=joined_world.device.type,
         )
         self.ending = threading.Lock()
         self.done: dict[str, Any] = {}
-        world_record = {"size": joined.size, "device": joined.device.type, "device_name": joined.device_name}
+        world_record = {
+            "size": joined_world.size,
+            "device": joined_world.device.type,
+            "device_name": joined_world.device_name,
+        }
         self.head = record_file.head(
-            settings, resolved.reasons, words, {"kind": settings.world.kind, **world_record}
+            settings, resolved.reasons, command, {"kind": settings.world.kind, **world_record}
         )
         for line in decided(resolved.reasons):
             self.say(line)
@@ -221,9 +225,9 @@ class _Run:
         """The split of the settings; for `memory`, a list that balances it. Raises Refusal."""
         from harness.rehearsal.all_ranks import balanced
 
-        settings, joined = self.settings, self.world
-        device = replace(settings.hardware, device="cuda" if joined.kind == "cuda" else "cpu")
-        rehearsed_world = replace(settings.world, kind="rehearsed", size=joined.size)
+        settings, joined_world = self.settings, self.world
+        device = replace(settings.hardware, device="cuda" if joined_world.kind == "cuda" else "cpu")
+        rehearsed_world = replace(settings.world, kind="rehearsed", size=joined_world.size)
         return balanced(replace(settings, world=rehearsed_world, hardware=device)).pipeline.split
 
     def _rank_record(self) -> dict[str, Any]:
@@ -269,25 +273,25 @@ class _Run:
     def _fail(self, find_failure: Callable[[], failure.Failure | None]) -> int:
         """Write a record of the failure, unless the first failed rank has written one. Then exit at once."""
         self.ending.acquire()
-        failed = find_failure()  # it waits for other ranks, so it runs inside the lock
-        report = None if failed is None else failure.Word(failed.rank, failed.sentence(), 3)
-        if failed is None or report is None or not failure.claim(self.directory, report):
+        rank_failure = find_failure()  # it waits for other ranks, so it runs inside the lock
+        report = None if rank_failure is None else failure.Word(rank_failure.rank, rank_failure.sentence(), 3)
+        if rank_failure is None or report is None or not failure.claim(self.directory, report):
             self._end(None)
-        rank_record = self._rank_record() if failed.rank == self.world.rank else None
+        rank_record = self._rank_record() if rank_failure.rank == self.world.rank else None
         with suppress(OSError):
-            self._write([rank_record] if rank_record else [], failure=failed.as_record())
+            self._write([rank_record] if rank_record else [], failure=rank_failure.as_record())
             if rank_record:
                 self._write_trace()
         self._end(report)
 
-    def _end(self, own: failure.Word | None) -> NoReturn:
-        """Exit at once, with this rank's `own` report, or with that of the rank that was first.
+    def _end(self, own_report: failure.Word | None) -> NoReturn:
+        """Exit at once, with `own_report`, or with the report of the rank that was first.
 
         The other ranks have ended or are ending: an orderly exit would wait for them.
         """
-        report = own or failure.first_word(self.directory)
-        if own:
-            print(f"harness: {own.sentence}", file=sys.stderr, flush=True)
+        report = own_report or failure.first_word(self.directory)
+        if own_report:
+            print(f"harness: {own_report.sentence}", file=sys.stderr, flush=True)
         if report:
             launcher.tell(report.sentence)
         code = report.code if report else 2  # a refused run leaves no file

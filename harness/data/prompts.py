@@ -102,8 +102,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 def text_of(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
     """`tokens` as text, without special tokens and ids that only the model has."""
-    known = [token for token in tokens if token < len(tokenizer)]
-    text = tokenizer.decode(known, skip_special_tokens=True)
+    known_tokens = [token for token in tokens if token < len(tokenizer)]
+    text = tokenizer.decode(known_tokens, skip_special_tokens=True)
     return text if isinstance(text, str) else "".join(text)
 
 

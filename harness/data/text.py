@@ -103,19 +103,21 @@ def _files(settings: Data) -> list[Path] | None:
 
 def _standard_library() -> list[Path]:
     """This Python's own modules up to `STDLIB_BYTES`, in a mixed order, because the end of the row is held out."""
-    home = Path(sysconfig.get_paths()["stdlib"])
+    library = Path(sysconfig.get_paths()["stdlib"])
     selected, size = [], 0
-    candidates = [*home.glob("*.py"), *home.glob("[a-z]*/*.py")]
+    candidates = [*library.glob("*.py"), *library.glob("[a-z]*/*.py")]
     for path in sorted(
-        candidates, key=lambda path: hashlib.sha256(path.relative_to(home).as_posix().encode()).digest()
+        candidates, key=lambda path: hashlib.sha256(path.relative_to(library).as_posix().encode()).digest()
     ):
-        if not {"test", "tests", "site-packages", "idlelib", "lib2to3"} & set(path.relative_to(home).parts):
+        if not {"test", "tests", "site-packages", "idlelib", "lib2to3"} & set(
+            path.relative_to(library).parts
+        ):
             selected.append(path)
             size += path.stat().st_size
             if size >= STDLIB_BYTES:
                 break
     if not selected:
-        raise Refusal("data", "stdlib", f"this Python has no sources in {home}; use data=text data.path=")
+        raise Refusal("data", "stdlib", f"this Python has no sources in {library}; use data=text data.path=")
     return selected
 
 

@@ -163,10 +163,8 @@ class Ledger:
                 self._enter(before)
             else:
                 self._leave(before)
-            self._log.module, self._phases.explicit = (
-                module,
-                explicit,
-            )  # the end of a backward belongs to no module
+            # restore the module, because the end of a backward belongs to no module
+            self._log.module, self._phases.explicit = module, explicit
 
     def begins(self, step: int) -> None:
         """Step `step` begins. Call this where a run frees something before the first phase of the step."""

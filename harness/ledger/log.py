@@ -291,9 +291,7 @@ class Log(TorchDispatchMode):
         death = self._alive.get(key)
         if death is not None:
             record = death.storage
-            if (
-                self._size(storage) != record.nbytes
-            ):  # resized in place: one block is freed, another allocated
+            if self._size(storage) != record.nbytes:  # resized in place: a new block replaces the old
                 self._end(record, now)
                 return self._begin(storage, key, op, now)
             return record
@@ -386,8 +384,8 @@ class Log(TorchDispatchMode):
 
     def claim(self, category: str, name: str, tensor: torch.Tensor, base: bool = False) -> None:
         """Set the category of `tensor`'s storage, for its whole life. `base`: it existed before the log began."""
-        for each in tensors_in(tensor):
-            for part, record in self._records(each, ""):
+        for inner in tensors_in(tensor):
+            for part, record in self._records(inner, ""):
                 if base and not record.base and not self._made_by_operator(record):
                     record.base = not self.recording or _own_memory(part)
                 if category == "parameters" and part.nbytes < record.nbytes:

@@ -71,8 +71,8 @@ class Modules:
         """Follow backwards too from now on. If False, remove all hooks from backward nodes."""
         self._marking = marking
         if not marking:
-            for mark in self._mark_handles:
-                mark.remove()
+            for handle in self._mark_handles:
+                handle.remove()
             self._mark_handles.clear()
 
     def _before(self, called_module: torch.nn.Module, inputs: Any) -> None:
@@ -83,9 +83,8 @@ class Modules:
             self.on_enter(called_module)
         name = self.names.get(called_module) or type(original(called_module)).__name__
         outer = log.module
-        if (
-            log.recomputing and not self._stack
-        ):  # checkpointing calls the layer's forward again, not the layer
+        # checkpointing calls the layer's forward again, not the layer
+        if log.recomputing and not self._stack:
             outer = name.rpartition(".")[0]
         self._stack.append((outer, log.recomputing))
         log.recomputing = in_backward()

@@ -89,9 +89,8 @@ def beside(module: torch.nn.Module) -> Iterator[tuple[str, dict[str, Any], str]]
         return
     holders = {"": vars(module)}
     for name, weight in module._parameters.items():
-        if (
-            weight is not None and next(tensors_in(weight), None) is weight
-        ):  # otherwise the weight consists of these attributes
+        # a weight that is not its own only tensor consists of these attributes
+        if weight is not None and next(tensors_in(weight), None) is weight:
             holders[name] = vars(weight)
     for name, holder in holders.items():
         for key in [*holder]:

@@ -75,9 +75,8 @@ def assign_blocks(storages: Iterable[Storage], blocks: dict[int, list[Block]]) -
             and block.died > storage.born - CLOCK_ERROR
         ):
             block.storage = storage
-            if (
-                block.died == math.inf and storage.died is not None
-            ):  # freed by a thread that reports no events
+            # a thread that reports no events may have freed the block
+            if block.died == math.inf and storage.died is not None:
                 block.died = storage.died
         else:
             without_block.append(storage)
@@ -108,7 +107,7 @@ def _operator_at(operators: Sequence[Operator], time: float) -> int:
 def without_mappings(
     blocks: list[Block], external: Sequence[Storage], operators: Sequence[Operator]
 ) -> list[Block]:
-    """`blocks` without mapped files, which are reported like allocations: storages of `foreign` lie inside them."""
+    """`blocks` without mapped files, which are reported like allocations: storages of `external` lie inside them."""
     unassigned = [block for block in blocks if block.storage is None and not is_scratch(operators, block)]
     mappings = {
         id(block)
@@ -209,10 +208,8 @@ def at_allocator_peak(reconciliation: Reconciled, source: str) -> tuple[Peak, Bo
         if total > peak:
             peak, moment = total, time
 
-    def alive(block_or_storage: Block | Storage) -> bool:
-        return block_or_storage.born <= moment and (
-            block_or_storage.died is None or block_or_storage.died > moment
-        )
+    def alive(item: Block | Storage) -> bool:
+        return item.born <= moment and (item.died is None or item.died > moment)
 
     alive_blocks = [block for block in blocks if alive(block)]
     storages = [block.storage for block in alive_blocks if block.storage is not None]

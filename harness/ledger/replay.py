@@ -72,19 +72,21 @@ class Live:
 
 def backdated(events: Iterable[Event], opened: int) -> list[Event]:
     """`events` in which storages from before the log exist since it was `opened`, whenever they were named."""
-    late = {
+    named_late = {
         id(event.storage): event.storage
         for event in events
         if event.storage is not None and event.storage.base and event.storage.born > opened
     }
-    if not late:
+    if not named_late:
         return list(events)
-    rest = [event for event in events if event.delta <= 0 or id(event.storage) not in late]
-    for storage in late.values():
+    other_events = [event for event in events if event.delta <= 0 or id(event.storage) not in named_late]
+    for storage in named_late.values():
         storage.born = opened
-    index = bisect_right(rest, opened, key=lambda event: event.time)
-    start = [Event(opened, storage.nbytes, storage, Where(0, "idle", 0), "") for storage in late.values()]
-    return [*rest[:index], *start, *rest[index:]]
+    index = bisect_right(other_events, opened, key=lambda event: event.time)
+    first_events = [
+        Event(opened, storage.nbytes, storage, Where(0, "idle", 0), "") for storage in named_late.values()
+    ]
+    return [*other_events[:index], *first_events, *other_events[index:]]
 
 
 def replay(events: Sequence[Event]) -> tuple[Peak, dict[str, Category], list[Phase]]:

@@ -73,8 +73,8 @@ class Roster:
     def disown(self, owner: Any) -> None:
         """Remove `owner`. What it named keeps its name."""
         self.walk()
-        for known in (self._owners, self._caches, self._optimizers):
-            known.pop(id(owner), None)
+        for owners_by_id in (self._owners, self._caches, self._optimizers):
+            owners_by_id.pop(id(owner), None)
         if isinstance(owner, torch.nn.Module | torch.optim.Optimizer):
             self._discovered.pop(owner, None)
 
@@ -138,8 +138,8 @@ class Roster:
                 storage = storage_of(tensor)
                 if storage is None or device_of(tensor) != device:
                     continue
-                known = by_storage.get(storage._cdata)
-                if known is None or RANK[category] < RANK[known[0]]:
+                earlier = by_storage.get(storage._cdata)
+                if earlier is None or RANK[category] < RANK[earlier[0]]:
                     by_storage[storage._cdata] = category, storage.nbytes()
         totals: dict[str, int | None] = dict.fromkeys(CATEGORIES)
         totals.update(
@@ -150,7 +150,7 @@ class Roster:
     @without_torch_function
     def versions(self) -> int:
         """A number that grows with every optimizer step, seen or not."""
-        groups = (group for each in self._optimizers.values() for group in each.param_groups)
+        groups = (group for optimizer in self._optimizers.values() for group in optimizer.param_groups)
         return sum(parameter._version for group in groups for parameter in group["params"])
 
     def _claims(self) -> Iterator[owners.Claim]:
@@ -166,7 +166,7 @@ class Roster:
 
     def _add_model(self, model: torch.nn.Module) -> None:
         self._modules.name(model)
-        if not any(model is known for known in self._models):
+        if not any(model is owned_model for owned_model in self._models):
             self._models.append(model)
             self._hook_model(model)
 
@@ -188,7 +188,7 @@ class Roster:
         for handle in self._hook_handles.values():
             handle.remove()
         self._hook_handles.clear()
-        discovered = (each for each in self._discovered if isinstance(each, torch.nn.Module))
+        discovered = (owner for owner in self._discovered if isinstance(owner, torch.nn.Module))
         for model in (*self._models, *discovered) if enabled else ():
             self._hook_model(model)
 
@@ -203,9 +203,8 @@ class Roster:
 
     def _unhooked(self, tensor: torch.Tensor) -> bool:
         handle = self._hook_handles.get(id(tensor))
-        return (
-            handle is None or handle.hooks_dict_ref() is None
-        )  # a removed hook of an earlier parameter with this id
+        # without its dict, the hook belongs to an earlier parameter with this id
+        return handle is None or handle.hooks_dict_ref() is None
 
     @without_torch_function
     def _gradient_created(self, name: str, parameter: torch.nn.Parameter) -> None:

@@ -78,9 +78,8 @@ class Saving:
     def aside(self) -> Iterator[None]:
         """Remove these hooks inside this context, for code that accepts no hooks at all."""
         hooks = self._hooks
-        if (
-            hooks is None or top_hooks() != hooks
-        ):  # the program's own hooks are on top, and only they are called
+        # where the program's own hooks are on top, only they are called
+        if hooks is None or top_hooks() != hooks:
             yield
             return
         _stack._pop_saved_tensors_default_hooks()
@@ -127,10 +126,12 @@ class Saving:
                 unpacked, packs = saved_property.__get__(function), _reading.unpacked
             finally:
                 _reading.unpacked = outer_packs
-            if len(packs) != sum(each is not None for each in unpacked):  # other hooks packed them
+            if len(packs) != sum(tensor is not None for tensor in unpacked):  # other hooks packed them
                 return unpacked
             remaining = iter(packs)
-            return tuple(None if each is None else _original(each, *next(remaining)) for each in unpacked)
+            return tuple(
+                None if tensor is None else _original(tensor, *next(remaining)) for tensor in unpacked
+            )
 
         with replaced(BackwardCFunction, "saved_tensors", property(saved_tensors)):
             yield

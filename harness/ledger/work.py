@@ -106,7 +106,7 @@ class Counter:
             else:
                 continue
             for tensor in tensors:
-                if not isinstance(tensor, torch.Tensor) or any(tensor is each for each in counted):
+                if not isinstance(tensor, torch.Tensor) or any(tensor is earlier for earlier in counted):
                     continue
                 counted.append(tensor)
                 size = self._size(tensor)
@@ -154,7 +154,9 @@ class Counter:
 def _result_tensors(out: Any) -> list[torch.Tensor]:
     if isinstance(out, torch.Tensor):
         return [out]
-    return [each for each in out if isinstance(each, torch.Tensor)] if isinstance(out, (tuple, list)) else []
+    return (
+        [value for value in out if isinstance(value, torch.Tensor)] if isinstance(out, (tuple, list)) else []
+    )
 
 
 def _share_no_storage(argument: Any, result: Any) -> bool:

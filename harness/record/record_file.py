@@ -109,11 +109,16 @@ def _holding(holding: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in holding.items() if key != "line" or value}
 
 
-def _forwards(most: "Forwards | None") -> dict[str, Any] | None:
-    if most is None:
+def _forwards(forwards: "Forwards | None") -> dict[str, Any] | None:
+    if forwards is None:
         return None
-    where = _where(most.where) if most.where else None
-    return {"alive": most.alive, "bytes": sum(most.stashes), "stashes": list(most.stashes), "where": where}
+    where = _where(forwards.where) if forwards.where else None
+    return {
+        "alive": forwards.alive,
+        "bytes": sum(forwards.stashes),
+        "stashes": list(forwards.stashes),
+        "where": where,
+    }
 
 
 def _where(where: "Where") -> dict[str, Any]:

@@ -104,5 +104,5 @@ def _largest_key(settings: Settings) -> tuple[str, object]:
         room, name = key.split(".")
         if (value := getattr(getattr(settings, room), name)) is not None:
             values[key] = value
-    key = max(values, key=lambda each: values[each] / _DEFAULTS[each])
+    key = max(values, key=lambda candidate: values[candidate] / _DEFAULTS[candidate])
     return (key, values[key]) if values[key] > _DEFAULTS[key] else _model_key(settings.model)
