@@ -1,4 +1,4 @@
-"""Prompts: where they come from, as tokens, and whether the model can take them."""
+"""Prompts: their source, their tokens, and whether the model can take them."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -13,9 +13,9 @@ from harness.data.workload import Request
 
 
 class Prompt(NamedTuple):
-    """What to continue by up to `most` tokens, and where it was given: the key, its value and the place in it.
+    """A text to continue by up to `most` tokens, and its source: the config key, its value and the place in it.
 
-    `said` is whether that place says `most`, too.
+    `said` is whether that place also sets `most`.
     """
 
     text: str
@@ -33,10 +33,10 @@ def find(
     limit: Callable[[int], int],
     rehearsed: bool = False,
 ) -> list[Prompt]:
-    """From `generation.prompts`, `.prompt` or `.workload`, else held-out text of the data. Raises Refusal.
+    """Prompts from `generation.prompts`, `.prompt` or `.workload`, else held-out text of the data. Raises Refusal.
 
-    `limit` says how many tokens may follow a prompt of so many, where it does not say so itself. Where it is
-    `rehearsed`, sampled prompts have their length and no text.
+    `limit` maps the length of a prompt to the number of new tokens, for a prompt without its own number. If
+    `rehearsed`, sampled prompts have their length but no text.
     """
     generation = settings.generation
     origin: tuple[str, object]
@@ -56,15 +56,18 @@ def find(
         requests = workload.drawn(generation, limit(generation.prompt_length), settings.seed)
     lengths = [request.length for request in requests if request.text is None]
     texts = iter(_sampled(settings, tokenizer, lengths, rehearsed))
-    found = []
+    prompts = []
     key, value = origin
-    for text, _, asked, place in requests:
+    for text, _, max_new_tokens, place in requests:
         tokens = next(texts) if text is None else encode(tokenizer, text)
-        most = limit(len(tokens)) if asked is None else asked
-        told = text_of(tokenizer, tokens) if text is None else text
-        given, said = told[:40] if value is None else value, asked is not None and key == workload.KEY
-        found.append(Prompt(told, tokens, most, key, given, place, said))
-    return found
+        most = limit(len(tokens)) if max_new_tokens is None else max_new_tokens
+        prompt_text = text_of(tokenizer, tokens) if text is None else text
+        shown_value, sets_most = (
+            prompt_text[:40] if value is None else value,
+            max_new_tokens is not None and key == workload.KEY,
+        )
+        prompts.append(Prompt(prompt_text, tokens, most, key, shown_value, place, sets_most))
+    return prompts
 
 
 def _sampled(
@@ -80,50 +83,54 @@ def _sampled(
 
 
 def lines(key: str, path: str) -> list[tuple[int, str]]:
-    """A text file's lines, numbered; empty ones are passed over. Raises Refusal where none is left."""
-    written = sources.text(key, path, "give a text file with one prompt a line")
-    found = [(number, line) for number, line in enumerate(written.split("\n"), 1) if line]
-    if not found:
+    """The non-empty lines of a text file, numbered. Raises Refusal if there is none."""
+    content = sources.text(key, path, "give a text file with one prompt a line")
+    numbered = [(number, line) for number, line in enumerate(content.split("\n"), 1) if line]
+    if not numbered:
         raise Refusal(key, path, "there is no prompt in it; write one a line")
-    return found
+    return numbered
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """`text` as tokens to be continued: an end that the tokenizer puts after every text is taken off."""
+    """`text` as tokens to continue. An end token that the tokenizer appends to every text is removed."""
     end = [tokenizer.eos_token_id]
-    bare = tokenizer("a", add_special_tokens=False).input_ids
-    closes = tokenizer("a").input_ids[-1:] == end != bare[-1:]
+    without_special = tokenizer("a", add_special_tokens=False).input_ids
+    appends_end = tokenizer("a").input_ids[-1:] == end != without_special[-1:]
     tokens: list[int] = tokenizer(text, verbose=False).input_ids
-    return tokens[:-1] if closes else tokens
+    return tokens[:-1] if appends_end else tokens
 
 
 def text_of(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
-    """`tokens` as text; those without one are left out: special ones, and ids that only the model has."""
-    known = [token for token in tokens if token < len(tokenizer)]
-    text = tokenizer.decode(known, skip_special_tokens=True)
+    """`tokens` as text, without special tokens and ids that only the model has."""
+    known_tokens = [token for token in tokens if token < len(tokenizer)]
+    text = tokenizer.decode(known_tokens, skip_special_tokens=True)
     return text if isinstance(text, str) else "".join(text)
 
 
 def check(prompts: Sequence[Prompt], config: PretrainedConfig) -> None:
-    """Refuse a prompt with no tokens, with more than the model allows with the new ones, or unknown ones."""
-    shape, longest = config.get_text_config(decoder=True), limit(config.to_dict())
-    for _, tokens, most, key, value, place, said in prompts:
+    """Refuse a prompt without tokens, with more tokens than the model allows with the new ones, or with unknown ids."""
+    text_config, longest = config.get_text_config(decoder=True), limit(config.to_dict())
+    for _, tokens, most, key, value, place, sets_most in prompts:
         if not tokens:
             raise Refusal(key, value, f"{place} has no tokens; give it text")
         if most < 1:
-            told = f"{place} is {len(tokens)} tokens, and the generation config's max_length {len(tokens) + most}"
-            raise Refusal(key, value, f"{told}; shorten it, or give generation.max_new_tokens=")
+            problem = f"{place} is {len(tokens)} tokens, and the generation config's max_length {len(tokens) + most}"
+            raise Refusal(key, value, f"{problem}; shorten it, or give generation.max_new_tokens=")
         if longest is not None and len(tokens) + most > longest.tokens:
-            ways = [f"shorten it to {longest.tokens - most}"] if most < longest.tokens else []
-            left = longest.tokens - len(tokens)
-            use = f'give it "max_new_tokens": {left}' if said else f"use generation.max_new_tokens={left}"
-            ways += [use] if left > 0 else []
+            remedies = [f"shorten it to {longest.tokens - most}"] if most < longest.tokens else []
+            available = longest.tokens - len(tokens)
+            shorter_answer = (
+                f'give it "max_new_tokens": {available}'
+                if sets_most
+                else f"use generation.max_new_tokens={available}"
+            )
+            remedies += [shorter_answer] if available > 0 else []
             raise Refusal(
                 key,
                 value,
                 f"{place} is {len(tokens)} tokens, {len(tokens) + most} with the new ones, and the "
-                f"model allows {longest.tokens} ({longest.said}); {' or '.join(ways) or 'shorten both'}",
+                f"model allows {longest.tokens} ({longest.said}); {' or '.join(remedies) or 'shorten both'}",
             )
-        if max(tokens) >= shape.vocab_size:
-            remedy = f"{place} has token {max(tokens)}, and the model knows {shape.vocab_size}"
+        if max(tokens) >= text_config.vocab_size:
+            remedy = f"{place} has token {max(tokens)}, and the model knows {text_config.vocab_size}"
             raise Refusal(key, value, f"{remedy}; give the model's own tokenizer with data.tokenizer=")

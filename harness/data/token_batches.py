@@ -1,7 +1,7 @@
-"""Batches of tokens, sharded by rank and decided by the seed.
+"""Batches of tokens, sharded over ranks, in an order set by the seed.
 
-A corpus is one long row of tokens, cut into blocks of one sequence each; the last part of a block is not used. The end
-of the row is held out for validation.
+A corpus is one long row of tokens, cut into blocks of one sequence each; an incomplete last block is not used. The
+end of the row is held out for validation.
 """
 
 from collections.abc import Iterator, Sequence
@@ -32,17 +32,17 @@ class Blocks(Dataset[torch.Tensor]):
         return torch.tensor(self.tokens(index), dtype=torch.int64)
 
     def order(self, seed: int) -> Sequence[int]:
-        """Every index once, shuffled by `seed`: in numpy, so that no tensor of it is in the run's books."""
+        """Every index once, shuffled by `seed`. It uses numpy, so that no tensor of it counts in the run's memory."""
         return np.random.default_rng(seed).permutation(len(self)).tolist()  # type: ignore[no-any-return]
 
     def tokens(self, index: int) -> list[int]:
-        """Block `index`, in no tensor."""
+        """The tokens of block `index`, as a list."""
         begin = (self.first + index) * self.sequence
         return self.row[begin : begin + self.sequence]["token"]  # type: ignore[no-any-return]
 
 
 class NoText(Blocks):
-    """As many blocks as anybody asks for, all zeros: what a rehearsal reads, whatever its data would be."""
+    """Any number of blocks of zeros: the data of a rehearsal."""
 
     def __init__(self, sequence: int) -> None:
         super().__init__(None, sequence, 0, 2**62)
@@ -55,18 +55,18 @@ class NoText(Blocks):
 
 
 class Stream(IterableDataset[torch.Tensor]):
-    """Blocks of a dataset that is read as it goes; every `every`-th is held out, and given where `held_out`."""
+    """Blocks of a streamed dataset. Every `every`-th block is held out; with `held_out` it yields only those."""
 
     def __init__(self, rows: Any, sequence: int, every: int, held_out: bool) -> None:
         self.rows, self.sequence, self.every, self.held_out = rows, sequence, every, held_out
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        rest: list[int] = []
+        buffer: list[int] = []
         number = 0
         for row in self.rows:
-            rest.extend(row["tokens"])
-            while len(rest) >= self.sequence:
-                block, rest = rest[: self.sequence], rest[self.sequence :]
+            buffer.extend(row["tokens"])
+            while len(buffer) >= self.sequence:
+                block, buffer = buffer[: self.sequence], buffer[self.sequence :]
                 if (self.every > 0 and number % self.every == 0) == self.held_out:
                     yield torch.tensor(block, dtype=torch.int64)
                 number += 1
@@ -74,7 +74,7 @@ class Stream(IterableDataset[torch.Tensor]):
 
 @dataclass(frozen=True)
 class Corpus:
-    """What is trained on, and what is held out; None where nothing is."""
+    """The data to train on, and the held-out data; None if nothing is held out."""
 
     train: Blocks | Stream
     validation: Blocks | Stream | None
@@ -83,14 +83,14 @@ class Corpus:
 def corpus(
     settings: Data, tokenizer: PreTrainedTokenizerBase, sequence: int, world: World | None = None
 ) -> Corpus:
-    """The corpus of `settings` in blocks of `sequence` tokens. Raises Refusal where there is no such text.
+    """The corpus of `settings` in blocks of `sequence` tokens. Raises Refusal if there is no such text.
 
-    With `world`, the first rank of each node prepares it and the others wait; without, this process does. A
-    rehearsed world reads none of it.
+    With `world`, the first rank of each node prepares it and the others wait. Without, this process prepares it. A
+    rehearsed world reads no data.
     """
     if world is not None and world.rehearsed:
         return Corpus(NoText(sequence), NoText(sequence) if settings.validation else None)
-    from harness.data import text  # slow to import, and not for a rehearsal
+    from harness.data import text  # slow to import, and a rehearsal does not need it
 
     if settings.streaming:
         every = round(1 / settings.validation) if settings.validation else 0
@@ -105,15 +105,15 @@ def corpus(
         if world is not None:
             world.barrier()
     blocks = len(row) // sequence
-    kept_out = int(np.ceil(blocks * settings.validation))
-    if blocks - kept_out < 1:
+    held_out_blocks = int(np.ceil(blocks * settings.validation))
+    if blocks - held_out_blocks < 1:
         raise Refusal(
             *text.named(settings),
             f"it has {len(row):,} tokens, too few for a block of {sequence} to train on beside the share that "
             f"data.validation={settings.validation} holds out; give more text or a shorter train.sequence",
         )
-    validation = Blocks(row, sequence, blocks - kept_out, blocks) if kept_out else None
-    return Corpus(Blocks(row, sequence, 0, blocks - kept_out), validation)
+    validation = Blocks(row, sequence, blocks - held_out_blocks, blocks) if held_out_blocks else None
+    return Corpus(Blocks(row, sequence, 0, blocks - held_out_blocks), validation)
 
 
 def loader(
@@ -121,26 +121,26 @@ def loader(
 ) -> Iterator[torch.Tensor]:
     """This rank's micro-batches, int64 [micro_batch, sequence], epoch after epoch, from the `skip`-th on.
 
-    Their order is decided by `seed` and the epoch alone; a global batch is `world.replicas` consecutive micro-batches
-    of it. A last one that not every replica would have is left out. Raises Refusal where not even one fits.
+    `seed` and the epoch alone set their order. A global batch is `world.replicas` consecutive micro-batches of it. Last
+    micro-batches that do not reach every replica are left out. Raises Refusal if not even one fits.
     """
     if isinstance(blocks, Stream):
         return islice(_epoch(blocks, micro_batch, world, None), skip, None)
-    each = len(blocks) // (micro_batch * world.replicas)
-    if each == 0:
+    batches_per_epoch = len(blocks) // (micro_batch * world.replicas)
+    if batches_per_epoch == 0:
         raise Refusal(
             "train.micro_batch",
             micro_batch,
             f"{world.replicas} ranks take {micro_batch * world.replicas} sequences of {blocks.sequence} tokens, "
             f"and the data has {len(blocks)}; give more text, fewer ranks or a shorter train.sequence",
         )
-    return _epochs(blocks, micro_batch, world, seed, *divmod(skip, each))
+    return _epochs(blocks, micro_batch, world, seed, *divmod(skip, batches_per_epoch))
 
 
 def _epochs(
     blocks: Blocks, micro_batch: int, world: World, seed: int, epoch: int, skip: int
 ) -> Iterator[torch.Tensor]:
-    """Epoch after epoch from `epoch` on, of which the first `skip` micro-batches are left out."""
+    """Epochs from number `epoch` on. The first `skip` micro-batches of the first one are left out."""
     for number in count(epoch):
         batches = _epoch(blocks, micro_batch, world, blocks.order(seed + number))
         yield from skip_first_batches(batches, skip) if number == epoch and skip else batches
@@ -149,16 +149,16 @@ def _epochs(
 def _epoch(
     blocks: Blocks | Stream, micro_batch: int, world: World, order: Sequence[int] | None
 ) -> DataLoader[torch.Tensor]:
-    whole = DataLoader(
+    all_ranks_loader = DataLoader(
         blocks,
         micro_batch,
         sampler=order,
-        generator=torch.Generator(),  # of its own: the global random state is the model's
+        generator=torch.Generator(),  # a separate one: the global random state belongs to the model
         collate_fn=torch.stack,
         drop_last=True,
     )
     return prepare_data_loader(  # type: ignore[no-any-return]
-        whole,
+        all_ranks_loader,
         num_processes=world.replicas,
         process_index=world.replica,
         put_on_device=False,
@@ -178,15 +178,15 @@ def sample_prompts(
 ) -> list[list[int]]:
     """`number` prompts of `length` tokens from places in the held-out text that `seed` chooses. Raises Refusal.
 
-    `rehearsed` ones are as long, and of no text.
+    If `rehearsed`, they have this length but no text.
     """
     if rehearsed:
-        return [NoText(length).tokens(place) for place in range(number)]
-    given = corpus(settings, tokenizer, length)
-    if isinstance(given.train, Stream):
-        stream = given.validation if isinstance(given.validation, Stream) else given.train
+        return [NoText(length).tokens(index) for index in range(number)]
+    text_corpus = corpus(settings, tokenizer, length)
+    if isinstance(text_corpus.train, Stream):
+        stream = text_corpus.validation if isinstance(text_corpus.validation, Stream) else text_corpus.train
         return [block.tolist() for block in islice(stream, number)]
-    held_out = given.validation if isinstance(given.validation, Blocks) else given.train
+    held_out = text_corpus.validation if isinstance(text_corpus.validation, Blocks) else text_corpus.train
     if len(held_out) < number:
         raise Refusal(
             "generation.count",
@@ -194,5 +194,5 @@ def sample_prompts(
             f"the held-out text has {len(held_out)} pieces of {length} tokens; ask for fewer or shorter prompts, or "
             "raise data.validation",
         )
-    places = np.random.default_rng(seed).choice(len(held_out), number, replace=False)
-    return [held_out.tokens(int(place)) for place in places]
+    indices = np.random.default_rng(seed).choice(len(held_out), number, replace=False)
+    return [held_out.tokens(int(index)) for index in indices]

@@ -1,4 +1,4 @@
-"""A workload: how long each request's prompt is, and how many tokens it asks for."""
+"""A workload: each request's prompt length, and its number of new tokens."""
 
 import json
 from typing import Literal, NamedTuple
@@ -11,13 +11,13 @@ from harness.config.settings import Generation, Positive, Refusal
 from harness.record.schema import printable
 
 KEY = "generation.workload"
-_FORM = 'write {"prompt_length": 64, "max_new_tokens": 8}, or "prompt" with a text'
+_EXPECTED_FORM = 'write {"prompt_length": 64, "max_new_tokens": 8}, or "prompt" with a text'
 
 
 class Request(NamedTuple):
-    """A `text` to continue, or one of `length` tokens from the data, by up to `most` tokens; `place` is where it is.
+    """A `text` to continue, or a prompt of `length` tokens from the data, by up to `most` tokens.
 
-    None: by as many as any.
+    `most` None: no limit of its own. `place` is its position in the source.
     """
 
     text: str | None
@@ -35,44 +35,46 @@ class _Line(BaseModel):
 
 
 def read(path: str) -> list[Request]:
-    """The requests in the file of `generation.workload`, a JSON object a line. Raises Refusal."""
-    written = sources.text(KEY, path, "give a file with a JSON object a line")
-    found = []
-    for number, line in enumerate(written.split("\n"), 1):
+    """The requests in the file of `generation.workload`, one JSON object per line. Raises Refusal."""
+    content = sources.text(KEY, path, "give a file with a JSON object a line")
+    requests = []
+    for number, line in enumerate(content.split("\n"), 1):
         if not line.strip():
             continue
-        asked, wrong = _line(line)
-        if asked is None:
-            raise Refusal(KEY, path, f"line {number}: {wrong}; {_FORM}")
-        if (asked.prompt is None) == (asked.prompt_length is None):
-            raise Refusal(KEY, path, f"line {number} should have a prompt or its prompt_length; {_FORM}")
+        request, problem = _parse_line(line)
+        if request is None:
+            raise Refusal(KEY, path, f"line {number}: {problem}; {_EXPECTED_FORM}")
+        if (request.prompt is None) == (request.prompt_length is None):
+            raise Refusal(
+                KEY, path, f"line {number} should have a prompt or its prompt_length; {_EXPECTED_FORM}"
+            )
         place = f"line {number}"
-        found.append(Request(asked.prompt, asked.prompt_length or 0, asked.max_new_tokens, place))
-    if not found:
-        raise Refusal(KEY, path, f"there is no request in it; {_FORM}")
-    return found
+        requests.append(Request(request.prompt, request.prompt_length or 0, request.max_new_tokens, place))
+    if not requests:
+        raise Refusal(KEY, path, f"there is no request in it; {_EXPECTED_FORM}")
+    return requests
 
 
-def _line(line: str) -> tuple[_Line | None, str]:
-    """What a line asks for; None where it is no request, and why."""
+def _parse_line(line: str) -> tuple[_Line | None, str]:
+    """The request of a line. For an invalid line, None and the reason."""
     try:
-        asked = _Line.model_validate_json(line)
+        request = _Line.model_validate_json(line)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
-        where, said = " ".join(map(str, first["loc"])), first["msg"]
-        for words in ("Input ", "Value error, "):
-            said = said.removeprefix(words)
-        said = "is no field of a request" if first["type"] == "extra_forbidden" else said
-        return None, printable(f"{where} {said}".strip())
+        field, message = " ".join(map(str, first["loc"])), first["msg"]
+        for prefix in ("Input ", "Value error, "):
+            message = message.removeprefix(prefix)
+        message = "is no field of a request" if first["type"] == "extra_forbidden" else message
+        return None, printable(f"{field} {message}".strip())
     names = [name for name, _ in json.loads(line, object_pairs_hook=list)]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    return (asked, "") if twice is None else (None, f"{twice} is said twice")
+    duplicate = next((name for name in names if names.count(name) > 1), None)
+    return (request, "") if duplicate is None else (None, f"{duplicate} is said twice")
 
 
 def drawn(generation: Generation, limit: int, seed: int) -> list[Request]:
-    """`generation.count` requests with the lengths that `generation.lengths` asks for, drawn by `seed`.
+    """`generation.count` requests with lengths by `generation.lengths`, drawn with `seed`.
 
-    The longest are a prompt of `generation.prompt_length` tokens and `limit` after it.
+    The longest prompt has `generation.prompt_length` tokens, and at most `limit` new tokens.
     """
     count = generation.count
     prompts = lengths(generation.lengths, count, generation.prompt_length, (seed, 0))
@@ -84,13 +86,14 @@ def drawn(generation: Generation, limit: int, seed: int) -> list[Request]:
 def lengths(
     kind: Literal["fixed", "uniform", "skewed"], count: int, longest: int, seed: tuple[int, int]
 ) -> list[int]:
-    """`count` lengths from 1 to `longest`: all the longest; each as likely; or each as often as its double.
+    """`count` lengths from 1 to `longest`. "fixed": all are `longest`. "uniform": all are equally likely. "skewed": a
+    length is as likely as its double.
 
-    The last is log-uniform: half of them are no longer than the root of the longest.
+    "skewed" is log-uniform: half of the lengths do not exceed the square root of `longest`.
     """
-    draws = np.random.default_rng(seed)
+    generator = np.random.default_rng(seed)
     if kind == "uniform":
-        return [int(length) for length in draws.integers(1, longest + 1, count)]
+        return [int(length) for length in generator.integers(1, longest + 1, count)]
     if kind == "skewed":
-        return [int(length) for length in np.floor((longest + 1) ** draws.random(count))]
+        return [int(length) for length in np.floor((longest + 1) ** generator.random(count))]
     return [longest] * count

@@ -1,11 +1,11 @@
-"""The ledger: what every byte alive in this process is, and whether that agrees with the allocator's own count.
+"""The ledger: what every live byte of this process is used for, checked against the allocator's own count.
 
     with Ledger(model=model, optimizer=optimizer) as ledger:
         train()
     ledger.peak.bytes, ledger.peak.categories, ledger.peak.where
 
-It knows nothing of training, inference, Hydra or DeepSpeed's ways: owners say which storages are theirs. It may
-import torch and no other room. Start at `ledger.py`, then `log.py`.
+It knows nothing about training, inference, Hydra or DeepSpeed: owners name their storages. It may import torch
+and no other room. Start reading at `ledger.py`, then `log.py`.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -37,7 +37,7 @@ __all__ = [
     "Work",
 ]
 
-_ROOMS = {
+_MODULES = {
     "Books": "reconcile",
     "Category": "replay",
     "CpuAllocator": "allocator",
@@ -53,9 +53,9 @@ _ROOMS = {
 
 
 def __getattr__(name: str) -> Any:
-    """All but the categories need torch, and are imported when they are first asked for."""
+    """Import a name on first use. Everything except the categories needs torch."""
     from importlib import import_module
 
-    if name not in _ROOMS:
+    if name not in _MODULES:
         raise AttributeError(f"module 'harness.ledger' has no attribute {name!r}")
-    return getattr(import_module(f"harness.ledger.{_ROOMS[name]}"), name)
+    return getattr(import_module(f"harness.ledger.{_MODULES[name]}"), name)

@@ -1,8 +1,8 @@
-"""What each operator moves and computes, by its schema: from arguments and results to bytes and operations.
+"""What each operator moves and computes, derived from its schema, in bytes and operations.
 
-Operations are those of matrix products, convolutions and attention, by `torch.utils.flop_counter`'s formulas and, where
-it has none, the like. By its convention an addition and a multiplication are two, masked scores count as any, and
-every other operator is 0.
+Operations are those of matrix products, convolutions and attention, by the formulas of `torch.utils.flop_counter`, or
+by similar formulas where it has none. By its convention an addition and a multiplication are two operations, masked
+scores count like others, and every other operator has 0.
 """
 
 import re
@@ -28,52 +28,52 @@ NOTHING = _packets(
     *("resize_", "set_", "record_stream", "is_same_size", "is_pinned", "_has_compatible_shallow_copy_type"),
     "_local_scalar_dense",  # the host reads a number
 )
-"""What moves nothing, beside all that only makes views."""
+"""Operators that move no bytes, besides those that only return views."""
 
 OVERWRITES = _packets(
     *("copy_", "fill_", "zero_", "normal_", "uniform_", "random_", "exponential_", "bernoulli_"),
     *("zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like"),
     *("new_zeros", "new_ones", "new_full"),
 )
-"""What looks at no value of its first tensor."""
+"""Operators that do not read the values of their first tensor."""
 
 MEMORY = _packets("resize_", "resize_as_", "_resize_output_", "set_", "lift", "lift_fresh")
-"""What gives what it returns other memory, or returns what no operator has made."""
+"""Operators that give their result other memory, or return memory that no operator allocated."""
 
 TAKES = _packets("embedding", "index_select", "gather", "index", "take")
-"""What reads as much of its first tensor as it makes."""
+"""Operators that read as many bytes of their first tensor as they return."""
 
 PUTS = {
     **dict.fromkeys(_packets("index_put_"), 2),
     **dict.fromkeys(_packets("index_copy_", "index_add_"), 3),
     **dict.fromkeys(_packets("scatter_", "scatter_add_", "scatter_reduce_"), 2),
 }
-"""What writes to as many elements of its first tensor as the argument at this place has."""
+"""Operators that write as many elements of their first tensor as the argument at this position has."""
 ADDS = _packets("index_add_", "scatter_add_", "scatter_reduce_")
-"""Of those, what reads them too."""
+"""Those of `PUTS` that also read these elements."""
 
 SHAPE_ONLY = {_aten.nll_loss_backward: 1, _aten.nll_loss_forward: 0}
-"""What takes at this place a tensor for its shape, or for one element of each row."""
+"""Operators that use the tensor at this position only for its shape, or for one element of each row."""
 
 
 def _attention(query: Any, key: Any, value: Any, *others: Any) -> int:
-    """Scores, and their product with the values: as `sdpa_flop_count`, with fewer heads of keys than of queries too."""
-    return sum(_products(query, key, value))
+    """The scores, and their product with the values: `sdpa_flop_count`, also for fewer key heads than query heads."""
+    return sum(_product_flops(query, key, value))
 
 
 def _attention_backward(gradient: Any, query: Any, key: Any, value: Any, *others: Any) -> int:
-    """Scores once more, and two products for each of the forward's: as `sdpa_backward_flop_count`."""
-    scores, mixed = _products(query, key, value)
-    return 3 * scores + 2 * mixed
+    """The scores again, and two products for each of the forward's: `sdpa_backward_flop_count`."""
+    scores, value_product = _product_flops(query, key, value)
+    return 3 * scores + 2 * value_product
 
 
-def _products(query: Any, key: Any, value: Any) -> tuple[int, int]:
+def _product_flops(query: Any, key: Any, value: Any) -> tuple[int, int]:
     pairs: int = 2 * prod(query.shape[:-1]) * key.shape[-2]
     return pairs * query.shape[-1], pairs * value.shape[-1]
 
 
-def _linear(taken: Any, weight: Any, *others: Any) -> int:
-    return int(2 * taken.numel() * weight.shape[0])
+def _linear(tensor: Any, weight: Any, *others: Any) -> int:
+    return int(2 * tensor.numel() * weight.shape[0])
 
 
 def _matmul(left: Any, right: Any, *others: Any) -> int:
@@ -83,13 +83,13 @@ def _matmul(left: Any, right: Any, *others: Any) -> int:
     return int(2 * batch * rows * left.shape[-1] * columns)
 
 
-def _grouped(left: Any, right: Any, *others: Any) -> int:
-    """Each row meets one of the matrices, or each part of the inner dimension gives one."""
+def _grouped_matmul(left: Any, right: Any, *others: Any) -> int:
+    """Each row is multiplied with one of the matrices, or each part of the inner dimension has its own product."""
     groups = left.shape[0] if left.dim() == right.dim() == 3 else 1
     return int(2 * groups * left.shape[-2] * left.shape[-1] * right.shape[-1])
 
 
-def _added(_: Any, left: Any, right: Any, *others: Any) -> int:
+def _add_matmul(_: Any, left: Any, right: Any, *others: Any) -> int:
     return _matmul(left, right)
 
 
@@ -101,42 +101,43 @@ FORMULAS: dict[Any, Callable[..., int]] = {
     **dict.fromkeys(_packets("scaled_dot_product_attention", *_KERNELS, *_OTHERS), _attention),
     **dict.fromkeys(_packets(*(f"{name}_backward" for name in (*_KERNELS, *_OTHERS))), _attention_backward),
     **dict.fromkeys(_packets("mm", "bmm", "mv", "dot", "vdot", "matmul"), _matmul),
-    **dict.fromkeys(_packets("addmm", "baddbmm", "addmv", "addbmm", "addmm_", "baddbmm_"), _added),
+    **dict.fromkeys(_packets("addmm", "baddbmm", "addmv", "addbmm", "addmm_", "baddbmm_"), _add_matmul),
     **dict.fromkeys(_packets("linear"), _linear),
-    **dict.fromkeys(_packets("_grouped_mm", "_scaled_grouped_mm"), _grouped),
+    **dict.fromkeys(_packets("_grouped_mm", "_scaled_grouped_mm"), _grouped_matmul),
 }
-"""By arguments. `linear`, `matmul` and `scaled_dot_product_attention` are seen whole only in inference mode."""
+"""Operations by the arguments. `linear`, `matmul` and `scaled_dot_product_attention` are dispatched whole only in
+inference mode."""
 
 
 class Rule(NamedTuple):
-    """How an operator's work follows from its arguments. A place is a position or a name."""
+    """How to compute an operator's work from its arguments. A place is a position or a keyword."""
 
     unread: frozenset[int | str]
     mutated: frozenset[int | str]
-    makes: bool  # what it returns is new
-    may_copy: bool  # it returns a view, or a copy where there can be none
+    makes: bool  # it returns new memory
+    may_copy: bool  # it returns a view, or a copy if no view is possible
     takes: bool
     puts: int | None
     adds: bool
-    picks: bool  # one element of each row
+    picks: bool  # it reads one element of each row
     flops: Callable[..., int] | None
 
 
 UNKNOWN = Rule(frozenset(), frozenset(), False, False, False, None, False, False, None)
-"""What one operator that runs others, as `torch.cond`'s, has to do is not known."""
+"""The rule of an operator that runs other operators, such as `torch.cond`: its work is not known."""
 
 
 def views(func: Any) -> bool:
-    """Whether `func` makes no storage of its own: all that it returns is in what it was given."""
+    """Whether `func` allocates no storage: everything it returns lies in its arguments."""
     if not isinstance(func, OpOverload):
         return False
     returns, composite = func._schema.returns, torch._C.DispatchKey.CompositeImplicitAutograd
-    aliases = bool(returns) and all(each.alias_info is not None for each in returns)
+    aliases = bool(returns) and all(value.alias_info is not None for value in returns)
     return aliases and func._overloadpacket not in MEMORY and not func.has_kernel_for_dispatch_key(composite)
 
 
 def rule_of(func: Any) -> Rule | None:
-    """The rule of `func`, by its schema; None where it moves nothing."""
+    """The rule of `func`, from its schema. None if it moves nothing."""
     if not isinstance(func, OpOverload):
         return UNKNOWN
     packet, schema = func._overloadpacket, func._schema
@@ -160,7 +161,7 @@ def rule_of(func: Any) -> Rule | None:
     if packet in PUTS:
         mutated -= {0, schema.arguments[0].name}
     if packet is _aten._fused_adamw_ or packet is _aten._fused_adam_:
-        mutated -= {1, "grads"}  # written only where they are scaled
+        mutated -= {1, "grads"}  # written only if they are scaled
     return Rule(
         frozenset(unread),
         frozenset(mutated),
@@ -175,32 +176,32 @@ def rule_of(func: Any) -> Rule | None:
 
 
 def _flops(packet: Any) -> Callable[[Any, Any, Any], int] | None:
-    """From what `packet` takes and makes to its operations; None where it has no formula."""
-    own, theirs = FORMULAS.get(packet), flop_registry.get(packet)
-    if own is not None:
-        return lambda args, kwargs, out: own(*args)
-    if theirs is not None:
-        return lambda args, kwargs, out: int(theirs(*args, **kwargs, out_val=out))
-    return _packed if packet in PACKED or _multiplies(packet._qualified_op_name) else None
+    """The function from arguments and results of `packet` to operations. None if there is no formula."""
+    formula, torch_formula = FORMULAS.get(packet), flop_registry.get(packet)
+    if formula is not None:
+        return lambda args, kwargs, out: formula(*args)
+    if torch_formula is not None:
+        return lambda args, kwargs, out: int(torch_formula(*args, **kwargs, out_val=out))
+    return _packed_matmul if packet in PACKED or _multiplies(packet._qualified_op_name) else None
 
 
 PACKED = _packets(
     *("_int_mm", "_scaled_mm_v2", "_weight_int8pack_mm", "_weight_int4pack_mm"),
     *("_weight_int4pack_mm_for_cpu", "_dyn_quant_matmul_4bit"),
 )
-"""What multiplies with a weight in few bits, whose shape does not show."""
+"""Operators that multiply with a weight of few bits, whose shape is not the weight's true shape."""
 
 
 def _multiplies(name: str) -> bool:
-    """Whether a library's own operator of this name does."""
-    product = re.search("(_|::)(gemm|gemv|mm|matmul|linear)(_|$)", name)
-    return product is not None and not re.search("^aten::|pack|backward", name)
+    """Whether the name of a library's own operator says that it multiplies matrices."""
+    match = re.search("(_|::)(gemm|gemv|mm|matmul|linear)(_|$)", name)
+    return match is not None and not re.search("^aten::|pack|backward", name)
 
 
-def _packed(args: Any, kwargs: Any, out: Any) -> int:
-    """Of a product from [..., into] to [..., out] by a weight that is packed."""
-    given = next((each for each in args if isinstance(each, torch.Tensor)), None)
+def _packed_matmul(args: Any, kwargs: Any, out: Any) -> int:
+    """Operations of a product [..., in] x packed weight -> [..., out]."""
+    tensor = next((each for each in args if isinstance(each, torch.Tensor)), None)
     product = next(tensors_in(out), None)
-    if given is None or product is None or not product.dim():
+    if tensor is None or product is None or not product.dim():
         return 0
-    return int(2 * given.numel() * product.shape[-1])
+    return int(2 * tensor.numel() * product.shape[-1])

@@ -1,4 +1,4 @@
-"""From the log's events to peaks and phases. Plain data in and out."""
+"""Computes peaks and phases from the log's events. Plain data in and out."""
 
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
@@ -12,7 +12,7 @@ from harness.ledger.work import Work
 
 @dataclass
 class Peak:
-    """The moment when most bytes were alive. `categories` has every category, and `kernel`. None: not measured."""
+    """The moment with the most live bytes. `categories` has every category, and `kernel`. None: not measured."""
 
     bytes: int
     where: Where
@@ -21,12 +21,12 @@ class Peak:
     categories: dict[str, int | None]
     saved: int | None
     recomputed: int
-    holdings: list[Holding] = field(default_factory=list)  # largest first; the small ones as one a category
+    holdings: list[Holding] = field(default_factory=list)  # largest first; small ones merged per category
 
 
 @dataclass
 class Phase:
-    """A phase of a step: the most bytes alive within it, the bytes alive at its end, and what it had to do.
+    """A phase of a step: the most live bytes within it, the live bytes at its end, and its work.
 
     None: not measured.
     """
@@ -70,25 +70,27 @@ class Live:
         self.totals[storage.category] += event.delta
 
 
-def from_the_start(events: Iterable[Event], opened: int) -> list[Event]:
-    """`events`, with what was there before the log was `opened` there from its beginning, whenever it was named."""
-    late = {
+def backdated(events: Iterable[Event], opened: int) -> list[Event]:
+    """`events` in which storages from before the log exist since it was `opened`, whenever they were named."""
+    named_late = {
         id(event.storage): event.storage
         for event in events
         if event.storage is not None and event.storage.base and event.storage.born > opened
     }
-    if not late:
+    if not named_late:
         return list(events)
-    rest = [event for event in events if event.delta <= 0 or id(event.storage) not in late]
-    for storage in late.values():
+    other_events = [event for event in events if event.delta <= 0 or id(event.storage) not in named_late]
+    for storage in named_late.values():
         storage.born = opened
-    index = bisect_right(rest, opened, key=lambda event: event.time)
-    start = [Event(opened, storage.nbytes, storage, Where(0, "idle", 0), "") for storage in late.values()]
-    return [*rest[:index], *start, *rest[index:]]
+    index = bisect_right(other_events, opened, key=lambda event: event.time)
+    first_events = [
+        Event(opened, storage.nbytes, storage, Where(0, "idle", 0), "") for storage in named_late.values()
+    ]
+    return [*other_events[:index], *first_events, *other_events[index:]]
 
 
 def replay(events: Sequence[Event]) -> tuple[Peak, dict[str, Category], list[Phase]]:
-    """The storages' own story: the peak, each category's peak and end, and every phase in order of first entry."""
+    """The peak, each category's peak and end, and every phase in order of first entry, from storages alone."""
     live = Live()
     highest = dict.fromkeys(CATEGORIES, 0)
     phases: dict[Where, Phase] = {}
@@ -127,7 +129,7 @@ def replay(events: Sequence[Event]) -> tuple[Peak, dict[str, Category], list[Pha
 
 
 def _alive(events: Iterable[Event]) -> Iterable[Storage]:
-    """The storages that are alive after `events`."""
+    """The storages alive after `events`."""
     alive: dict[int, Storage] = {}
     for event in events:
         if event.storage is not None and event.delta > 0:

@@ -1,5 +1,5 @@
-"""What lies on disk after a run: `record.json` and the trace, written and read. It reads without torch.
+"""The files of a run, written and read: `record.json` and the trace. Reading needs no torch.
 
-It may import ledger and runtime. Start at `record_file.py`, then `schema.py`; `save.py` leaves the record of
-anybody's loop.
+It may import ledger and runtime. Start at `record_file.py`, then `schema.py`; `save.py` writes the record of a loop
+outside the harness.
 """

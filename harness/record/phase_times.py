@@ -1,29 +1,30 @@
-"""What the phases of a run took, for its record."""
+"""Seconds of the phases of a run, for its record."""
 
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-Taken = Mapping[str, Mapping[int, float]]
+PhaseTimes = Mapping[str, Mapping[int, float]]
 """Seconds by phase and step."""
 
 
-def of_ranks(taken: Sequence[Taken], ledger: str) -> list[dict[str, Any]] | None:
-    """The record's `performance.phases`: of each phase the median step, by the rank that is slowest in it.
+def of_ranks(times_by_rank: Sequence[PhaseTimes], ledger: str) -> list[dict[str, Any]] | None:
+    """The record's `performance.phases`: for each phase the median step of the rank that is slowest in it.
 
-    `taken` are the ranks', and `ledger` its mode: unless an exact one has slowed the first steps, the first is warm-up
-    and counts only where it is alone. None where no step ran unslowed.
+    `times_by_rank` has one entry per rank; `ledger` is the mode of the ledger. An exact ledger slows the first steps,
+    and these have no times. Otherwise the first step is warm-up and counts only if it is the only one. None if no step
+    has times.
     """
-    names = dict.fromkeys(name for each in taken for name in each)
-    return [_slowest(name, taken, ledger) for name in names] or None
+    names = dict.fromkeys(name for times in times_by_rank for name in times)
+    return [_slowest_rank(name, times_by_rank, ledger) for name in names] or None
 
 
-def _slowest(name: str, taken: Sequence[Taken], ledger: str) -> dict[str, Any]:
-    found = []
-    for rank, each in enumerate(taken):
-        steps = list(each.get(name, {}).values())
-        steps = steps if ledger == "exact" else steps[1:] or steps
-        if steps:
-            found.append((statistics.median(steps), -rank, len(steps)))
-    seconds, rank, number = max(found)
-    return {"phase": name, "seconds": seconds, "steps": number, "rank": -rank}
+def _slowest_rank(name: str, times_by_rank: Sequence[PhaseTimes], ledger: str) -> dict[str, Any]:
+    candidates = []
+    for rank, times in enumerate(times_by_rank):
+        step_seconds = list(times.get(name, {}).values())
+        step_seconds = step_seconds if ledger == "exact" else step_seconds[1:] or step_seconds
+        if step_seconds:
+            candidates.append((statistics.median(step_seconds), -rank, len(step_seconds)))
+    seconds, rank, step_count = max(candidates)
+    return {"phase": name, "seconds": seconds, "steps": step_count, "rank": -rank}

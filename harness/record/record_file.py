@@ -1,4 +1,4 @@
-"""What a run leaves on disk: `record.json`, whole at every moment, and `failed` until the run says otherwise."""
+"""`record.json` of a run. The file is complete at every moment, and `failed` until the run has finished."""
 
 import json
 import os
@@ -20,23 +20,23 @@ PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "datasets", "hyd
 
 
 WORK = ("flops", "read", "written", "passes")
-"""What a phase did."""
+"""The record keys of a phase's work."""
 
 
 @dataclass(frozen=True)
 class Output:
-    """What a mode is given to leave its traces with."""
+    """What a mode uses to write its output."""
 
     directory: Path
-    say: Callable[[str], None]  # a line to the person, from rank 0
-    done: dict[str, Any]  # the record's parts, filled as the run goes, so that a failed run has them too
-    flush: Callable[[], None]  # put what is known so far on disk
+    say: Callable[[str], None]  # prints a line, on rank 0
+    done: dict[str, Any]  # parts of the record, filled during the run, so that a failed run has them too
+    flush: Callable[[], None]  # write the record so far to disk
 
 
 def head(
-    settings: Any, reasons: Mapping[str, str], words: Sequence[str], world: dict[str, Any]
+    settings: Any, reasons: Mapping[str, str], command: Sequence[str], world: dict[str, Any]
 ) -> dict[str, Any]:
-    """What is known of a run of `settings` before it begins. It has failed until it says that it is complete."""
+    """The record of a run of `settings` before it begins. Its status is `failed` until the run is complete."""
     return {
         "schema": SCHEMA,
         "status": "failed",
@@ -45,12 +45,12 @@ def head(
         "model": {"name": settings.model.name, "parameters": None, "dtype": None},
         "config": asdict(settings),
         "resolved": dict(reasons),
-        "environment": environment(words),
+        "environment": environment(command),
     }
 
 
-def environment(words: Sequence[str] = ()) -> dict[str, Any]:
-    """The versions and the machine that made the figures, and the words that asked for them."""
+def environment(command: Sequence[str] = ()) -> dict[str, Any]:
+    """The versions and the machine of the run, and its command line."""
     import torch
 
     return {
@@ -59,12 +59,12 @@ def environment(words: Sequence[str] = ()) -> dict[str, Any]:
         "processor": _processor(),
         "threads": torch.get_num_threads(),
         "packages": {name: _version(name) for name in PACKAGES},
-        "command": list(words),
+        "command": list(command),
     }
 
 
 def rank_record(ledger: "Ledger", rank: int, stage: int = 0, share: int = 0) -> dict[str, Any]:
-    """One rank's books, in bytes. What was not measured is null."""
+    """The record of one rank, in bytes. What was not measured is null."""
     account = ledger.account()
     peak = account.peak
     return {
@@ -78,7 +78,7 @@ def rank_record(ledger: "Ledger", rank: int, stage: int = 0, share: int = 0) -> 
             "categories": dict(peak.categories) if peak else dict.fromkeys((*CATEGORIES, "kernel")),
             "saved": peak.saved if peak else None,
             "recomputed": peak.recomputed if peak else None,
-            "holdings": [_holding(asdict(each)) for each in peak.holdings] if peak else None,
+            "holdings": [_holding(asdict(holding)) for holding in peak.holdings] if peak else None,
         },
         "categories": {
             name: asdict(account.categories[name])
@@ -105,15 +105,20 @@ def rank_record(ledger: "Ledger", rank: int, stage: int = 0, share: int = 0) -> 
 
 
 def _holding(holding: dict[str, Any]) -> dict[str, Any]:
-    """It without a line where nobody asked for one."""
+    """`holding` without an empty line."""
     return {key: value for key, value in holding.items() if key != "line" or value}
 
 
-def _forwards(most: "Forwards | None") -> dict[str, Any] | None:
-    if most is None:
+def _forwards(forwards: "Forwards | None") -> dict[str, Any] | None:
+    if forwards is None:
         return None
-    where = _where(most.where) if most.where else None
-    return {"alive": most.alive, "bytes": sum(most.stashes), "stashes": list(most.stashes), "where": where}
+    where = _where(forwards.where) if forwards.where else None
+    return {
+        "alive": forwards.alive,
+        "bytes": sum(forwards.stashes),
+        "stashes": list(forwards.stashes),
+        "where": where,
+    }
 
 
 def _where(where: "Where") -> dict[str, Any]:
@@ -121,12 +126,12 @@ def _where(where: "Where") -> dict[str, Any]:
 
 
 def write(directory: Path, record: Mapping[str, Any]) -> None:
-    """Put `record` in `directory`, whole or not at all."""
+    """Write `record` into `directory`, completely or not at all."""
     put(directory / FILE, json.dumps(record, indent=1) + "\n")
 
 
 def put(file: Path, text: str) -> None:
-    """Make `file` hold `text`, whole or not at all. Raises OSError."""
+    """Write `text` to `file`, completely or not at all. Raises OSError."""
     partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
     with partial.open("w", encoding="utf-8") as stream:
         stream.write(text)
@@ -136,22 +141,22 @@ def put(file: Path, text: str) -> None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The record in a run's directory, or in a file. Raises ValueError with a sentence where there is none to read."""
+    """The record in a run's directory, or in a file. Raises ValueError with a sentence if there is none to read."""
     return tree(path / FILE if path.is_dir() else path, SCHEMA, f"{path} holds no {FILE}")
 
 
 def tree(file: Path, schema: str, absent: str) -> dict[str, Any]:
-    """The JSON in `file`, which is of `schema`. Raises ValueError with a sentence; `absent` where there is no file."""
+    """The JSON in `file`, of schema `schema`. Raises ValueError with a sentence: `absent` if there is no file."""
     try:
-        found = json.loads(file.read_bytes())  # which may begin with a mark
+        content = json.loads(file.read_bytes())  # bytes: json accepts a byte order mark in them
     except FileNotFoundError:
         raise ValueError(absent) from None
-    except (OSError, ValueError, RecursionError) as error:  # torn, no text, or nested beyond all bounds
+    except (OSError, ValueError, RecursionError) as error:  # corrupt, not text, or nested too deeply
         raise ValueError(f"{file} cannot be read: {error}") from None
-    named = found.get("schema") if isinstance(found, dict) else None
-    if named != schema:
-        raise ValueError(f"{file} has schema {repr(named)[:40]}, and this version reads {schema!r}")
-    return found  # type: ignore[no-any-return]
+    found_schema = content.get("schema") if isinstance(content, dict) else None
+    if found_schema != schema:
+        raise ValueError(f"{file} has schema {repr(found_schema)[:40]}, and this version reads {schema!r}")
+    return content  # type: ignore[no-any-return]
 
 
 def _processor() -> str:

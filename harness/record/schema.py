@@ -1,4 +1,4 @@
-"""A record as typed data: what lies on anybody's disk is checked once, here, and trusted by nobody before."""
+"""A record as typed data. A file from disk is validated once, here, and not trusted before."""
 
 from collections.abc import Mapping
 from functools import cached_property
@@ -10,14 +10,14 @@ from harness.ledger.categories import pattern
 
 
 def printable(text: str) -> str:
-    """`text` without what a terminal would obey: control characters, line ends, changes of direction."""
+    """`text` without characters that control a terminal: control characters, line ends, changes of direction."""
     return "".join(character if character.isprintable() else "?" for character in text)
 
 
 Bytes = Annotated[int, Field(ge=0, lt=2**63)]
 Number = Annotated[int, Field(ge=0, lt=2**31)]
 Operations = Annotated[int, Field(ge=0, lt=2**100)]
-"""Floating-point operations, or bytes moved by all of a phase's operators: there is no end to them."""
+"""Floating-point operations, or bytes moved by all of a phase's operators. They have no natural limit."""
 Text = Annotated[str, AfterValidator(printable)]
 Figures = Mapping[str, int | None]
 """Bytes by category. None: not measured."""
@@ -42,7 +42,7 @@ class Where(_Part):
 
 
 class Holding(_Part):
-    """Storages under one name: an owner's, or the module and the operator that made them."""
+    """Storages under one name: an owner's, or the module and operator that allocated them."""
 
     category: Text
     name: Text
@@ -52,12 +52,12 @@ class Holding(_Part):
 
     @property
     def pattern(self) -> str:
-        """The name for all layers at once: `model.layers.*.mlp`."""
+        """The name with layer numbers replaced by `*`: `model.layers.*.mlp`."""
         return pattern(self.name)
 
 
 class Peak(_Part):
-    """The moment when most bytes were alive, and what they were. None: not measured."""
+    """The moment with the most live bytes, and their categories. None: not measured."""
 
     bytes: Bytes | None
     where: Where | None
@@ -75,8 +75,8 @@ class Category(_Part):
 
 
 class Phase(_Part):
-    """What was alive in a phase, by category; the most, and what was left; operations, bytes read and written, and the
-    forwards that began.
+    """The live bytes of a phase by category, at the most and at its end; its operations, bytes read and written, and
+    forward calls.
 
     None: not measured.
     """
@@ -100,7 +100,7 @@ class Phase(_Part):
 
 
 class Forwards(_Part):
-    """The most forwards that waited for their backward at once; each one's saved bytes then, the oldest first."""
+    """The most forwards that waited for their backward at once. `stashes`: each one's saved bytes, the oldest first."""
 
     alive: Number
     bytes: Bytes
@@ -109,7 +109,7 @@ class Forwards(_Part):
 
 
 class Allocator(_Part):
-    """The allocator's own count, what of it nobody explains, and what is in no figure of the ledger."""
+    """The allocator's own count, its unexplained part, and externally owned bytes outside the ledger's figures."""
 
     source: Text | None = None
     peak: Bytes | None
@@ -118,9 +118,9 @@ class Allocator(_Part):
 
 
 class Rank(_Part):
-    """One rank's books; a rehearsed one `stands_for` others, and `bounds` those that hold no more.
+    """The record of one rank. In a rehearsal it also `stands_for` equal ranks, and `bounds` ranks with no more bytes.
 
-    `unseen` says by name what the ledger did not see.
+    `unseen` names what the ledger did not see.
     """
 
     rank: Number
@@ -138,23 +138,23 @@ class Rank(_Part):
 
     @property
     def numbers(self) -> list[int]:
-        """The ranks whose books these are."""
+        """The ranks for which this record stands."""
         return self.stands_for or [self.rank]
 
     @cached_property
     def highest(self) -> Figures:
-        """Each category's own peak, whenever that was."""
-        return {name: held.peak for name, held in self.categories.items()}
+        """Each category's own peak, at any moment."""
+        return {name: category.peak for name, category in self.categories.items()}
 
     @cached_property
     def seen(self) -> Figures:
-        """The most of each category in any one phase: all there is where nothing watched the peaks."""
-        found: dict[str, int | None] = {}
+        """The most of each category in any one phase: a lower bound where the peaks were not measured."""
+        most: dict[str, int | None] = {}
         for phase in self.phases:
-            for name, held in phase.categories.items():
-                if held is not None:
-                    found[name] = max(held, found.get(name) or 0)
-        return found
+            for name, nbytes in phase.categories.items():
+                if nbytes is not None:
+                    most[name] = max(nbytes, most.get(name) or 0)
+        return most
 
 
 UNHEARD = Rank(
@@ -163,11 +163,11 @@ UNHEARD = Rank(
     categories={},
     allocator=Allocator(peak=None, unattributed=None),
 )
-"""A rank that left no books: nothing of it was measured."""
+"""The record of a rank that left none: nothing was measured."""
 
 
 class World(_Part):
-    """Where a run ran."""
+    """The ranks and devices of a run."""
 
     size: Annotated[int, Field(ge=1, lt=2**31)]
     device: Text
@@ -179,19 +179,19 @@ class World(_Part):
 
     @property
     def rehearsed(self) -> bool:
-        """Whether its ranks do not exist."""
+        """Whether the run is a rehearsal, without real ranks."""
         return self.kind == "rehearsed"
 
     @property
     def devices(self) -> str:
-        """How many of which; a rehearsal's by the name of its hardware."""
+        """Number and type of devices. For a rehearsal, the name of its hardware."""
         return f"{self.size} x {(self.rehearsed and self.device_name) or self.device}"
 
 
 class Quantization(_Part):
-    """How a checkpoint's weights are packed: `bytes` is what all of them take, those that are not packed too.
+    """How a checkpoint's weights are packed. `bytes` is the size of all weights, also those that are not packed.
 
-    `whole` says when they are made whole again; None: never.
+    `whole` says when they are unpacked; None: never.
     """
 
     method: Text
@@ -202,12 +202,12 @@ class Quantization(_Part):
 
     @property
     def short(self) -> str:
-        """The method, and bits of a weight."""
+        """The method, and the bits of a weight."""
         return self.method + (f" {self.bits} bits" if self.bits else "")
 
 
 class Model(_Part):
-    """What ran. A parameter that is packed counts as one."""
+    """The model of the run. A packed parameter counts as one."""
 
     name: Text
     parameters: Bytes | None
@@ -217,7 +217,7 @@ class Model(_Part):
 
     @property
     def matrices(self) -> float | None:
-        """Bytes of what each token is multiplied with: of all parameters but tables of which it needs a row."""
+        """Bytes of the weights that each token is multiplied with: all parameters except embedding tables."""
         itemsize = ITEMSIZE.get(self.dtype or "", 0)
         tables = (self.embeddings or 0) * itemsize
         if self.quantization is not None and self.quantization.whole is None:
@@ -226,12 +226,12 @@ class Model(_Part):
 
     @property
     def short(self) -> str:
-        """The name; of a checkpoint's path, its end."""
+        """The name. For a path of a checkpoint, its last two parts."""
         return "/".join(self.name.rstrip("/").split("/")[-2:])
 
 
 class Failure(_Part):
-    """Which rank failed, and stage of a pipeline, where, and with what."""
+    """The rank that failed, its pipeline stage, where it failed, and the error."""
 
     rank: Number | None = None
     stage: Number | None = None
@@ -240,7 +240,7 @@ class Failure(_Part):
 
 
 class Pipeline(_Part):
-    """The layers of each stage; `bubble` is the part of a training step in which a stage waits for the others."""
+    """The layers of each stage. `bubble` is the share of a training step in which a stage waits for the others."""
 
     stages: Number = 1
     split: list[Number] = []
@@ -249,14 +249,14 @@ class Pipeline(_Part):
 
 
 class Training(_Part):
-    """What a training run came to."""
+    """The results of a training run."""
 
     losses: list[float] = []
     optimizer: Text | None = None
 
 
 class Setting(_Part):
-    """A field of the generation config: its value, where that is from, and why it changes nothing where it does not."""
+    """A field of the generation config: its value, its source, and if it has no effect, why (`moot`)."""
 
     value: Any
     source: Text
@@ -264,7 +264,7 @@ class Setting(_Part):
 
 
 class Inference(_Part):
-    """What an inference run came to."""
+    """The results of an inference run."""
 
     prompts: Number | None = None
     prompt_tokens: Bytes | None = None
@@ -282,7 +282,7 @@ class Inference(_Part):
 
 
 class Idleness(_Part):
-    """A stage of a pipeline that generated: a replica's seconds at work, and the part of them all that it waited."""
+    """A pipeline stage in generation: the seconds that a replica works, and the share of the time that it waits."""
 
     stage: Number
     busy_seconds: float
@@ -290,7 +290,7 @@ class Idleness(_Part):
 
 
 class Took(_Part):
-    """A phase's median seconds a step, of so many steps, on the rank that is slowest in it."""
+    """A phase's median seconds per step over `steps` steps, on the rank that is slowest in it."""
 
     phase: Text
     seconds: Annotated[float, Field(ge=0)]
@@ -299,7 +299,7 @@ class Took(_Part):
 
 
 class Ceilings(_Part):
-    """What a device can do at most: bytes and operations a second; by a page, or as measured. None: not known."""
+    """The limits of a device: bytes and operations per second, from a page or measured. None: not known."""
 
     source: Text = ""
     bandwidth: Annotated[float, Field(gt=0)] | None = None
@@ -308,18 +308,18 @@ class Ceilings(_Part):
 
     @property
     def balance(self) -> float | None:
-        """Operations that it does while it moves a byte."""
+        """Operations that the device can do while it moves one byte."""
         return self.flops / self.bandwidth if self.flops and self.bandwidth else None
 
     def at_best(self, flops: float, moved: float) -> float | None:
-        """Seconds that so many operations and bytes take at least."""
+        """The least seconds for so many operations and bytes."""
         if not self.flops or not self.bandwidth:
             return None
         return max(flops / self.flops, moved / self.bandwidth)
 
 
 class Percentiles(_Part):
-    """Seconds that half of them, and all but 5 and 1 in 100, do not exceed."""
+    """Seconds at the 50th, 95th and 99th percentile."""
 
     p50: float
     p95: float
@@ -327,14 +327,14 @@ class Percentiles(_Part):
 
 
 class Latency(_Part):
-    """Of requests that all wait from the start. None: there was no such wait."""
+    """Latency of requests that all wait from the start. None: no request had such a wait."""
 
     first_token_seconds: Percentiles | None = None
     between_tokens_seconds: Percentiles | None = None
 
 
 class Performance(_Part):
-    """Over all ranks."""
+    """Results over all ranks."""
 
     tokens_per_second: float | None = None
     decode_tokens_per_second: float | None = None
@@ -346,14 +346,14 @@ class Performance(_Part):
 
 
 class Environment(_Part):
-    """What made the figures."""
+    """The command and packages of the run."""
 
     command: list[Text] = []
     packages: dict[Text, Text | None] = {}
 
 
 class Record(_Part):
-    """`record.json`, as far as people read it."""
+    """The fields of `record.json` that are shown to people."""
 
     status: Literal["complete", "failed"]
     mode: Text
@@ -368,25 +368,25 @@ class Record(_Part):
     training: Training = Training()
     inference: Inference = Inference()
     performance: Performance = Performance()
-    ceilings: Annotated[Ceilings, BeforeValidator(lambda given: given or {})] = Ceilings()
+    ceilings: Annotated[Ceilings, BeforeValidator(lambda ceilings: ceilings or {})] = Ceilings()
 
     @property
     def title(self) -> str:
-        """What ran."""
+        """The mode and the model."""
         return f"{self.mode} {self.model.short}"
 
     @property
     def heading(self) -> str:
-        """What ran, in which precision, on what."""
+        """The mode, the model, the dtype and the devices."""
         rehearsed = ", rehearsed" * self.world.rehearsed
         return f"{self.title}{rehearsed}, {self.model.dtype or '-'}, {self.world.devices}"
 
     def value(self, key: str) -> Any:
-        """The config's value of `key`, a path as `train.steps`; None where there is none."""
-        found: Any = self.config
+        """The config's value of `key`, a path such as `train.steps`. None if there is none."""
+        node: Any = self.config
         for name in key.split("."):
-            found = found.get(name) if isinstance(found, Mapping) else None
-        return found
+            node = node.get(name) if isinstance(node, Mapping) else None
+        return node
 
     @cached_property
     def worst(self) -> Rank:
@@ -395,16 +395,16 @@ class Record(_Part):
 
     @cached_property
     def by_stage(self) -> Mapping[int, Rank]:
-        """Of each stage of a pipeline the first of the ranks with the highest peak."""
-        found: dict[int, Rank] = {}
+        """For each pipeline stage the first of its ranks with the highest peak."""
+        worst: dict[int, Rank] = {}
         for rank in self.ranks:
-            if rank.stage not in found or (rank.peak.bytes or 0) > (found[rank.stage].peak.bytes or 0):
-                found[rank.stage] = rank
-        return found
+            if rank.stage not in worst or (rank.peak.bytes or 0) > (worst[rank.stage].peak.bytes or 0):
+                worst[rank.stage] = rank
+        return worst
 
     @cached_property
     def peaks(self) -> Mapping[int, int | None]:
-        """Each rank's peak, by its number."""
+        """Each rank's peak, by rank number."""
         return {number: rank.peak.bytes for rank in self.ranks for number in rank.numbers}
 
 
@@ -417,7 +417,7 @@ Kind = TypeVar("Kind", bound=BaseModel)
 
 
 def validated(kind: type[Kind], tree: Mapping[str, Any], source: str, what: str) -> Kind:
-    """`tree` as a `kind`, which is called `what`. Raises ValueError, a sentence with `source`, the field, its value."""
+    """`tree` as a `kind`, called `what`. Raises ValueError, a sentence that names `source`, the field and its value."""
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
@@ -427,5 +427,5 @@ def validated(kind: type[Kind], tree: Mapping[str, Any], source: str, what: str)
             raise ValueError(f"{source} is no whole {what}: {field} is missing") from None
         value = printable(repr(first["input"]))
         value = value if len(value) <= 40 else f"{value[:37]}..."
-        wrong = first["msg"].removeprefix("Input ")
-        raise ValueError(f"{source} is no whole {what}: {field}={value}: {wrong}") from None
+        problem = first["msg"].removeprefix("Input ")
+        raise ValueError(f"{source} is no whole {what}: {field}={value}: {problem}") from None

@@ -1,6 +1,6 @@
-"""A run's trace: every birth and death of a storage on a rank, where it was and what it turned out to be.
+"""A run's trace: every allocation and free of a storage on a rank, where it happened, and the storage's category.
 
-One table a rank, `trace/rank-N.parquet` in the run's directory, in the order of events. Reading needs no torch.
+One table per rank, `trace/rank-N.parquet` in the run's directory, in the order of events. Reading needs no torch.
 """
 
 import os
@@ -19,28 +19,28 @@ COLUMNS = {
     "step": "int32",
     "phase": "text",
     "micro_batch": "int32",
-    "module": "text",  # that was running
-    "op": "text",  # that made the storage; empty for one an owner brought
+    "module": "text",  # the running module
+    "op": "text",  # that allocated the storage; empty if an owner named it first
     "category": "text",  # null: a phase begins
-    "name": "text",  # an owner's; empty where none claims it
-    "storage": "int32",  # the same number at birth and at death
-    "bytes": "int64",  # by which the live set grows, or shrinks
-    "saved": "int64",  # and by which what autograd keeps does
+    "name": "text",  # from an owner; empty if none claims it
+    "storage": "int32",  # the same number at allocation and free
+    "bytes": "int64",  # change of the live bytes
+    "saved": "int64",  # change of the bytes that autograd keeps
     "nanoseconds": "int64",  # since the first event; null in a rehearsal
 }
-"""What is known of an event."""
+"""The columns of the table."""
 
 
 def of_ledger(ledger: "Ledger", timed: bool = True) -> "pa.Table":
-    """Its events so far, one a row; none where it is not exact. With `timed=False` they have no time."""
+    """The ledger's events so far, one per row; none if it is not exact. With `timed=False` they have no time."""
     import pyarrow as pa
 
     events = ledger.events
     rows: dict[str, list[Any]] = {name: [] for name in COLUMNS}
     numbers: dict[tuple[int, str], int] = {}
-    began = events[0].time if events else 0
+    start = events[0].time if events else 0
     for event in events:
-        time = event.time - began if timed else None
+        time = event.time - start if timed else None
         for row in _rows(event, numbers):
             for column, value in zip(rows.values(), (*event.where, event.module, *row, time), strict=True):
                 column.append(value)
@@ -48,7 +48,7 @@ def of_ledger(ledger: "Ledger", timed: bool = True) -> "pa.Table":
 
 
 def _rows(event: "Event", numbers: dict[tuple[int, str], int]) -> Iterator[tuple[Any, ...]]:
-    """From `op` to `saved`: of a buffer in which many parameters lie a row for each."""
+    """The columns `op` to `saved`. A buffer of several parameters has one row for each."""
     storage = event.storage
     if storage is None:
         yield "", None, "", None, 0, 0
@@ -57,12 +57,12 @@ def _rows(event: "Event", numbers: dict[tuple[int, str], int]) -> Iterator[tuple
         shares = [(storage.name, abs(event.delta))]
     for index, (name, nbytes) in enumerate(shares):
         number = numbers.setdefault((id(storage), name), len(numbers))
-        grown = nbytes if event.delta > 0 else -nbytes
-        yield storage.op, storage.category, name, number, grown, 0 if index else event.saves
+        change = nbytes if event.delta > 0 else -nbytes
+        yield storage.op, storage.category, name, number, change, 0 if index else event.saves
 
 
 def schema() -> "pa.Schema":
-    """`COLUMNS`, as Arrow has them."""
+    """`COLUMNS` as an Arrow schema."""
     import pyarrow as pa
 
     kinds = {name: pa.string() if kind == "text" else getattr(pa, kind)() for name, kind in COLUMNS.items()}
@@ -70,7 +70,7 @@ def schema() -> "pa.Schema":
 
 
 def write(directory: Path, rank: int, table: "pa.Table") -> None:
-    """Put a rank's `table` into a run's directory, whole or not at all; one with no events leaves nothing."""
+    """Write a rank's `table` into a run's directory, completely or not at all. Without events there is no file."""
     import pyarrow.parquet as pq
 
     if not table.num_rows:
@@ -83,7 +83,7 @@ def write(directory: Path, rank: int, table: "pa.Table") -> None:
 
 
 def read(directory: Path, rank: int) -> "pa.Table | None":
-    """A rank's table; None where the run left none. Raises ValueError for a file that is not one."""
+    """A rank's table. None if the run left none. Raises ValueError for a file that is not a trace."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -1,4 +1,4 @@
-"""What torchrun is told: its report, which comes after all that ranks print, ends with a sentence of theirs."""
+"""Reports a failure to torchrun, whose own report is printed after the output of all ranks."""
 
 import json
 import os
@@ -8,10 +8,11 @@ from pathlib import Path
 
 
 def tell(sentence: str) -> None:
-    """Let torchrun's report have `sentence` as what became of this rank; without torchrun nobody asks."""
+    """Write `sentence` as this rank's error for torchrun's report. Without torchrun this does nothing."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file:
-        when = {"timestamp": str(int(time.time()))}  # of several ranks the first is told last, as the cause
-        told = {"message": {"message": f"harness: {sentence}", "extraInfo": when}}
+        # torchrun reports the rank with the earliest timestamp last, as the cause
+        extra_info = {"timestamp": str(int(time.time()))}
+        report = {"message": {"message": f"harness: {sentence}", "extraInfo": extra_info}}
         with suppress(OSError):
-            Path(file).write_text(json.dumps(told))
+            Path(file).write_text(json.dumps(report))

@@ -1,4 +1,4 @@
-"""What a machine has not the memory for is a wrong request: which key asks for it, and what there is."""
+"""Refuses a request that needs more memory than the machine has, and names its key and the memory."""
 
 import re
 from collections.abc import Iterator
@@ -12,11 +12,11 @@ from harness.config.settings import Model, Refusal, Settings
 
 GIB = 2**30
 WIDEST = 2**20
-"""No published model has a vocabulary or a width above it."""
+"""No published model has a vocabulary or a width above this."""
 
-_ASKED = re.compile(r"[Tt]ried to allocate ([\d.]+) ?(bytes|[KMGTP]iB)")
-"""What torch says of an allocation that failed, on a CPU in bytes, on a GPU rounded."""
-_OVERFLOWS = re.compile("Storage size calculation overflowed|Overflow when unpacking long")
+_FAILED_ALLOCATION = re.compile(r"[Tt]ried to allocate ([\d.]+) ?(bytes|[KMGTP]iB)")
+"""torch's message of a failed allocation: in bytes on a CPU, rounded on a GPU."""
+_SIZE_OVERFLOW = re.compile("Storage size calculation overflowed|Overflow when unpacking long")
 _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": GIB, "TiB": 2**40, "PiB": 2**50}
 
 _SIZES = {
@@ -28,8 +28,8 @@ _SIZES = {
         "generation.pages",
     ),
 }
-"""The keys that a mode's tensors grow with, each with a default that a small machine has the memory for."""
-_USUAL = {
+"""The config keys that set the size of a mode's tensors. Each default fits a small machine."""
+_DEFAULTS = {
     "train.micro_batch": 4,
     "train.sequence": 256,
     "generation.batch": 4,
@@ -40,10 +40,10 @@ _USUAL = {
 
 
 def check_parameters(settings: Model, needed: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Refuse a model, or a part of one, whose parameters take `needed` bytes where fewer are free."""
+    """Refuse a model, or a part of one, whose parameters need more bytes than are free."""
     free, _ = _memory(device)
     if needed > free:
-        key, value = _of_model(settings)
+        key, value = _model_key(settings)
         raise Refusal(
             key,
             value,
@@ -54,9 +54,9 @@ def check_parameters(settings: Model, needed: int, dtype: torch.dtype, device: t
 
 @contextmanager
 def allocations(settings: Settings, device: torch.device) -> Iterator[None]:
-    """Within it a run that fails is refused where one tensor alone is larger than all of `device`'s memory.
+    """Refuse a run that fails inside this context because one tensor is larger than all memory of `device`.
 
-    Where it is not, another run on the machine may have the rest: then the run failed, and the request may be right.
+    Otherwise another process may have used the memory: then the run has failed, and the request may be right.
     """
     try:
         yield
@@ -67,21 +67,21 @@ def allocations(settings: Settings, device: torch.device) -> Iterator[None]:
             raise
         size = "more bytes than there are numbers for" if needed == inf else f"{needed / GIB:,.1f} GiB"
         raise Refusal(
-            *_largest(settings),
+            *_largest_key(settings),
             f"it asks for a tensor of {size}, and the {device.type} has {total / GIB:.1f} GiB; use less, or a machine "
             "with more",
         ) from error
 
 
 def bytes_wanted(error: Exception) -> float | None:
-    """The bytes of the allocation that failed, inf where they are above 2**63; None where `error` is another."""
-    if says := _ASKED.search(str(error)):
-        return round(float(says[1]) * _UNITS[says[2]])
-    return inf if _OVERFLOWS.search(str(error)) else None
+    """Bytes of the failed allocation, inf if they exceed 2**63. None if `error` is another error."""
+    if match := _FAILED_ALLOCATION.search(str(error)):
+        return round(float(match[1]) * _UNITS[match[2]])
+    return inf if _SIZE_OVERFLOW.search(str(error)) else None
 
 
 def _memory(device: torch.device) -> tuple[int, int]:
-    """Bytes that are free on `device`, and all that it has."""
+    """Free bytes and total bytes of `device`."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return free, total
@@ -89,20 +89,20 @@ def _memory(device: torch.device) -> tuple[int, int]:
     return memory.available, memory.total
 
 
-def _of_model(settings: Model) -> tuple[str, object]:
-    """The key that asks for the model, and its value: of its config's sizes one that no model has, else its name."""
+def _model_key(settings: Model) -> tuple[str, object]:
+    """The key that chooses the model, and its value: a size in its config that no model has, else its name."""
     sizes = {key: value for key, value in settings.config.items() if type(value) is int and value > WIDEST}
-    for key in sorted(sizes, key=lambda each: sizes[each], reverse=True):
+    for key in sorted(sizes, key=lambda name: sizes[name], reverse=True):
         return f"model.config.{key}", sizes[key]
     return ("model.path", settings.path) if settings.path else ("model", settings.name)
 
 
-def _largest(settings: Settings) -> tuple[str, object]:
-    """The key of a run's sizes that is furthest above what it usually is, and its value; the model where none is."""
+def _largest_key(settings: Settings) -> tuple[str, object]:
+    """The size key that most exceeds its default, and its value. The model's key if none exceeds it."""
     values = {}
     for key in _SIZES[settings.mode]:
         room, name = key.split(".")
         if (value := getattr(getattr(settings, room), name)) is not None:
             values[key] = value
-    key = max(values, key=lambda each: values[each] / _USUAL[each])
-    return (key, values[key]) if values[key] > _USUAL[key] else _of_model(settings.model)
+    key = max(values, key=lambda candidate: values[candidate] / _DEFAULTS[candidate])
+    return (key, values[key]) if values[key] > _DEFAULTS[key] else _model_key(settings.model)

@@ -1,4 +1,4 @@
-"""torch's own record of CUDA's allocator, beside a run's, for pytorch.org/memory_viz. It has never run on CUDA."""
+"""torch's own record of the CUDA allocator, for pytorch.org/memory_viz. It has never run on CUDA."""
 
 import os
 from collections.abc import Iterator
@@ -10,11 +10,11 @@ import torch
 from harness.config.settings import Refusal, Settings
 
 ENTRIES = 1_000_000
-"""The last allocations and frees that torch keeps; each takes about a KiB of host memory, for its stack."""
+"""How many of the last allocations and frees torch keeps. Each takes about 1 KiB of host memory, for its stack."""
 
 
 def check(settings: Settings, device: torch.device) -> None:
-    """Refuse to keep one of what is no GPU's."""
+    """Refuse a snapshot on a device that is not a GPU."""
     if settings.ledger.snapshot and device.type != "cuda":
         remedy = (
             f"torch keeps one of CUDA's allocator, and this run is on {device.type}; trace/ has every event"
@@ -24,7 +24,7 @@ def check(settings: Settings, device: torch.device) -> None:
 
 @contextmanager
 def kept(directory: Path, rank: int) -> Iterator[None]:
-    """Leave `snapshot-RANK.pickle` of what happens within; nothing here ever reads it."""
+    """Write `snapshot-RANK.pickle` of what happens inside this context. The harness never reads it."""
     file = directory / f"snapshot-{rank}.pickle"
     partial = file.with_suffix(".partial")
     torch.cuda.memory._record_memory_history(max_entries=ENTRIES)

@@ -1,4 +1,4 @@
-"""How far a run is, and how long it will take: a bar where there is a terminal, a line now and then elsewhere."""
+"""Progress of a run and the time that it needs: a bar in a terminal, otherwise a line at intervals."""
 
 import sys
 import time
@@ -12,26 +12,26 @@ from harness.tables import duration
 Say = Callable[[str], None]
 
 FIRST = 1.0
-"""Seconds after the first of them, which is warm-up, from which on the rest can be foretold."""
-WORTH = 5.0
-"""Seconds that are worth foretelling."""
+"""Seconds after the warm-up unit until the remaining time can be estimated."""
+WORTH_PRINTING = 5.0
+"""An estimate below this many seconds is not printed."""
 EVERY = 30.0
-"""Seconds between lines, at most; and a tenth of the whole."""
+"""The most seconds between two lines. A line is also printed after each tenth of the whole."""
 
 
 class Pace:
-    """Counts up to `total` of `unit`, from `done`; says with `say`, once, how long that will take.
+    """Counts up to `total` of `unit`, from `done`, and prints once with `say` how long this will take.
 
-    Where it is `silent`, as on other ranks than 0 and in a rehearsal, it counts and says nothing. Where `total` is None
-    nobody knows how many there will be.
+    If `silent`, as on ranks other than 0 and in a rehearsal, it counts and prints nothing. If `total` is None, the
+    total is unknown.
     """
 
     def __init__(self, total: int | None, unit: str, say: Say, silent: bool = False, done: int = 0) -> None:
         self.total, self.unit, self.say, self.silent = total, unit, say, silent
-        self.done, self.began = done, done
-        self.since: float | None = None
-        self.foretold = False
-        self.spoke, self.tenth = 0.0, self._tenth()
+        self.done, self.first_done = done, done
+        self.started_at: float | None = None
+        self.estimated = False
+        self.last_line_at, self.tenth = 0.0, self._tenth()
         self.bar = tqdm(total=total, initial=done, unit=unit, leave=False, disable=silent or None)
 
     def __enter__(self) -> "Pace":
@@ -41,53 +41,55 @@ class Pace:
         self.bar.close()
 
     def advance(self, count: int = 1, line: str = "") -> None:
-        """So many more are done; `line` is what a person should know of them."""
+        """`count` more units are done. `line` describes them."""
         now = time.monotonic()
         self.done += count if self.total is None else min(count, self.total - self.done)
         self.bar.set_postfix_str(line, refresh=False)
         self.bar.update(self.done - self.bar.n)
         if self.silent:
             return
-        if self.since is None:
-            self.since, self.began, self.spoke = now, self.done, now
+        if self.started_at is None:
+            self.started_at, self.first_done, self.last_line_at = now, self.done, now
             return
-        left = 0.0
+        remaining_seconds = 0.0
         if self.total is not None:
-            left = (now - self.since) / max(1, self.done - self.began) * (self.total - self.done)
-        if not self.foretold and now - self.since >= FIRST:
-            self.foretold = True
-            if left >= WORTH:
-                self.say(f"{self.total:,} {self.unit}s: about {duration(left)}")
-        self._tell(now, line, left)
+            remaining_seconds = (
+                (now - self.started_at) / max(1, self.done - self.first_done) * (self.total - self.done)
+            )
+        if not self.estimated and now - self.started_at >= FIRST:
+            self.estimated = True
+            if remaining_seconds >= WORTH_PRINTING:
+                self.say(f"{self.total:,} {self.unit}s: about {duration(remaining_seconds)}")
+        self._print_line(now, line, remaining_seconds)
 
     def up_to(self, done: int) -> None:
-        """As many are done: those that nobody needed count too."""
+        """`done` units are done, including those that were not needed."""
         self.advance(max(0, done - self.done))
 
     def counting(self, act: Callable[..., Any], count: int) -> Callable[..., Any]:
-        """`act`, after each time of which so many more are done."""
+        """`act`, followed by an advance of `count`."""
 
-        def counted(*given: Any) -> Any:
-            made = act(*given)
+        def counted(*arguments: Any) -> Any:
+            result = act(*arguments)
             self.advance(count)
-            return made
+            return result
 
         return counted
 
     def _tenth(self) -> int:
         return 10 * self.done // self.total if self.total else 0
 
-    def _tell(self, now: float, line: str, left: float) -> None:
-        """A line, where no terminal shows a bar."""
+    def _print_line(self, now: float, line: str, remaining_seconds: float) -> None:
+        """Print a line if no terminal shows the bar."""
         tenth = self._tenth()
-        if not self.bar.disable or not ((tenth > self.tenth and line) or now - self.spoke >= EVERY):
+        if not self.bar.disable or not ((tenth > self.tenth and line) or now - self.last_line_at >= EVERY):
             return
-        self.spoke, self.tenth = now, tenth
-        rest = f"about {duration(left)} left" if left >= WORTH else ""
-        whole = "" if self.total is None else f"/{self.total:,}"
-        self.say("  ".join(filter(None, [f"{self.unit} {self.done:,}{whole}", line, rest])))
+        self.last_line_at, self.tenth = now, tenth
+        remaining = f"about {duration(remaining_seconds)} left" if remaining_seconds >= WORTH_PRINTING else ""
+        total = "" if self.total is None else f"/{self.total:,}"
+        self.say("  ".join(filter(None, [f"{self.unit} {self.done:,}{total}", line, remaining])))
 
 
 def aside(line: str) -> None:
-    """Say it to the person, and not among the results."""
+    """Print `line` to stderr, outside the results."""
     tqdm.write(line, file=sys.stderr)

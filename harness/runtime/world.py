@@ -1,4 +1,4 @@
-"""Who am I among how many: torchrun's process group, or a world of one."""
+"""This process among the ranks of a run: torchrun's process group, or a world of one."""
 
 import os
 import pickle
@@ -20,64 +20,63 @@ from harness.config.settings import Refusal
 T = TypeVar("T")
 
 ORDERED_GLOO = "gloo_in_order"
-"""gloo with one thread, so that it lets go of tensors in the order of its collectives and memory is repeatable."""
+"""gloo with one thread, so that it releases tensors in the order of its collectives and memory is repeatable."""
 
 
 @dataclass(frozen=True)
 class World:
-    """This process's place: `rank` of `size`, and the device it computes on."""
+    """The position of this process: `rank` of `size`, and its device."""
 
     rank: int
     size: int
     local_rank: int
     device: torch.device
     members: tuple[tuple[str, int], ...] = ()  # every rank's host name and process id
-    rehearsed: bool = False  # the others do not exist
-    target: str = ""  # the kind of device whose bytes are wanted, where it is not this one
-    stages: int = 1  # of a pipeline; the ranks of a stage follow each other, as in DeepSpeed's topology
-    tensor: int = 1  # ranks that share each layer; they follow each other
-    mesh: DeviceMesh | None = field(
-        default=None, compare=False
-    )  # of those that share this rank's; None: it has no group
-    _turns: Iterator[int] = field(default_factory=count, compare=False)
+    rehearsed: bool = False  # the other ranks do not exist
+    target: str = ""  # the device type to account for, if it is not this one
+    stages: int = 1  # pipeline stages; the ranks of a stage are consecutive, as in DeepSpeed's topology
+    tensor: int = 1  # ranks that share each layer; they are consecutive
+    # the ranks that share this rank's layers; None: there is no such group
+    mesh: DeviceMesh | None = field(default=None, compare=False)
+    _exchange_numbers: Iterator[int] = field(default_factory=count, compare=False)
 
     @property
     def device_name(self) -> str:
-        """The device's own name."""
+        """The name of the device's model."""
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine()
 
     @property
     def leads(self) -> bool:
-        """Whether this is rank 0, the one that speaks and writes."""
+        """Whether this is rank 0, which prints and writes."""
         return self.rank == 0
 
     @property
     def replicas(self) -> int:
-        """How many whole models there are."""
+        """The number of whole models."""
         return self.size // (self.stages * self.tensor)
 
     @property
     def stage(self) -> int:
-        """Which part of the model this rank has."""
+        """The pipeline stage of this rank."""
         return self.rank // (self.replicas * self.tensor)
 
     @property
     def replica(self) -> int:
-        """Which of the whole models it is a part of."""
+        """The replica of which this rank is a part."""
         return self.rank // self.tensor % self.replicas
 
     @property
     def share(self) -> int:
-        """Which of the parts of each layer it has."""
+        """This rank's part of each layer."""
         return self.rank % self.tensor
 
     def at_stage(self, stage: int) -> int:
-        """The rank that has `stage` of this rank's replica, and its part of each layer."""
+        """The rank at `stage` of this rank's replica, with the same part of each layer."""
         return (stage * self.replicas + self.replica) * self.tensor + self.share
 
     @property
     def kind(self) -> str:
-        """The kind of device that the run is for: "cpu" or "cuda"."""
+        """The device type of the run: "cpu" or "cuda"."""
         return self.target or self.device.type
 
     @property
@@ -86,7 +85,7 @@ class World:
         return self.size == 1 or self.rehearsed
 
     def barrier(self) -> None:
-        """Wait until every rank is here."""
+        """Wait for every rank."""
         if self.size > 1:
             dist.barrier()
 
@@ -95,14 +94,14 @@ class World:
         return self.gather(value)[0]
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's `value`, in rank order, on every rank; in a rehearsal this rank's alone.
+        """Every rank's `value`, in rank order, on every rank. In a rehearsal only this rank's.
 
-        It goes through the group's store, for it is no tensor of the run and has no place in its books.
+        It uses the group's store, because a tensor would count in the run's memory.
         """
         if self.alone:
             self.barrier()
             return [value]
-        return exchange(value, f"harness/{next(self._turns)}")
+        return exchange(value, f"harness/{next(self._exchange_numbers)}")
 
     def mean(self, value: float) -> float:
         """The mean of every rank's `value`."""
@@ -113,75 +112,78 @@ class World:
         return float(total) / self.size
 
 
-def exchange(value: T, turn: str) -> list[T]:
-    """Every rank's `value`, in rank order, on every rank of the default group; `turn` is a name that is used once.
+def exchange(value: T, key: str) -> list[T]:
+    """Every rank's `value`, in rank order, on every rank of the default group. `key` is used only once.
 
-    It goes through the group's store: a collective would be one of the program's, and what it is given is freed by
-    another thread, after it returns.
+    It uses the group's store. A collective would be one of the program's, and another thread frees its tensors after it
+    returns.
     """
-    dist.barrier()  # notices a peer that is gone, which the store would wait for
+    dist.barrier()  # fails if a peer has ended; the store would wait for it
     store, rank, size = dist.distributed_c10d._get_default_store(), dist.get_rank(), dist.get_world_size()
-    store.set(f"{turn}/{rank}", pickle.dumps(value))  # type: ignore[arg-type]
+    store.set(f"{key}/{rank}", pickle.dumps(value))  # type: ignore[arg-type]
     if rank == 0:
-        values = [store.get(f"{turn}/{each}") for each in range(size)]
-        store.set(turn, pickle.dumps(values))  # type: ignore[arg-type]
-    return [pickle.loads(each) for each in pickle.loads(store.get(turn))]
+        values = [store.get(f"{key}/{item}") for item in range(size)]
+        store.set(key, pickle.dumps(values))  # type: ignore[arg-type]
+    return [pickle.loads(item) for item in pickle.loads(store.get(key))]
 
 
 def environment() -> tuple[int, int, int]:
-    """torchrun's (rank, world size, local rank); a world of one without it."""
-    read = os.environ.get
-    return int(read("RANK", 0)), int(read("WORLD_SIZE", 1)), int(read("LOCAL_RANK", 0))
+    """torchrun's (rank, world size, local rank). Without torchrun, a world of one."""
+    get = os.environ.get
+    return int(get("RANK", 0)), int(get("WORLD_SIZE", 1)), int(get("LOCAL_RANK", 0))
 
 
 @contextmanager
 def connected(device: str, timeout: float, stages: int = 1, tensor: int = 1) -> Iterator[World]:
-    """Join torchrun's process group, or make a group of one that opens no port; leave it at the end.
+    """Join torchrun's process group, or create a group of one that opens no port. Leave it at the end.
 
-    `stages` times `tensor` must divide its size. `timeout` is in seconds; a rank that died is noticed at once, by its
-    closed connections, and not by it.
-    Raises Refusal for a device that is not there.
+    `stages` times `tensor` must divide its size. `timeout` is in seconds. It does not delay the notice of a dead rank,
+    whose connections close at once.
+    Raises Refusal for a device that does not exist.
     """
     rank, size, local_rank = environment()
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    where = _device(device, local_rank, max(here, local_rank + 1))
-    backend = "nccl" if where.type == "cuda" else ORDERED_GLOO
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    own_device = _device(device, local_rank, max(local_size, local_rank + 1))
+    backend = "nccl" if own_device.type == "cuda" else ORDERED_GLOO
     if backend == ORDERED_GLOO and ORDERED_GLOO.upper() not in dist.Backend._plugins:
         dist.Backend.register_backend(ORDERED_GLOO, _ordered_gloo, devices=["cpu"])
     store = torch._C._distributed_c10d.HashStore() if size == 1 else None
-    with variables(DS_ACCELERATOR=where.type, LOCAL_RANK=local_rank, LOCAL_SIZE=here):
+    with variables(DS_ACCELERATOR=own_device.type, LOCAL_RANK=local_rank, LOCAL_SIZE=local_size):
         dist.init_process_group(
             backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout)
         )
         try:
-            mesh = group_of(tensor, where)
-            world = World(rank, size, local_rank, where, stages=stages, tensor=tensor, mesh=mesh)
+            mesh = group_of(tensor, own_device)
+            world = World(rank, size, local_rank, own_device, stages=stages, tensor=tensor, mesh=mesh)
             yield replace(world, members=tuple(world.gather((socket.gethostname(), os.getpid()))))
         finally:
             dist.destroy_process_group()
 
 
 def group_of(tensor: int, device: torch.device) -> DeviceMesh | None:
-    """This rank's group of `tensor` that follow each other, for which all must ask; None where it is alone."""
+    """This rank's group of `tensor` consecutive ranks. All ranks must call it. None for a group of one."""
     if tensor == 1:
         return None
     group, _ = dist.new_subgroups(tensor)
-    return DeviceMesh.from_group(group, device.type, mesh_dim_names=(f"tensor{next(_meshes)}",))
+    return DeviceMesh.from_group(group, device.type, mesh_dim_names=(f"tensor{next(_mesh_numbers)}",))
 
 
-_meshes = count()
-"""Meshes so far. DTensors remember by mesh, for as long as a process lives, and know one by its ranks and name: that of
-another rehearsed rank, whose part is another, must have another."""
+_mesh_numbers = count()
+"""Number of meshes so far, for unique names. DTensor caches by mesh for the life of a process, and identifies a mesh by
+its ranks and name. Another rehearsed rank has another part, so its mesh needs another name."""
 
 
 @contextmanager
-def variables(**given: object) -> Iterator[None]:
-    """The environment with these in it: DeepSpeed reads its place there, and asks numactl for LOCAL_SIZE without it."""
+def variables(**values: object) -> Iterator[None]:
+    """Set environment variables inside this context.
+
+    DeepSpeed reads its rank there, and runs numactl if LOCAL_SIZE is missing.
+    """
     before = dict(os.environ)
-    os.environ.update({name: str(value) for name, value in given.items()})
+    os.environ.update({name: str(value) for name, value in values.items()})
     try:
         yield
-    finally:  # whoever read it may have written to it
+    finally:  # code inside may have changed the environment
         for name in set(os.environ) - set(before):
             del os.environ[name]
         os.environ.update(before)
@@ -197,18 +199,18 @@ def _ordered_gloo(store: Any, rank: int, size: int, timeout: timedelta) -> Any:
 
 
 def _device(name: str, local_rank: int, ranks: int) -> torch.device:
-    """What this rank computes on, of the `ranks` on its node, which are all refused where one has none."""
+    """This rank's device. All `ranks` on a node are refused if one of them has no device."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
-        there = torch.cuda.device_count()
-        if there == 0:
+        device_count = torch.cuda.device_count()
+        if device_count == 0:
             raise Refusal("hardware.device", name, "torch sees no GPU here; use hardware.device=cpu")
-        if ranks > there:
+        if ranks > device_count:
             raise Refusal(
                 "hardware.device",
                 name,
-                f"each rank needs a GPU of its own; start --nproc-per-node {there} or fewer",
+                f"each rank needs a GPU of its own; start --nproc-per-node {device_count} or fewer",
             )
         torch.cuda.set_device(local_rank)
         return torch.device("cuda", local_rank)
