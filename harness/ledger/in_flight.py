@@ -1,7 +1,7 @@
 """How many forwards wait for their backward at once, and how many bytes each has saved. Plain data in and out.
 
 One forward belongs to one micro-batch. It is alive from the first activation that autograd saves in it until its
-backward ends. A pipeline of P stages under 1F1B has min(P - stage, m) of them, for m micro-batches. Inference has
+backward ends, or until nothing that it saved is left. A pipeline of P stages under 1F1B has min(P - stage, m) of them, for m micro-batches. Inference has
 none.
 """
 
@@ -52,6 +52,8 @@ def in_flight(events: Iterable[Event]) -> Forwards:
                 saved_bytes[origin] = saved_bytes.get(origin, 0) + storage.nbytes
                 if (len(saved_bytes), sum(saved_bytes.values())) > (most.alive, sum(most.stashes)):
                     most = Forwards(len(saved_bytes), tuple(saved_bytes.values()), event.where)
-            elif event.delta < 0:
-                saved_bytes[origin] = saved_bytes.get(origin, 0) - storage.nbytes
+            elif event.delta < 0 and origin in saved_bytes:
+                saved_bytes[origin] -= storage.nbytes
+                if not saved_bytes[origin]:  # its backward has run, in one phase with another forward's
+                    del saved_bytes[origin]
     return most

@@ -116,3 +116,14 @@ def test_each_keeps_what_autograd_saved_whatever_the_schedule(
     assert ledger.forwards is not None
     assert ledger.forwards.stashes == tuple(saved(net, number + 3) for number in alive)
     assert ledger.forwards.where == (0, "forward", alive[-1])
+
+
+def test_parts_that_are_called_one_by_one_are_not_alive_after_their_backward() -> None:
+    first, second = model(), torch.nn.Sequential(torch.nn.Linear(1, WIDTH), torch.nn.Tanh())
+    with Ledger(model=torch.nn.ModuleList([first, second])) as ledger:
+        for _ in range(3):
+            loss_of(torch.nn.Sequential(first, second)).backward()
+            second(first(torch.ones(BATCH, WIDTH))).sum().backward()
+    assert ledger.forwards is not None
+    assert ledger.forwards.alive == 2
+    assert min(ledger.forwards.stashes) > 0
