@@ -1,8 +1,8 @@
 """How many forwards wait for their backward at once, and how many bytes each has saved. Plain data in and out.
 
 One forward belongs to one micro-batch. It is alive from the first activation that autograd saves in it until its
-backward ends, or until nothing that it saved is left. A pipeline of P stages under 1F1B has min(P - stage, m) of them, for m micro-batches. Inference has
-none.
+backward ends, or until nothing that it saved is left. A pipeline of P stages under 1F1B has min(P - stage, m) of them,
+for m micro-batches. Inference has none.
 """
 
 from collections.abc import Iterable
