@@ -170,9 +170,8 @@ class Run:
         processor, scheduler, step = self.processor, self.processor.scheduler, self.ended // self.places
         if step == len(self.made.loads):
             self._close()
-            self.ledger.begins(
-                step
-            )  # an exact ledger may end here, which takes time that the load does not include
+            # an exact ledger may end here, which takes time that the load does not include
+            self.ledger.begins(step)
             self.now = clock(self.model.device)
             self.made.loads.append(Load(self.now))
         load, active = self.made.loads[-1], set(scheduler.active_requests)

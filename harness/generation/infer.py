@@ -231,21 +231,17 @@ def check_columns(model: PreTrainedModel, prompts: Sequence[Prompt], batch: int,
     A single request may fit where the padded batch does not. Every rank refuses the same.
     """
     tables = [
-        numbers_of_batch.shape[-1]
-        for numbers_of_batch in model.buffers()
-        if numbers_of_batch.dim() == 4 and numbers_of_batch.shape[-2] == numbers_of_batch.shape[-1]
+        buffer.shape[-1]
+        for buffer in model.buffers()
+        if buffer.dim() == 4 and buffer.shape[-2] == buffer.shape[-1]
     ]
     if model.config.model_type == "mpt":
         tables.append(model.config.max_seq_len)  # biases by distance, built in every forward
     numbers = [of_replica(len(prompts), replica, replicas) for replica in range(replicas)]
     every_batch = [
-        numbers_of_batch
-        for replica_numbers in numbers
-        for numbers_of_batch in batches(replica_numbers, batch)
+        row_numbers for replica_numbers in numbers for row_numbers in batches(replica_numbers, batch)
     ]
-    columns = max(
-        _requests(dict(enumerate(prompts)), numbers_of_batch).shown for numbers_of_batch in every_batch
-    )
+    columns = max(_requests(dict(enumerate(prompts)), row_numbers).shown for row_numbers in every_batch)
     if tables and columns > min(tables):
         problem = f"padded, a batch comes to {columns} columns, and the model's attention has {min(tables)}"
         raise Refusal(
