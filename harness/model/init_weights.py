@@ -73,9 +73,8 @@ def make(
     replaced: dict[int, Tensor] = {}
     meta_tensors = []  # kept alive, so that no new tensor reuses an id()
     allocated: dict[str, tuple[Home, Tensor]] = {}
-    whole_dtensors: dict[
-        int, DTensor
-    ] = {}  # from id() of a whole tensor to the DTensor that says how ranks share it
+    # from id() of a whole tensor to the DTensor that says how ranks share it
+    whole_dtensors: dict[int, DTensor] = {}
     for name, module in tree:
         own: tuple[Home, ...] = (module._parameters, module._buffers)
         for home, key in [(item, key) for item in own for key in item]:
@@ -159,7 +158,7 @@ def _within(by_name: Mapping[str, nn.Module], name: str) -> PreTrainedModel:
 def _settle(module: nn.Module, device: torch.device, whole_dtensors: dict[int, DTensor]) -> None:
     """Move the tensors of `module` to `device` and mark them, so that no outer module initialises them again.
 
-    A rank with more modules would otherwise draw other values. Of tensors in `uncut` only this rank's part is moved.
+    A rank with more modules would otherwise draw other values. Only this rank's part of the `whole_dtensors` is moved.
     """
     for tensor in (*module.parameters(), *module.buffers()):
         if not tensor.is_meta:
@@ -175,19 +174,22 @@ def _mark_initialised(tensor: Tensor) -> None:
 
 
 def familiar(model: PreTrainedModel, directory: Path) -> bool:
-    """Whether the tensors in `directory` are the whole `model`'s, tied ones equal, or such as transformers ignores."""
+    """Whether the tensors in `directory` are exactly the weights of the whole `model`.
+
+    Tied tensors must be equal; extra tensors that transformers ignores are allowed.
+    """
     stored = _stored(directory)
     for pair in model.all_tied_weights_keys.items():
         if all(name in stored for name in pair) and not _equal(stored, pair):
             return False
-    strange = set(stored) - set(model.state_dict())
-    found = SimpleNamespace(missing_keys=set(), unexpected_keys=strange)
-    model._adjust_missing_and_unexpected_keys(found)
-    return not found.unexpected_keys
+    unexpected = set(stored) - set(model.state_dict())
+    report = SimpleNamespace(missing_keys=set(), unexpected_keys=unexpected)
+    model._adjust_missing_and_unexpected_keys(report)
+    return not report.unexpected_keys
 
 
 def in_full(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
-    """Those of `names` that transformers reads in fp32 whatever the rest is in."""
+    """Those of `names` that transformers keeps in fp32, whatever the dtype of the model."""
     plan = model._get_dtype_plan(model.dtype)
     if not plan:
         return []
@@ -198,15 +200,15 @@ def in_full(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
 def read(owned: Stored, directory: Path) -> bool:
     """Fill `owned` from the safetensors files in `directory`, one tensor at a time.
 
-    False, and nothing is done, where not all of them are there under their own names and in their own shapes.
+    Returns False and changes nothing unless all of them are there, with the same names and shapes.
     """
     stored = _stored(directory)
     if any(stored.get(name, (None, None))[1] != tuple(tensor.shape) for name, tensor in owned.items()):
         return False
-    for place in sorted({stored[name][0] for name in owned}):
-        with safe_open(place, framework="pt") as file:
+    for path in sorted({stored[name][0] for name in owned}):
+        with safe_open(path, framework="pt") as file:
             for name, tensor in owned.items():
-                if stored[name][0] == place:
+                if stored[name][0] == path:
                     _copy(tensor, file.get_tensor(name))
     return True
 

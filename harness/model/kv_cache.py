@@ -139,12 +139,7 @@ def check_kind(kind: str, config: PretrainedConfig, bits: int = 8, ranks: int = 
     if kind != "paged":
         try:
             make(kind, config, 1, bits)
-        except (
-            AttributeError,
-            KeyError,
-            TypeError,
-            ValueError,
-        ) as error:  # transformers does not support such a layer
+        except (AttributeError, KeyError, TypeError, ValueError) as error:  # an unsupported kind of layer
             remedy = f"transformers makes none for {config.model_type} ({type(error).__name__}: {error})"
             raise Refusal("generation.cache", kind, f"{remedy}; use generation.cache=dynamic") from error
     if kind == "quantized" and bits < 8:
