@@ -137,7 +137,7 @@ def _small_difference(shape: str, attention: str, kind: str, mixed: bool, cut: b
         return AHEAD
     try:
         return _compared(model, kind, MIXED if mixed else EVEN)
-    except Exception as error:  # a model that is not made for it
+    except Exception as error:  # the model's own code may raise any type
         return f"there it fails ({first_line(error)})"
 
 

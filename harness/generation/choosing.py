@@ -100,8 +100,8 @@ def chooser(
         ledger.claim("inputs", "logits processors", tensor)
 
     def choose_for(part: _Part, logits: Tensor, number: int) -> Tensor:
-        shown = tokens[:, part.begin : requests.width + number]
-        scores: Tensor = part.processors(shown if part.rows is None else shown[part.rows], logits)
+        context = tokens[:, part.begin : requests.width + number]
+        scores: Tensor = part.processors(context if part.rows is None else context[part.rows], logits)
         if uniform is None:
             return scores.argmax(dim=-1)
         column = uniform[:, number]

@@ -149,37 +149,37 @@ class Run:
         processor: Any,
         choosers: Choosers,
         ledger: Ledger,
-        made: Continued,
+        output: Continued,
         room: Room,
         rehearsed: bool,
         tell: Callable[[int], None],
     ) -> None:
-        self.model, self.processor, self.ledger, self.made = model, processor, ledger, made
-        self.rehearsed, self.places, self.tell = rehearsed, room.requests, tell
-        self.choosers, self.held = choosers, Held(processor.cache)
-        self.ended = self.told = self.forwards = self.tokens = self.evicted = 0
+        self.model, self.processor, self.ledger, self.output = model, processor, ledger, output
+        self.rehearsed, self.max_num_seqs, self.tell = rehearsed, room.requests, tell
+        self.choosers, self.usage = choosers, Held(processor.cache)
+        self.ended = self.reported = self.forwards = self.tokens = self.evicted = 0
         self.phases: set[str] = set()
-        self.before: list[str] = []  # the requests of the previous decode forward
+        self.previous: list[str] = []  # the requests of the previous decode forward
         self.repeats = 0  # forwards since the first of a run that differ only in longer requests
         self.alike = Alike(ledger)
         self.now = clock(model.device)
-        made.loads.append(Load(self.now))
+        output.loads.append(Load(self.now))
 
     def forward(self) -> bool:
         """Run one forward and handle its results; False where no work is left."""
-        processor, scheduler, step = self.processor, self.processor.scheduler, self.ended // self.places
-        if step == len(self.made.loads):
+        processor, scheduler, step = self.processor, self.processor.scheduler, self.ended // self.max_num_seqs
+        if step == len(self.output.loads):
             self._close()
             # an exact ledger may end here, which takes time that the load does not include
             self.ledger.begins(step)
             self.now = clock(self.model.device)
-            self.made.loads.append(Load(self.now))
-        load, active = self.made.loads[-1], set(scheduler.active_requests)
+            self.output.loads.append(Load(self.now))
+        load, active = self.output.loads[-1], set(scheduler.active_requests)
         with self.ledger.phase("data", step, again=True):
             if not processor.prepare_next_batch():
                 return False
         self.evicted += len(active - set(scheduler.active_requests))
-        self.held.look(state.position_offset for state in scheduler.active_requests.values())
+        self.usage.look(state.position_offset for state in scheduler.active_requests.values())
         batch = processor.inputs_and_outputs.requests_in_batch
         input_tokens = sum(each.query_length for each in batch)
         prompt_tokens = sum(map(_prompt_tokens, batch))
@@ -211,9 +211,9 @@ class Run:
         """Record when a request entered, and the timestamp of each new token."""
         for each in batch:
             number = int(each.state.request_id)
-            self.made.entered[number] = self.made.entered[number] or start
+            self.output.entered[number] = self.output.entered[number] or start
             if each.has_new_token:
-                moments = self.made.moments[number]
+                moments = self.output.moments[number]
                 load.first += [] if moments else [number]
                 load.new_tokens += 1
                 moments.append(self.now)
@@ -221,34 +221,34 @@ class Run:
     def end(self) -> None:
         """Store the final figures."""
         self._close()
-        self.made.kv = self.held.most
+        self.output.kv = self.usage.most
         counts = self.forwards, self.tokens, self.evicted
-        self.made.paged = Paged(*counts, self.processor.cache.num_blocks, self.held.used)
+        self.output.paged = Paged(*counts, self.processor.cache.num_blocks, self.usage.used)
 
     def _close(self) -> None:
         """End a load: open each of its phases once more, so that the ledger measures what every owner
         has at its end.
         """
         for phase in sorted(self.phases):
-            with self.ledger.phase(phase, len(self.made.loads) - 1):
+            with self.ledger.phase(phase, len(self.output.loads) - 1):
                 pass
         self.phases = set()
-        self.tell(self.ended - self.told)
-        self.told = self.ended
+        self.tell(self.ended - self.reported)
+        self.reported = self.ended
 
     def _decides(self, batch: Sequence[Any], prompt_tokens: int) -> bool:
         """Whether a rehearsal must run this forward: it is the first or second of a run of similar ones, or the last.
 
         Similar forwards have the same requests and differ only in their lengths.
         """
-        previous, self.before = (
-            self.before,
+        previous, self.previous = (
+            self.previous,
             [] if prompt_tokens else [each.state.request_id for each in batch],
         )
         turns = [self.choosers.bends(each.state) for each in batch]
-        similar = not prompt_tokens and self.before == previous and not any(first for first, _ in turns)
+        similar = not prompt_tokens and self.previous == previous and not any(first for first, _ in turns)
         self.repeats = self.repeats + 1 if similar else 0
-        short = self.held.free < len(batch)  # a request may lose its pages before the next forward
+        short = self.usage.free < len(batch)  # a request may lose its pages before the next forward
         last = short or any(last for _, last in turns)
         last = last or any(each.state.generated_len() + 1 == each.state.max_new_tokens for each in batch)
         return self.ledger.exact and (last or self.repeats < 2)

@@ -30,7 +30,8 @@ KEPT = [
 
 
 def apply(model: PreTrainedModel, checkpointing: Checkpointing, first: int = 0) -> None:
-    """Let the layers of `model` that `asked` selects recompute their activations in backward, while in training mode.
+    """Let the layers that `checkpointing` selects recompute their activations in backward, while `model` is in training
+    mode.
 
     The model's first layer has number `first` in the whole model. Gradients are bit for bit those without
     checkpointing: the random state is restored before the recomputation. Raises Refusal where the model's layers do not

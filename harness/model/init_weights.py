@@ -58,17 +58,17 @@ def lasting(model: nn.Module) -> dict[str, Tensor]:
 def make(
     model: PreTrainedModel,
     tree: list[tuple[str, nn.Module]],
-    kept: nn.Module,
+    part: nn.Module,
     device: torch.device,
     seed: int,
 ) -> set[str]:
-    """Allocate the parameters and buffers of `kept`, a part of `model`, on `device` and give them random values.
+    """Allocate the parameters and buffers of `part`, a part of `model`, on `device` and give them random values.
 
     `tree` is `modules(model)` of the whole model. A parameter with two names is initialised under the first. Of a
     DTensor the whole tensor is initialised first, and then only this rank's part is kept. Returns the names of tensors
     that transformers does not initialise: they have uninitialised memory.
     """
-    wanted = {id(tensor) for tensor in (*kept.parameters(), *kept.buffers())}
+    wanted = {id(tensor) for tensor in (*part.parameters(), *part.buffers())}
     by_name = dict(tree)
     replaced: dict[int, Tensor] = {}
     meta_tensors = []  # kept alive, so that no new tensor reuses an id()
@@ -120,7 +120,7 @@ def part_of(whole: Tensor, outlined: DTensor, device: torch.device) -> Tensor:
 
 
 def _with_part(part: Tensor, dtensor: DTensor) -> nn.Parameter:
-    """A parameter like `outlined`, with this rank's `part` as its local tensor."""
+    """A parameter like `dtensor`, with this rank's `part` as its local tensor."""
     mesh, placements, shape = dtensor.device_mesh, dtensor.placements, dtensor.shape
     filled = DTensor.from_local(
         part.data, mesh, placements, run_check=False, shape=shape, stride=dtensor.stride()

@@ -220,12 +220,12 @@ def kv_bytes(cache: Cache, rows: Sequence[int] | None = None, device: torch.devi
         state += _storages(_state_of(layer))
         if not isinstance(layer, CacheLayerMixin) or not layer.is_initialized:
             continue
-        sequences, seen, kept, layer_bytes = _layer_usage(layer)
-        positions = max(positions, sequences * seen)
+        sequences, processed, cached, layer_bytes = _layer_usage(layer)
+        positions = max(positions, sequences * processed)
         pinned += _storages((layer.keys, layer.values)) - _key_value_bytes(layer)
         filled += layer_bytes
-        live_positions = sum(min(row, kept) for row in rows or [kept] * sequences)
-        live += layer_bytes * live_positions // (sequences * kept) if kept else 0
+        live_positions = sum(min(row, cached) for row in rows or [cached] * sequences)
+        live += layer_bytes * live_positions // (sequences * cached) if cached else 0
     return KvBytes(_storages(tensors), filled, live, positions, pinned, state, _storages(host))
 
 
@@ -233,14 +233,14 @@ def _layer_usage(layer: CacheLayerMixin) -> tuple[int, int, int, int]:
     """For `layer`: sequences, positions processed in each, positions cached in each, and bytes of all
     cached positions.
     """
-    seen, quantized = int(layer.get_seq_length()), getattr(layer, "_quantized_keys", None)
+    processed, quantized = int(layer.get_seq_length()), getattr(layer, "_quantized_keys", None)
     if quantized is not None:
         packed_keys = quantized if isinstance(quantized, torch.Tensor) else next(tensors_in(quantized))
         cached_bytes = _storages((quantized, layer._quantized_values, layer.keys, layer.values))
-        return len(packed_keys), seen, seen, cached_bytes
+        return len(packed_keys), processed, processed, cached_bytes
     sequences, _, capacity, _ = layer.keys.shape
-    kept = min(seen, capacity)  # a sliding window drops the oldest
-    return sequences, seen, kept, (_key_value_bytes(layer) + _index_bytes(layer)) * kept // capacity
+    cached = min(processed, capacity)  # a sliding window drops the oldest
+    return sequences, processed, cached, (_key_value_bytes(layer) + _index_bytes(layer)) * cached // capacity
 
 
 def _key_value_bytes(layer: CacheLayerMixin) -> int:

@@ -137,11 +137,11 @@ def _cut(text: PretrainedConfig) -> None:
         *filter(lambda each: _of_layers(each, number), [getattr(text, "layer_types", None)]),
     ]
     kinds = list(map(str, zip(*layer_lists, strict=True))) or [""]
-    kept = max(FEWEST, *(kinds.index(kind) + 1 for kind in kinds))
-    if kept < number:
-        setattr(text, layers_key, kept)
+    count = max(FEWEST, *(kinds.index(kind) + 1 for kind in kinds))
+    if count < number:
+        setattr(text, layers_key, count)
         for key, value in lists.items():
-            setattr(text, key, value[:kept])
+            setattr(text, key, value[:count])
 
 
 def _of_layers(value: object, number: int) -> bool:

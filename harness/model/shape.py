@@ -64,8 +64,8 @@ def written(settings: Model) -> PretrainedConfig:
             config = AutoConfig.for_model(kind, **shape)
     except Exception as error:  # a config's own checks may raise any type
         raise _refused(settings, error) from error
-    if warnings.said and not group_values:
-        raise Refusal(f"{KEY}rope_parameters", shape.get("rope_parameters"), warnings.said[0])
+    if warnings.messages and not group_values:
+        raise Refusal(f"{KEY}rope_parameters", shape.get("rope_parameters"), warnings.messages[0])
     for name in unread(settings, config):
         if name not in group_values:
             raise Refusal(KEY + name, shape[name], f"{kind} has no such key; {_instead(name, config)}")
@@ -104,11 +104,11 @@ class _RopeWarnings(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
-        self.said: list[str] = []
+        self.messages: list[str] = []
         self.logger = logging.getLogger("transformers.modeling_rope_utils")
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.said.append(record.getMessage())
+        self.messages.append(record.getMessage())
 
     def __enter__(self) -> None:
         self.level_before = self.logger.level

@@ -57,13 +57,13 @@ class Stage(nn.Module):
         ):
             raise Uncuttable("its layers share parameters")
         parent, attribute = _parent(model, path)
-        for drop in _unneeded(model, path, self.first, self.last):
-            owner, key = _parent(model, drop)
+        for unneeded in _unneeded(model, path, self.first, self.last):
+            owner, key = _parent(model, unneeded)
             setattr(owner, key, nn.Identity())
-        kept = list(all_layers)[layers.start : layers.stop]
-        numbered = Layers(kept, layers.start)
+        own_layers = list(all_layers)[layers.start : layers.stop]
+        numbered = Layers(own_layers, layers.start)
         setattr(parent, attribute, numbered)
-        _renumber(kept, layers.start)
+        _renumber(own_layers, layers.start)
         _configure(model, layers, len(all_layers))
         self.model = model
         self.receives: list[int] = []

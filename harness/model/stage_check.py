@@ -26,15 +26,15 @@ PROMPT, ALL = 6, 8
 """Tokens of the prompt, and of the prompt and the new tokens together."""
 
 
-class Shown(NamedTuple):
+class Inputs(NamedTuple):
     """The inputs of one forward. A case of one forward also compares the loss."""
 
     tokens: Tensor  # [2, T]
-    told: Mapping[str, Tensor]  # mask [2, past + T] and positions [2, T], or empty
+    masks: Mapping[str, Tensor]  # mask [2, past + T] and positions [2, T], or empty
 
 
 def prove(settings: Settings) -> None:
-    """Raise Refusal where the stages that `settings` describe do not give what the whole model gives."""
+    """Raise Refusal where the pipeline stages under `settings` do not give what the whole model gives."""
     config = model_config(settings.model)
     split = split_of(settings, config)
     cache = settings.generation.cache if settings.mode == "infer" else "none"
@@ -65,7 +65,7 @@ def difference(
         return _compared(whole, split, kept, expected, trains)
 
 
-def _cases(kept: str) -> list[tuple[Shown, ...]]:
+def _cases(kind: str) -> list[tuple[Inputs, ...]]:
     """A batch in one forward; a left-padded batch in one forward; and with a cache the padded batch token by token."""
     tokens = torch.arange(2 * ALL).reshape(2, ALL) * 7 % 97 + 1
     mask = torch.ones_like(tokens)
@@ -73,16 +73,16 @@ def _cases(kept: str) -> list[tuple[Shown, ...]]:
     positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)
     parts = [(0, PROMPT), *((end - 1, end) for end in range(PROMPT + 1, ALL + 1))]
 
-    def padded(begin: int, end: int) -> Shown:
-        return Shown(tokens[:, begin:end], {"mask": mask[:, :end], "positions": positions[:, begin:end]})
+    def padded(begin: int, end: int) -> Inputs:
+        return Inputs(tokens[:, begin:end], {"mask": mask[:, :end], "positions": positions[:, begin:end]})
 
-    at_once: list[tuple[Shown, ...]] = [(Shown(tokens, {}),), (padded(0, ALL),)]
-    return at_once if kept == "none" else [*at_once, tuple(padded(*part) for part in parts)]
+    at_once: list[tuple[Inputs, ...]] = [(Inputs(tokens, {}),), (padded(0, ALL),)]
+    return at_once if kind == "none" else [*at_once, tuple(padded(*part) for part in parts)]
 
 
-def _whole(model: PreTrainedModel, case: Sequence[Shown], kept: str) -> list[Tensor]:
+def _whole(model: PreTrainedModel, case: Sequence[Inputs], kind: str) -> list[Tensor]:
     """The logits of each forward of `case`; for a single forward also the loss."""
-    kv_cache = make(kept if len(case) > 1 else "none", model.config, ALL)
+    kv_cache = make(kind if len(case) > 1 else "none", model.config, ALL)
     outputs = []
     for tokens, masks in case:
         options = {"attention_mask": masks.get("mask"), "position_ids": masks.get("positions")}
@@ -96,14 +96,14 @@ def _whole(model: PreTrainedModel, case: Sequence[Shown], kept: str) -> list[Ten
 
 
 def _compared(
-    whole: PreTrainedModel, layers: Sequence[int], kept: str, expected: Sequence[list[Tensor]], trains: bool
+    whole: PreTrainedModel, split: Sequence[int], kind: str, expected: Sequence[list[Tensor]], trains: bool
 ) -> str | None:
     """The difference between the stages, with the weights of `whole`, and the outputs of `whole`; None if equal."""
     weights = {**dict(whole.named_parameters(remove_duplicate=False)), **dict(whole.named_buffers())}
     try:
-        stages = [_stage(whole, span, weights) for span in ranges(layers)]
-        for case, outputs in zip(_cases(kept), expected, strict=True):
-            reason = _chained(stages, case, kept, outputs)
+        stages = [_stage(whole, span, weights) for span in ranges(split)]
+        for case, outputs in zip(_cases(kind), expected, strict=True):
+            reason = _chained(stages, case, kind, outputs)
             if reason is not None:
                 return reason
         return _trained(stages) if trains else None
@@ -125,18 +125,18 @@ def _stage(whole: PreTrainedModel, layers: range, weights: Mapping[str, Tensor])
 
 
 def _chained(
-    stages: Sequence[Stage], case: Sequence[Shown], kept: str, outputs: Sequence[Tensor]
+    stages: Sequence[Stage], case: Sequence[Inputs], kind: str, outputs: Sequence[Tensor]
 ) -> str | None:
     """The first difference when the stages run `case` one after another; None if there is none."""
-    caches = [make(kept if len(case) > 1 else "none", stage.config, ALL) for stage in stages]
+    caches = [make(kind if len(case) > 1 else "none", stage.config, ALL) for stage in stages]
     remaining = list(outputs)
     for tokens, masks in case:
         inputs = tokens
-        for number, (stage, keep) in enumerate(zip(stages, caches, strict=True)):
+        for number, (stage, kv_cache) in enumerate(zip(stages, caches, strict=True)):
             captured: list[Tensor] = []
             hook = stage.layers[0].register_forward_pre_hook(_capture_input(captured), with_kwargs=True)
             try:
-                out = stage(inputs, **masks, cache=keep)
+                out = stage(inputs, **masks, cache=kv_cache)
             except Exception as error:  # the model's own code may raise any type on unexpected inputs
                 input_kind = "hidden states" if number else "tokens"
                 return f"stage {number} of it fails where it is given {input_kind} ({first_line(error)})"

@@ -14,7 +14,7 @@ import torch
 Tensors = dict[str, tuple[tuple[int, ...], torch.dtype]]
 """From name to shape and dtype."""
 
-Given = Mapping[str, Any]
+MethodConfig = Mapping[str, Any]
 """A `quantization_config`, or a part of it."""
 
 
@@ -34,12 +34,12 @@ class Linear(NamedTuple):
     dtype: torch.dtype
 
 
-def awq(given: Given, layer: Linear) -> Tensors:
+def awq(config: MethodConfig, layer: Linear) -> Tensors:
     """gptqmodel/nn_modules/qlinear/torch_awq.py; AutoAWQ's `WQLinear_GEMM`. Scales are fp16, whatever the model's
     dtype.
     """
-    bits, group = _bits(given, 4), _group(given, layer)
-    version = str(given.get("version") or given.get("format") or "gemm").lower()
+    bits, group = _bits(config, 4), _group(config, layer)
+    version = str(config.get("version") or config.get("format") or "gemm").lower()
     if version != "gemm":
         raise Unknown("version", version, "only the layout of gemm is known here")
     _check_multiple("bits", bits, layer.out, 32 // bits, "outputs")
@@ -51,14 +51,14 @@ def awq(given: Given, layer: Linear) -> Tensors:
     }
 
 
-def gptq(given: Given, layer: Linear) -> Tensors:
+def gptq(config: MethodConfig, layer: Linear) -> Tensors:
     """gptqmodel/nn_modules/qlinear/__init__.py, `PackableQuantLinear`."""
-    bits, group = _bits(given, 2, 3, 4, 8), _group(given, layer, even=False)
-    kind = str(given.get("checkpoint_format") or given.get("format") or "gptq").lower()
+    bits, group = _bits(config, 2, 3, 4, 8), _group(config, layer, even=False)
+    kind = str(config.get("checkpoint_format") or config.get("format") or "gptq").lower()
     if kind not in ("gptq", "gptq_v2"):
         raise Unknown("checkpoint_format", kind, "only the layout of gptq is known here")
-    if given.get("dynamic"):
-        raise Unknown("dynamic", given["dynamic"], "layers with settings of their own are not known here")
+    if config.get("dynamic"):
+        raise Unknown("dynamic", config["dynamic"], "layers with settings of their own are not known here")
     for features, name in ((layer.into, "inputs"), (layer.out, "outputs")):
         _check_multiple("bits", bits, features, 32, name)
     groups = ceil(layer.into / group)
@@ -70,25 +70,25 @@ def gptq(given: Given, layer: Linear) -> Tensors:
     }
 
 
-def bitsandbytes(given: Given, layer: Linear) -> Tensors:
+def bitsandbytes(config: MethodConfig, layer: Linear) -> Tensors:
     """bitsandbytes/nn/modules.py, `Int8Params` and `Params4bit`; functional.py, `QuantState`."""
     elements = layer.out * layer.into
-    if not given.get("load_in_4bit"):
-        if given.get("llm_int8_has_fp16_weight"):
+    if not config.get("load_in_4bit"):
+        if config.get("llm_int8_has_fp16_weight"):
             raise Unknown(
                 "llm_int8_has_fp16_weight", True, "weights that are packed at each use are not known here"
             )
         return {"weight": ((layer.out, layer.into), torch.int8), "SCB": ((layer.out,), torch.float32)}
-    kind = given.get("bnb_4bit_quant_type") or "fp4"
+    kind = config.get("bnb_4bit_quant_type") or "fp4"
     if kind not in ("fp4", "nf4"):
         raise Unknown("bnb_4bit_quant_type", kind, "should be fp4 or nf4")
-    storage = getattr(torch, str(given.get("bnb_4bit_quant_storage") or "uint8").removeprefix("torch."))
+    storage = getattr(torch, str(config.get("bnb_4bit_quant_storage") or "uint8").removeprefix("torch."))
     blocks = ceil(elements / BLOCK)
     tensors: Tensors = {
         "weight": ((ceil(elements / 2 / storage.itemsize), 1), storage),
         "quant_map": ((16,), torch.float32),
     }
-    if not given.get("bnb_4bit_use_double_quant"):
+    if not config.get("bnb_4bit_use_double_quant"):
         return tensors | {"absmax": ((blocks,), torch.float32)}
     return tensors | {
         "absmax": ((blocks,), torch.uint8),
@@ -102,9 +102,9 @@ BLOCK = 64
 """Elements that share a scale in bitsandbytes' 4-bit format."""
 
 
-def quanto(given: Given, layer: Linear) -> Tensors:
+def quanto(config: MethodConfig, layer: Linear) -> Tensors:
     """optimum/quanto/nn/qmodule.py; tensor/weights/qbytes.py and qbits.py."""
-    kind = str(given.get("weights", "int8"))
+    kind = str(config.get("weights", "int8"))
     scalars: Tensors = dict.fromkeys(("input_scale", "output_scale"), ((), torch.float32))
     if kind in ("int8", "float8"):
         dtype = torch.int8 if kind == "int8" else torch.float8_e4m3fn
@@ -126,12 +126,12 @@ def quanto(given: Given, layer: Linear) -> Tensors:
     }
 
 
-def compressed_tensors(given: Given, layer: Linear) -> Tensors:
+def compressed_tensors(scheme: MethodConfig, layer: Linear) -> Tensors:
     """compressed_tensors/quantization/lifecycle/initialize.py, and compressors/*/base.py by `format`.
 
-    `given` is the scheme of one config group.
+    `scheme` is one of the `config_groups`.
     """
-    weights, kind = given["weights"], given["format"]
+    weights, kind = scheme["weights"], scheme["format"]
     bits, strategy = int(weights["num_bits"]), weights.get("strategy") or "tensor"
     if kind not in COMPRESSED:
         raise Unknown("format", kind, f"its layout is not known here; one of {', '.join(COMPRESSED)} is")
@@ -153,7 +153,7 @@ def compressed_tensors(given: Given, layer: Linear) -> Tensors:
         tensors["weight"] = ((layer.out, layer.into), torch.float8_e4m3fn if floats else torch.int8)
         if not weights.get("symmetric", True):
             tensors["weight_zero_point"] = (scale, torch.float8_e4m3fn if floats else torch.int8)
-    return tensors | _activation_scales(given, layer) | _tensor_group_scale(weights, strategy, "weight")
+    return tensors | _activation_scales(scheme, layer) | _tensor_group_scale(weights, strategy, "weight")
 
 
 COMPRESSED = (
@@ -163,9 +163,9 @@ COMPRESSED = (
 """The formats of compressed-tensors with a layout here."""
 
 
-def _activation_scales(given: Given, layer: Linear) -> Tensors:
+def _activation_scales(config: MethodConfig, layer: Linear) -> Tensors:
     """The scales of a layer's inputs, where they are stored and not computed at each forward."""
-    activations = given.get("input_activations") or {}
+    activations = config.get("input_activations") or {}
     strategy, dynamic = activations.get("strategy") or "tensor", activations.get("dynamic", False)
     if not activations or dynamic is True:
         return {}
@@ -181,21 +181,21 @@ def _activation_scales(given: Given, layer: Linear) -> Tensors:
     return tensors
 
 
-def _tensor_group_scale(given: Given, strategy: str, tensor: str) -> Tensors:
+def _tensor_group_scale(config: MethodConfig, strategy: str, tensor: str) -> Tensors:
     return {f"{tensor}_global_scale": ((1,), torch.float32)} if strategy == "tensor_group" else {}
 
 
-def _scale_shape(given: Given, strategy: str, layer: Linear) -> tuple[int, ...]:
+def _scale_shape(config: MethodConfig, strategy: str, layer: Linear) -> tuple[int, ...]:
     """The shape of a weight's scales in compressed-tensors."""
     if strategy == "tensor":
         return (1,)
     if strategy == "channel":
         return layer.out, 1
     if strategy in ("group", "tensor_group"):
-        group = int(given["group_size"])
+        group = int(config["group_size"])
         return layer.out, ceil(layer.into / group)
     if strategy == "block":
-        rows, columns = given["block_structure"]
+        rows, columns = config["block_structure"]
         return ceil(layer.out / rows), ceil(layer.into / columns)
     raise Unknown("strategy", strategy, "its scales are not known here")
 
@@ -212,7 +212,7 @@ def mxfp4(experts: int, layer: Linear) -> Tensors:
     }
 
 
-LAYOUTS: dict[str, Callable[[Given, Linear], Tensors]] = {
+LAYOUTS: dict[str, Callable[[MethodConfig, Linear], Tensors]] = {
     "awq": awq,
     "gptq": gptq,
     "bitsandbytes": bitsandbytes,
@@ -222,31 +222,31 @@ LAYOUTS: dict[str, Callable[[Given, Linear], Tensors]] = {
 """The layout of a linear layer for each method."""
 
 
-def groups(given: Given) -> Iterator[dict[str, Any]]:
+def groups(config: MethodConfig) -> Iterator[dict[str, Any]]:
     """The schemes in compressed-tensors' `config_groups` that pack weights, each with its format."""
-    for name, scheme in (given.get("config_groups") or {}).items():
+    for name, scheme in (config.get("config_groups") or {}).items():
         if isinstance(scheme, list):
             raise Unknown(f"config_groups.{name}", scheme, "schemes by name are not known here; spell it out")
         if scheme.get("weights"):
-            yield {**scheme, "format": scheme.get("format") or given.get("format")}
+            yield {**scheme, "format": scheme.get("format") or config.get("format")}
 
 
-def summary(method: str, given: Given) -> tuple[int | None, int | None]:
+def summary(method: str, config: MethodConfig) -> tuple[int | None, int | None]:
     """Bits of a weight, and weights per scale; None where there is no single number or it is not known."""
     if method == "bitsandbytes":
-        return (4, BLOCK) if given.get("load_in_4bit") else (8, None)
+        return (4, BLOCK) if config.get("load_in_4bit") else (8, None)
     if method in FIXED:
         return FIXED[method]
     if method == "compressed-tensors":
         schemes = [
-            each["weights"] for each in (given.get("config_groups") or {}).values() if isinstance(each, dict)
+            each["weights"] for each in (config.get("config_groups") or {}).values() if isinstance(each, dict)
         ]
         sizes = {(each.get("num_bits"), each.get("group_size")) for each in schemes if each}
         bits, group = sizes.pop() if len(sizes) == 1 else (None, None)
     elif method == "quanto":
-        bits, group = int(str(given.get("weights", "int8"))[-1]), None
+        bits, group = int(str(config.get("weights", "int8"))[-1]), None
     else:
-        bits, group = given.get("bits"), given.get("group_size")
+        bits, group = config.get("bits"), config.get("group_size")
     return bits if isinstance(bits, int) else None, group if isinstance(group, int) and group > 0 else None
 
 
@@ -259,16 +259,16 @@ FIXED: dict[str, tuple[int, int | None]] = {
 """Bits of a weight and weights per scale, for methods where both are fixed."""
 
 
-def _bits(given: Given, *supported: int) -> int:
-    bits = given.get("bits", 4)
+def _bits(config: MethodConfig, *supported: int) -> int:
+    bits = config.get("bits", 4)
     if bits not in supported:
         raise Unknown("bits", bits, f"should be {' or '.join(map(str, supported))}")
     return int(bits)
 
 
-def _group(given: Given, layer: Linear, even: bool = True) -> int:
+def _group(config: MethodConfig, layer: Linear, even: bool = True) -> int:
     """Inputs that share a scale; -1 means all inputs."""
-    group = given.get("group_size", 128)
+    group = config.get("group_size", 128)
     if not isinstance(group, int) or (group != -1 and group < 1):
         raise Unknown("group_size", group, "should be a whole number, 1 or more, or -1 for one group")
     if group == -1:

@@ -61,11 +61,11 @@ class Quantization:
         """Extra arguments for transformers' `from_pretrained`. This modifies `config`."""
         for name in rules.METHODS.get(self.method, rules.Method()).packages:
             logging.getLogger(name).setLevel(logging.ERROR)  # bitsandbytes warns at each matrix product
-        given = dict(self.given) if self.packed else {**self.given, "dequantize": True}
+        quantization_config = dict(self.given) if self.packed else {**self.given, "dequantize": True}
         if self.stored:
-            config.quantization_config = given
+            config.quantization_config = quantization_config
             return {}
-        return {"quantization_config": AutoQuantizationConfig.from_dict(given)}
+        return {"quantization_config": AutoQuantizationConfig.from_dict(quantization_config)}
 
     def pack(self, model: PreTrainedModel, settings: Model) -> None:
         """Replace layers of a model on `meta` by the packed layers that it would be loaded with. Raises Refusal."""
@@ -107,48 +107,56 @@ def take(config: PretrainedConfig, settings: Settings, device: str) -> Quantizat
     Training unpacks the weights. Raises Refusal for settings that the quantization does not allow.
     """
     stored_config = _pop(config)
-    given = rules.merged({rules.NAME: stored_config}, settings.model)
-    if given is None:
+    quantization_config = rules.merged({rules.NAME: stored_config}, settings.model)
+    if quantization_config is None:
         rules.check_whole(settings, stored_config)
         return None
-    method = rules.method_of(given)
-    packed_in_memory = rules.packed(given, device, _capability(settings, device))
-    rules.check_given(settings, given, packed_in_memory)
-    _check_known(settings, given)
+    method = rules.method_of(quantization_config)
+    packed_in_memory = rules.packed(quantization_config, device, _capability(settings, device))
+    rules.check_given(settings, quantization_config, packed_in_memory)
+    _check_known(settings, quantization_config)
     return Quantization(
-        method, given, stored_config is not None, bool(packed_in_memory) and settings.mode == "infer"
+        method,
+        quantization_config,
+        stored_config is not None,
+        bool(packed_in_memory) and settings.mode == "infer",
     )
 
 
-def _check_known(settings: Settings, given: Mapping[str, Any]) -> None:
+def _check_known(settings: Settings, quantization_config: Mapping[str, Any]) -> None:
     """Raise Refusal for a method or value that transformers does not support, and for misspelled fields, which it
     silently drops.
     """
     remedy = rules.remedy(settings)
     # transformers would read the weights as if they were not packed
-    if not AutoHfQuantizer.supports_quant_method(given):
-        raise rules.refusal(settings.model, given, f"this transformers knows no such method; {remedy}")
+    if not AutoHfQuantizer.supports_quant_method(quantization_config):
+        raise rules.refusal(
+            settings.model, quantization_config, f"this transformers knows no such method; {remedy}"
+        )
     try:
-        parsed = AutoQuantizationConfig.from_dict(dict(given))
+        parsed = AutoQuantizationConfig.from_dict(dict(quantization_config))
     except ImportError:  # a rehearsal does not need the method's library
         return
     except Exception as error:  # each method's config may raise any type
         reason = f"transformers does not take it ({_first_line(error)}); {remedy}"
-        raise rules.refusal(settings.model, given, reason, _field_in_error(given, error)) from error
+        raise rules.refusal(
+            settings.model, quantization_config, reason, _field_in_error(quantization_config, error)
+        ) from error
     fields = [*signature(type(parsed).__init__).parameters]
     for name in settings.model.config.get(rules.NAME) or ():
         close = [] if name in fields or name.startswith("_") else get_close_matches(name, fields, 1, 0.8)
         if close:
-            reason = f"{rules.method_of(given)} has no such field; did you mean {close[0]}?"
-            raise rules.refusal(settings.model, given, reason, name)
+            reason = f"{rules.method_of(quantization_config)} has no such field; did you mean {close[0]}?"
+            raise rules.refusal(settings.model, quantization_config, reason, name)
 
 
-def _field_in_error(given: Mapping[str, Any], error: Exception) -> str:
+def _field_in_error(quantization_config: Mapping[str, Any], error: Exception) -> str:
     """The field that `error` mentions by name, or else by value; `quant_method` where it mentions none."""
     message = _first_line(error)
-    mentioned = [name for name in given if name in message]
+    mentioned = [name for name in quantization_config if name in message]
     return next(
-        iter(mentioned or [name for name, value in given.items() if str(value) in message]), "quant_method"
+        iter(mentioned or [name for name, value in quantization_config.items() if str(value) in message]),
+        "quant_method",
     )
 
 

@@ -150,11 +150,11 @@ def _unpacked_layer(layer: Any) -> nn.Linear:
     """The layer as a plain linear layer, with the remaining tensors of its layout."""
     scale = layer.tensors[0]
     dtype = scale.dtype if scale.dtype.itemsize > 1 else torch.bfloat16
-    linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta", dtype=dtype)
-    linear.weight = nn.Parameter(layer.whole(dtype), requires_grad=False)
+    linear_layer = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta", dtype=dtype)
+    linear_layer.weight = nn.Parameter(layer.whole(dtype), requires_grad=False)
     if layer.bias is not None:
-        linear.bias = nn.Parameter(layer.bias, requires_grad=False)
+        linear_layer.bias = nn.Parameter(layer.bias, requires_grad=False)
     for name in layer.names:
         if name not in ("weight", "weight_packed"):
-            linear.register_buffer(name, getattr(layer, name))
-    return linear
+            linear_layer.register_buffer(name, getattr(layer, name))
+    return linear_layer

@@ -14,43 +14,43 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from harness.quantization import layouts
-from harness.quantization.layouts import Given, Linear, Tensors, Unknown
+from harness.quantization.layouts import Linear, MethodConfig, Tensors, Unknown
 from harness.quantization.packed import FusedExperts, PackedLinear, group_products
 
-Chosen = tuple[str, nn.Module, Given]
+Chosen = tuple[str, nn.Module, MethodConfig]
 """The name of a layer to pack, the layer, and its part of the config."""
 
 
-def pack(model: PreTrainedModel, method: str, given: Given) -> None:
+def pack(model: PreTrainedModel, method: str, config: MethodConfig) -> None:
     """Replace layers of `model`, on `meta`, as `method` packs them. Raises Unknown, or any error of a library."""
     with torch.device("meta"), _default_dtype(model.dtype):
         if method in ("fp8", "mxfp8", "bitnet"):
-            _pack_by_transformers(model, given)
+            _pack_by_transformers(model, config)
         elif method == "mxfp4":
-            _pack_experts(model, given)
+            _pack_experts(model, config)
         else:
-            for name, layer, own in [*_layers_to_pack(model, method, given)]:
+            for name, layer, own in [*_layers_to_pack(model, method, config)]:
                 model.set_submodule(name, _packed(layer, method, own, model.dtype))
-        if given.get("kv_cache_scheme"):
+        if config.get("kv_cache_scheme"):
             _scale_keys_and_values(model)
 
 
-def _packed(layer: nn.Module, method: str, given: Given, dtype: torch.dtype) -> PackedLinear:
+def _packed(layer: nn.Module, method: str, config: MethodConfig, dtype: torch.dtype) -> PackedLinear:
     out, into = _shape(layer)
     bias = getattr(layer, "bias", None)
     if bias is not None:
         bias = bias.detach().to(torch.float16 if method in ("awq", "gptq") else dtype)
-    return PackedLinear(_empty(layouts.LAYOUTS[method](given, Linear(out, into, dtype))), out, into, bias)
+    return PackedLinear(_empty(layouts.LAYOUTS[method](config, Linear(out, into, dtype))), out, into, bias)
 
 
-def _layers_to_pack(model: PreTrainedModel, method: str, given: Given) -> Iterator[Chosen]:
+def _layers_to_pack(model: PreTrainedModel, method: str, config: MethodConfig) -> Iterator[Chosen]:
     """The layers that the method's library packs."""
     if method == "compressed-tensors":
-        yield from _matched(model, given)
+        yield from _matched(model, config)
         return
-    skip = given.get("llm_int8_skip_modules" if method == "bitsandbytes" else "modules_to_not_convert")
+    skip = config.get("llm_int8_skip_modules" if method == "bitsandbytes" else "modules_to_not_convert")
     unpacked_names = _unpacked_modules(model, skip, add_default_skips=method == "awq")
-    blocks = given.get("modules_in_block_to_quantize") if method == "gptq" else None
+    blocks = config.get("modules_in_block_to_quantize") if method == "gptq" else None
     names = tuple(name for block in blocks for name in block) if blocks else ("",)
     kinds = (nn.Linear, Conv1D) if method in ("gptq", "bitsandbytes") else nn.Linear
     for name, module in model.named_modules():
@@ -58,14 +58,14 @@ def _layers_to_pack(model: PreTrainedModel, method: str, given: Given) -> Iterat
             reason = "its experts are one tensor in transformers, and only layers are packed so"
             raise Unknown("quant_method", method, reason)
         if isinstance(module, kinds) and name.endswith(names) and should_convert_module(name, unpacked_names):
-            yield name, module, given
+            yield name, module, config
 
 
-def _matched(model: PreTrainedModel, given: Given) -> Iterator[Chosen]:
+def _matched(model: PreTrainedModel, config: MethodConfig) -> Iterator[Chosen]:
     """Choose layers as compressed_tensors/utils/match.py does: by name, class name, or `re:` and a pattern."""
-    if given.get("use_optimized_inference"):
+    if config.get("use_optimized_inference"):
         raise Unknown("use_optimized_inference", True, "what its kernels take is not known here")
-    ignore, groups = given.get("ignore") or [], [*layouts.groups(given)]
+    ignore, groups = config.get("ignore") or [], [*layouts.groups(config)]
     for name, module in model.named_modules():
         scheme = next((each for each in groups if _matches(name, module, each["targets"])), None)
         if scheme is None or _matches(name, module, ignore):
@@ -90,14 +90,14 @@ def _matches(name: str, module: nn.Module, targets: Sequence[str]) -> bool:
     return not names.isdisjoint(targets) or any(re.match(pattern, name) for pattern in patterns)
 
 
-def _pack_by_transformers(model: PreTrainedModel, given: Given) -> None:
+def _pack_by_transformers(model: PreTrainedModel, config: MethodConfig) -> None:
     """Methods whose layers transformers itself creates; their kernels are not available here."""
-    if given.get("linear_class", "bitlinear") != "bitlinear":
+    if config.get("linear_class", "bitlinear") != "bitlinear":
         reason = "its weights are kept whole, and rounded at each use; that is not known here"
-        raise Unknown("linear_class", given["linear_class"], reason)
+        raise Unknown("linear_class", config["linear_class"], reason)
     before = {*model.modules()}
-    config = AutoQuantizationConfig.from_dict(dict(given))
-    AutoHfQuantizer.from_config(config, pre_quantized=True).preprocess_model(model, dtype=model.dtype)
+    parsed_config = AutoQuantizationConfig.from_dict(dict(config))
+    AutoHfQuantizer.from_config(parsed_config, pre_quantized=True).preprocess_model(model, dtype=model.dtype)
     for name, module in [*model.named_modules()]:
         if module in before:
             continue
@@ -119,10 +119,10 @@ def _stand_in(layer: Any) -> PackedLinear:
     return PackedLinear(tensors, layer.out_features, layer.in_features, bias, copies, norm)
 
 
-def _pack_experts(model: PreTrainedModel, given: Given) -> None:
+def _pack_experts(model: PreTrainedModel, config: MethodConfig) -> None:
     """Pack the experts of gpt-oss: mxfp4 supports no other model."""
     text = model.config.get_text_config(decoder=True)
-    unpacked_names = _unpacked_modules(model, given.get("modules_to_not_convert"))
+    unpacked_names = _unpacked_modules(model, config.get("modules_to_not_convert"))
     names = [name for name, module in model.named_modules() if type(module).__name__ == "GptOssExperts"]
     if not names:
         raise Unknown("quant_method", "mxfp4", "it packs the experts of gpt-oss, and here are none")

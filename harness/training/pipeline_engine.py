@@ -97,12 +97,12 @@ class Pipeline:
         """The whole model's weights on the CPU at rank 0, None elsewhere. Collective."""
         own, world = self.stage.stored(), self.world
         state: dict[str, torch.Tensor] = {}
-        seen: set[int] = set()  # a tied parameter is in two stages
+        visited: set[int] = set()  # a tied parameter is in two stages
         for stage, part in enumerate(parts(self.whole, self.split, buffers=True)):
             for name, meta_tensor in part.items():
-                if id(meta_tensor) in seen:
+                if id(meta_tensor) in visited:
                     continue
-                seen.add(id(meta_tensor))
+                visited.add(id(meta_tensor))
                 if world.rank == stage * world.replicas and not world.leads:
                     # .to(): DeepSpeed may have changed the dtype of a buffer
                     dist.send(own[name].detach().to(meta_tensor.dtype), 0)
