@@ -59,9 +59,7 @@ class Batch:
     mask: Tensor | None  # [B, P + N] int64, 0 on padding; None where nothing is padded
     positions: Tensor  # [B, P + N] int64, counted from each prompt's first token
     ended: Tensor  # [B] bool
-    most: (
-        Tensor | None
-    )  # [B] int64, max_new_tokens of each; None where nothing ends a sequence early, or all are equal
+    most: Tensor | None  # [B] int64, max_new_tokens of each; None: no eos, or all are equal
     eos: Tensor  # [E] int64, empty where nothing ends a sequence
     width: int  # P
 

@@ -62,9 +62,8 @@ def _advance_static(layer: Any, positions: int) -> None:
 def _advance_dynamic(layer: Any, positions: int) -> None:
     if hasattr(layer, "cumulative_length"):
         layer.cumulative_length += positions
-    if hasattr(layer, "_quantized_keys") and not hasattr(
-        layer, "residual_length"
-    ):  # this layer quantizes every token at once
+    # without residual_length the layer quantizes every token at once
+    if hasattr(layer, "_quantized_keys") and not hasattr(layer, "residual_length"):
         for name in ("_quantized_keys", "_quantized_values"):
             elements, scale = getattr(layer, name)
             setattr(layer, name, (_longer(elements, positions), scale))

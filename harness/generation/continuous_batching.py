@@ -303,5 +303,5 @@ def _config(room: Room) -> ContinuousBatchingConfig:
         safety_margin=0.0,
         seed=0,
         auto_switch_to_flash=False,
-        disable_nccl_graph_mixing=False,  # it would set a variable for the whole process
+        disable_nccl_graph_mixing=False,  # True would set an environment variable for the whole process
     )

@@ -196,7 +196,7 @@ def _measure(
     cache: Cache, requests: Requests, tokens: Sequence[Sequence[int]], device: torch.device
 ) -> KvBytes:
     """The size of `cache`. A sequence's last token is in it only if the model ran again after that token."""
-    not_cached = requests.width - int(cache.get_seq_length())
+    not_cached = requests.width - int(cache.get_seq_length())  # negative: new tokens are cached too
     pairs = zip(requests.prompts, tokens, strict=True)
     real_tokens = [min(len(prompt) + len(new), len(prompt) - not_cached) for prompt, new in pairs]
     return kv_bytes(cache, real_tokens, device)

@@ -166,7 +166,9 @@ def export(
     partial = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     assert isinstance(model, PreTrainedModel)
-    model.generation_config = GenerationConfig()  # transformers refuses to save some that checkpoints have
+    model.generation_config = (
+        GenerationConfig()
+    )  # transformers refuses to save some checkpoints' generation configs
     ends = generation.get("eos_token_id") or []
     ends = [ends] if isinstance(ends, int) else [*ends]
     if tokens.eos_token_id not in (None, *ends):

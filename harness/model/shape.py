@@ -40,7 +40,7 @@ ELSEWHERE = {
     "top_p": "generation.top_p=",
     "do_sample": "generation.sample=",
 }
-"""Keys of transformers' configs that count for nothing here, and those that count."""
+"""Keys of transformers' configs that have no effect here, and the settings that replace them."""
 
 HEADLESS = (
     "ForSequenceClassification",
