@@ -94,7 +94,7 @@ def run(settings: Settings, world: World, ledger: Ledger, out: Output) -> None:
         out.say(f"{settings.model.name}: {description}")
     startup = time.perf_counter() - start
     share = share_of(settings, world, ledger, model, prompts, strategy, out.flush, out.say)
-    ledger.enough()  # on every rank, whatever its number of batches: ending an exact ledger is a collective
+    ledger.enough()  # on every rank, whatever its number of batches: an exact ledger would also record what follows
     by_rank = world.gather(share)
     shares = of_replicas(by_rank, world.replicas, world.tensor)
     out.done["inference"] = {

@@ -45,12 +45,11 @@ def by_parameters(config: PretrainedConfig, stages: int) -> list[int]:
     """The split whose largest stage has the fewest parameters, with embedding and head counted."""
     whole = init_weights.outline(config, torch.bfloat16)
     layers = config.get_text_config(decoder=True).num_hidden_layers
-    layer_parts = parts(
-        whole, [1] * layers
-    )  # one layer per stage; the first also has the embedding, the last the head
+    # one layer per stage; the first also has the embedding, the last the head
+    layer_parts = parts(whole, [1] * layers)
     cumulative = [
         0,
-        *accumulate(sum(parameter.numel() for parameter in part.values()) for part in layer_parts),
+        *accumulate(sum(p.numel() for p in part.values()) for part in layer_parts),
     ]
     return balanced(layers, stages, lambda stage, begin, end: cumulative[end] - cumulative[begin])
 

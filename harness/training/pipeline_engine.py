@@ -56,7 +56,7 @@ class Pipeline:
         ledger.own(model=stage.model)
         activation_checkpointing.apply(stage.model, settings.checkpointing, ranges(split)[world.stage].start)
         self.inner = adamw(settings, world, stage)
-        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its own estimate of the layers
+        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its layers and parameter counts
             module = _module(world, stage)
             self.deepspeed, *_ = deepspeed.initialize(model=module, optimizer=self.inner, config=config)
         ledger.own(engine=self.deepspeed)
