@@ -1,4 +1,4 @@
-"""The inference run: prompts continued in batches, or continuously, each from a KV cache.
+"""The inference run: generate for prompts in static batches or with continuous batching, with a KV cache.
 
-It may import all that is below it, and no training. Start at `infer.py`, then `decode.py`, the loop of a batch.
+It may import every room below it, but not training. Start at `infer.py`, then `decode.py`, the loop of a static batch.
 """

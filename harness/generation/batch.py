@@ -1,6 +1,7 @@
-"""A batch: prompts that are continued together, padded on the left, so that all end together.
+"""A static batch: prompts of several requests, padded on the left, so that all of them end in the same column.
 
-B sequences, P columns of prompts, N of new tokens. Every buffer is made once, before the first token.
+B is the number of sequences, P the columns of prompts, N the columns of new tokens. Every buffer is allocated once,
+before the first token.
 """
 
 from collections.abc import Sequence
@@ -10,17 +11,17 @@ import torch
 from torch import Tensor
 
 PADDING = 0
-"""The id in padded places. It is masked: any id in the vocabulary would do."""
+"""The token id in padded columns. The mask hides it, so any id in the vocabulary would do."""
 
 LOOK_EVERY = 16
-"""Tokens between looks at whether every sequence has ended, where the host must wait to look."""
+"""On a GPU the check whether every sequence has ended synchronises with the host; it runs every so many tokens."""
 
 
 @dataclass(frozen=True)
 class Requests:
-    """Prompts that are continued together (ids, none empty), each by up to its own `most` >= 1 new tokens.
+    """Prompts (token ids, none empty) that are generated together. `most` has max_new_tokens of each, at least 1.
 
-    `numbers` are theirs in the whole run, which decide what is drawn for them.
+    `numbers` are the numbers of the prompts in the whole run. They seed the random draws.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -29,41 +30,41 @@ class Requests:
 
     @property
     def width(self) -> int:
-        """P: columns for the longest prompt."""
+        """P: the length of the longest prompt."""
         return max(map(len, self.prompts))
 
     @property
     def room(self) -> int:
-        """N: columns for the most new tokens of any."""
+        """N: the largest max_new_tokens."""
         return max(self.most)
 
     @property
     def shown(self) -> int:
-        """Columns that a model is shown in all: the last token is nobody's past."""
+        """Columns that the model sees in all: the last token is never an input."""
         return self.width + self.room - 1
 
     @property
     def furthest(self) -> int:
-        """Tokens of the longest sequence; fewer than columns where the longest prompt has not the most after it."""
+        """Tokens of the longest sequence. They are fewer than P + N where the longest prompt does not have the largest
+        max_new_tokens.
+        """
         return max(len(prompt) + most for prompt, most in zip(self.prompts, self.most, strict=True))
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Prompts, the room for what follows them, and what the model must know to ignore their padding."""
+    """Tokens, mask and positions of a batch, with columns for the new tokens."""
 
     tokens: Tensor  # [B, P + N] int64
     mask: Tensor | None  # [B, P + N] int64, 0 on padding; None where nothing is padded
     positions: Tensor  # [B, P + N] int64, counted from each prompt's first token
     ended: Tensor  # [B] bool
-    most: (
-        Tensor | None
-    )  # [B] int64, new tokens of each; None where none may end before the others, or all are alike
+    most: Tensor | None  # [B] int64, max_new_tokens of each; None: no eos, or all are equal
     eos: Tensor  # [E] int64, empty where nothing ends a sequence
     width: int  # P
 
     def write(self, token: Tensor, column: int) -> None:
-        """Put `token` [B] into `column`. What follows a sequence's end is cut off when all is done."""
+        """Write `token` [B] into `column` and update `ended`. `finish` removes the tokens after a sequence's end."""
         self.tokens[:, column] = token
         if len(self.eos):
             self.ended.logical_or_(torch.isin(token, self.eos))
@@ -71,18 +72,19 @@ class Batch:
             self.ended.logical_or_(self.most <= column + 1 - self.width)
 
     def done(self, column: int) -> bool:
-        """Whether every sequence has ended before `column`; asked rarely where the answer is a wait."""
-        rarely = self.ended.device.type != "cpu" and (column - self.width) % LOOK_EVERY
-        return bool(len(self.eos)) and not rarely and bool(self.ended.all())
+        """Whether every sequence has ended before `column`. On a GPU this checks only every `LOOK_EVERY` columns."""
+        skipped = self.ended.device.type != "cpu" and (column - self.width) % LOOK_EVERY
+        return bool(len(self.eos)) and not skipped and bool(self.ended.all())
 
 
 def pad_left(requests: Requests, eos: Sequence[int], device: torch.device) -> Batch:
-    """`requests` as one batch with room for the most new tokens of any, each ending after any of `eos`.
+    """Build one batch of `requests` with N columns for new tokens; a token in `eos` ends a sequence.
 
-    What follows a sequence's own end is at positions that some other has: a model may have none beyond them.
+    Positions after a sequence's own end are clamped to the longest sequence, as a model may have no positions beyond
+    that.
     """
     prompts, width = requests.prompts, requests.width
-    apart = requests.most if eos and len(set(requests.most)) > 1 else []
+    limits = requests.most if eos and len(set(requests.most)) > 1 else []
     tokens = torch.full((len(prompts), width + requests.room), PADDING)
     mask = torch.ones_like(tokens)
     for row, prompt in enumerate(prompts):
@@ -95,7 +97,7 @@ def pad_left(requests: Requests, eos: Sequence[int], device: torch.device) -> Ba
         mask.to(device) if padded else None,
         positions.to(device),
         torch.zeros(len(prompts), dtype=torch.bool, device=device),
-        torch.tensor(apart, dtype=torch.int64, device=device) if apart else None,
+        torch.tensor(limits, dtype=torch.int64, device=device) if limits else None,
         torch.tensor(eos, dtype=torch.int64, device=device),
         width,
     )

@@ -1,7 +1,7 @@
-"""How a cache grows, so that a rehearsal need not make every token.
+"""How a cache grows during a decode, so that a rehearsal can leave tokens out.
 
-What a token takes grows steadily until a window is full, or the room for what is not quantized yet: there another
-stretch begins. The first and the last tokens of a stretch tell of all of it.
+The bytes and the work of a token grow steadily until a sliding window is full, or until a quantized cache packs its
+residual: there another stretch begins. The first and last tokens of a stretch determine the rest of it.
 """
 
 from collections.abc import Iterable, Iterator
@@ -16,7 +16,7 @@ from harness.generation.extrapolation import Turns, filled_in
 from harness.ledger import Ledger
 
 FIRST_AND_LAST = 4
-"""Tokens at each end of a stretch of which only the ends are wanted."""
+"""Tokens that are computed at each end of a stretch."""
 
 KNOWN = frozenset(
     {
@@ -29,19 +29,19 @@ KNOWN = frozenset(
         ),
     }
 )
-"""transformers' classes of layers that `advance` knows; a release may lack some of them."""
+"""The cache layer classes of transformers that `advance` supports; a release may lack some of them."""
 
 
 def can_advance(cache: Cache | None) -> bool:
-    """Whether `advance` knows every layer of `cache`."""
+    """Whether `advance` supports every layer of `cache`."""
     return cache is None or all(type(layer).__name__ in KNOWN for layer in cache.layers)
 
 
 def advance(cache: Cache | None, positions: int) -> None:
-    """Let `cache` be as long as after `positions` more tokens of each sequence, whatever they would have been.
+    """Make `cache` as long as after `positions` more tokens of each sequence, with no real keys and values.
 
-    They lie within one stretch, and the cache has seen some of it. It takes no more memory than the last of those
-    tokens would have: for a rehearsal, whose tokens mean nothing.
+    The tokens lie within one stretch, and the cache has some tokens of it. It takes no more memory than the last of
+    those tokens would. Only a rehearsal uses it, as its tokens mean nothing.
     """
     for layer in [] if cache is None else cache.layers:
         if isinstance(layer, StaticLayer):
@@ -51,19 +51,19 @@ def advance(cache: Cache | None, positions: int) -> None:
 
 
 def _advance_static(layer: Any, positions: int) -> None:
-    seen = getattr(layer, "cumulative_length_int", None)  # a window counts on the host too
-    if seen is None or seen < layer.max_cache_len:
+    # a layer with a window also counts on the host
+    host_length = getattr(layer, "cumulative_length_int", None)
+    if host_length is None or host_length < layer.max_cache_len:
         layer.cumulative_length.add_(positions)
-    if seen is not None:
-        layer.cumulative_length_int = seen + positions
+    if host_length is not None:
+        layer.cumulative_length_int = host_length + positions
 
 
 def _advance_dynamic(layer: Any, positions: int) -> None:
     if hasattr(layer, "cumulative_length"):
         layer.cumulative_length += positions
-    if hasattr(layer, "_quantized_keys") and not hasattr(
-        layer, "residual_length"
-    ):  # all is quantized at once
+    # without residual_length the layer quantizes every token at once
+    if hasattr(layer, "_quantized_keys") and not hasattr(layer, "residual_length"):
         for name in ("_quantized_keys", "_quantized_values"):
             elements, scale = getattr(layer, name)
             setattr(layer, name, (_longer(elements, positions), scale))
@@ -78,33 +78,34 @@ def _longer(tensor: torch.Tensor, positions: int) -> torch.Tensor:
 
 
 def bends(cache: Cache | None, width: int, tokens: int) -> set[int]:
-    """Of `tokens` new ones after prompts of `width`, the numbers at which another stretch begins; the prefill is 0.
+    """The numbers of the new tokens, out of `tokens` after prompts of `width` tokens, at which a stretch begins; the
+    prefill is 0.
 
-    `can_advance` knows every layer of `cache`. A window of W is full at W - 1 or W positions; what is not quantized yet
-    is quantized when there are as many tokens as its layer has room for, and then there are none.
+    `can_advance` must be true for `cache`. A window of W is full at W - 1 or W positions. A quantized layer packs its
+    residual when that is full, and the residual is then empty.
     """
-    found: set[int] = set()
+    numbers: set[int] = set()
     for layer in [] if cache is None else cache.layers:
         if getattr(layer, "is_sliding", False):
             window = layer.max_cache_len if isinstance(layer, StaticLayer) else layer.sliding_window
-            found.update(range(window - width, window - width + 3))
-        if room := getattr(layer, "residual_length", 0):
-            found.update(number + more for number in range(room, tokens, room) for more in (0, 1))
-    return found
+            numbers.update(range(window - width, window - width + 3))
+        if residual := getattr(layer, "residual_length", 0):
+            numbers.update(number + after for number in range(residual, tokens, residual) for after in (0, 1))
+    return numbers
 
 
-def ends(columns: range, at: Iterable[int], ledger: Ledger) -> Turns:
-    """`turns` of each stretch of `columns`, those between the columns `at` which one begins.
+def ends(columns: range, starts: Iterable[int], ledger: Ledger) -> Turns:
+    """The `turns` of each stretch of `columns`; a stretch begins at each column in `starts`.
 
-    In the end of each `ledger` is told what those left out would take.
+    At the end of each stretch, `ledger` gets the work of the tokens that were left out.
     """
-    cuts = sorted(column for column in at if column in columns[1:])
-    for begin, end in pairwise([columns.start, *cuts, columns.stop]):
+    inner_starts = sorted(column for column in starts if column in columns[1:])
+    for begin, end in pairwise([columns.start, *inner_starts, columns.stop]):
         yield from filled_in(ledger, turns(range(begin, end)))
 
 
 def turns(columns: range) -> Iterator[tuple[int, int]]:
-    """The first and the last of `columns`, and how many were left out before each: none, or the middle ones of many."""
+    """The first and last of `columns`, each with the number of columns left out before it."""
     middle = range(columns.start + FIRST_AND_LAST, columns.stop - FIRST_AND_LAST)
     for column in columns:
         if column not in middle:
@@ -112,5 +113,5 @@ def turns(columns: range) -> Iterator[tuple[int, int]]:
 
 
 def every(columns: range) -> Turns:
-    """All of `columns`, none left out before any."""
+    """All of `columns`, none left out."""
     return ((column, 0) for column in columns)

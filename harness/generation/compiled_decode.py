@@ -1,7 +1,7 @@
-"""The decoding step compiled: one program for each number of sequences, over a static cache that stays.
+"""The compiled decoding step: one program for each batch size, with a static cache that is reused.
 
-A program is made for shapes and addresses, so everything it is given has the same ones for every token of every batch:
-the newest tokens, their positions, the mask and the cache. On a GPU it is replayed as a CUDA graph.
+A program needs fixed shapes and addresses. So the newest tokens, their positions, the mask and the cache are the same
+buffers for every token of every batch. On a GPU the program is replayed as a CUDA graph.
 """
 
 import gc
@@ -18,22 +18,22 @@ from harness.ledger import Ledger, Work
 from harness.model.kv_cache import make
 
 WARM = 3
-"""Steps before a program is at its best: CUDA graphs are recorded in the second."""
+"""Warm-up steps of a program: CUDA graphs are recorded in the second."""
 
 Step = Callable[[Tensor, Tensor, Tensor, Cache], Tensor]
 """From tokens [B, 1], mask [B, L], positions [B, 1] and a cache to logits [B, V]."""
 
 
 class Compiled:
-    """`model`'s decoding step for batches of up to `length` columns, L, padding and all that follows it among them.
+    """The decoding step of `model` for batches of up to `length` columns (L), padding and new tokens included.
 
-    A rehearsal takes the step as it is.
+    A rehearsal runs the step without compiling it.
     """
 
     def __init__(self, model: PreTrainedModel, length: int, ledger: Ledger, rehearsed: bool = False) -> None:
         self.model, self.length, self.ledger, self.rehearsed = model, length, ledger, rehearsed
         self.cache: Cache | None = None
-        self._work: dict[bool, Work] = {}  # of a step, by whether windows are full
+        self._work: dict[bool, Work] = {}  # of one step; the key says whether the windows are full
         windows = _windows(make("static", model.config, length))
         self._full = [False, True] if any(each.max_cache_len < length for each in windows) else [False]
         self._step: Step = self._forward
@@ -42,8 +42,10 @@ class Compiled:
         self._tokens = self._positions = self._mask = torch.empty(0, 0, dtype=torch.int64)
 
     def prepare(self, sequences: int) -> tuple[Cache, float]:
-        """An empty cache for so many sequences, with a program, and the seconds that took: next to none where the batch
-        before had as many. Raises Refusal where the model does not compile."""
+        """Return an empty cache and a program for so many sequences, and the seconds that took.
+
+        They are reused where the batch before had as many sequences. Raises Refusal where the model does not compile.
+        """
         began = clock(self.model.device)
         if self.cache is None or len(self._tokens) != sequences:
             self._make(sequences)
@@ -52,7 +54,7 @@ class Compiled:
         return self.cache, clock(self.model.device) - began
 
     def shown(self, mask: Tensor | None) -> Callable[[Any, int, int], Tensor]:
-        """The step, for a batch with the padding in `mask` [B, columns], where a column is shown."""
+        """A function that runs the step on one column of a batch with the padding in `mask` [B, columns]."""
         self._mask.fill_(1)
         if mask is not None:
             columns = min(mask.shape[1], self.length)
@@ -66,14 +68,14 @@ class Compiled:
         return show
 
     def _make(self, sequences: int) -> None:
-        """The cache is made by a prompt of one token, the program by decoding after it."""
+        """Allocate the buffers, fill the cache with one prompt token, then decode after it to compile the step."""
         if self.cache is not None:
             self.cache = None
-            gc.collect()  # a compiler's circles hold on to the one before
-        kept = self.model.device
-        self._tokens = torch.zeros(sequences, 1, dtype=torch.int64, device=kept)
+            gc.collect()  # reference cycles of the compiler still hold the cache before this one
+        device = self.model.device
+        self._tokens = torch.zeros(sequences, 1, dtype=torch.int64, device=device)
         self._positions = torch.zeros_like(self._tokens)
-        self._mask = torch.ones(sequences, self.length, dtype=torch.int64, device=kept)
+        self._mask = torch.ones(sequences, self.length, dtype=torch.int64, device=device)
         for name in ("_tokens", "_positions", "_mask"):
             self.ledger.claim("inputs", f"compiled{name}", getattr(self, name))
         self.cache = make("static", self.model.config, self.length)
@@ -87,12 +89,12 @@ class Compiled:
                 self._run()
 
     def _fill(self, cache: Cache, full: bool) -> None:
-        """Let windows be taken for full: another program shifts them."""
+        """Mark the windows as full: the model then takes another path, which needs another program."""
         for layer in _windows(cache) if full else []:
             layer.cumulative_length_int = layer.max_cache_len
 
     def _counted(self, cache: Cache, full: bool) -> Work:
-        """What a step takes, by its operators one by one: the program has the same to compute, and no more to move."""
+        """The work of one step, counted operator by operator without compiling: the program computes the same."""
         where = self.ledger.where
         before = self.ledger.work()[where]
         self._fill(cache, full)
@@ -112,7 +114,7 @@ class Compiled:
             return self._step(self._tokens, self._mask, self._positions, self.cache)
 
     def _forward(self, tokens: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
-        made: Any = self.model(
+        output: Any = self.model(
             input_ids=tokens,
             attention_mask=mask,
             position_ids=positions,
@@ -120,40 +122,41 @@ class Compiled:
             use_cache=True,
             logits_to_keep=1,
         )
-        logits: Tensor = made.logits[:, -1]
+        logits: Tensor = output.logits[:, -1]
         return logits
 
 
 def _windows(cache: Cache | None) -> list[Any]:
-    """The layers of `cache` with a window, of which the host counts how much is full."""
+    """The layers of `cache` with a sliding window whose length the host counts."""
     return [] if cache is None else [each for each in cache.layers if hasattr(each, "cumulative_length_int")]
 
 
 def options(device: torch.device, windows: bool) -> dict[str, Any]:
-    """How torch is to compile: a program for each shape, on a GPU as a CUDA graph.
+    """The options of torch.compile: one program for each shape, on a GPU as a CUDA graph.
 
-    What the host counts of `windows` is another number in each step: the program is for any, a graph would be for one.
+    The length of `windows` that the host counts changes at every step. A dynamic program accepts any value; a CUDA
+    graph would be recorded for each one.
     """
-    how: dict[str, Any] = {"mode": "reduce-overhead"}
+    choices: dict[str, Any] = {"mode": "reduce-overhead"}
     if device.type != "cuda":
-        how = {"options": {"cpp_wrapper": True}}
+        choices = {"options": {"cpp_wrapper": True}}
     elif windows:
-        how = {}
-    return {"fullgraph": True, "dynamic": None if windows else False, **how}
+        choices = {}
+    return {"fullgraph": True, "dynamic": None if windows else False, **choices}
 
 
-def compiled(step: Step, how: Mapping[str, Any]) -> Step:
-    """`step` as a program, compiled with these `options`. Its first call raises Refusal where there can be none."""
-    program = torch.compile(step, **how)
+def compiled(step: Step, choices: Mapping[str, Any]) -> Step:
+    """`step`, compiled with these options. The first call raises Refusal where torch cannot compile it."""
+    program = torch.compile(step, **choices)
 
     def run(tokens: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
         try:
-            made: Tensor = program(tokens, mask, positions, cache)
+            logits: Tensor = program(tokens, mask, positions, cache)
         except _NOT_COMPILED as error:
-            told = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            remedy = f"the decoding step cannot be compiled ({told}); leave it out"
+            error_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            remedy = f"the decoding step cannot be compiled ({error_line}); leave it out"
             raise Refusal("generation.compile", True, remedy) from error
-        return made
+        return logits
 
     return run
 

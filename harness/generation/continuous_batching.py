@@ -1,11 +1,13 @@
-"""Continuous batching: a request that ends leaves its place and its pages to the next; none waits for another's end.
+"""Continuous batching: when a request ends, the next one takes its slot and its pages. No request waits for another to
+end.
 
-The scheduler, the paged cache and the forward are transformers' own (`generation.continuous_batching`), driven here, in
-this thread: its manager would run them in one of its own, which no ledger sees. Prompts and new tokens of all requests
-are one row of tokens; each forward chooses the next token of every request whose prompt is through, as alone.
+The scheduler, the paged cache and the forward are transformers' own (`generation.continuous_batching`). They run here,
+in this thread: transformers' manager would run them in a thread that no ledger sees. Tokens of all requests form one
+row; each forward chooses the next token of every request whose prompt is complete, independent of other requests.
 
-What it sizes by itself is said here: pages, tokens in a forward, requests at once. Off is what would change bytes from
-run to run or hold them twice: pages shared between prompts that begin alike, CUDA graphs, batches prepared ahead.
+This module sets the sizes that transformers would choose by itself: pages, tokens in a forward, max_num_seqs. It turns
+off everything that makes bytes vary between runs or doubles them: pages shared by prompts with the same prefix, CUDA
+graphs, and asynchronous batching.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,25 +33,25 @@ from harness.ledger.tensors import tensors_in
 from harness.model.kv_cache import KvBytes
 
 PLENTY = 2.0**40
-"""Of the memory that transformers finds free: it would hold sizes that are given against that of this machine."""
+"""A max_memory_percent so large that transformers never rejects the given sizes for lack of free memory."""
 
 
 @dataclass
 class Load:
-    """What was done while as many requests as there are places came to their end."""
+    """The work done while max_num_seqs requests ended."""
 
     began: float
     first: list[int] = field(default_factory=list)
-    """The requests whose first token came."""
+    """The requests that got their first token."""
     prompt_tokens: int = 0
-    """Shown to the model, again where a request had to give up its pages."""
+    """Prompt tokens that the model computed; those of an evicted request count again."""
     new_tokens: int = 0
     prefill_seconds: float = 0.0
-    """With `decode_seconds` those of every forward, shared out by its tokens."""
+    """With `decode_seconds` the time of all forwards, divided in proportion to their tokens."""
     decode_seconds: float = 0.0
 
-    def timing(self, made: "Continued") -> Timing:
-        """It as a batch: of the requests whose first token came in it, wherever they end."""
+    def timing(self, output: "Continued") -> Timing:
+        """This load as a batch of the requests that got their first token in it, wherever they end."""
         return Timing(
             len(self.first),
             self.prompt_tokens,
@@ -57,29 +59,29 @@ class Load:
             self.prefill_seconds,
             self.decode_seconds,
             began=self.began,
-            moments=[made.moments[number] for number in self.first],
+            moments=[output.moments[number] for number in self.first],
             computed=self.new_tokens,
-            first_seconds=[made.moments[number][0] - made.entered[number] for number in self.first],
+            first_seconds=[output.moments[number][0] - output.entered[number] for number in self.first],
         )
 
 
 @dataclass
 class Continued:
-    """What came of all prompts, in their order. Moments are `time.perf_counter`'s, when the device was done."""
+    """Results of all prompts, in order. Timestamps are from `time.perf_counter`, taken when the device was done."""
 
     tokens: list[list[int]]
     moments: list[list[float]]
-    """Of each of the `tokens`."""
+    """A timestamp for each of the `tokens`."""
     entered: list[float]
-    """When the first forward began that was shown any of the prompt."""
+    """When the first forward with a token of the prompt began."""
     loads: list[Load] = field(default_factory=list)
     kv: KvBytes | None = None
-    """At the moment of most pages in use."""
+    """At the time when most pages were in use."""
     paged: Paged | None = None
 
 
 def share_of(
-    asked: Generation,
+    generation: Generation,
     model: PreTrainedModel,
     prompts: Mapping[int, Prompt],
     strategy: Strategy,
@@ -87,17 +89,19 @@ def share_of(
     rehearsed: bool,
     tell: Callable[[int], None],
 ) -> Share:
-    """What a rank makes of its `prompts`, by their numbers in the run; the rest as for `generate`. Raises Refusal."""
+    """Generate for a rank's `prompts` (by number in the run); other arguments as for `generate`. Raises Refusal."""
     if not prompts:
         return Share()
-    mine = list(prompts.values())
-    within = room(asked, model.config, model.dtype, mine)
-    requests = Requests([prompt.tokens for prompt in mine], [prompt.most for prompt in mine], [*prompts])
-    made = generate(model, requests, strategy, room=within, ledger=ledger, rehearsed=rehearsed, tell=tell)
-    tokens = dict(zip(prompts, made.tokens, strict=True))
-    kept = [] if made.kv is None else [made.kv]
-    paged = [] if made.paged is None else [made.paged]
-    return Share(tokens, [load.timing(made) for load in made.loads], kept, paged)
+    entries = list(prompts.values())
+    limits = room(generation, model.config, model.dtype, entries)
+    requests = Requests(
+        [prompt.tokens for prompt in entries], [prompt.most for prompt in entries], [*prompts]
+    )
+    output = generate(model, requests, strategy, room=limits, ledger=ledger, rehearsed=rehearsed, tell=tell)
+    tokens = dict(zip(prompts, output.tokens, strict=True))
+    kv_sizes = [] if output.kv is None else [output.kv]
+    paged = [] if output.paged is None else [output.paged]
+    return Share(tokens, [load.timing(output) for load in output.loads], kv_sizes, paged)
 
 
 @torch.no_grad()
@@ -111,32 +115,33 @@ def generate(
     rehearsed: bool = False,
     tell: Callable[[int], None] = lambda ended: None,
 ) -> Continued:
-    """Continue each of `requests`, in `room`, its tokens chosen by `strategy`.
+    """Continue each of `requests` within the limits of `room`, with tokens chosen by `strategy`.
 
-    `model` is in eval mode. The tokens are those that each request gets alone. `ledger` has a step for each load: as
-    many requests ended as there are places. Its phases are `data` (what the next forward is given), `prefill` (a
-    forward with any token of a prompt) and `decode` (all others). `tell` is told after a load how many ended in it.
+    `model` is in eval mode. Each request gets the tokens that it would get alone. `ledger` has a step for each load:
+    max_num_seqs ended requests. The phases are `data` (the inputs of the next forward), `prefill` (a forward with any
+    prompt token) and `decode` (all other forwards). After each load, `tell` receives the number of requests that ended
+    in it.
 
-    Where it is `rehearsed` nothing ends early, and of forwards that differ in nothing but that each request is a token
-    longer only the first and the last are made; when the ledger has seen enough, none.
+    In a rehearsal (`rehearsed`) nothing ends early. Of forwards that differ only in one more token for each request,
+    only the first two and the last run; once the ledger has seen enough, none runs.
     """
     prompts, eos = requests.prompts, [] if rehearsed else strategy.ends
-    made = Continued([[] for _ in prompts], [[] for _ in prompts], [0.0 for _ in prompts])
+    output = Continued([[] for _ in prompts], [[] for _ in prompts], [0.0 for _ in prompts])
     with _processor(model, room, ledger) as (manager, processor):
-        for number, (prompt, new) in enumerate(zip(prompts, requests.most, strict=True)):
-            manager.add_request(list(prompt), str(number), new, eos_token_id=eos)
+        for number, (prompt, max_new_tokens) in enumerate(zip(prompts, requests.most, strict=True)):
+            manager.add_request(list(prompt), str(number), max_new_tokens, eos_token_id=eos)
         choosers = Choosers(strategy, requests, model, processor, ledger)
-        run = Run(model, processor, choosers, ledger, made, room, rehearsed, tell)
+        run = Run(model, processor, choosers, ledger, output, room, rehearsed, tell)
         while run.forward():
             pass
         run.end()
         while (result := manager.get_result()) is not None:
-            made.tokens[int(result.request_id)] = result.generated_tokens
-    return made
+            output.tokens[int(result.request_id)] = result.generated_tokens
+    return output
 
 
 class Run:
-    """The loop: `prepare`, then a forward, then the tokens that it chose, until no request is left."""
+    """The loop until no request is left: prepare a batch, run a forward, store its tokens."""
 
     def __init__(
         self,
@@ -144,112 +149,123 @@ class Run:
         processor: Any,
         choosers: Choosers,
         ledger: Ledger,
-        made: Continued,
+        output: Continued,
         room: Room,
         rehearsed: bool,
         tell: Callable[[int], None],
     ) -> None:
-        self.model, self.processor, self.ledger, self.made = model, processor, ledger, made
-        self.rehearsed, self.places, self.tell = rehearsed, room.requests, tell
-        self.choosers, self.held = choosers, Held(processor.cache)
-        self.ended = self.told = self.forwards = self.tokens = self.evicted = 0
+        self.model, self.processor, self.ledger, self.output = model, processor, ledger, output
+        self.rehearsed, self.max_num_seqs, self.tell = rehearsed, room.requests, tell
+        self.choosers, self.usage = choosers, Held(processor.cache)
+        self.ended = self.reported = self.forwards = self.tokens = self.evicted = 0
         self.phases: set[str] = set()
-        self.before: list[str] = []  # the requests of the decode before
-        self.repeats = 0  # forwards since the first of those that differ only in that requests are longer
+        self.previous: list[str] = []  # the requests of the previous decode forward
+        self.repeats = 0  # forwards since the first of a run that differ only in longer requests
         self.alike = Alike(ledger)
         self.now = clock(model.device)
-        made.loads.append(Load(self.now))
+        output.loads.append(Load(self.now))
 
     def forward(self) -> bool:
-        """One forward, and what follows from it; False where there was nothing left to do."""
-        processor, scheduler, step = self.processor, self.processor.scheduler, self.ended // self.places
-        if step == len(self.made.loads):
+        """Run one forward and handle its results; False where no work is left."""
+        processor, scheduler, step = self.processor, self.processor.scheduler, self.ended // self.max_num_seqs
+        if step == len(self.output.loads):
             self._close()
-            self.ledger.begins(step)  # here an exact ledger may end, which takes time of its own
+            # an exact ledger may end here, which takes time that the load does not include
+            self.ledger.begins(step)
             self.now = clock(self.model.device)
-            self.made.loads.append(Load(self.now))
-        load, active = self.made.loads[-1], set(scheduler.active_requests)
+            self.output.loads.append(Load(self.now))
+        load, active = self.output.loads[-1], set(scheduler.active_requests)
         with self.ledger.phase("data", step, again=True):
             if not processor.prepare_next_batch():
                 return False
         self.evicted += len(active - set(scheduler.active_requests))
-        self.held.look(state.position_offset for state in scheduler.active_requests.values())
+        self.usage.look(state.position_offset for state in scheduler.active_requests.values())
         batch = processor.inputs_and_outputs.requests_in_batch
-        shown = sum(each.query_length for each in batch)
-        given = sum(map(_of_prompt, batch))
-        phase = "prefill" if given else "decode"
+        input_tokens = sum(each.query_length for each in batch)
+        prompt_tokens = sum(map(_prompt_tokens, batch))
+        phase = "prefill" if prompt_tokens else "decode"
         self.phases |= {"data", phase}
         with self.ledger.phase(phase, step, again=True):
             if not self.rehearsed:
                 processor._generation_step(self.model)
-            elif self._decides(batch, given):
+            elif self._decides(batch, prompt_tokens):
                 self.alike.make(lambda: processor._generation_step(self.model), self.repeats)
             else:
                 self.alike.leave_out()
-            began, self.now = self.now, clock(self.model.device)
+            start, self.now = self.now, clock(self.model.device)
             processor.update_batch()
-        self._came(batch, load, began)
-        gone = [each.state for each in batch if each.state.request_id not in scheduler.active_requests]
-        for state in gone:
+        self._record_times(batch, load, start)
+        ended_states = [
+            each.state for each in batch if each.state.request_id not in scheduler.active_requests
+        ]
+        for state in ended_states:
             self.choosers.leave(state)
-        self.ended += len(gone)
-        self.forwards, self.tokens = self.forwards + 1, self.tokens + shown
-        load.prompt_tokens += given
-        load.prefill_seconds += (self.now - began) * given / shown
-        load.decode_seconds += (self.now - began) * (shown - given) / shown
+        self.ended += len(ended_states)
+        self.forwards, self.tokens = self.forwards + 1, self.tokens + input_tokens
+        load.prompt_tokens += prompt_tokens
+        load.prefill_seconds += (self.now - start) * prompt_tokens / input_tokens
+        load.decode_seconds += (self.now - start) * (input_tokens - prompt_tokens) / input_tokens
         return True
 
-    def _came(self, batch: Sequence[Any], load: Load, began: float) -> None:
-        """Note when which request entered, and the moment of each new token."""
+    def _record_times(self, batch: Sequence[Any], load: Load, start: float) -> None:
+        """Record when a request entered, and the timestamp of each new token."""
         for each in batch:
             number = int(each.state.request_id)
-            self.made.entered[number] = self.made.entered[number] or began
+            self.output.entered[number] = self.output.entered[number] or start
             if each.has_new_token:
-                moments = self.made.moments[number]
+                moments = self.output.moments[number]
                 load.first += [] if moments else [number]
                 load.new_tokens += 1
                 moments.append(self.now)
 
     def end(self) -> None:
-        """All is done: the figures."""
+        """Store the final figures."""
         self._close()
-        self.made.kv = self.held.most
-        counted = self.forwards, self.tokens, self.evicted
-        self.made.paged = Paged(*counted, self.processor.cache.num_blocks, self.held.used)
+        self.output.kv = self.usage.most
+        counts = self.forwards, self.tokens, self.evicted
+        self.output.paged = Paged(*counts, self.processor.cache.num_blocks, self.usage.used)
 
     def _close(self) -> None:
-        """Let the ledger ask every owner, once a load, what it holds at the end of each of its phases."""
+        """End a load: open each of its phases once more, so that the ledger measures what every owner
+        has at its end.
+        """
         for phase in sorted(self.phases):
-            with self.ledger.phase(phase, len(self.made.loads) - 1):
+            with self.ledger.phase(phase, len(self.output.loads) - 1):
                 pass
         self.phases = set()
-        self.tell(self.ended - self.told)
-        self.told = self.ended
+        self.tell(self.ended - self.reported)
+        self.reported = self.ended
 
-    def _decides(self, batch: Sequence[Any], given: int) -> bool:
-        """Whether a forward can show what no other does: neither the one before nor the next is the same one with
-        requests of other lengths, or it is the second of those.
+    def _decides(self, batch: Sequence[Any], prompt_tokens: int) -> bool:
+        """Whether a rehearsal must run this forward: it is the first or second of a run of similar ones, or the last.
+
+        Similar forwards have the same requests and differ only in their lengths.
         """
-        before, self.before = self.before, [] if given else [each.state.request_id for each in batch]
+        previous, self.previous = (
+            self.previous,
+            [] if prompt_tokens else [each.state.request_id for each in batch],
+        )
         turns = [self.choosers.bends(each.state) for each in batch]
-        again = not given and self.before == before and not any(first for first, _ in turns)
-        self.repeats = self.repeats + 1 if again else 0
-        short = self.held.free < len(batch)  # one of them may not be in the next
+        similar = not prompt_tokens and self.previous == previous and not any(first for first, _ in turns)
+        self.repeats = self.repeats + 1 if similar else 0
+        short = self.usage.free < len(batch)  # a request may lose its pages before the next forward
         last = short or any(last for _, last in turns)
         last = last or any(each.state.generated_len() + 1 == each.state.max_new_tokens for each in batch)
         return self.ledger.exact and (last or self.repeats < 2)
 
 
-def _of_prompt(future: Any) -> int:
-    """Tokens of a prompt that the next forward is shown; of a request that was begun anew, all that it had."""
-    state, shown = future.state, future.query_length
-    before: int = state.position_offset - shown
-    return max(0, min(len(state.initial_tokens) - before, int(shown)))
+def _prompt_tokens(future: Any) -> int:
+    """Prompt tokens in the next forward. For an evicted request that restarts, its earlier new tokens count too."""
+    state, input_tokens = future.state, future.query_length
+    position: int = state.position_offset - input_tokens
+    return max(0, min(len(state.initial_tokens) - position, int(input_tokens)))
 
 
 @contextmanager
 def _processor(model: PreTrainedModel, room: Room, ledger: Ledger) -> Iterator[tuple[Any, Any]]:
-    """transformers' manager, never started, and its batch processor, in `room`. Afterwards `model` is as before."""
+    """transformers' manager, not started, and its batch processor, with the limits of `room`. Restores
+    `model` on exit.
+    """
     from transformers.generation.continuous_batching.utils import stream_context
 
     attention = model.config._attn_implementation
@@ -259,12 +275,12 @@ def _processor(model: PreTrainedModel, room: Room, ledger: Ledger) -> Iterator[t
         )
         processor = manager._create_batch_processor()
         ledger.own(cache=processor.cache)
-        given = processor.inputs_and_outputs
-        for name, tensor in ((n, t) for n, value in vars(given).items() for t in tensors_in((value,))):
+        buffers = processor.inputs_and_outputs
+        for name, tensor in ((n, t) for n, value in vars(buffers).items() for t in tensors_in((value,))):
             ledger.claim("inputs", name, tensor)
     cache = processor.cache
     try:
-        with stream_context(given.compute_stream):  # inputs are written on the stream that reads them
+        with stream_context(buffers.compute_stream):  # write inputs on the stream that reads them
             yield manager, processor
     finally:
         ledger.disown(cache)
@@ -287,5 +303,5 @@ def _config(room: Room) -> ContinuousBatchingConfig:
         safety_margin=0.0,
         seed=0,
         auto_switch_to_flash=False,
-        disable_nccl_graph_mixing=False,  # it would set a variable for the whole process
+        disable_nccl_graph_mixing=False,  # True would set an environment variable for the whole process
     )

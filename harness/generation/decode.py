@@ -1,9 +1,10 @@
-"""Generation: prefill, then one token after another. Sequences are padded on the left, so all end together.
+"""Generate with a static batch: prefill, then one token after another. Padding is on the left, so all sequences end
+together.
 
-B sequences, P columns of prompts, N of new tokens, V words. Every buffer is made once, before the first
-token; the loop takes views of them, copies no cache, and waits for the device only to look for an early end.
-(transformers itself looks, once a forward: at the mask of a padded batch unless the cache is static, and at
-the positions of one that is not padded where there is no cache.)
+B sequences, P columns of prompts, N columns of new tokens, V tokens in the vocabulary. Every buffer is allocated once,
+before the first token. The loop takes views of them, copies no cache, and synchronises with the device only to check
+for an early end. (transformers itself synchronises once in each forward: on the mask of a padded batch unless the cache
+is static, and on the positions of an unpadded batch without a cache.)
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,26 +24,26 @@ from harness.ledger import Ledger
 from harness.model.kv_cache import KvBytes, kv_bytes, make
 
 Show = Callable[[Batch, int, int], Tensor]
-"""From columns of a batch, the first and the one after the last, to the logits of the last, [B, V]."""
+"""From a batch, a first column and an end column (exclusive) to the logits of the last column, [B, V]."""
 
 
 @dataclass(frozen=True)
 class Generated:
-    """What came of a batch. `tokens` has no padding, and nothing after a sequence's end."""
+    """The result of a batch. `tokens` has no padding, and nothing after a sequence's end."""
 
     tokens: list[list[int]]
     prefill_seconds: float
     decode_seconds: float
     kv: KvBytes | None
-    waited_seconds: float = 0.0  # of these, for other stages
-    compile_seconds: float = 0.0  # before them
-    began: float = 0.0  # a moment, as are all in `moments`
-    moments: Sequence[Sequence[float]] = ()  # by sequence, those at which its tokens came
-    computed: int = 0  # new tokens of all sequences, those after their ends too
+    waited_seconds: float = 0.0  # the part of these that this stage waited for other stages
+    compile_seconds: float = 0.0  # not part of the two above
+    began: float = 0.0  # a timestamp, as are all in `moments`
+    moments: Sequence[Sequence[float]] = ()  # for each sequence, when each of its tokens was ready
+    computed: int = 0  # new tokens of all sequences, with those after their ends
 
 
 def shown_to(model: PreTrainedModel, cache: Cache | None) -> Show:
-    """What `model` makes of columns of a batch, after those that `cache` knows."""
+    """The function that runs `model` on columns of a batch, after those in `cache`."""
 
     def show(batch: Batch, begin: int, end: int) -> Tensor:
         logits: Tensor = model(
@@ -59,21 +60,21 @@ def shown_to(model: PreTrainedModel, cache: Cache | None) -> Show:
 
 
 def next_token(show: Show, batch: Batch, begin: int, end: int, choose: Choose) -> None:
-    """Show columns `begin` to `end`; write what follows them into column `end`."""
+    """Run the model on columns `begin` to `end` and write the next token into column `end`."""
     batch.write(choose(show(batch, begin, end).float(), end - batch.width), end)
 
 
 def prefill(show: Show, batch: Batch, choose: Choose) -> None:
-    """All prompts at once; each sequence's first new token."""
+    """Run all prompts at once and write each sequence's first new token."""
     next_token(show, batch, 0, batch.width, choose)
 
 
 def decode_n_tokens(
     show: Show, batch: Batch, columns: Iterable[int], cached: bool, choose: Choose, marks: Marks
 ) -> None:
-    """The new tokens in `columns`, until every sequence has ended, each with a mark.
+    """Write the new tokens of `columns` until every sequence has ended; mark a timestamp after each column.
 
-    Each is made from its sequence's last one; unless that is `cached`, from everything before it.
+    With a cache (`cached`) the input is only the newest token; without one it is everything before the new token.
     """
     for end in columns:
         if batch.done(end):
@@ -95,47 +96,47 @@ def generate(
     ends_only: bool = False,
     tell: Callable[[int], object] = nobody,
 ) -> Generated:
-    """Continue each of `requests`, its tokens chosen by `strategy`; `tell` is told of so many after each column.
+    """Continue each of `requests` with tokens chosen by `strategy`. `tell` receives the number of new tokens after each
+    column.
 
-    `model` is in eval mode, `cache` a kind that `harness.model.kv_cache.make` knows, of so many `bits`; or a
-    `Compiled` of `model`, whose own is static and stays there for the next batch. Unless they are drawn, tokens are
-    those that transformers' `generate` gives each prompt alone. `ledger` sees a prefill and a decode,
-    as `step`; with `ends_only`, only the first and last tokens of each stretch of the decode, and what is generated
-    means nothing.
+    `model` is in eval mode. `cache` is a kind that `harness.model.kv_cache.make` supports, with so many `bits`; or a
+    `Compiled` of `model`, whose static cache is reused by the next batch. Unless tokens are sampled, they are those
+    that transformers' `generate` gives for each prompt alone. `ledger` records a prefill and a decode as `step`. With
+    `ends_only` only the first and last tokens of each stretch of the decode are computed, and the tokens mean nothing.
     """
-    kept, compiling = cache if isinstance(cache, str) else None, 0.0
+    cache_or_kind, compile_seconds = cache if isinstance(cache, str) else None, 0.0
     if isinstance(cache, Compiled):
         with ledger.phase("compile", step):
-            kept, compiling = cache.prepare(len(requests.prompts))
+            cache_or_kind, compile_seconds = cache.prepare(len(requests.prompts))
     with ledger.phase("prefill", step):
-        batch, held = ready(requests, strategy, kept, bits, model.config, model.device, ledger)
-        chosen = telling(chooser(strategy, requests, batch.tokens, model.config, ledger), tell)
-        show = shown_to(model, held)
+        batch, kv_cache = ready(requests, strategy, cache_or_kind, bits, model.config, model.device, ledger)
+        choose = telling(chooser(strategy, requests, batch.tokens, model.config, ledger), tell)
+        show = shown_to(model, kv_cache)
         marks = Marks(model.device)
-        started = clock(model.device)
-        prefill(show, batch, chosen)
+        start_time = clock(model.device)
+        prefill(show, batch, choose)
         marks.mark()
-        first = clock(model.device)
+        first_token_time = clock(model.device)
     columns: Iterable[int] = range(batch.width + 1, batch.tokens.shape[1])
-    if ends_only and cache_growth.can_advance(held):
-        columns = ends(requests, strategy, held, ledger)
+    if ends_only and cache_growth.can_advance(kv_cache):
+        columns = ends(requests, strategy, kv_cache, ledger)
     with ledger.phase("decode", step):
         if isinstance(cache, Compiled):
             show = cache.shown(batch.mask)
-        decode_n_tokens(show, batch, columns, held is not None, chosen, marks)
-        last = clock(model.device)
-        tokens, measured = finish(requests, batch, held, strategy.ends)
-    ledger.disown(held)
-    at = marks.moments()
+        decode_n_tokens(show, batch, columns, kv_cache is not None, choose, marks)
+        end_time = clock(model.device)
+        tokens, kv = finish(requests, batch, kv_cache, strategy.ends)
+    ledger.disown(kv_cache)
+    timestamps = marks.moments()
     return Generated(
         tokens,
-        first - started,
-        last - first,
-        measured,
-        compile_seconds=compiling,
-        began=started,
-        moments=[at[: len(row)] for row in tokens],
-        computed=len(tokens) * len(at),
+        first_token_time - start_time,
+        end_time - first_token_time,
+        kv,
+        compile_seconds=compile_seconds,
+        began=start_time,
+        moments=[timestamps[: len(row)] for row in tokens],
+        computed=len(tokens) * len(timestamps),
     )
 
 
@@ -148,29 +149,33 @@ def ready(
     device: torch.device,
     ledger: Ledger,
 ) -> tuple[Batch, Cache | None]:
-    """`requests` as a batch, and an empty cache for it, `cache` or one of that kind: what `ledger` is told of."""
+    """Build the batch of `requests` and an empty cache for it (`cache` itself, or one of that kind), and register both
+    with `ledger`.
+    """
     batch = pad_left(requests, strategy.ends, device)
     for name in ("tokens", "mask", "positions", "ended", "most", "eos"):
         if (tensor := getattr(batch, name)) is not None:
             ledger.claim("inputs", name, tensor)
-    held = make(cache, config, requests.shown, bits) if isinstance(cache, str) else cache
-    ledger.own(cache=held)
-    return batch, held
+    kv_cache = make(cache, config, requests.shown, bits) if isinstance(cache, str) else cache
+    ledger.own(cache=kv_cache)
+    return batch, kv_cache
 
 
 def ends(requests: Requests, strategy: Strategy, cache: Cache | None, ledger: Ledger) -> Iterator[int]:
-    """The columns at the ends of each stretch of a decode; before each `cache` grows by what was left out."""
+    """The columns at the ends of each stretch of a decode. Before each one, `cache` grows by the columns that were left
+    out.
+    """
     first, room = requests.width, requests.room
-    bent = cache_growth.bends(cache, first, room) | choosing.bends(strategy, requests)
+    stretch_starts = cache_growth.bends(cache, first, room) | choosing.bends(strategy, requests)
     columns = range(first + 1, first + room)
-    for column, skipped in cache_growth.ends(columns, {first + number for number in bent}, ledger):
+    for column, skipped in cache_growth.ends(columns, {first + start for start in stretch_starts}, ledger):
         if skipped:
             grow(cache, ledger, skipped)
         yield column
 
 
 def grow(cache: Cache | None, ledger: Ledger, tokens: int) -> None:
-    """Let `cache` be as after so many more tokens, and `ledger` know what it then holds, as after any forward."""
+    """Make `cache` as long as after so many more `tokens`, and register its new tensors with `ledger`."""
     with ledger.uncounted():
         cache_growth.advance(cache, tokens)
     ledger.own(cache=cache)
@@ -179,22 +184,24 @@ def grow(cache: Cache | None, ledger: Ledger, tokens: int) -> None:
 def finish(
     requests: Requests, batch: Batch, cache: Cache | None, eos: Sequence[int]
 ) -> tuple[list[list[int]], KvBytes | None]:
-    """The new tokens of each of `requests`, up to its end, and what `cache` came to hold."""
+    """The new tokens of each of `requests` up to its end, and the size of `cache`."""
     rows = batch.tokens[:, batch.width :].tolist()
-    tokens = [_until(eos, row[:most]) for row, most in zip(rows, requests.most, strict=True)]
+    tokens = [
+        _until(eos, row[:max_new_tokens]) for row, max_new_tokens in zip(rows, requests.most, strict=True)
+    ]
     return tokens, None if cache is None else _measure(cache, requests, tokens, batch.tokens.device)
 
 
 def _measure(
     cache: Cache, requests: Requests, tokens: Sequence[Sequence[int]], device: torch.device
 ) -> KvBytes:
-    """What `cache` holds; a sequence's last token is in it only if the model was shown more after it."""
-    before = requests.width - int(cache.get_seq_length())
+    """The size of `cache`. A sequence's last token is in it only if the model ran again after that token."""
+    not_cached = requests.width - int(cache.get_seq_length())  # negative: new tokens are cached too
     pairs = zip(requests.prompts, tokens, strict=True)
-    real = [min(len(prompt) + len(new), len(prompt) - before) for prompt, new in pairs]
-    return kv_bytes(cache, real, device)
+    real_tokens = [min(len(prompt) + len(new), len(prompt) - not_cached) for prompt, new in pairs]
+    return kv_bytes(cache, real_tokens, device)
 
 
 def _until(eos: Sequence[int], row: list[int]) -> list[int]:
-    """`row` up to its first token in `eos`, that one included."""
-    return row[: next((place + 1 for place, token in enumerate(row) if token in eos), len(row))]
+    """`row` up to and including its first token in `eos`."""
+    return row[: next((index + 1 for index, token in enumerate(row) if token in eos), len(row))]

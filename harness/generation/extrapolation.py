@@ -1,8 +1,8 @@
-"""The work of tokens that a rehearsal leaves out, from that of the tokens it does.
+"""Compute the work of the tokens that a rehearsal leaves out, from the work of the tokens it runs.
 
-What a token of a decode takes is a polynomial in its number: with a cache of the first degree, for each finds one
-position more; without one of the second, for attention is over all pairs. So its differences from token to token, and
-theirs, say what any token takes, in whole numbers.
+The work of a decode token is a polynomial in its number: of degree 1 with a cache, as each token attends to one more
+position; of degree 2 without one, as attention is over all pairs. So the first and second differences between tokens
+give the work of any token, in whole numbers.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -11,72 +11,81 @@ from math import comb
 from harness.ledger import Ledger, Where, Work
 
 Turns = Iterator[tuple[int, int]]
-"""Columns, and how many were left out before each."""
+"""Columns to compute, each with the number of columns left out before it."""
 
 NOTHING = Work(0, 0, 0)
 
 
 def filled_in(ledger: Ledger, turns: Turns) -> Turns:
-    """`turns`, each of which is over when the next is asked for; in the end `ledger` is told what others would take."""
-    before, seen = ledger.work(), list[tuple[int, Mapping[Where, Work]]]()
+    """Yield `turns` and measure the work of each; a turn ends when the next one is requested. At the end, `ledger` gets
+    the work of the tokens that were left out.
+    """
+    before, measured = ledger.work(), list[tuple[int, Mapping[Where, Work]]]()
     number = left_out = 0
     for column, skipped in turns:
         left_out, number = left_out + skipped, number + skipped
         yield column, skipped
         after = ledger.work()
-        seen.append(
+        measured.append(
             (number, {where: _less(work, before.get(where, NOTHING)) for where, work in after.items()})
         )
         before, number = after, number + 1
     if left_out:
         for where in before:
-            done = {number: by.get(where, NOTHING) for number, by in seen}
-            if any(any(work) for work in done.values()):
-                ledger.fill_in(where, missing(done, number))
+            work_by_number = {number: work_by_place.get(where, NOTHING) for number, work_by_place in measured}
+            if any(any(work) for work in work_by_number.values()):
+                ledger.fill_in(where, missing(work_by_number, number))
 
 
 def missing(done: Mapping[int, Work], total: int) -> Work | None:
-    """What those of `total` tokens take that are not among `done`, which has some by number from 0, four and more
-    at each end.
+    """The work of those of `total` tokens that are not in `done`. `done` has tokens by number from 0, four or more at
+    each end.
 
-    The very first and last may be like no other. None where the rest are not of one polynomial of the second degree.
+    The very first and last token may differ from all others. None where the rest do not lie on one polynomial of degree
+    2.
     """
     left_out = [number for number in range(total) if number not in done]
-    found = []
-    for figures in zip(*done.values(), strict=True):
-        known = dict(zip(done, figures, strict=True))
-        slope = known[2] - known[1]
-        bend = known[3] - known[2] - slope
-        fitted = {n: known[1] + slope * (n - 1) + bend * comb(n - 1, 2) for n in range(1, total - 1)}
-        if any(fitted.get(number, figure) != figure for number, figure in known.items()):
+    sums = []
+    for values in zip(*done.values(), strict=True):
+        measured = dict(zip(done, values, strict=True))
+        slope = measured[2] - measured[1]
+        curvature = measured[3] - measured[2] - slope
+        fitted = {n: measured[1] + slope * (n - 1) + curvature * comb(n - 1, 2) for n in range(1, total - 1)}
+        if any(fitted.get(number, value) != value for number, value in measured.items()):
             return None
-        found.append(sum(fitted[number] for number in left_out))
-    return Work(*found)
+        sums.append(sum(fitted[number] for number in left_out))
+    return Work(*sums)
 
 
 class Alike:
-    """Forwards that differ only in that each finds one position more: the first two and the last are made."""
+    """Forwards that differ only in one more position each: the first two and the last are run, the
+    others are left out.
+    """
 
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
-        self._taken: list[Work] = []  # by the first two
+        self._taken: list[Work] = []  # work of the first two
         self._left_out: list[Where] = []
 
     def make(self, act: Callable[[], object], number: int) -> None:
-        """Do `act`, the forward of this number among those alike, from 0; then those left out before it are told."""
+        """Run `act`, forward `number` (from 0) of a run of similar ones; then give the ledger the work of those left
+        out before it.
+        """
         where, before = self.ledger.where, self.ledger.work()
         act()
-        took = _less(self.ledger.work().get(where, NOTHING), before.get(where, NOTHING))
+        work = _less(self.ledger.work().get(where, NOTHING), before.get(where, NOTHING))
         if self._left_out:
-            self._fill_in(took, number)
-        self._taken = [took] if number == 0 else [*self._taken, took]
+            self._fill_in(work, number)
+        self._taken = [work] if number == 0 else [*self._taken, work]
 
     def leave_out(self) -> None:
-        """One of those alike is not made."""
+        """Leave out one of the similar forwards."""
         self._left_out.append(self.ledger.where)
 
     def _fill_in(self, last: Work, number: int) -> None:
-        """Those left out, where `last`, of this number, is of one line with the first two; else nobody knows."""
+        """Give the ledger the work of the forwards left out. It is unknown (None) unless `last`, the work of forward
+        `number`, lies on one line with the first two.
+        """
         known = len(self._taken) == 2 and number == 1 + len(self._left_out) + 1
         first, second = self._taken if known else (NOTHING, NOTHING)
         slope = _less(second, first)

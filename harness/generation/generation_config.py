@@ -1,7 +1,7 @@
-"""A checkpoint's generation config, checked against the model that generates by it.
+"""Check a checkpoint's generation config against the model that uses it.
 
-transformers' own `GenerationConfig` is made from it only where its processors are (`choosing.py`): it refuses, or takes
-without a word, what here has a sentence.
+transformers' own `GenerationConfig` is built only where its logits processors are (`choosing.py`): it raises on some
+values, or silently accepts values, for which this code has a clear error message.
 """
 
 from collections.abc import Iterator
@@ -16,11 +16,13 @@ from harness.generation.choosing import processors
 from harness.model.generation_defaults import fields_of
 
 INDEXING = ("sequence_bias", "bad_words_ids", "forced_bos_token_id", "forced_eos_token_id")
-"""The fields whose processors fail at a token that the model does not know."""
+"""Fields whose processors fail on a token id outside of the vocabulary."""
 
 
 def strategy_of(settings: Settings, config: PretrainedConfig) -> Strategy:
-    """How a model of `config` chooses tokens by `settings`. Raises Refusal, as `merged`, and for unknown tokens."""
+    """How a model of `config` chooses tokens under `settings`. Raises Refusal, as `merged` does, and for unknown
+    tokens.
+    """
     place = settings.model.path
     origin = ("model", settings.model.name) if place is None else ("model.path", place)
     strategy = merged(settings.generation, fields_of(settings.model, config), origin, settings.seed)
@@ -29,23 +31,23 @@ def strategy_of(settings: Settings, config: PretrainedConfig) -> Strategy:
 
 
 def _check(strategy: Strategy, config: PretrainedConfig) -> None:
-    """Refuse what holds and cannot, for a model of `config`."""
-    fields, known = strategy.processed, config.get_text_config(decoder=True).vocab_size
+    """Raise Refusal for fields that a model of `config` cannot use."""
+    fields, vocabulary = strategy.processed, config.get_text_config(decoder=True).vocab_size
     blank = GenerationConfig()
     for name, value in fields.items():
         if not hasattr(blank, name):
             raise strategy.refusal(name, "this transformers has no such field")
-        unknown = [token for token in _tokens(value) if token >= known] if name in INDEXING else []
+        unknown = [token for token in _tokens(value) if token >= vocabulary] if name in INDEXING else []
         if unknown:
-            raise strategy.refusal(name, f"it has token {max(unknown)}, and the model knows {known}")
+            raise strategy.refusal(name, f"it has token {max(unknown)}, and the model knows {vocabulary}")
     if "exponential_decay_length_penalty" in fields and not strategy.ends:
-        name, why = "exponential_decay_length_penalty", "it raises an end token, and there is none"
-        raise strategy.refusal(name, why)
+        name, reason = "exponential_decay_length_penalty", "it raises an end token, and there is none"
+        raise strategy.refusal(name, reason)
     try:
         processors(strategy, config, torch.zeros(1, 2, dtype=torch.int64), 2)
     except ValueError as error:
-        told = next(iter(str(error).strip().splitlines()))
-        raise strategy.refusal(next(iter(fields)), f"transformers refuses it: {told}") from error
+        error_line = next(iter(str(error).strip().splitlines()))
+        raise strategy.refusal(next(iter(fields)), f"transformers refuses it: {error_line}") from error
 
 
 def _tokens(value: Any) -> Iterator[int]:

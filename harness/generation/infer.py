@@ -1,4 +1,4 @@
-"""The inference run: prompts, shared out over ranks, continued in batches, gathered in their order."""
+"""The inference run: distribute prompts over ranks, generate in batches, gather the results in order."""
 
 import json
 import os
@@ -49,36 +49,36 @@ from harness.runtime.world import World
 
 FILE = "generations.jsonl"
 SHOWN = 2
-"""How many of the texts a person sees at the end."""
+"""How many of the texts are printed at the end."""
 
 Say = Callable[[str], None]
 T = TypeVar("T")
 
 
 def run(settings: Settings, world: World, ledger: Ledger, out: Output) -> None:
-    """Continue every prompt into `generations.jsonl` in the run's directory. Raises Refusal."""
-    began = time.perf_counter()
+    """Generate for every prompt and write `generations.jsonl` in the run's directory. Raises Refusal."""
+    start = time.perf_counter()
     config = loader.model_config(settings.model)
     tokenizer = tokenizer_of(settings.model, settings.data.tokenizer)
     strategy = strategy_of(settings, config)
     prompts = find(settings, tokenizer, strategy.most, world.rehearsed)
     check(prompts, config)
-    asked = settings.generation
-    check_device(asked, world.kind)
-    if asked.cache == "quantized" and not world.rehearsed:
-        with ledger.opaque("check", NOTHING):  # it is no part of the run
-            check_bits(asked.cache_bits, world.device)
+    generation = settings.generation
+    check_device(generation, world.kind)
+    if generation.cache == "quantized" and not world.rehearsed:
+        with ledger.opaque("check", NOTHING):  # not part of the run's work
+            check_bits(generation.cache_bits, world.device)
     dtype = getattr(torch, settings.dtype)
     quantization = method.take(config, settings, world.kind)
     if quantization is not None:
         dtype = quantization.dtype(dtype, world.kind)
-    if asked.batching == "continuous":
-        room(asked, config, dtype, prompts)  # refused before the model is made
+    if generation.batching == "continuous":
+        room(generation, config, dtype, prompts)  # raises Refusal before the model is built
     with ledger.phase("setup"):
-        built, sizes = _built(settings, config, dtype, world, ledger, quantization)
-    if asked.batching == "static":
+        model, sizes = _model_of_rank(settings, config, dtype, world, ledger, quantization)
+    if generation.batching == "static":
         check_columns(
-            built.model if isinstance(built, Stage) else built, prompts, asked.batch, world.replicas
+            model.model if isinstance(model, Stage) else model, prompts, generation.batch, world.replicas
         )
     out.done["model"] = {
         "name": settings.model.name,
@@ -88,13 +88,13 @@ def run(settings: Settings, world: World, ledger: Ledger, out: Output) -> None:
     if world.stages * world.tensor > 1:
         ways = [f"{world.stages} stages"] * (world.stages > 1)
         ways += [f"layers shared by {world.tensor}"] * (world.tensor > 1)
-        told = f"{sizes['parameters']:,} parameters in {', '.join(ways)}, {world.size} ranks"
-        out.say(f"{settings.model.name}: {told}")
+        layout = f"{sizes['parameters']:,} parameters in {', '.join(ways)}, {world.size} ranks"
+        out.say(f"{settings.model.name}: {layout}")
     if description := strategy.description():
         out.say(f"{settings.model.name}: {description}")
-    startup = time.perf_counter() - began
-    share = share_of(settings, world, ledger, built, prompts, strategy, out.flush, out.say)
-    ledger.enough()  # on every rank, however many batches each had: an exact one takes part in what follows
+    startup = time.perf_counter() - start
+    share = share_of(settings, world, ledger, model, prompts, strategy, out.flush, out.say)
+    ledger.enough()  # on every rank, whatever its number of batches: an exact ledger would also record what follows
     by_rank = world.gather(share)
     shares = of_replicas(by_rank, world.replicas, world.tensor)
     out.done["inference"] = {
@@ -124,7 +124,7 @@ def run(settings: Settings, world: World, ledger: Ledger, out: Output) -> None:
     _tell(out.say, prompts, texts, out.done)
 
 
-def _built(
+def _model_of_rank(
     settings: Settings,
     config: PretrainedConfig,
     dtype: torch.dtype,
@@ -132,15 +132,18 @@ def _built(
     ledger: Ledger,
     quantization: Quantization | None,
 ) -> tuple[PreTrainedModel | Stage, dict[str, Any]]:
-    """The model, or this rank's stage of it, and the sizes of the whole."""
-    asked, how = (settings.model, config, dtype, world.device, settings.seed), (world.rehearsed, world.mesh)
+    """The model, or this rank's stage of it, and the sizes of the whole model."""
+    spec, options = (
+        (settings.model, config, dtype, world.device, settings.seed),
+        (world.rehearsed, world.mesh),
+    )
     if world.stages == 1:
-        built = loader.build(*asked, *how, quantization)
-        ledger.own(model=built.eval().requires_grad_(False))
+        model = loader.build(*spec, *options, quantization)
+        ledger.own(model=model.eval().requires_grad_(False))
         if quantization is not None and not world.rehearsed:
-            quantization = quantization.as_read(built)
-        return built, loader.sizes(built, quantization)
-    part = stage.build(*asked, ranges(split_of(settings, config))[world.stage], *how, quantization)
+            quantization = quantization.as_read(model)
+        return model, loader.sizes(model, quantization)
+    part = stage.build(*spec, ranges(split_of(settings, config))[world.stage], *options, quantization)
     part.eval().requires_grad_(False)
     ledger.own(model=part.model)
     whole = init_weights.outline(config, dtype, settings.model.attention)
@@ -151,62 +154,66 @@ def share_of(
     settings: Settings,
     world: World,
     ledger: Ledger,
-    built: PreTrainedModel | Stage,
+    model: PreTrainedModel | Stage,
     prompts: Sequence[Prompt],
     strategy: Strategy,
     flush: Callable[[], None],
     say: Say = lambda line: None,
 ) -> Share:
-    """This replica's prompts, every `world.replicas`-th of them, in batches."""
-    asked = settings.generation
-    mine = {number: prompts[number] for number in of_replica(len(prompts), world.replica, world.replicas)}
+    """Generate for this replica's prompts: every `world.replicas`-th one."""
+    generation = settings.generation
+    own_prompts = {
+        number: prompts[number] for number in of_replica(len(prompts), world.replica, world.replicas)
+    }
     quiet = world.rehearsed or not world.leads
-    if asked.batching == "continuous" and isinstance(built, PreTrainedModel):
-        with Pace(len(mine), "prompt", say, quiet) as pace:
+    if generation.batching == "continuous" and isinstance(model, PreTrainedModel):
+        with Pace(len(own_prompts), "prompt", say, quiet) as pace:
 
             def tell(ended: int) -> None:
                 pace.advance(ended)
                 flush()
 
-            return continuous_batching.share_of(asked, built, mine, strategy, ledger, world.rehearsed, tell)
-    with Pace(sum(prompt.most for prompt in mine.values()), "token", say, quiet) as pace:
-        return _in_batches(settings, world, ledger, built, mine, strategy, pace, flush)
+            return continuous_batching.share_of(
+                generation, model, own_prompts, strategy, ledger, world.rehearsed, tell
+            )
+    with Pace(sum(prompt.most for prompt in own_prompts.values()), "token", say, quiet) as pace:
+        return _in_batches(settings, world, ledger, model, own_prompts, strategy, pace, flush)
 
 
 def _in_batches(
     settings: Settings,
     world: World,
     ledger: Ledger,
-    built: PreTrainedModel | Stage,
+    model: PreTrainedModel | Stage,
     prompts: Mapping[int, Prompt],
     strategy: Strategy,
     pace: Pace,
     flush: Callable[[], None],
 ) -> Share:
-    """These prompts, by their numbers, in batches that begin and end together."""
-    asked, share, done = settings.generation, Share(), 0
-    relay = Relay(built, world, ledger) if isinstance(built, Stage) else None
-    together = [_requests(prompts, numbers) for numbers in batches(list(prompts), asked.batch)]
-    cache: str | Compiled = asked.cache
-    if asked.compile and isinstance(built, PreTrainedModel) and together:
-        longest = max(requests.shown for requests in together)
-        cache = Compiled(built, longest, ledger, world.rehearsed)
-    for step, requests in enumerate(together):
+    """Generate for these prompts in batches; all requests of a batch begin and end together."""
+    generation, share, done = settings.generation, Share(), 0
+    relay = Relay(model, world, ledger) if isinstance(model, Stage) else None
+    request_batches = [_requests(prompts, numbers) for numbers in batches(list(prompts), generation.batch)]
+    cache: str | Compiled = generation.cache
+    if generation.compile and isinstance(model, PreTrainedModel) and request_batches:
+        longest = max(requests.shown for requests in request_batches)
+        cache = Compiled(model, longest, ledger, world.rehearsed)
+    for step, requests in enumerate(request_batches):
         if world.rehearsed and step == settings.ledger.steps:
-            ledger.enough()  # as at the next prefill
+            ledger.enough()  # the next prefill would do the same
             break
         groups = [requests]
-        how: Any = {"cache": cache, "bits": asked.cache_bits, "step": step, "tell": pace.advance}
-        how["ends_only"] = world.rehearsed
+        options: Any = {"cache": cache, "bits": generation.cache_bits, "step": step, "tell": pace.advance}
+        options["ends_only"] = world.rehearsed
         if relay is not None:
             parts = cut(requests.numbers, settings.pipeline.groups or world.stages)
             groups = [_requests(prompts, numbers) for numbers in parts]
-            made = relay.generate(groups, strategy, **how)
+            output = relay.generate(groups, strategy, **options)
         else:
-            made = generate(built, requests, strategy, ledger=ledger, **how)
-        share.tokens.update(zip(requests.numbers, made.tokens, strict=True))
-        share.timings.append(timing(groups, made))
-        share.kv += [] if made.kv is None else [made.kv]
+            output = generate(model, requests, strategy, ledger=ledger, **options)
+        share.tokens.update(zip(requests.numbers, output.tokens, strict=True))
+        share.timings.append(timing(groups, output))
+        share.kv += [] if output.kv is None else [output.kv]
         done += sum(requests.most)
         pace.up_to(done)
         flush()
@@ -214,26 +221,32 @@ def _in_batches(
 
 
 def of_replica(prompts: int, replica: int, replicas: int) -> range:
-    """The numbers of a replica's prompts among so many."""
+    """The numbers of one replica's prompts, out of so many `prompts`."""
     return range(replica, prompts, replicas)
 
 
-def check_columns(built: PreTrainedModel, prompts: Sequence[Prompt], batch: int, replicas: int = 1) -> None:
-    """Refuse a batch with more columns, padding among them, than `built` has places for in its attention's own table.
+def check_columns(model: PreTrainedModel, prompts: Sequence[Prompt], batch: int, replicas: int = 1) -> None:
+    """Refuse a batch whose columns, with padding, exceed the positions of the model's own attention table.
 
-    Where the longest prompt has not the most after it, no request alone has so many. Every rank refuses the same.
+    A single request may fit where the padded batch does not. Every rank refuses the same.
     """
     tables = [
-        each.shape[-1] for each in built.buffers() if each.dim() == 4 and each.shape[-2] == each.shape[-1]
+        buffer.shape[-1]
+        for buffer in model.buffers()
+        if buffer.dim() == 4 and buffer.shape[-2] == buffer.shape[-1]
     ]
-    if built.config.model_type == "mpt":
-        tables.append(built.config.max_seq_len)  # biases by distance, made at every forward
+    if model.config.model_type == "mpt":
+        tables.append(model.config.max_seq_len)  # biases by distance, built in every forward
     numbers = [of_replica(len(prompts), replica, replicas) for replica in range(replicas)]
-    together = [each for mine in numbers for each in batches(mine, batch)]
-    columns = max(_requests(dict(enumerate(prompts)), each).shown for each in together)
+    every_batch = [
+        row_numbers for replica_numbers in numbers for row_numbers in batches(replica_numbers, batch)
+    ]
+    columns = max(_requests(dict(enumerate(prompts)), row_numbers).shown for row_numbers in every_batch)
     if tables and columns > min(tables):
-        told = f"padded, a batch comes to {columns} columns, and the model's attention has {min(tables)}"
-        raise Refusal("generation.batch", batch, f"{told}; use 1, or prompts of more like lengths together")
+        problem = f"padded, a batch comes to {columns} columns, and the model's attention has {min(tables)}"
+        raise Refusal(
+            "generation.batch", batch, f"{problem}; use 1, or prompts of more like lengths together"
+        )
 
 
 def _requests(prompts: Mapping[int, Prompt], numbers: Sequence[int]) -> Requests:
@@ -241,34 +254,34 @@ def _requests(prompts: Mapping[int, Prompt], numbers: Sequence[int]) -> Requests
     return Requests([prompt.tokens for prompt in chosen], [prompt.most for prompt in chosen], numbers)
 
 
-def timing(groups: Sequence[Requests], made: Generated) -> Timing:
-    """What became of the prompts in `groups` in time."""
-    given = [len(prompt) for group in groups for prompt in group.prompts]
-    padding = sum(len(group.prompts) * group.width for group in groups) - sum(given)
+def timing(groups: Sequence[Requests], output: Generated) -> Timing:
+    """The figures of the batch that these `groups` formed."""
+    prompt_lengths = [len(prompt) for group in groups for prompt in group.prompts]
+    padding = sum(len(group.prompts) * group.width for group in groups) - sum(prompt_lengths)
     return Timing(
-        len(given),
-        sum(given),
-        sum(map(len, made.tokens)),
-        made.prefill_seconds,
-        made.decode_seconds,
-        made.waited_seconds,
-        made.compile_seconds,
-        made.began,
-        made.moments,
-        made.computed,
+        len(prompt_lengths),
+        sum(prompt_lengths),
+        sum(map(len, output.tokens)),
+        output.prefill_seconds,
+        output.decode_seconds,
+        output.waited_seconds,
+        output.compile_seconds,
+        output.began,
+        output.moments,
+        output.computed,
         padding,
     )
 
 
 def cut(numbers: Sequence[int], groups: int) -> list[Sequence[int]]:
-    """`numbers` in so many runs as even as can be, or fewer where they are fewer; none is empty."""
+    """Split `numbers` into so many groups of nearly equal size, or into fewer where there are fewer; none is empty."""
     groups = min(groups, len(numbers))
     ends = [len(numbers) * group // groups for group in range(groups + 1)]
     return [numbers[begin:end] for begin, end in pairwise(ends)]
 
 
 def batches(numbers: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    """`numbers` in runs of `size`; the last may be shorter."""
+    """Split `numbers` into batches of `size`; the last may be smaller."""
     for begin in range(0, len(numbers), size):
         yield numbers[begin : begin + size]
 
@@ -276,7 +289,7 @@ def batches(numbers: Sequence[T], size: int) -> Iterator[Sequence[T]]:
 def write(
     file: Path, prompts: Sequence[Prompt], tokens: Sequence[Sequence[int]], texts: Sequence[str]
 ) -> None:
-    """A JSON line for each prompt, in their order; the whole file or none of it."""
+    """Write a JSON line for each prompt, in order. The file appears complete or not at all."""
     partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
     with partial.open("w", encoding="ascii") as stream:
         for prompt, new, text in zip(prompts, tokens, texts, strict=True):
@@ -293,17 +306,21 @@ def write(
 
 
 def _tell(say: Say, prompts: Sequence[Prompt], texts: Sequence[str], done: dict[str, Any]) -> None:
-    speed, inference = done["performance"], done["inference"]
-    first, token = speed["time_to_first_token_seconds"], inference["kv_bytes_per_token"]
+    measured, inference = done["performance"], done["inference"]
+    first, bytes_per_token = measured["time_to_first_token_seconds"], inference["kv_bytes_per_token"]
     figures = [
         f"{len(prompts)} prompt{'s' * (len(prompts) > 1)}",
         f"{inference['new_tokens']:,} new tokens",
-        f"{speed['tokens_per_second'] or 0:,.0f} tokens/s",
+        f"{measured['tokens_per_second'] or 0:,.0f} tokens/s",
         *([] if first is None else [f"first token after {first * 1000:.1f} ms"]),
-        *([] if token is None else [f"KV {token / 1024:g} KiB a token ({inference['cache']} cache)"]),
+        *(
+            []
+            if bytes_per_token is None
+            else [f"KV {bytes_per_token / 1024:g} KiB a token ({inference['cache']} cache)"]
+        ),
     ]
     say(", ".join(figures))
-    if stages := speed.get("stages"):
+    if stages := measured.get("stages"):
         say(", ".join(f"stage {each['stage']} idle {each['idle']:.0%}" for each in stages))
     for prompt, text in list(zip(prompts, texts, strict=True))[:SHOWN]:
         say(f"  prompt  {shown(prompt.text)}")
@@ -311,6 +328,6 @@ def _tell(say: Say, prompts: Sequence[Prompt], texts: Sequence[str], done: dict[
 
 
 def shown(text: str, width: int = 100) -> str:
-    """`text` on one line, quoted, its control characters escaped, cut after `width` characters."""
+    """`text` on one line in quotes, with control characters escaped, cut after `width` characters."""
     line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return f"'{line}'" if len(line) <= width else f"'{line[:width]}'..."

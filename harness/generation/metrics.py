@@ -1,4 +1,4 @@
-"""How fast an inference run was: tokens a second, how long a request waits for tokens, how long a stage for others."""
+"""Speed of an inference run: tokens per second, latency of requests, and idle time of pipeline stages."""
 
 import statistics
 from collections.abc import Iterable, Sequence
@@ -15,7 +15,9 @@ PERCENTILES = (50, 95, 99)
 
 
 class Timing(NamedTuple):
-    """Requests that were generated together, in seconds; `waited_seconds` of them for other stages."""
+    """Times of requests that were generated together, in seconds. `waited_seconds` is the part spent waiting for other
+    stages.
+    """
 
     sequences: int
     prompt_tokens: int
@@ -23,24 +25,24 @@ class Timing(NamedTuple):
     prefill_seconds: float
     decode_seconds: float
     waited_seconds: float = 0.0
-    compile_seconds: float = 0.0  # before the first of them, and in none of the others
-    began: float = 0.0  # a moment, as are all in `moments`
-    moments: Sequence[Sequence[float]] = ()  # by request, those at which its tokens came
-    computed: int = 0  # new tokens that the model computed, asked for or not
-    padding: int = 0  # places in the prompts' columns that hold no token
+    compile_seconds: float = 0.0  # before the requests start; no other field includes it
+    began: float = 0.0  # a timestamp, as are all in `moments`
+    moments: Sequence[Sequence[float]] = ()  # for each request, when each of its tokens was ready
+    computed: int = 0  # new tokens that the model computed, with those after an end
+    padding: int = 0  # padding tokens in the prompts' columns
     first_seconds: Sequence[
         float
-    ] = ()  # by request, from its first forward to its first token, where they differ
+    ] = ()  # for each request, from its first forward to its first token; empty: all as `prefill_seconds`
 
     @property
     def seconds(self) -> float:
-        """From its first prompt to its last token."""
+        """From the first prompt to the last token."""
         return self.prefill_seconds + self.decode_seconds
 
 
 @dataclass
 class Share:
-    """What one rank did: new tokens by the prompt's number, and figures by batch."""
+    """The results of one rank: new tokens by prompt number, and figures by batch."""
 
     tokens: dict[int, list[int]] = field(default_factory=dict)
     timings: list[Timing] = field(default_factory=list)
@@ -49,11 +51,12 @@ class Share:
 
 
 def of_replicas(shares: Sequence[Share], replicas: int, tensor: int = 1) -> list[Share]:
-    """The ranks' shares as one a replica: the last stage knows tokens and times, and a cache is all ranks' together.
+    """Merge the ranks' shares into one for each replica. Tokens and times are the last stage's; cache sizes are summed
+    over ranks.
 
-    `tensor` ranks share each layer, and have the same tokens. A rehearsal has one rank's alone.
+    `tensor` (tp_size) ranks share each layer and have the same tokens. In a rehearsal only one rank has a share.
     """
-    of_each = [
+    by_replica = [
         [share for rank, share in enumerate(shares) if rank // tensor % replicas == replica]
         for replica in range(replicas)
     ]
@@ -61,18 +64,18 @@ def of_replicas(shares: Sequence[Share], replicas: int, tensor: int = 1) -> list
         Share(
             ranks[-1].tokens,
             ranks[-1].timings,
-            [of_stages(each) for each in zip(*(share.kv for share in ranks), strict=True)],
+            [of_stages(sizes) for sizes in zip(*(share.kv for share in ranks), strict=True)],
             ranks[-1].paged,
         )
-        for ranks in of_each
+        for ranks in by_replica
         if ranks
     ]
 
 
 def performance(shares: Sequence[Share], exact: int) -> dict[str, Any]:
-    """Seconds, and tokens a second over all replicas, of which `shares` are.
+    """Seconds, and tokens per second over all replicas; `shares` has one share for each replica.
 
-    An exact ledger slows a rank's first `exact` batches; they count only where it has no others.
+    An exact ledger slows the first `exact` batches of a rank. They count only where the rank has no others.
     """
     working = [share for share in shares if share.timings]
     timed = [timing for share in working for timing in _timed(share, exact)]
@@ -96,9 +99,10 @@ def performance(shares: Sequence[Share], exact: int) -> dict[str, Any]:
 
 
 def latency(shares: Iterable[Sequence[Timing]]) -> dict[str, dict[str, float] | None]:
-    """Percentiles over requests that all wait from the start: seconds to the first token, and from one to the next.
+    """Percentiles of the time to the first token and of the time between tokens, for requests that all arrive at the
+    start.
 
-    `shares` are the timings of each replica. None where there is nothing of the kind.
+    `shares` has the timings of each replica. None where there are no such times.
     """
     first, between = [], []
     for timings in shares:
@@ -112,12 +116,12 @@ def latency(shares: Iterable[Sequence[Timing]]) -> dict[str, dict[str, float] | 
 def _percentiles(seconds: Sequence[float]) -> dict[str, float] | None:
     if not seconds:
         return None
-    found = np.percentile(seconds, PERCENTILES)
-    return {f"p{each}": float(value) for each, value in zip(PERCENTILES, found, strict=True)}
+    percentiles = np.percentile(seconds, PERCENTILES)
+    return {f"p{each}": float(value) for each, value in zip(PERCENTILES, percentiles, strict=True)}
 
 
 def unasked(shares: Sequence[Share]) -> dict[str, int]:
-    """Tokens that were computed and that nobody asked for: after a request's own end, and padding of its prompt."""
+    """Tokens that were computed without need: those after a request's own end, and padding of prompts."""
     timings = [timing for share in shares for timing in share.timings]
     return {
         "unasked_tokens": sum(timing.computed - timing.new_tokens for timing in timings),
@@ -126,11 +130,11 @@ def unasked(shares: Sequence[Share]) -> dict[str, int]:
 
 
 def idleness(shares: Sequence[Share], stages: int, exact: int) -> list[dict[str, Any]]:
-    """Of every stage, a replica's seconds at work, and the part of all its seconds that it waited for other stages.
+    """For each stage: seconds at work in one replica, and the fraction of its time that it waits for other stages.
 
     `shares` are the ranks'. Batches count as in `performance`.
     """
-    found = []
+    stage_figures = []
     replicas = len(shares) // stages
     for number in range(stages):
         of_stage = shares[number * replicas : (number + 1) * replicas]
@@ -138,42 +142,45 @@ def idleness(shares: Sequence[Share], stages: int, exact: int) -> list[dict[str,
         seconds = sum(timing.seconds for timings in timed for timing in timings)
         waited = sum(timing.waited_seconds for timings in timed for timing in timings)
         busy = (seconds - waited) / len(timed)
-        found.append({"stage": number, "busy_seconds": busy, "idle": waited / seconds})
-    return found
+        stage_figures.append({"stage": number, "busy_seconds": busy, "idle": waited / seconds})
+    return stage_figures
 
 
 def largest(shares: Sequence[Share]) -> dict[str, int | None]:
-    """What the largest cache of a replica held when its batch ended, in bytes, and for how many positions; None where
-    nothing was cached."""
-    held = max((kv for share in shares for kv in share.kv), key=lambda kv: kv.reserved, default=None)
+    """The size in bytes of a replica's largest cache at the end of its batch, and its positions; None where nothing was
+    cached.
+    """
+    kv_bytes = max((kv for share in shares for kv in share.kv), key=lambda kv: kv.reserved, default=None)
     parts = ("reserved", "filled", "live", "positions", "pinned", "state", "host")
     return {
-        "kv_bytes_per_token_measured": None if held is None else held.per_token,
-        **{f"kv_{part}": None if held is None else getattr(held, part) for part in parts},
+        "kv_bytes_per_token_measured": None if kv_bytes is None else kv_bytes.per_token,
+        **{f"kv_{part}": None if kv_bytes is None else getattr(kv_bytes, part) for part in parts},
     }
 
 
 def pages(shares: Sequence[Share]) -> dict[str, int]:
-    """Of the replica with the most pages: how many, and how many of them were in use at once; nothing without pages."""
-    held = max(
+    """For the replica with the most pages: their number, and the most in use at one time. Empty without
+    a paged cache.
+    """
+    most = max(
         (paged for share in shares for paged in share.paged), key=lambda each: each.pages, default=None
     )
-    return {} if held is None else {"pages": held.pages, "pages_used": held.pages_used}
+    return {} if most is None else {"pages": most.pages, "pages_used": most.pages_used}
 
 
 def scheduled(shares: Sequence[Share]) -> dict[str, Any]:
-    """Of all replicas: forwards, the tokens in one on average, and how often a request gave up its pages for others."""
-    found = [paged for share in shares for paged in share.paged]
-    forwards = sum(paged.forwards for paged in found)
+    """Over all replicas: forwards, mean tokens in a forward, and how often a request was evicted."""
+    counts = [paged for share in shares for paged in share.paged]
+    forwards = sum(paged.forwards for paged in counts)
     if not forwards:
         return {}
     return {
         "forwards": forwards,
-        "tokens_per_forward": sum(paged.tokens for paged in found) / forwards,
-        "evicted": sum(paged.evicted for paged in found),
+        "tokens_per_forward": sum(paged.tokens for paged in counts) / forwards,
+        "evicted": sum(paged.evicted for paged in counts),
     }
 
 
 def _timed(share: Share, exact: int) -> list[Timing]:
-    """Its batches; those that an exact ledger slowed, the first `exact`, only where there are no others."""
+    """Its batches. The first `exact`, which an exact ledger slows, count only where there are no others."""
     return share.timings[exact:] or share.timings

@@ -1,6 +1,6 @@
-"""The next token of each request of a continuous batch: chosen as alone, whoever is beside it.
+"""Choose the next token of each request in a continuous batch, independent of the other requests.
 
-transformers' own continuous batching drops most processors, and draws for all requests at once.
+transformers' continuous batching drops most logits processors, and samples for all requests at once.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ from harness.ledger import Ledger
 
 
 class Choosers:
-    """What chooses each request's tokens, in the place of transformers' likeliest of all."""
+    """One token chooser for each request; it replaces the argmax in transformers' model runner."""
 
     def __init__(
         self, strategy: Strategy, requests: Requests, model: PreTrainedModel, processor: Any, ledger: Ledger
@@ -33,42 +33,52 @@ class Choosers:
             runner._sample = self._sample
 
     def leave(self, state: Any) -> None:
-        """A request has ended."""
+        """Drop the chooser of a request that has ended."""
         self._each.pop(int(state.request_id), None)
 
     def bends(self, state: Any) -> tuple[bool, bool]:
-        """Whether a request's next token is the first that some processor does another thing to, or the last before."""
+        """Whether a request's next token is the first on which some processor acts differently, and whether it is the
+        last before such a token.
+        """
         if not self.strategy.processed:
             return False, False
-        found, number = bends(self.strategy, self._alone(int(state.request_id))), self._number(state)
-        return number in found, number + 1 in found
+        numbers, number = bends(self.strategy, self._single(int(state.request_id))), self._number(state)
+        return number in numbers, number + 1 in numbers
 
     def _sample(self, scores: torch.Tensor, output_ids: torch.Tensor) -> None:
-        """Choose for each request of a forward whose prompt is through, from `scores` [1, R, V] into `output_ids`."""
-        through = [each.state for each in self._batch.requests_in_batch if each.has_new_token]
-        for place, state in enumerate(through):
-            tokens, choose = self._of(int(state.request_id))
+        """Choose a token for each request of a forward that completed its prompt, from `scores` [1, R, V] into
+        `output_ids`.
+        """
+        states = [each.state for each in self._batch.requests_in_batch if each.has_new_token]
+        for row, state in enumerate(states):
+            tokens, choose = self._chooser_of(int(state.request_id))
             number = self._number(state)
-            token = choose(scores[0, place : place + 1], number)
+            token = choose(scores[0, row : row + 1], number)
             tokens[:, number - self.requests.most[int(state.request_id)]] = token
-            output_ids[0, place : place + 1] = token
+            output_ids[0, row : row + 1] = token
 
-    def _of(self, place: int) -> tuple[torch.Tensor, Choose]:
-        if place not in self._each:
-            alone = self._alone(place)
-            row = [*alone.prompts[0], *([PADDING] * alone.room)]
+    def _chooser_of(self, request_number: int) -> tuple[torch.Tensor, Choose]:
+        if request_number not in self._each:
+            request = self._single(request_number)
+            row = [*request.prompts[0], *([PADDING] * request.room)]
             tokens = torch.tensor([row], device=self.model.device)
             self.ledger.claim("inputs", "tokens", tokens)
-            choose = chooser(self.strategy, alone, tokens, self.model.config, self.ledger)
-            self._each[place] = tokens, choose
-        return self._each[place]
+            choose = chooser(self.strategy, request, tokens, self.model.config, self.ledger)
+            self._each[request_number] = tokens, choose
+        return self._each[request_number]
 
-    def _alone(self, place: int) -> Requests:
-        """A request as a batch."""
-        every = self.requests
-        return Requests([every.prompts[place]], [every.most[place]], every.numbers[place : place + 1])
+    def _single(self, request_number: int) -> Requests:
+        """One request as a batch."""
+        requests = self.requests
+        return Requests(
+            [requests.prompts[request_number]],
+            [requests.most[request_number]],
+            requests.numbers[request_number : request_number + 1],
+        )
 
     def _number(self, state: Any) -> int:
-        """Of a request's next token; one that gave up its pages has those before among its prompt's."""
-        had = len(state.initial_tokens) + len(state.generated_tokens)
-        return had - len(self.requests.prompts[int(state.request_id)])
+        """The number of a request's next token. An evicted request has its earlier new tokens at the end
+        of its prompt.
+        """
+        tokens = len(state.initial_tokens) + len(state.generated_tokens)
+        return tokens - len(self.requests.prompts[int(state.request_id)])

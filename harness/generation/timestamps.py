@@ -1,4 +1,4 @@
-"""Moments of a device's work, taken without waiting for it."""
+"""Timestamps of a device's work, taken without waiting for it."""
 
 import time
 from typing import Any
@@ -9,14 +9,14 @@ from harness.ledger.timer import moment, seconds
 
 
 def clock(device: torch.device) -> float:
-    """Seconds, once the device has done what it was given."""
+    """The time in seconds, once the device has finished its queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 class Marks:
-    """Moments at which the device came to where its caller marked; on a GPU, by its own clock."""
+    """Timestamps of when the device reached each mark; on a GPU from CUDA events."""
 
     def __init__(self, device: torch.device) -> None:
         self.gpu = device.type == "cuda"
@@ -25,11 +25,11 @@ class Marks:
         self._marks: list[Any] = []
 
     def mark(self) -> None:
-        """Now, or once the device comes to here."""
+        """Record a timestamp: now on a CPU, on a GPU when the device gets here."""
         self._marks.append(moment(self.gpu))
 
     def moments(self) -> list[float]:
-        """The seconds of each mark on the clock of `clock`; the device must have come to all of them."""
+        """The timestamp of each mark in seconds, on the clock of `clock`. The device must have reached all marks."""
         if self.gpu:
             return [self._began + seconds(True, self._first, mark) for mark in self._marks]
         return self._marks

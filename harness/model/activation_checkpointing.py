@@ -1,4 +1,4 @@
-"""Activation checkpointing: layers that keep little of their forward, and compute the rest again in backward."""
+"""Activation checkpointing: layers save few activations in forward and recompute the rest in backward."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -26,67 +26,72 @@ ATTENTION = (
 KEPT = [
     getattr(torch.ops.aten, name).default for name in (*PRODUCTS, *ATTENTION) if hasattr(torch.ops.aten, name)
 ]
-"""The operators whose results `selective` keeps: matrix products and attention, nearly all of the arithmetic."""
+"""The operators whose results `selective` saves: matrix products and attention, nearly all of the arithmetic."""
 
 
-def apply(model: PreTrainedModel, asked: Checkpointing, first: int = 0) -> None:
-    """Let the layers of `model` that are `asked` for be computed again in backward, while it is in training mode.
+def apply(model: PreTrainedModel, checkpointing: Checkpointing, first: int = 0) -> None:
+    """Let the layers that `checkpointing` selects recompute their activations in backward, while `model` is in training
+    mode.
 
-    Its first layer is number `first` of the whole model. Gradients are those without it, bit for bit: random numbers
-    are drawn again from the state they were drawn from. Raises Refusal where the model's layers cannot.
+    The model's first layer has number `first` in the whole model. Gradients are bit for bit those without
+    checkpointing: the random state is restored before the recomputation. Raises Refusal where the model's layers do not
+    support this.
     """
-    chosen = list(_chosen(model, asked, first))
-    if not chosen:
+    layers = list(_selected_layers(model, checkpointing, first))
+    if not layers:
         return
-    how: dict[str, Any] = {"use_reentrant": False}
-    if asked.mode == "selective":
-        how["context_fn"] = selective
-    # the older of its two names is deprecated, and before transformers 5.23 the only one
+    options: dict[str, Any] = {"use_reentrant": False}
+    if checkpointing.mode == "selective":
+        options["context_fn"] = selective
+    # transformers 5.23 deprecates gradient_checkpointing_enable; before it, that is the only name
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     if model.supports_gradient_checkpointing:
-        enable(how)
+        enable(options)
     for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer) and not any(module is layer for layer in chosen):
+        if isinstance(module, GradientCheckpointingLayer) and not any(module is layer for layer in layers):
             module.gradient_checkpointing = False
-    for layer in chosen:
+    for layer in layers:
         function: Any = getattr(layer, "_gradient_checkpointing_func", None)
-        took = isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing
-        if not took or getattr(function, "keywords", None) != how:
+        enabled = isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing
+        if not enabled or getattr(function, "keywords", None) != options:
             remedy = f"the layers of {model.config.model_type} cannot be recomputed; use checkpointing=none"
-            raise Refusal("checkpointing", asked.mode, remedy)
+            raise Refusal("checkpointing", checkpointing.mode, remedy)
 
 
-def _chosen(model: PreTrainedModel, asked: Checkpointing, first: int) -> Iterator[torch.nn.Module]:
-    if asked.mode == "none":
+def _selected_layers(
+    model: PreTrainedModel, checkpointing: Checkpointing, first: int
+) -> Iterator[torch.nn.Module]:
+    if checkpointing.mode == "none":
         return
     try:
         _, layers = layers_of(model)
     except Uncuttable as error:
-        raise Refusal("checkpointing", asked.mode, f"{error}; use checkpointing=none") from error
+        raise Refusal("checkpointing", checkpointing.mode, f"{error}; use checkpointing=none") from error
     for number, layer in enumerate(layers, first):
-        if number in asked.layers or (not asked.layers and number % asked.every == 0):
+        if number in checkpointing.layers or (not checkpointing.layers and number % checkpointing.every == 0):
             yield layer
 
 
 def selective() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """The contexts of a layer's forward and of its recomputation: torch's own, each under an `Only`."""
-    forward, again = create_selective_checkpoint_contexts(KEPT)
+    forward, recompute = create_selective_checkpoint_contexts(KEPT)
     changed: WeakSet[Any] = WeakSet()
-    return _both(forward, Only(changed)), _both(again, Only(changed, again=True))
+    return _nested(forward, Only(changed)), _nested(recompute, Only(changed, again=True))
 
 
 @contextmanager
-def _both(below: Any, above: Any) -> Iterator[None]:
+def _nested(below: Any, above: Any) -> Iterator[None]:
     with below, above:
         yield
 
 
 class Only(TorchDispatchMode):
-    """Shows the mode below it the operators that are `KEPT`, and no others.
+    """Pass only the operators in `KEPT` to the mode below it.
 
-    torch's own expects all others to be the same both times; those of ZeRO-3, which gathers within a layer, are not.
-    And it keeps a tensor, not its value: a product that is changed in place, as ZeRO-3 adds a bias, is not changed a
-    second time. `changed` are the storages of such, found in forward.
+    torch's selective checkpointing expects the same operators in both forwards. The operators of ZeRO-3 differ, as it
+    gathers parameters within a layer. torch also saves a tensor, not its value: a product that is changed in place
+    (ZeRO-3 adds a bias so) must not be changed again in the recomputation. `changed` has the storages of such products,
+    collected in the first forward.
     """
 
     def __init__(self, changed: WeakSet[Any], again: bool = False) -> None:
@@ -114,18 +119,20 @@ class Only(TorchDispatchMode):
         return out
 
     def _note(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-        """What `func` read or changed of what is kept. Raises RuntimeError where it changed what was read before."""
-        taken = {storage for storage in _storages((args, kwargs)) if storage in self._kept}
-        if not taken:
+        """Record which saved products `func` reads and which it changes. Raises RuntimeError where it changes one that
+        was read before.
+        """
+        used = {storage for storage in _storages((args, kwargs)) if storage in self._kept}
+        if not used:
             return
-        changed = taken & _storages(args[:1]) if func._schema.is_mutable else set()
+        changed = used & _storages(args[:1]) if func._schema.is_mutable else set()
         if self._read & changed:
             raise RuntimeError(
                 f"checkpointing=selective keeps a matrix product that {func} changes in place after it was used; "
                 "use checkpointing=full"
             )
         self.changed.update(changed)
-        self._read.update(taken - changed - _storages((out,)))
+        self._read.update(used - changed - _storages((out,)))
 
 
 def _storages(tree: Any) -> set[Any]:

@@ -1,4 +1,4 @@
-"""The generation config that a checkpoint brings, read as it is in its files."""
+"""The checkpoint's generation config, read unchanged from its files."""
 
 from typing import Any
 
@@ -11,9 +11,9 @@ from harness.model import loader
 
 
 def fields_of(settings: Model, config: PretrainedConfig) -> dict[str, Any]:
-    """The fields of the generation config that the checkpoint brings; a model without one has those of its `config`."""
+    """The fields of the checkpoint's generation config; without a checkpoint, those in the model's `config`."""
     if settings.path is not None:
         with loader.loading(settings.path):
             return generation_fields(str(loader.directory_of(settings.path)), KNOWN)
-    given = GenerationConfig.from_model_config(config).to_dict()
-    return {name: given[name] for name in (*HONOURED, *REFUSED) if given.get(name) is not None}
+    defaults = GenerationConfig.from_model_config(config).to_dict()
+    return {name: defaults[name] for name in (*HONOURED, *REFUSED) if defaults.get(name) is not None}

@@ -1,7 +1,7 @@
-"""Parameters for a model that was made without any: random ones that a seed and their names decide, or a checkpoint's.
+"""Fill a model on `meta` with weights: random ones determined by a seed and parameter names, or those of a checkpoint.
 
-A model on `meta` takes no memory. Only what is asked for is made, module by module, each from a seed of its own:
-so the weights of a part are those of the whole, whoever has the part.
+A model on `meta` takes no memory. Only the requested part is allocated, module by module, each module with its own
+seed. So a part has the same weights as the whole model, whichever rank has it.
 """
 
 import hashlib
@@ -22,31 +22,31 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from harness.model import shape
 
 Stored = Mapping[str, Tensor]
-"""Parameters, and buffers that a checkpoint has, by the first name that they have in the whole model."""
+"""Parameters, and the buffers that a checkpoint has, by the first name that each has in the whole model."""
 
 Home = dict[str, Any]
-"""A module's own parameters, or its buffers."""
+"""A module's own dict of parameters or of buffers."""
 
 
 def outline(config: PretrainedConfig, dtype: torch.dtype, attention: str | None = None) -> PreTrainedModel:
-    """The whole model of `config` on `meta`: shapes, and no memory. Raises Refusal where it cannot be built."""
+    """The whole model of `config` on `meta`: shapes without memory. Raises Refusal where it cannot be built."""
     with torch.device("meta"), shape.building(config):
-        made: PreTrainedModel = AutoModelForCausalLM.from_config(
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=attention
         )
-        shape.check_whole(made, config)
-    return made
+        shape.check_whole(model, config)
+    return model
 
 
 def modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Every module of `model` with its name, those within it before it: the order in which weights are initialised."""
+    """Every module of `model` with its name, children before parents: the order in which weights are initialised."""
     for name, child in model.named_children():
         yield from modules(child, f"{prefix}{name}.")
     yield prefix.removesuffix("."), model
 
 
 def lasting(model: nn.Module) -> dict[str, Tensor]:
-    """The buffers that a checkpoint has, by name."""
+    """The persistent buffers by name: those that a checkpoint has."""
     return {
         f"{name}.{key}".removeprefix("."): buffer
         for name, module in model.named_modules()
@@ -58,57 +58,59 @@ def lasting(model: nn.Module) -> dict[str, Tensor]:
 def make(
     model: PreTrainedModel,
     tree: list[tuple[str, nn.Module]],
-    kept: nn.Module,
+    part: nn.Module,
     device: torch.device,
     seed: int,
 ) -> set[str]:
-    """Give the parameters and buffers of `kept`, a part of `model`, memory on `device` and random values.
+    """Allocate the parameters and buffers of `part`, a part of `model`, on `device` and give them random values.
 
-    `tree` is `modules(model)`, of the whole. A parameter that has two names there is initialised as the first says.
-    Of one that is a DTensor this rank's part is kept, once the whole was made.
-    Returns the names of those that transformers gives no value: what is in them is what was in the memory.
+    `tree` is `modules(model)` of the whole model. A parameter with two names is initialised under the first. Of a
+    DTensor the whole tensor is initialised first, and then only this rank's part is kept. Returns the names of tensors
+    that transformers does not initialise: they have uninitialised memory.
     """
-    held = {id(tensor) for tensor in (*kept.parameters(), *kept.buffers())}
+    wanted = {id(tensor) for tensor in (*part.parameters(), *part.buffers())}
     by_name = dict(tree)
     replaced: dict[int, Tensor] = {}
-    outlines = []  # kept alive, so that no other tensor takes the place in memory that names one
-    made: dict[str, tuple[Home, Tensor]] = {}
-    uncut: dict[int, DTensor] = {}  # of a whole tensor the outline that says how ranks share it
+    meta_tensors = []  # kept alive, so that no new tensor reuses an id()
+    allocated: dict[str, tuple[Home, Tensor]] = {}
+    # from id() of a whole tensor to the DTensor that says how ranks share it
+    whole_dtensors: dict[int, DTensor] = {}
     for name, module in tree:
         own: tuple[Home, ...] = (module._parameters, module._buffers)
-        for home, key in [(each, key) for each in own for key in each]:
-            outlined = home[key]
-            if outlined is None or id(outlined) not in held:
+        for home, key in [(item, key) for item in own for key in item]:
+            meta_tensor = home[key]
+            if meta_tensor is None or id(meta_tensor) not in wanted:
                 continue
-            if id(outlined) in replaced:
-                _drawn(replaced[id(outlined)])
+            if id(meta_tensor) in replaced:
+                _mark_initialised(replaced[id(meta_tensor)])
             else:
-                outlines.append(outlined)
-                replaced[id(outlined)] = _empty(outlined)
-                if isinstance(outlined, DTensor):
-                    uncut[id(replaced[id(outlined)])] = outlined
-            home[key] = replaced[id(outlined)]
-            made[f"{name}.{key}"] = home, replaced[id(outlined)]
+                meta_tensors.append(meta_tensor)
+                replaced[id(meta_tensor)] = _empty(meta_tensor)
+                if isinstance(meta_tensor, DTensor):
+                    whole_dtensors[id(replaced[id(meta_tensor)])] = meta_tensor
+            home[key] = replaced[id(meta_tensor)]
+            allocated[f"{name}.{key}"] = home, replaced[id(meta_tensor)]
         if isinstance(module, PreTrainedModel):
-            _settle(module, device, uncut)
+            _settle(module, device, whole_dtensors)
         _initialise(_within(by_name, name), name, module, seed)
         if isinstance(by_name.get(name.rpartition(".")[0]), nn.ModuleList):
-            _settle(module, device, uncut)  # a layer: the host has one at a time
-    set_seed(seed)  # what follows is the same whatever part was made
-    unset = {name for name, (_, tensor) in made.items() if not tensor._version}  # nothing wrote into it
-    unset = {name for name in unset if made[name][0][name.rpartition(".")[2]] is made[name][1]}
-    spread = {id(replaced[id(each)]): each for each in outlines if isinstance(each, DTensor)}
-    parts = {key: _with_part(replaced[id(outlined)], outlined) for key, outlined in spread.items()}
-    for name, (home, tensor) in made.items():
+            _settle(module, device, whole_dtensors)  # a layer is complete: the host has one at a time
+    set_seed(seed)  # later random numbers do not depend on the part
+    unset = {name for name, (_, tensor) in allocated.items() if not tensor._version}  # never written to
+    unset = {name for name in unset if allocated[name][0][name.rpartition(".")[2]] is allocated[name][1]}
+    dtensors = {id(replaced[id(item)]): item for item in meta_tensors if isinstance(item, DTensor)}
+    parts = {key: _with_part(replaced[id(meta_tensor)], meta_tensor) for key, meta_tensor in dtensors.items()}
+    for name, (home, tensor) in allocated.items():
         if id(tensor) in parts:
             home[name.rpartition(".")[2]] = parts[id(tensor)]
     return unset
 
 
 def part_of(whole: Tensor, outlined: DTensor, device: torch.device) -> Tensor:
-    """This rank's part of `whole`, which ranks share as `outlined`; on `device`, with a storage of its own.
+    """This rank's part of `whole`, which ranks share as the DTensor `outlined` says; on `device`, in a storage of its
+    own.
 
-    It is cut as transformers cuts what it reads, before it goes to the device.
+    transformers' own function cuts it, as it cuts what it reads, before the copy to the device.
     """
     from transformers.distributed.sharding_utils import DtensorShardOperation
 
@@ -117,23 +119,29 @@ def part_of(whole: Tensor, outlined: DTensor, device: torch.device) -> Tensor:
     return part.clone() if part.untyped_storage().nbytes() > part.nbytes else part
 
 
-def _with_part(part: Tensor, outlined: DTensor) -> nn.Parameter:
-    """`outlined` with this rank's `part`."""
-    mesh, placements, shape = outlined.device_mesh, outlined.placements, outlined.shape
-    made = DTensor.from_local(
-        part.data, mesh, placements, run_check=False, shape=shape, stride=outlined.stride()
+def _with_part(part: Tensor, dtensor: DTensor) -> nn.Parameter:
+    """A parameter like `dtensor`, with this rank's `part` as its local tensor."""
+    mesh, placements, shape = dtensor.device_mesh, dtensor.placements, dtensor.shape
+    filled = DTensor.from_local(
+        part.data, mesh, placements, run_check=False, shape=shape, stride=dtensor.stride()
     )
-    return nn.Parameter(made, outlined.requires_grad)
+    return nn.Parameter(filled, dtensor.requires_grad)
 
 
-def _empty(outlined: Tensor) -> Tensor:
-    made = torch.empty_strided(outlined.shape, outlined.stride(), dtype=outlined.dtype, device="cpu")
-    return nn.Parameter(made, outlined.requires_grad) if isinstance(outlined, nn.Parameter) else made
+def _empty(meta_tensor: Tensor) -> Tensor:
+    tensor = torch.empty_strided(
+        meta_tensor.shape, meta_tensor.stride(), dtype=meta_tensor.dtype, device="cpu"
+    )
+    return (
+        nn.Parameter(tensor, meta_tensor.requires_grad) if isinstance(meta_tensor, nn.Parameter) else tensor
+    )
 
 
 @torch.no_grad()
 def _initialise(within: PreTrainedModel, name: str, module: nn.Module, seed: int) -> None:
-    """As transformers does, but from a seed of its own; on the host, so that every device gets the same."""
+    """Initialise as transformers does, but with a seed for each module, and on the CPU: every device gets the same
+    values.
+    """
     if any(not tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
         digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
         torch.manual_seed(int.from_bytes(digest))
@@ -141,46 +149,47 @@ def _initialise(within: PreTrainedModel, name: str, module: nn.Module, seed: int
 
 
 def _within(by_name: Mapping[str, nn.Module], name: str) -> PreTrainedModel:
-    """The model, or model of a model, that initialises the module of this name."""
-    while not isinstance(found := by_name[name], PreTrainedModel):
+    """The nearest PreTrainedModel around the module of this name: it has the `_init_weights` for the module."""
+    while not isinstance(module := by_name[name], PreTrainedModel):
         name = name.rpartition(".")[0]
-    return found
+    return module
 
 
-def _settle(module: nn.Module, device: torch.device, uncut: dict[int, DTensor]) -> None:
-    """Move what `module` has to `device`, and let no model draw it again: one that has more would draw others.
+def _settle(module: nn.Module, device: torch.device, whole_dtensors: dict[int, DTensor]) -> None:
+    """Move the tensors of `module` to `device` and mark them, so that no outer module initialises them again.
 
-    Of what is `uncut` only this rank's part.
+    A rank with more modules would otherwise draw other values. Only this rank's part of the `whole_dtensors` is moved.
     """
     for tensor in (*module.parameters(), *module.buffers()):
         if not tensor.is_meta:
-            outlined = uncut.pop(id(tensor), None)
-            tensor.data = (
-                tensor.data.to(device) if outlined is None else part_of(tensor.data, outlined, device)
-            )
+            dtensor = whole_dtensors.pop(id(tensor), None)
+            tensor.data = tensor.data.to(device) if dtensor is None else part_of(tensor.data, dtensor, device)
     for parameter in module.parameters():
-        _drawn(parameter)
+        _mark_initialised(parameter)
 
 
-def _drawn(tensor: Tensor) -> None:
-    """Have transformers leave it as it is."""
+def _mark_initialised(tensor: Tensor) -> None:
+    """Mark `tensor` so that transformers does not initialise it."""
     tensor._is_hf_initialized = True  # type: ignore[attr-defined]
 
 
 def familiar(model: PreTrainedModel, directory: Path) -> bool:
-    """Whether the tensors in `directory` are the whole `model`'s, tied ones equal, or such as transformers ignores."""
+    """Whether the tensors in `directory` are exactly the weights of the whole `model`.
+
+    Tied tensors must be equal; extra tensors that transformers ignores are allowed.
+    """
     stored = _stored(directory)
     for pair in model.all_tied_weights_keys.items():
         if all(name in stored for name in pair) and not _equal(stored, pair):
             return False
-    strange = set(stored) - set(model.state_dict())
-    found = SimpleNamespace(missing_keys=set(), unexpected_keys=strange)
-    model._adjust_missing_and_unexpected_keys(found)
-    return not found.unexpected_keys
+    unexpected = set(stored) - set(model.state_dict())
+    report = SimpleNamespace(missing_keys=set(), unexpected_keys=unexpected)
+    model._adjust_missing_and_unexpected_keys(report)
+    return not report.unexpected_keys
 
 
 def in_full(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
-    """Those of `names` that transformers reads in fp32 whatever the rest is in."""
+    """Those of `names` that transformers keeps in fp32, whatever the dtype of the model."""
     plan = model._get_dtype_plan(model.dtype)
     if not plan:
         return []
@@ -191,22 +200,22 @@ def in_full(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
 def read(owned: Stored, directory: Path) -> bool:
     """Fill `owned` from the safetensors files in `directory`, one tensor at a time.
 
-    False, and nothing is done, where not all of them are there under their own names and in their own shapes.
+    Returns False and changes nothing unless all of them are there, with the same names and shapes.
     """
     stored = _stored(directory)
     if any(stored.get(name, (None, None))[1] != tuple(tensor.shape) for name, tensor in owned.items()):
         return False
-    for place in sorted({stored[name][0] for name in owned}):
-        with safe_open(place, framework="pt") as file:
+    for path in sorted({stored[name][0] for name in owned}):
+        with safe_open(path, framework="pt") as file:
             for name, tensor in owned.items():
-                if stored[name][0] == place:
+                if stored[name][0] == path:
                     _copy(tensor, file.get_tensor(name))
     return True
 
 
 @torch.no_grad()
 def _copy(tensor: Tensor, whole: Tensor) -> None:
-    """Fill `tensor` from `whole`, or this rank's part of it."""
+    """Fill `tensor` from `whole`, or from this rank's part of it."""
     if isinstance(tensor, DTensor):
         tensor.to_local().copy_(part_of(whole, tensor, tensor.device))
     else:
@@ -214,23 +223,22 @@ def _copy(tensor: Tensor, whole: Tensor) -> None:
 
 
 def _equal(stored: Mapping[str, tuple[Path, tuple[int, ...]]], names: tuple[str, str]) -> bool:
-    """Whether two tensors of a checkpoint are the same."""
-    found = []
+    """Whether two tensors of a checkpoint are equal."""
+    tensors = []
     for name in names:
         with safe_open(stored[name][0], framework="pt") as file:
-            found.append(file.get_tensor(name))
-    return torch.equal(*found)
+            tensors.append(file.get_tensor(name))
+    return torch.equal(*tensors)
 
 
 def _stored(directory: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
-    """Which file each tensor is in, and its shape."""
+    """The file and the shape of each tensor in `directory`."""
     files = [directory / SAFE_WEIGHTS_NAME]
     if (directory / SAFE_WEIGHTS_INDEX_NAME).is_file() and not files[0].is_file():
         files = sorted(directory.glob("model-*.safetensors"))
-    found: dict[str, tuple[Path, tuple[int, ...]]] = {}
+    tensors: dict[str, tuple[Path, tuple[int, ...]]] = {}
     for path in files:
-        with safe_open(
-            path, framework="numpy"
-        ) as file:  # for torch it would map the file, as if it allocated it
-            found |= {name: (path, tuple(file.get_slice(name).get_shape())) for name in file.keys()}  # noqa: SIM118
-    return found
+        # framework="pt" maps the file, which would count as allocated memory
+        with safe_open(path, framework="numpy") as file:
+            tensors |= {name: (path, tuple(file.get_slice(name).get_shape())) for name in file.keys()}  # noqa: SIM118
+    return tensors

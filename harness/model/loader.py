@@ -1,4 +1,6 @@
-"""A transformers model: from a shape with random weights, or from a checkpoint; and back to one."""
+"""Build a transformers model from a config with random weights, or load it from a checkpoint; export it as a
+checkpoint.
+"""
 
 import copy
 import json
@@ -38,11 +40,11 @@ from harness.runtime.memory_limit import check_parameters
 
 TEXTS = ("*.json", "*.txt", "*.model", "*.jinja")
 WEIGHTS = ("model*.safetensors",)
-"""What is asked of a hub: configs and tokenizers, then weights; never pickles, never code."""
+"""File patterns to download from the hub: configs and tokenizers, and weights; never pickles, never code."""
 
 
 def model_config(settings: Model) -> PretrainedConfig:
-    """The transformers config of `settings`: its own shape, or that of `model.path`. Raises Refusal."""
+    """The transformers config of `settings`: from `model.config`, or from `model.path`. Raises Refusal."""
     if settings.path is not None:
         with loading(settings.path):
             directory = directory_of(settings.path)
@@ -50,13 +52,15 @@ def model_config(settings: Model) -> PretrainedConfig:
             config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     else:
         config = shape.written(settings)
-    reads_ahead = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", True)
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or reads_ahead:
+    bidirectional = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", True)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or bidirectional:
         key, value = (
             ("model.path", settings.path) if settings.path else ("model.config.model_type", config.model_type)
         )
-        told = f"{config.model_type} is no causal language model in transformers; give one, as llama or qwen3"
-        raise Refusal(key, value, told)
+        remedy = (
+            f"{config.model_type} is no causal language model in transformers; give one, as llama or qwen3"
+        )
+        raise Refusal(key, value, remedy)
     return config
 
 
@@ -70,28 +74,30 @@ def build(
     mesh: DeviceMesh | None = None,
     quantization: Quantization | None = None,
 ) -> PreTrainedModel:
-    """The model in `dtype` on `device`: weights of `model.path`, or random ones that `seed` alone decides.
+    """The model in `dtype` on `device`: with the weights of `model.path`, or with random ones that depend only on
+    `seed`.
 
-    With `mesh` this rank has its part of them (`tensor_parallel.py`). With `quantization` they are packed so, or were.
+    With `mesh` this rank has its part of the weights (`tensor_parallel.py`). With `quantization` the weights are packed
+    at load, or are already packed in the checkpoint.
 
-    Every parameter has a storage of its own and of exactly its size. Raises Refusal where the memory is too small,
-    or the checkpoint is torn, pickled, lacks a weight, has one too many, or one of another shape. Where it is
-    `rehearsed`, no memory is taken and no weight is read.
+    Every parameter has a storage of its own and of exactly its size. Raises Refusal where memory is too small, or the
+    checkpoint is corrupt, pickled, or has missing, unexpected or mismatched weights. In a rehearsal (`rehearsed`) no
+    memory is allocated and no weight is read.
     """
-    made = tensor_parallel.outline(config, dtype, settings.attention, mesh)
-    widths.check(settings, made)
-    packs = quantization is not None and quantization.packed
+    model = tensor_parallel.outline(config, dtype, settings.attention, mesh)
+    widths.check(settings, model)
+    packed = quantization is not None and quantization.packed
     if quantization is not None and quantization.stays(rehearsed):
-        quantization.pack(made, settings)
+        quantization.pack(model, settings)
     if not rehearsed and (quantization is None or quantization.known):
-        check_parameters(settings, tensor_parallel.nbytes(made), dtype, device)
+        check_parameters(settings, tensor_parallel.nbytes(model), dtype, device)
     if settings.path is None or settings.random or rehearsed:
-        unset = init_weights.make(made, list(init_weights.modules(made)), made, device, seed)
-        if (settings.path is None or settings.random) and not packs:
+        unset = init_weights.make(model, list(init_weights.modules(model)), model, device, seed)
+        if (settings.path is None or settings.random) and not packed:
             check_values(settings, unset)
-        return made
+        return model
     set_seed(seed)
-    # tensors made in other threads are in nobody's books
+    # the ledger does not see tensors that other threads allocate
     os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
     directory = whole_checkpoint(settings.path)
     options = {
@@ -101,32 +107,33 @@ def build(
         "device_map": {"": device},
         "use_safetensors": True,
         "trust_remote_code": False,
-        "ignore_mismatched_sizes": True,  # they are reported, and refused below
+        "ignore_mismatched_sizes": True,  # they are in the report; _check_weights refuses them
         "output_loading_info": True,
-        "generation_config": GenerationConfig(),  # the checkpoint's is read apart: a wrong one is no wrong model
+        "generation_config": GenerationConfig(),  # not the checkpoint's: an invalid one must not fail the load
         **({} if quantization is None else quantization.options(config)),
     }
     with loading(settings.path):
         if mesh is None:
             loaded, report = AutoModelForCausalLM.from_pretrained(directory, **options)
         else:
-            loaded, report = tensor_parallel.load(directory, made, mesh, **options)
+            loaded, report = tensor_parallel.load(directory, model, mesh, **options)
     _check_weights(settings.path, report)
     if quantization is not None and not quantization.as_read(loaded).packed:
-        vars(loaded).pop("_weight_conversions", None)  # else what is saved would be packed once more
+        vars(loaded).pop("_weight_conversions", None)  # else saving would pack the weights again
     storages.own(loaded)
     return loaded
 
 
 def count(model: torch.nn.Module) -> int:
-    """Parameters, each once however many names it has."""
+    """Number of parameters; a tied parameter counts once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def sizes(model: PreTrainedModel, quantization: Quantization | None = None) -> dict[str, Any]:
-    """The record's figures of a whole model: its `parameters`, those of them that are `embeddings`, and its bytes.
+    """The record's figures of a whole model: `parameters`, `embeddings` (the part of them in lookup tables), and bytes
+    if packed.
 
-    A weight that is packed counts as what it stands for.
+    A packed weight counts as the elements that it stands for.
     """
     figures = {"parameters": count(model), "embeddings": looked_up(model)}
     if quantization is None:
@@ -137,10 +144,10 @@ def sizes(model: PreTrainedModel, quantization: Quantization | None = None) -> d
 
 
 def looked_up(model: torch.nn.Module) -> int:
-    """Elements of tables of which each token needs one row: embeddings that are not the last layer's weights too."""
+    """Elements of embedding tables that are not also the weight of a linear layer: each token reads one row of them."""
     tables = {each.weight for each in model.modules() if isinstance(each, torch.nn.Embedding)}
-    linear = (each for each in model.modules() if isinstance(each, torch.nn.Linear))
-    tables -= {each.weight for each in linear if hasattr(each, "weight")}  # else it is packed
+    linears = (each for each in model.modules() if isinstance(each, torch.nn.Linear))
+    tables -= {each.weight for each in linears if hasattr(each, "weight")}  # a packed layer may have none
     return sum(table.numel() for table in tables)
 
 
@@ -151,15 +158,17 @@ def export(
     generation: Mapping[str, Any],
     directory: Path,
 ) -> None:
-    """Write `model` with the weights in `state`, its tokenizer and the fields of its `generation` config; whole or not
-    at all.
+    """Write `model` with the weights in `state`, its tokenizer and its `generation` config. The directory appears
+    complete or not at all.
 
-    What ended each text that it was trained on is among the tokens that end what it generates.
+    The tokenizer's end token, which ends each training text, is added to the generation config's end tokens.
     """
     partial = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     assert isinstance(model, PreTrainedModel)
-    model.generation_config = GenerationConfig()  # transformers refuses to save some that checkpoints have
+    model.generation_config = (
+        GenerationConfig()
+    )  # transformers refuses to save some checkpoints' generation configs
     ends = generation.get("eos_token_id") or []
     ends = [ends] if isinstance(ends, int) else [*ends]
     if tokens.eos_token_id not in (None, *ends):
@@ -172,7 +181,7 @@ def export(
 
 
 def whole_checkpoint(place: str) -> Path:
-    """The directory of `place`, its weights all there and in safetensors. Raises Refusal."""
+    """The directory of `place`, after a check that all its weights are there, in safetensors. Raises Refusal."""
     with loading(place):
         directory = directory_of(place, TEXTS + WEIGHTS)
         _check_files(place, directory)
@@ -180,7 +189,7 @@ def whole_checkpoint(place: str) -> Path:
 
 
 def check_values(settings: Model, unset: set[str]) -> None:
-    """Refuse a model with parameters or buffers, `unset`, that nothing gives a value."""
+    """Raise Refusal for a model with parameters or buffers (`unset`) that nothing initialises."""
     if unset:
         key, value = ("model.path", settings.path) if settings.path else ("model", settings.name)
         remedy = f"transformers has no first value for its {min(unset)}; only a checkpoint of it, read whole, has one"
@@ -188,7 +197,7 @@ def check_values(settings: Model, unset: set[str]) -> None:
 
 
 def _check_files(place: str, directory: Path) -> None:
-    """Refuse a checkpoint that is not in safetensors, or not all there, naming the file."""
+    """Raise Refusal for a checkpoint that is incomplete or not in safetensors; the message names the file."""
     names = [SAFE_WEIGHTS_NAME]
     if not (directory / SAFE_WEIGHTS_NAME).is_file() and (directory / SAFE_WEIGHTS_INDEX_NAME).is_file():
         try:
@@ -210,56 +219,57 @@ def _check_files(place: str, directory: Path) -> None:
             with safe_open(directory / name, framework="numpy"):
                 pass
         except SafetensorError as error:
-            raise Refusal("model.path", place, f"{name} in it is torn: {_first(error)}") from error
+            raise Refusal("model.path", place, f"{name} in it is torn: {_first_line(error)}") from error
 
 
 def _check_weights(place: str, report: Mapping[str, Any]) -> None:
-    """Refuse weights that are not the model's own, by transformers' `report` of loading them."""
+    """Raise Refusal where transformers' loading `report` lists missing, unexpected or mismatched weights."""
     problems = {
         "missing": report["missing_keys"],
         "unexpected": report["unexpected_keys"],
         "of another shape": [
-            f"{name} ({list(was)}, not {list(should)})" for name, was, should in report["mismatched_keys"]
+            f"{name} ({list(stored_shape)}, not {list(model_shape)})"
+            for name, stored_shape, model_shape in report["mismatched_keys"]
         ],
     }
-    for problem, found in problems.items():
-        if found:
+    for problem, names in problems.items():
+        if names:
             raise Refusal(
                 "model.path",
                 place,
-                f"its weights are not this model's: {len(found)} {problem}, {min(found)} first",
+                f"its weights are not this model's: {len(names)} {problem}, {min(names)} first",
             )
 
 
 def directory_of(place: str, patterns: tuple[str, ...] = TEXTS) -> Path:
-    """`place` if it is a directory, else where the hub's files of that name are; only those with `patterns`."""
-    local = Path(place).expanduser()
-    if local.is_file():
+    """`place` if it is a directory, else the snapshot of that hub repository, with only the files of `patterns`."""
+    path = Path(place).expanduser()
+    if path.is_file():
         raise NotADirectoryError("it is a file; give the directory that holds it")
-    return local if local.is_dir() else Path(snapshot_download(place, allow_patterns=list(patterns)))
+    return path if path.is_dir() else Path(snapshot_download(place, allow_patterns=list(patterns)))
 
 
 @contextmanager
 def loading(place: str, key: str = "model.path") -> Iterator[None]:
-    """What the loading of `place` may raise, as a sentence."""
+    """Turn any error while `place` is loaded into a Refusal."""
     try:
         with quiet():
             yield
     except Refusal:
         raise
     except (OfflineModeIsEnabled, LocalEntryNotFoundError, HfHubHTTPError, ConnectionError) as error:
-        told = " ".join(str(error).split())
-        raise Refusal(key, place, f"no such directory, and the hub did not give it: {told}") from error
+        message = " ".join(str(error).split())
+        raise Refusal(key, place, f"no such directory, and the hub did not give it: {message}") from error
     except HFValidationError as error:
         remedy = "no such directory; give one that is there, or a name on the hub, as owner/name"
         raise Refusal(key, place, remedy) from error
-    except Exception as error:  # tokenizers raises Exception itself, and classes of models what they like
-        raise Refusal(key, place, f"it cannot be loaded: {_first(error)}") from error
+    except Exception as error:  # tokenizers raises plain Exception, and model classes raise any type
+        raise Refusal(key, place, f"it cannot be loaded: {_first_line(error)}") from error
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers from printing reports and bars: what is wrong is said once, and in one line."""
+    """Keep transformers from printing reports and progress bars: this code reports an error once, in one line."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -271,8 +281,8 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _first(error: BaseException) -> str:
-    """The first line of what a library says; with its class, where that is no sentence."""
-    told = next(iter(str(error).strip().splitlines()), "")
+def _first_line(error: BaseException) -> str:
+    """The first line of a library's error; with the class name where that line is a single token."""
+    line = next(iter(str(error).strip().splitlines()), "")
     name = type(error).__name__
-    return told if " " in told else f"{name}: {told}" if told else name
+    return line if " " in line else f"{name}: {line}" if line else name

@@ -1,4 +1,4 @@
-"""Where a run fails because the widths in a model's config do not fit together, the request is refused, not the run."""
+"""If a run fails because the widths in the model's config do not fit together, report that as a Refusal."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,40 +11,40 @@ from harness.model.loader import count, model_config, quiet
 from harness.model.narrow import first_line, small
 
 LARGEST = 100_000_000
-"""Parameters of the largest model that is made to see what its widths come to."""
+"""Parameters of the largest model that is built for this check."""
 
 
 @contextmanager
 def misfits(settings: Settings) -> Iterator[None]:
-    """Within it a run's failure is a refusal where the widths of the model's config do not fit together.
+    """A context in which an error becomes a Refusal if the widths in the model's config do not fit together.
 
-    That is seen where a forward of a few such layers fails in the same way by itself, and not looked at where those are
-    too large to be made.
+    To decide that, a model with a few such layers is built on the CPU: its forward must fail with the same type of
+    error. Models whose few layers are too large are not checked.
     """
     try:
         yield
     except Refusal:
         raise
     except Exception as error:
-        alone = _failure(settings)
-        if type(alone) is not type(error):
+        small_error = _failure(settings)
+        if type(small_error) is not type(error):
             raise
-        given = settings.model
-        key, value = ("model.path", given.path) if given.path else ("model.config", given.name)
+        model = settings.model
+        key, value = ("model.path", model.path) if model.path else ("model.config", model.name)
         remedy = f"its widths do not fit together ({first_line(error)}); give others"
         raise Refusal(key, value, remedy) from error
 
 
 def _failure(settings: Settings) -> Exception | None:
-    """What a forward of a few layers of the model comes to."""
+    """The error of a forward of a few layers of the model; None if it succeeds or is too large."""
     config = small(model_config(settings.model), {}, cut=True)
     with torch.random.fork_rng(devices=[]), torch.no_grad(), quiet():
-        made = init_weights.outline(config, getattr(torch, settings.dtype), settings.model.attention)
-        if count(made) > LARGEST:
+        model = init_weights.outline(config, getattr(torch, settings.dtype), settings.model.attention)
+        if count(model) > LARGEST:
             return None
-        init_weights.make(made, list(init_weights.modules(made)), made, torch.device("cpu"), seed=0)
+        init_weights.make(model, list(init_weights.modules(model)), model, torch.device("cpu"), seed=0)
         try:
-            made.eval()(input_ids=torch.ones(2, 8, dtype=torch.int64), use_cache=False)
-        except Exception as error:  # the model's own code
+            model.eval()(input_ids=torch.ones(2, 8, dtype=torch.int64), use_cache=False)
+        except Exception as error:  # the model's own code may raise any type
             return error
     return None

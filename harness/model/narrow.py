@@ -1,7 +1,8 @@
-"""A small model of a run's own config: the same architecture and settings, but narrow, to show before a run what holds.
+"""A small model with a run's own config: the same architecture and settings, but narrow. Checks run on it before the
+run.
 
-What an architecture does with a cache, a mask or a cut cannot be read off its config; on a model of this size it is
-seen on the CPU, in well under a second.
+The config does not say how an architecture treats a cache, a mask or a cut into stages. A model of this size shows it
+on the CPU, in well under a second.
 """
 
 import copy
@@ -54,20 +55,20 @@ NARROW: Sequence[Mapping[str, int]] = (
     {**WORDS, **INNER, **WINDOWS},
     {},
 )
-"""Widths of the small model, the narrowest first: some architectures need more."""
+"""Widths of the small model, narrowest first; some architectures need more."""
 
 FEWEST = 4
-"""Layers that are left, or more, until each kind of layer is among them."""
+"""The small model has at least so many layers, and more until it has each kind of layer."""
 
 LARGEST = 300_000_000
 """Parameters of the largest model that is tried."""
 
 MOVED = 0.1
-"""How far parameters are moved: enough to be seen in bf16."""
+"""Standard deviation of the noise added to parameters: large enough to show in bf16."""
 
 
 class NoneRuns(Exception):
-    """No small model of a config runs; says why the last did not."""
+    """No small model of a config runs; the message says why the last one failed."""
 
 
 def narrowest(
@@ -78,31 +79,33 @@ def narrowest(
     cut: bool = False,
     **more: float,
 ) -> tuple[PreTrainedModel, T]:
-    """The narrowest model of `shape` (its config as JSON) that `show` takes, and what that gives.
+    """The narrowest model of `shape` (its config as JSON) on which `show` succeeds, and the result of `show`.
 
-    With `cut` it has no more layers than show each kind. `more` is what else is set in its config, where it has it.
-    Raises NoneRuns.
+    With `cut` it has only as many layers as each kind of layer needs. `more` has other config values, set where the
+    config has them. Raises NoneRuns.
     """
-    given = json.loads(shape)
-    kind, failed = given.pop("model_type"), "each is too large"
-    for fewer, widths in product((True, False) if cut else (False,), NARROW):
+    fields = json.loads(shape)
+    model_type, error_line = fields.pop("model_type"), "each is too large"
+    for cut_layers, widths in product((True, False) if cut else (False,), NARROW):
         try:
-            config = small(AutoConfig.for_model(kind, **copy.deepcopy(given)), {**widths, **more}, fewer)
+            config = small(
+                AutoConfig.for_model(model_type, **copy.deepcopy(fields)), {**widths, **more}, cut_layers
+            )
             if count(init_weights.outline(config, dtype)) > LARGEST:
                 continue
             model = made_narrow(config, dtype, attention)
             return model, show(model)
-        except Exception as error:  # an architecture that cannot be so narrow fails in a way of its own
-            failed = first_line(error)
-    raise NoneRuns(failed)
+        except Exception as error:  # an architecture that cannot be so narrow may raise any type
+            error_line = first_line(error)
+    raise NoneRuns(error_line)
 
 
 def small(config: PretrainedConfig, widths: Mapping[str, float], cut: bool = False) -> PretrainedConfig:
-    """`config` with narrow layers; as many, or with `cut` the first of them until each kind is there."""
-    made = copy.deepcopy(config)
-    text = made.get_text_config(decoder=True)
-    if not any(text is each for each in vars(made).values()):
-        text = made  # of an encoder and a decoder in one config transformers gives a copy
+    """`config` with narrow layers: all of them, or with `cut` the first ones until each kind is among them."""
+    small_config = copy.deepcopy(config)
+    text = small_config.get_text_config(decoder=True)
+    if not any(text is each for each in vars(small_config).values()):
+        text = small_config  # for an encoder-decoder config get_text_config returns a copy
     heads = widths.get("num_attention_heads")
     for key in ("num_key_value_heads", "num_kv_heads"):
         if heads is not None and _own(text, key) == _own(text, "num_attention_heads"):
@@ -115,49 +118,51 @@ def small(config: PretrainedConfig, widths: Mapping[str, float], cut: bool = Fal
             setattr(text, key, 0)
     if cut:
         _cut(text)
-    return made
+    return small_config
 
 
 def _own(config: PretrainedConfig, key: str) -> float | None:
-    """A number that `config` has under this name, or under what it calls that; None where it has none of its own."""
+    """The number that `config` itself has under this name or its alias in `attribute_map`; None where it has none."""
     value = vars(config).get(config.attribute_map.get(key, key))
     return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def _cut(text: PretrainedConfig) -> None:
-    """Leave the first layers of `text`, with each kind among them."""
-    layers = "decoder_layers" if _own(text, "decoder_layers") else "num_hidden_layers"
-    number = int(getattr(text, layers))
+    """Keep the first layers of `text`, enough to have each kind among them."""
+    layers_key = "decoder_layers" if _own(text, "decoder_layers") else "num_hidden_layers"
+    number = int(getattr(text, layers_key))
     lists = {key: value for key, value in vars(text).items() if _of_layers(value, number)}
-    told = [
+    layer_lists = [
         *lists.values(),
         *filter(lambda each: _of_layers(each, number), [getattr(text, "layer_types", None)]),
     ]
-    kinds = list(map(str, zip(*told, strict=True))) or [""]
-    fewest = max(FEWEST, *(kinds.index(kind) + 1 for kind in kinds))
-    if fewest < number:
-        setattr(text, layers, fewest)
+    kinds = list(map(str, zip(*layer_lists, strict=True))) or [""]
+    count = max(FEWEST, *(kinds.index(kind) + 1 for kind in kinds))
+    if count < number:
+        setattr(text, layers_key, count)
         for key, value in lists.items():
-            setattr(text, key, value[:fewest])
+            setattr(text, key, value[:count])
 
 
 def _of_layers(value: object, number: int) -> bool:
-    """Whether it says something of each of so many layers."""
+    """Whether `value` is a list with one item for each of `number` layers."""
     return isinstance(value, list) and len(value) == number
 
 
 def made_narrow(config: PretrainedConfig, dtype: torch.dtype, attention: str) -> PreTrainedModel:
-    """The whole as a run makes it, its parameters moved: a gate that is shut at first hides what it lets through."""
-    whole = init_weights.outline(config, dtype, attention)
-    unset = init_weights.make(whole, list(init_weights.modules(whole)), whole, torch.device("cpu"), seed=0)
-    tensors = {**dict(whole.named_parameters()), **dict(whole.named_buffers())}
+    """The model as a run builds it, with noise added to its parameters: a gate that starts at zero would hide what it
+    lets through.
+    """
+    model = init_weights.outline(config, dtype, attention)
+    unset = init_weights.make(model, list(init_weights.modules(model)), model, torch.device("cpu"), seed=0)
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for name in unset & set(tensors):
-        tensors[name].zero_()  # a run has a checkpoint's
-    for parameter in whole.parameters():
+        tensors[name].zero_()  # a run reads these from a checkpoint
+    for parameter in model.parameters():
         parameter.add_(torch.randn_like(parameter), alpha=MOVED)
-    return whole.eval()
+    return model.eval()
 
 
 def first_line(error: Exception) -> str:
-    """What `error` says first, for a sentence about it."""
+    """The first sentence of `error`, for use in a message."""
     return f"{type(error).__name__}: {error}".strip().splitlines()[0].partition(". ")[0][:160]

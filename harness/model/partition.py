@@ -1,4 +1,4 @@
-"""How many layers each stage of a pipeline gets."""
+"""The number of layers in each stage of a pipeline."""
 
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -14,69 +14,77 @@ from harness.model import init_weights
 from harness.model.stage import parts
 
 Cost = Callable[[int, int, int], float]
-"""What a stage with the layers from one number to another would hold."""
+"""The cost of a stage: from its number, its first layer and its end layer (exclusive) to bytes or parameters."""
 
 
 def split_of(settings: Settings, config: PretrainedConfig) -> list[int]:
-    """The layers of each stage that `settings` ask for; `rehearsal.balance` has made a list of `memory` before.
+    """The layers of each stage under `settings`. `rehearsal.balance` has already replaced `memory` by a list.
 
-    Raises Refusal where the model has fewer layers than there are stages, or others than the list says.
+    Raises Refusal where the model has fewer layers than stages, or another number of layers than the list.
     """
-    asked, stages = settings.pipeline.split, settings.pipeline.stages
+    split, stages = settings.pipeline.split, settings.pipeline.stages
     layers = config.get_text_config(decoder=True).num_hidden_layers
     check_split(settings.pipeline, layers)
-    if isinstance(asked, list):
-        return asked
-    if asked == "parameters":
+    if isinstance(split, list):
+        return split
+    if split == "parameters":
         return by_parameters(config, stages)
-    assert asked == "uniform", asked
+    assert split == "uniform", split
     return uniform(layers, stages)
 
 
 def uniform(layers: int, stages: int) -> list[int]:
-    """As even as can be; the first stage, which keeps the most micro-batches, is never among the larger ones alone."""
-    each, more = divmod(layers, stages)
-    return [each + (stage >= stages - more) for stage in range(stages)]
+    """As even as possible. Extra layers go to the last stages: the first stage keeps the most
+    micro-batches in memory.
+    """
+    base, extra = divmod(layers, stages)
+    return [base + (stage >= stages - extra) for stage in range(stages)]
 
 
 def by_parameters(config: PretrainedConfig, stages: int) -> list[int]:
-    """So that the stage with the most parameters has as few as can be, embedding and head counted."""
+    """The split whose largest stage has the fewest parameters, with embedding and head counted."""
     whole = init_weights.outline(config, torch.bfloat16)
     layers = config.get_text_config(decoder=True).num_hidden_layers
-    found = parts(whole, [1] * layers)  # a layer a stage: the first has the embedding too, the last the head
-    upto = [0, *accumulate(sum(parameter.numel() for parameter in part.values()) for part in found)]
-    return balanced(layers, stages, lambda stage, begin, end: upto[end] - upto[begin])
+    # one layer per stage; the first also has the embedding, the last the head
+    layer_parts = parts(whole, [1] * layers)
+    cumulative = [
+        0,
+        *accumulate(sum(p.numel() for p in part.values()) for part in layer_parts),
+    ]
+    return balanced(layers, stages, lambda stage, begin, end: cumulative[end] - cumulative[begin])
 
 
 def balanced(layers: int, stages: int, cost: Cost) -> list[int]:
-    """The split whose most costly stage costs least; of those the one that costs the others least, squared."""
+    """The split with the lowest maximum cost of a stage; among those, the one with the lowest sum of squared costs."""
 
     @cache
     def best(stage: int, begin: int) -> tuple[float, float, tuple[int, ...]]:
-        """The highest cost from `stage` on, the squares of all, and the layers of each."""
-        found = []
+        """For the stages from `stage` on: the highest cost, the sum of squares, and the layers of each stage."""
+        candidates = []
         last = stage == stages - 1
         for end in range(layers if last else begin + 1, layers - (stages - 1 - stage) + 1):
-            mine = float(cost(stage, begin, end))
+            own_cost = float(cost(stage, begin, end))
             highest, squares, rest = (0.0, 0.0, ()) if last else best(stage + 1, end)
-            found.append((max(mine, highest), mine * mine + squares, (end - begin, *rest)))
-        return min(found)
+            candidates.append((max(own_cost, highest), own_cost * own_cost + squares, (end - begin, *rest)))
+        return min(candidates)
 
     return list(best(0, 0)[2])
 
 
 def ranges(split: Sequence[int]) -> list[range]:
-    """The numbers of the layers of each stage."""
+    """The layer numbers of each stage."""
     return [range(begin, end) for begin, end in pairwise(accumulate(split, initial=0))]
 
 
 def as_record(settings: Settings, split: Sequence[int]) -> dict[str, Any]:
-    """The record's `pipeline`. `bubble` is the part of a step in which a stage waits for the others, under 1F1B."""
+    """The record's `pipeline`. `bubble` is the fraction of a step in which a stage waits for others, with a 1F1B
+    schedule.
+    """
     stages, micro_batches = len(split), settings.train.accumulation
-    made: dict[str, Any] = {"stages": stages, "split": list(split)}
+    entry: dict[str, Any] = {"stages": stages, "split": list(split)}
     if settings.mode == "train":
-        made |= {
+        entry |= {
             "micro_batches": micro_batches,
             "bubble": (stages - 1) / (micro_batches + stages - 1),
         }
-    return made
+    return entry

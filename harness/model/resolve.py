@@ -1,4 +1,4 @@
-"""What is `auto` in a request, decided once, before any work: what a run's config says is what ran, on any machine."""
+"""Replace `auto` in the settings before the run starts: the recorded config then says what ran, on any machine."""
 
 import copy
 from collections.abc import Mapping
@@ -19,17 +19,17 @@ ATTENTIONS = ("sdpa", "eager")
 
 
 class Resolved(NamedTuple):
-    """Settings without `auto`, and by key what it came to and why, as `record.json` has it."""
+    """Settings without `auto`; and for each replaced key its value and the reason, as `record.json` has it."""
 
     settings: Settings
     reasons: Mapping[str, str] = {}
 
 
 def resolve(settings: Settings, device: str | None = None) -> Resolved:
-    """`settings` with a value for each `auto`, for a run on this machine's `device` ("cpu" or "cuda").
+    """Replace each `auto` in `settings` by a value for this machine's `device` ("cpu" or "cuda").
 
-    A rehearsal, which has none, decides as the run would: by the kind of its hardware, and for a CPU by this one.
-    Raises Refusal for a model that transformers cannot make, or not with the attention that is asked for.
+    A rehearsal has no device: it decides by the kind of its hardware as the run would, and for a CPU by this machine's.
+    Raises Refusal for a model that transformers cannot build, or cannot build with the requested attention.
     """
     reasons = {}
     value: Any
@@ -41,17 +41,17 @@ def resolve(settings: Settings, device: str | None = None) -> Resolved:
     if settings.model.attention == "auto":
         settings = replace(settings, model=replace(settings.model, attention=value))
         reasons["model.attention"] = f"{value}: {why}"
-    if unread := shape.left_out(settings.model):
-        reasons["model.config"] = unread
+    if ignored := shape.left_out(settings.model):
+        reasons["model.config"] = ignored
     return Resolved(settings, reasons)
 
 
 def _precision(settings: Settings, device: str | None) -> tuple[str, str]:
-    """The precision, and why."""
+    """The precision and the reason."""
     if settings.train.resume is not None:
-        before = identity_in(Path(settings.train.resume)).get("precision")
-        if before in ("bf16", "fp32"):
-            return before, "that of the run which is resumed"
+        saved = identity_in(Path(settings.train.resume)).get("precision")
+        if saved in ("bf16", "fp32"):
+            return saved, "that of the run which is resumed"
     if (device or settings.hardware.device) == "cuda":
         if device is None or torch.cuda.is_bf16_supported(including_emulation=False):
             return "bf16", "a GPU has units for it"
@@ -60,33 +60,35 @@ def _precision(settings: Settings, device: str | None) -> tuple[str, str]:
 
 
 def _attention(settings: Settings) -> tuple[str, str]:
-    """How the model computes attention, and why."""
+    """The attention implementation and the reason."""
     model = settings.model
     config = model_config(model)
-    kind, wanted = config.model_type, config._attn_implementation
+    kind, requested = config.model_type, config._attn_implementation
     if model.attention == "auto":
-        if wanted not in (None, *ATTENTIONS):
-            remedy = f"the model's config asks for {wanted}; say model.attention=sdpa or eager"
+        if requested not in (None, *ATTENTIONS):
+            remedy = f"the model's config asks for {requested}; say model.attention=sdpa or eager"
             raise Refusal("model.attention", "auto", remedy)
-        chosen = _chosen(config, wanted)
-        if wanted is not None:
-            return chosen, "the model's config asks for it"
-        if chosen == "eager":
-            return chosen, f"transformers has no sdpa for {kind}"
-        return chosen, f"transformers' own choice for {kind}"
-    own = _chosen(config, None)
-    if model.attention != own and _chosen(config, model.attention, own) != model.attention:
-        remedy = f"transformers has no {model.attention} for {kind}; use {own}, or auto"
+        used = _used_attention(config, requested)
+        if requested is not None:
+            return used, "the model's config asks for it"
+        if used == "eager":
+            return used, f"transformers has no sdpa for {kind}"
+        return used, f"transformers' own choice for {kind}"
+    default = _used_attention(config, None)
+    if model.attention != default and _used_attention(config, model.attention, default) != model.attention:
+        remedy = f"transformers has no {model.attention} for {kind}; use {default}, or auto"
         raise Refusal("model.attention", model.attention, remedy)
     return model.attention, ""
 
 
-def _chosen(config: PretrainedConfig, wanted: str | None, instead: str = "") -> str:
-    """What transformers makes of `wanted`; `instead` where it refuses it. Raises Refusal where it makes no model."""
+def _used_attention(config: PretrainedConfig, wanted: str | None, instead: str = "") -> str:
+    """The attention implementation that transformers uses for `wanted`; `instead` where it refuses. Raises Refusal
+    without `instead`.
+    """
     try:
-        made = init_weights.outline(copy.deepcopy(config), torch.float32, wanted)
+        model = init_weights.outline(copy.deepcopy(config), torch.float32, wanted)
     except Refusal:
         if instead:
             return instead
         raise
-    return str(made.config._attn_implementation)
+    return str(model.config._attn_implementation)

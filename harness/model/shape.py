@@ -1,4 +1,6 @@
-"""A model's transformers config from what was asked: all that was said counts, or is refused by name."""
+"""A model's transformers config from the settings. Every key has an effect, or is refused with a message
+that names it.
+"""
 
 import copy
 import dataclasses
@@ -38,7 +40,7 @@ ELSEWHERE = {
     "top_p": "generation.top_p=",
     "do_sample": "generation.sample=",
 }
-"""Keys of transformers' configs that count for nothing here, and those that count."""
+"""Keys of transformers' configs that have no effect here, and the settings that replace them."""
 
 HEADLESS = (
     "ForSequenceClassification",
@@ -46,67 +48,67 @@ HEADLESS = (
     "ForQuestionAnswering",
     "ForMultipleChoice",
 )
-"""How architectures end that have another head than words."""
+"""Endings of architecture names whose head does not predict tokens."""
 
 
 def written(settings: Model) -> PretrainedConfig:
-    """The config that `model.config` says. Raises Refusal."""
-    given = copy.deepcopy(settings.config)  # transformers writes into what it is given
-    shape = {key: value for key, value in given.items() if (key, value) != (quantized.NAME, None)}
+    """The config that `model.config` describes. Raises Refusal."""
+    fields = copy.deepcopy(settings.config)  # transformers modifies its arguments
+    shape = {key: value for key, value in fields.items() if (key, value) != (quantized.NAME, None)}
     kind = shape.pop("model_type", None)
     if kind not in CONFIG_MAPPING_NAMES:
         raise Refusal(f"{KEY}model_type", kind, _no_type(kind))
-    page, heard = _page(settings), _Heard()
+    group_values, warnings = _group_values(settings), _RopeWarnings()
     try:
-        with heard:
-            made = AutoConfig.for_model(kind, **shape)
-    except Exception as error:  # a config's own checks raise what they like
+        with warnings:
+            config = AutoConfig.for_model(kind, **shape)
+    except Exception as error:  # a config's own checks may raise any type
         raise _refused(settings, error) from error
-    if heard.said and not page:
-        raise Refusal(f"{KEY}rope_parameters", shape.get("rope_parameters"), heard.said[0])
-    for name in unread(settings, made):
-        if name not in page:
-            raise Refusal(KEY + name, shape[name], f"{kind} has no such key; {_instead(name, made)}")
+    if warnings.messages and not group_values:
+        raise Refusal(f"{KEY}rope_parameters", shape.get("rope_parameters"), warnings.messages[0])
+    for name in unread(settings, config):
+        if name not in group_values:
+            raise Refusal(KEY + name, shape[name], f"{kind} has no such key; {_instead(name, config)}")
     for name in ("hidden_act", "hidden_activation", "activation_function"):
         if isinstance(shape.get(name), str) and shape[name] not in ACT2FN:
             near = get_close_matches(shape[name], ACT2FN, n=1) or ["silu"]
             raise Refusal(KEY + name, shape[name], f"transformers has none of that name; it has {near[0]}")
-    held = (getattr(made, "rope_parameters", None) or {}).get("rope_theta")
-    if None not in (held, shape.get("rope_theta")) and held != shape["rope_theta"]:
-        remedy = f"rope_parameters.rope_theta={held} comes first; set that"
+    rope_theta = (getattr(config, "rope_parameters", None) or {}).get("rope_theta")
+    if None not in (rope_theta, shape.get("rope_theta")) and rope_theta != shape["rope_theta"]:
+        remedy = f"rope_parameters.rope_theta={rope_theta} comes first; set that"
         raise Refusal(f"{KEY}rope_theta", shape["rope_theta"], remedy)
-    return made
+    return config
 
 
 def _refused(settings: Model, error: Exception) -> Refusal:
-    """What a config's own checks say, by the key that it is about."""
-    told = str(error).strip().splitlines() or [type(error).__name__]
-    fields = re.findall(r"(?:field '|`)(\w+)['`]", " ".join(told))
-    last = told[-1].strip().partition(" Errors: ")[0]
-    said = f"transformers refuses it: {last.partition('Error: ')[2] or last}"
+    """The error of a config's own checks as a Refusal, for the key that it names."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    fields = re.findall(r"(?:field '|`)(\w+)['`]", " ".join(lines))
+    last_line = lines[-1].strip().partition(" Errors: ")[0]
+    message = f"transformers refuses it: {last_line.partition('Error: ')[2] or last_line}"
     named = next((name for name in fields if name in settings.config), "model_type")
-    return Refusal(KEY + named, settings.config.get(named), said)
+    return Refusal(KEY + named, settings.config.get(named), message)
 
 
-def _instead(name: str, made: PretrainedConfig) -> str:
-    """What to write for a key that counts for nothing."""
+def _instead(name: str, config: PretrainedConfig) -> str:
+    """The advice for a key that has no effect."""
     if name in ELSEWHERE:
         return f"use {ELSEWHERE[name]}"
-    known = [*(field.name for field in dataclasses.fields(made)), *made.attribute_map]
+    known = [*(field.name for field in dataclasses.fields(config)), *config.attribute_map]
     near = get_close_matches(name, known, n=1)
     return f"did you mean {near[0]}?" if near else "leave it out"
 
 
-class _Heard(logging.Handler):
-    """While it is entered, what transformers only warns of in a model's rotary positions."""
+class _RopeWarnings(logging.Handler):
+    """A context that collects transformers' warnings about rotary positions."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
-        self.said: list[str] = []
+        self.messages: list[str] = []
         self.logger = logging.getLogger("transformers.modeling_rope_utils")
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.said.append(record.getMessage())
+        self.messages.append(record.getMessage())
 
     def __enter__(self) -> None:
         self.level_before = self.logger.level
@@ -119,7 +121,9 @@ class _Heard(logging.Handler):
 
 
 def left_out(settings: Model) -> str | None:
-    """What of a group's page counts for nothing, because `model_type` is another than the page's; None: nothing."""
+    """The keys of the model group that have no effect because `model_type` differs from the group's; None if there are
+    none.
+    """
     if settings.path is not None:
         return None
     names = unread(settings, written(settings))
@@ -127,52 +131,55 @@ def left_out(settings: Model) -> str | None:
     return f"{kind}: it has no {', '.join(names)} of model={settings.name}; left out" if names else None
 
 
-def unread(settings: Model, made: PretrainedConfig) -> list[str]:
-    """The keys of `model.config` that nothing reads: transformers keeps any, or drops it."""
-    known = {field.name for field in dataclasses.fields(made)} | {*made.attribute_map, "model_type"}
-    known = known - {*ELSEWHERE} | {quantized.NAME}  # which has rules of its own
-    code, kept = _source(MODEL_FOR_CAUSAL_LM_MAPPING.get(type(made), None)), vars(GenerationConfig())
+def unread(settings: Model, config: PretrainedConfig) -> list[str]:
+    """The keys of `model.config` that no code reads: transformers keeps or drops unknown keys silently."""
+    known = {field.name for field in dataclasses.fields(config)} | {*config.attribute_map, "model_type"}
+    known = known - {*ELSEWHERE} | {quantized.NAME}  # this key has rules of its own
+    code, generation_fields = (
+        _source(MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)),
+        vars(GenerationConfig()),
+    )
     dropped: Mapping[str, object] = getattr(GenerationConfig, "_get_default_generation_params", dict)()
 
-    def counts(name: str) -> bool:
+    def has_effect(name: str) -> bool:
         if name in dropped or name in ELSEWHERE:
             return False
-        named = rf"config\.{re.escape(name)}\b|[\"']{re.escape(name)}[\"']"
-        return not hasattr(made, name) or name in kept or bool(re.search(named, code))
+        pattern = rf"config\.{re.escape(name)}\b|[\"']{re.escape(name)}[\"']"
+        return not hasattr(config, name) or name in generation_fields or bool(re.search(pattern, code))
 
-    return [name for name in settings.config if name not in known and not counts(name)]
+    return [name for name in settings.config if name not in known and not has_effect(name)]
 
 
-def _page(settings: Model) -> Mapping[str, Any]:
-    """What the group says, where `model_type` is another than there: not what was typed."""
+def _group_values(settings: Model) -> Mapping[str, Any]:
+    """The model group's values where `model_type` differs from the group's, without the values the user typed."""
     if settings.name not in compose.groups().get("model", ()):
         return {}
     file = compose.directory() / "model" / f"{settings.name}.yaml"
-    page: Any = OmegaConf.select(OmegaConf.load(file), "config") or {}
-    return {} if page.get("model_type") == settings.config.get("model_type") else page
+    values: Any = OmegaConf.select(OmegaConf.load(file), "config") or {}
+    return {} if values.get("model_type") == settings.config.get("model_type") else values
 
 
 @cache
 def _source(model: Any) -> str:
-    """The code that a class of models is in: what it never names it does not read."""
+    """The source code of a model class's module: a key that it never mentions is never read."""
     module = inspect.getmodule(model)
     return inspect.getsource(module) if module else ""
 
 
 def check_stored(settings: Model, directory: Path) -> None:
-    """Refuse a checkpoint whose config.json names no model that transformers has code for."""
+    """Raise Refusal for a checkpoint whose config.json names a model or a head that cannot be used."""
     shape = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     kind, place = shape.get("model_type"), settings.path
     widths.check(shape, f"{place}/config.json: ")
     if "auto_map" in shape and kind not in CONFIG_MAPPING_NAMES:
-        told = "its model is custom code (auto_map), which is never run; give one of a type that transformers has"
-        raise Refusal("model.path", place, told)
+        reason = "its model is custom code (auto_map), which is never run; give one of a type that transformers has"
+        raise Refusal("model.path", place, reason)
     if kind not in CONFIG_MAPPING_NAMES:
         raise Refusal("model.path", place, f"its config.json: {_no_type(kind)}")
     names = shape.get("architectures") or []
     if names and all(str(name).endswith(HEADLESS) for name in names) and not settings.random:
-        told = f"its weights are a {names[0]}'s, which has no words to choose from; give a causal model's"
-        raise Refusal("model.path", place, f"{told}, or take its shape alone with model.random=true")
+        reason = f"its weights are a {names[0]}'s, which has no words to choose from; give a causal model's"
+        raise Refusal("model.path", place, f"{reason}, or take its shape alone with model.random=true")
 
 
 def _no_type(kind: object) -> str:
@@ -184,27 +191,27 @@ def _no_type(kind: object) -> str:
 
 
 @contextmanager
-def building(made: PretrainedConfig) -> Iterator[None]:
-    """What the making of a model of this config may raise, as a Refusal."""
+def building(config: PretrainedConfig) -> Iterator[None]:
+    """Turn any error while a model of this config is built into a Refusal."""
     try:
         yield
     except Refusal:
         raise
-    except Exception as error:  # a model's own code raises what it likes
-        told = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise Refusal(*_key(made), f"transformers cannot build it: {told[:200]}") from error
+    except Exception as error:  # a model's own code may raise any type
+        error_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise Refusal(*_key(config), f"transformers cannot build it: {error_line[:200]}") from error
 
 
-def check_whole(model: torch.nn.Module, made: PretrainedConfig) -> None:
-    """Refuse a model that has a parameter of no elements."""
+def check_whole(model: torch.nn.Module, config: PretrainedConfig) -> None:
+    """Raise Refusal for a model with a parameter of zero elements."""
     for name, parameter in model.named_parameters():
         if not parameter.numel():
-            nothing = widths.nothing(made.to_dict())
-            told = f"it is why nothing would be in {name}; should be 1 or more"
-            place = f"{made._name_or_path}/config.json: " if made._name_or_path else KEY
-            raise Refusal(*((place + nothing, 0) if nothing else _key(made)), told)
+            zero_key = widths.nothing(config.to_dict())
+            remedy = f"it is why nothing would be in {name}; should be 1 or more"
+            place = f"{config._name_or_path}/config.json: " if config._name_or_path else KEY
+            raise Refusal(*((place + zero_key, 0) if zero_key else _key(config)), remedy)
 
 
-def _key(made: PretrainedConfig) -> tuple[str, object]:
-    place = made._name_or_path
-    return ("model.path", place) if place else (f"{KEY}model_type", made.model_type)
+def _key(config: PretrainedConfig) -> tuple[str, object]:
+    place = config._name_or_path
+    return ("model.path", place) if place else (f"{KEY}model_type", config.model_type)

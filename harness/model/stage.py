@@ -1,8 +1,9 @@
-"""A causal language model cut into stages: one object that trains in a pipeline and generates with a KV cache.
+"""A stage: a causal language model cut to some of its layers. The same object trains in a pipeline and generates with a
+KV cache.
 
-A stage is the transformers model itself with a part of its layers; the first has the embedding, the last the head.
-What comes before the layers in the model's own code, and after them, runs in every stage: where that changes what a
-stage was given, the model cannot be cut, and `stage_check.py` finds out.
+A stage is the transformers model itself with a part of its layers; the first also has the embedding, the last the head.
+The model's own code before and after its layers runs in every stage. Where that code changes a stage's input, the model
+cannot be cut; `stage_check.py` detects this.
 """
 
 import copy
@@ -22,11 +23,11 @@ from harness.runtime.memory_limit import check_parameters
 
 
 class Uncuttable(Exception):
-    """A model that is no list of layers with something before and something after; says why."""
+    """The model is not a list of layers with modules before and after it; the message says why."""
 
 
 class Layers(nn.ModuleList):
-    """Layers that keep the numbers they have in the whole model, so that their names are the same."""
+    """A list of layers that keep their numbers of the whole model, so that parameter names are the same."""
 
     def __init__(self, layers: list[nn.Module], first: int) -> None:
         super().__init__()
@@ -38,16 +39,16 @@ class Layers(nn.ModuleList):
 
 
 class Stage(nn.Module):
-    """`layers` of a causal language model, of which all else is cut away.
+    """A causal language model without all that does not belong to `layers`.
 
-    H is the hidden size, V the vocabulary. `model` is changed, and is the stage's own from then on.
-    Raises Uncuttable where `model` has no list of layers, or they share parameters.
+    H is the hidden size, V the vocabulary size. `model` is modified and belongs to the stage. Raises Uncuttable where
+    `model` has no list of layers, or its layers share parameters.
     """
 
     def __init__(self, model: PreTrainedModel, layers: range) -> None:
         super().__init__()
-        path, every = layers_of(model)
-        self.first, self.last = layers.start == 0, layers.stop == len(every)
+        path, all_layers = layers_of(model)
+        self.first, self.last = layers.start == 0, layers.stop == len(all_layers)
         names: dict[int, list[str]] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
             names.setdefault(id(parameter), []).append(name)
@@ -55,116 +56,121 @@ class Stage(nn.Module):
             len(same) > 1 and any(name.startswith(f"{path}.") for name in same) for same in names.values()
         ):
             raise Uncuttable("its layers share parameters")
-        home, place = _parent(model, path)
-        for drop in _not_of(model, path, self.first, self.last):
-            owner, key = _parent(model, drop)
+        parent, attribute = _parent(model, path)
+        for unneeded in _unneeded(model, path, self.first, self.last):
+            owner, key = _parent(model, unneeded)
             setattr(owner, key, nn.Identity())
-        kept = list(every)[layers.start : layers.stop]
-        numbered = Layers(kept, layers.start)
-        setattr(home, place, numbered)
-        _renumber(kept, layers.start)
-        _configure(model, layers, len(every))
+        own_layers = list(all_layers)[layers.start : layers.stop]
+        numbered = Layers(own_layers, layers.start)
+        setattr(parent, attribute, numbered)
+        _renumber(own_layers, layers.start)
+        _configure(model, layers, len(all_layers))
         self.model = model
         self.receives: list[int] = []
-        """The shape of the hidden states that are sent to it in training, once that is known."""
+        """The shape of the hidden states that this stage receives in training, once known."""
         self.config: PretrainedConfig = model.config
-        """The model's, with this stage's layers alone: what a cache of its own is made from."""
-        self._within = (home, numbered)  # the model, and no second children of this one
+        """The model's config with only this stage's layers: its cache is built from it."""
+        self._within = (parent, numbered)  # a tuple: nn.Module must not register them a second time
         self._names = {name: names[id(p)][0] for name, p in model.named_parameters()}
         self.tied = {same[0]: same[1:] for same in names.values() if len(same) > 1}
-        """The first names of parameters that the first stage and the last both have, and their others."""
+        """For parameters that both the first and the last stage have: from the first name to the other names."""
 
     @property
     def layers(self) -> Layers:
-        """Its own."""
+        """The layers of this stage."""
         return self._within[1]
 
     @property
     def hidden(self) -> int:
-        """H."""
+        """H, the hidden size."""
         return int(_text(self.config).hidden_size)
 
     def owned(self) -> dict[str, nn.Parameter]:
-        """Its parameters by the first names that they have in the whole model."""
+        """Its parameters by their first names in the whole model."""
         return {self._names[name]: parameter for name, parameter in self.model.named_parameters()}
 
     def stored(self) -> dict[str, Tensor]:
-        """What a checkpoint has of it, by the first names in the whole model: parameters, and buffers that are kept."""
+        """Its parameters and persistent buffers by their first names in the whole model: what a
+        checkpoint has of it.
+        """
         return {**self.owned(), **init_weights.lasting(self.model)}
 
     def forward(
         self,
-        given: Tensor,
+        inputs: Tensor,
         mask: Tensor | None = None,
         positions: Tensor | None = None,
         cache: Cache | None = None,
         keep: int = 0,
     ) -> Tensor:
-        """From tokens [B, T], or hidden states [B, T, H] after the first stage, to hidden states or the last's logits.
+        """From tokens [B, T] in the first stage, or hidden states [B, T, H] in others, to hidden states, or to logits
+        in the last stage.
 
-        Those are [B, T, V], or [B, keep, V] of the last `keep` positions. `mask` [B, past + T] is 0 on padding, and
+        Logits are [B, T, V], or [B, keep, V] of the last `keep` positions. `mask` [B, past + T] is 0 on padding;
         `positions` are [B, T].
         """
-        more = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache}
-        named: dict[str, Any] = {name: value for name, value in more.items() if value is not None}
-        named["input_ids" if self.first else "inputs_embeds"] = given
-        named["use_cache"] = cache is not None
+        optional = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache}
+        arguments: dict[str, Any] = {name: value for name, value in optional.items() if value is not None}
+        arguments["input_ids" if self.first else "inputs_embeds"] = inputs
+        arguments["use_cache"] = cache is not None
         if self.last and keep:
-            named["logits_to_keep"] = keep
+            arguments["logits_to_keep"] = keep
         if not self.last:
-            hidden: Tensor = self._within[0](**named).last_hidden_state
+            hidden: Tensor = self._within[0](**arguments).last_hidden_state
             return hidden
-        logits: Tensor = self.model(**named).logits
+        logits: Tensor = self.model(**arguments).logits
         return logits
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The model's own loss per token, of logits [B, T, V] and labels [B, T]."""
+        """The model's own mean loss per token, from logits [B, T, V] and labels [B, T]."""
         vocabulary = _text(self.config).vocab_size
         loss: Tensor = self.model.loss_function(logits=logits, labels=labels, vocab_size=vocabulary)
         return loss
 
 
 def layers_of(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The list of a model's layers and its name. Raises Uncuttable where there is none."""
+    """The name of the model's list of layers, and the list. Raises Uncuttable where there is none."""
     number = _text(model.config).num_hidden_layers
-    found = [
+    candidates = [
         (name, module)
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == number
     ]
-    if not found:
+    if not candidates:
         raise Uncuttable(f"it has no one list of its {number} layers")
-    return min(found, key=lambda pair: pair[0].count("."))
+    return min(candidates, key=lambda pair: pair[0].count("."))
 
 
 def parts(whole: PreTrainedModel, split: Sequence[int], buffers: bool = False) -> list[dict[str, Tensor]]:
-    """The parameters of each stage by their names in `whole`, in the order in which it has them; tied ones in two.
+    """The parameters of each stage by their names in `whole`, in its order. A tied parameter is in two stages.
 
-    After them come the buffers that a checkpoint has, where they are asked for.
+    With `buffers` the persistent buffers follow.
     """
     path, _ = layers_of(whole)
-    not_first = tuple(f"{name}." for name in _not_of(whole, path, first=True, last=False))
+    not_first = tuple(f"{name}." for name in _unneeded(whole, path, first=True, last=False))
     stage_of = [stage for stage, layers in enumerate(split) for _ in range(layers)]
-    found: list[dict[str, Tensor]] = [{} for _ in split]
-    every: dict[str, Tensor] = dict(whole.named_parameters(remove_duplicate=False))
-    for name, held in (every | init_weights.lasting(whole) if buffers else every).items():
+    by_stage: list[dict[str, Tensor]] = [{} for _ in split]
+    parameters: dict[str, Tensor] = dict(whole.named_parameters(remove_duplicate=False))
+    for name, tensor in (parameters | init_weights.lasting(whole) if buffers else parameters).items():
         if name.startswith(f"{path}."):
             stage = stage_of[int(name.removeprefix(f"{path}.").partition(".")[0])]
         else:
             stage = len(split) - 1 if name.startswith(not_first) else 0
-        found[stage][name] = held
-    return found
+        by_stage[stage][name] = tensor
+    return by_stage
 
 
 def layer_kinds(whole: PreTrainedModel) -> list[Hashable]:
-    """What each layer of `whole` is: layers of one kind have parameters of the same shapes, and compute alike."""
+    """A key for each layer of `whole`: layers with equal keys have parameters of the same shapes and compute alike."""
     _, layers = layers_of(whole)
     text = _text(whole.config)
-    told = [value for value in vars(text).values() if isinstance(value, list) and len(value) == len(layers)]
+    layer_lists = [
+        value for value in vars(text).values() if isinstance(value, list) and len(value) == len(layers)
+    ]
     return [
         (
             tuple((name, tuple(parameter.shape)) for name, parameter in layer.named_parameters()),
-            tuple(str(value[number]) for value in told),
+            tuple(str(value[number]) for value in layer_lists),
         )
         for number, layer in enumerate(layers)
     ]
@@ -181,49 +187,53 @@ def build(
     mesh: DeviceMesh | None = None,
     quantization: Quantization | None = None,
 ) -> Stage:
-    """The stage with `layers`: its weights are those of `model.build`'s whole, of which no more is ever in memory.
+    """Build the stage with `layers`. Its weights are those of the whole model of `loader.build`, but only its part is
+    allocated.
 
-    With `mesh` this rank has its part of them (`tensor_parallel.py`). With `quantization` they are made whole as
-    they are read.
+    With `mesh` this rank has its part of each weight (`tensor_parallel.py`). With `quantization` packed weights are
+    unpacked as they are read.
 
-    Raises Refusal as that does. A checkpoint whose tensors transformers renames or merges is loaded whole first.
+    Raises Refusal as `loader.build` does. A checkpoint whose tensors transformers renames or merges is first loaded
+    whole on the CPU.
     """
-    reads = settings.path is not None and not settings.random
-    directory = whole_checkpoint(str(settings.path)) if reads and not rehearsed else None
+    from_checkpoint = settings.path is not None and not settings.random
+    directory = whole_checkpoint(str(settings.path)) if from_checkpoint and not rehearsed else None
     whole = tensor_parallel.outline(config, dtype, settings.attention, mesh)
     widths.check(settings, whole)
-    plain = directory is not None and init_weights.familiar(whole, directory)
+    direct = directory is not None and init_weights.familiar(whole, directory)
     tree = list(init_weights.modules(whole))
     stage = Stage(whole, layers)
     if not rehearsed:
         check_parameters(settings, tensor_parallel.nbytes(stage), dtype, device)
     unset = init_weights.make(whole, tree, stage, device, seed)
-    stored = stage.stored() if reads else {}
+    stored = stage.stored() if from_checkpoint else {}
     check_values(settings, unset - set(stored))
     if directory is None:
         return stage
     for name in init_weights.in_full(whole, stored):
         stored[name].data = stored[name].data.float()
     with loading(str(settings.path)):
-        if not (plain and init_weights.read(stored, directory)):
-            host, how = torch.device("cpu"), (False, mesh, quantization)
-            _copy(stored, stage.tied, loader.build(settings, config, dtype, host, seed, *how))
+        if not (direct and init_weights.read(stored, directory)):
+            host, options = torch.device("cpu"), (False, mesh, quantization)
+            _copy(stored, stage.tied, loader.build(settings, config, dtype, host, seed, *options))
     return stage
 
 
 def _copy(stored: Mapping[str, Tensor], tied: Mapping[str, Sequence[str]], whole: PreTrainedModel) -> None:
-    """Fill `stored` from `whole`. Raises ValueError where that has parameters apart that should be `tied`."""
-    found: dict[str, Tensor] = {
+    """Copy the weights of `whole` to `stored`. Raises ValueError where parameters that should be `tied`
+    differ in it.
+    """
+    weights: dict[str, Tensor] = {
         **dict(whole.named_parameters(remove_duplicate=False)),
         **dict(whole.named_buffers()),
     }
     for name, others in tied.items():
-        if any(found[other] is not found[name] for other in others):
+        if any(weights[other] is not weights[name] for other in others):
             raise ValueError(
                 f"{name} and {others[0]} differ in it, and its config ties them; say tie_word_embeddings=false there"
             )
-    for name, held in stored.items():
-        held.data.copy_(found[name])
+    for name, tensor in stored.items():
+        tensor.data.copy_(weights[name])
 
 
 def _text(config: PretrainedConfig) -> PretrainedConfig:
@@ -231,29 +241,31 @@ def _text(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def _parent(model: nn.Module, path: str) -> tuple[nn.Module, str]:
-    """The module that has `path`, and its name there."""
-    home, _, name = path.rpartition(".")
-    return model.get_submodule(home), name
+    """The module that contains `path`, and the attribute name there."""
+    parent_path, _, name = path.rpartition(".")
+    return model.get_submodule(parent_path), name
 
 
-def _not_of(model: PreTrainedModel, path: str, first: bool, last: bool) -> Iterator[str]:
-    """The modules beside the layers, and beside what holds them, that a stage has no use for."""
+def _unneeded(model: PreTrainedModel, path: str, first: bool, last: bool) -> Iterator[str]:
+    """The names of modules outside of the layers that a stage does not need."""
     parts = path.split(".")
     for depth in range(len(parts)):
-        home = ".".join(parts[:depth])
+        parent_path = ".".join(parts[:depth])
         before = True
-        for name, child in list(model.get_submodule(home).named_children()):
+        for name, child in list(model.get_submodule(parent_path).named_children()):
             if name == parts[depth]:
                 before = False
                 continue
-            own = next(child.parameters(), None) is not None or "Norm" in type(child).__name__
-            within = depth == len(parts) - 1
-            if own and not (first if within and before else last):
-                yield f"{home}.{name}".lstrip(".")
+            relevant = next(child.parameters(), None) is not None or "Norm" in type(child).__name__
+            beside_layers = depth == len(parts) - 1
+            if relevant and not (first if beside_layers and before else last):
+                yield f"{parent_path}.{name}".lstrip(".")
 
 
 def _renumber(layers: list[nn.Module], first: int) -> None:
-    """Layers look their cache up by number, and a stage's cache begins with its own first layer."""
+    """Number the layers from 0: a layer finds its cache by number, and a stage's cache begins with its
+    own first layer.
+    """
     for layer in layers:
         for module in layer.modules():
             if isinstance(number := getattr(module, "layer_idx", None), int):
@@ -261,18 +273,18 @@ def _renumber(layers: list[nn.Module], first: int) -> None:
 
 
 def _configure(model: PreTrainedModel, layers: range, number: int) -> None:
-    """A config of these layers alone, wherever the model keeps its config."""
+    """Give the model a config with only these layers, in every module that has the config."""
     whole = model.config
     part = copy.deepcopy(whole)
     text = _text(part)
     for key, value in list(vars(text).items()):
-        if isinstance(value, list) and len(value) == number:  # what each layer is
+        if isinstance(value, list) and len(value) == number:  # one item for each layer
             setattr(text, key, value[layers.start : layers.stop])
     text.num_hidden_layers = len(layers)
-    was = _text(whole)
+    whole_text = _text(whole)
     for module in model.modules():
         config = getattr(module, "config", None)
         if config is whole:
             module.config = part
-        elif config is was:
+        elif config is whole_text:
             module.config = text

@@ -1,4 +1,4 @@
-"""The memory of a model that was read: each tensor in a storage of its own, and what they come to."""
+"""The memory of a loaded model: give each tensor a storage of its own, and measure the storages."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -11,39 +11,42 @@ from harness.ledger.owners import beside, module_claims, packs
 from harness.ledger.tensors import tensors_in
 
 Owned = dict[int, tuple[Tensor, Tensor]]
-"""By where it was, a tensor and the one that took its place: it is kept meanwhile, so that no other has that place."""
+"""From a tensor's old address to that tensor and its copy. The old tensor is kept alive, so that no other gets its
+address.
+"""
 
 
 def nbytes(model: nn.Module) -> int:
-    """Bytes of all that the model has, packed or not, each storage once."""
-    parts = (part for _, _, held in module_claims(model) for part in tensors_in(held))
+    """Bytes of all tensors of the model, packed or not; each storage counts once."""
+    parts = (part for _, _, tensors in module_claims(model) for part in tensors_in(tensors))
     return sum({part.untyped_storage()._cdata: part.nbytes for part in parts}.values())
 
 
 def own(model: nn.Module) -> None:
-    """Take what the model has out of mapped files, and out of storages larger than it is.
+    """Copy tensors out of memory-mapped files and out of storages that are larger than the tensor.
 
-    Its buffers are its own already, unless weights are packed: what has two names in a layer stays one then.
+    Buffers already have storages of their own unless weights are packed. With packed weights, two names of one tensor
+    in a layer stay one tensor.
     """
     quantized = getattr(model, "hf_quantizer", None) is not None
-    known: set[int] = set()
+    visited: set[int] = set()
     for module in model.modules():
         owned: Owned = {}
         for parameter in module._parameters.values():
-            if parameter is not None and id(parameter) not in known:
-                known.add(id(parameter))
-                held = parameter._local_tensor if isinstance(parameter, DTensor) else parameter
-                if hasattr(held, "__tensor_flatten__"):
-                    _own_parts(held, owned)
+            if parameter is not None and id(parameter) not in visited:
+                visited.add(id(parameter))
+                tensor = parameter._local_tensor if isinstance(parameter, DTensor) else parameter
+                if hasattr(tensor, "__tensor_flatten__"):
+                    _own_parts(tensor, owned)
                 else:
-                    held.data = _owned(held.data, owned if quantized else {})
-        for holder, key in _beside(module) if quantized else ():
+                    tensor.data = _owned(tensor.data, owned if quantized else {})
+        for holder, key in _other_tensors(module) if quantized else ():
             if type(holder[key]) is torch.Tensor:
                 holder[key] = _owned(holder[key], owned)
 
 
 def _own_parts(tensor: Any, owned: Owned) -> None:
-    """The same for the tensors that `tensor` is made of."""
+    """Do the same for the inner tensors of `tensor`."""
     for name in tensor.__tensor_flatten__()[0]:
         part = getattr(tensor, name)
         if hasattr(part, "__tensor_flatten__"):
@@ -52,8 +55,8 @@ def _own_parts(tensor: Any, owned: Owned) -> None:
             setattr(tensor, name, _owned(part, owned))
 
 
-def _beside(module: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
-    """Where a layer has what is no parameter of it, and packed: in which dict, under which key."""
+def _other_tensors(module: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
+    """The dict and the key of each tensor of a packed layer that is not a parameter."""
     buffers = [buffer for buffer in module._buffers.values() if buffer is not None]
     if packs(module) or any(not buffer.is_floating_point() for buffer in buffers):
         yield from ((module._buffers, key) for key in module._buffers)
@@ -61,11 +64,11 @@ def _beside(module: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
 
 
 def _owned(tensor: Tensor, owned: Owned) -> Tensor:
-    """`tensor` with a storage of its own, or with that of the same one before it."""
+    """A copy of `tensor` in a storage of its own; the earlier copy where the same tensor was copied before."""
     if tensor.device.type != "cpu":
         return tensor
-    was, own = owned.get(tensor.data_ptr(), (tensor, None))
-    if own is None or own.shape != tensor.shape or own.dtype != tensor.dtype:
-        own = tensor.clone(memory_format=torch.contiguous_format)
-        owned[tensor.data_ptr()] = was, own  # kept, so that no other takes its place
-    return own
+    original, copy = owned.get(tensor.data_ptr(), (tensor, None))
+    if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
+        copy = tensor.clone(memory_format=torch.contiguous_format)
+        owned[tensor.data_ptr()] = original, copy  # kept alive, so that no other tensor gets its address
+    return copy

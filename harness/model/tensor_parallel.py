@@ -1,9 +1,9 @@
 """Tensor parallelism in generation: neighbouring ranks share every layer, by transformers' own plan for the model.
 
-A rank has its part of each weight as a DTensor, and its heads' keys and values; the plan's modules compute with that
-part, and add up or gather what the ranks made. All of a group see the same tokens and choose the same. The plan is
-applied to an outline on `meta`, as transformers applies it before it loads: so nothing whole is on the device, whether
-weights are read or drawn.
+A rank has its part of each weight as a DTensor, and the keys and values of its heads. The plan's modules compute with
+that part, then add up or gather the ranks' results. All ranks of a group see the same tokens and choose the same. The
+plan is applied to a model on `meta`, as transformers applies it before it loads weights: no whole weight is ever on the
+device, whether it is read or randomly initialised.
 """
 
 from collections.abc import Mapping
@@ -25,15 +25,15 @@ KEY = "generation.tensor_parallel"
 def outline(
     config: PretrainedConfig, dtype: torch.dtype, attention: str, mesh: DeviceMesh | None
 ) -> PreTrainedModel:
-    """The whole model on `meta`, its layers shared by the ranks of `mesh` where there is one. Raises Refusal."""
+    """The whole model on `meta`, its layers shared by the ranks of `mesh` if there is one. Raises Refusal."""
     whole = init_weights.outline(config, dtype, attention)
     return whole if mesh is None else shared(whole, mesh)
 
 
 def shared(whole: PreTrainedModel, mesh: DeviceMesh) -> PreTrainedModel:
-    """`whole`, on `meta`, with parameters and modules that the ranks of `mesh` share.
+    """Split the parameters and modules of `whole`, on `meta`, over the ranks of `mesh`.
 
-    Raises Refusal where transformers has no plan for it, or its heads cannot be shared evenly.
+    Raises Refusal where transformers has no plan for the model, or its heads cannot be divided evenly.
     """
     try:
         from transformers.distributed.tensor_parallel import apply_tensor_parallelism
@@ -41,14 +41,18 @@ def shared(whole: PreTrainedModel, mesh: DeviceMesh) -> PreTrainedModel:
         raise _too_old(mesh.size()) from None
     plan = _plan(whole, mesh.size())
     _check(whole, plan, mesh.size())
-    # the plan has a line for each of two that are tied, and finds one parameter for both
-    for other, first in whole.all_tied_weights_keys.items():
-        home, _, key = other.rpartition(".")
-        if first not in plan:  # what is whole in one place is whole in both
-            plan.pop(other, None)
-            plan.pop(home, None)
-        tied = whole.get_parameter(other)
-        setattr(whole.get_submodule(home), key, nn.Parameter(torch.empty_like(tied), tied.requires_grad))
+    # the plan has an entry for each of two tied names, but there is only one parameter: untie them first
+    for tied_name, first_name in whole.all_tied_weights_keys.items():
+        parent, _, key = tied_name.rpartition(".")
+        if first_name not in plan:  # a parameter that is whole under one name must be whole under both
+            plan.pop(tied_name, None)
+            plan.pop(parent, None)
+        parameter = whole.get_parameter(tied_name)
+        setattr(
+            whole.get_submodule(parent),
+            key,
+            nn.Parameter(torch.empty_like(parameter), parameter.requires_grad),
+        )
     apply_tensor_parallelism(whole, mesh, plan)
     whole.tie_weights(recompute_mapping=False)
     whole._tp_size, whole._device_mesh = mesh.size(), mesh
@@ -56,9 +60,9 @@ def shared(whole: PreTrainedModel, mesh: DeviceMesh) -> PreTrainedModel:
 
 
 def load(directory: Path, whole: PreTrainedModel, mesh: DeviceMesh, **options: Any) -> tuple[Any, Any]:
-    """transformers' `from_pretrained` of `directory`, of which this rank reads its part; and its report.
+    """transformers' `from_pretrained` of `directory`, where this rank reads only its part; and the loading report.
 
-    `whole` is an outline. transformers' own groups of ranks are the whole world's; here there may be several.
+    `whole` is the model on `meta`. transformers would use one group of all ranks; here there may be several groups.
     """
     kind = type(whole)
 
@@ -71,23 +75,23 @@ def load(directory: Path, whole: PreTrainedModel, mesh: DeviceMesh, **options: A
         def maybe_distribute_model(cls, model: Any, distributed_config: Any, mesh_manager: Any) -> Any:
             return shared(model, mesh)
 
-    Shared.__name__, Shared.__module__ = (
-        kind.__name__,
-        kind.__module__,
-    )  # how it is read is looked up by these
-    loaded, report = Shared.from_pretrained(directory, distributed_config=_asked(mesh.size()), **options)
+    # transformers looks up conversions of weights by these names
+    Shared.__name__, Shared.__module__ = (kind.__name__, kind.__module__)
+    loaded, report = Shared.from_pretrained(
+        directory, distributed_config=_distributed_config(mesh.size()), **options
+    )
     loaded.__class__ = kind
     return loaded, report
 
 
 def nbytes(module: nn.Module) -> int:
-    """Bytes of a module's parameters and buffers that this rank has, each once however many names it has."""
-    held = (*module.parameters(), *module.buffers())
-    return sum((each.to_local() if isinstance(each, DTensor) else each).nbytes for each in held)
+    """Bytes of a module's parameters and buffers on this rank; each counts once, whatever its number of names."""
+    tensors = (*module.parameters(), *module.buffers())
+    return sum((tensor.to_local() if isinstance(tensor, DTensor) else tensor).nbytes for tensor in tensors)
 
 
 def _check(whole: PreTrainedModel, plan: Mapping[str, str], ranks: int) -> None:
-    if not any(part.isdigit() for name in plan for part in name.split(".")):  # no layer
+    if not any(part.isdigit() for name in plan for part in name.split(".")):  # no entry for a layer
         remedy = f"transformers has no plan to share {whole.config.model_type}; use 1, or pipeline.stages="
         raise Refusal(KEY, ranks, remedy)
     text = whole.config.get_text_config(decoder=True)
@@ -95,24 +99,26 @@ def _check(whole: PreTrainedModel, plan: Mapping[str, str], ranks: int) -> None:
     numbers = [number for number in heads.values() if isinstance(number, int)]
     for name, number in heads.items():
         if isinstance(number, int) and number % ranks:
-            most = max(few for few in range(1, ranks) if not any(each % few for each in numbers))
-            raise Refusal(KEY, ranks, f"must divide {name}={number} evenly; use {most}")
+            largest = max(
+                divisor for divisor in range(1, ranks) if not any(value % divisor for value in numbers)
+            )
+            raise Refusal(KEY, ranks, f"must divide {name}={number} evenly; use {largest}")
 
 
 def _plan(whole: PreTrainedModel, ranks: int) -> dict[str, str]:
-    """Which module or parameter is shared in which style; empty where transformers knows of none."""
-    asked = _asked(ranks)
+    """From module or parameter names to the style in which each is shared; empty where transformers has no plan."""
+    distributed_config = _distributed_config(ranks)
     try:
-        found: dict[str, str] = whole._resolve_parallel_plans(asked)[0]
+        plan: dict[str, str] = whole._resolve_parallel_plans(distributed_config)[0]
     except AttributeError:
         raise _too_old(ranks) from None
     except ValueError:
         return {}
-    return found
+    return plan
 
 
-def _asked(ranks: int) -> Any:
-    """transformers' own word for it."""
+def _distributed_config(ranks: int) -> Any:
+    """transformers' config for so many ranks (tp_size)."""
     try:
         from transformers.distributed import DistributedConfig
 

@@ -1,4 +1,4 @@
-"""The tokenizer of a run: as it was saved, whatever model it lies beside; bytes where there is none."""
+"""The tokenizer of a run: of the class that saved it, whatever the model; a byte tokenizer where there is none."""
 
 import json
 import string
@@ -18,13 +18,13 @@ WHOLE = "tokenizer.json"
 JSON = (CONFIG, WHOLE, "special_tokens_map.json", "added_tokens.json", "vocab.json")
 FILES = (CONFIG, WHOLE, "tokenizer.model", "vocab.json", "vocab.txt")
 SAMPLE = "It's  1234567 words,\n\tof which SOME are like_this(): e\u0301\u00e9 \u6f22\u5b57 \U0001f422\r\n\n "
-"""Text that tokenizers are known to cut in different ways."""
+"""Text that tokenizer classes are known to split in different ways."""
 
 
 def tokenizer_of(settings: Model, other: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer in `other` (`data.tokenizer`), else in `model.path`, else bytes.
+    """The tokenizer in `other` (`data.tokenizer`), else the one in `model.path`, else a byte tokenizer.
 
-    Raises Refusal where it cannot be loaded, makes no tokens of a text, or has more tokens than the model knows.
+    Raises Refusal where it cannot be loaded, gives no tokens for text, or has more tokens than the model's vocabulary.
     """
     key, place = ("data.tokenizer", other) if other is not None else ("model.path", settings.path)
     tokenizer = None
@@ -42,7 +42,7 @@ def tokenizer_of(settings: Model, other: str | None = None) -> PreTrainedTokeniz
 def opened(directory: Path) -> PreTrainedTokenizerBase:
     """The tokenizer in `directory`, of the class that saved it. Raises what transformers raises.
 
-    `AutoTokenizer` goes by the model's type, and beside some passes over that class.
+    `AutoTokenizer` chooses the class by the model type, and for some types ignores the saved class.
     """
     _check_files(directory)
     kind = _saved_class(directory) or AutoTokenizer
@@ -50,36 +50,37 @@ def opened(directory: Path) -> PreTrainedTokenizerBase:
 
 
 def _check_files(directory: Path) -> None:
-    """Raise ValueError for a file of a tokenizer's that is not what its name says."""
+    """Raise ValueError for a tokenizer file whose contents do not match its name."""
     for name in JSON:
         file = directory / name
         if not file.is_file():
             continue
         try:
-            read = json.loads(file.read_text(encoding="utf-8"))
+            contents = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"its {name} is no JSON ({error}); save the tokenizer again") from error
-        if not isinstance(read, dict):
+        if not isinstance(contents, dict):
             raise ValueError(f"its {name} holds no JSON object; save the tokenizer again")
-        if name == WHOLE and not isinstance(read.get("model"), dict):
+        if name == WHOLE and not isinstance(contents.get("model"), dict):
             raise ValueError(f"its {name} has no model, as tokenizers writes it; save the tokenizer again")
 
 
 def _saved_class(directory: Path) -> type[PreTrainedTokenizerBase] | None:
-    """The class that the config names. None: not one of transformers', or of before its version 5."""
+    """The class that the config names; None where transformers has no such class, or an older transformers saved it."""
     file = directory / CONFIG
     config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     kind = getattr(transformers, str(config.get("tokenizer_class")), None)
     if not isinstance(kind, type) or not issubclass(kind, PreTrainedTokenizerBase):
         return None
-    by_itself = "backend" in config  # transformers 5 notes it beside the class that it saves
-    return kind if by_itself or not issubclass(kind, PreTrainedTokenizerFast) else None
+    exact = "backend" in config  # transformers 5 writes this next to the exact class
+    return kind if exact or not issubclass(kind, PreTrainedTokenizerFast) else None
 
 
 def of_bytes() -> PreTrainedTokenizerFast:
-    """Text as its UTF-8 bytes, ended by `</s>`: the tokens of ByT5, 384 with those that it reserves.
+    """A tokenizer of UTF-8 bytes, with `</s>` at the end: the tokens of ByT5, 384 with the reserved ones.
 
-    It has a file of its own, which `AutoTokenizer` opens beside any model: ByT5's own class has none.
+    It is a fast tokenizer with a tokenizer.json, which `AutoTokenizer` opens for any model type; ByT5's own class has
+    no such file.
     """
     names, letters = ("<pad>", "</s>", "<unk>"), bytes_to_unicode()
     vocabulary = {name: number for number, name in enumerate(names)}
@@ -96,31 +97,33 @@ def of_bytes() -> PreTrainedTokenizerFast:
 
 
 def opens_otherwise(directory: Path, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """What a person must know who opens `directory`, where `tokenizer` was saved, by `AutoTokenizer`; None: nothing."""
+    """A warning where `AutoTokenizer` opens `directory`, in which `tokenizer` was saved, differently; None if it does
+    not.
+    """
     try:
         with loader.quiet():
             auto = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
         if auto(SAMPLE).input_ids == tokenizer(SAMPLE).input_ids:
             return None
-        said = f"reads it as a {type(auto).__name__}, which gives other tokens for some texts"
-    except Exception:  # its classes raise what they like
-        said = "does not open its tokenizer"
-    right = f"{type(tokenizer).__name__}.from_pretrained"
-    return f"beside this type of model AutoTokenizer {said}; {right} opens it as it is"
+        problem = f"reads it as a {type(auto).__name__}, which gives other tokens for some texts"
+    except Exception:  # tokenizer classes may raise any type
+        problem = "does not open its tokenizer"
+    correct_call = f"{type(tokenizer).__name__}.from_pretrained"
+    return f"beside this type of model AutoTokenizer {problem}; {correct_call} opens it as it is"
 
 
 def _check(settings: Model, tokenizer: PreTrainedTokenizerBase, key: str, place: str | None) -> None:
-    """Refuse a tokenizer that makes nothing of text, or more than the model knows."""
+    """Raise Refusal for a tokenizer that gives no tokens for text, or more tokens than the model's vocabulary."""
     text = f"{string.printable} {' '.join(islice(tokenizer.get_vocab(), 1000))}"
     if not {*tokenizer(text, verbose=False).input_ids} - {*tokenizer.all_special_ids}:
         remedy = f"its {type(tokenizer).__name__} makes no tokens of a text; are its files whole?"
         raise Refusal(key, place, f"{remedy} Give another with data.tokenizer=")
-    known = loader.model_config(settings).get_text_config(decoder=True).vocab_size
-    if len(tokenizer) > known:
+    vocab_size = loader.model_config(settings).get_text_config(decoder=True).vocab_size
+    if len(tokenizer) > vocab_size:
         key, value = (key, place) if place is not None else ("model", settings.name)
         raise Refusal(
             key,
             value,
-            f"the tokenizer has {len(tokenizer)} tokens, and the model knows {known}; give one that fits with "
+            f"the tokenizer has {len(tokenizer)} tokens, and the model knows {vocab_size}; give one that fits with "
             "data.tokenizer=, or a model with a larger vocab_size",
         )

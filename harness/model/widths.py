@@ -1,4 +1,4 @@
-"""Widths of experts that no kernel takes: which of a model's config they are, and what would do."""
+"""Widths of experts that the grouped matrix product does not support: the config key, and values that work."""
 
 import torch
 from torch import Tensor
@@ -8,11 +8,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 from harness.config.settings import Model, Refusal
 
 ROW = 16
-"""Bytes of which a row of a grouped product is a multiple: `check_valid_strides` of torch's `_grouped_mm`."""
+"""A row of a grouped product must be a multiple of so many bytes: `check_valid_strides` of torch's `_grouped_mm`."""
 
 
-def check(asked: Model, model: PreTrainedModel) -> None:
-    """Refuse experts with rows that a grouped product does not take, in `model` or in this rank's part of it."""
+def check(settings: Model, model: PreTrainedModel) -> None:
+    """Raise Refusal for experts with unsupported row widths, in `model` or in this rank's part of it."""
     for module in model.modules():
         config = getattr(module, "config", None)
         transposed = getattr(module, "is_transposed", None)
@@ -23,17 +23,19 @@ def check(asked: Model, model: PreTrainedModel) -> None:
             width = part.shape[-2 if transposed else -1]
             if part.dim() == 3 and width * part.itemsize % ROW:
                 whole = weight.shape[-2 if transposed else -1]
-                raise _refusal(asked, model.config.get_text_config(decoder=True), whole, width, part.dtype)
+                raise _refusal(settings, model.config.get_text_config(decoder=True), whole, width, part.dtype)
 
 
-def _refusal(asked: Model, config: PretrainedConfig, whole: int, width: int, dtype: torch.dtype) -> Refusal:
-    """That of a row of `width` elements, a rank's part of the `whole`."""
+def _refusal(
+    settings: Model, config: PretrainedConfig, whole: int, width: int, dtype: torch.dtype
+) -> Refusal:
+    """The Refusal for a row of `width` elements, a rank's part of `whole` elements."""
     names = [name for name, value in vars(config).items() if value == whole and not isinstance(value, bool)]
     name = next((name for name in names if "size" in name or "dim" in name), "hidden_size")
     step, ranks = ROW // dtype.itemsize, -(-whole // width)
-    shared = f", of which each of {ranks} ranks has {width}" if ranks > 1 else ""
-    ways = [f"use {-(-whole // (step * ranks)) * step * ranks}"] if asked.path is None else []
-    ways += ["use precision=fp32"] if dtype == torch.bfloat16 and width * 4 % ROW == 0 else []
-    remedy = f"experts are computed together in rows of a multiple of {ROW} bytes, {step} elements{shared}"
-    key = f"model.config.{name}" if asked.path is None else f"{asked.path}/config.json: {name}"
-    return Refusal(key, whole, f"{remedy}; {' or '.join(ways) or 'no precision has such rows'}")
+    rank_note = f", of which each of {ranks} ranks has {width}" if ranks > 1 else ""
+    options = [f"use {-(-whole // (step * ranks)) * step * ranks}"] if settings.path is None else []
+    options += ["use precision=fp32"] if dtype == torch.bfloat16 and width * 4 % ROW == 0 else []
+    remedy = f"experts are computed together in rows of a multiple of {ROW} bytes, {step} elements{rank_note}"
+    key = f"model.config.{name}" if settings.path is None else f"{settings.path}/config.json: {name}"
+    return Refusal(key, whole, f"{remedy}; {' or '.join(options) or 'no precision has such rows'}")

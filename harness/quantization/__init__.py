@@ -1,4 +1,4 @@
-"""Weights that are packed: what a `quantization_config` comes to, and the layouts of each method.
+"""Packed weights: how a `quantization_config` is applied, and the tensor layouts of each method.
 
-It may import config. Start at `method.py`; a method more is a line in `METHODS` and a layout in `layouts.py`.
+It may import config. Start at `method.py`. To add a method, add a line to `METHODS` and a layout to `layouts.py`.
 """

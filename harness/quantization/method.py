@@ -1,4 +1,4 @@
-"""A model whose weights are packed: what its `quantization_config` comes to on a device."""
+"""A model with packed weights: what its `quantization_config` means on a device."""
 
 import logging
 from collections.abc import Mapping
@@ -23,8 +23,8 @@ from harness.quantization.layouts import Unknown
 class Quantization:
     """How the weights of a model are packed, on the device that it runs on.
 
-    `given` is the `quantization_config`. `stored` is whether the checkpoint is packed; else weights are packed as they
-    are read. `packed` is whether they are so in memory; else they are made whole as they are read.
+    `given` is the `quantization_config`. `stored`: the checkpoint is packed; otherwise weights are packed at load.
+    `packed`: weights are packed in memory; otherwise they are unpacked at load.
     """
 
     method: str
@@ -34,58 +34,62 @@ class Quantization:
 
     @property
     def whole(self) -> str | None:
-        """When they are made whole; None where they stay packed."""
+        """When the weights are unpacked; None where they stay packed."""
         if not self.packed:
             return AT_LOAD
         return AT_FIRST if self.method == "compressed-tensors" else None
 
     @property
     def known(self) -> bool:
-        """Whether its layout is known here."""
+        """Whether `layouts.py` has the method's layout."""
         return self.method in rules.METHODS and rules.METHODS[self.method].layout
 
     def stays(self, rehearsed: bool) -> bool:
-        """Whether its layout is what a model takes for as long as it runs; of a `rehearsed` one, at first."""
+        """Whether the model keeps this layout in memory for the whole run; in a rehearsal (`rehearsed`), whether it
+        starts with it.
+        """
         return self.known and self.packed and (rehearsed or self.whole is None)
 
     def dtype(self, dtype: torch.dtype, device: str) -> torch.dtype:
-        """What a model computes in that is asked to in `dtype`: on a GPU transformers has AWQ in fp16 alone."""
+        """The dtype that the model computes in, if `dtype` is requested: on a GPU transformers supports AWQ only in
+        fp16.
+        """
         fp16 = self.method == "awq" and device == "cuda" and dtype == torch.bfloat16
         return torch.float16 if fp16 else dtype
 
     def options(self, config: PretrainedConfig) -> dict[str, Any]:
-        """What transformers' `from_pretrained` must be told beside `config`, which is changed."""
+        """Extra arguments for transformers' `from_pretrained`. This modifies `config`."""
         for name in rules.METHODS.get(self.method, rules.Method()).packages:
-            logging.getLogger(name).setLevel(logging.ERROR)  # bitsandbytes warns at each product
-        given = dict(self.given) if self.packed else {**self.given, "dequantize": True}
+            logging.getLogger(name).setLevel(logging.ERROR)  # bitsandbytes warns at each matrix product
+        quantization_config = dict(self.given) if self.packed else {**self.given, "dequantize": True}
         if self.stored:
-            config.quantization_config = given
+            config.quantization_config = quantization_config
             return {}
-        return {"quantization_config": AutoQuantizationConfig.from_dict(given)}
+        return {"quantization_config": AutoQuantizationConfig.from_dict(quantization_config)}
 
     def pack(self, model: PreTrainedModel, settings: Model) -> None:
-        """Give an outline on `meta` the packed layers that it would be loaded with. Raises Refusal."""
+        """Replace layers of a model on `meta` by the packed layers that it would be loaded with. Raises Refusal."""
         try:
             packing.pack(model, self.method, self.given)
         except Unknown as unknown:
-            told = f"{unknown.reason}; {rules.KEY}=null has weights whole"
+            reason = f"{unknown.reason}; {rules.KEY}=null has weights whole"
             raise rules.refusal(
-                settings, {**self.given, unknown.key: unknown.value}, told, unknown.key
+                settings, {**self.given, unknown.key: unknown.value}, reason, unknown.key
             ) from None
         except KeyError as error:
             raise rules.refusal(settings, self.given, f"its config has no {error}") from error
         except (ValueError, TypeError, AttributeError, AssertionError) as error:
-            told = f"its layout cannot be made ({_said(error)}); {rules.KEY}=null has weights whole"
-            raise rules.refusal(settings, self.given, told, _blamed(self.given, error)) from error
+            reason = f"its layout cannot be made ({_first_line(error)}); {rules.KEY}=null has weights whole"
+            raise rules.refusal(settings, self.given, reason, _field_in_error(self.given, error)) from error
         if self.whole == AT_FIRST:
             packed.make_whole_at_first(model)
 
     def as_read(self, model: nn.Module) -> "Quantization":
-        """What it came to in a `model` that transformers read: where that lacks a kernel, weights are whole."""
+        """The actual state in a `model` that transformers loaded: without a kernel, it unpacks the weights."""
         return replace(self, packed=getattr(model, "hf_quantizer", None) is not None)
 
     def as_record(self, nbytes: int) -> dict[str, Any]:
-        """The record's `quantization`, of a model whose weights take `nbytes` in all once it is made."""
+        """The record's `quantization`, for a model whose weights take `nbytes` in memory."""
         bits, group = layouts.summary(self.method, self.given)
         return {
             "method": self.method,
@@ -97,50 +101,66 @@ class Quantization:
 
 
 def take(config: PretrainedConfig, settings: Settings, device: str) -> Quantization | None:
-    """The quantization of the model of `config`, which has it no more, on a `device` ("cpu" or "cuda"). None: whole.
+    """Remove the quantization from `config` and return it, for a `device` ("cpu" or "cuda"). None: the weights are not
+    packed.
 
-    In training weights are made whole. Raises Refusal for what cannot be done with them.
+    Training unpacks the weights. Raises Refusal for settings that the quantization does not allow.
     """
-    own = _pop(config)
-    given = rules.merged({rules.NAME: own}, settings.model)
-    if given is None:
-        rules.check_whole(settings, own)
+    stored_config = _pop(config)
+    quantization_config = rules.merged({rules.NAME: stored_config}, settings.model)
+    if quantization_config is None:
+        rules.check_whole(settings, stored_config)
         return None
-    method = rules.method_of(given)
-    packs = rules.packed(given, device, _capability(settings, device))
-    rules.check_given(settings, given, packs)
-    _check_known(settings, given)
-    return Quantization(method, given, own is not None, bool(packs) and settings.mode == "infer")
+    method = rules.method_of(quantization_config)
+    packed_in_memory = rules.packed(quantization_config, device, _capability(settings, device))
+    rules.check_given(settings, quantization_config, packed_in_memory)
+    _check_known(settings, quantization_config)
+    return Quantization(
+        method,
+        quantization_config,
+        stored_config is not None,
+        bool(packed_in_memory) and settings.mode == "infer",
+    )
 
 
-def _check_known(settings: Settings, given: Mapping[str, Any]) -> None:
-    """Refuse a method or a value that transformers does not take, and a field that was typed amiss: it drops those."""
+def _check_known(settings: Settings, quantization_config: Mapping[str, Any]) -> None:
+    """Raise Refusal for a method or value that transformers does not support, and for misspelled fields, which it
+    silently drops.
+    """
     remedy = rules.remedy(settings)
-    if not AutoHfQuantizer.supports_quant_method(given):  # it would be read as if it were whole
-        raise rules.refusal(settings.model, given, f"this transformers knows no such method; {remedy}")
+    # transformers would read the weights as if they were not packed
+    if not AutoHfQuantizer.supports_quant_method(quantization_config):
+        raise rules.refusal(
+            settings.model, quantization_config, f"this transformers knows no such method; {remedy}"
+        )
     try:
-        taken = AutoQuantizationConfig.from_dict(dict(given))
-    except ImportError:  # a rehearsal needs no library that reads it
+        parsed = AutoQuantizationConfig.from_dict(dict(quantization_config))
+    except ImportError:  # a rehearsal does not need the method's library
         return
-    except Exception as error:  # a config for each method, which raises what it likes
-        told = f"transformers does not take it ({_said(error)}); {remedy}"
-        raise rules.refusal(settings.model, given, told, _blamed(given, error)) from error
-    fields = [*signature(type(taken).__init__).parameters]
+    except Exception as error:  # each method's config may raise any type
+        reason = f"transformers does not take it ({_first_line(error)}); {remedy}"
+        raise rules.refusal(
+            settings.model, quantization_config, reason, _field_in_error(quantization_config, error)
+        ) from error
+    fields = [*signature(type(parsed).__init__).parameters]
     for name in settings.model.config.get(rules.NAME) or ():
         close = [] if name in fields or name.startswith("_") else get_close_matches(name, fields, 1, 0.8)
         if close:
-            told = f"{rules.method_of(given)} has no such field; did you mean {close[0]}?"
-            raise rules.refusal(settings.model, given, told, name)
+            reason = f"{rules.method_of(quantization_config)} has no such field; did you mean {close[0]}?"
+            raise rules.refusal(settings.model, quantization_config, reason, name)
 
 
-def _blamed(given: Mapping[str, Any], error: Exception) -> str:
-    """The field that `error` speaks of, by its name or else by its value; the method where it names none."""
-    said = _said(error)
-    named = [name for name in given if name in said]
-    return next(iter(named or [name for name, value in given.items() if str(value) in said]), "quant_method")
+def _field_in_error(quantization_config: Mapping[str, Any], error: Exception) -> str:
+    """The field that `error` mentions by name, or else by value; `quant_method` where it mentions none."""
+    message = _first_line(error)
+    mentioned = [name for name in quantization_config if name in message]
+    return next(
+        iter(mentioned or [name for name, value in quantization_config.items() if str(value) in message]),
+        "quant_method",
+    )
 
 
-def _said(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
 
 
@@ -152,9 +172,9 @@ def _capability(settings: Settings, device: str) -> float | None:
 
 
 def _pop(config: PretrainedConfig) -> Any:
-    """The `quantization_config` of `config`, or of its text model; none is left."""
-    found = None
+    """Remove the `quantization_config` from `config` and its text config, and return it."""
+    result = None
     for part in (config, config.get_text_config(decoder=True)):
         own = part.__dict__.pop(rules.NAME, None)
-        found = found or (own.to_dict() if hasattr(own, "to_dict") else own)
-    return found
+        result = result or (own.to_dict() if hasattr(own, "to_dict") else own)
+    return result

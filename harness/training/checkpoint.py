@@ -1,7 +1,7 @@
-"""The full state of a training run on disk: everything that the next step depends on, and no pickle.
+"""The full state of a training run on disk: everything that the next step depends on, without pickles.
 
-A checkpoint is a directory `step-00000010` with one safetensors file a rank and a manifest that names every file
-with its size and digest. It is written beside its place and renamed into it, so it is whole or it is not there.
+A checkpoint is a directory `step-00000010` with one safetensors file for each rank, and a manifest with the name, size
+and digest of each file. It is written under a temporary name and then renamed, so it is either complete or absent.
 """
 
 import hashlib
@@ -29,11 +29,13 @@ FLAT_MASTERS = (
     "single_partition_of_fp32_groups",  # ZeRO-1 and 2
     "fp32_groups_flat_partition",  # BF16_Optimizer
 )
-"""Where DeepSpeed's optimizers keep flat masters."""
+"""The attributes in which DeepSpeed's optimizers keep flat fp32 master weights."""
 
 
 def masters(engine: Engine | Pipeline) -> list[torch.Tensor]:
-    """This rank's fp32 masters, in the optimizer's order; the parameters themselves where there are no others."""
+    """This rank's fp32 master weights in the optimizer's order; the parameters themselves where there
+    are no masters.
+    """
     wrapper = engine.deepspeed.optimizer
     if wrapper is engine.inner:
         return [parameter for group in engine.inner.param_groups for parameter in group["params"]]
@@ -66,9 +68,10 @@ def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
 def save(
     engine: Engine | Pipeline, world: World, directory: Path, step: int, identity: dict[str, Any], keep: int
 ) -> Path:
-    """Write the state after `step` steps under `directory`, then drop all but the newest `keep`. Collective.
+    """Write the state after `step` steps under `directory`, then delete all but the newest `keep` checkpoints.
+    Collective.
 
-    A rehearsal takes the memory that it takes, and writes nothing.
+    A rehearsal allocates the same memory but writes nothing.
     """
     final = directory / f"step-{step:08d}"
     partial = directory / f".{final.name}.partial"
@@ -79,7 +82,7 @@ def save(
     file = partial / f"rank-{world.rank:05d}.safetensors"
     state = {**tensors(engine), **_random_state(world.device)}
     state = {name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}
-    entries = world.gather({} if world.rehearsed else _written(state, file))
+    entries = world.gather({} if world.rehearsed else _write_rank(state, file))
     if world.leads and not world.rehearsed:
         manifest = {"schema": SCHEMA, "step": step, "identity": identity, "files": entries}
         (partial / "manifest.json").write_text(json.dumps(manifest))
@@ -91,31 +94,31 @@ def save(
     return final
 
 
-def _written(state: dict[str, torch.Tensor], file: Path) -> dict[str, Any]:
-    """This rank's entry in the manifest, once `state` and the host's random state are on disk."""
+def _write_rank(state: dict[str, torch.Tensor], file: Path) -> dict[str, Any]:
+    """Write `state` and the random state of the host's libraries; return this rank's entry in the manifest."""
     save_file(state, file)
     _flush(file)
-    python = random.getstate()
-    host = {"python": [python[0], list(python[1]), python[2]], "numpy": _numpy_state()}
+    python_state = random.getstate()
+    host = {"python": [python_state[0], list(python_state[1]), python_state[2]], "numpy": _numpy_state()}
     return {"name": file.name, "bytes": file.stat().st_size, "sha256": _digest(file), "host": host}
 
 
 def newest_whole(directory: Path, key: str = "train.resume") -> tuple[Path, dict[str, Any], list[str]]:
-    """The newest whole checkpoint in a run's directory, its manifest, and why newer ones were passed over.
+    """The newest complete checkpoint in a run's directory, its manifest, and the reasons why newer ones were skipped.
 
     Raises Refusal where there is none.
     """
-    passed_over: list[str] = []
+    skipped: list[str] = []
     for candidate in sorted(run_state(directory).glob("step-*"), reverse=True):
         try:
-            return candidate, _whole(candidate), passed_over
+            return candidate, _verified_manifest(candidate), skipped
         except (OSError, ValueError, KeyError, TypeError) as reason:
-            passed_over.append(f"{candidate.name} is torn: {reason}")
-    found = "; ".join(passed_over) or "it has no step-* directory; train with train.save_every=N to make them"
-    raise Refusal(key, directory, f"no whole checkpoint is there: {found}")
+            skipped.append(f"{candidate.name} is torn: {reason}")
+    problems = "; ".join(skipped) or "it has no step-* directory; train with train.save_every=N to make them"
+    raise Refusal(key, directory, f"no whole checkpoint is there: {problems}")
 
 
-def _whole(candidate: Path) -> dict[str, Any]:
+def _verified_manifest(candidate: Path) -> dict[str, Any]:
     manifest = json.loads((candidate / "manifest.json").read_text())
     if manifest["schema"] != SCHEMA:
         raise ValueError(f"its schema is {manifest['schema']}, and this version reads {SCHEMA}")
@@ -137,12 +140,14 @@ def load(
     manifest: dict[str, Any],
     identity: dict[str, Any],
 ) -> int:
-    """Put the state back, in place; the number of steps already taken. Raises Refusal where it is another run's."""
+    """Load the state in place and return the number of completed steps. Raises Refusal where the checkpoint is of
+    another run.
+    """
     for name, value in identity.items():
-        was = manifest["identity"].get(name)
-        if was != value:
+        saved = manifest["identity"].get(name)
+        if saved != value:
             raise Refusal(
-                "train.resume", checkpoint, f"it was saved with {name}={was}, and this run has {value}"
+                "train.resume", checkpoint, f"it was saved with {name}={saved}, and this run has {value}"
             )
     entry = manifest["files"][world.rank]
     state = load_file(checkpoint / entry["name"])
@@ -150,21 +155,24 @@ def load(
     for name in [name for name in live if not name.startswith("optimizer/")]:
         live[name].copy_(state[name])
     resident = getattr(engine.deepspeed.optimizer, "persistent_parameters", [])
-    if resident:  # ZeRO-3 keeps small parameters gathered; they are copies of the shards just filled
+    if resident:  # ZeRO-3 keeps small parameters gathered: copy the loaded shards to them
         resident[0].partition(resident)
         resident[0].all_gather(resident)
     for index, master in enumerate(masters(engine)):
         prefix = f"optimizer/{index}/"
-        kept = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-        if kept:
+        optimizer_state = {
+            name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)
+        }
+        if optimizer_state:
             engine.inner.state[master] = {
-                key: value.to(master.device) if value.dim() else value for key, value in kept.items()
+                key: value.to(master.device) if value.dim() else value
+                for key, value in optimizer_state.items()
             }
     torch.set_rng_state(state["random/cpu"])
     if "random/cuda" in state and world.device.type == "cuda":
         torch.cuda.set_rng_state(state["random/cuda"], world.device)
-    version, words, gauss = entry["host"]["python"]
-    random.setstate((version, tuple(words), gauss))
+    version, state_values, gauss = entry["host"]["python"]
+    random.setstate((version, tuple(state_values), gauss))
     name, keys, *rest = entry["host"]["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
     return int(manifest["step"])

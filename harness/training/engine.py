@@ -1,4 +1,4 @@
-"""DeepSpeed behind one verb, `train_step`. Every default of its that matters is said out loud."""
+"""DeepSpeed behind one method, `train_step`. Every DeepSpeed default that matters is set explicitly."""
 
 import logging
 import math
@@ -17,10 +17,10 @@ from harness.runtime.world import World
 
 
 def deepspeed_config(settings: Settings, replicas: int) -> dict[str, Any]:
-    """DeepSpeed's own configuration for `settings`, with so many whole models.
+    """DeepSpeed's configuration for `settings`, with so many data-parallel `replicas` (dp_size).
 
-    Its defaults clip gradients at 1.0 and skip steps that overflow in bf16; here both are said, and only what
-    `settings` asks for happens. Bucket sizes and thresholds are in elements.
+    DeepSpeed's defaults clip gradients at 1.0 and skip steps that overflow in bf16. Both are set here, so that only
+    what `settings` say happens. Bucket sizes and thresholds are in elements.
     """
     train, zero = settings.train, settings.zero
     optimization: dict[str, Any] = {
@@ -45,14 +45,14 @@ def deepspeed_config(settings: Settings, replicas: int) -> dict[str, Any]:
         "bf16": {"enabled": settings.dtype == "bfloat16", "check_grad_overflow": False},
         "zero_optimization": optimization,
         "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,  # torch's own AdamW needs no compiler, offloaded too
+        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW needs no compiler, even with offload
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
     }
 
 
 def learning_rate(train: Train, step: int) -> float:
-    """The rate of step `step` (from 0): linear warm-up, then `train.schedule` down to 0 at `train.steps`."""
+    """The learning rate of `step` (from 0): linear warm-up, then `train.schedule` down to 0 at `train.steps`."""
     if step < train.warmup_steps:
         return train.learning_rate * (step + 1) / train.warmup_steps
     left = 1 - (step - train.warmup_steps) / max(1, train.steps - train.warmup_steps)
@@ -61,19 +61,20 @@ def learning_rate(train: Train, step: int) -> float:
 
 
 class Engine:
-    """A model in DeepSpeed's hands. `settings` decide ZeRO's stage, precision, accumulation and the optimizer."""
+    """A model wrapped by DeepSpeed. `settings` decide the ZeRO stage, precision, accumulation and optimizer."""
 
     def __init__(self, settings: Settings, world: World, ledger: Ledger, model: PreTrainedModel) -> None:
         self.settings, self.world, self.ledger = settings, world, ledger
         deepspeed, config = import_deepspeed(world), deepspeed_config(settings, world.replicas)
-        if settings.zero.stage == 3:  # a parameter at a time: no device ever holds them all
+        if settings.zero.stage == 3:  # one parameter at a time: no device ever has them all
             deepspeed.zero.Init(module=model, config_dict_or_path=config)
-        model.to(world.device)  # as DeepSpeed would, before anybody can name what it moves
+        # DeepSpeed would do this later, but the ledger must first register the tensors
+        model.to(world.device)
         ledger.own(model=model)
         activation_checkpointing.apply(model, settings.checkpointing)
         self.inner = adamw(settings, world, model)
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=self.inner, config=config)
-        self.inner.state.clear()  # without ZeRO it has taken a step on no gradients, and Adam would count it
+        self.inner.state.clear()  # without ZeRO, DeepSpeed has taken a step without gradients, and Adam would count it
         ledger.own(engine=self.deepspeed)
 
     @property
@@ -83,16 +84,18 @@ class Engine:
 
     @property
     def whole(self) -> torch.nn.Module:
-        """The model that `full_state` is the state of."""
+        """The model whose state `full_state` returns."""
         return self.module
 
     @property
     def optimizer_class(self) -> str:
-        """DeepSpeed picks one by stage and precision; which one is part of the record."""
+        """DeepSpeed chooses the class by stage and precision; the record has its name."""
         return type(self.deepspeed.optimizer).__name__
 
     def train_step(self, batches: Iterator[torch.Tensor], step: int) -> float:
-        """One optimizer step over the next micro-batches [micro_batch, sequence]; the loss per token on every rank."""
+        """Run one optimizer step over the next micro-batches [micro_batch, sequence]; return the mean loss per token of
+        all ranks.
+        """
         losses = []
         for micro_batch in range(self.settings.train.accumulation):
             with self.ledger.phase("data", step, micro_batch):
@@ -105,18 +108,18 @@ class Engine:
         return self.world.mean(sum(losses) / len(losses))
 
     def _micro_step(self, tokens: torch.Tensor, step: int, micro_batch: int) -> float:
-        """Forward and backward over `tokens` [micro_batch, sequence]; the loss per token."""
+        """Run forward and backward over `tokens` [micro_batch, sequence]; return the loss per token."""
         with self.ledger.phase("forward", step, micro_batch):
             loss = self.deepspeed(input_ids=tokens, labels=tokens, use_cache=False).loss
         with self.ledger.phase("backward", step, micro_batch):
             self.deepspeed.backward(loss)
             if not self.deepspeed.is_gradient_accumulation_boundary():
-                self.deepspeed.step()  # counts the micro-batch; the weights stay
+                self.deepspeed.step()  # counts the micro-batch; does not change the weights
         return float(loss.detach())
 
     @torch.no_grad()
     def evaluate(self, batches: Iterator[torch.Tensor], step: int) -> float:
-        """The mean loss per token over `batches` of [micro_batch, sequence], on every rank."""
+        """The mean loss per token over `batches` of [micro_batch, sequence], over all ranks."""
         self.deepspeed.eval()
         losses = []
         for index, tokens in enumerate(batches):
@@ -126,16 +129,14 @@ class Engine:
         return self.world.mean(sum(losses) / len(losses))
 
     def full_state(self) -> dict[str, torch.Tensor] | None:
-        """The whole model's weights on CPU at rank 0, None elsewhere. Every rank must call it."""
+        """The whole model's weights on the CPU at rank 0, None elsewhere. Collective."""
         deepspeed = import_deepspeed(self.world)
         if self.settings.zero.stage == 3:
-            self.deepspeed.empty_partition_cache()  # a forward has fetched ahead what can now not be gathered
+            self.deepspeed.empty_partition_cache()  # prefetched parameters cannot be gathered
         names = {id(parameter): name for name, parameter in self.module.named_parameters()}
         state: dict[str, torch.Tensor] = {}
         lead = self.world.leads
-        for (
-            parameter
-        ) in self.module.parameters():  # one at a time: no rank ever holds the whole model on its device
+        for parameter in self.module.parameters():  # one at a time: no device ever has the whole model
             with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_tensor")):
                 if lead:
                     state[names[id(parameter)]] = parameter.detach().to("cpu", copy=True)
@@ -147,28 +148,29 @@ class Engine:
 
 
 def adamw(settings: Settings, world: World, model: torch.nn.Module) -> torch.optim.AdamW:
-    """torch's own AdamW over `model`, as `settings` ask for it."""
+    """torch's AdamW for the parameters of `model`, with the options in `settings`."""
     train = settings.train
     return torch.optim.AdamW(
         model.parameters(),
         lr=train.learning_rate,
         weight_decay=train.weight_decay,
-        # as torch itself chooses; a rehearsal for a GPU is not on one
+        # torch's own choice; set here because a rehearsal for a GPU does not run on one
         foreach=world.kind == "cuda" and settings.zero.offload == "none" and not train.fused,
         fused=train.fused,
     )
 
 
 def set_rate(optimizer: torch.optim.Optimizer, train: Train, step: int) -> None:
-    """Give `optimizer` the learning rate of `step`."""
+    """Set the learning rate of `step` in `optimizer`."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(train, step)
 
 
 def import_deepspeed(world: World) -> Any:
-    """DeepSpeed in the group that `world` has joined, without its banners, a shared-memory operator it would compile
-    and never use here, and the warnings that its calls of what torch has renamed would print at every step. Its
-    errors still come.
+    """Import DeepSpeed into the process group of `world`.
+
+    This hides its banners and the warnings that deprecated torch calls would print at every step, and turns off a
+    shared-memory operator that it would compile and never use. Its errors still appear.
     """
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)

@@ -32,14 +32,14 @@ Say = Callable[[str], None]
 
 def run(settings: Settings, world: World, ledger: Ledger, out: Output) -> None:
     """Train, and export the weights to `checkpoint/` in the run's directory. Raises Refusal."""
-    began = time.perf_counter()
+    start = time.perf_counter()
     train = settings.train
     config = loader.model_config(settings.model)
-    positions.check(settings, config.to_dict())  # what a config.json leaves out is there
+    positions.check(settings, config.to_dict())  # with the defaults that config.json leaves out
     tokenizer = tokenizer_of(settings.model, settings.data.tokenizer)
     generation = fields_of(settings.model, config)
     corpus = token_batches.corpus(settings.data, tokenizer, train.sequence, world)
-    held_out = _held_out(settings, world, corpus)
+    validation_batches = _validation_batches(settings, world, corpus)
     dtype = getattr(torch, settings.dtype)
     quantization = method.take(config, settings, "cpu")
     with ledger.phase("setup"):
@@ -52,20 +52,20 @@ def run(settings: Settings, world: World, ledger: Ledger, out: Output) -> None:
     out.say(
         f"{settings.model.name}: {sizes['parameters']:,} parameters, {engine.optimizer_class}, {world.size} ranks"
     )
-    progress = Progress(settings, world, ledger, first, out.say, time.perf_counter() - began)
+    progress = Progress(settings, world, ledger, first, out.say, time.perf_counter() - start)
     out.done["training"] = progress.training
     out.done["training"]["optimizer"] = engine.optimizer_class
     for step in progress:
         ledger.begins(step)
         progress.stepped(engine.train_step(batches, step))
-        if held_out is not None and _due(step, train.validate_every, train.steps):
-            progress.validated(step, engine.evaluate(held_out(), step))
+        if validation_batches is not None and _due(step, train.validate_every, train.steps):
+            progress.validated(step, engine.evaluate(validation_batches(), step))
         if _due(step, max(1, train.steps // 10), first + settings.ledger.steps):
             out.flush()
         if _due(step, train.save_every, None):
             _save(settings, world, engine, out.directory, step)
     if not progress.whole:
-        ledger.enough()  # as at the next step, before anything is let go
+        ledger.enough()  # the next step would do this; do it before anything is freed
     if not world.rehearsed:
         out.done["performance"] = progress.rates()
     if train.export and progress.whole:
@@ -81,21 +81,21 @@ def _engine(
     ledger: Ledger,
     quantization: Quantization | None,
 ) -> tuple[Engine | Pipeline, dict[str, Any]]:
-    """This rank's part of the model in DeepSpeed's hands, and the sizes of the whole."""
+    """The DeepSpeed engine for this rank's part of the model, and the sizes of the whole model."""
     check_layers(settings.checkpointing, config.get_text_config(decoder=True).num_hidden_layers)
-    asked, how = (settings.model, config, dtype, torch.device("cpu"), settings.seed), (None, quantization)
+    spec, options = (settings.model, config, dtype, torch.device("cpu"), settings.seed), (None, quantization)
     if world.stages == 1:
-        built = loader.build(*asked, world.rehearsed, *how)
-        sizes = loader.sizes(built, quantization)  # before ZeRO-3 leaves them empty
-        return Engine(settings, world, ledger, built), sizes
+        model = loader.build(*spec, world.rehearsed, *options)
+        sizes = loader.sizes(model, quantization)  # before ZeRO-3 empties the parameters
+        return Engine(settings, world, ledger, model), sizes
     split = split_of(settings, config)
-    part = stage.build(*asked, ranges(split)[world.stage], world.rehearsed, *how)
+    part = stage.build(*spec, ranges(split)[world.stage], world.rehearsed, *options)
     whole = init_weights.outline(config, dtype, settings.model.attention)
     return Pipeline(settings, world, ledger, part, whole, split), loader.sizes(whole, quantization)
 
 
 def identity(settings: Settings, world: World) -> dict[str, Any]:
-    """What must be the same for a checkpoint to be this run's own."""
+    """The values that must be equal for a run to resume from a checkpoint."""
     return {
         "world.size": world.size,
         "pipeline.stages": world.stages,
@@ -112,21 +112,23 @@ def identity(settings: Settings, world: World) -> dict[str, Any]:
 
 
 def _resume(settings: Settings, world: World, engine: Engine | Pipeline, say: Say) -> int:
-    """Steps already taken, once the state after them is back in place."""
+    """Load the state to resume from, if any; return the number of completed steps."""
     if settings.train.resume is None:
         return 0
-    found, manifest, passed_over = checkpoint.newest_whole(Path(settings.train.resume))
-    for reason in passed_over:
+    state_directory, manifest, skipped = checkpoint.newest_whole(Path(settings.train.resume))
+    for reason in skipped:
         say(reason)
     with engine.ledger.phase("checkpoint"):
-        steps = checkpoint.load(engine, world, found, manifest, identity(settings, world))
+        steps = checkpoint.load(engine, world, state_directory, manifest, identity(settings, world))
     if steps >= settings.train.steps:
         raise Refusal(
-            "train.steps", settings.train.steps, f"{found} already has {steps} steps; ask for more in all"
+            "train.steps",
+            settings.train.steps,
+            f"{state_directory} already has {steps} steps; ask for more in all",
         )
     if engine.ledger.steps is not None:
-        engine.ledger.steps += steps  # the first steps of this run, not of the one before it
-    say(f"resuming after step {steps}, from {found}")
+        engine.ledger.steps += steps  # count from the first step of this run
+    say(f"resuming after step {steps}, from {state_directory}")
     return steps
 
 
@@ -136,10 +138,10 @@ def _save(settings: Settings, world: World, engine: Engine | Pipeline, directory
         checkpoint.save(engine, world, state, step + 1, identity(settings, world), settings.train.keep)
 
 
-def _held_out(
+def _validation_batches(
     settings: Settings, world: World, corpus: token_batches.Corpus
 ) -> Callable[[], Iterator[torch.Tensor]] | None:
-    """A function to the validation batches, the same ones every time; None where none are asked for."""
+    """A function that returns the validation batches, the same ones at each call; None where validation is off."""
     train, blocks = settings.train, corpus.validation
     if not train.validate_every or blocks is None:
         return None
@@ -152,8 +154,8 @@ def _held_out(
         )
 
     def batches() -> Iterator[torch.Tensor]:
-        endless = token_batches.loader(blocks, train.micro_batch, world, settings.seed)
-        return (tokens.to(world.device) for tokens in islice(endless, train.validation_batches))
+        stream = token_batches.loader(blocks, train.micro_batch, world, settings.seed)
+        return (tokens.to(world.device) for tokens in islice(stream, train.validation_batches))
 
     return batches
 
@@ -169,8 +171,8 @@ def _export(
     if world.leads and not world.rehearsed:
         directory = out.directory / "checkpoint"
         loader.export(engine.whole, state, tokenizer, generation, directory)
-        if said := opens_otherwise(directory, tokenizer):
-            out.say(f"checkpoint/: {said}")
+        if warning := opens_otherwise(directory, tokenizer):
+            out.say(f"checkpoint/: {warning}")
     world.barrier()
 
 
@@ -179,16 +181,15 @@ def _due(step: int, every: int, last: int | None) -> bool:
 
 
 class Progress:
-    """What a person sees of a run, and what the record keeps of its course."""
+    """The progress that is printed, and the record's figures of the course of training."""
 
     def __init__(
         self, settings: Settings, world: World, ledger: Ledger, first: int, say: Say, startup: float
     ) -> None:
         self.settings, self.world, self.ledger, self.first, self.say = settings, world, ledger, first, say
-        seen = settings.ledger.steps if world.rehearsed else settings.train.steps
-        self.last = min(
-            settings.train.steps, first + seen
-        )  # a rehearsal has nothing to show after what is seen
+        steps = settings.ledger.steps if world.rehearsed else settings.train.steps
+        # a rehearsal ends after the steps that the ledger records
+        self.last = min(settings.train.steps, first + steps)
         self.losses: list[float] = []
         self.validation: list[dict[str, float]] = []
         self.seconds: list[float] = []
@@ -203,11 +204,11 @@ class Progress:
 
     @property
     def whole(self) -> bool:
-        """Whether the run goes to its end."""
+        """Whether this run reaches `train.steps`."""
         return self.last == self.settings.train.steps
 
     def __iter__(self) -> Iterator[int]:
-        """The steps to take; rank 0 shows how far they are."""
+        """Yield the steps to run; rank 0 shows a progress bar."""
         silent = self.world.rehearsed or not self.world.leads
         with Pace(self.last, "step", self.say, silent, self.first) as self.pace:
             for step in range(self.first, self.last):
@@ -215,7 +216,7 @@ class Progress:
                 yield step
 
     def stepped(self, loss: float) -> None:
-        """The step is done."""
+        """Record the end of a step."""
         if self.world.device.type == "cuda":
             torch.cuda.synchronize(self.world.device)
         self.seconds.append(time.perf_counter() - self.began)
@@ -225,17 +226,19 @@ class Progress:
         self.pace.advance(1, f"loss {loss:.3f}  {self.tokens / self.seconds[-1]:,.0f} tokens/s{self._peak()}")
 
     def validated(self, step: int, loss: float) -> None:
-        """Held-out text had this mean loss after step `step`."""
+        """Record the mean validation loss after `step`."""
         if self.world.rehearsed:
             return
         self.validation.append({"step": step + 1, "loss": loss})
         self.say(f"step {step + 1}/{self.settings.train.steps}  validation loss {loss:.3f}")
 
     def rates(self) -> dict[str, Any]:
-        """Tokens a second over all ranks by the median step; one under an exact ledger counts only if all are."""
+        """Tokens per second over all ranks, by the median step. Steps under an exact ledger count only where there are
+        no others.
+        """
         ledger = self.settings.ledger
-        slowed = ledger.steps if ledger.mode == "exact" else 1
-        timed = self.seconds[slowed:] or self.seconds[1:] or self.seconds
+        exact_steps = ledger.steps if ledger.mode == "exact" else 1
+        timed = self.seconds[exact_steps:] or self.seconds[1:] or self.seconds
         median = statistics.median(timed)
         return {
             "tokens_per_second": self.tokens / median,
@@ -249,5 +252,5 @@ class Progress:
         if peak is None:
             return ""
         largest = sorted(((n, b) for n, b in peak.categories.items() if b), key=lambda pair: -pair[1])[:3]
-        parts = ", ".join(f"{name} {held / 2**20:.1f}" for name, held in largest)
+        parts = ", ".join(f"{name} {nbytes / 2**20:.1f}" for name, nbytes in largest)
         return f"  peak {peak.bytes / 2**20:.1f} MiB ({parts})"
