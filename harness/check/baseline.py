@@ -44,7 +44,7 @@ def numbers_in(text: str) -> list[int]:
     return numbers
 
 
-def format_ranks(numbers: Iterable[int]) -> str:
+def told_ranks(numbers: Iterable[int]) -> str:
     """The rank numbers as a text such as `0-3,6`."""
     ordered = sorted(numbers)
     starts = [ordered[0], *(right for left, right in pairwise(ordered) if right != left + 1)]
@@ -173,7 +173,7 @@ def of(run: Record, source: str) -> Baseline:
         by_memory.setdefault(measured.model_dump_json(), (measured, []))[1].extend(rank.numbers)
     if not by_memory:
         raise ValueError(f"{source}: it has the books of no rank")
-    alike = (Ranks(ranks=format_ranks(numbers), **dict(measured)) for measured, numbers in by_memory.values())
+    alike = (Ranks(ranks=told_ranks(numbers), **dict(measured)) for measured, numbers in by_memory.values())
     return Baseline(
         config=[*_own(run)],
         mode=run.mode,

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
 
-from harness.check.baseline import Baseline, Books, format_ranks
+from harness.check.baseline import Baseline, Books, told_ranks
 from harness.check.tolerance import NONE, Tolerance
 from harness.config import compose
 from harness.config.settings import RESOLVED, as_typed
@@ -121,9 +121,9 @@ def judge(
     _comparable(file, baseline, run)
     common = sorted(baseline.by_rank.keys() & run.by_rank.keys())
     if not common:
-        measured = format_ranks(run.by_rank)
+        measured = told_ranks(run.by_rank)
         raise ValueError(
-            f"{file}: it has figures of ranks {format_ranks(baseline.by_rank)}, the run of {measured} only"
+            f"{file}: it has figures of ranks {told_ranks(baseline.by_rank)}, the run of {measured} only"
         )
     apart = tuple(_apart(baseline, run, common, tolerances))
     unseen = {*range(baseline.world)}.difference(common)
@@ -150,7 +150,7 @@ def _comparable(file: Path, baseline: Baseline, run: Baseline) -> None:
 
 
 def _ranks(numbers: Sequence[int] | set[int]) -> str:
-    return f"rank{'s' if len(numbers) > 1 else ''} {format_ranks(numbers)}"
+    return f"rank{'s' if len(numbers) > 1 else ''} {told_ranks(numbers)}"
 
 
 def _apart(
