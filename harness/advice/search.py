@@ -33,7 +33,7 @@ LAST_RESORT = ("optimizer", "all")
 
 
 class Trial(NamedTuple):
-    """A rehearsed config, by its overrides in `words`; `left` is the free memory in bytes, below 0 if it does not fit."""
+    """A rehearsed config; `words` are its overrides, `left` the free memory in bytes, negative if it does not fit."""
 
     words: tuple[str, ...]
     settings: Settings
