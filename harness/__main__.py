@@ -111,8 +111,8 @@ def _carry_out(arguments: list[str]) -> int:
     cfg = compose.compose(arguments)
     settings = load(cfg)
     if only_print:
-        ours = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
-        return _say(OmegaConf.to_yaml(ours, resolve=True))
+        own_keys = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
+        return _say(OmegaConf.to_yaml(own_keys, resolve=True))
     from harness.run import run  # imports torch, so only after the request is checked
 
     return run(settings, cfg, arguments)

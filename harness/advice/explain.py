@@ -101,10 +101,12 @@ def failure(run: Run) -> Iterator[Finding]:
         else f" in step {failure_record.where.step}, {failure_record.where.phase}"
     )
     yield Finding("failure", f"{rank}{where}: {failure_record.error or 'its record does not say why'}", None)
-    known = len(record.peaks)
-    if known < run.size:
+    rank_count = len(record.peaks)
+    if rank_count < run.size:
         coverage = (
-            "no rank has left its books" if not known else f"{known} of {run.size} ranks left its books"
+            "no rank has left its books"
+            if not rank_count
+            else f"{rank_count} of {run.size} ranks left its books"
         )
         yield Finding("failure", f"Nothing is known beyond that: {coverage}.", None)
 
@@ -154,12 +156,12 @@ def made_of(run: Run) -> Iterator[Finding]:
 def _who(run: Run) -> str:
     """The subject of the sentence about the peak, with its verb."""
     peaks = run.record.peaks
-    known = {number for rank in run.record.ranks for number in (*rank.numbers, *rank.bounds)}
+    covered = {number for rank in run.record.ranks for number in (*rank.numbers, *rank.bounds)}
     if run.size == 1:
         return "It holds"
     if len(peaks) == run.size and len(set(peaks.values())) == 1:
         return f"Each of the {run.size} ranks holds"
-    return f"Rank {run.worst.rank} of {run.size}{', the highest,' if len(known) == run.size else ''} holds"
+    return f"Rank {run.worst.rank} of {run.size}{', the highest,' if len(covered) == run.size else ''} holds"
 
 
 def holdings(run: Run) -> Iterator[Finding]:
@@ -201,13 +203,17 @@ def ranks(run: Run) -> Iterator[Finding]:
     lowest = min(measured, key=lambda rank: (rank.peak.bytes or 0, rank.rank))
     distance = run.whole - (lowest.peak.bytes or 0)
     more = _more(run.worst, lowest)
-    most = max(more, key=lambda name: more[name], default="")
-    has = f", with {size(more[most])} more {most}" if more.get(most, 0) > 0 else ""
+    largest = max(more, key=lambda name: more[name], default="")
+    has = f", with {size(more[largest])} more {largest}" if more.get(largest, 0) > 0 else ""
     reason = why_worst or next((reason for name, reason in WHY.items() if more.get(name, 0) > 0), "")
     if run.worst.stage != lowest.stage:
-        ours, theirs = (f"stage {rank.stage} keeps {kept_by(rank)}" for rank in (run.worst, lowest))
+        worst_keeps, lowest_keeps = (
+            f"stage {rank.stage} keeps {kept_by(rank)}" for rank in (run.worst, lowest)
+        )
         reason = (
-            f"{ours} for their backward, {theirs}" if run.record.mode == "train" else "they are of two stages"
+            f"{worst_keeps} for their backward, {lowest_keeps}"
+            if run.record.mode == "train"
+            else "they are of two stages"
         )
     why = f": {reason}" if reason else ""
     sentence = f"Rank {run.worst.rank} is {size(distance)} above rank {lowest.rank}{has}{why}."

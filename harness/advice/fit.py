@@ -137,7 +137,7 @@ def _row(fit: Fit, trial: Trial) -> list[str]:
 def _short(trial: Trial) -> list[str]:
     """The trial's overrides, without those that are off by default."""
     plain = ("zero.offload=none", "pipeline.stages=1", "checkpointing=none")
-    return [word for word in trial.words if word not in plain]
+    return [override for override in trial.overrides if override not in plain]
 
 
 def command(fit: Fit, trial: Trial) -> str:
@@ -148,7 +148,7 @@ def command(fit: Fit, trial: Trial) -> str:
         nodes = f"--nnodes {-(-fit.world // NODE)} --nproc-per-node {NODE}"
         start = f"torchrun {nodes} --rdzv-backend c10d --rdzv-endpoint HOST:29500"
     prompts = [f"generation.count={trial.settings.generation.count}"] if fit.mode == "infer" else []
-    return " ".join([start, "-m harness", *map(shlex.quote, fit.words), *_short(trial), *prompts])
+    return " ".join([start, "-m harness", *map(shlex.quote, fit.overrides), *_short(trial), *prompts])
 
 
 def data(fit: Fit, trials: Sequence[Trial]) -> dict[str, object]:
@@ -161,7 +161,7 @@ def data(fit: Fit, trials: Sequence[Trial]) -> dict[str, object]:
         "resolved": fit.reasons,
         "trials": [
             {
-                "words": list(trial.words),
+                "words": list(trial.overrides),
                 "fits": trial.fits,
                 "peak": trial.worst.bytes if trial.rehearsed else None,
                 "left": trial.left if trial.rehearsed else None,
@@ -172,6 +172,6 @@ def data(fit: Fit, trials: Sequence[Trial]) -> dict[str, object]:
             }
             for trial in trials
         ],
-        "ranked": [list(trial.words) for trial in fitting],
+        "ranked": [list(trial.overrides) for trial in fitting],
         "command": command(fit, fitting[0]) if fitting else None,
     }

@@ -101,7 +101,7 @@ class Rehearsed(NamedTuple):
     peak: int | str
 
     @property
-    def words(self) -> str:
+    def overrides(self) -> str:
         """The change as command-line overrides."""
         return " ".join(f"{SPELLED.get(key, key)}={as_typed(value)}" for key, value in self.values.items())
 
@@ -132,7 +132,7 @@ def savings(record: Record) -> Iterator[Finding]:
     yield from recomputation(base, before, tried)
     yield from ranked(record, before, tried)
     unrehearsed = [
-        each.words for each in tried if isinstance(each.peak, str) and not each.peak.startswith(REFUSED)
+        each.overrides for each in tried if isinstance(each.peak, str) and not each.peak.startswith(REFUSED)
     ]
     if unrehearsed:
         yield Finding("not_rehearsed", f"Could not be rehearsed: {'; '.join(unrehearsed)}.", None)
@@ -143,14 +143,14 @@ def settings_of(record: Record, values: Mapping[str, Any]) -> Settings:
     if not record.config:
         raise Refusal("config", None, "the record has none")
     typed(record.config)  # raises Refusal where a group is not a mapping
-    around = {
+    rehearsal_values = {
         "world.kind": "rehearsed",
         "world.size": record.world.size,
         "hardware.device": record.world.device,
         "ledger.mode": "exact",
         "train.resume": None,
     }
-    settings = checked(typed(changed(record.config, {**around, **values})))
+    settings = checked(typed(changed(record.config, {**rehearsal_values, **values})))
     check_world(settings, record.world.size)
     return settings
 
@@ -234,7 +234,11 @@ def recomputation(base: Settings, before: int, tried: Sequence[Rehearsed]) -> It
 
 def ranked(record: Record, before: int, tried: Sequence[Rehearsed]) -> Iterator[Finding]:
     """The best change with the command for it, then the others."""
-    others = [f"{change.words} ({_apart(change.more(before))})" for change in tried if change.more(before)]
+    others = [
+        f"{change.overrides} ({_more_or_less(change.more(before))})"
+        for change in tried
+        if change.more(before)
+    ]
     saved = -tried[0].more(before) if tried else 0
     if saved < WORTH * before:
         sentence = f"No single change that was rehearsed saves as much as {WORTH:.0%}"
@@ -242,7 +246,7 @@ def ranked(record: Record, before: int, tried: Sequence[Rehearsed]) -> Iterator[
         return
     best = tried[0]
     sentence = (
-        f"{best.words} would save {size(saved)} (from {size(before)} to {size(before - saved)} at the peak, "
+        f"{best.overrides} would save {size(saved)} (from {size(before)} to {size(before - saved)} at the peak, "
         f"rehearsed). It costs {best.cost}."
     )
     yield Finding("saving", sentence, saved)
@@ -251,8 +255,8 @@ def ranked(record: Record, before: int, tried: Sequence[Rehearsed]) -> Iterator[
         yield Finding("others", f"Rehearsed too: {'; '.join(others[1:])}.", None)
 
 
-def _apart(more: int) -> str:
-    return f"{size(abs(more))} {'more' if more > 0 else 'less'}"
+def _more_or_less(extra: int) -> str:
+    return f"{size(abs(extra))} {'more' if extra > 0 else 'less'}"
 
 
 def command(record: Record, change: Rehearsed) -> str:
@@ -261,18 +265,20 @@ def command(record: Record, change: Rehearsed) -> str:
     Where the typed overrides do not reproduce that config, it contains only the change.
     """
     replaced = {*change.values, *(SPELLED.get(key, key) for key in change.values), "hydra.run.dir"}
-    kept = [word for word in record.environment.command if word.partition("=")[0] not in replaced]
-    arguments = [*kept, *change.words.split()]
+    kept_overrides = [
+        override for override in record.environment.command if override.partition("=")[0] not in replaced
+    ]
+    arguments = [*kept_overrides, *change.overrides.split()]
     decided = [f"{key}={as_typed(record.value(key))}" for key in record.resolved]
     start = "python -m harness"
     if not record.world.rehearsed and record.world.size > 1:
         start = f"torchrun --standalone --nproc-per-node {record.world.size} -m harness"
     try:
         composed: Any = OmegaConf.to_container(
-            compose.compose([*kept, *decided, *change.words.split()]), resolve=True
+            compose.compose([*kept_overrides, *decided, *change.overrides.split()]), resolve=True
         )
         del composed["hydra"]
         same = typed(composed) == typed(changed(record.config, change.values))
     except (Refusal, ValueError):
         same = False
-    return f"{start} {shlex.join(arguments if same else ['...', *change.words.split()])}"
+    return f"{start} {shlex.join(arguments if same else ['...', *change.overrides.split()])}"

@@ -33,9 +33,9 @@ LAST_RESORT = ("optimizer", "all")
 
 
 class Trial(NamedTuple):
-    """A rehearsed config; `words` are its overrides, `left` the free memory in bytes, negative if it does not fit."""
+    """A rehearsed config with its overrides; `left` is the free memory in bytes, negative if it does not fit."""
 
-    words: tuple[str, ...]
+    overrides: tuple[str, ...]
     settings: Settings
     worst: Worst
     left: int
@@ -54,11 +54,13 @@ class Trial(NamedTuple):
 class Fit:
     """The request: configs along axes, and the memory that they must fit into. Raises Refusal and ValueError."""
 
-    def __init__(self, words: Sequence[str], reserve: int = 0) -> None:
-        typed = dict(word.partition("=")[::2] for word in words)
-        for word in words:
-            if "=" not in word:
-                raise ValueError(f"fit: {word}: neither key=value nor an option; --help says what there is")
+    def __init__(self, overrides: Sequence[str], reserve: int = 0) -> None:
+        typed = dict(override.partition("=")[::2] for override in overrides)
+        for override in overrides:
+            if "=" not in override:
+                raise ValueError(
+                    f"fit: {override}: neither key=value nor an option; --help says what there is"
+                )
         self.mode = typed.get("mode", "train")
         if self.mode not in AXES:
             raise Refusal("mode", self.mode, "no such mode; one of train, infer")
@@ -67,9 +69,9 @@ class Fit:
         ):
             raise Refusal("generation.prompts", "...", "fit asks for lengths; give generation.prompt_length=")
         self.axes = {key: typed.get(key, values) for key, values in AXES[self.mode].items()}
-        self.given, self.reserve = typed, reserve
+        self.typed, self.reserve = typed, reserve
         managed = {*self.axes, "world", "world.size", "ledger", "ledger.steps", "generation.count"}
-        self.words = [word for word in words if word.partition("=")[0] not in managed]
+        self.overrides = [override for override in overrides if override.partition("=")[0] not in managed]
         world_size = typed.get("world.size", "")
         self.world = int(world_size) if world_size.isdecimal() else 1
         self.decided: list[str] = []
@@ -92,23 +94,23 @@ class Fit:
 
     def settings(self, chosen: Sequence[str]) -> Settings:
         """The settings that rehearse a config with the overrides `chosen`, one for each axis. Raises Refusal."""
-        around = [f"world.size={self.given['world.size']}"] if "world.size" in self.given else []
-        values = dict(word.partition("=")[::2] for word in chosen)
-        if self.mode == "infer" and around:
+        world_overrides = [f"world.size={self.typed['world.size']}"] if "world.size" in self.typed else []
+        values = dict(override.partition("=")[::2] for override in chosen)
+        if self.mode == "infer" and world_overrides:
             with suppress(ValueError):  # the check of the settings words it better
-                count = int(values["generation.batch"]) * int(self.given["world.size"])
-                around.append(f"generation.count={count}")
-        overrides = [
-            *self.words,
+                count = int(values["generation.batch"]) * int(self.typed["world.size"])
+                world_overrides.append(f"generation.count={count}")
+        all_overrides = [
+            *self.overrides,
             *self.decided,
             *chosen,
             "world=rehearsed",
             "ledger=exact",
             "ledger.steps=2",
-            *around,
+            *world_overrides,
         ]
         try:
-            settings = load(compose.compose(overrides))
+            settings = load(compose.compose(all_overrides))
         except Refusal as refusal:
             if not refusal.remedy.startswith("sweeps"):
                 raise
@@ -124,7 +126,7 @@ class Fit:
         self._decide()
         with progress(None) as self.pace:
             trials = self._least_first(self.climbs)
-            if self.mode == "train" and "zero.offload" not in self.given:
+            if self.mode == "train" and "zero.offload" not in self.typed:
                 for offload in LAST_RESORT:
                     if any(trial.rehearsed for trial in trials) and not any(trial.fits for trial in trials):
                         trials += self._least_first(self._climbs({"zero.offload": offload}, ()))
@@ -142,7 +144,7 @@ class Fit:
 
         A climb with more recomputation begins at the value that the climb with less of it has reached.
         """
-        if self.mode == "infer" or "checkpointing" in self.given:
+        if self.mode == "infer" or "checkpointing" in self.typed:
             return self._climb(climbs)
         trials: list[Trial] = []
         reached: dict[tuple[str, ...], int] = {}
@@ -171,17 +173,17 @@ class Fit:
         rungs = sorted({_whole(climbed, value) for value in values})
         possible: list[Climb] = []
         refused: dict[str, Refusal] = {}
-        for words in product(*choices):
+        for overrides in product(*choices):
             try:
                 lowest = (rungs or [1])[0]
-                self.settings([*words, f"{climbed}={lowest}", *self._accumulation(words, lowest)])
-                possible.append(Climb(words, climbed, rungs))
+                self.settings([*overrides, f"{climbed}={lowest}", *self._accumulation(overrides, lowest)])
+                possible.append(Climb(overrides, climbed, rungs))
             except Refusal as refusal:
-                for word in words:
-                    refused.setdefault(word, refusal)
-        for word, reason in refused.items():
-            nowhere = not any(word in climb.words for climb in possible)
-            if nowhere and word.partition("=")[0] in requested:
+                for override in overrides:
+                    refused.setdefault(override, refusal)
+        for override, reason in refused.items():
+            nowhere = not any(override in climb.words for climb in possible)
+            if nowhere and override.partition("=")[0] in requested:
                 raise reason
         if not changed and not possible:
             raise next(iter(refused.values()))
@@ -197,8 +199,8 @@ class Fit:
                 if not wanted:
                     break
                 results = rehearse_all(pool, [decisive(settings) for _, _, settings in wanted], self.pace)
-                for (climb, words, settings), worst in zip(wanted, results, strict=True):
-                    trial = Trial(words, settings, worst, self.memory - self.reserve - worst.bytes)
+                for (climb, overrides, settings), worst in zip(wanted, results, strict=True):
+                    trial = Trial(overrides, settings, worst, self.memory - self.reserve - worst.bytes)
                     if trial.rehearsed:
                         climb.learn(trial.fits, exactly=self.mode == "infer")
                     else:
@@ -215,19 +217,19 @@ class Fit:
         for climb in climbs:
             while (rung := climb.wants()) is not None:
                 try:
-                    words = (*climb.words, f"{climb.key}={rung}", *self._accumulation(climb.words, rung))
-                    yield climb, words, self.settings(words)
+                    overrides = (*climb.words, f"{climb.key}={rung}", *self._accumulation(climb.words, rung))
+                    yield climb, overrides, self.settings(overrides)
                     break
                 except Refusal as refusal:
                     refusals.append(refusal)
                     climb.refused()
 
-    def _accumulation(self, words: Sequence[str], micro_batch: int) -> Iterator[str]:
+    def _accumulation(self, overrides: Sequence[str], micro_batch: int) -> Iterator[str]:
         """The accumulation that reaches the user's `train.batch`, if one is set. Raises Refusal where none does."""
-        if self.mode == "train" and "train.batch" in self.given and "train.accumulation" not in self.given:
-            stages = dict(word.partition("=")[::2] for word in words)["pipeline.stages"]
+        if self.mode == "train" and "train.batch" in self.typed and "train.accumulation" not in self.typed:
+            stages = dict(override.partition("=")[::2] for override in overrides)["pipeline.stages"]
             dp_size = max(1, self.world // _whole("pipeline.stages", stages))
-            batch, sequences = _whole("train.batch", self.given["train.batch"]), micro_batch * dp_size
+            batch, sequences = _whole("train.batch", self.typed["train.batch"]), micro_batch * dp_size
             if batch % sequences:
                 raise Refusal(
                     "train.batch", batch, f"no multiple of train.micro_batch={micro_batch} on {dp_size}"
@@ -238,7 +240,9 @@ class Fit:
         """The largest config that fits of each combination, the cheapest first."""
         largest: dict[tuple[str, ...], Trial] = {}
         for trial in trials:
-            key = tuple(word for word in trial.words if word.partition("=")[0] in [*self.axes][:-1])
+            key = tuple(
+                override for override in trial.overrides if override.partition("=")[0] in [*self.axes][:-1]
+            )
             if trial.fits and (key not in largest or self._rung(trial) > self._rung(largest[key])):
                 largest[key] = trial
         return sorted(largest.values(), key=lambda trial: cost(trial.settings))
@@ -269,8 +273,8 @@ def cost(settings: Settings) -> tuple[float, ...]:
     return offload, recompute, waits, sent / (train.micro_batch * train.accumulation * stages), zero.stage
 
 
-def _without(words: tuple[str, ...], word: str) -> tuple[str, ...]:
-    return tuple(each for each in words if each != word)
+def _without(overrides: tuple[str, ...], override: str) -> tuple[str, ...]:
+    return tuple(each for each in overrides if each != override)
 
 
 def _whole(key: str, value: str) -> int:

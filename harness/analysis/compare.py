@@ -31,11 +31,11 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """A figure of every run in bytes, each with a prefix in `words`. A prefix of None means an empty cell."""
+    """A figure of every run in bytes, each with a prefix. A prefix of None means an empty cell."""
 
     name: str
     figures: Sequence[int | None]
-    words: Sequence[str | None]
+    prefixes: Sequence[str | None]
 
     @classmethod
     def of(cls, name: str, figures: Sequence[int | None]) -> "Row":
@@ -44,15 +44,15 @@ class Row:
 
     def cells(self, exact: bool) -> list[str]:
         """The figures as text."""
-        pairs = zip(self.words, self.figures, strict=True)
-        return ["" if word is None else f"{word}{size(figure, exact)}" for word, figure in pairs]
+        pairs = zip(self.prefixes, self.figures, strict=True)
+        return ["" if prefix is None else f"{prefix}{size(figure, exact)}" for prefix, figure in pairs]
 
     def apart(self, index: int, exact: bool) -> tuple[str, str]:
         """The difference and factor from the first run to run `index`; "-" where only one figure is a lower bound."""
         pair = self.figures[0], self.figures[index]
-        if None in (self.words[0], self.words[index]):
+        if None in (self.prefixes[0], self.prefixes[index]):
             return "", ""
-        if (self.words[0] == AT_LEAST) != (self.words[index] == AT_LEAST):
+        if (self.prefixes[0] == AT_LEAST) != (self.prefixes[index] == AT_LEAST):
             pair = None, None
         return difference(*pair, exact), factor(*pair)
 
@@ -187,10 +187,13 @@ def _folded(records: Sequence[Record]) -> list[str]:
 def _own_peaks(records: Sequence[Record]) -> Iterator[Row]:
     for name in _categories(records):
         tops = [(record.worst.highest.get(name), record.worst.seen.get(name)) for record in records]
-        least = [(seen or 0) > (top or 0) for top, seen in tops]
-        figures = [seen if more else top for more, (top, seen) in zip(least, tops, strict=True)]
+        is_lower_bound = [(seen or 0) > (top or 0) for top, seen in tops]
+        figures = [
+            seen if lower_bound else top
+            for lower_bound, (top, seen) in zip(is_lower_bound, tops, strict=True)
+        ]
         if any(figures):
-            yield Row(name, figures, [AT_LEAST if more else "" for more in least])
+            yield Row(name, figures, [AT_LEAST if lower_bound else "" for lower_bound in is_lower_bound])
 
 
 def _cut(records: Sequence[Record]) -> bool:
@@ -205,17 +208,19 @@ def _stages(records: Sequence[Record]) -> Iterator[Row]:
     """Two rows for each stage: its peak, and the number and bytes of the forwards that wait for their backward."""
     for stage in sorted({stage for record in records for stage in record.by_stage}):
         ranks = [record.by_stage.get(stage, UNHEARD) for record in records]
-        words = [
-            _word(record, rank.rank) if rank is not UNHEARD else None
+        prefixes = [
+            _prefix(record, rank.rank) if rank is not UNHEARD else None
             for record, rank in zip(records, ranks, strict=True)
         ]
-        yield Row(f"stage {stage}", [rank.peak.bytes for rank in ranks], words)
-        kept = [
+        yield Row(f"stage {stage}", [rank.peak.bytes for rank in ranks], prefixes)
+        waiting = [
             (rank.forwards.alive, rank.forwards.bytes) if rank.forwards else (None, None) for rank in ranks
         ]
-        alive = ["" if number is None else f"{number}: " for number, _ in kept]
-        words = [None if word is None else number for word, number in zip(words, alive, strict=True)]
-        yield Row("  forwards alive", [bytes_ for _, bytes_ in kept], words)
+        alive = ["" if number is None else f"{number}: " for number, _ in waiting]
+        prefixes = [
+            None if prefix is None else number for prefix, number in zip(prefixes, alive, strict=True)
+        ]
+        yield Row("  forwards alive", [bytes_ for _, bytes_ in waiting], prefixes)
 
 
 def _ranks(records: Sequence[Record]) -> Iterator[Row]:
@@ -224,15 +229,15 @@ def _ranks(records: Sequence[Record]) -> Iterator[Row]:
 
     def alike(place: tuple[int, int]) -> tuple[int, list[tuple[int | None, str | None]]]:
         index, number = place
-        return number - index, [(record.peaks.get(number), _word(record, number)) for record in records]
+        return number - index, [(record.peaks.get(number), _prefix(record, number)) for record in records]
 
     for (_, cells), group in groupby(enumerate(numbers), alike):
         places = [number for _, number in group]
         name = f"rank {places[0]}" if len(places) == 1 else f"ranks {places[0]} to {places[-1]}"
-        yield Row(name, [peak for peak, _ in cells], [word for _, word in cells])
+        yield Row(name, [peak for peak, _ in cells], [prefix for _, prefix in cells])
 
 
-def _word(record: Record, number: int) -> str | None:
+def _prefix(record: Record, number: int) -> str | None:
     """The prefix of a rank's peak; None where the run has no such rank."""
     if number not in record.peaks and number >= record.world.size:
         return None

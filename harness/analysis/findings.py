@@ -100,10 +100,10 @@ def outside_a_step(run: Run) -> Iterator[Finding]:
     where = run.peak.where
     if where is None or where.phase in STEPS:
         return
-    most = max((run.step_peak(step) for step in {phase.step for phase in run.worst.phases}), default=0)
-    steps = f"no step goes above {size(most)}" if most else "no step was measured"
+    highest = max((run.step_peak(step) for step in {phase.step for phase in run.worst.phases}), default=0)
+    steps = f"no step goes above {size(highest)}" if highest else "no step was measured"
     sentence = f"The peak is not in a step but in {where.phase}; {steps}."
-    yield Finding("outside", sentence, run.whole - most if most else None)
+    yield Finding("outside", sentence, run.whole - highest if highest else None)
 
 
 def bucket(run: Run) -> Iterator[Finding]:
@@ -263,14 +263,14 @@ def same_on_more_ranks(run: Run) -> Iterator[Finding]:
         )
         yield Finding("ranks", sentence, whole)
     elif run.stage is not None:
-        shared = sum(map(run.bytes_of, SHARDED[run.stage]))
-        same = run.whole - shared
-        if 2 * same >= run.whole:
+        sharded = sum(map(run.bytes_of, SHARDED[run.stage]))
+        not_sharded = run.whole - sharded
+        if 2 * not_sharded >= run.whole:
             sentence = (
-                f"{size(same)} of the peak ({same / run.whole:.0%}) are not shared out under ZeRO-{run.stage}, "
-                f"and stay on each rank however many there are; {size(shared) + ' are' if shared else 'nothing is'}."
+                f"{size(not_sharded)} of the peak ({not_sharded / run.whole:.0%}) are not shared out under "
+                f"ZeRO-{run.stage}, and stay on each rank however many there are; {size(sharded) + ' are' if sharded else 'nothing is'}."
             )
-            yield Finding("ranks", sentence, same)
+            yield Finding("ranks", sentence, not_sharded)
 
 
 def offload(run: Run) -> Iterator[Finding]:

@@ -10,16 +10,16 @@ from harness.tables import size
 def stash(run: Run) -> Iterator[Finding]:
     """A stage keeps the activations of several forwards at once, until their backward."""
     record, first = run.record, run.record.by_stage.get(0)
-    kept = first.forwards if first else None
-    if record.pipeline.stages < 2 or first is None or kept is None or kept.alive < 2:
+    forwards = first.forwards if first else None
+    if record.pipeline.stages < 2 or first is None or forwards is None or forwards.alive < 2:
         return
     counts = [rank.forwards.alive for _, rank in sorted(record.by_stage.items()) if rank.forwards]
     sentence = (
-        f"Stage 0 of {record.pipeline.stages} keeps {kept_by(first)} for their backward at once, {size(kept.bytes)}; "
-        f"by stage they are {', '.join(map(str, counts))}: under 1F1B one for each stage from it on, and no more "
-        f"than the {record.pipeline.micro_batches} micro-batches of a step."
+        f"Stage 0 of {record.pipeline.stages} keeps {kept_by(first)} for their backward at once, "
+        f"{size(forwards.bytes)}; by stage they are {', '.join(map(str, counts))}: under 1F1B one for each stage "
+        f"from it on, and no more than the {record.pipeline.micro_batches} micro-batches of a step."
     )
-    yield Finding("stash", sentence, kept.bytes)
+    yield Finding("stash", sentence, forwards.bytes)
 
 
 def ends(run: Run) -> Iterator[Finding]:
@@ -95,11 +95,11 @@ def _most(record: Record) -> Rank | None:
 
 def kept_by(rank: Rank) -> str:
     """How many forwards a rank keeps, and the bytes of each."""
-    kept = rank.forwards
-    if kept is None or not kept.alive:
+    forwards = rank.forwards
+    if forwards is None or not forwards.alive:
         return "none"
-    each = "" if not kept.stashes else f" of {size(max(kept.stashes))}"
-    return f"{kept.alive} forward{'s' * (kept.alive > 1)}{each}{' each' * (kept.alive > 1)}"
+    each = "" if not forwards.stashes else f" of {size(max(forwards.stashes))}"
+    return f"{forwards.alive} forward{'s' * (forwards.alive > 1)}{each}{' each' * (forwards.alive > 1)}"
 
 
 STAGES = (stash, ends, bubble, without_zero)

@@ -178,8 +178,8 @@ def _bound(name: str, total: Total, ceilings: Ceilings, seconds: float | None, s
 
 def _whole(mode: str, phases: Sequence[Bound], ceilings: Ceilings) -> Bound:
     def sum_or_none(figures: Iterator[Any]) -> Any:
-        known = list(figures)
-        return None if None in known else sum(known)
+        values = list(figures)
+        return None if None in values else sum(values)
 
     return Bound(
         "a step" if mode == "train" else "a batch",

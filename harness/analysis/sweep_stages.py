@@ -106,9 +106,9 @@ def _seen(points: Sequence[Point]) -> Iterator[str]:
         few, many = of_mode[0], of_mode[-1]
         if few.stages < many.stages and many.kept is not None and few.kept is not None:
             times = factor(few.kept, many.kept)
-            kept = (
+            kept_text = (
                 f"{size(few.kept)}, then {size(many.kept)}{f' ({times})' if times else ''}"
                 if many.kept
                 else "nothing"
             )
-            yield f"{mode}: from {few.stages} to {many.stages} stages the worst rank keeps {kept} for backward."
+            yield f"{mode}: from {few.stages} to {many.stages} stages the worst rank keeps {kept_text} for backward."

@@ -55,13 +55,13 @@ def load(cfg: DictConfig) -> Settings:
 
 def resolved(cfg: DictConfig) -> dict[str, Any]:
     """`cfg` as plain nested dicts, without Hydra's own node. Raises `Refusal` for a missing or empty value."""
-    ours = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
+    own_keys = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
     try:
-        tree: Any = OmegaConf.to_container(ours, resolve=True, throw_on_missing=True)
+        tree: Any = OmegaConf.to_container(own_keys, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise unresolved(error, ours) from error
+        raise unresolved(error, own_keys) from error
     for key, field in knobs().items():
-        if field.text and OmegaConf.select(ours, key) == "":
+        if field.text and OmegaConf.select(own_keys, key) == "":
             raise Refusal(key, "", "is empty; give it a value, or leave it out")
     return tree  # type: ignore[no-any-return]
 
@@ -92,13 +92,13 @@ def checked(settings: Settings) -> Settings:
     return settings
 
 
-def nearest(key: str, known: Iterable[str]) -> str:
+def nearest(key: str, keys: Iterable[str]) -> str:
     """The remedy for an unknown `key`: the closest known key, by the whole path or by its last part."""
-    known = list(known)
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.7)
+    keys = list(keys)
+    close = difflib.get_close_matches(key, keys, n=1, cutoff=0.7)
     last = key.rpartition(".")[2]
-    close = close or [each for each in known if each.rpartition(".")[2] == last]
-    close = close or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    close = close or [each for each in keys if each.rpartition(".")[2] == last]
+    close = close or difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
     return f"no such key; did you mean {close[0]}?" if close else "no such key; --help lists them all"
 
 

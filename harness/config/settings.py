@@ -120,7 +120,7 @@ class Checkpointing:
 @dataclass(frozen=True, config=_STRICT)
 class Pipeline:
     stages: Positive = 1
-    """How many ranks the layers are spread over."""
+    """How many stages the layers are cut into."""
     split: Literal["uniform", "parameters", "memory"] | list[Positive] = "uniform"
     """Layers of each stage: evenly, by parameters, by rehearsed peak, or as [3,5]."""
     groups: Positive | None = None

@@ -36,7 +36,7 @@ def peak(task: Task) -> int:
     """The highest peak of a stage's ranks, in bytes: that of the representative expected to need the most memory."""
     settings, stage = task
     representatives = [representative for representative in roles(settings) if representative.stage == stage]
-    rank = max(representatives, key=lambda representative: representative.held).rank
+    rank = max(representatives, key=lambda representative: representative.size).rank
     highest: int = rehearse(settings, rank)[0]["peak"]["bytes"]
     return highest
 

@@ -117,7 +117,7 @@ def candidates(settings: Settings) -> Candidates:
 
     try:
         settings = resolved(resolve(settings).settings)
-        ordered = sorted((role for role in roles(settings) if not role.outdone), key=lambda role: -role.held)
+        ordered = sorted((role for role in roles(settings) if not role.outdone), key=lambda role: -role.size)
     except Exception as error:
         return Candidates(settings, [], failure=_error_text(error))
     ranks = [

@@ -57,7 +57,7 @@ class Role:
     stands_for: tuple[int, ...]
     bounds: tuple[int, ...] = ()
     why: str = ""
-    held: int = 0
+    size: int = 0
     """Elements of the parameters in its partition, or tokens of its largest batch; more of them means more bytes."""
     stage: int = 0
     outdone: bool = False
@@ -71,7 +71,7 @@ class Role:
             tuple(rank + first for rank in self.stands_for),
             tuple(rank + first for rank in self.bounds),
             "; ".join(part for part in (place, self.why) if part),
-            self.held,
+            self.size,
             stage,
             outdone,
         )
@@ -148,7 +148,7 @@ def _alike(
         ranks.setdefault(key, []).append(rank)
     reason = why if len(ranks) > 1 else lambda key: ""
     return [
-        Role(equivalent[0], tuple(equivalent), why=reason(key), held=size_of(key))
+        Role(equivalent[0], tuple(equivalent), why=reason(key), size=size_of(key))
         for key, equivalent in ranks.items()
     ]
 
@@ -228,7 +228,7 @@ def _shares(settings: Settings, size: int) -> list[Batches]:
 class Partition:
     """The properties of a rank's partition that decide its peak, in elements."""
 
-    held: int  # of all parameters with a part in the partition, whole
+    elements: int  # of all parameters with a part in the partition, whole
     moment: int  # how many other parameters are reduced before the first of them
     pieces: tuple[int, ...]  # the part of each of them that is in the partition
     first: int  # the index of the first of them in the model
@@ -238,14 +238,15 @@ class Partition:
         if offloaded:
             same = (self.first, len(self.pieces)) == (other.first, len(other.pieces))
             return same and all(
-                ours >= theirs for ours, theirs in zip(self.pieces, other.pieces, strict=True)
+                own_piece >= other_piece
+                for own_piece, other_piece in zip(self.pieces, other.pieces, strict=True)
             )
-        return self.held >= other.held and self.moment <= other.moment
+        return self.elements >= other.elements and self.moment <= other.moment
 
     def reason(self) -> str:
         """The sentence that says how a rank with this partition differs."""
         when = f"after {self.moment} others" if self.moment else "first"
-        return f"the parameters in its partition have {self.held:,} elements, and are reduced {when}"
+        return f"the parameters in its partition have {self.elements:,} elements, and are reduced {when}"
 
 
 def _partitions(sizes: Sequence[int], zero: int, dp_size: int) -> list[Partition]:
@@ -261,9 +262,9 @@ def _partitions(sizes: Sequence[int], zero: int, dp_size: int) -> list[Partition
         pieces = tuple(
             min(ends[index], start + length) - max(begins[index], start) for index in range(first, after)
         )
-        held = ends[after - 1] - begins[first] if pieces else 0
+        elements = ends[after - 1] - begins[first] if pieces else 0
         moment = len(ends) if not pieces else first if zero == 1 else len(ends) - after
-        partitions.append(Partition(held, moment, pieces, first))
+        partitions.append(Partition(elements, moment, pieces, first))
     return partitions
 
 
@@ -275,7 +276,7 @@ def _outdone(partitions: Sequence[Partition], exports_model: bool, offloaded: bo
 
     kept: list[int] = []
     for rank in sorted(
-        range(len(partitions)), key=lambda rank: (-partitions[rank].held, partitions[rank].moment)
+        range(len(partitions)), key=lambda rank: (-partitions[rank].elements, partitions[rank].moment)
     ):
         if outdoing(rank) is None:
             kept.append(rank)
@@ -288,6 +289,6 @@ def _outdone(partitions: Sequence[Partition], exports_model: bool, offloaded: bo
             assert other is not None
             bounds[other].append(rank)
     return [
-        Role(rank, (rank,), tuple(outdone), partitions[rank].reason(), partitions[rank].held)
+        Role(rank, (rank,), tuple(outdone), partitions[rank].reason(), partitions[rank].elements)
         for rank, outdone in sorted(bounds.items())
     ]

@@ -242,9 +242,9 @@ def _span(optimizer: Any, group: int, parameters: Sequence[Any], partition: int)
 
 def _begins(optimizer: Any, group: int, parameters: Sequence[Any]) -> list[int]:
     """The offset of each of `parameters` in the flat group, in elements; cached on the optimizer."""
-    known = optimizer.__dict__.setdefault("_rehearsal_begins", {})
-    if group not in known:
+    begins_by_group = optimizer.__dict__.setdefault("_rehearsal_begins", {})
+    if group not in begins_by_group:
         padding = optimizer.round_robin_bit16_padding[group]
         sizes = [parameter.numel() + extra for parameter, extra in zip(parameters, padding, strict=False)]
-        known[group] = [0, *accumulate(sizes)][: len(sizes)]
-    return known[group]  # type: ignore[no-any-return]
+        begins_by_group[group] = [0, *accumulate(sizes)][: len(sizes)]
+    return begins_by_group[group]  # type: ignore[no-any-return]

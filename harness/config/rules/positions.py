@@ -55,17 +55,17 @@ class Limit(NamedTuple):
 
 def check(settings: Settings, config: Mapping[str, Any]) -> None:
     """Refuse sequences longer than the positions of a model of `config`, as far as the settings have the lengths."""
-    most, train, generation = limit(config), settings.train, settings.generation
-    if most is None:
+    model_limit, train, generation = limit(config), settings.train, settings.generation
+    if model_limit is None:
         return
-    allows = f"the model allows {most.tokens} tokens ({most.said})"
-    if settings.mode == "train" and train.sequence > most.tokens:
+    allows = f"the model allows {model_limit.tokens} tokens ({model_limit.said})"
+    if settings.mode == "train" and train.sequence > model_limit.tokens:
         raise Refusal("train.sequence", train.sequence, allows)
     new = generation.max_new_tokens or (NEW_TOKENS if settings.model.path is None else 1)
     tokens = new + (1 if given(generation) else generation.prompt_length)
-    if settings.mode == "infer" and tokens > most.tokens:
+    if settings.mode == "infer" and tokens > model_limit.tokens:
         key, value = "generation.max_new_tokens", new
-        if tokens - value >= most.tokens:
+        if tokens - value >= model_limit.tokens:
             key, value = "generation.prompt_length", generation.prompt_length
         raise Refusal(key, value, f"prompt and new tokens are {tokens}, and {allows}")
 

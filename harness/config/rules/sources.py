@@ -42,10 +42,10 @@ def shape_of(model: Model) -> Mapping[str, Any]:
     return shape
 
 
-def generation_fields(directory: str, known: Iterable[str]) -> dict[str, Any]:
+def generation_fields(directory: str, names: Iterable[str]) -> dict[str, Any]:
     """The fields of the generation config in a checkpoint's directory.
 
-    An old checkpoint has no such file: then the `known` fields of config.json count. Raises Refusal where the file
+    An old checkpoint has no such file: then those of the `names` in config.json count. Raises Refusal where the file
     cannot be read.
     """
     folder = os.path.expanduser(directory)
@@ -61,7 +61,7 @@ def generation_fields(directory: str, known: Iterable[str]) -> dict[str, Any]:
     if separate:
         return fields
     both = {**text_of(fields), **{name: value for name, value in fields.items() if value is not None}}
-    return {name: both[name] for name in known if both.get(name) is not None}
+    return {name: both[name] for name in names if both.get(name) is not None}
 
 
 def files(key: str, path: str) -> list[str]:
