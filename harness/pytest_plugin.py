@@ -92,7 +92,7 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
         _ledger(item)
     elif LEDGER not in item.stash:
         return (yield)
-    with _settled(), item.stash[LEDGER]:
+    with _existing_garbage_hidden(), item.stash[LEDGER]:
         result = yield
     failures = [*_failures(item)]
     if failures:
@@ -101,7 +101,7 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
 
 
 @contextmanager
-def _settled() -> Iterator[None]:
+def _existing_garbage_hidden() -> Iterator[None]:
     """Hide other tests' garbage from the collector in this context, so that collections are reproducible."""
     gc.collect()
     gc.freeze()

@@ -26,7 +26,7 @@ WHY = {
 
 
 def main(argv: Sequence[str]) -> int:
-    """`harness explain RUN`; the exit code."""
+    """Run `harness explain RUN`; returns the exit code."""
     try:
         options = _parser().parse_args(argv)
         record = parse(read(options.run), str(options.run))
@@ -113,7 +113,7 @@ def failure(run: Run) -> Iterator[Finding]:
 
 def unattributed(run: Run) -> Iterator[Finding]:
     """Bytes that the allocator counted and the ledger cannot name."""
-    missing = {rank.rank: _missing(rank) for rank in run.record.ranks}
+    missing = {rank.rank: _unattributed_bytes(rank) for rank in run.record.ranks}
     worst = max(missing, key=lambda number: missing[number], default=0)
     if missing.get(worst, 0) > 0:
         figure = missing[worst]
@@ -124,7 +124,7 @@ def unattributed(run: Run) -> Iterator[Finding]:
         yield Finding("unattributed", sentence, figure)
 
 
-def _missing(rank: Rank) -> int:
+def _unattributed_bytes(rank: Rank) -> int:
     allocator = rank.allocator
     if allocator.unattributed is None and allocator.peak is not None and rank.peak.bytes is not None:
         return allocator.peak - rank.peak.bytes  # this allocator reports only its peak
@@ -149,11 +149,11 @@ def made_of(run: Run) -> Iterator[Finding]:
         micro_batch = f" of micro-batch {peak.where.micro_batch}" if peak.where.micro_batch else ""
         where = f" That is in step {peak.where.step}, {peak.where.phase}{micro_batch}, {module}."
     yield Finding(
-        "peak", f"{_who(run)} {size(peak.bytes)} at its peak: {', '.join(parts)}.{where}", peak.bytes
+        "peak", f"{_subject(run)} {size(peak.bytes)} at its peak: {', '.join(parts)}.{where}", peak.bytes
     )
 
 
-def _who(run: Run) -> str:
+def _subject(run: Run) -> str:
     """The subject of the sentence about the peak, with its verb."""
     peaks = run.record.peaks
     covered = {number for rank in run.record.ranks for number in (*rank.numbers, *rank.bounds)}
@@ -202,7 +202,7 @@ def ranks(run: Run) -> Iterator[Finding]:
         return
     lowest = min(measured, key=lambda rank: (rank.peak.bytes or 0, rank.rank))
     distance = run.whole - (lowest.peak.bytes or 0)
-    more = _more(run.worst, lowest)
+    more = _differences(run.worst, lowest)
     largest = max(more, key=lambda name: more[name], default="")
     has = f", with {size(more[largest])} more {largest}" if more.get(largest, 0) > 0 else ""
     reason = why_worst or next((reason for name, reason in WHY.items() if more.get(name, 0) > 0), "")
@@ -220,7 +220,7 @@ def ranks(run: Run) -> Iterator[Finding]:
     yield Finding("worst_rank", sentence, distance)
 
 
-def _more(one: Rank, other: Rank) -> dict[str, int]:
+def _differences(one: Rank, other: Rank) -> dict[str, int]:
     """By category, the bytes that `one` has at its peak beyond those of `other` at its own peak."""
     return {
         name: (figure or 0) - (other.peak.categories.get(name) or 0)
@@ -236,12 +236,12 @@ def not_in_them(run: Run) -> Iterator[Finding]:
     if world.rehearsed:
         parts = ["scratch inside kernels", *around]
         verified = f" ({world.verified})" if world.verified else ""
-        yield Finding("rehearsed", f"Rehearsed figures{verified}: not in them are {_and(parts)}.", None)
+        yield Finding("rehearsed", f"Rehearsed figures{verified}: not in them are {_joined(parts)}.", None)
     elif gpu:
         yield Finding(
-            "outside_torch", f"nvidia-smi shows more: not in these figures are {_and(around)}.", None
+            "outside_torch", f"nvidia-smi shows more: not in these figures are {_joined(around)}.", None
         )
 
 
-def _and(parts: list[str]) -> str:
+def _joined(parts: list[str]) -> str:
     return " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))

@@ -170,7 +170,7 @@ class Fit:
             [f"{key}={value}" for value in changed.get(key, self.axes[key]).split(",")] for key in fixed
         ]
         values = [value for value in self.axes[climbed].split(",") if value]
-        rungs = sorted({_whole(climbed, value) for value in values})
+        rungs = sorted({_positive_integer(climbed, value) for value in values})
         possible: list[Climb] = []
         refused: dict[str, Refusal] = {}
         for overrides in product(*choices):
@@ -228,8 +228,11 @@ class Fit:
         """The accumulation that reaches the user's `train.batch`, if one is set. Raises Refusal where none does."""
         if self.mode == "train" and "train.batch" in self.typed and "train.accumulation" not in self.typed:
             stages = dict(override.partition("=")[::2] for override in overrides)["pipeline.stages"]
-            dp_size = max(1, self.world // _whole("pipeline.stages", stages))
-            batch, sequences = _whole("train.batch", self.typed["train.batch"]), micro_batch * dp_size
+            dp_size = max(1, self.world // _positive_integer("pipeline.stages", stages))
+            batch, sequences = (
+                _positive_integer("train.batch", self.typed["train.batch"]),
+                micro_batch * dp_size,
+            )
             if batch % sequences:
                 raise Refusal(
                     "train.batch", batch, f"no multiple of train.micro_batch={micro_batch} on {dp_size}"
@@ -277,7 +280,7 @@ def _without(overrides: tuple[str, ...], override: str) -> tuple[str, ...]:
     return tuple(each for each in overrides if each != override)
 
 
-def _whole(key: str, value: str) -> int:
+def _positive_integer(key: str, value: str) -> int:
     if not value.isascii() or not value.isdecimal() or int(value) < 1:
         raise Refusal(key, value, "should be whole numbers of 1 or more, as 1,2,4")
     return int(value)

@@ -58,7 +58,7 @@ class Row:
 
 
 def main(argv: Sequence[str]) -> int:
-    """`harness compare RUN RUN [...]`; the exit code."""
+    """Run `harness compare RUN RUN [...]`; returns the exit code."""
     try:
         options = _parser().parse_args(argv)
         if len(options.run) < 2:
@@ -107,7 +107,7 @@ def table(runs: Sequence[Run], markdown: bool = False, exact: bool = False) -> s
     sections = {
         "at the peak of the worst rank": at_peak,
         "each category's own peak, whenever that was": [*_own_peaks(records)],
-        _lined_up(records): [*(_stages(records) if _cut(records) else _ranks(records))],
+        _ranks_title(records): [*(_stages(records) if _any_pipeline(records) else _ranks(records))],
     }
     lines = Table(*map(_heading, records, names), *([["difference"], ["factor"]] if two else []))
     for title, rows in sections.items():
@@ -122,7 +122,12 @@ def table(runs: Sequence[Run], markdown: bool = False, exact: bool = False) -> s
         for row in at_peak:
             others = (row.apart(index, exact) for index in range(1, len(runs)))
             lines.row(f"  {row.name}", "", *("  ".join(filter(None, cells)) for cells in others))
-    notes = [*_folded(records), *lines.legend(), *_failures(records, names), *_changed(records, names, exact)]
+    notes = [
+        *_empty_notes(records),
+        *lines.legend(),
+        *_failures(records, names),
+        *_change_notes(records, names, exact),
+    ]
     if markdown:
         return "\n\n".join([lines.markdown(), *map(escaped, notes)])
     return "\n".join([lines.text(), "", *(fill(note, WIDTH) for note in notes)])
@@ -153,7 +158,7 @@ def _categories(records: Sequence[Record]) -> list[str]:
 
 
 def _at_peak(records: Sequence[Record]) -> Iterator[Row]:
-    folded = {name for names in _fold(records).values() for name in names}
+    folded = {name for names in _empty_categories(records).values() for name in names}
     peaks, allocators = [r.worst.peak for r in records], [r.worst.allocator for r in records]
     for name in _categories(records):
         if name not in folded:
@@ -169,7 +174,7 @@ def _at_peak(records: Sequence[Record]) -> Iterator[Row]:
         yield Row.of("foreign, in no figure", [each.foreign for each in allocators])
 
 
-def _fold(records: Sequence[Record]) -> dict[int | None, list[str]]:
+def _empty_categories(records: Sequence[Record]) -> dict[int | None, list[str]]:
     """The categories that are 0 at every peak (key 0), and those that no run measured (key None)."""
     folded: dict[int | None, list[str]] = {0: [], None: []}
     for name in _categories(records)[:-1]:  # kernel is always shown
@@ -179,9 +184,11 @@ def _fold(records: Sequence[Record]) -> dict[int | None, list[str]]:
     return folded
 
 
-def _folded(records: Sequence[Record]) -> list[str]:
+def _empty_notes(records: Sequence[Record]) -> list[str]:
     meanings = {0: "0 B at these peaks", None: "not measured at these peaks"}
-    return [f"{meanings[same]}: {', '.join(names)}" for same, names in _fold(records).items() if names]
+    return [
+        f"{meanings[same]}: {', '.join(names)}" for same, names in _empty_categories(records).items() if names
+    ]
 
 
 def _own_peaks(records: Sequence[Record]) -> Iterator[Row]:
@@ -196,12 +203,12 @@ def _own_peaks(records: Sequence[Record]) -> Iterator[Row]:
             yield Row(name, figures, [AT_LEAST if lower_bound else "" for lower_bound in is_lower_bound])
 
 
-def _cut(records: Sequence[Record]) -> bool:
+def _any_pipeline(records: Sequence[Record]) -> bool:
     return any(record.pipeline.stages > 1 for record in records)
 
 
-def _lined_up(records: Sequence[Record]) -> str:
-    return "the peak of each stage's worst rank" if _cut(records) else "each rank's peak"
+def _ranks_title(records: Sequence[Record]) -> str:
+    return "the peak of each stage's worst rank" if _any_pipeline(records) else "each rank's peak"
 
 
 def _stages(records: Sequence[Record]) -> Iterator[Row]:
@@ -257,7 +264,7 @@ def _failures(records: Sequence[Record], names: Sequence[str]) -> Iterator[str]:
                 yield f"{name} has the books of {len(record.peaks)} of its {record.world.size} ranks"
 
 
-def _changed(records: Sequence[Record], names: Sequence[str], exact: bool) -> Iterator[str]:
+def _change_notes(records: Sequence[Record], names: Sequence[str], exact: bool) -> Iterator[str]:
     for other, name in zip(records[1:], names[1:], strict=True):
         yield _sentence(records[0], names[0], other, name, exact)
         yield from grew(records[0], names[0], other, name)

@@ -170,7 +170,7 @@ def logits(run: Run) -> Iterator[Finding]:
     if not loss_holdings or run.record.mode != "train":
         return
     logits_bytes = max(h.bytes // h.storages for h in loss_holdings)
-    copies = [h for h in run.holdings if h in loss_holdings or _as_large(h, logits_bytes)]
+    copies = [h for h in run.holdings if h in loss_holdings or _is_logits_sized(h, logits_bytes)]
     total, count = sum(h.bytes for h in copies), sum(h.storages for h in copies)
     if total < NOTABLE * run.whole:
         return
@@ -190,7 +190,7 @@ def checkpointing(run: Run) -> Iterator[Finding]:
     name, activations = f"checkpointing={options.mode}", run.bytes_of("activations")
     layers = int(read(settings.model.config, "num_hidden_layers")[1] or 0)  # 0: it does not say
     recomputed = len(options.layers) or -(-layers // options.every)
-    beside = sum(h.bytes for h in run.holdings if h.category == "activations" and not _of_layer(h))
+    beside = sum(h.bytes for h in run.holdings if h.category == "activations" and not _in_layer(h))
     if where.phase not in ("forward", "backward"):
         sentence = f"{name} does not reach this peak: in {where.phase} no layer keeps activations."
     elif activations < NOTABLE * run.whole:
@@ -210,12 +210,12 @@ def checkpointing(run: Run) -> Iterator[Finding]:
     yield Finding("checkpointing", sentence, activations)
 
 
-def _of_layer(holding: Holding) -> bool:
+def _in_layer(holding: Holding) -> bool:
     """Whether a layer allocated it: the names of layers contain a number."""
     return holding.name == "others" or bool(re.search(r"\.\d+[.:]", holding.name))
 
 
-def _as_large(holding: Holding, logits_bytes: int) -> bool:
+def _is_logits_sized(holding: Holding, logits_bytes: int) -> bool:
     """Whether the head or the loss allocated these tensors, each as large as the logits, in fp32 or a 16-bit type."""
     module = holding.name.rpartition(": ")[0]
     by_head = module.endswith("lm_head") or (module != "" and "." not in module)
@@ -268,7 +268,8 @@ def same_on_more_ranks(run: Run) -> Iterator[Finding]:
         if 2 * not_sharded >= run.whole:
             sentence = (
                 f"{size(not_sharded)} of the peak ({not_sharded / run.whole:.0%}) are not shared out under "
-                f"ZeRO-{run.stage}, and stay on each rank however many there are; {size(sharded) + ' are' if sharded else 'nothing is'}."
+                f"ZeRO-{run.stage}, and stay on each rank however many there are; "
+                f"{size(sharded) + ' are' if sharded else 'nothing is'}."
             )
             yield Finding("ranks", sentence, not_sharded)
 

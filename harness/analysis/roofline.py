@@ -37,7 +37,7 @@ class Against(NamedTuple):
 
 
 def main(argv: Sequence[str]) -> int:
-    """`harness roofline RUN [RUN ...]`; the exit code."""
+    """Run `harness roofline RUN [RUN ...]`; returns the exit code."""
     try:
         options = _parser().parse_args(argv)
         hardware = None if options.hardware is None else hardware_page.named(options.hardware)
@@ -133,10 +133,10 @@ def _cells(bound: Bound) -> Iterator[str]:
     yield seconds(bound.at_best)
     yield seconds(bound.seconds)
     yield from ("-" if share is None else f"{share:.1%}" for share in (bound.mfu, bound.mbu))
-    yield _by(bound)
+    yield _bound_text(bound)
 
 
-def _by(bound: Bound) -> str:
+def _bound_text(bound: Bound) -> str:
     if bound.by is None or bound.times is None:
         return "-"
     times = bound.times if bound.by == "compute" else bound.times and 1 / bound.times
@@ -188,7 +188,7 @@ def line(record: Record) -> str:
     if not phases or phases[-1].at_best is None:
         return ""
     whole = phases[-1]
-    bounding = ", ".join(f"{each.phase} by {_by(each)}" for each in phases[:-1])
+    bounding = ", ".join(f"{each.phase} by {_bound_text(each)}" for each in phases[:-1])
     elapsed = "" if whole.seconds is None else f", and took {seconds(whole.seconds)}"
     return (
         f"bound: {bounding}; {whole.phase} takes {seconds(whole.at_best)} at best{elapsed} (harness roofline)"

@@ -57,17 +57,17 @@ def _table(run: Record) -> Table:
     worst = run.worst
     at_peak, total, allocator = worst.peak.categories, worst.peak.bytes, worst.allocator
     table = Table(["at the peak"], ["share"], ["own peak"], ["at the end"])
-    table.section(_whose(run))
-    for name in _names(worst):
+    table.section(_rank_title(run))
+    for name in _used_categories(worst):
         end = worst.categories[name].end
-        table.row(f"  {name}", *_part(at_peak.get(name), total), _own_peak(worst, name), size(end))
+        table.row(f"  {name}", *_with_share(at_peak.get(name), total), _own_peak(worst, name), size(end))
         if name == "activations":
-            table.row("    saved for backward", *_part(worst.peak.saved, total))
+            table.row("    saved for backward", *_with_share(worst.peak.saved, total))
             if worst.peak.recomputed:
-                table.row("    recomputed in backward", *_part(worst.peak.recomputed, total))
-    table.row("  kernel", *_part(at_peak.get("kernel"), total))
+                table.row("    recomputed in backward", *_with_share(worst.peak.recomputed, total))
+    table.row("  kernel", *_with_share(at_peak.get("kernel"), total))
     table.rule()
-    table.row("  total", *_part(total, total))
+    table.row("  total", *_with_share(total, total))
     if not run.world.rehearsed:
         table.row("  allocator's own peak", _size_text(allocator.peak))
         table.row("  unattributed", _size_text(allocator.unattributed))
@@ -107,7 +107,7 @@ def _rehearsed(run: Record) -> Iterator[str]:
         yield f"{size(peak)} of {size(memory)} on {where or run.world.device}: {fits}"
 
 
-def _whose(run: Record) -> str:
+def _rank_title(run: Record) -> str:
     """The rank that the table shows, and how it compares with the others."""
     ranks, peaks = run.world.size, run.peaks
     if ranks == 1:
@@ -120,7 +120,7 @@ def _whose(run: Record) -> str:
     return f"rank {run.worst.rank} of {ranks}, {'all alike' if alike else 'the worst'}"
 
 
-def _part(figure: int | None, total: int | None) -> tuple[str, str]:
+def _with_share(figure: int | None, total: int | None) -> tuple[str, str]:
     """Bytes, and their share of `total`."""
     return size(figure), "-" if figure is None or not total else f"{figure / total:.1%}"
 
@@ -135,7 +135,7 @@ def _own_peak(rank: Rank, name: str) -> str:
     return f"{AT_LEAST}{size(seen)}" if seen > (peak or 0) else size(peak)
 
 
-def _names(rank: Rank) -> list[str]:
+def _used_categories(rank: Rank) -> list[str]:
     """The categories that were ever above 0 bytes, the largest at the peak first."""
     at_peak = rank.peak.categories
     highest = {name: max(peak or 0, rank.seen.get(name) or 0) for name, peak in rank.highest.items()}
@@ -145,7 +145,7 @@ def _names(rank: Rank) -> list[str]:
 
 def _notes(rank: Rank, table: Table) -> Iterator[str]:
     """The categories that the table leaves out, the meaning of its signs, and the place of the peak."""
-    others = [name for name in rank.highest if name not in _names(rank)]
+    others = [name for name in rank.highest if name not in _used_categories(rank)]
     zero = [name for name in others if rank.highest[name] == 0]
     null = [name for name in others if rank.highest[name] is None]
     if zero:
@@ -154,12 +154,12 @@ def _notes(rank: Rank, table: Table) -> Iterator[str]:
         yield f"not measured: {', '.join(null)}"
     yield from table.legend()
     if rank.peak.where is not None:
-        yield f"peak in {_place(rank.peak.where)}"
+        yield f"peak in {_place_text(rank.peak.where)}"
     for sentence in rank.unseen:
         yield f"not seen: {sentence}"
 
 
-def _place(where: Where) -> str:
+def _place_text(where: Where) -> str:
     micro_batch = f" of micro-batch {where.micro_batch}"
     module = f"module {where.module}" if where.module else "outside any module"
     return f"step {where.step}, {where.phase}{micro_batch}, {module}, {where.op or 'no operator'}"

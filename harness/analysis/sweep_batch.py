@@ -24,7 +24,7 @@ class Step(NamedTuple):
 
 
 def main(argv: Sequence[str]) -> int:
-    """`harness batching RUN RUN [...]`; the exit code."""
+    """Run `harness batching RUN RUN [...]`; returns the exit code."""
     return main_of(
         argv,
         "batching",
@@ -44,10 +44,10 @@ def steps(points: Sequence[Point]) -> list[Step]:
     if len({(point.cache, point.rehearsed, point.model) for point in ordered}) > 1:
         raise ValueError("batching: the runs are of several models, caches, or kinds; name those of one")
     shortest = {point.batch: point for point in reversed(ordered)}
-    return [Step(point, _more(point, shortest[point.batch])) for point in ordered]
+    return [Step(point, _context_seconds(point, shortest[point.batch])) for point in ordered]
 
 
-def _more(point: Point, shorter: Point) -> float | None:
+def _context_seconds(point: Point, shorter: Point) -> float | None:
     if point is shorter or point.step_seconds is None or shorter.step_seconds is None:
         return None
     return point.step_seconds - shorter.step_seconds
@@ -102,7 +102,7 @@ def as_text(points: Sequence[Point]) -> str:
         table.section(f"{context:,} tokens of context")
         for step in of_context:
             table.row(*_cells(step, fastest))
-    return "\n".join([table.text(), *_seen(by_context)])
+    return "\n".join([table.text(), *_sentences(by_context)])
 
 
 def _cells(step: Step, fastest: float) -> Iterator[str]:
@@ -117,7 +117,7 @@ def _cells(step: Step, fastest: float) -> Iterator[str]:
     yield ("#" * length or "." * bool(point.tokens_per_second)).ljust(WIDTH)
 
 
-def _seen(by_context: Mapping[int, Sequence[Step]]) -> Iterator[str]:
+def _sentences(by_context: Mapping[int, Sequence[Step]]) -> Iterator[str]:
     for context, ordered in by_context.items():
         few, many = ordered[0].point, ordered[-1].point
         if few.step_seconds and many.step_seconds and many.batch > few.batch:
@@ -132,10 +132,10 @@ def _seen(by_context: Mapping[int, Sequence[Step]]) -> Iterator[str]:
     for context, ordered in by_context.items():
         crossover_batch = turn(ordered[0].point, ordered[-1].point)
         if crossover_batch is not None:
-            yield _turns(context, crossover_batch, ordered[0].point)
+            yield _prediction(context, crossover_batch, ordered[0].point)
 
 
-def _turns(context: int, batch: float, point: Point) -> str:
+def _prediction(context: int, batch: float, point: Point) -> str:
     balance = f"the machine's {point.balance:,.0f} FLOP/B"
     if batch == float("inf"):
         return f"Predicted at {context:,} tokens: no batch is compute-bound; what a sequence adds is below {balance}."

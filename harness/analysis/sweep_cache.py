@@ -8,7 +8,7 @@ from harness.tables import Table, count, factor, seconds, size
 
 
 def main(argv: Sequence[str]) -> int:
-    """`harness caching RUN RUN [...]`; the exit code."""
+    """Run `harness caching RUN RUN [...]`; returns the exit code."""
     return main_of(
         argv,
         "caching",
@@ -59,7 +59,7 @@ def as_text(runs: Sequence[Point]) -> str:
         table.section("without a cache" if cache == "none" else f"{cache} cache")
         for point in points:
             table.row(*_cells(point))
-    return "\n".join([table.text(), *_seen(groups)])
+    return "\n".join([table.text(), *_sentences(groups)])
 
 
 def _cells(point: Point) -> Iterator[str]:
@@ -72,7 +72,7 @@ def _cells(point: Point) -> Iterator[str]:
     yield seconds(point.each(point.bound))
 
 
-def _seen(groups: Mapping[str, Sequence[Point]]) -> Iterator[str]:
+def _sentences(groups: Mapping[str, Sequence[Point]]) -> Iterator[str]:
     for cache, points in groups.items():
         few, many = points[0], points[-1]
         if many.new > few.new:

@@ -29,7 +29,7 @@ class Point(NamedTuple):
 
 
 def main(argv: Sequence[str]) -> int:
-    """`harness contrast RUN RUN [...]`; the exit code."""
+    """Run `harness contrast RUN RUN [...]`; returns the exit code."""
     try:
         options = _parser().parse_args(argv)
         records = [parse(read(path), str(path)) for path in options.run]
@@ -85,7 +85,7 @@ def text(points: Sequence[Point]) -> str:
         for each in points:
             if (each.mode, each.dtype) == kind:
                 table.row(*_cells(each, highest))
-    return "\n".join([table.text(), *map("\n{}".format, _seen(points))])
+    return "\n".join([table.text(), *map("\n{}".format, _sentences(points))])
 
 
 def _cells(each: Point, highest: int) -> Iterator[str]:
@@ -99,7 +99,7 @@ def _cells(each: Point, highest: int) -> Iterator[str]:
     yield ("#" * length or "." * bool(each.activations)).ljust(WIDTH)
 
 
-def _seen(points: Sequence[Point]) -> Iterator[str]:
+def _sentences(points: Sequence[Point]) -> Iterator[str]:
     """A sentence for each mode: how its run with the fewest stages differs from that with the most."""
     for mode in dict.fromkeys(each.mode for each in points):
         of_mode = [each for each in points if each.mode == mode]

@@ -128,13 +128,13 @@ def _rehearsed(options: Namespace, files: Sequence[Path], amounts: Mapping[str, 
         except ValueError as error:
             yield Verdict(file, failure=str(error))
 
-    def settled(file: Path, result: Mapping[str, Any] | str, seconds: float) -> Verdict:
+    def verdict_of(file: Path, result: Mapping[str, Any] | str, seconds: float) -> Verdict:
         if isinstance(result, str):
             return Verdict(file, failure=f"{file}: {result}", seconds=seconds)
         return replace(_settled(file, result, str(file), options.update, amounts), seconds=seconds)
 
     if len(files) == 1:
-        yield from (settled(file, *_rehearse(each.config, each.world)) for file, each in baselines.items())
+        yield from (verdict_of(file, *_rehearse(each.config, each.world)) for file, each in baselines.items())
         return
     from harness.rehearsal.pool import workers
 
@@ -147,7 +147,7 @@ def _rehearsed(options: Namespace, files: Sequence[Path], amounts: Mapping[str, 
         }
         for done in as_completed(running):
             pace.advance()
-            yield settled(running[done], *done.result())
+            yield verdict_of(running[done], *done.result())
 
 
 def _rehearse(

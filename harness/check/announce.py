@@ -132,12 +132,12 @@ def markdown(verdicts: Sequence[Verdict]) -> str:
     parts = [f"### Memory: {summary(verdicts)}", table.markdown()]
     for each in verdicts:
         if each.code == 1:
-            parts += [f"#### {_plain(each.name)}", *(table.markdown() for table in tables(each))]
-            parts += [f"- {_plain(line)}" for line in details(each)]
+            parts += [f"#### {_without_markup(each.name)}", *(table.markdown() for table in tables(each))]
+            parts += [f"- {_without_markup(line)}" for line in details(each)]
     return "\n\n".join(parts) + "\n\n"
 
 
-def _plain(line: str) -> str:
+def _without_markup(line: str) -> str:
     """`line` with Markdown's special characters escaped."""
     return "".join(f"\\{each}" if each in "\\`*_<>[]|#" else each for each in printable(line))
 

@@ -175,7 +175,7 @@ def of(run: Record, source: str) -> Baseline:
         raise ValueError(f"{source}: it has the books of no rank")
     alike = (Ranks(ranks=told_ranks(numbers), **dict(measured)) for measured, numbers in by_memory.values())
     return Baseline(
-        config=[*_own(run)],
+        config=[*_overrides(run)],
         mode=run.mode,
         device=run.world.device,
         world=run.world.size,
@@ -190,7 +190,7 @@ def made_by(versions: Mapping[str, str | None]) -> dict[str, str | None]:
     return {name: versions.get(name) for name in PACKAGES}
 
 
-def _own(run: Record) -> Iterator[str]:
+def _overrides(run: Record) -> Iterator[str]:
     """The run's overrides without those of its world and directory, plus the values that its machine resolved."""
     resolved = {key: run.value(key) for key in BY_MACHINE if key in run.resolved}
     for argument in run.environment.command:
@@ -277,18 +277,16 @@ def update(file: Path, measured: Baseline, tolerance: Mapping[str, str]) -> str:
 def text(baseline: Baseline) -> str:
     """The text of a baseline's file. The same figures always give the same text."""
     ranks = [{"ranks": each.ranks, **each.model_dump(exclude={"ranks"})} for each in baseline.ranks]
-    return (
-        _laid_out({"schema": SCHEMA, **baseline.model_dump(exclude={"ranks"}), "ranks": ranks}, ROWS) + "\n"
-    )
+    return _format({"schema": SCHEMA, **baseline.model_dump(exclude={"ranks"}), "ranks": ranks}, ROWS) + "\n"
 
 
-def _laid_out(value: Any, levels: int, indent: str = "") -> str:
+def _format(value: Any, levels: int, indent: str = "") -> str:
     if not levels or not value or not isinstance(value, (dict, list)):
         return json.dumps(value)
     inner = f"{indent} "
     if isinstance(value, dict):
-        rows = [f"{json.dumps(key)}: {_laid_out(each, levels - 1, inner)}" for key, each in value.items()]
+        rows = [f"{json.dumps(key)}: {_format(each, levels - 1, inner)}" for key, each in value.items()]
     else:
-        rows = [_laid_out(each, levels - 1, inner) for each in value]
+        rows = [_format(each, levels - 1, inner) for each in value]
     first, last = "{}" if isinstance(value, dict) else "[]"
     return f"{first}\n" + ",\n".join(f"{inner}{row}" for row in rows) + f"\n{indent}{last}"

@@ -129,7 +129,7 @@ def judge(
     unseen = {*range(baseline.world)}.difference(common)
     notes = [f"{_ranks(unseen)} not measured on both sides, and not compared"] if unseen else []
     if apart:
-        notes += _why(baseline, run, tree)
+        notes += _causes(baseline, run, tree)
     peak = max(run.by_rank[number].highest[0] for number in common)
     phases = len({phase.place for number in common for phase in run.by_rank[number].phases})
     measured = f"{_ranks(common)}: {size(peak)} at most, {phases} phases"
@@ -181,7 +181,7 @@ def _between(before: Books, after: Books, tolerances: Mapping[str, Tolerance]) -
         if place_after and place_before and place_after != place_before
         else ""
     )
-    return Apart("", changes, tuple(_lacking(before, after)), tuple(holdings), moved)
+    return Apart("", changes, tuple(_phase_differences(before, after)), tuple(holdings), moved)
 
 
 def _changes(before: Books, after: Books, tolerances: Mapping[str, Tolerance]) -> Iterator[Change]:
@@ -214,7 +214,7 @@ def _changes(before: Books, after: Books, tolerances: Mapping[str, Tolerance]) -
                 yield Change(name, "peak", old, new)
 
 
-def _lacking(before: Books, after: Books) -> Iterator[str]:
+def _phase_differences(before: Books, after: Books) -> Iterator[str]:
     """The phases that only one side has."""
     places_before, places_after = ([phase.place for phase in side.phases] for side in (before, after))
     for subject, places in (
@@ -244,7 +244,7 @@ def _holdings(before: Books, after: Books, grew: Mapping[str, bool]) -> Iterator
     yield from same_way[:GROWN]
 
 
-def _why(baseline: Baseline, run: Baseline, tree: Mapping[str, Any]) -> Iterator[str]:
+def _causes(baseline: Baseline, run: Baseline, tree: Mapping[str, Any]) -> Iterator[str]:
     """What else differs: keys of the config, versions of packages, the model itself."""
     keys = [*config_changes(baseline.config, tree)]
     versions = [

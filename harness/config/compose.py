@@ -95,7 +95,7 @@ def _parse(argument: str) -> Override:
     if f"{key}.".startswith(OPEN) or _of_packing(key):  # no group lists it, and any model may have it
         argument = f"++{argument}"
     try:
-        override = OverridesParser.create().parse_override(_taken_as_typed(key, value) or argument)
+        override = OverridesParser.create().parse_override(_quoted(key, value) or argument)
     except HydraException as error:
         raise Refusal(key, value, f"cannot be read; put quotes within quotes, as \"{key}='...'\"") from error
     key, options = override.key_or_group, groups().get(override.key_or_group)
@@ -117,7 +117,7 @@ def _of_packing(key: str) -> bool:
     return key == KEY or key.startswith(f"{KEY}.")
 
 
-def _taken_as_typed(key: str, value: str) -> str | None:
+def _quoted(key: str, value: str) -> str | None:
     """The override with its text value in quotes, so that Hydra does not parse commas and brackets in it.
 
     None where the value is not text, or where the user has quoted it already.
@@ -138,16 +138,16 @@ def _refusal(error: HydraException, overrides: Sequence[Override]) -> Refusal:
         if f"'{key}'" in message or str(override.input_line) in message:
             value = override.value()
             if message.startswith("Could not override"):
-                return Refusal(key, value, _missing(key, _known(overrides)))
+                return Refusal(key, value, _missing_key_remedy(key, _known(overrides)))
             if message.startswith("Error merging override"):  # a dictionary for a list, or a list for a text
-                return Refusal(key, value, _kind_of(key))
+                return Refusal(key, value, _kind_remedy(key))
             if message.startswith("Could not append"):
                 return Refusal(key, value, f"it is there already; leave out the + of +{key}")
             return Refusal(key, value, message.partition("\n")[0])
     return Refusal("config", "conf/config.yaml", message)
 
 
-def _missing(key: str, known: Sequence[str]) -> str:
+def _missing_key_remedy(key: str, known: Sequence[str]) -> str:
     """The remedy for a key that does not exist. A model's config may have keys that its group's shape does not list."""
     if not key.startswith("model.config."):
         return nearest(key, known)
@@ -156,7 +156,7 @@ def _missing(key: str, known: Sequence[str]) -> str:
     return f"{nearest(key, known)} Where a model's config has it, ++{key}= adds it"
 
 
-def _kind_of(key: str) -> str:
+def _kind_remedy(key: str) -> str:
     """The remedy where the value has the wrong kind."""
     if isinstance(knobs()[key].default if key in knobs() else "", list):
         return "should be a valid list, as [a,b]"

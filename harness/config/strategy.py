@@ -131,7 +131,7 @@ def merged(
         settings["do_sample"] = Setting(False, DEFAULT)
     for name, setting in settings.items():
         _check(name, setting, origin)
-    settings = {name: _settled(name, setting, settings, origin) for name, setting in settings.items()}
+    settings = {name: _validated(name, setting, settings, origin) for name, setting in settings.items()}
     strategy = Strategy(settings, seed, origin)
     if strategy.get("max_new_tokens") is None and strategy.get("max_length") is None:
         settings["max_new_tokens"] = Setting(NEW_TOKENS, DEFAULT)
@@ -176,7 +176,7 @@ def _check(name: str, setting: Setting, origin: Origin) -> None:
     raise _refusal(name, setting, origin, "nothing here knows what it means", None)
 
 
-def _settled(name: str, setting: Setting, settings: Mapping[str, Setting], origin: Origin) -> Setting:
+def _validated(name: str, setting: Setting, settings: Mapping[str, Setting], origin: Origin) -> Setting:
     """`setting` with its value converted to the field's type, or with the reason why it is moot. Raises Refusal."""
     moot = _moot(name, setting, settings)
     typed = setting.source == TYPED

@@ -107,7 +107,7 @@ def rehearse(
     representatives = roles(settings)
     results: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
     with Pace(len(representatives), "role", aside, silent=not parallel) as pace:
-        for representative, result in _all(settings, representatives, directory, parallel):
+        for representative, result in _results(settings, representatives, directory, parallel):
             results[representative.rank] = result
             pace.advance()
     ranks = [
@@ -128,11 +128,12 @@ def rehearse(
             representative.stage, results[representative.rank][1]
         )
     return ranks, max(
-        (_whole([*stages.values()], tensor_parallel) for stages in by_dp_rank.values()), key=_cached
+        (_merge_stages([*stages.values()], tensor_parallel) for stages in by_dp_rank.values()),
+        key=_cache_bytes,
     )
 
 
-def _whole(stages: list[dict[str, Any]], tensor_parallel: int) -> dict[str, Any]:
+def _merge_stages(stages: list[dict[str, Any]], tensor_parallel: int) -> dict[str, Any]:
     """One result for a replica from those of its stages, with the KV cache of all its ranks.
 
     The `tensor_parallel` ranks that share a layer have the same number of heads, so the figures are multiplied.
@@ -166,12 +167,12 @@ def balanced(settings: Settings) -> Settings:
         return resolved(settings, measure)
 
 
-def _cached(done: dict[str, Any]) -> int:
+def _cache_bytes(done: dict[str, Any]) -> int:
     """The bytes of a replica's largest KV cache. The run's figures are those of the replica with the most."""
     return done.get("inference", {}).get("kv_reserved") or 0
 
 
-def _all(
+def _results(
     settings: Settings, representatives: list[Role], directory: Path | None, parallel: bool
 ) -> Iterator[tuple[Role, tuple[dict[str, Any], dict[str, Any]]]]:
     """Each representative with its result, as soon as it ends.

@@ -29,7 +29,7 @@ def resolved(settings: Settings, measure: Measure | None = None) -> Settings:
         return settings
     layers = model_config(settings.model).get_text_config(decoder=True).num_hidden_layers
     check_split(settings.pipeline, layers)
-    return _with(settings, _by_memory(_short(settings), layers, measure or _in_turn))
+    return _with(settings, _lowest_peak_split(_short_run(settings), layers, measure or _peaks_in_order))
 
 
 def peak(task: Task) -> int:
@@ -41,11 +41,11 @@ def peak(task: Task) -> int:
     return highest
 
 
-def _in_turn(tasks: Sequence[Task]) -> Sequence[int]:
+def _peaks_in_order(tasks: Sequence[Task]) -> Sequence[int]:
     return [peak(task) for task in tasks]
 
 
-def _short(settings: Settings) -> Settings:
+def _short_run(settings: Settings) -> Settings:
     """`settings` with only the steps that decide the peak: two in training, because the second step has all state."""
     steps = 2 if settings.mode == "train" else 1
     settings = decisive(settings)
@@ -65,7 +65,7 @@ def _with(settings: Settings, split: list[int]) -> Settings:
     return replace(settings, pipeline=replace(settings.pipeline, split=split))
 
 
-def _by_memory(settings: Settings, layers: int, measure: Measure) -> list[int]:
+def _lowest_peak_split(settings: Settings, layers: int, measure: Measure) -> list[int]:
     """Of the measured splits, the one whose highest stage peak is the lowest."""
     stages = settings.pipeline.stages
     peaks: dict[Span, int] = {}
@@ -77,7 +77,7 @@ def _by_memory(settings: Settings, layers: int, measure: Measure) -> list[int]:
         peaks.update(zip(missing, measure(tasks), strict=True))
 
     split = uniform(layers, stages)
-    measure_missing({**_spans(split), **_one_more(split)})
+    measure_missing({**_spans(split), **_one_layer_more(split)})
     while split not in tried_splits and len(tried_splits) <= ROUNDS:
         measure_missing(_spans(split))
         tried_splits.append(split)
@@ -89,7 +89,7 @@ def _spans(split: list[int]) -> dict[Span, list[int]]:
     return {(stage, each.start, each.stop): split for stage, each in enumerate(ranges(split))}
 
 
-def _one_more(split: list[int]) -> dict[Span, list[int]]:
+def _one_layer_more(split: list[int]) -> dict[Span, list[int]]:
     """For each stage a split with one more layer on it, taken from the largest other stage."""
     longer: dict[Span, list[int]] = {}
     for stage in range(len(split)):

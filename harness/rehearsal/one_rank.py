@@ -53,7 +53,7 @@ def rehearse(
             block=GPU_BLOCK if target == "cuda" else 1,
         )
         try:
-            with _settled(), ledger:
+            with _existing_objects_frozen(), ledger:
                 mode.run(
                     settings,
                     world,
@@ -69,7 +69,7 @@ def rehearse(
 
 
 @contextmanager
-def _settled() -> Iterator[None]:
+def _existing_objects_frozen() -> Iterator[None]:
     """Exclude existing objects from garbage collection in this context: most objects are those of imported modules."""
     gc.freeze()
     try:

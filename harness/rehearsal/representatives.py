@@ -91,15 +91,15 @@ def roles(settings: Settings) -> list[Role]:
         if settings.mode == "infer":
             pieces = _pieces(settings, tensor_parallel)
             keys = [(batches, piece) for batches in shares for piece in pieces]
-            of_stage = _alike(
+            of_stage = _group_equal(
                 keys, partial(_share_reason, len(set(shares)) > 1), lambda key: _largest_batch(key[0])
             )
         elif _sharded(settings, dp_size):
             partitions = _partitions(stage_cuts[stage].sizes, settings.zero.stage, dp_size)
-            of_stage = _outdone(partitions, exporting_stage, settings.zero.offload != "none")
+            of_stage = _undominated(partitions, exporting_stage, settings.zero.offload != "none")
         else:
             exports_model = [exporting_stage and replica == 0 for replica in range(dp_size)]
-            of_stage = _alike(exports_model, lambda exporter: EXPORTS if exporter else "")
+            of_stage = _group_equal(exports_model, lambda exporter: EXPORTS if exporter else "")
         place = f"stage {stage} of {stages}, layers {stage_cuts[stage].layers}" if stages > 1 else ""
         repeated = stage < stages - 1 and any(
             stage_cuts[stage].kinds == each.kinds for each in stage_cuts[1:stage]
@@ -139,7 +139,7 @@ def _cut(settings: Settings) -> list[Cut]:
     ]
 
 
-def _alike(
+def _group_equal(
     keys: Sequence[Key], why: Callable[[Key], str], size_of: Callable[[Key], int] = lambda key: 0
 ) -> list[Role]:
     """One representative for each distinct key. `keys` has one key a rank; equal keys mean equivalent ranks."""
@@ -164,16 +164,16 @@ class Batches(NamedTuple):
 
 
 def _largest_batch(batches: Batches) -> int:
-    return max((len(batch) * (batches.columns or sum(_room(batch))) for batch in batches.seen), default=0)
+    return max((len(batch) * (batches.columns or sum(_lengths(batch))) for batch in batches.seen), default=0)
 
 
-def _room(batch: tuple[tuple[int, int], ...]) -> tuple[int, int]:
+def _lengths(batch: tuple[tuple[int, int], ...]) -> tuple[int, int]:
     """The padded length of a batch's prompts, and its most new tokens."""
     return max(length for length, _ in batch), max(most for _, most in batch)
 
 
 def _batches_reason(batches: Batches) -> str:
-    sizes = (f"{len(batch)} x {_room(batch)[0]} tokens" for batch in batches.seen)
+    sizes = (f"{len(batch)} x {_lengths(batch)[0]} tokens" for batch in batches.seen)
     cached = f", in a cache for {batches.columns}" if batches.columns else ""
     return f"its batches are {', '.join(sizes)}{cached}" if batches.seen else "no prompt"
 
@@ -219,7 +219,7 @@ def _shares(settings: Settings, size: int) -> list[Batches]:
     shares = []
     for rank in range(size):
         all_batches = [tuple(batch) for batch in batches(lengths[rank::size], generation.batch)]
-        columns = max((sum(_room(batch)) for batch in all_batches), default=0) if generation.compile else 0
+        columns = max((sum(_lengths(batch)) for batch in all_batches), default=0) if generation.compile else 0
         shares.append(Batches(tuple(all_batches[:seen]), columns))
     return shares
 
@@ -268,7 +268,7 @@ def _partitions(sizes: Sequence[int], zero: int, dp_size: int) -> list[Partition
     return partitions
 
 
-def _outdone(partitions: Sequence[Partition], exports_model: bool, offloaded: bool) -> list[Role]:
+def _undominated(partitions: Sequence[Partition], exports_model: bool, offloaded: bool) -> list[Role]:
     """The ranks that no other outdoes, and rank 0 if it exports the model. Each bounds the ranks that it outdoes."""
 
     def outdoing(rank: int) -> int | None:

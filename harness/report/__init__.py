@@ -15,7 +15,7 @@ PAGE = "index.html"
 
 
 def main(argv: Sequence[str]) -> int:
-    """`harness report RUN [RUN ...]`; the exit code."""
+    """Run `harness report RUN [RUN ...]`; returns the exit code."""
     from harness.report import content, exports, page
 
     try:

@@ -86,7 +86,7 @@ def _rank(rank: Rank) -> dict[str, Any]:
     where = rank.peak.where
     return {
         "rank": rank.rank,
-        "called": _called(rank),
+        "called": _label(rank),
         "stage": rank.stage,
         "peak": rank.peak.bytes,
         "categories": dict(rank.peak.categories),
@@ -96,7 +96,7 @@ def _rank(rank: Rank) -> dict[str, Any]:
     }
 
 
-def _called(rank: Rank) -> str:
+def _label(rank: Rank) -> str:
     others = len(rank.numbers) - 1
     return f"{rank.rank}" + (f" and {others} like it" if others else "")
 
@@ -132,8 +132,8 @@ def pairs(runs: Sequence[ReportedRun]) -> Iterator[dict[str, Any]]:
     """Each pair of a rehearsal and a real run with the same config, and the figures in which they differ, by rank."""
     for rehearsed in (run for run in runs if run.record.world.rehearsed):
         for real in (run for run in runs if not run.record.world.rehearsed):
-            if _same(rehearsed, real):
-                rows = [*_apart(rehearsed.record, real.record)]
+            if _same_config(rehearsed, real):
+                rows = [*_figure_pairs(rehearsed.record, real.record)]
                 yield {
                     "rehearsed": rehearsed.name,
                     "real": real.name,
@@ -142,7 +142,7 @@ def pairs(runs: Sequence[ReportedRun]) -> Iterator[dict[str, Any]]:
                 }
 
 
-def _same(one: ReportedRun, other: ReportedRun) -> bool:
+def _same_config(one: ReportedRun, other: ReportedRun) -> bool:
     config, other_config = (
         {key: value for key, value in run.config.items() if not key.startswith(("world.", "hardware."))}
         for run in (one, other)
@@ -150,7 +150,7 @@ def _same(one: ReportedRun, other: ReportedRun) -> bool:
     return config == other_config and one.record.world.size == other.record.world.size
 
 
-def _apart(rehearsed: Record, real: Record) -> Iterator[dict[str, Any]]:
+def _figure_pairs(rehearsed: Record, real: Record) -> Iterator[dict[str, Any]]:
     """Each category's own peak and end on each rank that both runs have, in bytes."""
     rehearsed_ranks = {number: rank for rank in rehearsed.ranks for number in rank.numbers}
     for rank in real.ranks:

@@ -30,7 +30,7 @@ def perfetto(runs: Sequence["ReportedRun"], directory: Path) -> list[Path]:
     paths = []
     for index, run in enumerate(runs):
         events = [event for rank, table in run.traces() for event in _events(rank.rank, table)]
-        paths.append(directory / _called("perfetto", index, runs, "json"))
+        paths.append(directory / _file_name("perfetto", index, runs, "json"))
         put(paths[-1], json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
     return paths
 
@@ -78,7 +78,7 @@ def tensorboard(runs: Sequence["ReportedRun"], directory: Path) -> list[Path]:
         raise ValueError("--tensorboard: it needs TensorBoard; pip install 'harness[tensorboard]'") from None
     paths = []
     for index, run in enumerate(runs):
-        paths.append(directory / _called("tensorboard", index, runs))
+        paths.append(directory / _file_name("tensorboard", index, runs))
         writer = Writer(str(paths[-1]))
         for tag, figure, step in _scalars(run):
             writer.add_scalar(tag, figure, step)
@@ -171,7 +171,7 @@ def markdown(runs: Sequence["ReportedRun"], directory: Path) -> list[Path]:
     return [directory / "report.md"]
 
 
-def _called(kind: str, index: int, runs: Sequence["ReportedRun"], ending: str = "") -> str:
+def _file_name(kind: str, index: int, runs: Sequence["ReportedRun"], ending: str = "") -> str:
     number = f"-{index}" if len(runs) > 1 else ""
     return f"{kind}{number}{'.' * bool(ending)}{ending}"
 

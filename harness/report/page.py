@@ -29,7 +29,7 @@ def html(runs: Sequence[ReportedRun]) -> str:
         modules: list[dict[str, Any]] = []
         for rank, table in run.traces():
             trace = points.of_table(table)
-            traces.append((f"trace-{index}-{rank.rank}", Markup(_inert(points.drawn(trace)))))
+            traces.append((f"trace-{index}-{rank.rank}", Markup(_script_safe_json(points.drawn(trace)))))
             if rank is run.record.worst:
                 modules = content.modules(trace)
         content_of_runs.append(content.of_run(run, modules))
@@ -39,7 +39,7 @@ def html(runs: Sequence[ReportedRun]) -> str:
         table=_table(runs),
         differing=content.differing(runs),
         pairs=list(content.pairs(runs)),
-        data=Markup(_inert(data)),
+        data=Markup(_script_safe_json(data)),
         traces=traces,
         css=Markup((HERE / "page.css").read_text("utf-8")),
         js=Markup((HERE / "page.js").read_text("utf-8")),
@@ -58,7 +58,7 @@ def _table(runs: Sequence[ReportedRun]) -> str:
     return show(runs[0].raw)
 
 
-def _inert(value: Any) -> str:
+def _script_safe_json(value: Any) -> str:
     """`value` as JSON in which no text can end the script element around it."""
     text = json.dumps(value, separators=(",", ":"))
     for character in "<>&\u2028\u2029":

@@ -93,11 +93,11 @@ def limit(config: Mapping[str, Any]) -> Limit | None:
         return Limit(tokens - rows, f"{name}={tokens} but for the {rows} of padding")
     limits = [Limit(tokens, name)]
     if not kind.startswith(ALREADY):
-        limits += _stretched(shape, name)
+        limits += _scaled_limits(shape, name)
     return max(limits, key=lambda each: each.tokens)
 
 
-def _stretched(shape: Mapping[str, Any], name: str) -> Iterator[Limit]:
+def _scaled_limits(shape: Mapping[str, Any], name: str) -> Iterator[Limit]:
     """The limit of each scaled rope in `shape`. There may be one rope for each kind of layer."""
     key = "rope_scaling" if isinstance(shape.get("rope_scaling"), Mapping) else "rope_parameters"
     parameters = shape.get(key)

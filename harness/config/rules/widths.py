@@ -48,14 +48,14 @@ CHOSEN = ("num_experts_per_tok", "moe_topk", "moe_k")
 
 def check(shape: Mapping[str, Any], prefix: str) -> None:
     """Refuse a model's config with an impossible width. `prefix` comes before a name in the Refusal."""
-    for path, value in _values(shape):
+    for path, value in _scalars(shape):
         if (remedy := _remedy(path.rpartition(".")[2], value)) is not None:
             raise Refusal(prefix + path, value, remedy)
     _heads(shape, prefix)
     text = text_of(shape)
-    experts = next(((name, text[name]) for name in EXPERTS if _whole(text.get(name))), None)
+    experts = next(((name, text[name]) for name in EXPERTS if _is_integer(text.get(name))), None)
     for name in CHOSEN:
-        if experts and _whole(text.get(name)) and text[name] > experts[1]:
+        if experts and _is_integer(text.get(name)) and text[name] > experts[1]:
             raise Refusal(
                 prefix + name, text[name], f"there are {experts[0]}={experts[1]}; use as many or fewer"
             )
@@ -64,7 +64,7 @@ def check(shape: Mapping[str, Any], prefix: str) -> None:
 def _remedy(name: str, value: object) -> str | None:
     """What `value` should be, if it is impossible for `name`; else None."""
     number = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
-    if name in NEVER_NONE and not (_whole(value) and value >= 1):
+    if name in NEVER_NONE and not (_is_integer(value) and value >= 1):
         return "should be a whole number, 1 or more"
     if COUNTS.fullmatch(name) and number < 0:
         return "should be a whole number, 0 or more"
@@ -77,7 +77,7 @@ def _remedy(name: str, value: object) -> str | None:
     return None
 
 
-def _whole(value: object) -> TypeGuard[int]:
+def _is_integer(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -85,7 +85,7 @@ def _heads(shape: Mapping[str, Any], prefix: str) -> None:
     heads, kv_heads, hidden = (
         read(shape, name) for name in ("num_attention_heads", "num_key_value_heads", "hidden_size")
     )
-    if not all(value is None or _whole(value) for _, value in (heads, kv_heads, hidden)):
+    if not all(value is None or _is_integer(value) for _, value in (heads, kv_heads, hidden)):
         return  # a list: one value for each layer
     if heads[1] and kv_heads[1] and heads[1] % kv_heads[1]:
         raise Refusal(prefix + kv_heads[0], kv_heads[1], f"must divide {heads[0]}={heads[1]} evenly")
@@ -102,11 +102,11 @@ def _heads(shape: Mapping[str, Any], prefix: str) -> None:
         raise Refusal(prefix + key, value, reason)
 
 
-def _values(shape: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _scalars(shape: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Every scalar in `shape` with its path, and each number of a list. Null values are left out."""
     for name, value in shape.items():
         if isinstance(value, Mapping):
-            yield from () if OF_OTHERS.fullmatch(name) else _values(value, f"{prefix}{name}.")
+            yield from () if OF_OTHERS.fullmatch(name) else _scalars(value, f"{prefix}{name}.")
         else:
             numbers = (
                 [each for each in value if not isinstance(each, str)] if isinstance(value, list) else [value]
@@ -116,5 +116,5 @@ def _values(shape: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 def nothing(shape: Mapping[str, Any]) -> str | None:
     """The path of the first count in `shape` that is 0; None where there is none."""
-    counts = ((path, value) for path, value in _values(shape) if COUNTS.fullmatch(path.rpartition(".")[2]))
+    counts = ((path, value) for path, value in _scalars(shape) if COUNTS.fullmatch(path.rpartition(".")[2]))
     return next((path for path, value in counts if value == 0), None)
