@@ -26,7 +26,7 @@ from harness.record import record_file
 from harness.record.schema import parse, printable
 from harness.runtime.progress import Pace, aside
 
-SAID = "--tolerance "
+OPTION = "--tolerance "
 EMPTY = "it has no baseline; RUN --baseline FILE --update makes one"
 
 
@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         options = _parser().parse_args(argv)
         files, amounts = _files(options), dict(map(_pair, options.tolerance))
-        tolerances(amounts, SAID)
+        tolerances(amounts, OPTION)
         verdicts = [*(_of_run if options.run else _rehearsed)(options, files, amounts)]
         _report(options, sorted(verdicts, key=lambda each: each.file))
     except ValueError as error:
@@ -88,7 +88,7 @@ def _files(options: Namespace) -> list[Path]:
 def _pair(text: str) -> tuple[str, str]:
     name, equals, amount = text.partition("=")
     if not equals:
-        raise ValueError(f"{SAID}{text}: give a category and how far it may be off, as activations=1%")
+        raise ValueError(f"{OPTION}{text}: give a category and how far it may be off, as activations=1%")
     return name, amount
 
 
@@ -106,7 +106,7 @@ def _settled(
         if update:
             return Verdict(file, str(file), written=baseline.update(file, measured, amounts))
         expected = baseline.read(file)
-        tolerance = tolerances({**expected.tolerance, **amounts}, SAID)
+        tolerance = tolerances({**expected.tolerance, **amounts}, OPTION)
         return judge(file, expected, measured, parsed.config, tolerance)
     except ValueError as error:
         return Verdict(file, failure=str(error))

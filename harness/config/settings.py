@@ -56,7 +56,7 @@ class Refusal(Exception):
 @dataclass(frozen=True, config=_STRICT)
 class Model:
     name: str = "tiny"
-    """The name in the record; where model.path is set, its name."""
+    """The name in the record; where model.path is set, that path."""
     path: str | None = None
     """Checkpoint directory or hub name; replaces the group's shape."""
     random: bool = False

@@ -73,7 +73,7 @@ class Fakes(FakeTensorMode):
         if device is None:
             output = self.dispatch(func, types, args, kwargs)
             if type(output) is FakeTensor:
-                output.constant = None  # `Values` keeps known values, and the device stays right
+                output.constant = None  # `Values` keeps the value instead, with its device
             return output
         if func in _REMEMBERED:
             return self._remembered(func, types, args, kwargs, device)

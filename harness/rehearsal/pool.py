@@ -22,7 +22,7 @@ MOST = 4
 
 
 REFUSED = "Refusal: "
-"""The beginning of a failure where the model or the request is impossible, and not the rehearsal at fault."""
+"""The prefix of a failure whose cause is an impossible request or model, and not an error of the rehearsal."""
 
 
 class Worst(NamedTuple):

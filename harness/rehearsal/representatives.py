@@ -63,9 +63,9 @@ class Role:
     outdone: bool = False
     """Whether a representative of an earlier stage peaks at least as high."""
 
-    def at(self, stage: int, replicas: int, place: str, outdone: bool) -> "Role":
-        """A copy for `stage`, whose ranks start at `stage * replicas`; `self` has the numbers of the first ranks."""
-        first = stage * replicas
+    def at(self, stage: int, ranks_per_stage: int, place: str, outdone: bool) -> "Role":
+        """A copy of this role, which is for stage 0, for a later `stage`: each rank moves up by the ranks before it."""
+        first = stage * ranks_per_stage
         return Role(
             self.rank + first,
             tuple(rank + first for rank in self.stands_for),

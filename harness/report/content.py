@@ -151,7 +151,7 @@ def _same_config(one: ReportedRun, other: ReportedRun) -> bool:
 
 
 def _figure_pairs(rehearsed: Record, real: Record) -> Iterator[dict[str, Any]]:
-    """Each category's own peak and end on each rank that both runs have, in bytes."""
+    """Each category's own peak and end on each rank that both runs have, in bytes. A rehearsal has no `kernel`."""
     rehearsed_ranks = {number: rank for rank in rehearsed.ranks for number in rank.numbers}
     for rank in real.ranks:
         rehearsed_rank = rehearsed_ranks.get(rank.rank)
