@@ -119,12 +119,12 @@ def _rehearsed(options: Namespace, files: Sequence[Path], amounts: Mapping[str, 
     baselines: dict[Path, baseline.Baseline] = {}
     for file in files:
         try:
-            result = baseline.read(file)
-            if result.mode == baseline.TEST:
+            expected = baseline.read(file)
+            if expected.mode == baseline.TEST:
                 raise ValueError(
                     f"{file}: it is a test's; pytest holds the test to it, --memory-update writes it"
                 )
-            baselines[file] = result
+            baselines[file] = expected
         except ValueError as error:
             yield Verdict(file, failure=str(error))
 
