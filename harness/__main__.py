@@ -1,4 +1,4 @@
-"""One door: `key=value` words compose a config and run it; a tool's name hands it the words that follow."""
+"""The command line: `key=value` overrides compose a config and run it; a tool's name passes on the rest to the tool."""
 
 import os
 import sys
@@ -54,7 +54,7 @@ TOOLS = {
         "RUN             what holds its memory, and the change that would save most; --no-rehearsal, --json",
     ),
 }
-"""Each tool: the module in `harness` whose `main` it is, and its line of help."""
+"""Each tool: its module in `harness`, which has a `main`, and its line of help."""
 
 USAGE = """\
 Train a causal language model or generate with one, and see what every byte on every rank is.
@@ -70,10 +70,10 @@ What is wrong is one sentence on stderr; torchrun's own traceback below it ends 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Carry out what was typed; the exit code: 0 done, 1 a gate says no, 2 a wrong request, 3 a failed run."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    """Carry out the arguments. Exit code: 0 done, 1 a check does not hold, 2 a wrong request, 3 a failed run."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _carry_out(words)
+        return _carry_out(arguments)
     except Refusal as refusal:
         return _refuse(str(refusal))
     except BrokenProcessPool:
@@ -82,40 +82,40 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def usage() -> str:
-    """What `--help` prints: the doors, the tools, the groups in `conf/` and every key."""
-    chosen = compose.defaults()
+    """The text of `--help`: the commands, the tools, the groups in `conf/` and every key."""
+    defaults = compose.defaults()
     lines = [USAGE, "Tools", *(f"  {name} {line}" for name, (_, line) in TOOLS.items())]
     lines += ["", "Groups, as zero=2; * is what it is when nothing is said"]
     for group, options in compose.groups().items():
-        starred = (f"{each}*" if each == chosen.get(group) else each for each in options)
+        starred = (f"{each}*" if each == defaults.get(group) else each for each in options)
         lines.append(f"  {group:<10} {'  '.join(starred)}")
     lines += ["", "Keys, as train.steps=100, with what they are when nothing is said"]
-    for key, knob in knobs().items():
-        choices = f" ({', '.join(knob.choices)})" if knob.choices else ""
-        lines.append(f"  {f'{key}={as_typed(knob.default)}':<38} {knob.meaning}{choices}")
+    for key, field in knobs().items():
+        choices = f" ({', '.join(field.choices)})" if field.choices else ""
+        lines.append(f"  {f'{key}={as_typed(field.default)}':<38} {field.meaning}{choices}")
     return "\n".join(lines)
 
 
-def _carry_out(words: list[str]) -> int:
-    if not words or words[0] in ("-h", "--help"):
+def _carry_out(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
         return _say(usage())
-    if words[0] in TOOLS:
-        return int(import_module(f"harness.{TOOLS[words[0]][0]}").main(words[1:]))
-    only_print = words[:2] == ["--cfg", "job"]
-    words = words[2:] if only_print else words
-    for word in words:
-        if "=" not in word and not word.startswith("~"):
-            close = get_close_matches(word, [*TOOLS, "--help", "--cfg job"], n=1)
+    if arguments[0] in TOOLS:
+        return int(import_module(f"harness.{TOOLS[arguments[0]][0]}").main(arguments[1:]))
+    only_print = arguments[:2] == ["--cfg", "job"]
+    arguments = arguments[2:] if only_print else arguments
+    for argument in arguments:
+        if "=" not in argument and not argument.startswith("~"):
+            close = get_close_matches(argument, [*TOOLS, "--help", "--cfg job"], n=1)
             hint = f"did you mean {close[0]}?" if close else "--help lists the keys and the tools"
-            return _refuse(f"{word}: neither key=value nor a tool; {hint}")
-    cfg = compose.compose(words)
+            return _refuse(f"{argument}: neither key=value nor a tool; {hint}")
+    cfg = compose.compose(arguments)
     settings = load(cfg)
     if only_print:
-        ours = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
-        return _say(OmegaConf.to_yaml(ours, resolve=True))
-    from harness.run import run  # torch comes in here, once the request is known to make sense
+        own_keys = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
+        return _say(OmegaConf.to_yaml(own_keys, resolve=True))
+    from harness.run import run  # imports torch, so only after the request is checked
 
-    return run(settings, cfg, words)
+    return run(settings, cfg, arguments)
 
 
 def _say(text: str) -> int:
@@ -125,7 +125,7 @@ def _say(text: str) -> int:
 
 
 def _refuse(sentence: str) -> int:
-    """One line on stderr; each node says it once, for a file may be missing on one of them only."""
+    """Print one line on stderr, once per node: a file may be missing on one node only."""
     launcher.tell(sentence)
     if os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0":
         print(f"harness: {sentence}", file=sys.stderr)
@@ -133,8 +133,11 @@ def _refuse(sentence: str) -> int:
 
 
 def console() -> NoReturn:
-    """`main`, then the end at once: gloo's threads hold tensors, and one let go while Python is torn down aborts."""
-    for stream in (sys.stdout, sys.stderr):  # a terminal may know fewer characters than a model
+    """Run `main`, then end the process without Python's shutdown.
+
+    gloo's threads hold tensors, and freeing one during shutdown aborts the process.
+    """
+    for stream in (sys.stdout, sys.stderr):  # a model may emit characters that the terminal cannot encode
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
@@ -142,8 +145,8 @@ def console() -> NoReturn:
         sys.stdout.flush()
     except KeyboardInterrupt:
         print("harness: interrupted", file=sys.stderr)
-        code = 130  # as shells say it
-    except BrokenPipeError:  # who reads, as `head` does, has read enough
+        code = 130  # the shells' code for an interrupt
+    except BrokenPipeError:  # the reader of the pipe, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
     sys.stdout.flush()

@@ -1,31 +1,32 @@
-"""A search for the largest that fits, where more needs more."""
+"""A search for the largest value that fits, where a larger value never needs less memory."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 HIGHEST = 1024
-"""Where a climb by doubling ends."""
+"""The value at which doubling ends."""
 
 
 @dataclass
 class Climb:
-    """Raises `key` under `words`: by `rungs` where they are given, else by doubling from 1, then between the last two.
+    """Raises the value of `key`, with the overrides `words` fixed.
 
-    More of `key` needs more; so nothing above what does not fit is asked for.
+    It goes up `rungs` where there are some. Else it doubles from 1, then bisects between the last two values. A larger
+    value never needs less memory, so nothing above a value that does not fit is tried.
     """
 
     words: tuple[str, ...]
     key: str
     rungs: Sequence[int] = ()
     fits: int = 0
-    """The highest that fits."""
+    """The highest value that fits; 0 where none is known."""
     fails: int | None = None
-    """The lowest that does not."""
+    """The lowest value that does not fit."""
     exactly: bool = False
     over: bool = field(default=False, init=False)
 
     def wants(self) -> int | None:
-        """The next one to try; None where there is nothing more to know."""
+        """The next value to try; None where the climb is over."""
         if self.over:
             return None
         if self.rungs:
@@ -37,15 +38,15 @@ class Climb:
         return between if self.exactly and between > self.fits else None
 
     def learn(self, fits: bool, exactly: bool = False) -> None:
-        """Whether what was wanted fits; `exactly`: whether it matters between powers of two."""
-        asked = self.wants()
-        assert asked is not None
+        """Record whether the wanted value fits. With `exactly`, values between powers of two are tried too."""
+        rung = self.wants()
+        assert rung is not None
         self.exactly = exactly
         if fits:
-            self.fits = asked
+            self.fits = rung
         else:
-            self.fails = asked
+            self.fails = rung
 
     def refused(self) -> None:
-        """What was wanted cannot be: neither can more of it."""
+        """Record that the wanted value is refused: then larger ones would be refused too."""
         self.over = True

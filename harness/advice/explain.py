@@ -1,4 +1,4 @@
-"""`harness explain RUN`: what a run's peak is made of, what surprises in it, and the change that would save most."""
+"""`harness explain RUN`: the parts of a run's peak, unexpected findings, and the change that would save most."""
 
 import json
 import sys
@@ -22,23 +22,23 @@ WHY = {
     "kv_cache": "its prompts are longer or more",
     "inputs": "its prompts are longer or more",
 }
-"""What it means that one rank has more of a category than another; the first that fits is the reason."""
+"""Why one rank has more of a category than another. The first category that fits gives the reason."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """`harness explain RUN`; the exit code."""
+    """Run `harness explain RUN`; returns the exit code."""
     try:
-        asked = _parser().parse_args(argv)
-        record = parse(read(asked.run), str(asked.run))
+        options = _parser().parse_args(argv)
+        record = parse(read(options.run), str(options.run))
     except ValueError as error:
         print(f"harness: {printable(str(error))}", file=sys.stderr)
         return 2
     findings = list(explain(record))
-    if asked.rehearsal:
+    if options.rehearsal:
         from harness.advice.savings import savings  # its processes import torch
 
         findings += savings(record)
-    if asked.json:
+    if options.json:
         print(json.dumps([finding._asdict() for finding in findings], indent=1))
     else:
         print(text(record, findings))
@@ -60,9 +60,9 @@ def _parser() -> Parser:
 
 
 def explain(record: Record) -> Iterator[Finding]:
-    """What the record alone shows, the most important first."""
+    """The findings from the record alone, the most important first."""
     run = Run(record)
-    for found in (
+    for finder in (
         failure,
         unattributed,
         made_of,
@@ -74,11 +74,11 @@ def explain(record: Record) -> Iterator[Finding]:
         *SURPRISES,
         not_in_them,
     ):
-        yield from found(run)
+        yield from finder(run)
 
 
 def text(record: Record, findings: Sequence[Finding]) -> str:
-    """The findings for a terminal, under what ran."""
+    """The findings for a terminal, below a heading."""
     lines = [record.heading]
     for finding in findings:
         sentence = printable(finding.sentence)
@@ -89,23 +89,31 @@ def text(record: Record, findings: Sequence[Finding]) -> str:
 
 
 def failure(run: Run) -> Iterator[Finding]:
-    """A run that failed: where, with what, and how much of it is known."""
+    """Where a failed run failed, with which error, and how many of its ranks left a record."""
     record = run.record
     if record.status != "failed":
         return
-    told = record.failure or Failure()
-    rank = "It failed" if told.rank is None else f"Rank {told.rank} failed"
-    where = "" if told.where is None else f" in step {told.where.step}, {told.where.phase}"
-    yield Finding("failure", f"{rank}{where}: {told.error or 'its record does not say why'}", None)
-    known = len(record.peaks)
-    if known < run.size:
-        books = "no rank has left its books" if not known else f"{known} of {run.size} ranks left its books"
-        yield Finding("failure", f"Nothing is known beyond that: {books}.", None)
+    failure_record = record.failure or Failure()
+    rank = "It failed" if failure_record.rank is None else f"Rank {failure_record.rank} failed"
+    where = (
+        ""
+        if failure_record.where is None
+        else f" in step {failure_record.where.step}, {failure_record.where.phase}"
+    )
+    yield Finding("failure", f"{rank}{where}: {failure_record.error or 'its record does not say why'}", None)
+    rank_count = len(record.peaks)
+    if rank_count < run.size:
+        coverage = (
+            "no rank has left its books"
+            if not rank_count
+            else f"{rank_count} of {run.size} ranks left its books"
+        )
+        yield Finding("failure", f"Nothing is known beyond that: {coverage}.", None)
 
 
 def unattributed(run: Run) -> Iterator[Finding]:
     """Bytes that the allocator counted and the ledger cannot name."""
-    missing = {rank.rank: _missing(rank) for rank in run.record.ranks}
+    missing = {rank.rank: _unattributed_bytes(rank) for rank in run.record.ranks}
     worst = max(missing, key=lambda number: missing[number], default=0)
     if missing.get(worst, 0) > 0:
         figure = missing[worst]
@@ -116,24 +124,24 @@ def unattributed(run: Run) -> Iterator[Finding]:
         yield Finding("unattributed", sentence, figure)
 
 
-def _missing(rank: Rank) -> int:
-    books = rank.allocator
-    if books.unattributed is None and books.peak is not None and rank.peak.bytes is not None:
-        return books.peak - rank.peak.bytes  # an allocator that tells its peak, and not what it is made of
-    return books.unattributed or 0
+def _unattributed_bytes(rank: Rank) -> int:
+    allocator = rank.allocator
+    if allocator.unattributed is None and allocator.peak is not None and rank.peak.bytes is not None:
+        return allocator.peak - rank.peak.bytes  # this allocator reports only its peak
+    return allocator.unattributed or 0
 
 
 def made_of(run: Run) -> Iterator[Finding]:
-    """The worst rank's peak, by category, and when it is."""
+    """The worst rank's peak by category, and its place in the run."""
     peak = run.peak
     if peak.bytes is None:
         if run.record.ranks:
             yield Finding("peak", "No peak was measured; ledger=exact measures it.", None)
         return
-    largest = sorted(((held or 0, name) for name, held in peak.categories.items()), reverse=True)
-    named = [pair for pair in largest[:LARGEST] if pair[0]]
-    rest = peak.bytes - sum(held for held, _ in named)
-    parts = [f"{size(held)} {name} ({held / peak.bytes:.0%})" for held, name in named]
+    largest = sorted(((figure or 0, name) for name, figure in peak.categories.items()), reverse=True)
+    shown = [pair for pair in largest[:LARGEST] if pair[0]]
+    rest = peak.bytes - sum(figure for figure, _ in shown)
+    parts = [f"{size(figure)} {name} ({figure / peak.bytes:.0%})" for figure, name in shown]
     parts += [f"{size(rest)} others"] if rest else []
     where = ""
     if peak.where is not None:
@@ -141,23 +149,23 @@ def made_of(run: Run) -> Iterator[Finding]:
         micro_batch = f" of micro-batch {peak.where.micro_batch}" if peak.where.micro_batch else ""
         where = f" That is in step {peak.where.step}, {peak.where.phase}{micro_batch}, {module}."
     yield Finding(
-        "peak", f"{_who(run)} {size(peak.bytes)} at its peak: {', '.join(parts)}.{where}", peak.bytes
+        "peak", f"{_subject(run)} {size(peak.bytes)} at its peak: {', '.join(parts)}.{where}", peak.bytes
     )
 
 
-def _who(run: Run) -> str:
-    """Whose peak it is, with a verb."""
+def _subject(run: Run) -> str:
+    """The subject of the sentence about the peak, with its verb."""
     peaks = run.record.peaks
-    known = {number for rank in run.record.ranks for number in (*rank.numbers, *rank.bounds)}
+    covered = {number for rank in run.record.ranks for number in (*rank.numbers, *rank.bounds)}
     if run.size == 1:
         return "It holds"
     if len(peaks) == run.size and len(set(peaks.values())) == 1:
         return f"Each of the {run.size} ranks holds"
-    return f"Rank {run.worst.rank} of {run.size}{', the highest,' if len(known) == run.size else ''} holds"
+    return f"Rank {run.worst.rank} of {run.size}{', the highest,' if len(covered) == run.size else ''} holds"
 
 
 def holdings(run: Run) -> Iterator[Finding]:
-    """The largest holdings by name, those of all layers as one."""
+    """The largest holdings by name, summed over the layers."""
     together: dict[tuple[str, str], int] = {}
     for holding in run.holdings:
         name = holding.pattern, holding.category
@@ -166,70 +174,74 @@ def holdings(run: Run) -> Iterator[Finding]:
     folded = {holding.category for holding in run.holdings if holding.name == "others"}
     largest = sorted(together.items(), key=lambda pair: (-pair[1], pair[0]))[:LARGEST]
     parts = [
-        f"{name} {'at least ' if category in folded and '*' in name else ''}{size(held)}"
-        for (name, category), held in largest
+        f"{name} {'at least ' if category in folded and '*' in name else ''}{size(total)}"
+        for (name, category), total in largest
     ]
     if parts:
-        yield Finding("holdings", f"Largest by name: {'; '.join(parts)}.", sum(held for _, held in largest))
+        yield Finding("holdings", f"Largest by name: {'; '.join(parts)}.", sum(total for _, total in largest))
 
 
 def packed(run: Run) -> Iterator[Finding]:
-    """Weights that are packed in the checkpoint, and not in memory."""
-    told = run.record.model.quantization
-    if told is not None and told.whole is not None:
+    """Weights are packed in the checkpoint but whole in memory."""
+    quantization = run.record.model.quantization
+    if quantization is not None and quantization.whole is not None:
         sentence = (
-            f"The checkpoint's weights are packed ({told.short}), and transformers makes them whole {told.whole}: "
-            f"a parameter takes as much as in {run.record.model.dtype}."
+            f"The checkpoint's weights are packed ({quantization.short}), and transformers makes them whole "
+            f"{quantization.whole}: a parameter takes as much as in {run.record.model.dtype}."
         )
         yield Finding("packed", sentence, None)
 
 
 def ranks(run: Run) -> Iterator[Finding]:
-    """How much higher the worst rank is than the lowest, and of what it has more."""
+    """How far the worst rank is above the lowest rank, and which category it has more of."""
     measured = [rank for rank in run.record.ranks if rank.peak.bytes is not None]
-    told = run.worst.why
+    why_worst = run.worst.why
     if len({rank.peak.bytes for rank in measured}) < 2:
-        if told and len(measured) == 1:
-            yield Finding("worst_rank", f"Rank {run.worst.rank} is the worst: {told}.", None)
+        if why_worst and len(measured) == 1:
+            yield Finding("worst_rank", f"Rank {run.worst.rank} is the worst: {why_worst}.", None)
         return
     lowest = min(measured, key=lambda rank: (rank.peak.bytes or 0, rank.rank))
-    apart = run.whole - (lowest.peak.bytes or 0)
-    more = _more(run.worst, lowest)
-    most = max(more, key=lambda name: more[name], default="")
-    has = f", with {size(more[most])} more {most}" if more.get(most, 0) > 0 else ""
-    reason = told or next((reason for name, reason in WHY.items() if more.get(name, 0) > 0), "")
+    distance = run.whole - (lowest.peak.bytes or 0)
+    more = _differences(run.worst, lowest)
+    largest = max(more, key=lambda name: more[name], default="")
+    has = f", with {size(more[largest])} more {largest}" if more.get(largest, 0) > 0 else ""
+    reason = why_worst or next((reason for name, reason in WHY.items() if more.get(name, 0) > 0), "")
     if run.worst.stage != lowest.stage:
-        ours, theirs = (f"stage {rank.stage} keeps {kept_by(rank)}" for rank in (run.worst, lowest))
+        worst_keeps, lowest_keeps = (
+            f"stage {rank.stage} keeps {kept_by(rank)}" for rank in (run.worst, lowest)
+        )
         reason = (
-            f"{ours} for their backward, {theirs}" if run.record.mode == "train" else "they are of two stages"
+            f"{worst_keeps} for their backward, {lowest_keeps}"
+            if run.record.mode == "train"
+            else "they are of two stages"
         )
     why = f": {reason}" if reason else ""
-    sentence = f"Rank {run.worst.rank} is {size(apart)} above rank {lowest.rank}{has}{why}."
-    yield Finding("worst_rank", sentence, apart)
+    sentence = f"Rank {run.worst.rank} is {size(distance)} above rank {lowest.rank}{has}{why}."
+    yield Finding("worst_rank", sentence, distance)
 
 
-def _more(one: Rank, other: Rank) -> dict[str, int]:
-    """By category, how much more `one` has at its peak than `other` at its own."""
+def _differences(one: Rank, other: Rank) -> dict[str, int]:
+    """By category, the bytes that `one` has at its peak beyond those of `other` at its own peak."""
     return {
-        name: (held or 0) - (other.peak.categories.get(name) or 0)
-        for name, held in one.peak.categories.items()
+        name: (figure or 0) - (other.peak.categories.get(name) or 0)
+        for name, figure in one.peak.categories.items()
     }
 
 
 def not_in_them(run: Run) -> Iterator[Finding]:
-    """What is in none of the figures."""
+    """Memory that none of the figures contains."""
     world = run.record.world
     gpu = world.device != "cpu"
     around = ["the CUDA context, NCCL's buffers", "the allocator's slack"] if gpu else []
     if world.rehearsed:
         parts = ["scratch inside kernels", *around]
         verified = f" ({world.verified})" if world.verified else ""
-        yield Finding("rehearsed", f"Rehearsed figures{verified}: not in them are {_and(parts)}.", None)
+        yield Finding("rehearsed", f"Rehearsed figures{verified}: not in them are {_joined(parts)}.", None)
     elif gpu:
         yield Finding(
-            "outside_torch", f"nvidia-smi shows more: not in these figures are {_and(around)}.", None
+            "outside_torch", f"nvidia-smi shows more: not in these figures are {_joined(around)}.", None
         )
 
 
-def _and(parts: list[str]) -> str:
+def _joined(parts: list[str]) -> str:
     return " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))

@@ -1,4 +1,4 @@
-"""`harness fit`: which of the sensible configs fit into a device's memory, each rehearsed, and which costs least."""
+"""`harness fit`: rehearses the sensible configs, lists those that fit into a device's memory, ranks them by cost."""
 
 import json
 import shlex
@@ -13,10 +13,10 @@ from harness.rehearsal.pool import REFUSED
 from harness.tables import Table, parse_size, size
 
 LISTED = 6
-"""How many of those that do not fit are shown, the closest first."""
+"""How many configs that do not fit are shown, the closest first."""
 
 NODE = 8
-"""Devices of a node, in the command for more than one."""
+"""Devices on a node, in the command for several nodes."""
 
 RANKING = {
     "train": "ranked by what a rank sends for each sequence (arXiv 1910.02054, section 7); "
@@ -38,10 +38,10 @@ PASSED_OVER = (
 
 
 def main(argv: Sequence[str]) -> int:
-    """`harness fit`; the exit code: 0 something fits, 1 nothing does, 2 a wrong request, 3 nobody knows."""
+    """`harness fit`. Exit code: 0 something fits, 1 nothing fits, 2 a wrong request, 3 nothing could be rehearsed."""
     try:
-        asked, words = _parser().parse_known_args(argv)
-        fit = Fit(words, _reserve(asked.reserve))
+        options, overrides = _parser().parse_known_args(argv)
+        fit = Fit(overrides, _reserve(options.reserve))
     except ValueError as error:
         print(f"harness: {error}", file=sys.stderr)
         return 2
@@ -49,12 +49,12 @@ def main(argv: Sequence[str]) -> int:
     if trials and all(trial.worst.failure.startswith(REFUSED) for trial in trials):
         print(f"harness: {_reason(trials[0])}", file=sys.stderr)
         return 2
-    print(json.dumps(data(fit, trials), indent=1) if asked.json else text(fit, trials))
+    print(json.dumps(data(fit, trials), indent=1) if options.json else text(fit, trials))
     return code(trials)
 
 
 def code(trials: Sequence[Trial]) -> int:
-    """The exit code: something fits, nothing does, or nothing is known."""
+    """The exit code: 0 something fits, 1 nothing fits, 3 nothing could be rehearsed."""
     if any(trial.fits for trial in trials):
         return 0
     return 1 if any(trial.rehearsed for trial in trials) else 3
@@ -80,7 +80,7 @@ def _parser() -> Parser:
 
 
 def text(fit: Fit, trials: Sequence[Trial]) -> str:
-    """A table for a person; its last line is the command to run."""
+    """The table as text. Where something fits, the last line is the command to run."""
     fitting = fit.ranked(trials)
     rehearsed = [trial for trial in trials if trial.rehearsed]
     closest = sorted((trial for trial in rehearsed if not trial.fits), key=lambda trial: -trial.left)
@@ -95,26 +95,26 @@ def text(fit: Fit, trials: Sequence[Trial]) -> str:
         table.row(*_row(fit, trial))
     failed = [*_unrehearsed(trials)]
     if not rehearsed:
-        none = f"none of the {len(trials)} configs could be rehearsed: whether one fits is not known"
-        return "\n".join([*failed, "", none])
+        unknown = f"none of the {len(trials)} configs could be rehearsed: whether one fits is not known"
+        return "\n".join([*failed, "", unknown])
     lines = [table.text(), *failed, "", *decided(fit.reasons), RANKING[fit.mode], UNSEEN]
     if any(trial.worst.passed_over for trial in trials):
         lines.append(PASSED_OVER)
     lines.append(f"{len(rehearsed)} configs rehearsed; {LEFT_OUT[fit.mode]}")
     if fitting:
         return "\n".join([*lines, "", command(fit, fitting[0])])
-    near = closest[0]
+    nearest = closest[0]
     nothing = "nothing that could be rehearsed fits" if failed else "nothing fits"
-    misses = f"{' '.join(_short(near))} comes nearest, {size(-near.left)} too much"
+    misses = f"{' '.join(_short(nearest))} comes nearest, {size(-nearest.left)} too much"
     return "\n".join([*lines, "", f"{nothing}; {misses}"])
 
 
 def _unrehearsed(trials: Sequence[Trial]) -> Iterator[str]:
-    """Those of which nothing is known, by the reason."""
-    failed = [trial for trial in trials if not trial.rehearsed]
-    for reason in dict.fromkeys(map(_reason, failed)):
+    """The configs that could not be rehearsed, grouped by the reason."""
+    unknown = [trial for trial in trials if not trial.rehearsed]
+    for reason in dict.fromkeys(map(_reason, unknown)):
         yield f"could not be rehearsed, because {reason}"
-        yield from (f"  {' '.join(_short(trial))}" for trial in failed if _reason(trial) == reason)
+        yield from (f"  {' '.join(_short(trial))}" for trial in unknown if _reason(trial) == reason)
 
 
 def _reason(trial: Trial) -> str:
@@ -122,37 +122,37 @@ def _reason(trial: Trial) -> str:
 
 
 def _row(fit: Fit, trial: Trial) -> list[str]:
-    worst, room = trial.worst, fit.memory - fit.reserve
-    held = sorted(worst.categories.items(), key=lambda pair: -pair[1])[:2]
-    filled = ", ".join(f"{name} {size(count)}" for name, count in held if count)
+    worst, budget = trial.worst, fit.memory - fit.reserve
+    largest = sorted(worst.categories.items(), key=lambda pair: -pair[1])[:2]
+    filled = ", ".join(f"{name} {size(count)}" for name, count in largest if count)
     return [
         f"  {' '.join(_short(trial))}",
         size(worst.bytes),
         size(trial.left),
-        f"{trial.left / room:.0%}",
+        f"{trial.left / budget:.0%}",
         filled,
     ]
 
 
 def _short(trial: Trial) -> list[str]:
-    """The words that differ among trials, or were chosen."""
+    """The trial's overrides, without those that are off by default."""
     plain = ("zero.offload=none", "pipeline.stages=1", "checkpointing=none")
-    return [word for word in trial.words if word not in plain]
+    return [override for override in trial.overrides if override not in plain]
 
 
 def command(fit: Fit, trial: Trial) -> str:
-    """The line that runs `trial`."""
+    """The command line that runs the config of `trial`."""
     if fit.world <= NODE:
         start = f"torchrun --standalone --nproc-per-node {fit.world}"
     else:
         nodes = f"--nnodes {-(-fit.world // NODE)} --nproc-per-node {NODE}"
         start = f"torchrun {nodes} --rdzv-backend c10d --rdzv-endpoint HOST:29500"
     prompts = [f"generation.count={trial.settings.generation.count}"] if fit.mode == "infer" else []
-    return " ".join([start, "-m harness", *map(shlex.quote, fit.words), *_short(trial), *prompts])
+    return " ".join([start, "-m harness", *map(shlex.quote, fit.overrides), *_short(trial), *prompts])
 
 
 def data(fit: Fit, trials: Sequence[Trial]) -> dict[str, object]:
-    """The same for a machine, every rehearsal in it. Bytes."""
+    """The result for `--json`, with every rehearsal. Figures are in bytes."""
     fitting = fit.ranked(trials)
     return {
         "memory": fit.memory,
@@ -161,7 +161,7 @@ def data(fit: Fit, trials: Sequence[Trial]) -> dict[str, object]:
         "resolved": fit.reasons,
         "trials": [
             {
-                "words": list(trial.words),
+                "words": list(trial.overrides),
                 "fits": trial.fits,
                 "peak": trial.worst.bytes if trial.rehearsed else None,
                 "left": trial.left if trial.rehearsed else None,
@@ -172,6 +172,6 @@ def data(fit: Fit, trials: Sequence[Trial]) -> dict[str, object]:
             }
             for trial in trials
         ],
-        "ranked": [list(trial.words) for trial in fitting],
+        "ranked": [list(trial.overrides) for trial in fitting],
         "command": command(fit, fitting[0]) if fitting else None,
     }

@@ -1,8 +1,8 @@
-"""Which single change of a run's config would save most, each rehearsed: a figure of the engine's, not a rule's.
+"""Which single change of a run's config would save most. Each change is rehearsed, so its figure is not an estimate.
 
-A row of `TRAIN` or `INFER` is a change that keeps what the run means: the same model, the same sequences in a step,
-as many tokens for a prompt, and the same ones but for rounding where its cost says so. The rules of the settings refuse
-those that cannot be.
+Each row of `TRAIN` or `INFER` is a change that keeps the meaning of the run: the same model, the same sequences in a
+step, the same number of tokens for a prompt. The tokens are the same too, except for rounding where the cost says so.
+The rules between settings refuse impossible changes.
 """
 
 import shlex
@@ -24,14 +24,14 @@ Tree = Mapping[str, Any]
 
 
 class Change(NamedTuple):
-    """New values by key, from the settings that ran, and what they cost besides."""
+    """A function from the run's settings to new values by key, and the cost of the change."""
 
     values: Callable[[Settings], dict[str, Any]]
     cost: str
 
 
 def _whole_cache(settings: Settings, kind: str) -> dict[str, Any]:
-    """A cache of the run's precision."""
+    """The values for a cache of `kind` in the run's own precision."""
     bits = {"generation.cache_bits": 8} if settings.generation.cache_bits != 8 else {}
     return {"generation.cache": kind, **bits}
 
@@ -86,32 +86,32 @@ INFER = (
 )
 
 SPELLED = {"zero.stage": "zero", "checkpointing.mode": "checkpointing"}
-"""The keys that are typed as their group's option."""
+"""Keys that the command line spells as an option of their group."""
 
 
 WORTH = 0.01
-"""The share of the peak below which a saving is not worth a change."""
+"""A saving below this share of the peak is not worth a change."""
 
 
 class Rehearsed(NamedTuple):
-    """A change and the highest peak of any rank with it, in bytes; or, in words, why there is none."""
+    """A change, and the highest peak of any rank with it in bytes, or the reason why there is none."""
 
     values: dict[str, Any]
     cost: str
     peak: int | str
 
     @property
-    def words(self) -> str:
-        """As it is typed."""
+    def overrides(self) -> str:
+        """The change as command-line overrides."""
         return " ".join(f"{SPELLED.get(key, key)}={as_typed(value)}" for key, value in self.values.items())
 
     def more(self, before: int) -> int:
-        """Bytes that it takes more than `before`; 0 where it is not known."""
+        """The bytes that the change adds to the peak `before`; 0 where its peak is not known."""
         return self.peak - before if isinstance(self.peak, int) else 0
 
 
 def savings(record: Record) -> Iterator[Finding]:
-    """Whether a rehearsal agrees with the record; what would save most, and what was tried besides."""
+    """Whether a rehearsal agrees with the record, which change would save most, and the other changes tried."""
     try:
         base = settings_of(record, {})
     except Refusal as refusal:
@@ -131,41 +131,41 @@ def savings(record: Record) -> Iterator[Finding]:
     yield from stage_three(base, before, tried)
     yield from recomputation(base, before, tried)
     yield from ranked(record, before, tried)
-    failed = [
-        each.words for each in tried if isinstance(each.peak, str) and not each.peak.startswith(REFUSED)
+    unrehearsed = [
+        each.overrides for each in tried if isinstance(each.peak, str) and not each.peak.startswith(REFUSED)
     ]
-    if failed:
-        yield Finding("not_rehearsed", f"Could not be rehearsed: {'; '.join(failed)}.", None)
+    if unrehearsed:
+        yield Finding("not_rehearsed", f"Could not be rehearsed: {'; '.join(unrehearsed)}.", None)
 
 
 def settings_of(record: Record, values: Mapping[str, Any]) -> Settings:
-    """The record's config with `values` in it, for a rehearsal. Raises Refusal where it cannot be."""
+    """The record's config with `values` in it, for a rehearsal. Raises Refusal where the combination is impossible."""
     if not record.config:
         raise Refusal("config", None, "the record has none")
-    typed(record.config)  # its groups are groups
-    around = {
+    typed(record.config)  # raises Refusal where a group is not a mapping
+    rehearsal_values = {
         "world.kind": "rehearsed",
         "world.size": record.world.size,
         "hardware.device": record.world.device,
         "ledger.mode": "exact",
         "train.resume": None,
     }
-    settings = checked(typed(changed(record.config, {**around, **values})))
+    settings = checked(typed(changed(record.config, {**rehearsal_values, **values})))
     check_world(settings, record.world.size)
     return settings
 
 
 def changed(tree: Tree, values: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of `tree` with `values`, by their paths, in it."""
-    made = dict(tree)
+    """A copy of `tree` with `values` set at their paths."""
+    copy = dict(tree)
     for path, value in values.items():
         head, _, rest = path.partition(".")
-        made[head] = changed(made.get(head, {}), {rest: value}) if rest else value
-    return made
+        copy[head] = changed(copy.get(head, {}), {rest: value}) if rest else value
+    return copy
 
 
 def candidates(record: Record, base: Settings) -> Iterator[tuple[Settings, dict[str, Any], str]]:
-    """The changes that are possible, none of them what is there already: settings, values by key, cost."""
+    """The possible changes that differ from `base`, each as settings, values by key, and cost."""
     for change in TRAIN if base.mode == "train" else INFER:
         values = change.values(base)
         try:
@@ -180,34 +180,34 @@ def candidates(record: Record, base: Settings) -> Iterator[tuple[Settings, dict[
 
 
 def rehearse(wanted: Sequence[Settings]) -> list[int | str]:
-    """The highest peak of any rank under each of `wanted`, in bytes, in parallel; or why there is none."""
+    """Rehearse each of `wanted` in parallel: the highest peak of any rank in bytes, or the reason why there is none."""
     with workers(len(wanted)) as pool, progress(len(wanted)) as pace:
-        return [found.failure or found.bytes for found in rehearse_all(pool, wanted, pace)]
+        return [worst.failure or worst.bytes for worst in rehearse_all(pool, wanted, pace)]
 
 
 def agreement(record: Record, rehearsed: int) -> Iterator[Finding]:
-    """Whether the rehearsal of the run gives the record's own figure: then its savings can be trusted."""
+    """Whether the rehearsal gives the record's own peak. If it does, the savings can be trusted."""
     peak = record.worst.peak
     if record.status == "failed" or peak.bytes is None:
         yield Finding("rehearsal", f"A rehearsal of the whole run peaks at {size(rehearsed)}.", rehearsed)
         return
     kernel = peak.categories.get("kernel") or 0
-    apart = peak.bytes - kernel - rehearsed
+    difference = peak.bytes - kernel - rehearsed
     without = f", its {size(kernel)} of scratch inside kernels left out" if kernel else ""
-    if not apart and not record.world.rehearsed:
+    if not difference and not record.world.rehearsed:
         sentence = f"A rehearsal of this run gives the same peak, to the byte{without}."
         yield Finding("agreement", sentence, 0)
-    elif apart:
-        more = "more" if apart > 0 else "less"
+    elif difference:
+        more = "more" if difference > 0 else "less"
         sentence = (
-            f"A rehearsal of this run gives {size(rehearsed)}; the record has {size(abs(apart))} {more}"
+            f"A rehearsal of this run gives {size(rehearsed)}; the record has {size(abs(difference))} {more}"
             f"{without}. Take the saving as near, not exact."
         )
-        yield Finding("agreement", sentence, apart)
+        yield Finding("agreement", sentence, difference)
 
 
 def stage_three(base: Settings, before: int, tried: Sequence[Rehearsed]) -> Iterator[Finding]:
-    """ZeRO-3 that takes more than ZeRO-2 would."""
+    """ZeRO-3 takes more memory than ZeRO-2 would."""
     for change in tried:
         saved = -change.more(before)
         if base.zero.stage == 3 and change.values == {"zero.stage": 2} and saved > 0:
@@ -219,13 +219,13 @@ def stage_three(base: Settings, before: int, tried: Sequence[Rehearsed]) -> Iter
 
 
 def recomputation(base: Settings, before: int, tried: Sequence[Rehearsed]) -> Iterator[Finding]:
-    """What checkpointing saves, from the rehearsal without it."""
+    """What activation checkpointing saves, by the rehearsal without it."""
     for change in tried:
         if change.values.get("checkpointing.mode") == "none" and isinstance(change.peak, int):
             saved, mode = change.peak - before, base.checkpointing.mode
             if saved < WORTH * change.peak:
-                what = f"only {size(saved)}" if saved > 0 else "nothing"
-                sentence = f"checkpointing={mode} saves {what} here, and computes again for it"
+                amount = f"only {size(saved)}" if saved > 0 else "nothing"
+                sentence = f"checkpointing={mode} saves {amount} here, and computes again for it"
             else:
                 sentence = f"checkpointing={mode} saves {size(saved)} here"
             sentence += f": without it the peak is {size(change.peak)}, rehearsed."
@@ -234,7 +234,11 @@ def recomputation(base: Settings, before: int, tried: Sequence[Rehearsed]) -> It
 
 def ranked(record: Record, before: int, tried: Sequence[Rehearsed]) -> Iterator[Finding]:
     """The best change with the command for it, then the others."""
-    others = [f"{change.words} ({_apart(change.more(before))})" for change in tried if change.more(before)]
+    others = [
+        f"{change.overrides} ({_more_or_less(change.more(before))})"
+        for change in tried
+        if change.more(before)
+    ]
     saved = -tried[0].more(before) if tried else 0
     if saved < WORTH * before:
         sentence = f"No single change that was rehearsed saves as much as {WORTH:.0%}"
@@ -242,7 +246,7 @@ def ranked(record: Record, before: int, tried: Sequence[Rehearsed]) -> Iterator[
         return
     best = tried[0]
     sentence = (
-        f"{best.words} would save {size(saved)} (from {size(before)} to {size(before - saved)} at the peak, "
+        f"{best.overrides} would save {size(saved)} (from {size(before)} to {size(before - saved)} at the peak, "
         f"rehearsed). It costs {best.cost}."
     )
     yield Finding("saving", sentence, saved)
@@ -251,25 +255,30 @@ def ranked(record: Record, before: int, tried: Sequence[Rehearsed]) -> Iterator[
         yield Finding("others", f"Rehearsed too: {'; '.join(others[1:])}.", None)
 
 
-def _apart(more: int) -> str:
-    return f"{size(abs(more))} {'more' if more > 0 else 'less'}"
+def _more_or_less(extra: int) -> str:
+    return f"{size(abs(extra))} {'more' if extra > 0 else 'less'}"
 
 
 def command(record: Record, change: Rehearsed) -> str:
-    """The line that runs `record`'s config with `change`; where what was typed does not make it, the change alone."""
-    gone = {*change.values, *(SPELLED.get(key, key) for key in change.values), "hydra.run.dir"}
-    kept = [word for word in record.environment.command if word.partition("=")[0] not in gone]
-    words = [*kept, *change.words.split()]
+    """The command line that runs `record`'s config with `change`.
+
+    Where the typed overrides do not reproduce that config, it contains only the change.
+    """
+    replaced = {*change.values, *(SPELLED.get(key, key) for key in change.values), "hydra.run.dir"}
+    kept_overrides = [
+        override for override in record.environment.command if override.partition("=")[0] not in replaced
+    ]
+    arguments = [*kept_overrides, *change.overrides.split()]
     decided = [f"{key}={as_typed(record.value(key))}" for key in record.resolved]
     start = "python -m harness"
     if not record.world.rehearsed and record.world.size > 1:
         start = f"torchrun --standalone --nproc-per-node {record.world.size} -m harness"
     try:
-        made: Any = OmegaConf.to_container(
-            compose.compose([*kept, *decided, *change.words.split()]), resolve=True
+        composed: Any = OmegaConf.to_container(
+            compose.compose([*kept_overrides, *decided, *change.overrides.split()]), resolve=True
         )
-        del made["hydra"]
-        same = typed(made) == typed(changed(record.config, change.values))
+        del composed["hydra"]
+        same = typed(composed) == typed(changed(record.config, change.values))
     except (Refusal, ValueError):
         same = False
-    return f"{start} {shlex.join(words if same else ['...', *change.words.split()])}"
+    return f"{start} {shlex.join(arguments if same else ['...', *change.overrides.split()])}"

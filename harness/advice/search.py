@@ -1,4 +1,4 @@
-"""The search of `harness fit`: configs along axes, each climbed until it does not fit, every verdict a rehearsal's."""
+"""The search of `harness fit`: it rehearses configs along axes, and raises the last axis until it does not fit."""
 
 from collections.abc import Container, Iterator, Sequence
 from contextlib import suppress
@@ -23,59 +23,61 @@ AXES = {
     },
     "infer": {"generation.prompt_length": "64", "generation.max_new_tokens": "64", "generation.batch": ""},
 }
-"""Keys that take a list, with what is tried when nothing is said. The last one is climbed: more of it is more bytes."""
+"""Keys that take a list, with their defaults. The last key is climbed: a larger value needs more bytes."""
 
 RECOMPUTED = ("none", "selective", "full")
-"""What checkpointing may be, each computing more again than the one before, and keeping less."""
+"""The modes of checkpointing: each recomputes more than the one before, and keeps less."""
 
 LAST_RESORT = ("optimizer", "all")
-"""What zero.offload may be where nothing else fits, and nobody said what it should be."""
+"""The values of zero.offload that are tried if nothing else fits and the user has not set it."""
 
 
 class Trial(NamedTuple):
-    """A config that was rehearsed, as the words that make it; `left` of the memory, below 0 where it does not fit."""
+    """A rehearsed config with its overrides; `left` is the free memory in bytes, negative if it does not fit."""
 
-    words: tuple[str, ...]
+    overrides: tuple[str, ...]
     settings: Settings
     worst: Worst
     left: int
 
     @property
     def fits(self) -> bool:
-        """Whether there is room."""
+        """Whether the config fits into the memory."""
         return self.rehearsed and self.left >= 0
 
     @property
     def rehearsed(self) -> bool:
-        """Whether there is an answer."""
+        """Whether the rehearsal succeeded."""
         return not self.worst.failure
 
 
 class Fit:
-    """What was asked for: configs along axes, and the memory they must fit into. Raises Refusal."""
+    """The request: configs along axes, and the memory that they must fit into. Raises Refusal and ValueError."""
 
-    def __init__(self, words: Sequence[str], reserve: int = 0) -> None:
-        given = dict(word.partition("=")[::2] for word in words)
-        for word in words:
-            if "=" not in word:
-                raise ValueError(f"fit: {word}: neither key=value nor an option; --help says what there is")
-        self.mode = given.get("mode", "train")
+    def __init__(self, overrides: Sequence[str], reserve: int = 0) -> None:
+        typed = dict(override.partition("=")[::2] for override in overrides)
+        for override in overrides:
+            if "=" not in override:
+                raise ValueError(
+                    f"fit: {override}: neither key=value nor an option; --help says what there is"
+                )
+        self.mode = typed.get("mode", "train")
         if self.mode not in AXES:
             raise Refusal("mode", self.mode, "no such mode; one of train, infer")
         if self.mode == "infer" and {"generation.prompts", "generation.prompt", "generation.workload"} & set(
-            given
+            typed
         ):
             raise Refusal("generation.prompts", "...", "fit asks for lengths; give generation.prompt_length=")
-        self.axes = {key: given.get(key, values) for key, values in AXES[self.mode].items()}
-        self.given, self.reserve = given, reserve
-        ours = {*self.axes, "world", "world.size", "ledger", "ledger.steps", "generation.count"}
-        self.words = [word for word in words if word.partition("=")[0] not in ours]
-        size_given = given.get("world.size", "")
-        self.world = int(size_given) if size_given.isdecimal() else 1
+        self.axes = {key: typed.get(key, values) for key, values in AXES[self.mode].items()}
+        self.typed, self.reserve = typed, reserve
+        managed = {*self.axes, "world", "world.size", "ledger", "ledger.steps", "generation.count"}
+        self.overrides = [override for override in overrides if override.partition("=")[0] not in managed]
+        world_size = typed.get("world.size", "")
+        self.world = int(world_size) if world_size.isdecimal() else 1
         self.decided: list[str] = []
         self.reasons: dict[str, str] = {}
-        """What is `auto` among the words, and came to what, once a search has begun."""
-        self.climbs = self._climbs({}, given)
+        """The reasons for the resolved values of keys at `auto`; empty until a search begins."""
+        self.climbs = self._climbs({}, typed)
         memory = self._first().hardware.memory
         if memory is None:
             remedy = "fit must know what a device has; give hardware=NAME or hardware.memory=BYTES"
@@ -83,7 +85,7 @@ class Fit:
         self.memory = memory
 
     def _first(self) -> Settings:
-        """The least of the first climb."""
+        """The settings of the first climb's lowest value."""
         climb = self.climbs[0]
         lowest = climb.wants() or 1
         return self.settings(
@@ -91,24 +93,24 @@ class Fit:
         )
 
     def settings(self, chosen: Sequence[str]) -> Settings:
-        """The rehearsal of a config with `chosen`, a word for each axis. Raises Refusal."""
-        around = [f"world.size={self.given['world.size']}"] if "world.size" in self.given else []
-        values = dict(word.partition("=")[::2] for word in chosen)
-        if self.mode == "infer" and around:
-            with suppress(ValueError):  # the settings say it better
-                count = int(values["generation.batch"]) * int(self.given["world.size"])
-                around.append(f"generation.count={count}")
-        every = [
-            *self.words,
+        """The settings that rehearse a config with the overrides `chosen`, one for each axis. Raises Refusal."""
+        world_overrides = [f"world.size={self.typed['world.size']}"] if "world.size" in self.typed else []
+        values = dict(override.partition("=")[::2] for override in chosen)
+        if self.mode == "infer" and world_overrides:
+            with suppress(ValueError):  # the check of the settings words it better
+                count = int(values["generation.batch"]) * int(self.typed["world.size"])
+                world_overrides.append(f"generation.count={count}")
+        all_overrides = [
+            *self.overrides,
             *self.decided,
             *chosen,
             "world=rehearsed",
             "ledger=exact",
             "ledger.steps=2",
-            *around,
+            *world_overrides,
         ]
         try:
-            settings = load(compose.compose(every))
+            settings = load(compose.compose(all_overrides))
         except Refusal as refusal:
             if not refusal.remedy.startswith("sweeps"):
                 raise
@@ -120,82 +122,85 @@ class Fit:
         return settings
 
     def search(self) -> list[Trial]:
-        """Every config that had to be rehearsed. Raises Refusal where all that was asked for is refused."""
+        """Rehearse the configs that must be, and return them all. Raises Refusal where every config is refused."""
         self._decide()
         with progress(None) as self.pace:
             trials = self._least_first(self.climbs)
-            if self.mode == "train" and "zero.offload" not in self.given:
+            if self.mode == "train" and "zero.offload" not in self.typed:
                 for offload in LAST_RESORT:
                     if any(trial.rehearsed for trial in trials) and not any(trial.fits for trial in trials):
                         trials += self._least_first(self._climbs({"zero.offload": offload}, ()))
         return trials
 
     def _decide(self) -> None:
-        """Decide what is `auto`, once for all of them: no axis changes it."""
+        """Resolve the keys at `auto` once for all configs: no axis changes the result."""
         with workers(1) as pool:
             settings, self.reasons = decided(pool, self._first())
         values = settings.precision, settings.model.attention
         self.decided = [f"{key}={value}" for key, value in zip(RESOLVED, values, strict=True)]
 
     def _least_first(self, climbs: Sequence[Climb]) -> list[Trial]:
-        """Every climb; where nobody said what to recompute, one that recomputes more begins where less has ended."""
-        if self.mode == "infer" or "checkpointing" in self.given:
+        """Run every climb. Without a `checkpointing` from the user, less recomputation goes first.
+
+        A climb with more recomputation begins at the value that the climb with less of it has reached.
+        """
+        if self.mode == "infer" or "checkpointing" in self.typed:
             return self._climb(climbs)
         trials: list[Trial] = []
         reached: dict[tuple[str, ...], int] = {}
-        for word in [f"checkpointing={mode}" for mode in RECOMPUTED]:
-            these = [climb for climb in climbs if word in climb.words]
-            for climb in these:
-                climb.fits = reached.get(_without(climb.words, word), 0)
+        for mode_override in [f"checkpointing={mode}" for mode in RECOMPUTED]:
+            same_mode = [climb for climb in climbs if mode_override in climb.words]
+            for climb in same_mode:
+                climb.fits = reached.get(_without(climb.words, mode_override), 0)
             try:
-                trials += self._climb(these)
-            except Refusal:  # nothing above what less recomputation has reached
+                trials += self._climb(same_mode)
+            except Refusal:  # nothing is possible above what less recomputation has reached
                 if not trials:
                     raise
-            reached |= {_without(climb.words, word): climb.fits for climb in these}
+            reached |= {_without(climb.words, mode_override): climb.fits for climb in same_mode}
         return trials
 
-    def _climbs(self, changed: dict[str, str], asked: Container[str]) -> list[Climb]:
-        """One for each combination of the axes but the last, which it climbs, that the settings do not refuse.
+    def _climbs(self, changed: dict[str, str], requested: Container[str]) -> list[Climb]:
+        """One climb of the last axis for each combination of the other axes that the settings do not refuse.
 
-        Raises Refusal where a value of an axis that is `asked` for can be in none, or nothing is possible at all.
+        Raises Refusal where no combination allows a value of an axis in `requested`, or where none is possible at all.
         """
         *fixed, climbed = self.axes
         choices = [
             [f"{key}={value}" for value in changed.get(key, self.axes[key]).split(",")] for key in fixed
         ]
         values = [value for value in self.axes[climbed].split(",") if value]
-        rungs = sorted({_whole(climbed, value) for value in values})
+        rungs = sorted({_positive_integer(climbed, value) for value in values})
         possible: list[Climb] = []
         refused: dict[str, Refusal] = {}
-        for words in product(*choices):
+        for overrides in product(*choices):
             try:
                 lowest = (rungs or [1])[0]
-                self.settings([*words, f"{climbed}={lowest}", *self._accumulation(words, lowest)])
-                possible.append(Climb(words, climbed, rungs))
+                self.settings([*overrides, f"{climbed}={lowest}", *self._accumulation(overrides, lowest)])
+                possible.append(Climb(overrides, climbed, rungs))
             except Refusal as refusal:
-                for word in words:
-                    refused.setdefault(word, refusal)
-        for word, reason in refused.items():
-            nowhere = not any(word in climb.words for climb in possible)
-            if nowhere and word.partition("=")[0] in asked:
+                for override in overrides:
+                    refused.setdefault(override, refusal)
+        for override, reason in refused.items():
+            nowhere = not any(override in climb.words for climb in possible)
+            if nowhere and override.partition("=")[0] in requested:
                 raise reason
         if not changed and not possible:
             raise next(iter(refused.values()))
         return possible
 
     def _climb(self, climbs: Sequence[Climb]) -> list[Trial]:
-        """Every climb a rung at a time, all of them at once."""
+        """Run all climbs in parallel, one rung of each at a time."""
         trials: list[Trial] = []
         refusals: list[Refusal] = []
         with workers(len(climbs)) as pool:
             while True:
-                asked = list(self._rungs(climbs, refusals))
-                if not asked:
+                wanted = list(self._rungs(climbs, refusals))
+                if not wanted:
                     break
-                found = rehearse_all(pool, [decisive(settings) for _, _, settings in asked], self.pace)
-                for (climb, words, settings), worst in zip(asked, found, strict=True):
-                    trial = Trial(words, settings, worst, self.memory - self.reserve - worst.bytes)
+                results = rehearse_all(pool, [decisive(settings) for _, _, settings in wanted], self.pace)
+                for (climb, overrides, settings), worst in zip(wanted, results, strict=True):
+                    trial = Trial(overrides, settings, worst, self.memory - self.reserve - worst.bytes)
                     if trial.rehearsed:
                         climb.learn(trial.fits, exactly=self.mode == "infer")
                     else:
@@ -208,34 +213,39 @@ class Fit:
     def _rungs(
         self, climbs: Sequence[Climb], refusals: list[Refusal]
     ) -> Iterator[tuple[Climb, tuple[str, ...], Settings]]:
-        """What each climb wants to know next; one whose config is refused is over."""
+        """The next config of each climb. A climb whose config is refused is over."""
         for climb in climbs:
             while (rung := climb.wants()) is not None:
                 try:
-                    words = (*climb.words, f"{climb.key}={rung}", *self._accumulation(climb.words, rung))
-                    yield climb, words, self.settings(words)
+                    overrides = (*climb.words, f"{climb.key}={rung}", *self._accumulation(climb.words, rung))
+                    yield climb, overrides, self.settings(overrides)
                     break
                 except Refusal as refusal:
                     refusals.append(refusal)
                     climb.refused()
 
-    def _accumulation(self, words: Sequence[str], micro_batch: int) -> Iterator[str]:
-        """What makes `train.batch` of it, where one is given. Raises Refusal where nothing does."""
-        if self.mode == "train" and "train.batch" in self.given and "train.accumulation" not in self.given:
-            stages = dict(word.partition("=")[::2] for word in words)["pipeline.stages"]
-            replicas = max(1, self.world // _whole("pipeline.stages", stages))
-            batch, together = _whole("train.batch", self.given["train.batch"]), micro_batch * replicas
-            if batch % together:
+    def _accumulation(self, overrides: Sequence[str], micro_batch: int) -> Iterator[str]:
+        """The accumulation that reaches the user's `train.batch`, if one is set. Raises Refusal where none does."""
+        if self.mode == "train" and "train.batch" in self.typed and "train.accumulation" not in self.typed:
+            stages = dict(override.partition("=")[::2] for override in overrides)["pipeline.stages"]
+            dp_size = max(1, self.world // _positive_integer("pipeline.stages", stages))
+            batch, sequences = (
+                _positive_integer("train.batch", self.typed["train.batch"]),
+                micro_batch * dp_size,
+            )
+            if batch % sequences:
                 raise Refusal(
-                    "train.batch", batch, f"no multiple of train.micro_batch={micro_batch} on {replicas}"
+                    "train.batch", batch, f"no multiple of train.micro_batch={micro_batch} on {dp_size}"
                 )
-            yield f"train.accumulation={batch // together}"
+            yield f"train.accumulation={batch // sequences}"
 
     def ranked(self, trials: Sequence[Trial]) -> list[Trial]:
-        """Of each combination the largest that fits, cheapest first."""
+        """The largest config that fits of each combination, the cheapest first."""
         largest: dict[tuple[str, ...], Trial] = {}
         for trial in trials:
-            key = tuple(word for word in trial.words if word.partition("=")[0] in [*self.axes][:-1])
+            key = tuple(
+                override for override in trial.overrides if override.partition("=")[0] in [*self.axes][:-1]
+            )
             if trial.fits and (key not in largest or self._rung(trial) > self._rung(largest[key])):
                 largest[key] = trial
         return sorted(largest.values(), key=lambda trial: cost(trial.settings))
@@ -245,31 +255,32 @@ class Fit:
 
 
 def cost(settings: Settings) -> tuple[float, ...]:
-    """What a config is ranked by, the cheapest first.
+    """The sort key of a config, the cheapest first.
 
-    In training the elements that a rank sends for each parameter and sequence: 2 a step under ZeRO-0 and 1, 1 a step
-    and 1 a micro-batch under ZeRO-2, 3 a micro-batch under ZeRO-3 (Rajbhandari et al. 2020, arXiv 1910.02054,
-    section 7), of the parameters that its stage of a pipeline has. Before it whether the host's link is used, what is
-    computed twice, and the part of a step that stages wait for each other; after it ZeRO's stage.
+    In inference it is the number of tokens in memory at once, the most first. In training it is, in this order:
+    the offload to the host, the recomputation, the share of a step that stages wait for each other, the elements that
+    a rank sends, and ZeRO's stage. The elements are per parameter of the rank's stage and per sequence: 2 a step under
+    ZeRO-0 and 1, 1 a step and 1 a micro-batch under ZeRO-2, 3 a micro-batch under ZeRO-3 (Rajbhandari et al. 2020,
+    arXiv 1910.02054, section 7).
     """
     if settings.mode == "infer":
         generation = settings.generation
         new = generation.max_new_tokens or NEW_TOKENS
         return (-(generation.prompt_length + new) * generation.batch,)
     zero, train = settings.zero, settings.train
-    step = {0: 2.0, 1: 2.0, 2: 1.0 + train.accumulation, 3: 3.0 * train.accumulation}[zero.stage]
+    sent = {0: 2.0, 1: 2.0, 2: 1.0 + train.accumulation, 3: 3.0 * train.accumulation}[zero.stage]
     offload = ("none", *LAST_RESORT).index(zero.offload)
     recompute = RECOMPUTED.index(settings.checkpointing.mode)
     stages = settings.pipeline.stages
     waits = (stages - 1) / (train.accumulation + stages - 1)
-    return offload, recompute, waits, step / (train.micro_batch * train.accumulation * stages), zero.stage
+    return offload, recompute, waits, sent / (train.micro_batch * train.accumulation * stages), zero.stage
 
 
-def _without(words: tuple[str, ...], word: str) -> tuple[str, ...]:
-    return tuple(each for each in words if each != word)
+def _without(overrides: tuple[str, ...], override: str) -> tuple[str, ...]:
+    return tuple(each for each in overrides if each != override)
 
 
-def _whole(key: str, value: str) -> int:
+def _positive_integer(key: str, value: str) -> int:
     if not value.isascii() or not value.isdecimal() or int(value) < 1:
         raise Refusal(key, value, "should be whole numbers of 1 or more, as 1,2,4")
     return int(value)

@@ -1,5 +1,5 @@
-"""What records say: summaries, comparisons, the roofline, findings and sweeps.
+"""Tools that read records: summaries, comparisons, the roofline, findings and sweeps.
 
-It may import record, and neither torch nor anything that runs. Start at `compare.py`.
-`findings*.py` say what is surprising in a run's memory; `sweep*.py` draw several runs as one table.
+It may import record, and neither torch nor any code of a run. Start at `compare.py`.
+`findings*.py` find what is unexpected in a run's memory; `sweep*.py` show several runs as one table.
 """

@@ -1,4 +1,4 @@
-"""Runs side by side: what held the memory at each run's peak, category by category. It reads records, and no torch."""
+"""Compares runs side by side: the memory at each run's peak by category. It reads records and imports no torch."""
 
 import json
 import os
@@ -23,7 +23,7 @@ NAME = 24
 
 
 class Run(NamedTuple):
-    """A record, and where it lies."""
+    """A record and its path."""
 
     path: Path
     record: Record
@@ -31,46 +31,46 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """A figure of every run in bytes, each with a word before it; None for a word: there is nothing to be said."""
+    """A figure of every run in bytes, each with a prefix. A prefix of None means an empty cell."""
 
     name: str
     figures: Sequence[int | None]
-    words: Sequence[str | None]
+    prefixes: Sequence[str | None]
 
     @classmethod
     def of(cls, name: str, figures: Sequence[int | None]) -> "Row":
-        """A row without words."""
+        """A row with empty prefixes."""
         return cls(name, figures, [""] * len(figures))
 
     def cells(self, exact: bool) -> list[str]:
         """The figures as text."""
-        told = zip(self.words, self.figures, strict=True)
-        return ["" if word is None else f"{word}{size(figure, exact)}" for word, figure in told]
+        pairs = zip(self.prefixes, self.figures, strict=True)
+        return ["" if prefix is None else f"{prefix}{size(figure, exact)}" for prefix, figure in pairs]
 
     def apart(self, index: int, exact: bool) -> tuple[str, str]:
-        """How far run `index` is from the first, and the factor; "-" where their figures are not of a kind."""
+        """The difference and factor from the first run to run `index`; "-" where only one figure is a lower bound."""
         pair = self.figures[0], self.figures[index]
-        if None in (self.words[0], self.words[index]):
+        if None in (self.prefixes[0], self.prefixes[index]):
             return "", ""
-        if (self.words[0] == AT_LEAST) != (self.words[index] == AT_LEAST):
+        if (self.prefixes[0] == AT_LEAST) != (self.prefixes[index] == AT_LEAST):
             pair = None, None
         return difference(*pair, exact), factor(*pair)
 
 
 def main(argv: Sequence[str]) -> int:
-    """`harness compare RUN RUN [...]`; the exit code."""
+    """Run `harness compare RUN RUN [...]`; returns the exit code."""
     try:
-        asked = _parser().parse_args(argv)
-        if len(asked.run) < 2:
+        options = _parser().parse_args(argv)
+        if len(options.run) < 2:
             raise ValueError("compare: there is nothing to compare with; name two runs or more")
-        runs = [_run(path) for path in asked.run]
+        runs = [_run(path) for path in options.run]
     except ValueError as error:
         print(f"harness: {printable(str(error))}", file=sys.stderr)
         return 2
-    if asked.json:
+    if options.json:
         print(json.dumps(as_json(runs), indent=1))
     else:
-        print(table(runs, markdown=asked.markdown, exact=asked.bytes))
+        print(table(runs, markdown=options.markdown, exact=options.bytes))
     return 0
 
 
@@ -93,43 +93,48 @@ def _run(path: Path) -> Run:
 
 
 def compare(*paths: str | Path, markdown: bool = False, exact: bool = False) -> str:
-    """`harness compare` as a function: the runs at `paths` side by side, as text; bytes whole where `exact`.
+    """`harness compare` as a function: the runs at `paths` side by side, as text; with `exact` in exact bytes.
 
-    Raises ValueError for a path without a record that can be read.
+    Raises ValueError for a path without a readable record.
     """
     return table([_run(Path(path)) for path in paths], markdown, exact)
 
 
 def table(runs: Sequence[Run], markdown: bool = False, exact: bool = False) -> str:
-    """The runs as one table, each held against the first; then, in words, what changed the most."""
+    """The runs as one table, each compared with the first; then sentences about what changed the most."""
     names, records = names_of(runs), [run.record for run in runs]
-    pair, at_peak = len(runs) == 2, [*_at_peak(records)]
+    two, at_peak = len(runs) == 2, [*_at_peak(records)]
     sections = {
         "at the peak of the worst rank": at_peak,
         "each category's own peak, whenever that was": [*_own_peaks(records)],
-        _lined_up(records): [*(_stages(records) if _cut(records) else _ranks(records))],
+        _ranks_title(records): [*(_stages(records) if _any_pipeline(records) else _ranks(records))],
     }
-    lines = Table(*map(_heading, records, names), *([["difference"], ["factor"]] if pair else []))
+    lines = Table(*map(_heading, records, names), *([["difference"], ["factor"]] if two else []))
     for title, rows in sections.items():
         if rows:
             lines.section(title)
         for row in rows:
             if row.name == "total":
                 lines.rule()
-            lines.row(f"  {row.name}", *row.cells(exact), *(row.apart(1, exact) if pair else ()))
-    if not pair:
+            lines.row(f"  {row.name}", *row.cells(exact), *(row.apart(1, exact) if two else ()))
+    if not two:
         lines.section(f"at the peak of the worst rank, against {names[0]}")
         for row in at_peak:
             others = (row.apart(index, exact) for index in range(1, len(runs)))
             lines.row(f"  {row.name}", "", *("  ".join(filter(None, cells)) for cells in others))
-    notes = [*_folded(records), *lines.legend(), *_failures(records, names), *_changed(records, names, exact)]
+    notes = [
+        *_empty_notes(records),
+        *lines.legend(),
+        *_failures(records, names),
+        *_change_notes(records, names, exact),
+    ]
     if markdown:
         return "\n\n".join([lines.markdown(), *map(escaped, notes)])
     return "\n".join([lines.text(), "", *(fill(note, WIDTH) for note in notes)])
 
 
 def names_of(runs: Sequence[Run]) -> list[str]:
-    """What tells the runs apart in a sentence: what ran, else the directory's name, else its whole path."""
+    """Distinct names of the runs: their titles, else the names of their directories, else their paths."""
     places = [run.path.parent if run.path.name == FILE else run.path for run in runs]
     titles = [run.record.title for run in runs]
     for names in (titles, [printable(Path(os.path.abspath(place)).name) for place in places]):
@@ -141,20 +146,20 @@ def names_of(runs: Sequence[Run]) -> list[str]:
 def _heading(record: Record, name: str) -> list[str]:
     world, model = record.world, record.model
     mode = f"{record.mode}, rehearsed" if world.rehearsed else record.mode
-    ran = [mode, model.short, f"{world.devices}, {model.dtype or '-'}"]
-    lines = ran if name in (record.title, record.mode) else [name, *ran]
-    return [tail(line, NAME) for line in lines]
+    lines = [mode, model.short, f"{world.devices}, {model.dtype or '-'}"]
+    heading = lines if name in (record.title, record.mode) else [name, *lines]
+    return [tail(line, NAME) for line in heading]
 
 
 def _categories(records: Sequence[Record]) -> list[str]:
-    """Every category in a fixed order; then what this version has no name for, and `kernel`."""
-    found = {name for r in records for name in (*r.worst.peak.categories, *r.worst.highest)}
-    return [*CATEGORIES, *sorted(found - {*CATEGORIES, "kernel"}), "kernel"]
+    """Every known category in a fixed order, then unknown ones from other versions, then `kernel`."""
+    names = {name for r in records for name in (*r.worst.peak.categories, *r.worst.highest)}
+    return [*CATEGORIES, *sorted(names - {*CATEGORIES, "kernel"}), "kernel"]
 
 
 def _at_peak(records: Sequence[Record]) -> Iterator[Row]:
-    folded = {name for names in _fold(records).values() for name in names}
-    peaks, books = [r.worst.peak for r in records], [r.worst.allocator for r in records]
+    folded = {name for names in _empty_categories(records).values() for name in names}
+    peaks, allocators = [r.worst.peak for r in records], [r.worst.allocator for r in records]
     for name in _categories(records):
         if name not in folded:
             yield Row.of(name, [peak.categories.get(name) for peak in peaks])
@@ -163,14 +168,14 @@ def _at_peak(records: Sequence[Record]) -> Iterator[Row]:
                 if any(peak.recomputed for peak in peaks):
                     yield Row.of("  recomputed in backward", [peak.recomputed for peak in peaks])
     yield Row.of("total", [peak.bytes for peak in peaks])
-    yield Row.of("allocator's own peak", [each.peak for each in books])
-    yield Row.of("unattributed", [each.unattributed for each in books])
-    if any(each.foreign for each in books):
-        yield Row.of("foreign, in no figure", [each.foreign for each in books])
+    yield Row.of("allocator's own peak", [each.peak for each in allocators])
+    yield Row.of("unattributed", [each.unattributed for each in allocators])
+    if any(each.foreign for each in allocators):
+        yield Row.of("foreign, in no figure", [each.foreign for each in allocators])
 
 
-def _fold(records: Sequence[Record]) -> dict[int | None, list[str]]:
-    """The categories that are 0 at every peak, and those that were measured at none."""
+def _empty_categories(records: Sequence[Record]) -> dict[int | None, list[str]]:
+    """The categories that are 0 at every peak (key 0), and those that no run measured (key None)."""
     folded: dict[int | None, list[str]] = {0: [], None: []}
     for name in _categories(records)[:-1]:  # kernel is always shown
         for same, names in folded.items():
@@ -179,80 +184,87 @@ def _fold(records: Sequence[Record]) -> dict[int | None, list[str]]:
     return folded
 
 
-def _folded(records: Sequence[Record]) -> list[str]:
-    said = {0: "0 B at these peaks", None: "not measured at these peaks"}
-    return [f"{said[same]}: {', '.join(names)}" for same, names in _fold(records).items() if names]
+def _empty_notes(records: Sequence[Record]) -> list[str]:
+    meanings = {0: "0 B at these peaks", None: "not measured at these peaks"}
+    return [
+        f"{meanings[same]}: {', '.join(names)}" for same, names in _empty_categories(records).items() if names
+    ]
 
 
 def _own_peaks(records: Sequence[Record]) -> Iterator[Row]:
     for name in _categories(records):
         tops = [(record.worst.highest.get(name), record.worst.seen.get(name)) for record in records]
-        least = [(seen or 0) > (top or 0) for top, seen in tops]
-        figures = [seen if more else top for more, (top, seen) in zip(least, tops, strict=True)]
+        is_lower_bound = [(seen or 0) > (top or 0) for top, seen in tops]
+        figures = [
+            seen if lower_bound else top
+            for lower_bound, (top, seen) in zip(is_lower_bound, tops, strict=True)
+        ]
         if any(figures):
-            yield Row(name, figures, [AT_LEAST if more else "" for more in least])
+            yield Row(name, figures, [AT_LEAST if lower_bound else "" for lower_bound in is_lower_bound])
 
 
-def _cut(records: Sequence[Record]) -> bool:
+def _any_pipeline(records: Sequence[Record]) -> bool:
     return any(record.pipeline.stages > 1 for record in records)
 
 
-def _lined_up(records: Sequence[Record]) -> str:
-    return "the peak of each stage's worst rank" if _cut(records) else "each rank's peak"
+def _ranks_title(records: Sequence[Record]) -> str:
+    return "the peak of each stage's worst rank" if _any_pipeline(records) else "each rank's peak"
 
 
 def _stages(records: Sequence[Record]) -> Iterator[Row]:
-    """Two rows for each stage: its peak, and what its forwards keep until their backward, with how many those are."""
+    """Two rows for each stage: its peak, and the number and bytes of the forwards that wait for their backward."""
     for stage in sorted({stage for record in records for stage in record.by_stage}):
         ranks = [record.by_stage.get(stage, UNHEARD) for record in records]
-        words = [
-            _word(record, rank.rank) if rank is not UNHEARD else None
+        prefixes = [
+            _prefix(record, rank.rank) if rank is not UNHEARD else None
             for record, rank in zip(records, ranks, strict=True)
         ]
-        yield Row(f"stage {stage}", [rank.peak.bytes for rank in ranks], words)
-        kept = [
+        yield Row(f"stage {stage}", [rank.peak.bytes for rank in ranks], prefixes)
+        waiting = [
             (rank.forwards.alive, rank.forwards.bytes) if rank.forwards else (None, None) for rank in ranks
         ]
-        alive = ["" if number is None else f"{number}: " for number, _ in kept]
-        words = [None if word is None else number for word, number in zip(words, alive, strict=True)]
-        yield Row("  forwards alive", [bytes_ for _, bytes_ in kept], words)
+        alive = ["" if number is None else f"{number}: " for number, _ in waiting]
+        prefixes = [
+            None if prefix is None else number for prefix, number in zip(prefixes, alive, strict=True)
+        ]
+        yield Row("  forwards alive", [bytes_ for _, bytes_ in waiting], prefixes)
 
 
 def _ranks(records: Sequence[Record]) -> Iterator[Row]:
-    """A row for each rank, or for neighbours that are alike in every run."""
+    """A row for each rank, or for consecutive ranks with equal cells in every run."""
     numbers = sorted({number for record in records for number in record.peaks})
 
     def alike(place: tuple[int, int]) -> tuple[int, list[tuple[int | None, str | None]]]:
         index, number = place
-        return number - index, [(record.peaks.get(number), _word(record, number)) for record in records]
+        return number - index, [(record.peaks.get(number), _prefix(record, number)) for record in records]
 
     for (_, cells), group in groupby(enumerate(numbers), alike):
         places = [number for _, number in group]
         name = f"rank {places[0]}" if len(places) == 1 else f"ranks {places[0]} to {places[-1]}"
-        yield Row(name, [peak for peak, _ in cells], [word for _, word in cells])
+        yield Row(name, [peak for peak, _ in cells], [prefix for _, prefix in cells])
 
 
-def _word(record: Record, number: int) -> str | None:
-    """What is said of a rank's peak; None where the run has no such rank."""
+def _prefix(record: Record, number: int) -> str | None:
+    """The prefix of a rank's peak; None where the run has no such rank."""
     if number not in record.peaks and number >= record.world.size:
         return None
     return "worst " if number in record.worst.numbers and len(set(record.peaks.values())) > 1 else ""
 
 
 def _failures(records: Sequence[Record], names: Sequence[str]) -> Iterator[str]:
-    """Which runs failed, where, with what, and how much of them is known."""
+    """A sentence for each failed run: where it failed, the error, and how many ranks left a record."""
     for record, name in zip(records, names, strict=True):
         if record.status == "failed":
-            told = record.failure or Failure()
-            rank = "" if told.rank is None else f" on rank {told.rank}"
-            rank += "" if told.stage is None else f", stage {told.stage},"
-            where = "" if told.where is None else f" in step {told.where.step}, {told.where.phase}"
-            yield f"{name} failed{rank}{where}: {told.error or 'its record does not say why'}"
+            failure = record.failure or Failure()
+            rank = "" if failure.rank is None else f" on rank {failure.rank}"
+            rank += "" if failure.stage is None else f", stage {failure.stage},"
+            where = "" if failure.where is None else f" in step {failure.where.step}, {failure.where.phase}"
+            yield f"{name} failed{rank}{where}: {failure.error or 'its record does not say why'}"
             if len(record.peaks) < record.world.size:
                 yield f"{name} has the books of {len(record.peaks)} of its {record.world.size} ranks"
 
 
-def _changed(records: Sequence[Record], names: Sequence[str], exact: bool) -> Iterator[str]:
+def _change_notes(records: Sequence[Record], names: Sequence[str], exact: bool) -> Iterator[str]:
     for other, name in zip(records[1:], names[1:], strict=True):
         yield _sentence(records[0], names[0], other, name, exact)
         yield from grew(records[0], names[0], other, name)
@@ -278,9 +290,9 @@ def _sentence(first: Record, first_name: str, other: Record, other_name: str, ex
 
 
 def _changes(first: Record, other: Record) -> dict[str, int | None]:
-    """Bytes by category, from one peak to the other. None: not measured in both."""
-    base, mine = first.worst.peak.categories, other.worst.peak.categories
-    return {name: _change(base.get(name), mine.get(name)) for name in _categories([first, other])}
+    """The change in bytes by category, from one peak to the other. None: not measured in both runs."""
+    before, after = first.worst.peak.categories, other.worst.peak.categories
+    return {name: _change(before.get(name), after.get(name)) for name in _categories([first, other])}
 
 
 def _change(first: int | None, other: int | None) -> int | None:
@@ -288,12 +300,12 @@ def _change(first: int | None, other: int | None) -> int | None:
 
 
 def as_json(runs: Sequence[Run]) -> dict[str, Any]:
-    """The same as plain data, in bytes: exact integers, and None for what was not measured."""
+    """The comparison as plain data, in exact bytes; None for what was not measured."""
     first = runs[0].record.worst.peak
-    told = []
+    documents = []
     for path, record in runs:
         worst = record.worst
-        told.append(
+        documents.append(
             {
                 "run": str(path),
                 **record.model_dump(include={"status", "mode", "model", "world", "failure"}),
@@ -311,4 +323,4 @@ def as_json(runs: Sequence[Run]) -> dict[str, Any]:
                 "allocator": worst.allocator.model_dump(),
             }
         )
-    return {"runs": told}
+    return {"runs": documents}

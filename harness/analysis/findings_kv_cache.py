@@ -1,4 +1,4 @@
-"""What a KV cache does to a run's memory, each found in figures of its record. It reads no torch."""
+"""Findings about the KV cache, each from figures of the record. It imports no torch."""
 
 from collections.abc import Iterator
 
@@ -7,24 +7,24 @@ from harness.tables import size
 
 
 def kv_cache(run: Run) -> Iterator[Finding]:
-    """The KV cache outgrows the parameters."""
-    held, parameters = run.highest("kv_cache"), run.highest("parameters")
-    if run.record.mode == "infer" and held > parameters:
+    """The KV cache is larger than the parameters."""
+    cache, parameters = run.highest("kv_cache"), run.highest("parameters")
+    if run.record.mode == "infer" and cache > parameters:
         token = run.record.inference.kv_bytes_per_token
         each = f"; it takes {size(token)} for each token of each sequence" if token else ""
         sentence = (
-            f"The KV cache grows to {size(held)}, more than the {size(parameters)} of parameters{each}."
+            f"The KV cache grows to {size(cache)}, more than the {size(parameters)} of parameters{each}."
         )
-        yield Finding("kv_cache", sentence, held)
+        yield Finding("kv_cache", sentence, cache)
 
 
 def padding(run: Run) -> Iterator[Finding]:
-    """Much of the KV cache holds padding, or nothing."""
+    """Much of the KV cache is padding, or was never filled."""
     kv = run.record.inference
     if kv.kv_reserved is None or kv.kv_filled is None or kv.kv_live is None:
         return
-    other = (kv.kv_pinned or 0) + (kv.kv_state or 0)
-    wasted, unused = kv.kv_filled - kv.kv_live, kv.kv_reserved - kv.kv_filled - other
+    not_tokens = (kv.kv_pinned or 0) + (kv.kv_state or 0)
+    wasted, unused = kv.kv_filled - kv.kv_live, kv.kv_reserved - kv.kv_filled - not_tokens
     paged = run.settings is not None and run.settings.generation.cache == "paged"
     wasted_are = "are in pages that no token fills yet" if paged else "are padding"
     parts = [f"{size(wasted)} {wasted_are}"] if wasted >= NOTABLE * kv.kv_reserved else []
@@ -38,24 +38,24 @@ def padding(run: Run) -> Iterator[Finding]:
 
 
 def cache_copies(run: Run) -> Iterator[Finding]:
-    """A cache that grows exists twice, in part, while it copies itself."""
+    """A growing cache copies one layer at a time, so part of it exists twice for a moment."""
     reserved, highest = run.record.inference.kv_reserved, run.highest("kv_cache")
-    asked = None if run.settings is None else run.settings.generation
-    grows = asked is not None and (
-        asked.cache == "dynamic" or (asked.cache, asked.cache_bits) == ("quantized", 8)
+    generation = None if run.settings is None else run.settings.generation
+    grows = generation is not None and (
+        generation.cache == "dynamic" or (generation.cache, generation.cache_bits) == ("quantized", 8)
     )
-    if asked is not None and grows and reserved and highest - reserved >= NOTABLE * reserved:
+    if generation is not None and grows and reserved and highest - reserved >= NOTABLE * reserved:
         copied = highest - reserved
-        static = " A static cache does not." if asked.cache == "dynamic" else ""
+        static = " A static cache does not." if generation.cache == "dynamic" else ""
         sentence = (
-            f"The {asked.cache} cache copies a layer to add a token: for that moment KV takes {size(highest)}, "
+            f"The {generation.cache} cache copies a layer to add a token: for that moment KV takes {size(highest)}, "
             f"{size(copied)} more than it keeps.{static}"
         )
         yield Finding("cache_copies", sentence, copied)
 
 
 def pinned(run: Run) -> Iterator[Finding]:
-    """Keys and values are views of something larger, all of which stays."""
+    """Keys and values are views of larger tensors, which stay in memory as a whole."""
     kv = run.record.inference
     if kv.kv_pinned and kv.kv_reserved and kv.kv_pinned >= NOTABLE * kv.kv_reserved:
         sentence = (
@@ -66,7 +66,7 @@ def pinned(run: Run) -> Iterator[Finding]:
 
 
 def state(run: Run) -> Iterator[Finding]:
-    """Layers of linear attention keep a state, and no keys and values."""
+    """Layers of linear attention keep a state instead of keys and values."""
     kv = run.record.inference
     if kv.kv_state and kv.kv_reserved and kv.kv_state >= NOTABLE * kv.kv_reserved:
         sentence = (
@@ -77,7 +77,7 @@ def state(run: Run) -> Iterator[Finding]:
 
 
 def on_host(run: Run) -> Iterator[Finding]:
-    """The KV cache is in the host's memory, which no category has."""
+    """The KV cache is in the host's memory, which no category counts."""
     kv = run.record.inference
     if kv.kv_host and kv.kv_reserved:
         sentence = (
@@ -89,4 +89,4 @@ def on_host(run: Run) -> Iterator[Finding]:
 
 
 CACHED = (kv_cache, padding, pinned, state, on_host, cache_copies)
-"""In the order in which they are told."""
+"""The findings in printing order."""

@@ -1,4 +1,4 @@
-"""`harness roofline RUN [RUN ...]`: what bounds each phase of a run, and where that would turn. It reads no torch."""
+"""`harness roofline RUN [RUN ...]`: what bounds each phase of a run, and where that changes. It imports no torch."""
 
 import json
 import sys
@@ -28,7 +28,7 @@ NOTES = (
 
 
 class Against(NamedTuple):
-    """A run and the machine that it is held against."""
+    """A run and the ceilings of the machine that it is compared with."""
 
     name: str
     record: Record
@@ -37,15 +37,15 @@ class Against(NamedTuple):
 
 
 def main(argv: Sequence[str]) -> int:
-    """`harness roofline RUN [RUN ...]`; the exit code."""
+    """Run `harness roofline RUN [RUN ...]`; returns the exit code."""
     try:
-        asked = _parser().parse_args(argv)
-        hardware = None if asked.hardware is None else hardware_page.named(asked.hardware)
-        runs = [against(path, parse(read(path), str(path)), hardware) for path in asked.run]
+        options = _parser().parse_args(argv)
+        hardware = None if options.hardware is None else hardware_page.named(options.hardware)
+        runs = [against(path, parse(read(path), str(path)), hardware) for path in options.run]
     except ValueError as error:
         print(f"harness: {printable(str(error))}", file=sys.stderr)
         return 2
-    print(json.dumps([as_json(run) for run in runs], indent=1) if asked.json else "\n\n".join(text(runs)))
+    print(json.dumps([as_json(run) for run in runs], indent=1) if options.json else "\n\n".join(text(runs)))
     return 0
 
 
@@ -67,7 +67,10 @@ def _parser() -> Parser:
 
 
 def against(path: Path, record: Record, hardware: Hardware | None = None) -> Against:
-    """`record` held against its own machine, or against `hardware`: then only seconds of its own kind count."""
+    """Compare `record` with its own machine, or with `hardware`.
+
+    With `hardware`, measured seconds count only if the run used the same kind of device.
+    """
     ceilings, timed = record.ceilings, True
     if hardware is not None:
         ceilings = Ceilings.model_validate(hardware_page.ceilings(hardware, record.model.dtype or "") or {})
@@ -76,7 +79,7 @@ def against(path: Path, record: Record, hardware: Hardware | None = None) -> Aga
 
 
 def as_json(run: Against) -> dict[str, object]:
-    """All of it."""
+    """The run, its ceilings and its phases as plain data."""
     return {
         "run": run.name,
         "ceilings": run.ceilings.model_dump() if run.ceilings.source else None,
@@ -85,14 +88,14 @@ def as_json(run: Against) -> dict[str, object]:
 
 
 def text(runs: Sequence[Against]) -> Iterator[str]:
-    """A table and sentences for each run; what the figures are, once."""
+    """A table and sentences for each run; at the end, once, the notes about the figures."""
     for run in runs:
-        yield "\n".join(_told(run))
+        yield "\n".join(_lines(run))
     if any(run.phases for run in runs):
         yield "\n".join(fill(note, WIDTH) for note in NOTES)
 
 
-def _told(run: Against) -> Iterator[str]:
+def _lines(run: Against) -> Iterator[str]:
     record = run.record
     yield f"{run.name}: {record.heading}"
     if not run.phases:
@@ -109,7 +112,7 @@ def _told(run: Against) -> Iterator[str]:
 
 
 def machine(ceilings: Ceilings) -> str:
-    """What it can do at most."""
+    """The machine's peak rates, in a line."""
     if ceilings.balance is None:
         if ceilings.bandwidth is None:
             return "no machine is known to hold it against; --hardware NAME gives one"
@@ -130,10 +133,10 @@ def _cells(bound: Bound) -> Iterator[str]:
     yield seconds(bound.at_best)
     yield seconds(bound.seconds)
     yield from ("-" if share is None else f"{share:.1%}" for share in (bound.mfu, bound.mbu))
-    yield _by(bound)
+    yield _bound_text(bound)
 
 
-def _by(bound: Bound) -> str:
+def _bound_text(bound: Bound) -> str:
     if bound.by is None or bound.times is None:
         return "-"
     times = bound.times if bound.by == "compute" else bound.times and 1 / bound.times
@@ -141,50 +144,52 @@ def _by(bound: Bound) -> str:
 
 
 def sentence(bound: Bound) -> str:
-    """What bounds a phase, by how much, and where that would turn; empty where it is not known."""
+    """What bounds a phase, by how much, and where the bound would change; empty where it is not known."""
     if bound.by is None or bound.times is None:
         return ""
     if not bound.times:
         return f"{bound.phase} is memory-bound: it has no matrix product."
     long, short = ("computing", "moving") if bound.by == "compute" else ("moving", "computing")
     times = max(bound.times, 1 / bound.times)
-    said = f"{bound.phase} is {bound.by}-bound: {long} takes {times:,.1f} times as long as {short}"
-    turn = bound.turn
-    if turn is None:
-        return f"{said}."
-    return f"{said}; {_batch(bound, turn)}{_context(bound, turn)}."
+    clause = f"{bound.phase} is {bound.by}-bound: {long} takes {times:,.1f} times as long as {short}"
+    crossover = bound.turn
+    if crossover is None:
+        return f"{clause}."
+    return f"{clause}; {_batch(bound, crossover)}{_context(bound, crossover)}."
 
 
-def _batch(bound: Bound, turn: Turn) -> str:
+def _batch(bound: Bound, crossover: Turn) -> str:
     if bound.by == "memory":
-        if turn.batch is None:
+        if crossover.batch is None:
             return (
-                f"no batch would turn that, for what each sequence moves for itself gives {turn.own:,.1f} FLOP/B, and "
-                f"the machine balances at {bound.ceilings.balance:,.0f}"
+                "no batch would turn that, for what each sequence moves for itself gives "
+                f"{crossover.own:,.1f} FLOP/B, and the machine balances at {bound.ceilings.balance:,.0f}"
             )
-        return f"it would be compute-bound from a batch of {turn.batch:,.0f} on"
-    if turn.batch is None or turn.batch < 1:
+        return f"it would be compute-bound from a batch of {crossover.batch:,.0f} on"
+    if crossover.batch is None or crossover.batch < 1:
         return "so it would be at any batch"
-    return f"it would be memory-bound below a batch of {turn.batch:,.1f}"
+    return f"it would be memory-bound below a batch of {crossover.batch:,.1f}"
 
 
-def _context(bound: Bound, turn: Turn) -> str:
-    """How the context of a decode decides; nothing where it does not."""
+def _context(bound: Bound, crossover: Turn) -> str:
+    """How the context length changes the bound; empty where it does not."""
     if bound.by == "compute":
-        return "" if turn.context is None else f", or beyond a context of {turn.context:,.0f}"
+        return "" if crossover.context is None else f", or beyond a context of {crossover.context:,.0f}"
     if bound.phase != "decode":
         return ""
-    if turn.batch is not None and turn.longest is not None:
-        return f" at this context; beyond one of {turn.longest:,.0f} no batch would turn it"
-    return f"; below a context of {turn.longest:,.0f} one would" if turn.longest else ""
+    if crossover.batch is not None and crossover.longest is not None:
+        return f" at this context; beyond one of {crossover.longest:,.0f} no batch would turn it"
+    return f"; below a context of {crossover.longest:,.0f} one would" if crossover.longest else ""
 
 
 def line(record: Record) -> str:
-    """What bounds the run, in a line for its end; empty where that is not known."""
-    found = bounds(record)
-    if not found or found[-1].at_best is None:
+    """One line about what bounds the run, printed at its end; empty where it is not known."""
+    phases = bounds(record)
+    if not phases or phases[-1].at_best is None:
         return ""
-    whole = found[-1]
-    told = ", ".join(f"{each.phase} by {_by(each)}" for each in found[:-1])
-    took = "" if whole.seconds is None else f", and took {seconds(whole.seconds)}"
-    return f"bound: {told}; {whole.phase} takes {seconds(whole.at_best)} at best{took} (harness roofline)"
+    whole = phases[-1]
+    bounding = ", ".join(f"{each.phase} by {_bound_text(each)}" for each in phases[:-1])
+    elapsed = "" if whole.seconds is None else f", and took {seconds(whole.seconds)}"
+    return (
+        f"bound: {bounding}; {whole.phase} takes {seconds(whole.at_best)} at best{elapsed} (harness roofline)"
+    )

@@ -1,11 +1,11 @@
-"""What bounds a run: each phase's counted work against what its machine can do. It reads records, and no torch.
+"""What bounds a run: each phase's counted work against the machine's peak rates. It reads records and imports no torch.
 
-Williams et al. 2009, "Roofline": work of F operations that moves M bytes takes max(F / peak, M / bandwidth) at best. It
-is bound by memory where its intensity F / M is below the machine's balance, peak / bandwidth.
+Williams et al. 2009, "Roofline": work of F FLOPs that moves M bytes takes max(F / peak, M / bandwidth) seconds or more.
+Memory bounds it where its intensity F / M is below the machine's balance, peak / bandwidth.
 
-A pass of B sequences does B f operations and moves W + B k bytes, W its weights' and k what each sequence moves for
-itself. So the batch at which it turns, at a balance of b, is b W / (f - b k); where k's own intensity f / k is below b,
-there is none. In a decode f and k grow with the context, by what attending to a position takes.
+A forward call of B sequences does B f FLOPs and moves W + B k bytes: W are the bytes of the weights, k the bytes that
+each sequence moves for itself. So at a balance of b FLOP/B the crossover batch is b W / (f - b k). There is none where
+a sequence's own intensity f / k is below b. In a decode, f and k grow with the context: each position adds its share.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,17 +17,17 @@ from harness.config.settings import Settings
 from harness.record.schema import Ceilings, Phase, Rank, Record
 
 PHASES = {"train": ("forward", "backward", "step"), "infer": ("prefill", "decode")}
-"""What a step of training, and a batch of inference, is made of."""
+"""The phases of a training step, and of a batch of inference."""
 
 WEIGHTS = {"forward": 1, "prefill": 1, "decode": 1, "backward": 2}
-"""How often a pass moves the weights as a whole: a backward reads them, and writes as much of gradients."""
+"""How often a call moves all weights. A backward reads them, and writes gradients of the same size."""
 
 COPIES = {"dynamic": 3, "static": 1}
-"""How often a new token moves each cached position: a dynamic cache is read and written anew, then read."""
+"""How often a new token moves each cached position. A dynamic cache is copied (read and written), then read."""
 
 
 class Total(NamedTuple):
-    """A phase's work in one step, over its micro-batches."""
+    """A phase's work in one step, summed over its micro-batches; `passes` is the number of forward calls."""
 
     flops: int
     moved: int
@@ -36,10 +36,10 @@ class Total(NamedTuple):
 
 @dataclass(frozen=True)
 class Shape:
-    """How a pass's work depends on its batch: `batch` sequences, and bytes of `weights`.
+    """How the work of a forward call depends on its batch: `batch` sequences, and `weights` in bytes.
 
-    In a decode each sequence attends to `context` positions in the mean, each for `position_flops` operations and of
-    `position_bytes`, moved `copies` times.
+    In a decode each sequence attends to `context` positions on average. Each position takes `position_flops` FLOPs, and
+    its `position_bytes` are moved `copies` times.
     """
 
     batch: float
@@ -52,17 +52,17 @@ class Shape:
 
 @dataclass(frozen=True)
 class Turn:
-    """Where a phase would be bound by the other side. None: nowhere."""
+    """The crossover: the batch and the context at which the other side would bound a phase. None: there is none."""
 
     batch: float | None
-    context: float | None = None  # at this batch
-    longest: float | None = None  # context at which any batch would be compute-bound
-    own: float | None = None  # intensity of what each sequence moves for itself
+    context: float | None = None  # tokens, at the run's own batch
+    longest: float | None = None  # the longest context, in tokens, at which some batch is compute-bound
+    own: float | None = None  # FLOP/B of what each sequence moves for itself
 
 
 @dataclass(frozen=True)
 class Bound:
-    """A phase, or the whole of a step, against the machine. None: not counted, not measured, or not known."""
+    """A phase, or a whole step, against the machine. None: not counted, not measured, or not known."""
 
     phase: str
     flops: int | None
@@ -75,29 +75,29 @@ class Bound:
 
     @property
     def intensity(self) -> float | None:
-        """Operations for each byte."""
+        """FLOPs for each byte moved."""
         return self.flops / self.moved if self.flops is not None and self.moved else None
 
     @property
     def times(self) -> float | None:
-        """How many times as long computing takes as moving."""
+        """The time to compute, divided by the time to move the bytes."""
         balance = self.ceilings.balance
         return self.intensity / balance if self.intensity is not None and balance else None
 
     @property
     def by(self) -> str | None:
-        """What bounds it."""
+        """What bounds it: "compute" or "memory"."""
         return None if self.times is None else "compute" if self.times >= 1 else "memory"
 
     @property
     def mfu(self) -> float | None:
-        """Operations done, of those that could have been done in its seconds."""
+        """Model FLOPs utilization: FLOPs done, divided by the peak FLOPs in its seconds."""
         if self.flops is None or not self.seconds or not self.ceilings.flops:
             return None
         return self.flops / self.seconds / self.ceilings.flops
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it, for JSON."""
+        """Everything, for JSON."""
         return {
             "phase": self.phase,
             "flops": self.flops,
@@ -115,10 +115,10 @@ class Bound:
 
 
 def bounds(record: Record, ceilings: Ceilings | None = None, timed: bool = True) -> list[Bound]:
-    """Each phase of `record`, then the whole, against its own machine or another.
+    """Each phase of `record`, then the whole step, against `ceilings`; the default is the run's own machine.
 
-    They are those of the rank with most to do, in the last step of training that was counted or the largest batch of
-    inference; its seconds are the slowest rank's. Empty where nothing was counted. With `timed=False` no seconds count.
+    The work is that of the rank with the most work, in the last counted training step or the largest batch of
+    inference. The seconds are the slowest rank's; with `timed=False` there are none. Empty where nothing was counted.
     """
     ceilings = ceilings or record.ceilings
     names = PHASES.get(record.mode, ())
@@ -130,29 +130,29 @@ def bounds(record: Record, ceilings: Ceilings | None = None, timed: bool = True)
         return sum(ceilings.at_best(each.flops, each.moved) or each.flops for each in totals.values())
 
     rank, totals = max(counted, key=lambda pair: least(pair[1]))
-    took = {each.phase: each.seconds for each in record.performance.phases or ()} if timed else {}
+    seconds_of = {each.phase: each.seconds for each in record.performance.phases or ()} if timed else {}
     settings = _settings(record)
     phases = []
     for name in totals:
         shape = None if settings is None else _shape(record, rank, settings, name, totals)
-        phases.append(_bound(name, totals[name], ceilings, took.get(name), shape))
+        phases.append(_bound(name, totals[name], ceilings, seconds_of.get(name), shape))
     return [*phases, _whole(record.mode, phases, ceilings)]
 
 
 def _totals(record: Record, rank: Rank, names: Sequence[str]) -> dict[str, Total]:
-    """The work of each phase in the step that counts; empty where there is none with all of them."""
+    """The work of each phase in the last training step or the largest batch; empty where no step has all phases."""
     steps: dict[int, dict[str, list[Phase]]] = {}
     for phase in rank.phases:
         if phase.phase in names:
             steps.setdefault(phase.step, {}).setdefault(phase.phase, []).append(phase)
-    whole = []
+    complete = []
     for by_name in steps.values():
         totals = {name: total for name in names if (total := _total(by_name.get(name, []))) is not None}
         if len(totals) == len(names) or (record.mode == "infer" and totals and len(by_name) == len(totals)):
-            whole.append(totals)
-    if record.mode == "train" or not whole:
-        return whole[-1] if whole else {}
-    return max(whole, key=lambda totals: sum(total.flops for total in totals.values()))
+            complete.append(totals)
+    if record.mode == "train" or not complete:
+        return complete[-1] if complete else {}
+    return max(complete, key=lambda totals: sum(total.flops for total in totals.values()))
 
 
 def _total(phases: Sequence[Phase]) -> Total | None:
@@ -167,51 +167,53 @@ def _total(phases: Sequence[Phase]) -> Total | None:
 
 def _bound(name: str, total: Total, ceilings: Ceilings, seconds: float | None, shape: Shape | None) -> Bound:
     at_best = ceilings.at_best(total.flops, total.moved)
-    mbu = turn = None
+    mbu = crossover = None
     if shape is not None and total.passes:
-        turn = _turn(total, ceilings, shape)
+        crossover = _crossover(total, ceilings, shape)
         if name == "decode" and seconds and ceilings.bandwidth:
             needed = shape.weights + shape.batch * shape.context * shape.position_bytes
             mbu = needed * total.passes / seconds / ceilings.bandwidth
-    return Bound(name, total.flops, total.moved, ceilings, at_best, seconds, mbu, turn)
+    return Bound(name, total.flops, total.moved, ceilings, at_best, seconds, mbu, crossover)
 
 
 def _whole(mode: str, phases: Sequence[Bound], ceilings: Ceilings) -> Bound:
-    def added(figures: Iterator[Any]) -> Any:
-        known = list(figures)
-        return None if None in known else sum(known)
+    def sum_or_none(figures: Iterator[Any]) -> Any:
+        values = list(figures)
+        return None if None in values else sum(values)
 
     return Bound(
         "a step" if mode == "train" else "a batch",
-        added(each.flops for each in phases),
-        added(each.moved for each in phases),
+        sum_or_none(each.flops for each in phases),
+        sum_or_none(each.moved for each in phases),
         ceilings,
-        added(each.at_best for each in phases),
-        added(each.seconds for each in phases),
+        sum_or_none(each.at_best for each in phases),
+        sum_or_none(each.seconds for each in phases),
     )
 
 
-def _turn(total: Total, ceilings: Ceilings, shape: Shape) -> Turn | None:
-    """Where a pass of `total` over its passes turns; None where its bytes are not those of such a pass."""
+def _crossover(total: Total, ceilings: Ceilings, shape: Shape) -> Turn | None:
+    """The crossover of a forward call; None where the counted bytes do not fit the model of such a call."""
     balance = ceilings.balance
     flops = total.flops / total.passes / shape.batch
     own = (total.moved / total.passes - shape.weights) / shape.batch
     if balance is None or own <= 0 or not flops:
         return None
-    gained = flops - balance * own
-    batch = balance * shape.weights / gained if gained > 0 else None
+    gain = flops - balance * own
+    batch = balance * shape.weights / gain if gain > 0 else None
     if not shape.context:
         return Turn(batch, own=flops / own)
     costs = balance * shape.copies * shape.position_bytes - shape.position_flops
     if costs <= 0:
         return Turn(batch, own=flops / own)
-    without = gained + costs * shape.context  # of a sequence with no context
-    here = (without - balance * shape.weights / shape.batch) / costs
-    return Turn(batch, here if here > 0 else None, without / costs if without > 0 else None, flops / own)
+    without = gain + costs * shape.context  # the gain of a sequence with no context
+    context = (without - balance * shape.weights / shape.batch) / costs
+    return Turn(
+        batch, context if context > 0 else None, without / costs if without > 0 else None, flops / own
+    )
 
 
 def _settings(record: Record) -> Settings | None:
-    """The config that ran; None where it is not one of this version's."""
+    """The run's config; None where this version cannot read it."""
     try:
         return typed(record.config) if record.config else None
     except Refusal:
@@ -221,35 +223,35 @@ def _settings(record: Record) -> Settings | None:
 def _shape(
     record: Record, rank: Rank, settings: Settings, name: str, totals: Mapping[str, Total]
 ) -> Shape | None:
-    """The pass of phase `name`; None where the record does not say all of it."""
+    """The shape of a forward call in phase `name`; None where the record lacks a figure for it."""
     matrices = record.model.matrices
     if name not in WEIGHTS or matrices is None:
         return None
-    apart = settings.generation.tensor_parallel if record.mode == "infer" else 1
+    tensor_parallel = settings.generation.tensor_parallel if record.mode == "infer" else 1
     split = record.pipeline.split
-    share = (split[rank.stage] / sum(split) if rank.stage < len(split) else 1.0) / apart
+    share = (split[rank.stage] / sum(split) if rank.stage < len(split) else 1.0) / tensor_parallel
     weights = WEIGHTS[name] * matrices * share
     if record.mode == "train":
         return Shape(settings.train.micro_batch, weights)
-    told, asked = record.inference, settings.generation
+    inference, generation = record.inference, settings.generation
     groups = totals["prefill"].passes if "prefill" in totals else 0
-    replicas = record.world.size // (record.pipeline.stages * apart)
-    if not told.prompts or told.prompt_tokens is None or not groups or not replicas:
+    dp_size = record.world.size // (record.pipeline.stages * tensor_parallel)
+    if not inference.prompts or inference.prompt_tokens is None or not groups or not dp_size:
         return None
-    if asked.batching == "continuous":
-        return None  # its batch is another one in every pass
-    batch = min(asked.batch, -(-told.prompts // replicas)) / groups
-    if name != "decode" or asked.cache == "none":
+    if generation.batching == "continuous":
+        return None  # each forward call has another batch
+    batch = min(generation.batch, -(-inference.prompts // dp_size)) / groups
+    if name != "decode" or generation.cache == "none":
         return Shape(batch, weights)
-    flops, position = told.attention_flops_per_position, told.kv_bytes_per_token
-    if asked.cache not in COPIES or flops is None or position is None:
+    flops, position = inference.attention_flops_per_position, inference.kv_bytes_per_token
+    if generation.cache not in COPIES or flops is None or position is None:
         return None
-    prompt, tokens = told.prompt_tokens / told.prompts, totals["decode"].passes / groups
+    prompt, tokens = inference.prompt_tokens / inference.prompts, totals["decode"].passes / groups
     return Shape(
         batch,
         weights,
-        prompt + (tokens if asked.cache == "static" else (tokens + 1) / 2),
+        prompt + (tokens if generation.cache == "static" else (tokens + 1) / 2),
         flops * share,
         position * share,
-        COPIES[asked.cache],
+        COPIES[generation.cache],
     )

@@ -1,4 +1,4 @@
-"""What a run prints at its end: where the memory of its worst rank went, and what the run came to."""
+"""What a run prints at its end: the memory of its worst rank, and the run's results."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -10,7 +10,7 @@ from harness.tables import AT_LEAST, Table, size
 
 
 def show(record: Mapping[str, Any]) -> str:
-    """A run's ledger as lines to read. Raises ValueError where `record` is none."""
+    """A run's ledger as text. Raises ValueError where `record` is no valid record."""
     run = parse(record, "the record")
     world, worst = run.world, run.worst
     lines = [title(run), *_made_whole(run)]
@@ -23,18 +23,18 @@ def show(record: Mapping[str, Any]) -> str:
         lines += _stages(run)
     if world.rehearsed:
         lines += _rehearsed(run)
-    return "\n".join([*lines, *_came_to(run), *filter(None, [line(run)])])
+    return "\n".join([*lines, *_results(run), *filter(None, [line(run)])])
 
 
 def decided(reasons: Mapping[str, str]) -> Iterator[str]:
-    """What a person should know of what `auto` came to, by key: all but what is usual."""
+    """The keys whose `auto` resolved to something unusual, with the value and reason; sdpa attention is usual."""
     for key, why in reasons.items():
         if (key, why.partition(":")[0]) != ("model.attention", "sdpa"):
             yield f"{key}={why}"
 
 
 def title(run: Record) -> str:
-    """What ran, in a line."""
+    """One line about what ran."""
     model = run.model
     parameters = "parameters not counted" if model.parameters is None else f"{model.parameters:,} parameters"
     rehearsed = ", rehearsed" * run.world.rehearsed
@@ -44,55 +44,55 @@ def title(run: Record) -> str:
 
 
 def _made_whole(run: Record) -> Iterator[str]:
-    """That weights are not packed in memory, though the checkpoint's are."""
+    """A line where weights are packed in the checkpoint, and whole in memory."""
     packed = run.model.quantization
     if packed is not None and packed.whole is not None:
-        took = f", {size(packed.bytes)}" if packed.whole == AT_FIRST else ""
+        packed_size = f", {size(packed.bytes)}" if packed.whole == AT_FIRST else ""
         why = "transformers computes with them so here"
-        yield f"its weights ({packed.short}{took}) are made whole {packed.whole}: {why}"
+        yield f"its weights ({packed.short}{packed_size}) are made whole {packed.whole}: {why}"
 
 
 def _table(run: Record) -> Table:
-    """The categories of the worst rank, largest first, then what they are held against."""
+    """The categories of the worst rank, largest first; then the total and, to compare, the allocator's figures."""
     worst = run.worst
-    at_peak, total, books = worst.peak.categories, worst.peak.bytes, worst.allocator
+    at_peak, total, allocator = worst.peak.categories, worst.peak.bytes, worst.allocator
     table = Table(["at the peak"], ["share"], ["own peak"], ["at the end"])
-    table.section(_whose(run))
-    for name in _held(worst):
+    table.section(_rank_title(run))
+    for name in _used_categories(worst):
         end = worst.categories[name].end
-        table.row(f"  {name}", *_part(at_peak.get(name), total), _own_peak(worst, name), size(end))
+        table.row(f"  {name}", *_with_share(at_peak.get(name), total), _own_peak(worst, name), size(end))
         if name == "activations":
-            table.row("    saved for backward", *_part(worst.peak.saved, total))
+            table.row("    saved for backward", *_with_share(worst.peak.saved, total))
             if worst.peak.recomputed:
-                table.row("    recomputed in backward", *_part(worst.peak.recomputed, total))
-    table.row("  kernel", *_part(at_peak.get("kernel"), total))
+                table.row("    recomputed in backward", *_with_share(worst.peak.recomputed, total))
+    table.row("  kernel", *_with_share(at_peak.get("kernel"), total))
     table.rule()
-    table.row("  total", *_part(total, total))
+    table.row("  total", *_with_share(total, total))
     if not run.world.rehearsed:
-        table.row("  allocator's own peak", _said(books.peak))
-        table.row("  unattributed", _said(books.unattributed))
-    if books.foreign:
-        table.row("  foreign, in no figure", size(books.foreign))
+        table.row("  allocator's own peak", _size_text(allocator.peak))
+        table.row("  unattributed", _size_text(allocator.unattributed))
+    if allocator.foreign:
+        table.row("  foreign, in no figure", size(allocator.foreign))
     return table
 
 
 def _stages(run: Record) -> Iterator[str]:
-    """Which stage has what, what of it waits for a backward, and how long each waits for the others."""
-    cut, seen = run.pipeline, {rank.stage: rank for rank in reversed(run.ranks)}
+    """The layers of each stage, the share of a step that it waits, and the forwards that wait for their backward."""
+    cut, ranks = run.pipeline, {rank.stage: rank for rank in reversed(run.ranks)}
     layers = ", ".join(map(str, cut.split))
     waits = ""
     if cut.bubble is not None:
         plural = "es" * (cut.micro_batches != 1)
         waits = f"; each waits {cut.bubble:.0%} of a step ({cut.micro_batches} micro-batch{plural})"
     yield f"{cut.stages} stages of {layers} layers{waits}"
-    alive = [seen[stage].forwards for stage in sorted(seen)]
-    if run.mode == "train" and all(each is not None for each in alive) and len(alive) == cut.stages:
-        told = ", ".join(f"{each.alive} ({size(each.bytes)})" for each in alive if each is not None)
-        yield f"forwards alive at once, by stage: {told}"
+    forwards = [ranks[stage].forwards for stage in sorted(ranks)]
+    if run.mode == "train" and all(each is not None for each in forwards) and len(forwards) == cut.stages:
+        text = ", ".join(f"{each.alive} ({size(each.bytes)})" for each in forwards if each is not None)
+        yield f"forwards alive at once, by stage: {text}"
 
 
 def _rehearsed(run: Record) -> Iterator[str]:
-    """What a rehearsal does not see, and whether what it sees fits."""
+    """What a rehearsal does not see, and whether its peak fits into the device's memory."""
     peak, memory, where = run.worst.peak.bytes, run.world.memory, run.world.device_name
     yield "a rehearsal sees no scratch inside kernels (kernel), and nothing outside the framework's allocator"
     if run.worst.why:
@@ -102,13 +102,13 @@ def _rehearsed(run: Record) -> Iterator[str]:
     if run.world.verified is not None:
         yield f"{where or run.world.device}: {run.world.verified}"
     if peak is not None and memory is not None:
-        left = memory - peak
-        fits = f"fits, with {size(left)} left" if left >= 0 else f"does not fit: {size(-left)} too much"
+        free = memory - peak
+        fits = f"fits, with {size(free)} left" if free >= 0 else f"does not fit: {size(-free)} too much"
         yield f"{size(peak)} of {size(memory)} on {where or run.world.device}: {fits}"
 
 
-def _whose(run: Record) -> str:
-    """Which rank is shown, of how many."""
+def _rank_title(run: Record) -> str:
+    """The rank that the table shows, and how it compares with the others."""
     ranks, peaks = run.world.size, run.peaks
     if ranks == 1:
         return f"rank {run.worst.rank}"
@@ -120,32 +120,32 @@ def _whose(run: Record) -> str:
     return f"rank {run.worst.rank} of {ranks}, {'all alike' if alike else 'the worst'}"
 
 
-def _part(held: int | None, total: int | None) -> tuple[str, str]:
-    """Bytes, and what part they are of `total`."""
-    return size(held), "-" if held is None or not total else f"{held / total:.1%}"
+def _with_share(figure: int | None, total: int | None) -> tuple[str, str]:
+    """Bytes, and their share of `total`."""
+    return size(figure), "-" if figure is None or not total else f"{figure / total:.1%}"
 
 
-def _said(figure: int | None) -> str:
+def _size_text(figure: int | None) -> str:
     return "not measured" if figure is None else size(figure)
 
 
 def _own_peak(rank: Rank, name: str) -> str:
-    """A category's own peak, or what is known of it."""
+    """A category's own peak, or a lower bound of it."""
     peak, seen = rank.highest[name], rank.seen.get(name) or 0
     return f"{AT_LEAST}{size(seen)}" if seen > (peak or 0) else size(peak)
 
 
-def _held(rank: Rank) -> list[str]:
-    """The categories that ever held a byte, the largest at the peak first."""
+def _used_categories(rank: Rank) -> list[str]:
+    """The categories that were ever above 0 bytes, the largest at the peak first."""
     at_peak = rank.peak.categories
-    most = {name: max(peak or 0, rank.seen.get(name) or 0) for name, peak in rank.highest.items()}
-    held = [name for name in most if most[name] or at_peak.get(name)]
-    return sorted(held, key=lambda name: (-(at_peak.get(name) or 0), -most[name]))
+    highest = {name: max(peak or 0, rank.seen.get(name) or 0) for name, peak in rank.highest.items()}
+    names = [name for name in highest if highest[name] or at_peak.get(name)]
+    return sorted(names, key=lambda name: (-(at_peak.get(name) or 0), -highest[name]))
 
 
 def _notes(rank: Rank, table: Table) -> Iterator[str]:
-    """What the table leaves out, what its signs mean, and where the peak was."""
-    others = [name for name in rank.highest if name not in _held(rank)]
+    """The categories that the table leaves out, the meaning of its signs, and the place of the peak."""
+    others = [name for name in rank.highest if name not in _used_categories(rank)]
     zero = [name for name in others if rank.highest[name] == 0]
     null = [name for name in others if rank.highest[name] is None]
     if zero:
@@ -154,19 +154,19 @@ def _notes(rank: Rank, table: Table) -> Iterator[str]:
         yield f"not measured: {', '.join(null)}"
     yield from table.legend()
     if rank.peak.where is not None:
-        yield f"peak in {_place(rank.peak.where)}"
+        yield f"peak in {_place_text(rank.peak.where)}"
     for sentence in rank.unseen:
         yield f"not seen: {sentence}"
 
 
-def _place(where: Where) -> str:
+def _place_text(where: Where) -> str:
     micro_batch = f" of micro-batch {where.micro_batch}"
     module = f"module {where.module}" if where.module else "outside any module"
     return f"step {where.step}, {where.phase}{micro_batch}, {module}, {where.op or 'no operator'}"
 
 
-def _came_to(run: Record) -> Iterator[str]:
-    """Loss or answers, and how fast."""
+def _results(run: Record) -> Iterator[str]:
+    """The loss, the speed and the KV cache's bytes a token, in a line."""
     speed, losses = run.performance, run.training.losses
     parts = []
     if losses:

@@ -1,4 +1,4 @@
-"""`harness caching RUN RUN [...]`: what a KV cache saves and costs, by the number of tokens that are generated."""
+"""`harness caching RUN RUN [...]`: what a KV cache saves and costs, by the number of generated tokens."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,7 +8,7 @@ from harness.tables import Table, count, factor, seconds, size
 
 
 def main(argv: Sequence[str]) -> int:
-    """`harness caching RUN RUN [...]`; the exit code."""
+    """Run `harness caching RUN RUN [...]`; returns the exit code."""
     return main_of(
         argv,
         "caching",
@@ -16,20 +16,20 @@ def main(argv: Sequence[str]) -> int:
         "operations "
         "a token, and bytes.",
         "launch/caching-study makes such runs.",
-        lambda given, as_json: told_as_json(given) if as_json else as_text(given),
+        lambda points, as_json: to_json(points) if as_json else as_text(points),
     )
 
 
-def by_cache(given: Sequence[Point]) -> dict[str, list[Point]]:
-    """The runs of each cache by the tokens they generated, that without one first."""
-    if len({(point.batch, point.prompt, point.model) for point in given}) > 1:
+def by_cache(points: Sequence[Point]) -> dict[str, list[Point]]:
+    """The runs by kind of cache, runs without a cache first; in each group by the number of generated tokens."""
+    if len({(point.batch, point.prompt, point.model) for point in points}) > 1:
         raise ValueError(
             "caching: the runs differ in model, batch or prompt; name those that differ in length and cache"
         )
-    found: dict[str, list[Point]] = {}
-    for point in sorted(given, key=lambda each: (each.cache != "none", each.cache, each.new)):
-        found.setdefault(point.cache, []).append(point)
-    return found
+    groups: dict[str, list[Point]] = {}
+    for point in sorted(points, key=lambda each: (each.cache != "none", each.cache, each.new)):
+        groups.setdefault(point.cache, []).append(point)
+    return groups
 
 
 def saved(with_cache: Point, without: Point) -> int | None:
@@ -39,14 +39,14 @@ def saved(with_cache: Point, without: Point) -> int | None:
     return without.flops - with_cache.flops
 
 
-def told_as_json(given: Sequence[Point]) -> str:
+def to_json(runs: Sequence[Point]) -> str:
     """The runs as JSON; null: not measured."""
-    return json.dumps([point.as_dict() for points in by_cache(given).values() for point in points], indent=1)
+    return json.dumps([point.as_dict() for points in by_cache(runs).values() for point in points], indent=1)
 
 
-def as_text(given: Sequence[Point]) -> str:
-    """The table, and what is seen in it."""
-    found = by_cache(given)
+def as_text(runs: Sequence[Point]) -> str:
+    """The table, and sentences about it."""
+    groups = by_cache(runs)
     table = Table(
         ["new", "tokens"],
         ["seconds", "a token"],
@@ -55,11 +55,11 @@ def as_text(given: Sequence[Point]) -> str:
         ["KV", "cache"],
         ["lower", "bound"],
     )
-    for cache, points in found.items():
+    for cache, points in groups.items():
         table.section("without a cache" if cache == "none" else f"{cache} cache")
         for point in points:
             table.row(*_cells(point))
-    return "\n".join([table.text(), *_seen(found)])
+    return "\n".join([table.text(), *_sentences(groups)])
 
 
 def _cells(point: Point) -> Iterator[str]:
@@ -72,8 +72,8 @@ def _cells(point: Point) -> Iterator[str]:
     yield seconds(point.each(point.bound))
 
 
-def _seen(found: Mapping[str, Sequence[Point]]) -> Iterator[str]:
-    for cache, points in found.items():
+def _sentences(groups: Mapping[str, Sequence[Point]]) -> Iterator[str]:
+    for cache, points in groups.items():
         few, many = points[0], points[-1]
         if many.new > few.new:
             name = "Without a cache" if cache == "none" else f"With a {cache} cache"
@@ -82,13 +82,13 @@ def _seen(found: Mapping[str, Sequence[Point]]) -> Iterator[str]:
                 f"computes {factor(few.each(few.flops), many.each(many.flops)) or 'as much'}",
             ]
             yield f"{name}, from {few.new} to {many.new} new tokens, a token {' and '.join(changes)}."
-    without = {point.new: point for point in found.get("none", [])}
-    for cache, points in found.items():
+    without = {point.new: point for point in groups.get("none", [])}
+    for cache, points in groups.items():
         point = points[-1]
         other = without.get(point.new)
-        kept = saved(point, other) if other is not None and cache != "none" else None
-        if kept is not None and point.kv:
+        saved_flops = saved(point, other) if other is not None and cache != "none" else None
+        if saved_flops is not None and point.kv:
             yield (
-                f"At {point.new} new tokens the {cache} cache of {size(point.kv)} saves {count(kept, 'FLOP')}: "
-                f"{count(kept / point.kv, 'FLOP')} for each of its bytes."
+                f"At {point.new} new tokens the {cache} cache of {size(point.kv)} saves {count(saved_flops, 'FLOP')}: "
+                f"{count(saved_flops / point.kv, 'FLOP')} for each of its bytes."
             )

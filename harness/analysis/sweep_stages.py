@@ -1,4 +1,4 @@
-"""`harness contrast RUN RUN [...]`: the activations of a stage by the number of stages, training beside inference."""
+"""`harness contrast RUN RUN [...]`: a stage's activations by the number of stages, in training and in inference."""
 
 import json
 import sys
@@ -15,8 +15,8 @@ WIDTH = 24
 
 
 class Point(NamedTuple):
-    """A run by its stages. `activations` are the most that its worst rank had at once, in bytes, and `kept` of forwards
-    whose backward was still to come; `alive` is how many those were. None: not measured."""
+    """A run's figures about its stages. `activations` is the highest peak of activations on any rank, in bytes. `kept`
+    is the bytes of the forwards that wait for their backward, `alive` their number. None: not measured."""
 
     mode: str
     dtype: str | None
@@ -29,17 +29,17 @@ class Point(NamedTuple):
 
 
 def main(argv: Sequence[str]) -> int:
-    """`harness contrast RUN RUN [...]`; the exit code."""
+    """Run `harness contrast RUN RUN [...]`; returns the exit code."""
     try:
-        asked = _parser().parse_args(argv)
-        records = [parse(read(path), str(path)) for path in asked.run]
+        options = _parser().parse_args(argv)
+        records = [parse(read(path), str(path)) for path in options.run]
         if len(records) < 2:
             raise ValueError("contrast: there is nothing to contrast; name two runs or more")
         points = sorted(map(point, records), key=lambda each: (each.mode != "train", each.stages))
     except ValueError as error:
         print(f"harness: {printable(str(error))}", file=sys.stderr)
         return 2
-    print(json.dumps([each._asdict() for each in points], indent=1) if asked.json else text(points))
+    print(json.dumps([each._asdict() for each in points], indent=1) if options.json else text(points))
     return 0
 
 
@@ -55,7 +55,7 @@ def _parser() -> Parser:
 
 
 def point(record: Record) -> Point:
-    """`record` by its stages."""
+    """The figures of `record`: the highest of any rank."""
     measured = [rank.forwards for rank in record.ranks if rank.forwards is not None]
     peaks = [rank.highest.get("activations") for rank in record.ranks]
     return Point(
@@ -71,7 +71,7 @@ def point(record: Record) -> Point:
 
 
 def text(points: Sequence[Point]) -> str:
-    """A table of each mode with bars of one scale, and what is seen in it."""
+    """A table of each mode with bars of one scale, and sentences about it."""
     highest = max((each.activations or 0 for each in points), default=0)
     table = Table(
         ["layers", "a stage"],
@@ -85,7 +85,7 @@ def text(points: Sequence[Point]) -> str:
         for each in points:
             if (each.mode, each.dtype) == kind:
                 table.row(*_cells(each, highest))
-    return "\n".join([table.text(), *map("\n{}".format, _seen(points))])
+    return "\n".join([table.text(), *map("\n{}".format, _sentences(points))])
 
 
 def _cells(each: Point, highest: int) -> Iterator[str]:
@@ -99,16 +99,16 @@ def _cells(each: Point, highest: int) -> Iterator[str]:
     yield ("#" * length or "." * bool(each.activations)).ljust(WIDTH)
 
 
-def _seen(points: Sequence[Point]) -> Iterator[str]:
-    """How each mode's fewest stages and its most differ."""
+def _sentences(points: Sequence[Point]) -> Iterator[str]:
+    """A sentence for each mode: how its run with the fewest stages differs from that with the most."""
     for mode in dict.fromkeys(each.mode for each in points):
         of_mode = [each for each in points if each.mode == mode]
         few, many = of_mode[0], of_mode[-1]
         if few.stages < many.stages and many.kept is not None and few.kept is not None:
             times = factor(few.kept, many.kept)
-            kept = (
+            kept_text = (
                 f"{size(few.kept)}, then {size(many.kept)}{f' ({times})' if times else ''}"
                 if many.kept
                 else "nothing"
             )
-            yield f"{mode}: from {few.stages} to {many.stages} stages the worst rank keeps {kept} for backward."
+            yield f"{mode}: from {few.stages} to {many.stages} stages the worst rank keeps {kept_text} for backward."

@@ -1,4 +1,4 @@
-"""What a test held, held against what it may: the sentences that pytest's plugin fails with."""
+"""Compares a test's memory with its budget and its baseline, and words the failures for the pytest plugin."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from harness.ledger import Gap, Ledger
 
 BUDGETED = (*CATEGORIES, "total", "saved")
-"""Each category's own peak, the peak of them all, and the most of the activations that was kept for backward."""
+"""What can have a budget: each category's own peak, their common peak, and the most activations saved for backward."""
 UNOWNED = ("activations", "workspace", "communication", "inputs")
-"""Of those, what is known by the operator that made it."""
+"""The categories that have no owner: the ledger assigns them by the operator that makes the tensor."""
 LARGEST = 8
 """How many holdings a failed test shows."""
 AGAIN = "once that is meant, --memory-update makes it the baseline"
@@ -28,16 +28,16 @@ class Mark(Protocol):
 
     @property
     def args(self) -> tuple[Any, ...]:
-        """What it was given by place."""
+        """The positional arguments."""
 
     @property
     def kwargs(self) -> Mapping[str, Any]:
-        """What it was given by name."""
+        """The keyword arguments."""
 
 
 def limits(marks: Iterable[Mark]) -> dict[str, int]:
-    """Bytes by name, of marks of which the first is the closest to the test. Raises ValueError with a sentence."""
-    found: dict[str, int] = {}
+    """The limits in bytes by name. The first mark is the closest to the test, and wins. Raises ValueError."""
+    by_name: dict[str, int] = {}
     for mark in marks:
         if mark.args or not mark.kwargs:
             raise ValueError("memory_budget: give each limit a name, as memory_budget(activations='10 MiB')")
@@ -49,16 +49,16 @@ def limits(marks: Iterable[Mark]) -> dict[str, int]:
             try:
                 if isinstance(amount, bool) or not isinstance(amount, (int, str)):
                     raise ValueError("not a size; give bytes, or a text as '10 MiB'")
-                found.setdefault(name, parse_size(str(amount)))
+                by_name.setdefault(name, parse_size(str(amount)))
             except ValueError as error:
                 raise ValueError(f"memory_budget({name}={amount!r}): {error}") from None
-    return found
+    return by_name
 
 
-def _held(ledger: "Ledger") -> dict[str, int | None]:
-    """What can have a budget, at its own peak, in bytes. None: not measured.
+def _own_peaks(ledger: "Ledger") -> dict[str, int | None]:
+    """The own peak of each figure that can have a budget, in bytes. None: not measured.
 
-    What a compiled program holds inside is in no storage that is seen, so the total is then the allocator's.
+    The ledger does not see the storages inside a compiled program, so then the total is the allocator's.
     """
     own = {name: category.peak for name, category in ledger.categories.items()}
     total: int | None = ledger.peak.bytes
@@ -68,22 +68,22 @@ def _held(ledger: "Ledger") -> dict[str, int | None]:
 
 
 def exceeded(ledger: "Ledger", limits: Mapping[str, int]) -> Iterator[str]:
-    """A sentence for each limit that was passed, or that nobody can say it was kept."""
-    held = _held(ledger) if limits else {}
+    """A sentence for each limit that is exceeded, or that cannot be judged."""
+    measured = _own_peaks(ledger) if limits else {}
     for name, limit in limits.items():
-        what = {"total": "the test", "saved": "what is saved for backward"}.get(name, name)
-        most = held[name]
-        if most is not None and most > limit:
-            over = size(most - limit)
-            yield f"{what} held {size(most)} at its peak, {over} over its budget of {size(limit)}"
+        subject = {"total": "the test", "saved": "what is saved for backward"}.get(name, name)
+        peak = measured[name]
+        if peak is not None and peak > limit:
+            excess = size(peak - limit)
+            yield f"{subject} held {size(peak)} at its peak, {excess} over its budget of {size(limit)}"
         elif (gap := _gap(ledger, name)) is not None:
-            heard = gap.figures == "storages" and ledger.allocator.peak is not None
-            instead = "; total can, by the allocator" if heard else ""
+            total_known = gap.figures == "storages" and ledger.allocator.peak is not None
+            instead = "; total can, by the allocator" if total_known else ""
             yield f"memory_budget({name}={size(limit)!r}) cannot be judged{instead}: {gap.sentence}"
 
 
 def _gap(ledger: "Ledger", name: str) -> "Gap | None":
-    """Why nobody can say what `name` held at most."""
+    """The gap in the ledger because of which the peak of `name` is not known; None where it is known."""
     lacks = {"all"} | ({name} & {"saved"})
     if name in UNOWNED or (name == "total" and ledger.allocator.peak is None):
         lacks.add("storages")
@@ -91,20 +91,20 @@ def _gap(ledger: "Ledger", name: str) -> "Gap | None":
 
 
 def off_baseline(ledger: "Ledger", file: Path, name: str, update: bool, root: Path) -> Iterator[str]:
-    """What of the test `name` is not as `file` says; with `update` nothing, for the file is written."""
-    shown = file.relative_to(root) if file.is_relative_to(root) else file
+    """How the test `name` differs from the baseline in `file`. With `update` it writes the file and yields nothing."""
+    path = file.relative_to(root) if file.is_relative_to(root) else file
     try:
         if gap := next((gap for gap in ledger.gaps if gap.figures != "allocator"), None):
-            raise ValueError(f"{shown}: the test has no baseline to hold: {gap.sentence}")
-        held = _measured(ledger, name)
+            raise ValueError(f"{path}: the test has no baseline to hold: {gap.sentence}")
+        measured = _measured(ledger, name)
         if update:
-            baseline.update(file, held, {})
+            baseline.update(file, measured, {})
         elif not file.exists():
-            yield f"{shown}: there is no baseline; run with --memory-update to make it"
+            yield f"{path}: there is no baseline; run with --memory-update to make it"
         else:
             expected = baseline.read(file)
             allowed = tolerances(expected.tolerance, "")
-            verdict = judge(shown, expected, held, {}, allowed)
+            verdict = judge(path, expected, measured, {}, allowed)
             if verdict.code:
                 yield announce.text([verdict], AGAIN)
     except ValueError as error:
@@ -112,7 +112,7 @@ def off_baseline(ledger: "Ledger", file: Path, name: str, update: bool, root: Pa
 
 
 def _measured(ledger: "Ledger", name: str) -> baseline.Baseline:
-    """What the test `name` held, as a file of baselines has it."""
+    """The memory of the test `name`, in the form of a baseline."""
     rank = schema.Rank.model_validate(record_file.rank_record(ledger, 0))
     return baseline.Baseline(
         config=[],
@@ -121,32 +121,32 @@ def _measured(ledger: "Ledger", name: str) -> baseline.Baseline:
         world=1,
         model=baseline.Model(name=name, parameters=None, dtype=None),
         made_by=baseline.made_by(record_file.environment()["packages"]),
-        ranks=[baseline.Ranks(ranks="0", **dict(baseline.books_of(rank)))],
+        ranks=[baseline.Ranks(ranks="0", **dict(baseline.accounting_of(rank)))],
     )
 
 
 def text_of(ledger: "Ledger", marks: Iterable[Mark], root: Path) -> str:
-    """What the test held: each category, its budget, and the largest storages with the lines that made them."""
-    peak, held, allowed = ledger.peak, _held(ledger), limits(marks)
+    """The test's memory: each category, its budget, and the largest storages with the lines that allocated them."""
+    peak, own_peaks, budgets = ledger.peak, _own_peaks(ledger), limits(marks)
     where = f"step {peak.where.step}, {peak.where.phase}{f', in {peak.module}' if peak.module else ''}"
     table = Table(["at the peak"], ["its own peak"], ["budget"])
     table.section(f"{ledger.device}, at most in {where}")
     at_peak: dict[str, int | None] = {**peak.categories, "total": peak.bytes, "saved": peak.saved}
     for name in BUDGETED:
-        if held[name] or name in allowed:
-            budget = size(allowed[name]) if name in allowed else ""
-            table.row(f"  {name}", size(at_peak[name]), size(held[name]), budget)
+        if own_peaks[name] or name in budgets:
+            budget = size(budgets[name]) if name in budgets else ""
+            table.row(f"  {name}", size(at_peak[name]), size(own_peaks[name]), budget)
     largest = [each for each in peak.holdings if each.name != "others"][:LARGEST]
     rows = [
         f"  {size(each.bytes):>10}   {each.category}: {each.name}{f' x {each.storages}' if each.storages > 1 else ''}"
-        f"   {_shown(each.line, root)}".rstrip()
+        f"   {_short_line(each.line, root)}".rstrip()
         for each in largest
     ]
     return "\n".join([table.text(), *(["largest then, and the line that made it", *rows] if rows else [])])
 
 
-def _shown(line: str, root: Path) -> str:
-    """`line` from the project's root, or from the installed packages' directory."""
+def _short_line(line: str, root: Path) -> str:
+    """`line` relative to the project's root, or to the directory of the installed packages."""
     _, installed, rest = line.rpartition("site-packages/")
     if installed:
         return rest

@@ -1,4 +1,4 @@
-"""`key=value` words to one composed config: Hydra's groups in `conf/`, over the defaults of every knob."""
+"""Composes `key=value` overrides into one config: Hydra's groups in `conf/`, over the defaults of every field."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +21,7 @@ from harness.config.settings import Refusal, Settings, knobs
 RUN_DIR = "hydra.run.dir"
 
 OPEN = "generation.config."
-"""Keys in it are transformers' own, which no file here lists: they need no + before them."""
+"""Keys below it belong to transformers, and no file here lists them: so they need no + before them."""
 
 
 def directory() -> Path:
@@ -32,25 +32,25 @@ def directory() -> Path:
 
 
 def groups() -> dict[str, list[str]]:
-    """Each group's options."""
+    """The options of each group: the names of the files in its folder."""
     folders = sorted(each for each in directory().iterdir() if each.is_dir())
     return {folder.name: sorted(each.stem for each in folder.glob("*.yaml")) for folder in folders}
 
 
 def defaults() -> dict[str, str]:
-    """The option each group has when none is asked for."""
+    """The default option of each group."""
     listed = OmegaConf.load(directory() / "config.yaml").defaults
     return {
         str(key): str(option) for each in listed if OmegaConf.is_dict(each) for key, option in each.items()
     }
 
 
-def compose(words: Sequence[str]) -> DictConfig:
-    """The config that `words` ask for; of Hydra's own node in it only `hydra.run.dir` is left.
+def compose(arguments: Sequence[str]) -> DictConfig:
+    """The config that the `key=value` arguments describe. Of Hydra's own node it keeps only `hydra.run.dir`.
 
-    Raises Refusal for a word that cannot be read, and for an option or a key that does not exist.
+    Raises Refusal for an argument that cannot be read, and for an option or a key that does not exist.
     """
-    overrides = [_parse(word) for word in words]
+    overrides = [_parse(argument) for argument in arguments]
     ConfigStore.instance().store("knobs", dataclasses.asdict(Settings()))
     with initialize_config_dir(str(directory()), version_base="1.3"):
         try:
@@ -73,9 +73,9 @@ def compose(words: Sequence[str]) -> DictConfig:
 
 
 def _take_shape_from_path(cfg: DictConfig, overrides: Sequence[Override]) -> None:
-    """Leave nothing of the group's shape in a config whose model comes from `model.path`, so that it says what runs.
+    """Drop the group's shape from a config whose model comes from `model.path`, so that the config says what runs.
 
-    How its weights are packed may be said all the same.
+    Only overrides of `quantization_config` are kept.
     """
     packing = [each for each in overrides if _of_packing(each.key_or_group)]
     for override in overrides:
@@ -90,12 +90,12 @@ def _take_shape_from_path(cfg: DictConfig, overrides: Sequence[Override]) -> Non
         cfg.model.name = cfg.model.path
 
 
-def _parse(word: str) -> Override:
-    key, _, value = word.partition("=")
-    if f"{key}.".startswith(OPEN) or _of_packing(key):  # no group has it, and any model may
-        word = f"++{word}"
+def _parse(argument: str) -> Override:
+    key, _, value = argument.partition("=")
+    if f"{key}.".startswith(OPEN) or _of_packing(key):  # no group lists it, and any model may have it
+        argument = f"++{argument}"
     try:
-        override = OverridesParser.create().parse_override(_taken_as_typed(key, value) or word)
+        override = OverridesParser.create().parse_override(_quoted(key, value) or argument)
     except HydraException as error:
         raise Refusal(key, value, f"cannot be read; put quotes within quotes, as \"{key}='...'\"") from error
     key, options = override.key_or_group, groups().get(override.key_or_group)
@@ -117,10 +117,13 @@ def _of_packing(key: str) -> bool:
     return key == KEY or key.startswith(f"{KEY}.")
 
 
-def _taken_as_typed(key: str, value: str) -> str | None:
-    """The override in quotes where its value is text, so that a comma or a bracket in it means nothing to Hydra."""
-    knob = knobs().get(key)
-    if not (key in groups() or key == RUN_DIR or (knob and knob.text)):
+def _quoted(key: str, value: str) -> str | None:
+    """The override with its text value in quotes, so that Hydra does not parse commas and brackets in it.
+
+    None where the value is not text, or where the user has quoted it already.
+    """
+    field = knobs().get(key)
+    if not (key in groups() or key == RUN_DIR or (field and field.text)):
         return None
     if value == "null" or value.startswith(("'", '"', "[", "${")):
         return None
@@ -128,24 +131,24 @@ def _taken_as_typed(key: str, value: str) -> str | None:
 
 
 def _refusal(error: HydraException, overrides: Sequence[Override]) -> Refusal:
-    """Hydra's complaint about one of `overrides` as a sentence."""
-    said = str(error)
+    """Hydra's error about one of `overrides`, as a Refusal."""
+    message = str(error)
     for override in overrides:
         key = override.key_or_group
-        if f"'{key}'" in said or str(override.input_line) in said:
+        if f"'{key}'" in message or str(override.input_line) in message:
             value = override.value()
-            if said.startswith("Could not override"):
-                return Refusal(key, value, _missing(key, _known(overrides)))
-            if said.startswith("Error merging override"):  # a dictionary for a list, or a list for a text
-                return Refusal(key, value, _kind_of(key))
-            if said.startswith("Could not append"):
+            if message.startswith("Could not override"):
+                return Refusal(key, value, _missing_key_remedy(key, _known(overrides)))
+            if message.startswith("Error merging override"):  # a dictionary for a list, or a list for a text
+                return Refusal(key, value, _kind_remedy(key))
+            if message.startswith("Could not append"):
                 return Refusal(key, value, f"it is there already; leave out the + of +{key}")
-            return Refusal(key, value, said.partition("\n")[0])
-    return Refusal("config", "conf/config.yaml", said)
+            return Refusal(key, value, message.partition("\n")[0])
+    return Refusal("config", "conf/config.yaml", message)
 
 
-def _missing(key: str, known: Sequence[str]) -> str:
-    """What to write for a key that is not there: a model's config may have more than its group's shape says."""
+def _missing_key_remedy(key: str, known: Sequence[str]) -> str:
+    """The remedy for a key that does not exist. A model's config may have keys that its group's shape does not list."""
     if not key.startswith("model.config."):
         return nearest(key, known)
     if key in known:
@@ -153,15 +156,15 @@ def _missing(key: str, known: Sequence[str]) -> str:
     return f"{nearest(key, known)} Where a model's config has it, ++{key}= adds it"
 
 
-def _kind_of(key: str) -> str:
-    """What should stand where a value of another kind was given."""
+def _kind_remedy(key: str) -> str:
+    """The remedy where the value has the wrong kind."""
     if isinstance(knobs()[key].default if key in knobs() else "", list):
         return "should be a valid list, as [a,b]"
     return "should be a valid string" if key == RUN_DIR else "should be a single value"
 
 
 def _known(overrides: Sequence[Override]) -> list[str]:
-    """Every key of the config that the valid choices among `overrides` make."""
+    """Every key of the config, composed with only the group choices among `overrides`."""
     choices = [str(override.input_line) for override in overrides if override.key_or_group in groups()]
     return list(_paths(hydra_compose("config", choices)))
 
@@ -174,7 +177,7 @@ def _paths(node: DictConfig, prefix: str = "") -> Iterator[str]:
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every leaf of a config, or of anything like one, by its path `a.b`; what is empty is a leaf."""
+    """Every leaf of a config or another nested mapping, by its path `a.b`. An empty mapping is a leaf."""
     for name, value in tree.items():
         if isinstance(value, Mapping) and value:
             yield from flat(value, f"{prefix}{name}.")

@@ -21,7 +21,7 @@ Bias = list[tuple[Annotated[Tokens, Field(min_length=1)], Annotated[float, Field
 
 
 class Kind(NamedTuple):
-    """What a field may be, and what of that is no choice, beside null and an empty list."""
+    """A field's type, and the value that turns it off. Null and an empty list turn every field off."""
 
     type: Any
     off: Any = None
@@ -37,7 +37,7 @@ SAMPLING = {
     "epsilon_cutoff": Kind(Below1, 0.0),
     "eta_cutoff": Kind(Below1, 0.0),
 }
-"""What tokens are drawn from, as transformers' processors leave it."""
+"""The fields that transformers' processors apply only when tokens are sampled."""
 
 PROCESSED = {
     "repetition_penalty": Kind(PositiveFloat, 1.0),
@@ -57,7 +57,7 @@ PROCESSED = {
     "renormalize_logits": Kind(bool, False),
     **SAMPLING,
 }
-"""What transformers' processors do to logits."""
+"""All fields from which transformers builds its logits processors."""
 
 HONOURED = {
     **PROCESSED,
@@ -90,7 +90,7 @@ MOOT = {
     **dict.fromkeys(("output_logits", "return_dict_in_generate"), _ONLY_TOKENS),
     "low_memory": "contrastive search is not done here",
 }
-"""What decides no token here, and why."""
+"""The fields that change no token here, each with the reason."""
 
 _NO_BEAMS, _NO_DRAFTS = "no beams are searched here", "tokens are made one at a time here, and not drafted"
 
@@ -111,9 +111,9 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "stop_strings": (None, "a sequence ends at tokens of eos_token_id alone"),
     "max_time": (None, "what ends by the clock does not repeat; max_new_tokens ends it"),
 }
-"""What cannot be honoured here: what would do instead, beside null, and why."""
+"""The fields that cannot be honoured here: the value, beside null, that is accepted, and the reason."""
 
 BOOKKEEPING = ("transformers_version", "_from_model_config", "_commit_hash")
-"""What a file says of itself."""
+"""The fields that describe the file itself."""
 
 KNOWN = (*HONOURED, *MOOT, *REFUSED)

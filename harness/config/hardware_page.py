@@ -1,4 +1,4 @@
-"""What a `hardware=` page says that a device can do. It reads no torch."""
+"""Reads the pages in `conf/hardware`: what a device can do. It imports no torch."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from harness.config.settings import Hardware
 
 
 def named(name: str) -> Hardware:
-    """The page of that name. Raises ValueError where there is none with rates."""
+    """The hardware page of that name. Raises ValueError if there is none, or if it has no rates."""
     pages = {each: _read(each) for each in groups()["hardware"]}
     rated = {each: page for each, page in pages.items() if page.bandwidth is not None}
     if name not in rated:
@@ -19,10 +19,10 @@ def named(name: str) -> Hardware:
 
 
 def ceilings(hardware: Hardware, dtype: str) -> dict[str, Any] | None:
-    """The record's `ceilings` for operations on `dtype`, by a page; None where it has no rates.
+    """The record's `ceilings` for operations on `dtype`, from a page; None where the page has no rates.
 
-    Its dense rate of bf16 counts, and for fp16 too: a sparse one, or one that adds up in fp16, is none that these runs
-    can reach.
+    bf16 and fp16 both use the dense bf16 rate. These runs cannot reach the sparse rate, nor the rate that accumulates
+    in fp16.
     """
     flops = hardware.flops_bf16 if dtype in ("bfloat16", "float16") else None
     if hardware.bandwidth is None and flops is None:

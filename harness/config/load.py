@@ -1,4 +1,4 @@
-"""The config as typed settings, each field checked by its type and all by the rules between them."""
+"""Converts the config to typed settings: pydantic checks each field, then the rules check combinations."""
 
 import difflib
 from collections.abc import Iterable, Mapping
@@ -46,37 +46,37 @@ __all__ = [
 
 
 def load(cfg: DictConfig) -> Settings:
-    """`cfg` as settings, every rule checked that needs neither torch nor the other ranks.
+    """`cfg` as settings, after every check that needs neither torch nor the other ranks.
 
-    Raises `Refusal` for an unknown key, a wrong type or range, a file that is not there, an impossible combination.
+    Raises `Refusal` for an unknown key, a wrong type or range, a missing file, an impossible combination.
     """
     return checked(typed(resolved(cfg)))
 
 
 def resolved(cfg: DictConfig) -> dict[str, Any]:
-    """`cfg` as a plain tree, without Hydra's own node. Raises `Refusal` where a value stands for none."""
-    ours = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
+    """`cfg` as plain nested dicts, without Hydra's own node. Raises `Refusal` for a missing or empty value."""
+    own_keys = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
     try:
-        tree: Any = OmegaConf.to_container(ours, resolve=True, throw_on_missing=True)
+        tree: Any = OmegaConf.to_container(own_keys, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise unresolved(error, ours) from error
-    for key, knob in knobs().items():
-        if knob.text and OmegaConf.select(ours, key) == "":
+        raise unresolved(error, own_keys) from error
+    for key, field in knobs().items():
+        if field.text and OmegaConf.select(own_keys, key) == "":
             raise Refusal(key, "", "is empty; give it a value, or leave it out")
     return tree  # type: ignore[no-any-return]
 
 
 def unresolved(error: OmegaConfBaseException, cfg: DictConfig) -> Refusal:
-    """OmegaConf's complaint about a value of `cfg` as a sentence."""
-    key, said = error.full_key or "config", str(error.msg or error).partition("\n")[0]
+    """OmegaConf's error about a value of `cfg`, as a Refusal."""
+    key, message = error.full_key or "config", str(error.msg or error).partition("\n")[0]
     value = OmegaConf.to_container(cfg, resolve=False)
     for name in key.split("."):
         value = value.get(name, "?") if isinstance(value, dict) else "?"
-    return Refusal(key, value, f"{said}; give a value, and write \\${{ or \\??? where a text has that")
+    return Refusal(key, value, f"{message}; give a value, and write \\${{ or \\??? where a text has that")
 
 
 def typed(tree: Mapping[str, Any]) -> Settings:
-    """A config's plain `tree` as settings, each field by itself. Raises `Refusal` as `load` does for a field."""
+    """A config's plain `tree` as settings. Checks each field alone, and raises `Refusal` for one that is wrong."""
     generation = tree.get("generation")
     if isinstance(generation, Mapping) and isinstance(generation.get("prompt"), str):
         tree = {**tree, "generation": {**generation, "prompt": [generation["prompt"]]}}
@@ -87,23 +87,23 @@ def typed(tree: Mapping[str, Any]) -> Settings:
 
 
 def checked(settings: Settings) -> Settings:
-    """`settings`, every rule checked that `load` checks. Raises `Refusal`."""
+    """Check `settings` with every rule that `load` applies, and return them. Raises `Refusal`."""
     check(settings)
     return settings
 
 
-def nearest(key: str, known: Iterable[str]) -> str:
-    """The remedy for an unknown `key`: the closest known one, by the whole path or by its last name."""
-    known = list(known)
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.7)
+def nearest(key: str, keys: Iterable[str]) -> str:
+    """The remedy for an unknown `key`: the closest known key, by the whole path or by its last part."""
+    keys = list(keys)
+    close = difflib.get_close_matches(key, keys, n=1, cutoff=0.7)
     last = key.rpartition(".")[2]
-    close = close or [each for each in known if each.rpartition(".")[2] == last]
-    close = close or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    close = close or [each for each in keys if each.rpartition(".")[2] == last]
+    close = close or difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
     return f"no such key; did you mean {close[0]}?" if close else "no such key; --help lists them all"
 
 
 def _refusal(error: ValidationError, tree: Mapping[str, Any]) -> Refusal:
-    """pydantic's first complaint as a sentence."""
+    """pydantic's first error, as a Refusal."""
     first = error.errors()[0]
     parts = [str(part) for part in first["loc"]]
     if parts[:2] == ["pipeline", "split"]:
@@ -117,8 +117,8 @@ def _refusal(error: ValidationError, tree: Mapping[str, Any]) -> Refusal:
         return Refusal(key, value, f"is a group of keys; set one of them, as {names[0]}=")
     expected = _KINDS.get(kind.partition("_")[0])
     if expected is not None:
-        knob = knobs().get(key)
-        limits = f", {knob.range}" if knob and knob.range else ""
+        field = knobs().get(key)
+        limits = f", {field.range}" if field and field.range else ""
         return Refusal(key, value, f"should be {expected.format(key=key)}{limits}")
     text = first["msg"].removeprefix("Input ").removeprefix("Value error, ")
     return Refusal(key, value, text.replace("False", "false"))
@@ -133,7 +133,7 @@ _KINDS = {
     "dict": "a valid dictionary; set a key of it, as {key}.NAME=",
     "string": "a valid string",
 }
-"""What should be there, by the first word of pydantic's types of errors about a value that is of another kind."""
+"""What a value should be, by the first part of pydantic's error type."""
 
 
 def _keys() -> list[str]:

@@ -1,4 +1,4 @@
-"""Every knob: its type, its range, its default and what it is for.
+"""Every field of the config: its type, range, default and purpose.
 
 A field's place is its Hydra path (`Settings.train.steps` is `train.steps=`), and its docstring is what `--help` prints.
 Nothing here imports torch, so a wrong request is refused within a second.
@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAda
 from pydantic.dataclasses import dataclass
 
 MOST = 2**53 - 1
-"""No number is larger: up to here JSON, doubles and 64-bit integers agree, and no library's counters run over."""
+"""The largest number allowed. Up to here JSON, doubles and 64-bit integers agree, and no library counter overflows."""
 
 
 def _no_truth(value: object) -> object:
@@ -28,7 +28,7 @@ PositiveFloat = Annotated[float, Field(gt=0, le=1e30), _Number]
 NotNegativeFloat = Annotated[float, Field(ge=0, le=1e30), _Number]
 
 NEW_TOKENS = 64
-"""Most tokens generated for a prompt where nobody says how many."""
+"""The default limit of tokens generated for a prompt."""
 
 
 def _above_zero(value: float) -> float:
@@ -43,7 +43,7 @@ _STRICT = ConfigDict(extra="forbid", coerce_numbers_to_str=True, use_attribute_d
 
 
 class Refusal(Exception):
-    """A request that cannot be carried out: which key, which value, and what would work. One line, exit code 2."""
+    """A request that cannot be carried out: its key, its value and the remedy. Printed as one line, exit code 2."""
 
     def __init__(self, key: str, value: object, remedy: str) -> None:
         super().__init__(key, value, remedy)
@@ -56,7 +56,7 @@ class Refusal(Exception):
 @dataclass(frozen=True, config=_STRICT)
 class Model:
     name: str = "tiny"
-    """The name in the record; that of model.path where it is given."""
+    """The name in the record; where model.path is set, that path."""
     path: str | None = None
     """Checkpoint directory or hub name; replaces the group's shape."""
     random: bool = False
@@ -82,13 +82,13 @@ class Data:
     column: str = "text"
     """data=hub: the column that holds the text."""
     streaming: bool = False
-    """data=hub: read as it goes, nothing stored."""
+    """data=hub: read the data during the run and store nothing."""
     tokenizer: str | None = None
-    """Another tokenizer than the model's own; bytes where it has none."""
+    """Replaces the model's own tokenizer; without either, bytes are tokens."""
     validation: Annotated[float, Field(ge=0, lt=1)] = 0.02
     """Share of the text held out for validation."""
     cache_dir: str | None = None
-    """Where token files are kept; null is datasets' own place."""
+    """Where token files are kept; null is the default of the datasets library."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -112,15 +112,15 @@ class Checkpointing:
     mode: Literal["none", "selective", "full"] = "none"
     """Set by checkpointing=; full keeps a layer's input, selective its matrix products and attention too."""
     layers: list[NotNegative] = Field(default_factory=list)
-    """The layers it is for, from 0, as [0,1]; empty is all."""
+    """The layers to recompute, from 0, as [0,1]; empty is all."""
     every: Positive = 1
-    """It is for every n-th layer, from the first."""
+    """Recompute every n-th layer, from the first."""
 
 
 @dataclass(frozen=True, config=_STRICT)
 class Pipeline:
     stages: Positive = 1
-    """How many ranks the layers are spread over."""
+    """How many stages the layers are cut into."""
     split: Literal["uniform", "parameters", "memory"] | list[Positive] = "uniform"
     """Layers of each stage: evenly, by parameters, by rehearsed peak, or as [3,5]."""
     groups: Positive | None = None
@@ -136,17 +136,17 @@ class Train:
     accumulation: Positive = 1
     """Micro-batches in a step."""
     batch: Positive | None = None
-    """Sequences in a step over all ranks; checked where given."""
+    """Sequences in a step over all ranks; checked if set."""
     sequence: Positive = 256
     """Tokens in a sequence."""
     learning_rate: PositiveFloat = 1e-3
-    """AdamW's, at its highest."""
+    """AdamW's highest learning rate."""
     warmup_steps: NotNegative = 0
     """Steps from zero to the learning rate."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """What follows the warm-up."""
     weight_decay: NotNegativeFloat = 0.1
-    """AdamW's."""
+    """AdamW's weight decay."""
     fused: bool = False
     """AdamW in one kernel, without temporaries."""
     clip: NotNegativeFloat = 1.0
@@ -158,7 +158,7 @@ class Train:
     save_every: NotNegative = 0
     """Steps between full-state checkpoints; 0 is never."""
     keep: Positive = 2
-    """Whole full-state checkpoints kept."""
+    """Number of complete full-state checkpoints kept."""
     resume: str | None = None
     """Directory of the run to continue."""
     export: bool = True
@@ -184,17 +184,17 @@ class Generation:
     cache_bits: Literal[8, 4, 2] = 8
     """cache=quantized: bits of an element; 4 and 2 by optimum-quanto."""
     batching: Literal["static", "continuous"] = "static"
-    """Continuous: a prompt that ends leaves its place to the next; static: all of a batch wait for the last."""
+    """Continuous: a finished prompt gives its place to the next; static: a batch waits for its longest."""
     page_size: Annotated[int, Field(ge=4, le=MOST)] = 16
     """cache=paged: tokens in a page."""
     pages: Positive | None = None
     """cache=paged: pages of all layers; null is enough for the longest request in every place."""
     batch_tokens: Positive | None = None
-    """batching=continuous: most tokens in a forward; null takes the longest prompt whole, or some 512 at once."""
+    """batching=continuous: most tokens in a forward; null is the longest prompt, or about 512 at once."""
     workload: str | None = None
     """File of requests, a JSON object a line: a prompt or its prompt_length, and its own max_new_tokens."""
     lengths: Literal["fixed", "uniform", "skewed"] = "fixed"
-    """Of sampled prompts and what follows them: all the longest, or drawn by seed from 1 to it."""
+    """Lengths of sampled prompts and of their answers: all the longest, or drawn by seed from 1 to the longest."""
     tensor_parallel: Positive = 1
     """How many ranks share each layer, by transformers' own plan."""
     compile: bool = False
@@ -218,9 +218,9 @@ class Ledger:
     mode: Literal["exact", "phases", "off"] = "exact"
     """Set by ledger=."""
     steps: Positive = 3
-    """ledger=exact: first steps or batches so seen; phases after them."""
+    """ledger=exact: how many first steps or batches are exact; ledger=phases after them."""
     trace: bool = True
-    """Leave every event so seen in trace/, for harness report."""
+    """Write every event of the exact steps to trace/, for harness report."""
     snapshot: bool = False
     """On CUDA, keep torch's own snapshot too, for memory_viz."""
 
@@ -230,7 +230,7 @@ class World:
     kind: Literal["torchrun", "rehearsed"] = "torchrun"
     """Set by world=."""
     size: Annotated[int, Field(ge=1, le=2**20), _Number] | None = None
-    """Ranks this config is meant for; refused on any other number."""
+    """Number of ranks this config is for; any other number is refused."""
     timeout: Annotated[float, Field(ge=1, le=1e8), _Number] = 600.0
     """Seconds a rank waits for the others; 1e8 is three years."""
 
@@ -242,19 +242,19 @@ class Hardware:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Auto is a GPU where there is one."""
     memory: Positive | None = None
-    """Bytes a device has."""
+    """Bytes of memory on a device."""
     bandwidth: PositiveFloat | None = None
     """Bytes a second from the device's memory."""
     flops_bf16: PositiveFloat | None = None
-    """Dense bf16 operations a second, added up in fp32: what utilization is held against."""
+    """Dense bf16 operations a second, accumulated in fp32: the peak that utilization is measured against."""
     flops_bf16_sparse: PositiveFloat | None = None
-    """The same where two of four weights are zero: what vendors print."""
+    """The same with 2:4 sparse weights: the rate that vendors print."""
     flops_fp16_accumulate: PositiveFloat | None = None
-    """Dense fp16 operations a second, added up in fp16."""
+    """Dense fp16 operations a second, accumulated in fp16."""
     link: PositiveFloat | None = None
-    """Bytes a second between devices, both directions together."""
+    """Bytes a second between devices, sum of both directions."""
     capability: PositiveFloat | None = None
-    """A GPU's compute capability, as 8.9: which kernels for packed weights it has."""
+    """A GPU's compute capability, as 8.9: it decides which kernels for packed weights exist."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -262,9 +262,9 @@ class Settings:
     mode: Literal["train", "infer"] = "train"
     """What to run."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Of parameters, gradients, activations, KV cache; auto is bf16 on a GPU, and on a CPU that is faster in it."""
+    """Of parameters, gradients, activations, KV cache; auto is bf16 on GPUs and on CPUs faster in it, else fp32."""
     seed: Annotated[int, Field(ge=0, lt=2**32), _Number] = 0
-    """Of weights, data order and sampling."""
+    """Seed of weights, data order and sampling."""
     model: Model = Model()
     data: Data = Data()
     zero: Zero = Zero()
@@ -278,12 +278,12 @@ class Settings:
 
     @property
     def dtype(self) -> str:
-        """torch's name of the precision, which is no longer "auto"."""
+        """torch's name of the precision. The precision must be resolved: "auto" raises KeyError."""
         return {"bf16": "bfloat16", "fp32": "float32"}[self.precision]
 
     @property
     def tensor_parallel(self) -> int:
-        """Ranks that share each layer; in training each has whole ones."""
+        """How many ranks share each layer; 1 in training, where each rank has whole layers."""
         return self.generation.tensor_parallel if self.mode == "infer" else 1
 
 
@@ -293,7 +293,7 @@ RESOLVED = ("precision", "model.attention")
 
 @dataclass(frozen=True)
 class Knob:
-    """What `--help` says of a key, and refusals of its `range`. `text` is whether any text will do."""
+    """A field as `--help` prints it. Refusals print its `range`; `text` says whether it accepts any text."""
 
     default: Any
     choices: tuple[str, ...]
@@ -304,45 +304,45 @@ class Knob:
 
 @cache
 def knobs() -> dict[str, Knob]:
-    """Every key's path, in the order they are declared."""
+    """Every field by its path `group.key`, in declaration order."""
     schema = TypeAdapter(Settings).json_schema()
-    found: dict[str, Knob] = {}
+    fields: dict[str, Knob] = {}
     for name, field in schema["properties"].items():
         group = schema["$defs"].get(field.get("$ref", "").rpartition("/")[2])
         for key, value in group["properties"].items() if group else ():
-            found[f"{name}.{key}"] = _knob(value)
+            fields[f"{name}.{key}"] = _knob(value)
         if not group:
-            found[name] = _knob(field)
-    return found
+            fields[name] = _knob(field)
+    return fields
 
 
 def _knob(schema: dict[str, Any]) -> Knob:
     choices = tuple(map(str, schema.get("enum", ())))
-    kinds = [each.get("type") for each in (schema, schema.get("items", {}), *schema.get("anyOf", ()))]
-    made: Any = {"array": [], "object": {}}.get(
+    kinds = [part.get("type") for part in (schema, schema.get("items", {}), *schema.get("anyOf", ()))]
+    empty: Any = {"array": [], "object": {}}.get(
         kinds[0] or ""
-    )  # what a default_factory makes is not in a schema
+    )  # a JSON schema has no default for a default_factory
     text = "string" in kinds and not choices
-    return Knob(schema.get("default", made), choices, text, schema.get("description", ""), _range(schema))
+    return Knob(schema.get("default", empty), choices, text, schema.get("description", ""), _range(schema))
 
 
 def _range(schema: Mapping[str, Any]) -> str:
-    """The numbers that a value may be, in words; empty where it is none."""
-    words = {
+    """The allowed range of a number, as text; empty for fields without one."""
+    phrases = {
         "minimum": "{} or more",
         "exclusiveMinimum": "above {}",
         "maximum": "{} or less",
         "exclusiveMaximum": "below {}",
     }
-    for each in (schema, *schema.get("anyOf", ())):
-        limits = {name: int(each[name]) for name in words if each.get(name, MOST) < MOST}
+    for part in (schema, *schema.get("anyOf", ())):
+        limits = {name: int(part[name]) for name in phrases if part.get(name, MOST) < MOST}
         if limits:
-            return " and ".join(words[name].format(limit) for name, limit in limits.items())
+            return " and ".join(phrases[name].format(limit) for name, limit in limits.items())
     return ""
 
 
 def as_typed(value: object) -> str:
-    """A value as it is written on the command line."""
+    """`value` as the command line writes it."""
     if isinstance(value, list):
         return f"[{','.join(map(as_typed, value))}]"
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""A whole rehearsal: every role of a world, and one record of them all."""
+"""A whole rehearsal: every representative rank of a world, and one record of them all."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import as_completed
@@ -21,11 +21,11 @@ MEASURED = (
     *("kv_reserved", "kv_filled", "kv_live"),
     *("kv_pinned", "kv_state", "kv_host"),
 )
-"""Figures that `infer.largest` has of one rank's own layers."""
+"""The figures of `infer.largest` that count only one rank's own layers."""
 
 
 def described(settings: Settings) -> dict[str, Any]:
-    """The record's `world`: what is rehearsed."""
+    """The record's `world` for a rehearsal of `settings`."""
     gpu = settings.hardware.device == "cuda"
     return {
         "kind": "rehearsed",
@@ -39,7 +39,7 @@ def described(settings: Settings) -> dict[str, Any]:
 
 
 def _differences(settings: Settings) -> Iterator[str]:
-    """What is known to differ from a real run of the same config, a sentence each."""
+    """Sentences about the known differences from a real run of the same config."""
     if settings.model.path is not None and not settings.model.random:
         yield "weights are made and not read: while a real run reads them, in setup, it holds one parameter twice"
     if settings.mode == "infer" and settings.generation.stop_at_eos:
@@ -48,8 +48,8 @@ def _differences(settings: Settings) -> Iterator[str]:
         yield "encoder_no_repeat_ngram_size forbids other tokens, and so a few bytes of numbers are more or fewer"
     if settings.mode == "infer" and settings.generation.compile:
         yield "the decoding step is not compiled: what its program needs beside the cache is its compiler's choice"
-    if settings.hardware.device == "cuda" and (own := kernels.difference(settings)):
-        yield own
+    if settings.hardware.device == "cuda" and (kernels_differ := kernels.difference(settings)):
+        yield kernels_differ
     if settings.mode == "train" and settings.train.clip and settings.pipeline.stages > 1:
         yield "no gradient has a norm: where a real one is above train.clip, gradients may be moved once more"
     if settings.mode == "train":
@@ -57,16 +57,16 @@ def _differences(settings: Settings) -> Iterator[str]:
 
 
 def _looks_up_ngrams(settings: Settings) -> bool:
-    """Whether a processor asks which tokens there are, and not only how many."""
+    """Whether a logits processor depends on the values of tokens, and not only on their number."""
     try:
         strategy = strategy_of(settings, model_config(settings.model))
-    except Refusal:  # the rehearsal itself says it
+    except Refusal:  # the rehearsal itself raises it
         return False
     return "encoder_no_repeat_ngram_size" in strategy.processed
 
 
 def of_packing(model: Mapping[str, Any]) -> Iterator[str]:
-    """What differs where the weights of `model`, the record's, are packed."""
+    """The known differences for packed weights; `model` is the record's."""
     packed = model.get("quantization")
     if packed is None or packed["whole"] == AT_LOAD:
         return
@@ -80,97 +80,115 @@ def of_packing(model: Mapping[str, Any]) -> Iterator[str]:
         yield "weights are made whole in one go: a real run holds a few copies of one layer meanwhile"
 
 
-def rehearsed(settings: Settings, words: Sequence[str], parallel: bool = True) -> dict[str, Any]:
-    """The record of a rehearsal that leaves nothing on disk; its roles at once where `parallel`.
+def rehearsed(settings: Settings, overrides: Sequence[str], parallel: bool = True) -> dict[str, Any]:
+    """The record of a rehearsal that writes nothing to disk. With `parallel` each representative has its own process.
 
-    Raises Refusal as the run itself would, and whatever else the run raises.
+    Raises Refusal and any other exception, as the run itself would.
     """
     decision = resolve(settings)
     ranks, done = rehearse(decision.settings, parallel=parallel)
-    around = described(decision.settings)
-    around["differences"] += of_packing(done["model"])
-    head = record_file.head(decision.settings, decision.reasons, words, around)
+    world = described(decision.settings)
+    world["differences"] += of_packing(done["model"])
+    head = record_file.head(decision.settings, decision.reasons, overrides, world)
     return {**head, "status": "complete", **done, "ranks": ranks}
 
 
 def rehearse(
     settings: Settings, directory: Path | None = None, parallel: bool = True
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Every role of `settings`' world: the records of the ranks that were rehearsed, and the run's parts.
+    """Rehearse every representative rank of `settings`' world: the ranks' records, and the run's parts of the record.
 
-    They leave their traces in `directory`, where one is given. Without `parallel` all of them are in this process, and
-    silent: for a caller that has many such at once.
+    The ranks write their traces to `directory`, if there is one. Without `parallel` all of them run in this process
+    and silently, for a caller that itself runs many rehearsals at once.
 
-    Raises Refusal as the run itself would, RuntimeError where a shim does not fit, and whatever the run raises.
+    Raises Refusal and any other exception as the run itself would, and RuntimeError where a shim does not fit.
     """
     settings = balanced(settings) if parallel else resolved(settings)
-    wanted = roles(settings)
-    found: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
-    with Pace(len(wanted), "role", aside, silent=not parallel) as pace:
-        for role, rehearsed in _all(settings, wanted, directory, parallel):
-            found[role.rank] = rehearsed
+    representatives = roles(settings)
+    results: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
+    with Pace(len(representatives), "role", aside, silent=not parallel) as pace:
+        for representative, result in _results(settings, representatives, directory, parallel):
+            results[representative.rank] = result
             pace.advance()
     ranks = [
         {
-            **found[role.rank][0],
-            "stands_for": list(role.stands_for),
-            "bounds": list(role.bounds),
-            "why": role.why,
+            **results[representative.rank][0],
+            "stands_for": list(representative.stands_for),
+            "bounds": list(representative.bounds),
+            "why": representative.why,
         }
-        for role in wanted
+        for representative in representatives
     ]
     assert settings.world.size is not None
-    apart = settings.tensor_parallel
-    replicas = settings.world.size // (settings.pipeline.stages * apart)
-    by_replica: dict[int, dict[int, dict[str, Any]]] = {}
-    for role in wanted:
-        by_replica.setdefault(role.rank // apart % replicas, {}).setdefault(role.stage, found[role.rank][1])
-    return ranks, max((_whole([*stages.values()], apart) for stages in by_replica.values()), key=_cached)
+    tensor_parallel = settings.tensor_parallel
+    dp_size = settings.world.size // (settings.pipeline.stages * tensor_parallel)
+    by_dp_rank: dict[int, dict[int, dict[str, Any]]] = {}
+    for representative in representatives:
+        by_dp_rank.setdefault(representative.rank // tensor_parallel % dp_size, {}).setdefault(
+            representative.stage, results[representative.rank][1]
+        )
+    return ranks, max(
+        (_merge_stages([*stages.values()], tensor_parallel) for stages in by_dp_rank.values()),
+        key=_cache_bytes,
+    )
 
 
-def _whole(stages: list[dict[str, Any]], apart: int) -> dict[str, Any]:
-    """What a replica's stages say of it: its cache is all of theirs, each of `apart` ranks with as many heads."""
-    told = [done["inference"] for done in stages if "inference" in done]
-    if not told:
+def _merge_stages(stages: list[dict[str, Any]], tensor_parallel: int) -> dict[str, Any]:
+    """One result for a replica from those of its stages, with the KV cache of all its ranks.
+
+    The `tensor_parallel` ranks that share a layer have the same number of heads, so the figures are multiplied.
+    """
+    inferences = [done["inference"] for done in stages if "inference" in done]
+    if not inferences:
         return stages[0]
-    held = {key: apart * sum(each[key] for each in told) for key in MEASURED if told[0][key] is not None}
-    if positions := told[0]["kv_positions"]:
-        held["kv_bytes_per_token_measured"] = held["kv_filled"] // positions
-    return {**stages[0], "inference": {**told[0], **held}}
+    totals = {
+        key: tensor_parallel * sum(each[key] for each in inferences)
+        for key in MEASURED
+        if inferences[0][key] is not None
+    }
+    if positions := inferences[0]["kv_positions"]:
+        totals["kv_bytes_per_token_measured"] = totals["kv_filled"] // positions
+    return {**stages[0], "inference": {**inferences[0], **totals}}
 
 
 def balanced(settings: Settings) -> Settings:
-    """`settings` with a list of layers where they ask for `memory`: many rehearsals at once, with a progress bar."""
+    """`settings` with `pipeline.split=memory` replaced by a list of layers, from parallel rehearsals."""
     if settings.pipeline.stages == 1 or settings.pipeline.split != "memory":
         return settings
     with workers(2 * settings.pipeline.stages) as pool, progress(None) as pace:
 
         def measure(tasks: Sequence[Task]) -> list[int]:
-            found = []
+            peaks = []
             for highest in pool.map(peak, tasks):
-                found.append(highest)
+                peaks.append(highest)
                 pace.advance()
-            return found
+            return peaks
 
         return resolved(settings, measure)
 
 
-def _cached(done: dict[str, Any]) -> int:
-    """The bytes of a replica's largest KV cache: the largest of all is the run's."""
+def _cache_bytes(done: dict[str, Any]) -> int:
+    """The bytes of a replica's largest KV cache. The run's figures are those of the replica with the most."""
     return done.get("inference", {}).get("kv_reserved") or 0
 
 
-def _all(
-    settings: Settings, wanted: list[Role], directory: Path | None, parallel: bool
+def _results(
+    settings: Settings, representatives: list[Role], directory: Path | None, parallel: bool
 ) -> Iterator[tuple[Role, tuple[dict[str, Any], dict[str, Any]]]]:
-    """Each role as it is done: in this process where it is alone or the others wait, else each in its own."""
+    """Each representative with its result, as soon as it ends.
+
+    A single one, or any without `parallel`, runs in this process; else each runs in a process of its own.
+    """
     from harness.rehearsal.one_rank import rehearse as one
 
-    if len(wanted) == 1 or not parallel:
-        for role in wanted:
-            yield role, one(settings, role.rank, directory)
+    if len(representatives) == 1 or not parallel:
+        for representative in representatives:
+            yield representative, one(settings, representative.rank, directory)
         return
-    with workers(len(wanted)) as pool:
-        running = {pool.submit(one, settings, role.rank, directory): role for role in wanted}
+    with workers(len(representatives)) as pool:
+        running = {
+            pool.submit(one, settings, representative.rank, directory): representative
+            for representative in representatives
+        }
         for done in as_completed(running):
             yield running[done], done.result()

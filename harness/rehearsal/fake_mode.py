@@ -1,4 +1,4 @@
-"""Fake tensors, faster: a rehearsal dispatches a hundred thousand operators, most of them like ones before."""
+"""A faster FakeTensorMode: a rehearsal dispatches a hundred thousand operators, most of them equal to earlier ones."""
 
 import logging
 from typing import Any
@@ -10,9 +10,8 @@ from harness.ledger.tensors import shared, tensors_in
 
 _aten = torch.ops.aten
 
-logging.getLogger("torch._subclasses.fake_tensor").setLevel(
-    logging.CRITICAL
-)  # what fails says so by its exception
+# the logger's errors are redundant: each failure also raises an exception
+logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
 
 _KERNELS = frozenset(
     getattr(_aten, name).default
@@ -24,7 +23,7 @@ _KERNELS = frozenset(
     *(_aten.empty.memory_format, _aten.fill_.Scalar, _aten.select.int, _aten.slice.Tensor),
     *(_aten.transpose.int, _aten.view.dtype),
 }
-"""Operators whose kernel for `meta` is in C++ and says all there is to know: views, copies and empty tensors."""
+"""Operators with a complete `meta` kernel in C++: views, copies and empty tensors."""
 
 _WAIT = torch.ops._c10d_functional.wait_tensor.default
 
@@ -35,20 +34,22 @@ _REMEMBERED = frozenset(
     *(_aten.add.Tensor, _aten.mul.Tensor, _aten.mul.Scalar, _aten.div.Scalar),
     *(_aten.pow.Tensor_Scalar, _aten.mean.dim, _aten.sum.dim_IntList),
 }
-"""Operators that make one new tensor, whose layout follows from those of what they take. Theirs are in Python."""
+"""Operators that return one new tensor, whose layout follows from the layouts of the arguments.
+
+Their `meta` kernels are slow Python code, so the resulting layouts are cached.
+"""
 
 _WAIT = torch.ops._c10d_functional.wait_tensor.default
-"""It returns what it was given, and its kernel for `meta` another."""
+"""The real operator returns its argument; its `meta` kernel returns another tensor."""
 
 
 class Fakes(FakeTensorMode):
-    """A FakeTensorMode that is asked only what is new: most operators take a fraction of its time."""
+    """A FakeTensorMode with shortcuts: most operators take a fraction of the time of torch's own dispatch."""
 
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)
-        self._layouts: dict[
-            Any, tuple[Any, Any, torch.dtype]
-        ] = {}  # what operators made: size, stride, dtype
+        # from an operator and its arguments' layouts to its output's size, stride and dtype
+        self._layouts: dict[Any, tuple[Any, Any, torch.dtype]] = {}
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -60,56 +61,56 @@ class Fakes(FakeTensorMode):
             return NotImplemented
         if func is _WAIT:
             return args[0]
-        if func.namespace == "c10d":  # what it returns are its arguments
+        if func.namespace == "c10d":  # these operators return their arguments
             with in_kernel_invocation_manager(self):
                 return func(*args, **kwargs)
-        if func is _WAIT:  # what it waits for, as in a run; torch would make another of it
+        if func is _WAIT:  # return the argument, as in a run; torch's kernel would create a second tensor
             return args[0]
         device = None
-        made_of_others = any(hasattr(each, "__tensor_flatten__") for each in types)
-        if not made_of_others and (func in _KERNELS or func in _REMEMBERED):
+        wraps_others = any(hasattr(each, "__tensor_flatten__") for each in types)
+        if not wraps_others and (func in _KERNELS or func in _REMEMBERED):
             device = self._device(args, kwargs)
         if device is None:
-            made = self.dispatch(func, types, args, kwargs)
-            if type(made) is FakeTensor:
-                made.constant = None  # Values knows it, and on which device it is
-            return made
+            output = self.dispatch(func, types, args, kwargs)
+            if type(output) is FakeTensor:
+                output.constant = None  # `Values` keeps the value instead, with its device
+            return output
         if func in _REMEMBERED:
             return self._remembered(func, types, args, kwargs, device)
         if "device" in kwargs:
             kwargs = {**kwargs, "device": "meta", "pin_memory": False}
         with in_kernel_invocation_manager(self):
-            made = func(*args, **kwargs)
-        return made if type(made) is FakeTensor else FakeTensor(self, made, device)
+            output = func(*args, **kwargs)
+        return output if type(output) is FakeTensor else FakeTensor(self, output, device)
 
     def _remembered(self, func: Any, types: Any, args: Any, kwargs: Any, device: torch.device) -> Any:
-        """As empty as what `func` made of the like before."""
+        """An empty tensor with the layout that `func` returned for equal arguments before."""
         key = func, *map(_layout, args), *((name, _layout(value)) for name, value in kwargs.items())
-        known = self._layouts.get(key)
-        if known is None:
-            made: Any = self.dispatch(func, types, args, kwargs)
-            self._layouts[key] = made.size(), made.stride(), made.dtype
-            return made
-        size, stride, dtype = known
+        layout = self._layouts.get(key)
+        if layout is None:
+            output: Any = self.dispatch(func, types, args, kwargs)
+            self._layouts[key] = output.size(), output.stride(), output.dtype
+            return output
+        size, stride, dtype = layout
         with in_kernel_invocation_manager(self):
-            made = torch.empty_strided(size, stride, dtype=dtype, device="meta")
-        return FakeTensor(self, made, device)
+            output = torch.empty_strided(size, stride, dtype=dtype, device="meta")
+        return FakeTensor(self, output, device)
 
     def _device(self, args: Any, kwargs: Any) -> torch.device | None:
-        """Where what is made of these will be; None where FakeTensorMode must say."""
+        """The device of the output; None where FakeTensorMode must decide."""
         devices = set()
         for tensor in tensors_in(args):
             if type(tensor) is not FakeTensor or tensor.fake_mode is not self:
                 return None
             devices.add(tensor.fake_device)
-        asked = kwargs.get("device")
-        if asked is not None:
-            return torch.device(asked)
+        device = kwargs.get("device")
+        if device is not None:
+            return torch.device(device)
         return devices.pop() if len(devices) == 1 else None
 
 
 def _layout(argument: Any) -> Any:
-    """All of `argument` that an operator can see."""
+    """Everything in `argument` on which an output's layout can depend, as a dictionary key."""
     if isinstance(argument, torch.Tensor):
         return argument.size(), argument.stride(), argument.dtype
     return tuple(argument) if isinstance(argument, list) else (type(argument), argument)

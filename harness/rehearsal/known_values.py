@@ -1,8 +1,8 @@
-"""The values of small integer and boolean tensors, really computed beside their fakes.
+"""Computes the real values of small integer and boolean tensors beside their fake tensors.
 
-A fake tensor has a shape and no value, yet models and engines ask: is this mask all ones, do these positions start
-anew? The answer decides which branch runs, and so the bytes. Positions, masks and counters follow from shapes alone,
-so they are computed; what follows from weights is unknown, and what is asked of it is answered by `UNKNOWN`.
+A fake tensor has a shape but no value. Models and engines still read values: is this mask all ones, do these positions
+start again from 0? The value decides which branch runs, and so the bytes. Positions, masks and counters follow from
+shapes alone, so they are computed. Values that depend on weights are unknown; reading one gives a value of `UNKNOWN`.
 """
 
 from collections.abc import Iterator
@@ -19,10 +19,10 @@ from harness.ledger.log import COLLECTIVES
 from harness.ledger.tensors import shared, tensors_in
 
 LARGEST = 2**20
-"""Elements of the largest tensor that is computed: masks of [B, T] are far below it, [T, T] is never asked for."""
+"""The most elements of a tensor that is computed. [B, T] masks are far smaller; nobody reads values of [T, T] ones."""
 
 UNKNOWN: dict[bool, Any] = {True: 1.0, False: 0}
-"""What an unknown number (a loss, a norm, a token that a model chose) is taken to be, by whether it has a fraction."""
+"""The value of an unknown number (a loss, a norm, a sampled token), by whether its dtype is floating point."""
 
 _DEVICE = torch.ops.prim.device.default
 _ITEM = torch.ops.aten._local_scalar_dense.default
@@ -30,7 +30,7 @@ _EQUAL = torch.ops.aten.equal.default
 
 
 class Values(TorchDispatchMode):
-    """Outside a FakeTensorMode: computes what can be known, and answers where a value is asked for."""
+    """A dispatch mode outside the FakeTensorMode: it computes known values, and answers reads of a value."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,21 +52,21 @@ class Values(TorchDispatchMode):
             return self._equal(*args)
         out = func(*args, **kwargs)
         if func.namespace in COLLECTIVES:
-            self._forget(args)  # what the others would have sent
+            self._forget(args)  # the other ranks' values are unknown
         elif not self._compute(func, args, kwargs, out) and func._schema.is_mutable:
             self._forget(list(_written(func, args, kwargs)))
         return out
 
     def value(self, tensor: torch.Tensor) -> torch.Tensor | None:
-        """`tensor` with its values; None where they are unknown."""
-        known: torch.Tensor | None = self._known.get(tensor) if isinstance(tensor, FakeTensor) else tensor
-        return known
+        """The real tensor with the values of `tensor`; None where they are unknown."""
+        real: torch.Tensor | None = self._known.get(tensor) if isinstance(tensor, FakeTensor) else tensor
+        return real
 
     def _item(self, tensor: torch.Tensor) -> Any:
-        known = self.value(tensor)
-        if known is not None:
+        real = self.value(tensor)
+        if real is not None:
             with no_dispatch():
-                return known.item()
+                return real.item()
         return False if tensor.dtype == torch.bool else UNKNOWN[tensor.dtype.is_floating_point]
 
     def _equal(self, left: torch.Tensor, right: torch.Tensor) -> bool:
@@ -77,30 +77,32 @@ class Values(TorchDispatchMode):
             return torch.equal(one, other)
 
     def _compute(self, func: Any, args: Any, kwargs: Any, out: Any) -> bool:
-        """Do the same with values, where all that `func` took is known and what it made is worth knowing."""
-        made = [out] if isinstance(out, torch.Tensor) else list(out) if isinstance(out, (tuple, list)) else []
-        if not made or not all(isinstance(each, FakeTensor) and _worth_knowing(each) for each in made):
+        """Run `func` on real values if the inputs are known and the outputs worth knowing. Returns whether it ran."""
+        outputs = (
+            [out] if isinstance(out, torch.Tensor) else list(out) if isinstance(out, (tuple, list)) else []
+        )
+        if not outputs or not all(isinstance(each, FakeTensor) and _worth_knowing(each) for each in outputs):
             return False
         if torch.Tag.nondeterministic_seeded in func.tags:
             return False
         leaves, spec = tree_flatten((args, kwargs))
-        for place, leaf in enumerate(leaves):
+        for index, leaf in enumerate(leaves):
             if isinstance(leaf, torch.Tensor):
-                leaves[place] = self.value(leaf)
-                if leaves[place] is None or leaf.numel() > LARGEST:
+                leaves[index] = self.value(leaf)
+                if leaves[index] is None or leaf.numel() > LARGEST:
                     return False
         real_args, real_kwargs = tree_unflatten(leaves, spec)
         with no_dispatch():
             computed = func(*real_args, **real_kwargs)
-        self._known.update(zip(made, tensors_in(computed), strict=True))
+        self._known.update(zip(outputs, tensors_in(computed), strict=True))
         return True
 
     def _forget(self, tensors: Any) -> None:
-        """These are unknown now, and so is whatever shares their storage."""
+        """Mark `tensors`, and all tensors that share their storage, as unknown."""
         for tensor in tensors_in(tensors):
-            known = self._known.get(tensor)
-            if known is not None:
-                storage = known.untyped_storage()._cdata
+            real = self._known.get(tensor)
+            if real is not None:
+                storage = real.untyped_storage()._cdata
                 for fake, other in list(self._known.items()):
                     if other.untyped_storage()._cdata == storage:
                         del self._known[fake]
@@ -111,7 +113,7 @@ def _worth_knowing(tensor: torch.Tensor) -> bool:
 
 
 def _written(func: Any, args: Any, kwargs: Any) -> Iterator[Any]:
-    """What `func` writes to, by its schema."""
-    for place, argument in enumerate(func._schema.arguments):
+    """The arguments that `func` writes to, by its schema."""
+    for index, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
-            yield args[place] if place < len(args) else kwargs.get(argument.name)
+            yield args[index] if index < len(args) else kwargs.get(argument.name)

@@ -1,4 +1,4 @@
-"""One rank of a run, rehearsed in this process: the run's own code, on fake tensors, under the ledger."""
+"""Rehearses one rank in this process: the run's own code on fake tensors, under the ledger."""
 
 import gc
 import warnings
@@ -19,25 +19,24 @@ from harness.rehearsal.world import rehearsed
 from harness.training import train
 
 GPU_BLOCK = 512
-"""Bytes that CUDA's caching allocator rounds up to: kMinBlockSize of c10/cuda/CUDACachingAllocator."""
+"""CUDA's caching allocator rounds sizes up to multiples of this: kMinBlockSize in c10/cuda/CUDACachingAllocator."""
 
 
 def rehearse(
     settings: Settings, rank: int, directory: Path | None = None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Rank `rank` of `settings.world.size`: its part of `record.json`, and what the run says of itself.
+    """Rehearse rank `rank` of `settings.world.size`: its part of `record.json`, and the run's own parts.
 
-    It leaves its trace in `directory`, where one is given.
-
-    Raises Refusal as the run itself would, and RuntimeError where a shim does not fit.
+    It writes its trace to `directory`, if there is one. Raises Refusal as the run itself would, and RuntimeError where
+    a shim does not fit.
     """
     size, target = settings.world.size or 1, settings.hardware.device
     mode = train if settings.mode == "train" else infer
     stages = settings.pipeline.stages
-    done: dict[str, Any] = {}
+    run_parts: dict[str, Any] = {}
     if stages > 1:
         prove(settings)
-        done["pipeline"] = as_record(settings, split_of(settings, model_config(settings.model)))
+        run_parts["pipeline"] = as_record(settings, split_of(settings, model_config(settings.model)))
     cache_check.prove(settings)
     with (
         misfits(settings),
@@ -54,21 +53,24 @@ def rehearse(
             block=GPU_BLOCK if target == "cuda" else 1,
         )
         try:
-            with _settled(), ledger:
+            with _existing_objects_frozen(), ledger:
                 mode.run(
-                    settings, world, ledger, record_file.Output(Path("/dev/null"), _quiet, done, _nothing)
+                    settings,
+                    world,
+                    ledger,
+                    record_file.Output(Path("/dev/null"), _quiet, run_parts, _nothing),
                 )
         except Exception as error:
             error.rehearsed = rank, ledger.where  # type: ignore[attr-defined]
             raise
     if directory is not None and settings.ledger.trace:
         trace.write(directory, rank, trace.of_ledger(ledger, timed=False))
-    return record_file.rank_record(ledger, rank, world.stage, world.share), done
+    return record_file.rank_record(ledger, rank, world.stage, world.share), run_parts
 
 
 @contextmanager
-def _settled() -> Iterator[None]:
-    """Within it the garbage collector passes over what is there now: most of a rehearsal's objects are its modules'."""
+def _existing_objects_frozen() -> Iterator[None]:
+    """Exclude existing objects from garbage collection in this context: most objects are those of imported modules."""
     gc.freeze()
     try:
         yield
@@ -77,8 +79,8 @@ def _settled() -> Iterator[None]:
 
 
 def _quiet(line: str) -> None:
-    """What a rehearsed rank would say of its losses means nothing."""
+    """Print nothing: the losses of a rehearsed rank have no meaning."""
 
 
 def _nothing() -> None:
-    """There is nothing to flush."""
+    """Flush nothing."""

@@ -1,7 +1,7 @@
-"""What DeepSpeed does once for every rank, done for the one that is rehearsed: the same bytes, at any size of world.
+"""Shims for loops of DeepSpeed over all ranks: they work only for the rehearsed rank, with the same bytes.
 
-ZeRO cuts what it sends into a slice for each rank and then uses its own. With 16,384 ranks that is 16,384 views for
-each parameter, which on fake tensors would take hours. A slice is a view: leaving it out changes no byte.
+ZeRO cuts its messages into a slice for each rank, and then uses only its own slice. With 16,384 ranks that is 16,384
+views for each parameter, which would take hours on fake tensors. A slice is a view, so leaving it out changes no byte.
 """
 
 import math
@@ -17,34 +17,35 @@ import torch
 Original = Callable[..., Any]
 
 SLICERS = frozenset({"_all_gather_dtype", "get_data_parallel_partitions"})
-"""Functions of DeepSpeed's that cut a tensor for all ranks in rank order, and use their own rank's slice."""
+"""Functions of DeepSpeed that cut a tensor into slices for all ranks, and use only their own rank's slice."""
 
 
 class Slice(NamedTuple):
-    """A part of a flat tensor, not yet a view of it."""
+    """A part of a flat tensor, before a view of it exists."""
 
     whole: "Sliced"
     begin: int
     length: int
 
     def numel(self) -> int:
-        """Its elements."""
+        """The number of elements."""
         return self.length
 
     def data_ptr(self) -> int:
-        """Nowhere, as of any fake tensor."""
+        """0, as for any fake tensor."""
         return 0
 
 
 class Sliced:
-    """A flat tensor that is cut lazily; else it is the tensor."""
+    """A flat tensor whose `narrow` is lazy; every other attribute is the tensor's."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor
-        self.sent: set[tuple[int, bool]] = set()  # sizes of the groups of others' slices that were sent
+        # groups of other ranks' slices sent so far: (elements, whether several slices)
+        self.sent: set[tuple[int, bool]] = set()
 
     def narrow(self, dim: int, start: int, length: int) -> Slice:
-        """The slice, as of a tensor."""
+        """The slice, with the arguments of `Tensor.narrow`."""
         return Slice(self, start, length)
 
     def __getattr__(self, name: str) -> Any:
@@ -52,15 +53,14 @@ class Sliced:
 
 
 def narrow(original: Original) -> Original:
-    """`Tensor.narrow` that makes no view for the other ranks."""
+    """`Tensor.narrow` that creates no view for other ranks."""
 
     def stand_in(self: torch.Tensor, dim: int, start: int, length: int) -> Any:
         if sys._getframe(1).f_code.co_name in SLICERS:
             from deepspeed import comm
 
-            if length and start // length != comm.get_rank() % (
-                self.numel() // length
-            ):  # its replica's number
+            # compare the slice's number with this rank's number in its data-parallel group
+            if length and start // length != comm.get_rank() % (self.numel() // length):
                 return Slice(Sliced(self), start, length)
         return original(self, dim, start, length)
 
@@ -68,7 +68,7 @@ def narrow(original: Original) -> Original:
 
 
 def gathered(original: Original) -> Original:
-    """ZeRO-3's `AllGatherCoalescedHandle.wait`: what it copies out of every rank's slice is copied at once."""
+    """ZeRO-3's `AllGatherCoalescedHandle.wait`: one copy for each parameter, instead of one from every rank's slice."""
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
     def stand_in(self: Any, handle_dependency: bool = True) -> None:
@@ -88,7 +88,7 @@ def gathered(original: Original) -> Original:
 
 
 def reduce_scattered(original: Original) -> Original:
-    """ZeRO-3's `reduce_scatter_coalesced`: gradients and their padding are copied together, and one slice returned."""
+    """ZeRO-3's `reduce_scatter_coalesced`: it concatenates gradients and padding, and returns only the own slices."""
     from deepspeed import comm
 
     def stand_in(tensors: Sequence[torch.Tensor], group: Any = None) -> list[torch.Tensor]:
@@ -104,23 +104,23 @@ def reduce_scattered(original: Original) -> Original:
                     parts.append(torch.empty(padding, dtype=tensor.dtype, device=tensor.device))
             flat = torch.cat(parts)
         flat.div_(size)
-        mine = flat.narrow(0, rank * sum(chunks), sum(chunks))
-        comm.reduce_scatter_fn(mine, flat, group=group)
+        own_slice = flat.narrow(0, rank * sum(chunks), sum(chunks))
+        comm.reduce_scatter_fn(own_slice, flat, group=group)
         if flat.device == torch.device("cpu"):
-            # gloo reduces a copy, which it frees when it has taken this rank's slice out of it; NCCL needs none
-            mine.copy_(torch.empty_like(flat).narrow(0, rank * sum(chunks), sum(chunks)))
-        made, offset = [], 0
+            # gloo reduces a temporary copy, and frees it after taking this rank's slice; NCCL needs no copy
+            own_slice.copy_(torch.empty_like(flat).narrow(0, rank * sum(chunks), sum(chunks)))
+        slices, offset = [], 0
         for tensor, chunk in zip(tensors, chunks, strict=True):
             length = max(0, min(chunk, tensor.numel() - rank * chunk))
-            made.append(mine.narrow(0, offset, length))
+            slices.append(own_slice.narrow(0, offset, length))
             offset += chunk
-        return made
+        return slices
 
     return stand_in
 
 
 def averaged(original: Original) -> Original:
-    """ZeRO-1 and 2's `average_tensor`, which cuts a bucket for all ranks: lazily."""
+    """ZeRO-1 and 2's `average_tensor`, which cuts a bucket for all ranks: the slices are lazy."""
 
     def stand_in(self: Any, tensor: torch.Tensor, communication_data_type: torch.dtype) -> Any:
         return original(self, Sliced(tensor), communication_data_type)
@@ -129,7 +129,10 @@ def averaged(original: Original) -> Original:
 
 
 def sent(original: Original) -> Original:
-    """ZeRO-1 and 2's all-reduce of a group of slices: every one with a slice of this rank's, of others one a size."""
+    """ZeRO-1 and 2's all-reduce of a group of slices.
+
+    Groups with a slice of this rank are all sent. Of the groups with only others' slices, one of each size is sent.
+    """
 
     def stand_in(
         self: Any,
@@ -143,30 +146,36 @@ def sent(original: Original) -> Original:
     ) -> Any:
         from deepspeed import comm
 
-        rank, whole = comm.get_rank(process_group), small_bucket[0].whole
-        pieces: list[tuple[Slice, Any, Any]] = []
-        ours = False
+        rank, flat = comm.get_rank(process_group), small_bucket[0].whole
+        merged: list[tuple[Slice, Any, Any]] = []
+        any_own = False
         for part, ranks, output in zip(small_bucket, bucket_ranks, output_bucket, strict=True):
-            mine = rank in ranks if isinstance(ranks, frozenset) else rank == ranks
-            ours = ours or mine
-            last = pieces[-1][0] if len(pieces) > 1 else None  # two pieces stay two: one alone is not copied
-            if last and not mine and pieces[-1][1] is None and last.begin + last.length == part.begin:
-                pieces[-1] = (last._replace(length=last.length + part.length), None, None)
+            is_own = rank in ranks if isinstance(ranks, frozenset) else rank == ranks
+            any_own = any_own or is_own
+            # never merge down to one piece: a single piece is not copied
+            previous = merged[-1][0] if len(merged) > 1 else None
+            if (
+                previous
+                and not is_own
+                and merged[-1][1] is None
+                and previous.begin + previous.length == part.begin
+            ):
+                merged[-1] = (previous._replace(length=previous.length + part.length), None, None)
             else:
-                pieces.append((part, ranks if mine else None, output))
-        group = sum(part.length for part, _, _ in pieces), len(pieces) > 1
-        if not ours and group in whole.sent:
+                merged.append((part, ranks if is_own else None, output))
+        group = sum(part.length for part, _, _ in merged), len(merged) > 1
+        if not any_own and group in flat.sent:
             return
-        whole.sent.add(group)
+        flat.sent.add(group)
         original(
             self,
-            [whole.tensor.narrow(0, part.begin, part.length) for part, _, _ in pieces],
+            [flat.tensor.narrow(0, part.begin, part.length) for part, _, _ in merged],
             communication_data_type,
             log=log,
             divide=divide,
             process_group=process_group,
-            bucket_ranks=[frozenset() if ranks is None else ranks for _, ranks, _ in pieces],
-            output_bucket=[output for _, _, output in pieces],
+            bucket_ranks=[frozenset() if ranks is None else ranks for _, ranks, _ in merged],
+            output_bucket=[output for _, _, output in merged],
         )
 
     return stand_in
@@ -177,11 +186,14 @@ PARTITIONS = (
     *("total_grads_in_partition", "remaining_grads_in_partition"),
     *("grad_partition_insertion_offset", "grad_start_offset"),
 )
-"""What ZeRO-1 and 2 keep for every rank's partition: numbers."""
+"""The attributes in which ZeRO-1 and 2 keep numbers for every rank's partition."""
 
 
 def booked(original: Original) -> Original:
-    """ZeRO-1 and 2's `initialize_gradient_partitioning_data_structures`, in books that nobody searches for tensors."""
+    """ZeRO-1 and 2's `initialize_gradient_partitioning_data_structures`, with `UserDict` in place of `dict`.
+
+    The search for tensors goes through dicts, but not through a UserDict.
+    """
 
     def stand_in(self: Any) -> None:
         original(self)
@@ -192,7 +204,7 @@ def booked(original: Original) -> Original:
 
 
 def placed(original: Original) -> Original:
-    """ZeRO-1 and 2's `initialize_gradient_partition`: the parameters of a partition found, and not looked for."""
+    """ZeRO-1 and 2's `initialize_gradient_partition`: a binary search finds a partition's parameters, not a loop."""
 
     def stand_in(self: Any, i: int, param_group: Sequence[Any], partition_id: int) -> None:
         begins, start = _begins(self, i, param_group), self.partition_size[i] * partition_id
@@ -210,7 +222,7 @@ def placed(original: Original) -> Original:
 
 
 def first_index(original: Original) -> Original:
-    """ZeRO-1 and 2's `get_first_param_index`, likewise."""
+    """ZeRO-1 and 2's `get_first_param_index`, with the same binary search."""
 
     def stand_in(self: Any, group_id: int, param_group: Sequence[Any], partition_id: int) -> int | None:
         span = _span(self, group_id, param_group, partition_id)
@@ -220,7 +232,7 @@ def first_index(original: Original) -> Original:
 
 
 def _span(optimizer: Any, group: int, parameters: Sequence[Any], partition: int) -> range:
-    """The places of those of `parameters` that have a part in a partition of the flat group."""
+    """The indices of those of `parameters` that have a part in a partition of the flat group."""
     begins, size = _begins(optimizer, group, parameters), optimizer.partition_size[group]
     start = size * partition
     first, last = bisect_left(begins, start), bisect_left(begins, start + size)
@@ -229,10 +241,10 @@ def _span(optimizer: Any, group: int, parameters: Sequence[Any], partition: int)
 
 
 def _begins(optimizer: Any, group: int, parameters: Sequence[Any]) -> list[int]:
-    """Where each of `parameters` begins in the flat group."""
-    known = optimizer.__dict__.setdefault("_rehearsal_begins", {})
-    if group not in known:
+    """The offset of each of `parameters` in the flat group, in elements; cached on the optimizer."""
+    begins_by_group = optimizer.__dict__.setdefault("_rehearsal_begins", {})
+    if group not in begins_by_group:
         padding = optimizer.round_robin_bit16_padding[group]
         sizes = [parameter.numel() + extra for parameter, extra in zip(parameters, padding, strict=False)]
-        known[group] = [0, *accumulate(sizes)][: len(sizes)]
-    return known[group]  # type: ignore[no-any-return]
+        begins_by_group[group] = [0, *accumulate(sizes)][: len(sizes)]
+    return begins_by_group[group]  # type: ignore[no-any-return]

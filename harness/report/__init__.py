@@ -1,6 +1,6 @@
-"""`harness report RUN [RUN ...] -o DIR`: runs to look at, from their records and traces alone, with no torch.
+"""`harness report RUN [RUN ...] -o DIR`: shows runs on a page, from their records and traces alone, without torch.
 
-It may import analysis and advice. Start at `content.py`: what is said of runs, as plain data; `page.py` draws it.
+It may import analysis and advice. Start at `content.py`: the page's content as plain data; `page.py` renders it.
 """
 
 import sys
@@ -15,19 +15,19 @@ PAGE = "index.html"
 
 
 def main(argv: Sequence[str]) -> int:
-    """`harness report RUN [RUN ...]`; the exit code."""
+    """Run `harness report RUN [RUN ...]`; returns the exit code."""
     from harness.report import content, exports, page
 
     try:
-        asked = _parser().parse_args(argv)
-        runs = content.runs_at(asked.run)
-        drawn = page.html(runs)
-        asked.output.mkdir(parents=True, exist_ok=True)
-        put(asked.output / PAGE, drawn)
-        made = [asked.output / PAGE]
+        options = _parser().parse_args(argv)
+        runs = content.runs_at(options.run)
+        html = page.html(runs)
+        options.output.mkdir(parents=True, exist_ok=True)
+        put(options.output / PAGE, html)
+        paths = [options.output / PAGE]
         for form in exports.FORMS:
-            if getattr(asked, form):
-                made += exports.FORMS[form].write(runs, asked.output)
+            if getattr(options, form):
+                paths += exports.FORMS[form].write(runs, options.output)
     except ValueError as error:
         print(f"harness: {printable(str(error))}", file=sys.stderr)
         return 2
@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
             file=sys.stderr,
         )
         return 2
-    for path in made:
+    for path in paths:
         print(path)
     return 0
 

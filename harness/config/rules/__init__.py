@@ -1,4 +1,4 @@
-"""Every rule between knobs, each with its sentence."""
+"""The rules between fields. Each rule raises a Refusal with its own sentence."""
 
 import os
 from collections.abc import Sequence
@@ -10,45 +10,49 @@ from harness.config.settings import Checkpointing, Pipeline, Refusal, Settings
 
 
 def check(settings: Settings) -> None:
-    """Raise Refusal for an impossible combination, as far as neither torch nor the other ranks must be asked."""
+    """Raise Refusal for an impossible combination, as far as that is known without torch and without other ranks."""
     rules = (_parallelism, _pipeline, _rehearsal, _model, _checkpointing, _data, _train, generation)
     for rule in (*rules, quantized.check):
         rule(settings)
 
 
-def check_world(settings: Settings, size: int, words: Sequence[str] = ()) -> None:
-    """Refuse a world of `size` ranks that `settings` cannot run in; `words` are what was typed after `harness`."""
+def check_world(settings: Settings, size: int, overrides: Sequence[str] = ()) -> None:
+    """Refuse a world of `size` ranks that `settings` cannot run in. `overrides` complete the command in the remedy."""
     world, stages, train = settings.world, settings.pipeline.stages, settings.train
     if world.size is not None and world.size != size:
-        raise Refusal("world.size", world.size, f"{_ranks(size)} here; start {_torchrun(world.size, words)}")
-    apart = settings.tensor_parallel
-    if size % apart:
-        line = _torchrun(-(-size // apart) * apart, words)
-        remedy = f"{_ranks(size)} here, and so many share each layer; start {line}"
-        raise Refusal("generation.tensor_parallel", apart, remedy)
-    if size % (stages * apart):
-        enough = -(-size // (stages * apart)) * stages * apart
-        told = f"stages of {apart} ranks that share their layers" if apart > 1 else "stages"
+        raise Refusal(
+            "world.size", world.size, f"{_ranks(size)} here; start {_torchrun(world.size, overrides)}"
+        )
+    tensor_parallel = settings.tensor_parallel
+    if size % tensor_parallel:
+        command = _torchrun(-(-size // tensor_parallel) * tensor_parallel, overrides)
+        remedy = f"{_ranks(size)} here, and so many share each layer; start {command}"
+        raise Refusal("generation.tensor_parallel", tensor_parallel, remedy)
+    if size % (stages * tensor_parallel):
+        ranks = -(-size // (stages * tensor_parallel)) * stages * tensor_parallel
+        units = (
+            f"stages of {tensor_parallel} ranks that share their layers" if tensor_parallel > 1 else "stages"
+        )
         raise Refusal(
             "pipeline.stages",
             stages,
-            f"{_ranks(size)} here, and {told} must divide them evenly; start {_torchrun(enough, words)}",
+            f"{_ranks(size)} here, and {units} must divide them evenly; start {_torchrun(ranks, overrides)}",
         )
-    together = train.micro_batch * size // stages
-    if settings.mode == "train" and train.batch is not None and train.batch != together * train.accumulation:
+    sequences = train.micro_batch * size // stages
+    if settings.mode == "train" and train.batch is not None and train.batch != sequences * train.accumulation:
         remedy = (
-            f"train.accumulation={train.batch // together} makes that"
-            if train.batch % together == 0
-            else f"it must be a multiple of that, as {-(-train.batch // together) * together} is"
+            f"train.accumulation={train.batch // sequences} makes that"
+            if train.batch % sequences == 0
+            else f"it must be a multiple of that, as {-(-train.batch // sequences) * sequences} is"
         )
-        product = f"train.micro_batch={train.micro_batch} on {_ranks(size // stages, 'replica')} is {together} at once"
+        product = f"train.micro_batch={train.micro_batch} on {_ranks(size // stages, 'replica')} is {sequences} at once"
         raise Refusal(
             "train.batch", train.batch, f"{product}, train.accumulation={train.accumulation}; {remedy}"
         )
 
 
 def check_layers(checkpointing: Checkpointing, number: int) -> None:
-    """Refuse layers to recompute that a model of `number` layers does not have."""
+    """Refuse to recompute layers that a model of `number` layers does not have."""
     for layer in checkpointing.layers:
         if layer >= number:
             remedy = f"there is no layer {layer}; the model has {number}, from 0 to {number - 1}"
@@ -77,24 +81,24 @@ def _parallelism(settings: Settings) -> None:
 
 
 def _pipeline(settings: Settings) -> None:
-    asked, batch = settings.pipeline, settings.generation.batch
-    if asked.stages == 1:
-        for key, value, default in (("split", asked.split, "uniform"), ("groups", asked.groups, None)):
+    pipeline, batch = settings.pipeline, settings.generation.batch
+    if pipeline.stages == 1:
+        for key, value, default in (("split", pipeline.split, "uniform"), ("groups", pipeline.groups, None)):
             if value != default:
                 raise Refusal(f"pipeline.{key}", value, "one stage needs none; add pipeline.stages=")
         return
-    if settings.mode == "infer" and asked.groups is not None and asked.groups > batch:
+    if settings.mode == "infer" and pipeline.groups is not None and pipeline.groups > batch:
         raise Refusal(
-            "pipeline.groups", asked.groups, f"each has a prompt or more, and generation.batch={batch}"
+            "pipeline.groups", pipeline.groups, f"each has a prompt or more, and generation.batch={batch}"
         )
     _, layers = read(shape_of(settings.model), "num_hidden_layers")
     if isinstance(layers, int):
-        check_split(asked, layers)
+        check_split(pipeline, layers)
 
 
-def check_split(asked: Pipeline, layers: int) -> None:
-    """Refuse more stages than `layers`, and a list that does not give each stage its own."""
-    stages, split = asked.stages, asked.split
+def check_split(pipeline: Pipeline, layers: int) -> None:
+    """Refuse more stages than `layers`, and a list that does not give each stage its number of layers."""
+    stages, split = pipeline.stages, pipeline.split
     if stages > layers:
         raise Refusal("pipeline.stages", stages, f"the model has {layers} layers; use {layers} or fewer")
     if isinstance(split, list) and len(split) != stages:
@@ -130,21 +134,23 @@ def _model(settings: Settings) -> None:
 
 
 def _checkpointing(settings: Settings) -> None:
-    asked = settings.checkpointing
-    if settings.mode == "infer" and asked.mode != "none":
+    checkpointing = settings.checkpointing
+    if settings.mode == "infer" and checkpointing.mode != "none":
         remedy = "inference keeps nothing to recompute; use checkpointing=none"
-        raise Refusal("checkpointing", asked.mode, remedy)
-    for key, value, off in (("layers", asked.layers, []), ("every", asked.every, 1)):
-        if asked.mode == "none" and value != off:
+        raise Refusal("checkpointing", checkpointing.mode, remedy)
+    for key, value, off in (("layers", checkpointing.layers, []), ("every", checkpointing.every, 1)):
+        if checkpointing.mode == "none" and value != off:
             remedy = "checkpointing=none recomputes no layer; use checkpointing=selective or full"
             raise Refusal(f"checkpointing.{key}", value, remedy)
-    if asked.layers and asked.every > 1:
-        raise Refusal("checkpointing.every", asked.every, "give either it or checkpointing.layers=, not both")
-    if len(set(asked.layers)) < len(asked.layers):
-        raise Refusal("checkpointing.layers", asked.layers, "give each layer once")
+    if checkpointing.layers and checkpointing.every > 1:
+        raise Refusal(
+            "checkpointing.every", checkpointing.every, "give either it or checkpointing.layers=, not both"
+        )
+    if len(set(checkpointing.layers)) < len(checkpointing.layers):
+        raise Refusal("checkpointing.layers", checkpointing.layers, "give each layer once")
     _, layers = read(shape_of(settings.model), "num_hidden_layers")
     if isinstance(layers, int):
-        check_layers(asked, layers)
+        check_layers(checkpointing, layers)
 
 
 def _data(settings: Settings) -> None:
@@ -191,5 +197,5 @@ def _ranks(count: int, name: str = "rank") -> str:
     return f"{count} {name}" if count == 1 else f"{count} {name}s"
 
 
-def _torchrun(size: int, words: Sequence[str]) -> str:
-    return " ".join(["torchrun --standalone --nproc-per-node", str(size), "-m harness", *words])
+def _torchrun(size: int, overrides: Sequence[str]) -> str:
+    return " ".join(["torchrun --standalone --nproc-per-node", str(size), "-m harness", *overrides])

@@ -1,7 +1,7 @@
-"""How many positions a model has, by its transformers config: no sequence is longer, prompt and new tokens together.
+"""How many positions a model has, by its transformers config. Prompt and new tokens together cannot be more.
 
-It reads the config as a mapping, of which a `config.json` has what was written there and `to_dict` has all: so it is
-asked twice, without torch and of the config itself.
+It reads the config as a mapping. It runs twice: early and without torch on `config.json`, which has only the keys
+that were written, and later on the config's `to_dict`, which has all keys.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,13 +15,13 @@ NAMES = (
     *("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "max_target_positions"),
     *("model_max_length", "n_ctx", "seq_length"),
 )
-"""What configs call their positions, the first that is there."""
+"""The names of the number of positions in configs; the first name present counts."""
 
 OWN = {"mpt": "max_seq_len", "whisper": "max_target_positions"}
-"""Model types that read one of these and never the first, which a group's shape may have for other models."""
+"""Model types that read only this name. A group's shape may also have the first name, for other models."""
 
 ORIGINAL = "original_max_position_embeddings"
-"""What there were before they were stretched, where a config has both."""
+"""The number of positions before rope scaling, where a config has both numbers."""
 
 NONE = frozenset(
     {
@@ -29,7 +29,7 @@ NONE = frozenset(
         *("falcon_mamba", "mamba", "mamba2", "recurrent_gemma", "rwkv", "xlstm"),  # by a state
     }
 )
-"""Model types that take any length, whatever is in their config: others have written a training length there."""
+"""Model types that take any length. A number of positions in their config is only the training length."""
 
 AFTER_PADDING = frozenset(
     {
@@ -37,45 +37,45 @@ AFTER_PADDING = frozenset(
         *("xlm-roberta", "xlm-roberta-xl", "xmod"),
     }
 )
-"""Model types whose table of positions has rows for padding, up to `pad_token_id`: what is left is for tokens."""
+"""Model types whose position table reserves the rows up to `pad_token_id` for padding; tokens use the other rows."""
 
 STRETCHED = frozenset({"dynamic", "linear", "yarn"})
-"""Kinds of rope that take `factor` times the positions; of the others the config says what they come to."""
+"""Kinds of rope that have `factor` times the positions. For the other kinds the config has the scaled number."""
 
 ALREADY = ("gemma3",)
-"""Beginnings of model types whose config says what a linear rope comes to, too."""
+"""Prefixes of model types whose config has the scaled number for a linear rope too."""
 
 
 class Limit(NamedTuple):
-    """The most `tokens` of a sequence, and the attributes that say so."""
+    """The most `tokens` of a sequence, and the config attributes that say so."""
 
     tokens: int
     said: str
 
 
 def check(settings: Settings, config: Mapping[str, Any]) -> None:
-    """Refuse sequences that are longer than a model of `config` has positions, as far as knobs say their lengths."""
-    most, train, generation = limit(config), settings.train, settings.generation
-    if most is None:
+    """Refuse sequences longer than the positions of a model of `config`, as far as the settings have the lengths."""
+    model_limit, train, generation = limit(config), settings.train, settings.generation
+    if model_limit is None:
         return
-    allows = f"the model allows {most.tokens} tokens ({most.said})"
-    if settings.mode == "train" and train.sequence > most.tokens:
+    allows = f"the model allows {model_limit.tokens} tokens ({model_limit.said})"
+    if settings.mode == "train" and train.sequence > model_limit.tokens:
         raise Refusal("train.sequence", train.sequence, allows)
     new = generation.max_new_tokens or (NEW_TOKENS if settings.model.path is None else 1)
-    asked = new + (1 if given(generation) else generation.prompt_length)
-    if settings.mode == "infer" and asked > most.tokens:
+    tokens = new + (1 if given(generation) else generation.prompt_length)
+    if settings.mode == "infer" and tokens > model_limit.tokens:
         key, value = "generation.max_new_tokens", new
-        if asked - value >= most.tokens:
+        if tokens - value >= model_limit.tokens:
             key, value = "generation.prompt_length", generation.prompt_length
-        raise Refusal(key, value, f"prompt and new tokens are {asked}, and {allows}")
+        raise Refusal(key, value, f"prompt and new tokens are {tokens}, and {allows}")
 
 
 def limit(config: Mapping[str, Any]) -> Limit | None:
-    """That of a model's config; None where it has none, or does not say one.
+    """The limit of a model's config; None where the model has no limit, or the config does not say it.
 
-    Rope computes beyond what it was trained for, but what it gives there is no text: that is a limit like a table's.
-    One that is stretched has `factor` times its positions: those before, where a config says them, else all that it
-    says. Some configs say the result; of the two the larger is taken.
+    Rope still computes beyond its trained positions, but the output is not usable text: so they are a limit, as a
+    position table is. A scaled rope has `factor` times the original positions; where the config has no original
+    number, it has `factor` times the written number. Some configs write the result instead: the larger one counts.
     """
     shape = text_of(config)
     kind = str(shape.get("model_type") or "")
@@ -91,25 +91,25 @@ def limit(config: Mapping[str, Any]) -> Limit | None:
         padding = shape.get("pad_token_id", 1)
         rows = padding + 1 if isinstance(padding, int) else 0
         return Limit(tokens - rows, f"{name}={tokens} but for the {rows} of padding")
-    said = [Limit(tokens, name)]
+    limits = [Limit(tokens, name)]
     if not kind.startswith(ALREADY):
-        said += _stretched(shape, name)
-    return max(said, key=lambda each: each.tokens)
+        limits += _scaled_limits(shape, name)
+    return max(limits, key=lambda each: each.tokens)
 
 
-def _stretched(shape: Mapping[str, Any], name: str) -> Iterator[Limit]:
-    """What each rope in `shape` comes to: there may be one for each kind of layer."""
+def _scaled_limits(shape: Mapping[str, Any], name: str) -> Iterator[Limit]:
+    """The limit of each scaled rope in `shape`. There may be one rope for each kind of layer."""
     key = "rope_scaling" if isinstance(shape.get("rope_scaling"), Mapping) else "rope_parameters"
-    given = shape.get(key)
-    if not isinstance(given, Mapping):
+    parameters = shape.get(key)
+    if not isinstance(parameters, Mapping):
         return
-    for rope in (given, *(each for each in given.values() if isinstance(each, Mapping))):
+    for rope in (parameters, *(each for each in parameters.values() if isinstance(each, Mapping))):
         factor, own = rope.get("factor"), shape.get(ORIGINAL) or rope.get(ORIGINAL)
         if rope.get("rope_type", rope.get("type")) in STRETCHED and _positive(factor):
-            before, told = (own, ORIGINAL) if _positive(own) else (shape[name], name)
-            yield Limit(int(before * factor), f"{told}={before} x factor={factor:g} of {key}")
+            before, field = (own, ORIGINAL) if _positive(own) else (shape[name], name)
+            yield Limit(int(before * factor), f"{field}={before} x factor={factor:g} of {key}")
 
 
 def _positive(value: object) -> TypeGuard[float]:
-    """Whether it is a number that counts something: -1 and null are how configs say that nothing does."""
+    """Whether `value` is a finite number above 0. Configs write -1 or null where they have no number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")

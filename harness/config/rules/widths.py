@@ -1,6 +1,6 @@
-"""The numbers in a model's config that its parameters are made by: whole, and as many as something can have.
+"""Checks the numbers in a model's config that decide the shapes of its parameters.
 
-What transformers' configs call them differs; their endings do not. What is left of a config is transformers' to check.
+Their names differ among transformers' configs, but the endings of the names do not. transformers checks the rest.
 """
 
 import math
@@ -15,13 +15,13 @@ COUNTS = re.compile(
     r"(.*_)?(size|dim|heads|layers|experts|rank|hidden|per_tok|topk)|n_(embd|head|layer|inner|heads|layers)"
     r"|d_(model|ff|kv|head|inner|state|conv)|expand"
 )
-"""Names of whole numbers, 0 or more; some say null or auto, and that there is one by true."""
+"""Names of whole numbers, 0 or more. Some configs have null or "auto" there, or true where such a part exists."""
 
 HEAD = re.compile(r"head_(dim|size)$|^(d_kv|kv_channels)$")
-"""What says how wide a head is; where nothing does, heads share the hidden size."""
+"""Names of a head's width. Without one of them, the heads divide the hidden size."""
 
 OF_OTHERS = re.compile(r"(audio|encoder|image|quantization|speech|vision)_.*")
-"""Configs within one that are not of its text, or have rules of their own."""
+"""Nested configs that are not for text, or that have their own rules."""
 
 NEVER_NONE = (
     *(
@@ -34,37 +34,37 @@ NEVER_NONE = (
     ),
     *("num_key_value_heads", "num_experts_per_tok", "n_embd", "n_head", "n_layer", "d_model"),
 )
-"""Those of them that are 1 or more."""
+"""Names of whole numbers that must be 1 or more."""
 
 POSITIVE = ("rope_theta", "rotary_emb_base", "rope_local_base_freq", "factor")
-"""Numbers that something is divided by, or a power of."""
+"""Names of divisors and of bases of powers: they must be above 0."""
 
 DROPPED = re.compile(r"(.*_)?(dropout|dropout_p|dropout_prob|pdrop|layerdrop)")
-"""Shares of what is left out in training."""
+"""Names of dropout probabilities."""
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 CHOSEN = ("num_experts_per_tok", "moe_topk", "moe_k")
 
 
 def check(shape: Mapping[str, Any], prefix: str) -> None:
-    """Refuse a model's config with a width that none can have; `prefix` is what a name in it is called by."""
-    for path, value in _values(shape):
+    """Refuse a model's config with an impossible width. `prefix` comes before a name in the Refusal."""
+    for path, value in _scalars(shape):
         if (remedy := _remedy(path.rpartition(".")[2], value)) is not None:
             raise Refusal(prefix + path, value, remedy)
     _heads(shape, prefix)
     text = text_of(shape)
-    experts = next(((name, text[name]) for name in EXPERTS if _whole(text.get(name))), None)
+    experts = next(((name, text[name]) for name in EXPERTS if _is_integer(text.get(name))), None)
     for name in CHOSEN:
-        if experts and _whole(text.get(name)) and text[name] > experts[1]:
+        if experts and _is_integer(text.get(name)) and text[name] > experts[1]:
             raise Refusal(
                 prefix + name, text[name], f"there are {experts[0]}={experts[1]}; use as many or fewer"
             )
 
 
 def _remedy(name: str, value: object) -> str | None:
-    """What `value` should be, where it is none for `name`."""
+    """What `value` should be, if it is impossible for `name`; else None."""
     number = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
-    if name in NEVER_NONE and not (_whole(value) and value >= 1):
+    if name in NEVER_NONE and not (_is_integer(value) and value >= 1):
         return "should be a whole number, 1 or more"
     if COUNTS.fullmatch(name) and number < 0:
         return "should be a whole number, 0 or more"
@@ -77,7 +77,7 @@ def _remedy(name: str, value: object) -> str | None:
     return None
 
 
-def _whole(value: object) -> TypeGuard[int]:
+def _is_integer(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -85,8 +85,8 @@ def _heads(shape: Mapping[str, Any], prefix: str) -> None:
     heads, kv_heads, hidden = (
         read(shape, name) for name in ("num_attention_heads", "num_key_value_heads", "hidden_size")
     )
-    if not all(value is None or _whole(value) for _, value in (heads, kv_heads, hidden)):
-        return  # one for each layer
+    if not all(value is None or _is_integer(value) for _, value in (heads, kv_heads, hidden)):
+        return  # a list: one value for each layer
     if heads[1] and kv_heads[1] and heads[1] % kv_heads[1]:
         raise Refusal(prefix + kv_heads[0], kv_heads[1], f"must divide {heads[0]}={heads[1]} evenly")
     text = text_of(shape)
@@ -95,18 +95,18 @@ def _heads(shape: Mapping[str, Any], prefix: str) -> None:
         if hidden[1] % heads[1]:
             raise Refusal(prefix + hidden[0], hidden[1], f"must be a multiple of {heads[0]}={heads[1]}")
         width = hidden[1] // heads[1]
-    turned = text.get("rope_parameters") or text.get("rope_theta")
-    if turned and not text.get("partial_rotary_factor") and isinstance(width, int) and width % 2:
+    rotary = text.get("rope_parameters") or text.get("rope_theta")
+    if rotary and not text.get("partial_rotary_factor") and isinstance(width, int) and width % 2:
         key, value = ("head_dim", width) if text.get("head_dim") else hidden
-        told = f"rotary positions turn pairs, and a head has {width}; head_dim should be even"
-        raise Refusal(prefix + key, value, told)
+        reason = f"rotary positions turn pairs, and a head has {width}; head_dim should be even"
+        raise Refusal(prefix + key, value, reason)
 
 
-def _values(shape: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every single value in `shape` by its path, and each number of a list, but for those that are not said."""
+def _scalars(shape: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every scalar in `shape` with its path, and each number of a list. Null values are left out."""
     for name, value in shape.items():
         if isinstance(value, Mapping):
-            yield from () if OF_OTHERS.fullmatch(name) else _values(value, f"{prefix}{name}.")
+            yield from () if OF_OTHERS.fullmatch(name) else _scalars(value, f"{prefix}{name}.")
         else:
             numbers = (
                 [each for each in value if not isinstance(each, str)] if isinstance(value, list) else [value]
@@ -115,6 +115,6 @@ def _values(shape: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 
 def nothing(shape: Mapping[str, Any]) -> str | None:
-    """The first count in `shape` that is 0."""
-    counts = ((path, value) for path, value in _values(shape) if COUNTS.fullmatch(path.rpartition(".")[2]))
+    """The path of the first count in `shape` that is 0; None where there is none."""
+    counts = ((path, value) for path, value in _scalars(shape) if COUNTS.fullmatch(path.rpartition(".")[2]))
     return next((path for path, value in counts if value == 0), None)
