@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
 from difflib import get_close_matches
 from importlib import import_module
+from importlib.util import find_spec
 from io import TextIOWrapper
 from typing import NoReturn
 
 from omegaconf import OmegaConf
 
+from harness import __version__
 from harness.config import compose
 from harness.config.load import load
 from harness.config.settings import Refusal, as_typed, knobs
@@ -56,6 +58,15 @@ TOOLS = {
 }
 """Each tool: its module in `harness`, which has a `main`, and its line of help."""
 
+EXTRAS = {
+    "run": ("transformers", "deepspeed", "accelerate", "datasets", "huggingface_hub", "safetensors"),
+    "report": ("jinja2", "plotly"),
+}
+"""The extras of pyproject.toml that commands need, and the packages that each brings."""
+
+NEEDS = {"fit": "run", "report": "report"}
+"""The extra that a tool needs."""
+
 USAGE = """\
 Train a causal language model or generate with one, and see what every byte on every rank is.
 
@@ -63,10 +74,15 @@ Train a causal language model or generate with one, and see what every byte on e
   python -m harness mode=infer model.path=RUN/checkpoint [key=value ...]
   torchrun --standalone --nproc-per-node 2 -m harness mode=train zero=2 [key=value ...]
   python -m harness --cfg job [key=value ...]     check and print the config, run nothing
+  python -m harness --version
 
 A run leaves record.json, config.yaml and what it made in hydra.run.dir=DIR, else in outputs/DATE/TIME-MODE.
 What is wrong is one sentence on stderr; torchrun's own traceback below it ends with the same sentence.
 """
+
+
+class Absent(Exception):
+    """A package that a command needs is not installed; the sentence names it, and what installs it."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         return _carry_out(arguments)
-    except Refusal as refusal:
+    except (Absent, Refusal) as refusal:
         return _refuse(str(refusal))
     except BrokenProcessPool:
         print("harness: a rehearsal's process is gone without a word; was it killed?", file=sys.stderr)
@@ -99,7 +115,10 @@ def usage() -> str:
 def _carry_out(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         return _say(usage())
+    if arguments == ["--version"]:
+        return _say(f"harness {__version__}")
     if arguments[0] in TOOLS:
+        _require(NEEDS.get(arguments[0]))
         return int(import_module(f"harness.{TOOLS[arguments[0]][0]}").main(arguments[1:]))
     only_print = arguments[:2] == ["--cfg", "job"]
     arguments = arguments[2:] if only_print else arguments
@@ -113,9 +132,17 @@ def _carry_out(arguments: list[str]) -> int:
     if only_print:
         own_keys = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
         return _say(OmegaConf.to_yaml(own_keys, resolve=True))
+    _require("run")
     from harness.run import run  # imports torch, so only after the request is checked
 
     return run(settings, cfg, arguments)
+
+
+def _require(extra: str | None) -> None:
+    """Raise Absent where a package of `extra` is not installed."""
+    for package in EXTRAS.get(extra or "", ()):
+        if find_spec(package) is None:
+            raise Absent(f"{package} is not installed; pip install 'harness[{extra}]' has it")
 
 
 def _say(text: str) -> int:

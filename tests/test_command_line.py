@@ -11,6 +11,7 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
+import harness
 from harness.__main__ import TOOLS
 from harness.config import compose
 from harness.config.load import load
@@ -126,3 +127,25 @@ def test_the_config_can_be_printed_without_a_run(door: Door, tmp_path: Path) -> 
     printed = load(DictConfig(OmegaConf.load(tmp_path / "printed.yaml")))
     assert (printed.zero.stage, printed.train.steps, printed.model.name) == (3, 7, "tiny")
     assert [each.name for each in tmp_path.iterdir()] == ["printed.yaml"]
+
+
+def test_the_version_is_the_package_s(door: Door) -> None:
+    assert door("--version").stdout == f"harness {harness.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("package", "arguments", "extra"),
+    [
+        ("transformers", ("mode=train", "world=rehearsed", "world.size=1"), "run"),
+        ("deepspeed", ("mode=train", "world=rehearsed", "world.size=1"), "run"),
+        ("plotly", ("report", "RUN", "-o", "PAGE"), "report"),
+    ],
+)
+def test_a_package_that_an_extra_brings_is_named_with_it(
+    package: str, arguments: tuple[str, ...], extra: str
+) -> None:
+    absent = f"import sys; sys.modules[{package!r}] = None"
+    code = f"{absent}; from harness.__main__ import main; sys.exit(main({arguments}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    said = f"harness: {package} is not installed; pip install 'harness[{extra}]' has it"
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (2, said)

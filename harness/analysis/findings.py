@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import NamedTuple
 
-from harness.config.load import typed
+from harness.analysis.run_settings import settings_in
 from harness.config.rules.sources import read
-from harness.config.settings import Refusal, Settings
+from harness.config.settings import Settings
 from harness.record.schema import Holding, Phase, Record
 from harness.tables import size
 
@@ -54,10 +54,7 @@ class Run:
     @cached_property
     def settings(self) -> Settings | None:
         """The run's config; None where this version cannot read it."""
-        try:
-            return typed(self.record.config) if self.record.config else None
-        except Refusal:
-            return None
+        return settings_in(self.record)
 
     @property
     def stage(self) -> int | None:

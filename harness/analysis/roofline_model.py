@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-from harness.config.load import Refusal, typed
+from harness.analysis.run_settings import settings_in
 from harness.config.settings import Settings
 from harness.record.schema import Ceilings, Phase, Rank, Record
 
@@ -131,7 +131,7 @@ def bounds(record: Record, ceilings: Ceilings | None = None, timed: bool = True)
 
     rank, totals = max(counted, key=lambda pair: least(pair[1]))
     seconds_of = {each.phase: each.seconds for each in record.performance.phases or ()} if timed else {}
-    settings = _settings(record)
+    settings = settings_in(record)
     phases = []
     for name in totals:
         shape = None if settings is None else _shape(record, rank, settings, name, totals)
@@ -210,14 +210,6 @@ def _crossover(total: Total, ceilings: Ceilings, shape: Shape) -> Turn | None:
     return Turn(
         batch, context if context > 0 else None, without / costs if without > 0 else None, flops / own
     )
-
-
-def _settings(record: Record) -> Settings | None:
-    """The run's config; None where this version cannot read it."""
-    try:
-        return typed(record.config) if record.config else None
-    except Refusal:
-        return None
 
 
 def _shape(

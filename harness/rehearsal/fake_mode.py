@@ -25,8 +25,6 @@ _KERNELS = frozenset(
 }
 """Operators with a complete `meta` kernel in C++: views, copies and empty tensors."""
 
-_WAIT = torch.ops._c10d_functional.wait_tensor.default
-
 _REMEMBERED = frozenset(
     getattr(_aten, name).default
     for name in ("linalg_vector_norm", "mm", "neg", "rsqrt", "silu", "silu_backward", "slice_backward")
@@ -59,8 +57,6 @@ class Fakes(FakeTensorMode):
         kwargs = kwargs or {}
         if types and shared(types):
             return NotImplemented
-        if func is _WAIT:
-            return args[0]
         if func.namespace == "c10d":  # these operators return their arguments
             with in_kernel_invocation_manager(self):
                 return func(*args, **kwargs)
