@@ -42,9 +42,8 @@ UNEVEN = f"{INFER} generation.prompt=['a','{'long' * 25}','b','c']"
 @cache
 def rehearsed(words: str) -> str:
     """The record of a rehearsal, as JSON: what a run of `words` leaves."""
-    typed = [*words.split(), "world=rehearsed"]
-    cfg = compose.compose([*DECIDED, *typed])
-    return json.dumps(all_ranks.rehearsed(load(cfg), typed, parallel=False))
+    overrides = [*DECIDED, *words.split(), "world=rehearsed"]
+    return json.dumps(all_ranks.rehearsed(load(compose.compose(overrides)), overrides, parallel=False))
 
 
 def record_of(words: str) -> dict[str, Any]:
