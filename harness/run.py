@@ -23,6 +23,7 @@ from harness.ledger import Ledger
 from harness.model.resolve import Resolved, resolve
 from harness.record import phase_times, record_file, trace
 from harness.runtime import failure, launcher, memory_snapshot, peak_rates, world
+from harness.runtime.files import put
 from harness.runtime.world import World
 
 T = TypeVar("T")
@@ -114,9 +115,7 @@ def _make_directory(settings: Settings, cfg: DictConfig) -> Path:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / failure.CLAIM).unlink(missing_ok=True)  # from a refused run
-        partial = directory / ".config.yaml.partial"
-        partial.write_text(OmegaConf.to_yaml(asdict(settings)), encoding="utf-8")
-        os.replace(partial, directory / "config.yaml")
+        put(directory / "config.yaml", OmegaConf.to_yaml(asdict(settings)))
     except OSError as error:
         raise Refusal("hydra.run.dir", directory, f"it cannot be written: {error.strerror}") from error
     return directory

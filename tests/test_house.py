@@ -34,7 +34,6 @@ ROOMS = (
 WITHOUT_TORCH = (
     "config",
     "analysis",
-    "report",
     "check",
     "advice.explain",
     "record.schema",
@@ -100,18 +99,19 @@ def fails_without(absent: Sequence[str], modules: Sequence[str]) -> str:
     return done.stderr[-500:]
 
 
-@pytest.mark.parametrize("room", WITHOUT_TORCH)
-def test_a_room_that_reads_needs_no_torch(room: str) -> None:
-    modules = [each for each in modules_of(room) if each != "harness.check.budget"]
-    extra = () if room == "report" else EXTRAS["report"]
-    assert not fails_without(("torch", *EXTRAS["run"], *extra), modules)
-
-
-@pytest.mark.parametrize("room", ["__init__", "ledger", "record", "pytest_plugin", "check"])
-def test_what_the_bare_package_is_for_needs_no_extra(room: str) -> None:
-    assert not fails_without(
-        (*EXTRAS["run"], *EXTRAS["report"]), modules_of(room.replace("__init__", "__main__"))
-    )
+@pytest.mark.parametrize(
+    ("rooms", "absent"),
+    [
+        (WITHOUT_TORCH, ("torch", *EXTRAS["run"], *EXTRAS["report"])),
+        (("report",), ("torch", *EXTRAS["run"])),
+        (("__main__", "ledger", "record", "pytest_plugin", "check"), (*EXTRAS["run"], *EXTRAS["report"])),
+    ],
+    ids=["tools", "report", "the bare package"],
+)
+def test_a_room_needs_no_more_than_it_is_installed_with(rooms: Sequence[str], absent: Sequence[str]) -> None:
+    modules = [module for room in rooms for module in modules_of(room)]
+    asks_the_ledger = {"harness.check.budget"} if "torch" in absent else set()
+    assert not fails_without(absent, [module for module in modules if module not in asks_the_ledger])
 
 
 def test_the_extras_are_those_of_the_project_s_own_file() -> None:

@@ -1,11 +1,10 @@
 """`harness explain RUN`: the parts of a run's peak, unexpected findings, and the change that would save most."""
 
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from textwrap import fill
 
-from harness.analysis.args import Parser
+from harness.analysis.args import Parser, refuse
 from harness.analysis.findings import SURPRISES, Finding, Run
 from harness.analysis.findings_kv_cache import CACHED
 from harness.analysis.findings_pipeline import STAGES, kept_by
@@ -31,8 +30,7 @@ def main(argv: Sequence[str]) -> int:
         options = _parser().parse_args(argv)
         record = parse(read(options.run), str(options.run))
     except ValueError as error:
-        print(f"harness: {printable(str(error))}", file=sys.stderr)
-        return 2
+        return refuse(error)
     findings = list(explain(record))
     if options.rehearsal:
         from harness.advice.savings import savings  # its processes import torch

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from harness.advice.search import AXES, Fit, Trial
-from harness.analysis.args import Parser
+from harness.analysis.args import Parser, refuse
 from harness.analysis.summary import decided
 from harness.record.schema import printable
 from harness.rehearsal.pool import REFUSED
@@ -43,8 +43,7 @@ def main(argv: Sequence[str]) -> int:
         options, overrides = _parser().parse_known_args(argv)
         fit = Fit(overrides, _reserve(options.reserve))
     except ValueError as error:
-        print(f"harness: {error}", file=sys.stderr)
-        return 2
+        return refuse(error)
     trials = fit.search()
     if trials and all(trial.worst.failure.startswith(REFUSED) for trial in trials):
         print(f"harness: {_reason(trials[0])}", file=sys.stderr)

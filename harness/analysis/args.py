@@ -1,6 +1,7 @@
 """The command line of a tool: `harness TOOL` and its arguments."""
 
 import argparse
+import sys
 from pathlib import Path
 from typing import NoReturn
 
@@ -22,3 +23,9 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise ValueError for wrong arguments, instead of argparse's exit."""
         raise ValueError(f"{self._tool}: {printable(message)}; --help says what there is")
+
+
+def refuse(error: ValueError) -> int:
+    """Say on stderr why a tool cannot do what it is asked; its exit code."""
+    print(f"harness: {printable(str(error))}", file=sys.stderr)
+    return 2

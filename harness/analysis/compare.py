@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -10,7 +9,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any, NamedTuple
 
-from harness.analysis.args import Parser
+from harness.analysis.args import Parser, refuse
 from harness.analysis.findings_pipeline import grew
 from harness.ledger.categories import CATEGORIES
 from harness.record.record_file import FILE, read
@@ -65,8 +64,7 @@ def main(argv: Sequence[str]) -> int:
             raise ValueError("compare: there is nothing to compare with; name two runs or more")
         runs = [_run(path) for path in options.run]
     except ValueError as error:
-        print(f"harness: {printable(str(error))}", file=sys.stderr)
-        return 2
+        return refuse(error)
     if options.json:
         print(json.dumps(as_json(runs), indent=1))
     else:

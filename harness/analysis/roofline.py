@@ -1,13 +1,12 @@
 """`harness roofline RUN [RUN ...]`: what bounds each phase of a run, and where that changes. It imports no torch."""
 
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from textwrap import fill
 from typing import NamedTuple
 
-from harness.analysis.args import Parser
+from harness.analysis.args import Parser, refuse
 from harness.analysis.roofline_model import Bound, Turn, bounds
 from harness.config import hardware_page
 from harness.config.settings import Hardware
@@ -43,8 +42,7 @@ def main(argv: Sequence[str]) -> int:
         hardware = None if options.hardware is None else hardware_page.named(options.hardware)
         runs = [against(path, parse(read(path), str(path)), hardware) for path in options.run]
     except ValueError as error:
-        print(f"harness: {printable(str(error))}", file=sys.stderr)
-        return 2
+        return refuse(error)
     print(json.dumps([as_json(run) for run in runs], indent=1) if options.json else "\n\n".join(text(runs)))
     return 0
 

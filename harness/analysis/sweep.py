@@ -1,15 +1,14 @@
 """An inference run as a point of a study: its settings, and what a token costs. It imports no torch."""
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from harness.analysis.args import Parser
+from harness.analysis.args import Parser, refuse
 from harness.config.load import Refusal, typed
 from harness.config.settings import NEW_TOKENS
 from harness.record.record_file import read
-from harness.record.schema import Ceilings, Record, parse, printable
+from harness.record.schema import Ceilings, Record, parse
 
 
 @dataclass(frozen=True)
@@ -134,6 +133,5 @@ def main_of(
         points = [point(parse(read(path), str(path)), str(path)) for path in options.run]
         print(say(points, options.json))
     except ValueError as error:
-        print(f"harness: {printable(str(error))}", file=sys.stderr)
-        return 2
+        return refuse(error)
     return 0

@@ -1,13 +1,12 @@
 """`harness contrast RUN RUN [...]`: a stage's activations by the number of stages, in training and in inference."""
 
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from harness.analysis.args import Parser
+from harness.analysis.args import Parser, refuse
 from harness.record.record_file import read
-from harness.record.schema import Record, parse, printable
+from harness.record.schema import Record, parse
 from harness.tables import Table, factor, size
 
 WIDTH = 24
@@ -37,8 +36,7 @@ def main(argv: Sequence[str]) -> int:
             raise ValueError("contrast: there is nothing to contrast; name two runs or more")
         points = sorted(map(point, records), key=lambda each: (each.mode != "train", each.stages))
     except ValueError as error:
-        print(f"harness: {printable(str(error))}", file=sys.stderr)
-        return 2
+        return refuse(error)
     print(json.dumps([each._asdict() for each in points], indent=1) if options.json else text(points))
     return 0
 

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from harness.analysis.args import Parser
+from harness.analysis.args import Parser, refuse
 from harness.check import announce, baseline
 from harness.check.tolerance import tolerances
 from harness.check.verdict import Verdict, judge
@@ -24,6 +24,7 @@ from harness.config.rules import check_world
 from harness.config.settings import Refusal
 from harness.record import record_file
 from harness.record.schema import parse, printable
+from harness.runtime.files import put
 from harness.runtime.progress import Pace, aside
 
 OPTION = "--tolerance "
@@ -39,8 +40,7 @@ def main(argv: Sequence[str]) -> int:
         verdicts = [*(_of_run if options.run else _rehearsed)(options, files, amounts)]
         _report(options, sorted(verdicts, key=lambda each: each.file))
     except ValueError as error:
-        print(f"harness: {printable(str(error))}", file=sys.stderr)
-        return 2
+        return refuse(error)
     return max(each.code for each in verdicts)
 
 
@@ -186,6 +186,6 @@ def _report(options: Namespace, verdicts: Sequence[Verdict]) -> None:
     if options.junit:
         try:
             options.junit.parent.mkdir(parents=True, exist_ok=True)
-            record_file.put(options.junit, announce.junit(verdicts))
+            put(options.junit, announce.junit(verdicts))
         except OSError as error:
             raise ValueError(f"--junit {options.junit}: it cannot be written: {error.strerror}") from None

@@ -17,6 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from harness.check.tolerance import tolerances
 from harness.record import record_file, schema
 from harness.record.schema import Bytes, Number, Record, Text, validated
+from harness.runtime.files import put
 
 SCHEMA = "harness.baseline/1"
 PACKAGES = ("torch", "transformers", "deepspeed", "accelerate")
@@ -256,7 +257,7 @@ def write(file: Path, baseline: Baseline) -> None:
     """Write `baseline` to `file` atomically. Raises ValueError with a sentence where it cannot."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        record_file.put(file, text(baseline))
+        put(file, text(baseline))
     except OSError as error:
         raise ValueError(f"{file}: it cannot be written: {error.strerror}") from None
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from harness.config.errors import first_line
 from harness.config.rules.generation import STATIC, given
 from harness.config.settings import Generation, Refusal, Settings
 from harness.data.prompts import Prompt
@@ -25,7 +26,7 @@ from harness.generation.paged_cache import layers, room
 from harness.ledger import Ledger
 from harness.model.kv_cache import check_kind
 from harness.model.loader import model_config, quiet
-from harness.model.narrow import NoneRuns, first_line, narrowest
+from harness.model.narrow import NoneRuns, narrowest
 
 MIXED = [[5, 6, 7], [9, 40, 41, 42, 8, 7], [20, 21, 22, 23, 24, 25, 26, 27, 28]]
 EVEN = [prompt[:3] for prompt in MIXED]
@@ -138,7 +139,7 @@ def _small_difference(shape: str, attention: str, kind: str, mixed: bool, cut: b
     try:
         return _compared(model, kind, MIXED if mixed else EVEN)
     except Exception as error:  # the model's own code may raise any type
-        return f"there it fails ({first_line(error)})"
+        return f"there it fails ({first_line(error, named=True)})"
 
 
 def _reads_ahead(model: PreTrainedModel) -> bool:

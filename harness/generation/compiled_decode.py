@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
+from harness.config.errors import first_line
 from harness.config.settings import Refusal
 from harness.generation.timestamps import clock
 from harness.ledger import Ledger, Work
@@ -153,8 +154,7 @@ def compiled(step: Step, choices: Mapping[str, Any]) -> Step:
         try:
             logits: Tensor = program(tokens, mask, positions, cache)
         except _NOT_COMPILED as error:
-            error_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            remedy = f"the decoding step cannot be compiled ({error_line}); leave it out"
+            remedy = f"the decoding step cannot be compiled ({first_line(error)}); leave it out"
             raise Refusal("generation.compile", True, remedy) from error
         return logits
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PretrainedConfig
 
+from harness.config.errors import first_line
 from harness.config.load import Settings
 from harness.config.strategy import Strategy, merged
 from harness.generation.choosing import processors
@@ -46,8 +47,7 @@ def _check(strategy: Strategy, config: PretrainedConfig) -> None:
     try:
         processors(strategy, config, torch.zeros(1, 2, dtype=torch.int64), 2)
     except ValueError as error:
-        error_line = next(iter(str(error).strip().splitlines()))
-        raise strategy.refusal(next(iter(fields)), f"transformers refuses it: {error_line}") from error
+        raise strategy.refusal(next(iter(fields)), f"transformers refuses it: {first_line(error)}") from error
 
 
 def _tokens(value: Any) -> Iterator[int]:

@@ -1,7 +1,6 @@
 """The inference run: distribute prompts over ranks, generate in batches, gather the results in order."""
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
@@ -44,6 +43,7 @@ from harness.model.tokenizer import tokenizer_of
 from harness.quantization import method
 from harness.quantization.method import Quantization
 from harness.record.record_file import Output
+from harness.runtime.files import whole
 from harness.runtime.progress import Pace
 from harness.runtime.world import World
 
@@ -290,8 +290,7 @@ def write(
     file: Path, prompts: Sequence[Prompt], tokens: Sequence[Sequence[int]], texts: Sequence[str]
 ) -> None:
     """Write a JSON line for each prompt, in order. The file appears complete or not at all."""
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    with partial.open("w", encoding="ascii") as stream:
+    with whole(file) as partial, partial.open("w", encoding="ascii") as stream:
         for prompt, new, text in zip(prompts, tokens, texts, strict=True):
             line = {
                 "prompt": prompt.text,
@@ -300,9 +299,6 @@ def write(
                 "text": text,
             }
             stream.write(json.dumps(line) + "\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(partial, file)
 
 
 def _tell(say: Say, prompts: Sequence[Prompt], texts: Sequence[str], done: dict[str, Any]) -> None:

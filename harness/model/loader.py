@@ -33,6 +33,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
+from harness.config.errors import first_line
 from harness.config.settings import Model, Refusal
 from harness.model import init_weights, shape, storages, tensor_parallel, widths
 from harness.quantization.method import Quantization
@@ -219,7 +220,7 @@ def _check_files(place: str, directory: Path) -> None:
             with safe_open(directory / name, framework="numpy"):
                 pass
         except SafetensorError as error:
-            raise Refusal("model.path", place, f"{name} in it is torn: {_first_line(error)}") from error
+            raise Refusal("model.path", place, f"{name} in it is torn: {first_line(error)}") from error
 
 
 def _check_weights(place: str, report: Mapping[str, Any]) -> None:
@@ -264,7 +265,7 @@ def loading(place: str, key: str = "model.path") -> Iterator[None]:
         remedy = "no such directory; give one that is there, or a name on the hub, as owner/name"
         raise Refusal(key, place, remedy) from error
     except Exception as error:  # tokenizers raises plain Exception, and model classes raise any type
-        raise Refusal(key, place, f"it cannot be loaded: {_first_line(error)}") from error
+        raise Refusal(key, place, f"it cannot be loaded: {first_line(error)}") from error
 
 
 @contextmanager
@@ -279,10 +280,3 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
-
-
-def _first_line(error: BaseException) -> str:
-    """The first line of a library's error; with the class name where that line is a single token."""
-    line = next(iter(str(error).strip().splitlines()), "")
-    name = type(error).__name__
-    return line if " " in line else f"{name}: {line}" if line else name

@@ -5,10 +5,11 @@ from contextlib import contextmanager
 
 import torch
 
+from harness.config.errors import first_line
 from harness.config.settings import Refusal, Settings
 from harness.model import init_weights
 from harness.model.loader import count, model_config, quiet
-from harness.model.narrow import first_line, small
+from harness.model.narrow import small
 
 LARGEST = 100_000_000
 """Parameters of the largest model that is built for this check."""
@@ -31,7 +32,7 @@ def misfits(settings: Settings) -> Iterator[None]:
             raise
         model = settings.model
         key, value = ("model.path", model.path) if model.path else ("model.config", model.name)
-        remedy = f"its widths do not fit together ({first_line(error)}); give others"
+        remedy = f"its widths do not fit together ({first_line(error, named=True)}); give others"
         raise Refusal(key, value, remedy) from error
 
 

@@ -14,6 +14,7 @@ from typing import TypeVar
 import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
+from harness.config.errors import first_line
 from harness.model import init_weights
 from harness.model.loader import count
 
@@ -96,7 +97,7 @@ def narrowest(
             model = made_narrow(config, dtype, attention)
             return model, show(model)
         except Exception as error:  # an architecture that cannot be so narrow may raise any type
-            error_line = first_line(error)
+            error_line = first_line(error, named=True)
     raise NoneRuns(error_line)
 
 
@@ -161,8 +162,3 @@ def made_narrow(config: PretrainedConfig, dtype: torch.dtype, attention: str) ->
     for parameter in model.parameters():
         parameter.add_(torch.randn_like(parameter), alpha=MOVED)
     return model.eval()
-
-
-def first_line(error: Exception) -> str:
-    """The first sentence of `error`, for use in a message."""
-    return f"{type(error).__name__}: {error}".strip().splitlines()[0].partition(". ")[0][:160]

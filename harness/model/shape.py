@@ -26,6 +26,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from harness.config import compose
+from harness.config.errors import first_line
 from harness.config.rules import quantized, widths
 from harness.config.settings import Model, Refusal
 
@@ -198,8 +199,7 @@ def building(config: PretrainedConfig) -> Iterator[None]:
     except Refusal:
         raise
     except Exception as error:  # a model's own code may raise any type
-        error_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise Refusal(*_key(config), f"transformers cannot build it: {error_line[:200]}") from error
+        raise Refusal(*_key(config), f"transformers cannot build it: {first_line(error)}") from error
 
 
 def check_whole(model: torch.nn.Module, config: PretrainedConfig) -> None:

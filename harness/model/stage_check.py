@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from harness.config.errors import first_line
 from harness.config.settings import Refusal, Settings
 from harness.model import init_weights
 from harness.model.kv_cache import make
 from harness.model.loader import model_config, quiet
-from harness.model.narrow import NoneRuns, first_line, narrowest
+from harness.model.narrow import NoneRuns, narrowest
 from harness.model.partition import ranges, split_of
 from harness.model.stage import Stage, Uncuttable
 
@@ -110,7 +111,7 @@ def _compared(
     except Uncuttable as error:
         return str(error)
     except Exception as error:  # an unknown architecture may raise any type
-        return f"to cut it fails ({first_line(error)})"
+        return f"to cut it fails ({first_line(error, named=True)})"
 
 
 def _stage(whole: PreTrainedModel, layers: range, weights: Mapping[str, Tensor]) -> Stage:
@@ -139,7 +140,7 @@ def _chained(
                 out = stage(inputs, **masks, cache=kv_cache)
             except Exception as error:  # the model's own code may raise any type on unexpected inputs
                 input_kind = "hidden states" if number else "tokens"
-                return f"stage {number} of it fails where it is given {input_kind} ({first_line(error)})"
+                return f"stage {number} of it fails where it is given {input_kind} ({first_line(error, named=True)})"
             hook.remove()
             if number and not (captured and torch.equal(captured[0], inputs)):
                 return (

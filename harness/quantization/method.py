@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.quantizers import AutoHfQuantizer, AutoQuantizationConfig
 
+from harness.config.errors import first_line
 from harness.config.rules import quantized as rules
 from harness.config.rules.quantized import AT_FIRST, AT_LOAD
 from harness.config.settings import Model, Settings
@@ -79,7 +80,7 @@ class Quantization:
         except KeyError as error:
             raise rules.refusal(settings, self.given, f"its config has no {error}") from error
         except (ValueError, TypeError, AttributeError, AssertionError) as error:
-            reason = f"its layout cannot be made ({_first_line(error)}); {rules.KEY}=null has weights whole"
+            reason = f"its layout cannot be made ({first_line(error)}); {rules.KEY}=null has weights whole"
             raise rules.refusal(settings, self.given, reason, _field_in_error(self.given, error)) from error
         if self.whole == AT_FIRST:
             packed.make_whole_at_first(model)
@@ -138,7 +139,7 @@ def _check_known(settings: Settings, quantization_config: Mapping[str, Any]) -> 
     except ImportError:  # a rehearsal does not need the method's library
         return
     except Exception as error:  # each method's config may raise any type
-        reason = f"transformers does not take it ({_first_line(error)}); {remedy}"
+        reason = f"transformers does not take it ({first_line(error)}); {remedy}"
         raise rules.refusal(
             settings.model, quantization_config, reason, _field_in_error(quantization_config, error)
         ) from error
@@ -152,16 +153,12 @@ def _check_known(settings: Settings, quantization_config: Mapping[str, Any]) -> 
 
 def _field_in_error(quantization_config: Mapping[str, Any], error: Exception) -> str:
     """The field that `error` mentions by name, or else by value; `quant_method` where it mentions none."""
-    message = _first_line(error)
+    message = first_line(error)
     mentioned = [name for name in quantization_config if name in message]
     return next(
         iter(mentioned or [name for name, value in quantization_config.items() if str(value) in message]),
         "quant_method",
     )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
 
 
 def _capability(settings: Settings, device: str) -> float | None:

@@ -1,7 +1,6 @@
 """`record.json` of a run. The file is complete at every moment, and `failed` until the run has finished."""
 
 import json
-import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.ledger.categories import CATEGORIES
+from harness.runtime.files import put
 
 if TYPE_CHECKING:
     from harness.ledger import Forwards, Ledger, Where
@@ -128,16 +128,6 @@ def _where(where: "Where") -> dict[str, Any]:
 def write(directory: Path, record: Mapping[str, Any]) -> None:
     """Write `record` into `directory`, completely or not at all."""
     put(directory / FILE, json.dumps(record, indent=1) + "\n")
-
-
-def put(file: Path, text: str) -> None:
-    """Write `text` to `file`, completely or not at all. Raises OSError."""
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    with partial.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(partial, file)
 
 
 def read(path: Path) -> dict[str, Any]:

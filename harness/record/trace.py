@@ -3,10 +3,11 @@
 One table per rank, `trace/rank-N.parquet` in the run's directory, in the order of events. Reading needs no torch.
 """
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from harness.runtime.files import whole
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -77,9 +78,8 @@ def write(directory: Path, rank: int, table: "pa.Table") -> None:
         return
     file = _file(directory, rank)
     file.parent.mkdir(exist_ok=True)
-    partial = file.with_suffix(".partial")
-    pq.write_table(table, partial, compression="zstd")
-    os.replace(partial, file)
+    with whole(file) as partial:
+        pq.write_table(table, partial, compression="zstd")
 
 
 def read(directory: Path, rank: int) -> "pa.Table | None":

@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from harness.analysis.args import Parser
-from harness.record.record_file import put
+from harness.analysis.args import Parser, refuse
 from harness.record.schema import printable
+from harness.runtime.files import put
 
 PAGE = "index.html"
 
@@ -29,8 +29,7 @@ def main(argv: Sequence[str]) -> int:
             if getattr(options, form):
                 paths += exports.FORMS[form].write(runs, options.output)
     except ValueError as error:
-        print(f"harness: {printable(str(error))}", file=sys.stderr)
-        return 2
+        return refuse(error)
     except OSError as error:
         print(
             f"harness: -o {printable(str(error.filename))}: it cannot be written: {error.strerror}",

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from harness.ledger.categories import CATEGORIES
-from harness.record.record_file import put
+from harness.runtime.files import put
 from harness.tables import escaped
 
 if TYPE_CHECKING:

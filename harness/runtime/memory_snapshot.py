@@ -1,6 +1,5 @@
 """torch's own record of the CUDA allocator, for pytorch.org/memory_viz. It has never run on CUDA."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import torch
 
 from harness.config.settings import Refusal, Settings
+from harness.runtime.files import whole
 
 ENTRIES = 1_000_000
 """How many of the last allocations and frees torch keeps. Each takes about 1 KiB of host memory, for its stack."""
@@ -26,11 +26,10 @@ def check(settings: Settings, device: torch.device) -> None:
 def kept(directory: Path, rank: int) -> Iterator[None]:
     """Write `snapshot-RANK.pickle` of what happens inside this context. The harness never reads it."""
     file = directory / f"snapshot-{rank}.pickle"
-    partial = file.with_suffix(".partial")
     torch.cuda.memory._record_memory_history(max_entries=ENTRIES)
     try:
         yield
     finally:
-        torch.cuda.memory._dump_snapshot(str(partial))
+        with whole(file) as partial:
+            torch.cuda.memory._dump_snapshot(str(partial))
         torch.cuda.memory._record_memory_history(enabled=None)
-        os.replace(partial, file)
