@@ -142,7 +142,7 @@ def _require(extra: str | None) -> None:
     """Raise Absent where a package of `extra` is not installed."""
     for package in EXTRAS.get(extra or "", ()):
         if find_spec(package) is None:
-            raise Absent(f"{package} is not installed; pip install 'harness[{extra}]' has it")
+            raise Absent(f"{package} is not installed; install it with pip install 'harness[{extra}]'")
 
 
 def _say(text: str) -> int:

@@ -147,5 +147,5 @@ def test_a_package_that_an_extra_brings_is_named_with_it(
     absent = f"import sys; sys.modules[{package!r}] = None"
     code = f"{absent}; from harness.__main__ import main; sys.exit(main({arguments}))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    said = f"harness: {package} is not installed; pip install 'harness[{extra}]' has it"
+    said = f"harness: {package} is not installed; install it with pip install 'harness[{extra}]'"
     assert (done.returncode, done.stderr.splitlines()[-1]) == (2, said)
