@@ -143,7 +143,7 @@ def test_what_cannot_be_is_one_sentence_and_leaves_nothing(
 
 # Precision
 
-DECIDE = "from harness.ceilings import precision_of_cpu; print(*precision_of_cpu())"
+DECIDE = "from harness.runtime.peak_rates import precision_of_cpu; print(*precision_of_cpu())"
 """What is decided for a CPU, in a process whose oneDNN may be limited."""
 
 
