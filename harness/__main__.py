@@ -1,4 +1,4 @@
-"""One door: `key=value` words compose a config and run it; a tool's name hands it the words that follow."""
+"""The command line: `key=value` overrides compose a config and run it; a tool's name passes on the rest to the tool."""
 
 import os
 import sys
@@ -6,26 +6,66 @@ from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
 from difflib import get_close_matches
 from importlib import import_module
+from importlib.util import find_spec
 from io import TextIOWrapper
 from typing import NoReturn
 
 from omegaconf import OmegaConf
 
-from harness import config, launcher
-from harness.knobs import Refusal, as_typed, knobs
-from harness.settings import load
+from harness import __version__
+from harness.config import compose
+from harness.config.load import load
+from harness.config.settings import Refusal, as_typed, knobs
+from harness.runtime import launcher
 
 TOOLS = {
-    "check": "[RUN] --baseline FILE | --all   the gate: a run, or rehearsals, must hold what baselines say; --update",
-    "compare": "RUN RUN [...]   runs side by side, category by category; --json, --markdown",
-    "report": "RUN [...] -o DIR  a page of them to look at; --perfetto, --tensorboard, --csv, --parquet, --markdown",
-    "contrast": "RUN RUN [...]  what activations a stage keeps, by the number of stages, in either mode; --json",
-    "batching": "RUN RUN [...]  what a larger batch brings in generation and costs, by the context; --json",
-    "caching": "RUN RUN [...]   what a KV cache saves and costs, by the tokens that are generated; --json",
-    "fit": "mode=... world.size=N hardware=NAME [...]   which configs fit, and the command of the cheapest; --json",
-    "roofline": "RUN [...]      whether computing or moving bounds it, and where that turns; --hardware NAME, --json",
-    "explain": "RUN             what holds its memory, and the change that would save most; --no-rehearsal, --json",
+    "check": (
+        "check",
+        "[RUN] --baseline FILE | --all   the gate: a run, or rehearsals, must hold what baselines say; --update",
+    ),
+    "compare": (
+        "analysis.compare",
+        "RUN RUN [...]   runs side by side, category by category; --json, --markdown",
+    ),
+    "report": (
+        "report",
+        "RUN [...] -o DIR  a page of them to look at; --perfetto, --tensorboard, --csv, --parquet, --markdown",
+    ),
+    "contrast": (
+        "analysis.sweep_stages",
+        "RUN RUN [...]  what activations a stage keeps, by the number of stages, in either mode; --json",
+    ),
+    "batching": (
+        "analysis.sweep_batch",
+        "RUN RUN [...]  what a larger batch brings in generation and costs, by the context; --json",
+    ),
+    "caching": (
+        "analysis.sweep_cache",
+        "RUN RUN [...]   what a KV cache saves and costs, by the tokens that are generated; --json",
+    ),
+    "fit": (
+        "advice.fit",
+        "mode=... world.size=N hardware=NAME [...]   which configs fit, and the command of the cheapest; --json",
+    ),
+    "roofline": (
+        "analysis.roofline",
+        "RUN [...]      whether computing or moving bounds it, and where that turns; --hardware NAME, --json",
+    ),
+    "explain": (
+        "advice.explain",
+        "RUN             what holds its memory, and the change that would save most; --no-rehearsal, --json",
+    ),
 }
+"""Each tool: its module in `harness`, which has a `main`, and its line of help."""
+
+EXTRAS = {
+    "run": ("transformers", "deepspeed", "accelerate", "datasets", "huggingface_hub", "safetensors"),
+    "report": ("jinja2", "plotly"),
+}
+"""The extras of pyproject.toml that commands need, and the packages that each brings."""
+
+NEEDS = {"fit": "run", "report": "report"}
+"""The extra that a tool needs."""
 
 USAGE = """\
 Train a causal language model or generate with one, and see what every byte on every rank is.
@@ -34,18 +74,23 @@ Train a causal language model or generate with one, and see what every byte on e
   python -m harness mode=infer model.path=RUN/checkpoint [key=value ...]
   torchrun --standalone --nproc-per-node 2 -m harness mode=train zero=2 [key=value ...]
   python -m harness --cfg job [key=value ...]     check and print the config, run nothing
+  python -m harness --version
 
 A run leaves record.json, config.yaml and what it made in hydra.run.dir=DIR, else in outputs/DATE/TIME-MODE.
 What is wrong is one sentence on stderr; torchrun's own traceback below it ends with the same sentence.
 """
 
 
+class Absent(Exception):
+    """A package that a command needs is not installed; the sentence names it, and what installs it."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Carry out what was typed; the exit code: 0 done, 1 a gate says no, 2 a wrong request, 3 a failed run."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    """Carry out the arguments. Exit code: 0 done, 1 a check does not hold, 2 a wrong request, 3 a failed run."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _carry_out(words)
-    except Refusal as refusal:
+        return _carry_out(arguments)
+    except (Absent, Refusal) as refusal:
         return _refuse(str(refusal))
     except BrokenProcessPool:
         print("harness: a rehearsal's process is gone without a word; was it killed?", file=sys.stderr)
@@ -53,40 +98,51 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def usage() -> str:
-    """What `--help` prints: the doors, the tools, the groups in `conf/` and every key."""
-    chosen = config.defaults()
-    lines = [USAGE, "Tools", *(f"  {name} {line}" for name, line in TOOLS.items())]
+    """The text of `--help`: the commands, the tools, the groups in `conf/` and every key."""
+    defaults = compose.defaults()
+    lines = [USAGE, "Tools", *(f"  {name} {line}" for name, (_, line) in TOOLS.items())]
     lines += ["", "Groups, as zero=2; * is what it is when nothing is said"]
-    for group, options in config.groups().items():
-        starred = (f"{each}*" if each == chosen.get(group) else each for each in options)
+    for group, options in compose.groups().items():
+        starred = (f"{each}*" if each == defaults.get(group) else each for each in options)
         lines.append(f"  {group:<10} {'  '.join(starred)}")
     lines += ["", "Keys, as train.steps=100, with what they are when nothing is said"]
-    for key, knob in knobs().items():
-        choices = f" ({', '.join(knob.choices)})" if knob.choices else ""
-        lines.append(f"  {f'{key}={as_typed(knob.default)}':<38} {knob.meaning}{choices}")
+    for key, field in knobs().items():
+        choices = f" ({', '.join(field.choices)})" if field.choices else ""
+        lines.append(f"  {f'{key}={as_typed(field.default)}':<38} {field.meaning}{choices}")
     return "\n".join(lines)
 
 
-def _carry_out(words: list[str]) -> int:
-    if not words or words[0] in ("-h", "--help"):
+def _carry_out(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
         return _say(usage())
-    if words[0] in TOOLS:
-        return int(import_module(f"harness.{words[0]}").main(words[1:]))
-    only_print = words[:2] == ["--cfg", "job"]
-    words = words[2:] if only_print else words
-    for word in words:
-        if "=" not in word and not word.startswith("~"):
-            close = get_close_matches(word, [*TOOLS, "--help", "--cfg job"], n=1)
+    if arguments == ["--version"]:
+        return _say(f"harness {__version__}")
+    if arguments[0] in TOOLS:
+        _require(NEEDS.get(arguments[0]))
+        return int(import_module(f"harness.{TOOLS[arguments[0]][0]}").main(arguments[1:]))
+    only_print = arguments[:2] == ["--cfg", "job"]
+    arguments = arguments[2:] if only_print else arguments
+    for argument in arguments:
+        if "=" not in argument and not argument.startswith("~"):
+            close = get_close_matches(argument, [*TOOLS, "--help", "--cfg job"], n=1)
             hint = f"did you mean {close[0]}?" if close else "--help lists the keys and the tools"
-            return _refuse(f"{word}: neither key=value nor a tool; {hint}")
-    cfg = config.compose(words)
+            return _refuse(f"{argument}: neither key=value nor a tool; {hint}")
+    cfg = compose.compose(arguments)
     settings = load(cfg)
     if only_print:
-        ours = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
-        return _say(OmegaConf.to_yaml(ours, resolve=True))
-    from harness.run import run  # torch comes in here, once the request is known to make sense
+        own_keys = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
+        return _say(OmegaConf.to_yaml(own_keys, resolve=True))
+    _require("run")
+    from harness.run import run  # imports torch, so only after the request is checked
 
-    return run(settings, cfg, words)
+    return run(settings, cfg, arguments)
+
+
+def _require(extra: str | None) -> None:
+    """Raise Absent where a package of `extra` is not installed."""
+    for package in EXTRAS.get(extra or "", ()):
+        if find_spec(package) is None:
+            raise Absent(f"{package} is not installed; install it with pip install 'harness[{extra}]'")
 
 
 def _say(text: str) -> int:
@@ -96,7 +152,7 @@ def _say(text: str) -> int:
 
 
 def _refuse(sentence: str) -> int:
-    """One line on stderr; each node says it once, for a file may be missing on one of them only."""
+    """Print one line on stderr, once per node: a file may be missing on one node only."""
     launcher.tell(sentence)
     if os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0":
         print(f"harness: {sentence}", file=sys.stderr)
@@ -104,8 +160,11 @@ def _refuse(sentence: str) -> int:
 
 
 def console() -> NoReturn:
-    """`main`, then the end at once: gloo's threads hold tensors, and one let go while Python is torn down aborts."""
-    for stream in (sys.stdout, sys.stderr):  # a terminal may know fewer characters than a model
+    """Run `main`, then end the process without Python's shutdown.
+
+    gloo's threads hold tensors, and freeing one during shutdown aborts the process.
+    """
+    for stream in (sys.stdout, sys.stderr):  # a model may emit characters that the terminal cannot encode
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
@@ -113,8 +172,8 @@ def console() -> NoReturn:
         sys.stdout.flush()
     except KeyboardInterrupt:
         print("harness: interrupted", file=sys.stderr)
-        code = 130  # as shells say it
-    except BrokenPipeError:  # who reads, as `head` does, has read enough
+        code = 130  # the shells' code for an interrupt
+    except BrokenPipeError:  # the reader of the pipe, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
     sys.stdout.flush()

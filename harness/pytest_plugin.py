@@ -1,11 +1,11 @@
-"""pytest's side of the ledger: budgets and baselines of what a test's body holds, and which lines made it.
+"""The pytest plugin: memory budgets and baselines of a test's body, and the lines that allocate its memory.
 
     @pytest.mark.memory_budget(activations="10 MiB", total="64 MiB")
     @pytest.mark.memory_baseline
     def test_a_step_holds_what_it_held(memory_ledger): ...
 
-Nothing heavy is imported until a test asks. What counts are storages of tensors that the test's own thread makes or an
-owner names, while its body runs; scratch inside kernels is no storage.
+torch is imported only when a test uses the plugin. It counts the storages of tensors that the test's own thread makes,
+or that an owner names, while the test's body runs. Scratch memory inside kernels is not counted.
 """
 
 import gc
@@ -30,7 +30,7 @@ REFUSED = pytest.StashKey[str]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """The plugin's flags."""
+    """Add the plugin's options."""
     group = parser.getgroup("memory", "memory that tests hold")
     group.addoption(
         "--memory-update", action="store_true", help="write what tests marked memory_baseline hold"
@@ -41,19 +41,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Make the marks known."""
+    """Register the marks."""
     for mark in MARKS.values():
         config.addinivalue_line("markers", mark)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Refuse a mark that cannot be read before any test runs. Raises pytest.UsageError.
+    """Refuse a mark that cannot be read, before any test runs. Raises pytest.UsageError.
 
-    A worker of xdist has nobody to raise that to; there the test fails.
+    A worker of xdist cannot report that error; there the test itself fails.
     """
     for item in items:
         if any(item.iter_markers("memory_budget")):
-            from harness.budget import limits
+            from harness.check.budget import limits
 
             try:
                 limits(item.iter_markers("memory_budget"))
@@ -65,8 +65,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture
 def memory_ledger(request: pytest.FixtureRequest) -> "Ledger":
-    """An exact Ledger that is open while the test's body runs; modules that are called and optimizers that step are
-    owned without a word, others by `memory_ledger.own(model=..., cache=...)`."""
+    """An exact Ledger that is open while the test's body runs. It finds the modules that are called and the optimizers
+    that step; name other owners with `memory_ledger.own(model=..., cache=...)`."""
     return _ledger(request.node)
 
 
@@ -87,22 +87,22 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.hookimpl(wrapper=True, trylast=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
-    """Open the ledger around the body; fail a body that passed and held too much, or something else than it did."""
+    """Open the ledger around the body. Fail a passing body that is over its budget or off its baseline."""
     if any(item.get_closest_marker(mark) for mark in MARKS):
         _ledger(item)
     elif LEDGER not in item.stash:
         return (yield)
-    with _settled(), item.stash[LEDGER]:
+    with _existing_garbage_hidden(), item.stash[LEDGER]:
         result = yield
-    wrong = [*_wrong(item)]
-    if wrong:
-        pytest.fail("\n".join(wrong), pytrace=False)
+    failures = [*_failures(item)]
+    if failures:
+        pytest.fail("\n".join(failures), pytrace=False)
     return result
 
 
 @contextmanager
-def _settled() -> Iterator[None]:
-    """Within it the garbage collector has no other test's leavings to find, and so repeats itself."""
+def _existing_garbage_hidden() -> Iterator[None]:
+    """Hide other tests' garbage from the collector in this context, so that collections are reproducible."""
     gc.collect()
     gc.freeze()
     try:
@@ -111,9 +111,9 @@ def _settled() -> Iterator[None]:
         gc.unfreeze()
 
 
-def _wrong(item: pytest.Item) -> Iterator[str]:
-    """Why the finished test is not within its budget, or off its baseline."""
-    from harness import budget
+def _failures(item: pytest.Item) -> Iterator[str]:
+    """A sentence for each way in which the finished test is over its budget or off its baseline."""
+    from harness.check import budget
 
     ledger = item.stash[LEDGER]
     yield from budget.exceeded(ledger, budget.limits(item.iter_markers("memory_budget")))
@@ -124,29 +124,29 @@ def _wrong(item: pytest.Item) -> Iterator[str]:
 
 
 def baseline_file(path: Path, nodeid: str) -> Path:
-    """Where the baseline of a test in `path` is: next to it, by a name that any file system takes."""
+    """The baseline's file of a test in `path`: next to it, with a name that is valid on any file system."""
     name = nodeid.partition("::")[2]
-    plain = re.sub(r"[^A-Za-z0-9_.=-]+", "_", name).strip("_")
-    if plain != name or len(plain) > 120:  # another test's name may come to the same
-        plain = f"{plain[:110]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-    return path.parent / "memory_baselines" / path.stem / f"{plain}.json"
+    stem = re.sub(r"[^A-Za-z0-9_.=-]+", "_", name).strip("_")
+    if stem != name or len(stem) > 120:  # two tests' names may become the same
+        stem = f"{stem[:110]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return path.parent / "memory_baselines" / path.stem / f"{stem}.json"
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Show what a failed test held; let go of every ledger once its test is over."""
+    """Show the memory of a failed test, and release the ledger after each test."""
     report = yield
     if LEDGER in item.stash:
         if call.when == "call" and report.failed:
-            from harness import budget
+            from harness.check import budget
 
             ledger, marks = item.stash[LEDGER], [*item.iter_markers("memory_budget")]
-            own = call.excinfo is not None and not call.excinfo.errisinstance(pytest.fail.Exception)
-            also = budget.exceeded(ledger, budget.limits(marks)) if own else ()
-            shown = "\n".join([*also, budget.told(ledger, marks, item.config.rootpath)])
-            report.sections.append(("memory", shown))
+            raised = call.excinfo is not None and not call.excinfo.errisinstance(pytest.fail.Exception)
+            overruns = budget.exceeded(ledger, budget.limits(marks)) if raised else ()
+            section = "\n".join([*overruns, budget.text_of(ledger, marks, item.config.rootpath)])
+            report.sections.append(("memory", section))
         if call.when == "teardown":
             del item.stash[LEDGER]
     return report

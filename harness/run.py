@@ -1,9 +1,9 @@
-"""One run from settings to record: the world is joined, the directory made, the mode run, the books written."""
+"""One run from settings to record: join the world, create the directory, run the mode, write the record."""
 
 import os
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, replace
 from datetime import datetime
@@ -15,66 +15,54 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from harness import ceilings, failure, launcher, page, record, snapshot, timing, trace, world
+from harness.analysis.summary import decided, show
+from harness.config import hardware_page
+from harness.config.load import Refusal, Settings
+from harness.config.rules import check_world
 from harness.ledger import Ledger
-from harness.resolve import Resolved, resolve
-from harness.rules import check_world
-from harness.settings import Refusal, Settings
-from harness.show import decided, show
-from harness.world import World
+from harness.model.resolve import Resolved, resolve
+from harness.record import phase_times, record_file, trace
+from harness.runtime import failure, launcher, memory_snapshot, peak_rates, world
+from harness.runtime.files import put
+from harness.runtime.world import World
 
 T = TypeVar("T")
 
 
 def run(settings: Settings, cfg: DictConfig, words: list[str]) -> int:
-    """Carry out `settings`; the exit code. `words` are what was typed, for the sentences that repeat them.
+    """Carry out `settings` and return the exit code. `words` is the command line, which messages repeat.
 
-    Raises Refusal for what only a joined world can refuse.
+    Raises Refusal for problems that only a joined world can detect.
     """
     if settings.world.kind == "rehearsed":
         return _rehearse(settings, cfg, words)
     _, size, _ = world.environment()
     check_world(settings, size, words)
-    parts = settings.pipeline.stages, settings.tensor_parallel
-    with world.connected(settings.hardware.device, settings.world.timeout, *parts) as here:
-        snapshot.check(settings, here.device)
-        resolved = _by_rank_0(here, lambda: resolve(settings, here.device.type))
-        directory = _by_rank_0(here, lambda: _make_directory(resolved.settings, cfg))
-        return _Run(resolved, words, here, directory).carry_out()
+    group_sizes = settings.pipeline.stages, settings.tensor_parallel
+    with world.connected(settings.hardware.device, settings.world.timeout, *group_sizes) as joined_world:
+        memory_snapshot.check(settings, joined_world.device)
+        resolved = _by_rank_0(joined_world, lambda: resolve(settings, joined_world.device.type))
+        directory = _by_rank_0(joined_world, lambda: _make_directory(resolved.settings, cfg))
+        return _Run(resolved, words, joined_world, directory).carry_out()
 
 
-def _by_rank_0(here: World, decide: Callable[[], T]) -> T:
-    """What rank 0 decides, on every rank. Raises Refusal, on every rank, where it does."""
+def _by_rank_0(joined_world: World, decide: Callable[[], T]) -> T:
+    """Rank 0's result of `decide`, on every rank. If it raises Refusal, every rank raises it."""
     outcome: Any = None
-    if here.leads:
+    if joined_world.leads:
         try:
             outcome = decide()
         except Refusal as refusal:
             outcome = refusal
-    outcome = here.broadcast(outcome)
+    outcome = joined_world.broadcast(outcome)
     if isinstance(outcome, Refusal):
         raise outcome
     return cast(T, outcome)
 
 
-def rehearsed(settings: Settings, words: Sequence[str], parallel: bool = True) -> dict[str, Any]:
-    """The record of a rehearsal that leaves nothing on disk; its roles at once where `parallel`.
-
-    Raises Refusal as the run itself would, and whatever else the run raises.
-    """
-    from harness.rehearsal import run as rehearsal
-
-    resolved = resolve(settings)
-    ranks, done = rehearsal.rehearse(resolved.settings, parallel=parallel)
-    around = rehearsal.described(resolved.settings)
-    around["differences"] += rehearsal.of_packing(done["model"])
-    head = _head(resolved, words, around)
-    return {**head, "status": "complete", **done, "ranks": ranks}
-
-
-def _rehearse(settings: Settings, cfg: DictConfig, words: list[str]) -> int:
-    """The same, with no world: every role in a process of its own, and one record of them all."""
-    from harness.rehearsal import run as rehearsal
+def _rehearse(settings: Settings, cfg: DictConfig, command: list[str]) -> int:
+    """Rehearse `settings` without a world: each representative rank in its own process, and one record of all."""
+    from harness.rehearsal import all_ranks as rehearsal
 
     if world.environment()[1] > 1:
         raise Refusal("world", "rehearsed", "one process rehearses any world; start it without torchrun")
@@ -82,228 +70,230 @@ def _rehearse(settings: Settings, cfg: DictConfig, words: list[str]) -> int:
     check_world(settings, settings.world.size)
     resolved = resolve(settings)
     settings = resolved.settings
-    made = _make_directory(settings, cfg)
-    head = _head(resolved, words, rehearsal.described(settings))
+    directory = _make_directory(settings, cfg)
+    head = record_file.head(settings, resolved.reasons, command, rehearsal.described(settings))
     for line in decided(resolved.reasons):
         print(line)
-    record.write(made, {**head, "failure": failure.UNFINISHED, "ranks": []})
+    record_file.write(directory, {**head, "failure": failure.UNFINISHED, "ranks": []})
     try:
-        ranks, done = rehearsal.rehearse(settings, made)
+        rank_records, done = rehearsal.rehearse(settings, directory)
     except Refusal:
-        _remove(made)
+        _remove(directory)
         raise
     except Exception as error:
-        found = failure.of_rehearsal(error, made)
-        record.write(made, {**head, "failure": found.as_record(), "ranks": []})
-        print(f"harness: {found.sentence()}", file=sys.stderr, flush=True)
+        rank_failure = failure.of_rehearsal(error, directory)
+        record_file.write(directory, {**head, "failure": rank_failure.as_record(), "ranks": []})
+        print(f"harness: {rank_failure.sentence()}", file=sys.stderr, flush=True)
         return 3
     head["world"]["differences"] += rehearsal.of_packing(done["model"])
-    done["ceilings"] = page.ceilings(settings.hardware, done["model"]["dtype"])
-    record.write(made, {**head, "status": "complete", **done, "ranks": ranks})
-    _say_where(made, print)
+    done["ceilings"] = hardware_page.ceilings(settings.hardware, done["model"]["dtype"])
+    record_file.write(directory, {**head, "status": "complete", **done, "ranks": rank_records})
+    _print_summary(directory, print)
     return 0
 
 
-def _head(resolved: Resolved, words: Sequence[str], world: dict[str, Any]) -> dict[str, Any]:
-    """What is known of a run before it begins. It has failed until it says that it is complete."""
-    settings = resolved.settings
-    return {
-        "schema": record.SCHEMA,
-        "status": "failed",
-        "mode": settings.mode,
-        "world": world,
-        "model": {"name": settings.model.name, "parameters": None, "dtype": None},
-        "config": asdict(settings),
-        "resolved": dict(resolved.reasons),
-        "environment": record.environment(words),
-    }
+def _print_summary(directory: Path, say: Callable[[str], object]) -> None:
+    say(show(record_file.read(directory)))
+    say(f"record: {directory / record_file.FILE}")
 
 
-def _say_where(directory: Path, say: Callable[[str], object]) -> None:
-    say(show(record.read(directory)))
-    say(f"record: {directory / record.FILE}")
-
-
-def _remove(directory: Path, heard: bool = True) -> None:
-    """A refused run leaves nothing, but the reason where a rank may not have `heard` it."""
-    for name in (record.FILE, "config.yaml", *([failure.CLAIM] if heard else [])):
+def _remove(directory: Path, reason_received: bool = True) -> None:
+    """Delete the files of a refused run. Keep the reason unless every rank has received it."""
+    for name in (record_file.FILE, "config.yaml", *([failure.CLAIM] if reason_received else [])):
         (directory / name).unlink(missing_ok=True)
     with suppress(OSError):
         directory.rmdir()
 
 
 def _make_directory(settings: Settings, cfg: DictConfig) -> Path:
-    """The run's own directory with its config in it. Raises Refusal where one is already there."""
-    asked = OmegaConf.select(cfg, "hydra.run.dir")
+    """Create the run's own directory with its config. Raises Refusal if it already has a record."""
+    configured = OmegaConf.select(cfg, "hydra.run.dir")
     stamp = datetime.now().strftime("%Y-%m-%d/%H-%M-%S")
-    directory = Path(asked or f"outputs/{stamp}-{settings.mode}").absolute()
-    if (directory / record.FILE).exists():
+    directory = Path(configured or f"outputs/{stamp}-{settings.mode}").absolute()
+    if (directory / record_file.FILE).exists():
         raise Refusal("hydra.run.dir", directory, "it already holds a run's record; name another directory")
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / failure.CLAIM).unlink(missing_ok=True)  # of a run that was refused
-        partial = directory / ".config.yaml.partial"
-        partial.write_text(OmegaConf.to_yaml(asdict(settings)), encoding="utf-8")
-        os.replace(partial, directory / "config.yaml")
+        (directory / failure.CLAIM).unlink(missing_ok=True)  # from a refused run
+        put(directory / "config.yaml", OmegaConf.to_yaml(asdict(settings)))
     except OSError as error:
         raise Refusal("hydra.run.dir", directory, f"it cannot be written: {error.strerror}") from error
     return directory
 
 
 class _Run:
-    """One rank's part of a run: what it knows of itself, and how it ends."""
+    """One rank's part of a run: its settings, ledger and results, and how it ends."""
 
-    def __init__(self, resolved: Resolved, words: list[str], here: World, directory: Path) -> None:
-        self.settings, self.world, self.directory = resolved.settings, here, directory
+    def __init__(self, resolved: Resolved, command: list[str], joined_world: World, directory: Path) -> None:
+        self.settings, self.world, self.directory = resolved.settings, joined_world, directory
         settings = resolved.settings
         self.ledger = Ledger(
             mode=settings.ledger.mode,
             steps=settings.ledger.steps,
-            settle_collectives=here.size > 1 and here.device.type == "cpu",
-            device=here.device.type,
+            settle_collectives=joined_world.size > 1 and joined_world.device.type == "cpu",
+            device=joined_world.device.type,
         )
         self.ending = threading.Lock()
         self.done: dict[str, Any] = {}
-        around = {"size": here.size, "device": here.device.type, "device_name": here.device_name}
-        self.head = _head(resolved, words, {"kind": settings.world.kind, **around})
+        world_record = {
+            "size": joined_world.size,
+            "device": joined_world.device.type,
+            "device_name": joined_world.device_name,
+        }
+        self.head = record_file.head(
+            settings, resolved.reasons, command, {"kind": settings.world.kind, **world_record}
+        )
         for line in decided(resolved.reasons):
             self.say(line)
 
     def carry_out(self) -> int:
-        """Run the mode; the exit code. Raises Refusal on rank 0; elsewhere it waits for rank 0 to say it first."""
+        """Run the mode and return the exit code.
+
+        Raises Refusal if this is the only rank. With several ranks, one of them reports it and all exit.
+        """
         failure.await_termination(lambda: self._fail(lambda: failure.peer_lost(self.directory, self.world)))
         if self.world.leads:
             self._write([], failure=failure.UNFINISHED)
         try:
             ranks = self.world.gather(self._run_mode())
-            self._bounds()
+            self._measure_limits()
         except Refusal as refusal:
-            return self._refused(refusal)
-        except BaseException as error:  # whatever it was, the record says so before this process ends
+            return self._end_refused(refusal)
+        except BaseException as error:  # the record has any error before this process ends
             where = self.ledger.where
             return self._fail(partial(failure.of, error, where, self.directory, self.world))
         if self.world.leads:
             self._write(ranks, status="complete")
-            _say_where(self.directory, self.say)
+            _print_summary(self.directory, self.say)
         return 0
 
     def _run_mode(self) -> dict[str, Any]:
-        """The mode's own run under the ledger; this rank's books."""
-        from harness.cache_proof import prove
-        from harness.memory import allocations
-        from harness.misfit import misfits
+        """Run the mode under the ledger and return this rank's record."""
+        from harness.generation.cache_check import prove
+        from harness.model.misfit import misfits
+        from harness.runtime.memory_limit import allocations
 
         if self.settings.mode == "train":
-            from harness import train as mode
+            from harness.training import train as mode
         else:
-            from harness import infer as mode  # type: ignore[no-redef]
+            from harness.generation import infer as mode  # type: ignore[no-redef]
         prove(self.settings)
         if self.world.stages > 1:
-            self._cut()
+            self._partition()
         settings = self.settings
-        with misfits(settings), allocations(settings, self.world.device), self._snapshot(), self.ledger:
-            out = record.Output(self.directory, self.say, self.done, self.flush)
+        with (
+            misfits(settings),
+            allocations(settings, self.world.device),
+            self._memory_snapshot(),
+            self.ledger,
+        ):
+            out = record_file.Output(self.directory, self.say, self.done, self.flush)
             mode.run(settings, self.world, self.ledger, out)
-        self._trace()
-        return self._books()
+        self._write_trace()
+        return self._rank_record()
 
-    def _bounds(self) -> None:
-        """What phases took, and what the machine could do at most, by every rank."""
-        took = self.world.gather(self.ledger.seconds())
-        self.done.setdefault("performance", {})["phases"] = timing.of_ranks(took, self.settings.ledger.mode)
+    def _measure_limits(self) -> None:
+        """Seconds of the phases over all ranks, and the limits of the machine."""
+        times = self.world.gather(self.ledger.seconds())
+        self.done.setdefault("performance", {})["phases"] = phase_times.of_ranks(
+            times, self.settings.ledger.mode
+        )
         dtype = self.done["model"]["dtype"]
-        found = page.ceilings(self.settings.hardware, dtype)
-        if found is None:
-            rates = ceilings.measure(self.world.device, getattr(torch, dtype))
-            found = ceilings.of_ranks(self.world.gather(rates), dtype)
-        self.done["ceilings"] = found
+        ceilings = hardware_page.ceilings(self.settings.hardware, dtype)
+        if ceilings is None:
+            rates = peak_rates.measure(self.world.device, getattr(torch, dtype))
+            ceilings = peak_rates.of_ranks(self.world.gather(rates), dtype)
+        self.done["ceilings"] = ceilings
 
-    def _cut(self) -> None:
-        """Decide which layers each stage has, and see that the stages are the whole. Raises Refusal, on every rank."""
-        from harness import split
-        from harness.model import model_config
-        from harness.proof import prove
+    def _partition(self) -> None:
+        """Choose the layers of each stage, and check that the stages equal the whole model.
 
-        found = _by_rank_0(self.world, self._split)
-        self.settings = replace(self.settings, pipeline=replace(self.settings.pipeline, split=found))
+        Raises Refusal, on every rank.
+        """
+        from harness.model import partition
+        from harness.model.loader import model_config
+        from harness.model.stage_check import prove
+
+        split = _by_rank_0(self.world, self._chosen_split)
+        self.settings = replace(self.settings, pipeline=replace(self.settings.pipeline, split=split))
         prove(self.settings)
-        layers = split.split_of(self.settings, model_config(self.settings.model))
-        self.done["pipeline"] = split.told(self.settings, layers)
+        layers = partition.split_of(self.settings, model_config(self.settings.model))
+        self.done["pipeline"] = partition.as_record(self.settings, layers)
 
-    def _split(self) -> Any:
-        """The settings' split; a list where they ask for one by `memory`. Raises Refusal."""
-        from harness.rehearsal.run import balanced
+    def _chosen_split(self) -> Any:
+        """The split of the settings; for `memory`, a list that balances it. Raises Refusal."""
+        from harness.rehearsal.all_ranks import balanced
 
-        settings, here = self.settings, self.world
-        device = replace(settings.hardware, device="cuda" if here.kind == "cuda" else "cpu")
-        around = replace(settings.world, kind="rehearsed", size=here.size)
-        return balanced(replace(settings, world=around, hardware=device)).pipeline.split
+        settings, joined_world = self.settings, self.world
+        device = replace(settings.hardware, device="cuda" if joined_world.kind == "cuda" else "cpu")
+        rehearsed_world = replace(settings.world, kind="rehearsed", size=joined_world.size)
+        return balanced(replace(settings, world=rehearsed_world, hardware=device)).pipeline.split
 
-    def _books(self) -> dict[str, Any]:
-        return record.rank_record(self.ledger, self.world.rank, self.world.stage, self.world.share)
+    def _rank_record(self) -> dict[str, Any]:
+        return record_file.rank_record(self.ledger, self.world.rank, self.world.stage, self.world.share)
 
-    def _snapshot(self) -> AbstractContextManager[None]:
+    def _memory_snapshot(self) -> AbstractContextManager[None]:
         if self.settings.ledger.snapshot:
-            return snapshot.kept(self.directory, self.world.rank)
+            return memory_snapshot.kept(self.directory, self.world.rank)
         return nullcontext()
 
-    def _trace(self) -> None:
+    def _write_trace(self) -> None:
         if self.settings.ledger.trace:
             trace.write(self.directory, self.world.rank, trace.of_ledger(self.ledger))
 
     def say(self, line: str) -> None:
-        """Rank 0 speaks."""
+        """Print `line`, on rank 0."""
         if self.world.leads:
             tqdm.write(line, file=sys.stdout)
 
     def flush(self) -> None:
-        """Leave what is known so far, for a run that is ended from outside and cannot say why."""
+        """Write the record so far, in case the run is killed and cannot report why."""
         if self.world.leads:
             unfinished = {**failure.UNFINISHED, "where": self.ledger.where._asdict()}
-            self._write([self._books()], failure=unfinished)
+            self._write([self._rank_record()], failure=unfinished)
 
     def _write(self, ranks: list[dict[str, Any]], **more: Any) -> None:
-        record.write(self.directory, {**self.head, **more, **self.done, "ranks": ranks})
+        record_file.write(self.directory, {**self.head, **more, **self.done, "ranks": ranks})
 
-    def _refused(self, refusal: Refusal) -> int:
-        """Let one rank say it for all. Raises it where there is no other."""
+    def _end_refused(self, refusal: Refusal) -> int:
+        """Let one rank report the refusal for all. Raises it if there is only one rank."""
         if self.world.size == 1:
             _remove(self.directory)
             raise refusal
-        self.ending.acquire()  # never released: the thread that notices second waits for the end
+        self.ending.acquire()  # never released: the second thread to notice waits for the exit
         rank = self.world.rank
         if not self.world.leads:
-            failure.await_word(self.directory)  # rank 0 has most likely found the same
+            failure.await_word(self.directory)  # rank 0 most likely has the same refusal
         sentence = str(refusal) if self.world.leads else f"rank {rank}: {refusal}"
-        word = failure.Word(rank, sentence, 2)
-        first = failure.claim(self.directory, word)
-        self._end(word if first else None)
+        report = failure.Word(rank, sentence, 2)
+        is_first = failure.claim(self.directory, report)
+        self._end(report if is_first else None)
 
-    def _fail(self, find: Callable[[], failure.Failure | None]) -> int:
-        """Leave a record that says what failed, unless the rank that failed first has left one; then end at once."""
+    def _fail(self, find_failure: Callable[[], failure.Failure | None]) -> int:
+        """Write a record of the failure, unless the first failed rank has written one. Then exit at once."""
         self.ending.acquire()
-        found = find()  # patiently, so it comes after
-        word = None if found is None else failure.Word(found.rank, found.sentence(), 3)
-        if found is None or word is None or not failure.claim(self.directory, word):
+        rank_failure = find_failure()  # it waits for other ranks, so it runs inside the lock
+        report = None if rank_failure is None else failure.Word(rank_failure.rank, rank_failure.sentence(), 3)
+        if rank_failure is None or report is None or not failure.claim(self.directory, report):
             self._end(None)
-        books = self._books() if found.rank == self.world.rank else None
+        rank_record = self._rank_record() if rank_failure.rank == self.world.rank else None
         with suppress(OSError):
-            self._write([books] if books else [], failure=found.as_record())
-            if books:
-                self._trace()
-        self._end(word)
+            self._write([rank_record] if rank_record else [], failure=rank_failure.as_record())
+            if rank_record:
+                self._write_trace()
+        self._end(report)
 
-    def _end(self, own: failure.Word | None) -> NoReturn:
-        """End at once, with this rank's `own` word, or that of another which was first.
+    def _end(self, own_report: failure.Word | None) -> NoReturn:
+        """Exit at once, with `own_report`, or with the report of the rank that was first.
 
-        The others are gone or going: leaving in good order would wait for them.
+        The other ranks have ended or are ending: an orderly exit would wait for them.
         """
-        word = own or failure.first_word(self.directory)
-        if own:
-            print(f"harness: {own.sentence}", file=sys.stderr, flush=True)
-        if word:
-            launcher.tell(word.sentence)
-        code = word.code if word else 2  # nothing is left of a run that was refused
+        report = own_report or failure.first_word(self.directory)
+        if own_report:
+            print(f"harness: {own_report.sentence}", file=sys.stderr, flush=True)
+        if report:
+            launcher.tell(report.sentence)
+        code = report.code if report else 2  # a refused run leaves no file
         if code == 2 and self.world.leads:
             _remove(self.directory, failure.end_others(self.world))
         sys.stdout.flush()

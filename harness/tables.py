@@ -1,4 +1,4 @@
-"""Plain tables and byte counts for people to read."""
+"""Tables and byte counts as text."""
 
 from collections.abc import Sequence
 from contextlib import suppress
@@ -7,11 +7,11 @@ UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 GAP = "   "
 AT_LEAST = ">= "
 SIGNS = {"-": "- not measured", AT_LEAST: ">= the most when a phase ended; in between nothing was watched"}
-"""What stands for a figure, or before it, and what is said of it under a table."""
+"""Signs in place of a figure or before it, and the line under a table that explains each."""
 
 
 def size(figure: float | None, exact: bool = False) -> str:
-    """Bytes in powers of 1024, named so; all digits where `exact`; "-" for what was not measured."""
+    """Bytes with a unit, in powers of 1024; all digits if `exact`; "-" if not measured."""
     if figure is None:
         return "-"
     if exact or abs(figure) < 1024:
@@ -23,7 +23,7 @@ def size(figure: float | None, exact: bool = False) -> str:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a text as `2GiB`, `1.5 KiB` or `500`. Raises ValueError with what would do."""
+    """Bytes of a text such as `2GiB`, `1.5 KiB` or `500`. Raises ValueError, which names the valid forms."""
     number, factor = text.strip(), 1
     for power, unit in reversed([*enumerate(UNITS)]):
         if number.endswith(unit):
@@ -36,7 +36,7 @@ def parse_size(text: str) -> int:
 
 
 def seconds(figure: float | None) -> str:
-    """Seconds in a unit that shows three or more digits; "-" for what was not measured."""
+    """Seconds in a unit that shows three or more digits; "-" if not measured."""
     if figure is None:
         return "-"
     for unit, name in ((1.0, "s"), (1e-3, "ms")):
@@ -46,7 +46,7 @@ def seconds(figure: float | None) -> str:
 
 
 def duration(figure: float) -> str:
-    """Seconds as a person says them: of s, min and h the one that leaves a small number, and no part of one."""
+    """Seconds as a rounded number of s, min or h: the largest unit of which there are at least two."""
     for unit, name in ((3600.0, "h"), (60.0, "min")):
         if figure >= 2 * unit:
             return f"{figure / unit:,.0f} {name}"
@@ -54,7 +54,7 @@ def duration(figure: float) -> str:
 
 
 def count(figure: float | None, unit: str = "") -> str:
-    """So many of `unit` in powers of 1000, named so; "-" for what was not measured."""
+    """A number with an SI prefix and `unit`, in powers of 1000; "-" if not measured."""
     if figure is None:
         return "-"
     value, names = float(figure), ["", "k", "M", "G", "T", "P", "E"]
@@ -64,7 +64,7 @@ def count(figure: float | None, unit: str = "") -> str:
 
 
 def difference(first: int | None, other: int | None, exact: bool = False) -> str:
-    """How much more, or less, `other` is than `first`."""
+    """How many bytes more, or fewer, `other` is than `first`."""
     if first is None or other is None:
         return "-"
     if first == other:
@@ -73,46 +73,46 @@ def difference(first: int | None, other: int | None, exact: bool = False) -> str
 
 
 def factor(first: float | None, other: float | None) -> str:
-    """`other` in units of `first`; nothing where that says nothing."""
+    """`other` as a multiple of `first`; empty if there is no useful factor."""
     return f"x {other / first:,.2f}" if first and other and first != other else ""
 
 
 def tail(text: str, longest: int) -> str:
-    """The end of `text`, which of a path says the most, in at most `longest` characters."""
+    """The end of `text`, the most useful part of a path, in at most `longest` characters."""
     return text if len(text) <= longest else f"...{text[3 - longest :]}"
 
 
 class Table:
-    """Rows in titled sections. The first column is to the left, the others to the right under their headings."""
+    """Rows in titled sections. The first column is left-aligned, the others are right-aligned under their headings."""
 
     def __init__(self, *headings: Sequence[str]) -> None:
-        """One heading for each column after the first, as the lines it takes."""
+        """One heading for each column after the first, as a sequence of lines."""
         height = max(map(len, headings))
         padded = ([*[""] * (height - len(heading)), *heading] for heading in headings)
         self._heads = [["", *line] for line in zip(*padded, strict=True)]
         self._rows: list[list[str] | str | None] = []
 
     def section(self, title: str) -> None:
-        """What follows stands under `title`."""
+        """Put the following rows under `title`."""
         self._rows.append(title)
 
     def row(self, *cells: str) -> None:
-        """One row; cells left out at its end are empty."""
+        """Add a row. Missing cells at its end are empty."""
         self._rows.append([*cells, *[""] * (len(self._heads[0]) - len(cells))])
 
     def rule(self) -> None:
-        """A line across, in a terminal."""
+        """Add a horizontal line, for a terminal."""
         self._rows.append(None)
 
     def legend(self) -> list[str]:
-        """What the signs in it mean."""
+        """The meaning of the signs in the table."""
         cells = [f"{cell} " for row in self._rows if isinstance(row, list) for cell in row[1:]]
         return [
             meaning for sign, meaning in SIGNS.items() if any(c.startswith(sign.strip() + " ") for c in cells)
         ]
 
     def text(self) -> str:
-        """For a terminal."""
+        """The table for a terminal."""
         columns = zip(*self._heads, *(row for row in self._rows if isinstance(row, list)), strict=True)
         widths = [max(map(len, column)) for column in columns]
 
@@ -130,7 +130,7 @@ class Table:
         return "\n".join(lines)
 
     def markdown(self) -> str:
-        """For a page; what would break the table is escaped."""
+        """The table in Markdown. Characters that would break it are escaped."""
 
         def line(row: Sequence[str]) -> str:
             return "| " + " | ".join(escaped(cell) for cell in row) + " |"
@@ -147,7 +147,7 @@ class Table:
 
 
 def escaped(cell: str) -> str:
-    """`cell` with nothing in it that Markdown or HTML would obey."""
+    """`cell` without characters that Markdown or HTML interprets."""
     indent = (len(cell) - len(cell.lstrip())) // 2
     text = cell.strip()
     for character in "\\|<`":

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 from harness.__main__ import TOOLS
@@ -59,3 +60,16 @@ def typed(line: str, directory: Path) -> str:
     )
     assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
     return done.stdout
+
+
+def pinned(*packages: str) -> list[str]:
+    """Each of the packages with its version in constraints.txt, as the pages under `profiles/` name them."""
+    lines = dict(
+        line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line
+    )
+    return [f"{name} {lines[name]}" for name in packages]
+
+
+def installed_as_pinned(*packages: str) -> bool:
+    """Whether these are installed in the versions of constraints.txt, whatever was built into them."""
+    return [f"{name} {version(name).partition('+')[0]}" for name in packages] == pinned(*packages)

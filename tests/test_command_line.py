@@ -11,9 +11,11 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from harness import config
-from harness.knobs import knobs
-from harness.settings import load
+import harness
+from harness.__main__ import TOOLS
+from harness.config import compose
+from harness.config.load import load
+from harness.config.settings import knobs
 
 ROOT = Path(__file__).parents[1]
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -52,7 +54,7 @@ def test_help_lists_every_key_every_option_and_the_torchrun_line(door: Door, wor
     assert "torchrun --standalone" in result.stdout
     for key in knobs():
         assert f"  {key}=" in result.stdout
-    for group, options in config.groups().items():
+    for group, options in compose.groups().items():
         line = next(line for line in result.stdout.splitlines() if line.startswith(f"  {group} "))
         assert [each.rstrip("*") for each in line.split()[1:]] == options
 
@@ -61,7 +63,7 @@ def test_help_names_only_tools_that_are_there(door: Door) -> None:
     tools = door("--help").stdout.partition("Tools\n")[2].partition("\n\n")[0].splitlines()
     assert tools
     for line in tools:
-        assert callable(import_module(f"harness.{line.split()[0]}").main)
+        assert callable(import_module(f"harness.{TOOLS[line.split()[0]][0]}").main)
 
 
 def test_a_wrong_request_is_refused_before_torch_is_imported(door: Door, tmp_path: Path) -> None:
@@ -125,3 +127,25 @@ def test_the_config_can_be_printed_without_a_run(door: Door, tmp_path: Path) -> 
     printed = load(DictConfig(OmegaConf.load(tmp_path / "printed.yaml")))
     assert (printed.zero.stage, printed.train.steps, printed.model.name) == (3, 7, "tiny")
     assert [each.name for each in tmp_path.iterdir()] == ["printed.yaml"]
+
+
+def test_the_version_is_the_package_s(door: Door) -> None:
+    assert door("--version").stdout == f"harness {harness.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("package", "arguments", "extra"),
+    [
+        ("transformers", ("mode=train", "world=rehearsed", "world.size=1"), "run"),
+        ("deepspeed", ("mode=train", "world=rehearsed", "world.size=1"), "run"),
+        ("plotly", ("report", "RUN", "-o", "PAGE"), "report"),
+    ],
+)
+def test_a_package_that_an_extra_brings_is_named_with_it(
+    package: str, arguments: tuple[str, ...], extra: str
+) -> None:
+    absent = f"import sys; sys.modules[{package!r}] = None"
+    code = f"{absent}; from harness.__main__ import main; sys.exit(main({arguments}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    said = f"harness: {package} is not installed; install it with pip install 'harness[{extra}]'"
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (2, said)

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from harness import config
+from harness.config import compose
 
 ROOT = Path(__file__).parents[1]
 
 
 def test_importing_the_package_and_its_settings_imports_no_torch() -> None:
-    code = "import sys, harness, harness.settings, harness.config; print('torch' in sys.modules)"
+    code = "import sys, harness, harness.config.load, harness.config.compose; print('torch' in sys.modules)"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     result = subprocess.run(
         [sys.executable, "-c", code], env=environment, text=True, capture_output=True, check=True
@@ -23,12 +23,17 @@ def test_importing_the_package_and_its_settings_imports_no_torch() -> None:
     assert result.stdout == "False\n"
 
 
-def test_the_ledger_and_save_are_the_package_s_own_names() -> None:
+def test_what_programs_need_are_the_package_s_own_names() -> None:
     import harness
-    from harness import ledger, loop
+    from harness.analysis import compare, summary
+    from harness.ledger import ledger
+    from harness.record import record_file, save
 
     assert harness.Ledger is ledger.Ledger
-    assert harness.save is loop.save
+    assert harness.save is save.save
+    assert harness.read is record_file.read
+    assert harness.show is summary.show
+    assert harness.compare is compare.compare
     with pytest.raises(AttributeError, match="no attribute 'Leger'"):
         harness.Leger  # noqa: B018
 
@@ -54,7 +59,7 @@ def test_an_installed_wheel_composes_its_own_config_away_from_the_checkout(
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
     code = (
-        "import sys, harness.config, harness.__main__ as door; print(harness.config.directory());"
+        "import sys, harness.config.compose as config, harness.__main__ as door; print(config.directory());"
         "sys.exit(door.main(['--cfg', 'job', 'model=small']))"
     )
     environment = {**os.environ, "PYTHONPATH": str(site)}
@@ -92,4 +97,4 @@ def test_every_requirement_has_an_exact_version_in_the_constraints() -> None:
 
 
 def test_the_checkout_reads_the_pages_beside_the_package() -> None:
-    assert config.directory() == ROOT / "conf"
+    assert compose.directory() == ROOT / "conf"

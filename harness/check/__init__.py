@@ -1,4 +1,8 @@
-"""`harness check`: a run, or a rehearsal of a baseline's own config, must hold what the baseline says, to the byte."""
+"""`harness check`: compares the memory of a run, or of a rehearsal of a baseline's config, with the baseline, in bytes.
+
+It may import all that is below it. Start at `main` here; `verdict.py` compares, `announce.py` prints, `budget.py`
+serves the pytest plugin.
+"""
 
 import json
 import sys
@@ -10,32 +14,33 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from harness import config, record
+from harness.analysis.args import Parser, refuse
 from harness.check import announce, baseline
 from harness.check.tolerance import tolerances
 from harness.check.verdict import Verdict, judge
-from harness.knobs import Refusal
-from harness.pace import Pace, aside
-from harness.rules import check_world
-from harness.schema import parse, printable
-from harness.settings import load
-from harness.tool import Parser
+from harness.config import compose
+from harness.config.load import load
+from harness.config.rules import check_world
+from harness.config.settings import Refusal
+from harness.record import record_file
+from harness.record.schema import parse, printable
+from harness.runtime.files import put
+from harness.runtime.progress import Pace, aside
 
-SAID = "--tolerance "
+OPTION = "--tolerance "
 EMPTY = "it has no baseline; RUN --baseline FILE --update makes one"
 
 
 def main(argv: Sequence[str]) -> int:
-    """`harness check`; the exit code: 0 every baseline holds, 1 one does not, 2 that cannot be said."""
+    """`harness check`. Exit code: 0 every baseline holds, 1 one does not hold, 2 one could not be checked."""
     try:
-        asked = _parser().parse_args(argv)
-        files, given = _files(asked), dict(map(_pair, asked.tolerance))
-        tolerances(given, SAID)
-        verdicts = [*(_of_run if asked.run else _rehearsed)(asked, files, given)]
-        _report(asked, sorted(verdicts, key=lambda each: each.file))
+        options = _parser().parse_args(argv)
+        files, amounts = _files(options), dict(map(_pair, options.tolerance))
+        tolerances(amounts, OPTION)
+        verdicts = [*(_of_run if options.run else _rehearsed)(options, files, amounts)]
+        _report(options, sorted(verdicts, key=lambda each: each.file))
     except ValueError as error:
-        print(f"harness: {printable(str(error))}", file=sys.stderr)
-        return 2
+        return refuse(error)
     return max(each.code for each in verdicts)
 
 
@@ -64,118 +69,123 @@ def _parser() -> Parser:
     return parser
 
 
-def _files(asked: Namespace) -> list[Path]:
-    """The baselines that were asked for. Raises ValueError."""
-    if bool(asked.baseline) == asked.all:
+def _files(options: Namespace) -> list[Path]:
+    """The files of the baselines that the options select. Raises ValueError."""
+    if bool(options.baseline) == options.all:
         raise ValueError("check: give either --baseline FILE or --all")
-    if asked.baseline:
-        return [asked.baseline]
-    if asked.run:
-        raise ValueError(f"check {asked.run}: --all rehearses; hold a run against one, with --baseline FILE")
-    found = sorted(asked.profiles.glob("*.json"))
-    if not found:
-        raise ValueError(f"--profiles {asked.profiles}: {EMPTY}")
-    return found
+    if options.baseline:
+        return [options.baseline]
+    if options.run:
+        raise ValueError(
+            f"check {options.run}: --all rehearses; hold a run against one, with --baseline FILE"
+        )
+    files = sorted(options.profiles.glob("*.json"))
+    if not files:
+        raise ValueError(f"--profiles {options.profiles}: {EMPTY}")
+    return files
 
 
 def _pair(text: str) -> tuple[str, str]:
     name, equals, amount = text.partition("=")
     if not equals:
-        raise ValueError(f"{SAID}{text}: give a category and how far it may be off, as activations=1%")
+        raise ValueError(f"{OPTION}{text}: give a category and how far it may be off, as activations=1%")
     return name, amount
 
 
-def _of_run(asked: Namespace, files: Sequence[Path], given: Mapping[str, str]) -> Iterator[Verdict]:
-    yield _settled(files[0], record.read(asked.run), str(asked.run), asked.update, given)
+def _of_run(options: Namespace, files: Sequence[Path], amounts: Mapping[str, str]) -> Iterator[Verdict]:
+    yield _settled(files[0], record_file.read(options.run), str(options.run), options.update, amounts)
 
 
 def _settled(
-    file: Path, run: Mapping[str, Any], source: str, update: bool, given: Mapping[str, str]
+    file: Path, run: Mapping[str, Any], source: str, update: bool, amounts: Mapping[str, str]
 ) -> Verdict:
-    """What came of the record `run`: held against the baseline in `file`, or put there."""
+    """The verdict on the record `run`: compare it with the baseline in `file`, or with `update` write it there."""
     try:
         parsed = parse(run, source)
-        held = baseline.of(parsed, source)
+        measured = baseline.of(parsed, source)
         if update:
-            return Verdict(file, str(file), written=baseline.update(file, held, given))
+            return Verdict(file, str(file), written=baseline.update(file, measured, amounts))
         expected = baseline.read(file)
-        allowed = tolerances({**expected.tolerance, **given}, SAID)
-        return judge(file, expected, held, parsed.config, allowed)
+        tolerance = tolerances({**expected.tolerance, **amounts}, OPTION)
+        return judge(file, expected, measured, parsed.config, tolerance)
     except ValueError as error:
         return Verdict(file, failure=str(error))
-    except Refusal as refusal:  # the words of a config that was
+    except Refusal as refusal:  # the baseline's overrides are no valid config any more
         return Verdict(file, failure=f"{file}: config: {refusal}")
 
 
-def _rehearsed(asked: Namespace, files: Sequence[Path], given: Mapping[str, str]) -> Iterator[Verdict]:
-    """Each baseline as its rehearsal is done; several at a time, with a progress bar, where there are several."""
-    wanted: dict[Path, baseline.Baseline] = {}
+def _rehearsed(options: Namespace, files: Sequence[Path], amounts: Mapping[str, str]) -> Iterator[Verdict]:
+    """The verdict on each baseline as soon as its rehearsal ends. Several run in parallel, with a progress bar."""
+    baselines: dict[Path, baseline.Baseline] = {}
     for file in files:
         try:
-            found = baseline.read(file)
-            if found.mode == baseline.TEST:
+            expected = baseline.read(file)
+            if expected.mode == baseline.TEST:
                 raise ValueError(
                     f"{file}: it is a test's; pytest holds the test to it, --memory-update writes it"
                 )
-            wanted[file] = found
+            baselines[file] = expected
         except ValueError as error:
             yield Verdict(file, failure=str(error))
 
-    def settled(file: Path, found: Mapping[str, Any] | str, seconds: float) -> Verdict:
-        if isinstance(found, str):
-            return Verdict(file, failure=f"{file}: {found}", seconds=seconds)
-        return replace(_settled(file, found, str(file), asked.update, given), seconds=seconds)
+    def verdict_of(file: Path, result: Mapping[str, Any] | str, seconds: float) -> Verdict:
+        if isinstance(result, str):
+            return Verdict(file, failure=f"{file}: {result}", seconds=seconds)
+        return replace(_settled(file, result, str(file), options.update, amounts), seconds=seconds)
 
     if len(files) == 1:
-        yield from (settled(file, *_rehearse(each.config, each.world)) for file, each in wanted.items())
+        yield from (verdict_of(file, *_rehearse(each.config, each.world)) for file, each in baselines.items())
         return
     from harness.rehearsal.pool import workers
 
     with (
-        workers(len(wanted)) as pool,
-        Pace(len(wanted), "baseline", aside) as pace,
+        workers(len(baselines)) as pool,
+        Pace(len(baselines), "baseline", aside) as pace,
     ):
         running = {
-            pool.submit(_rehearse, each.config, each.world, False): file for file, each in wanted.items()
+            pool.submit(_rehearse, each.config, each.world, False): file for file, each in baselines.items()
         }
         for done in as_completed(running):
             pace.advance()
-            yield settled(running[done], *done.result())
+            yield verdict_of(running[done], *done.result())
 
 
-def _rehearse(words: Sequence[str], size: int, parallel: bool = True) -> tuple[dict[str, Any] | str, float]:
-    """The record of a rehearsal of `words` on `size` ranks, or why there is none; and the seconds that took."""
-    began = time.monotonic()
+def _rehearse(
+    overrides: Sequence[str], size: int, parallel: bool = True
+) -> tuple[dict[str, Any] | str, float]:
+    """The record of a rehearsal of `overrides` on `size` ranks, or the reason why it failed; and its seconds."""
+    start = time.monotonic()
     try:
-        settings = load(config.compose([*words, "world=rehearsed", f"world.size={size}"]))
+        settings = load(compose.compose([*overrides, "world=rehearsed", f"world.size={size}"]))
         check_world(settings, size)
-        from harness.run import rehearsed  # torch comes in here
+        from harness.rehearsal.all_ranks import rehearsed  # imports torch
 
-        return rehearsed(settings, words, parallel), time.monotonic() - began
+        return rehearsed(settings, overrides, parallel), time.monotonic() - start
     except Refusal as refusal:
-        return str(refusal), time.monotonic() - began
-    except Exception as error:  # of whatever class: another process asked, or there are others to check
-        told = " ".join(f"{type(error).__name__}: {error}".split())[:500]
-        return f"its rehearsal failed: {told}", time.monotonic() - began
+        return str(refusal), time.monotonic() - start
+    except Exception as error:
+        # any class: it may have to cross a process, and the other baselines are still to check
+        message = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+        return f"its rehearsal failed: {message}", time.monotonic() - start
 
 
-def _report(asked: Namespace, verdicts: Sequence[Verdict]) -> None:
-    """Say what came of them, wherever somebody listens. Raises ValueError where a file cannot be written."""
-    if asked.json:
+def _report(options: Namespace, verdicts: Sequence[Verdict]) -> None:
+    """Print the verdicts, annotate GitHub and write JUnit's file. Raises ValueError where a file cannot be written."""
+    if options.json:
         print(json.dumps({"baselines": [announce.data(each) for each in verdicts]}, indent=1))
     else:
         if checked := [each for each in verdicts if not each.failure]:
             print(announce.text(checked))
-        if asked.all:
+        if options.all:
             print(announce.summary(verdicts))
     for each in verdicts:
         if each.failure:
             print(f"harness: {printable(each.failure)}", file=sys.stderr)
     for line in announce.to_github(verdicts):
-        print(line, file=sys.stderr if asked.json else sys.stdout)
-    if asked.junit:
+        print(line, file=sys.stderr if options.json else sys.stdout)
+    if options.junit:
         try:
-            asked.junit.parent.mkdir(parents=True, exist_ok=True)
-            record.put(asked.junit, announce.junit(verdicts))
+            options.junit.parent.mkdir(parents=True, exist_ok=True)
+            put(options.junit, announce.junit(verdicts))
         except OSError as error:
-            raise ValueError(f"--junit {asked.junit}: it cannot be written: {error.strerror}") from None
+            raise ValueError(f"--junit {options.junit}: it cannot be written: {error.strerror}") from None

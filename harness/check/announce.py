@@ -1,4 +1,4 @@
-"""What came of baselines, told: to a person, as data, as JUnit's XML, and in GitHub's forms."""
+"""Prints verdicts: as text, as JSON, as JUnit's XML, and as GitHub's annotations and summary."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -7,14 +7,14 @@ from typing import Any
 from xml.etree import ElementTree
 
 from harness.check.verdict import Change, Verdict
-from harness.schema import printable
+from harness.record.schema import printable
 from harness.tables import Table, difference, size
 
 ACCEPT = "once that is meant, --update makes it the baseline"
 
 
 def tables(verdict: Verdict) -> Iterator[Table]:
-    """Of a baseline that does not hold: a table for each kind of rank."""
+    """One table for each group of ranks that differ from the baseline in the same way."""
     for apart in verdict.apart:
         table = Table(["run"], ["baseline"], ["difference"], [""], ["since"])
         table.section(apart.ranks)
@@ -25,13 +25,13 @@ def tables(verdict: Verdict) -> Iterator[Table]:
 
 
 def details(verdict: Verdict) -> Iterator[str]:
-    """In sentences: what the tables have not."""
+    """What the tables do not have, in sentences."""
     for apart in verdict.apart:
-        yield from (f"{apart.ranks}: phases that {told}" for told in apart.phases)
+        yield from (f"{apart.ranks}: phases that {text}" for text in apart.phases)
         if apart.moved:
             yield f"{apart.ranks}: the peak is in {apart.moved}"
         if apart.holdings:
-            named = (f"{_named(each)} {each.told()}" for each in apart.holdings)
+            named = (f"{_named(each)} {each.sentence()}" for each in apart.holdings)
             yield f"{apart.ranks}: at the peak the furthest from the baseline are {'; '.join(named)}"
     yield from verdict.notes
 
@@ -41,31 +41,31 @@ def _named(holding: Change) -> str:
 
 
 def text(verdicts: Sequence[Verdict], accept: str = ACCEPT) -> str:
-    """A line for each baseline, and under one that does not hold what differs; then how to `accept` that."""
+    """A line for each baseline, with the differences below one that does not hold; last, how to `accept` them."""
     longest = max(len(each.name) for each in verdicts)
-    word = max(len(each.word) for each in verdicts)
+    width = max(len(each.word) for each in verdicts)
     lines = []
     for each in verdicts:
-        told = [each.headline()] if each.code == 1 else [each.headline(), *each.notes]
-        lines.append(f"{each.name:<{longest}}   {each.word:<{word}}   {printable('; '.join(told))}")
+        parts = [each.headline()] if each.code == 1 else [each.headline(), *each.notes]
+        lines.append(f"{each.name:<{longest}}   {each.word:<{width}}   {printable('; '.join(parts))}")
         if each.code == 1:
-            inner = [*(line for table in tables(each) for line in table.text().splitlines()), *details(each)]
-            lines += [f"  {printable(line)}" for line in inner]
+            body = [*(line for table in tables(each) for line in table.text().splitlines()), *details(each)]
+            lines += [f"  {printable(line)}" for line in body]
     if any(each.code == 1 for each in verdicts):
         lines.append(accept)
     return "\n".join(lines)
 
 
 def summary(verdicts: Sequence[Verdict]) -> str:
-    """How many there are of each kind, in a line."""
-    words = [each.word for each in verdicts]
-    told = {"NO": "do not hold", "holds": "hold"}
-    counts = (f"{words.count(word)} {told.get(word, word)}" for word in dict.fromkeys(words))
-    return f"{len(words)} baselines: {', '.join(counts)}"
+    """One line: how many verdicts there are of each kind."""
+    verdict_words = [each.word for each in verdicts]
+    verbs = {"NO": "do not hold", "holds": "hold"}
+    counts = (f"{verdict_words.count(word)} {verbs.get(word, word)}" for word in dict.fromkeys(verdict_words))
+    return f"{len(verdict_words)} baselines: {', '.join(counts)}"
 
 
 def data(verdict: Verdict) -> dict[str, Any]:
-    """The same for a machine, in bytes."""
+    """A verdict for `--json`, in bytes."""
     return {
         "baseline": str(verdict.file),
         "verdict": {0: "holds", 1: "does not hold", 2: "not checked"}[verdict.code],
@@ -89,14 +89,14 @@ def data(verdict: Verdict) -> dict[str, Any]:
 
 
 def junit(verdicts: Sequence[Verdict]) -> str:
-    """JUnit's XML: a case for each baseline; a failure where it does not hold, an error where it was not checked."""
+    """JUnit's XML: a case for each baseline, with a failure if it does not hold, and an error if it was not checked."""
     failures, errors = (sum(each.code == code for each in verdicts) for code in (1, 2))
     counts = {"tests": str(len(verdicts)), "failures": str(failures), "errors": str(errors)}
     suite = ElementTree.Element("testsuite", {"name": "harness check", **counts})
     for each in verdicts:
-        took = {} if each.seconds is None else {"time": f"{each.seconds:.3f}"}
-        named = {"classname": "harness.check", "name": each.name, **took}
-        case = ElementTree.SubElement(suite, "testcase", named)
+        time = {} if each.seconds is None else {"time": f"{each.seconds:.3f}"}
+        attributes = {"classname": "harness.check", "name": each.name, **time}
+        case = ElementTree.SubElement(suite, "testcase", attributes)
         if each.code:
             kind, line = "error" if each.code == 2 else "failure", printable(each.headline())
             ElementTree.SubElement(case, kind, {"message": line}).text = text([each])
@@ -107,7 +107,7 @@ def junit(verdicts: Sequence[Verdict]) -> str:
 
 
 def annotations(verdicts: Sequence[Verdict]) -> Iterator[str]:
-    """GitHub's workflow commands: an error for each that does not hold or was not checked; a notice where all do."""
+    """GitHub's workflow commands: an error for each baseline that does not hold or was not checked; else one notice."""
     for each in verdicts:
         if each.code:
             message = "\n".join(printable(line) for line in (each.headline(), *details(each)))
@@ -118,32 +118,32 @@ def annotations(verdicts: Sequence[Verdict]) -> Iterator[str]:
 
 
 def _escaped(text: str, within: bool = False) -> str:
-    """`text` as a workflow command's message, or `within` it as a property's value."""
+    """`text` escaped for a workflow command: for its message, or with `within` for the value of a property."""
     for character in "%\r\n" + (":," if within else ""):
         text = text.replace(character, f"%{ord(character):02X}")
     return text
 
 
 def markdown(verdicts: Sequence[Verdict]) -> str:
-    """A summary for a page: a row for each baseline, then what differs."""
+    """The summary as Markdown: a row for each baseline, then the differences."""
     table = Table(["verdict"], ["what"])
     for each in verdicts:
         table.row(each.name, each.word, printable(each.headline()))
     parts = [f"### Memory: {summary(verdicts)}", table.markdown()]
     for each in verdicts:
         if each.code == 1:
-            parts += [f"#### {_plain(each.name)}", *(table.markdown() for table in tables(each))]
-            parts += [f"- {_plain(line)}" for line in details(each)]
+            parts += [f"#### {_without_markup(each.name)}", *(table.markdown() for table in tables(each))]
+            parts += [f"- {_without_markup(line)}" for line in details(each)]
     return "\n\n".join(parts) + "\n\n"
 
 
-def _plain(line: str) -> str:
-    """`line` as Markdown that says no more than it does."""
+def _without_markup(line: str) -> str:
+    """`line` with Markdown's special characters escaped."""
     return "".join(f"\\{each}" if each in "\\`*_<>[]|#" else each for each in printable(line))
 
 
 def to_github(verdicts: Sequence[Verdict], environment: Mapping[str, str] = os.environ) -> list[str]:
-    """Append the summary where GitHub asks for one; the annotations to print. Raises ValueError."""
+    """Append the summary to the file in GITHUB_STEP_SUMMARY, and return the annotations to print. Raises ValueError."""
     page = environment.get("GITHUB_STEP_SUMMARY")
     if page:
         try:

@@ -1,7 +1,7 @@
-"""`harness.baseline/1`: what a run held, in a file that reviews well: made from a record, read, written.
+"""`harness.baseline/1`: the memory of a run, in a file that is easy to review.
 
-Every figure is in bytes, a row of them on a line; of a phase's categories those that are 0 are left out. `tolerance` is
-written by people, and kept: how far a category may be off, as `{"activations": "1%", "workspace": "64KiB"}`.
+Every figure is in bytes, one row of figures a line. A phase lists only the categories that are not 0. People write
+`tolerance`, and updates keep it: how far a category may be off, as `{"activations": "1%", "workspace": "64KiB"}`.
 """
 
 import json
@@ -14,19 +14,20 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from harness import record, schema
 from harness.check.tolerance import tolerances
-from harness.schema import Bytes, Number, Record, Text, validated
+from harness.record import record_file, schema
+from harness.record.schema import Bytes, Number, Record, Text, validated
+from harness.runtime.files import put
 
 SCHEMA = "harness.baseline/1"
 PACKAGES = ("torch", "transformers", "deepspeed", "accelerate")
-"""Whose versions decide bytes."""
+"""The packages whose versions change the bytes."""
 BY_MACHINE = ("precision",)
-"""Keys whose `auto` may be another on another machine: a baseline says what it was on the one that made it."""
+"""Keys whose `auto` may resolve differently on another machine. A baseline stores the resolved value."""
 TEST = "test"
-"""The mode of a baseline that is a test's, made by pytest's plugin; it has no config."""
+"""The mode of a test's baseline, which the pytest plugin makes. It has no config."""
 ROWS = 4
-"""The level at which a file has a value on a line."""
+"""The depth at which a baseline's file writes each value on one line."""
 
 
 class _Part(BaseModel):
@@ -34,18 +35,18 @@ class _Part(BaseModel):
 
 
 def numbers_in(text: str) -> list[int]:
-    """The ranks that `0-3,6` names. Raises ValueError."""
-    found: list[int] = []
+    """The rank numbers in a text such as `0-3,6`. Raises ValueError."""
+    numbers: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"([0-9]{1,7})(?:-([0-9]{1,7}))?", part)
         if not match or int(match[2] or match[1]) < int(match[1]):
             raise ValueError("should be ranks, as 0-3,6")
-        found += range(int(match[1]), int(match[2] or match[1]) + 1)
-    return found
+        numbers += range(int(match[1]), int(match[2] or match[1]) + 1)
+    return numbers
 
 
 def told_ranks(numbers: Iterable[int]) -> str:
-    """The ranks as `0-3,6`."""
+    """The rank numbers as a text such as `0-3,6`."""
     ordered = sorted(numbers)
     starts = [ordered[0], *(right for left, right in pairwise(ordered) if right != left + 1)]
     ends = [*(left for left, right in pairwise(ordered) if right != left + 1), ordered[-1]]
@@ -58,7 +59,7 @@ def _ranks(text: str) -> str:
 
 
 class Place(NamedTuple):
-    """Where a phase is in a run."""
+    """The position of a phase in a run."""
 
     step: int
     phase: str
@@ -70,7 +71,7 @@ class Place(NamedTuple):
 
 
 class Phase(_Part):
-    """The most bytes that were alive in a phase, and what they were."""
+    """The most bytes alive in a phase, and their categories."""
 
     step: Number
     phase: Text
@@ -80,12 +81,12 @@ class Phase(_Part):
 
     @property
     def place(self) -> Place:
-        """Its name."""
+        """Its position in the run."""
         return Place(self.step, self.phase, self.micro_batch)
 
 
 class Holding(_Part):
-    """What at the peak has one name, that of all layers at once."""
+    """The bytes at the peak under one name, summed over the layers."""
 
     category: Text
     name: Text
@@ -93,7 +94,7 @@ class Holding(_Part):
 
 
 class Allocator(_Part):
-    """The allocator's own peak, what of it was scratch in kernels, and what nobody explains."""
+    """The allocator's own peak, the scratch of kernels in it, and the bytes that the ledger cannot explain."""
 
     peak: Bytes
     kernel: Bytes
@@ -101,7 +102,7 @@ class Allocator(_Part):
 
 
 class Books(_Part):
-    """What a rank held: each category's [peak, end], every phase in order of entry, what was largest at the peak."""
+    """The accounting of one rank: each category's [peak, end], every phase in order, the largest at the peak."""
 
     categories: dict[Text, Annotated[list[Bytes], Field(min_length=2, max_length=2)]]
     allocator: Allocator | None = None
@@ -110,13 +111,13 @@ class Books(_Part):
 
     @property
     def highest(self) -> tuple[Bytes, Place | None]:
-        """The most bytes of any phase, and where they were."""
+        """The highest peak of any phase, in bytes, and the phase's place."""
         top = max(self.phases, key=lambda phase: phase.peak, default=None)
         return (top.peak, top.place) if top else (0, None)
 
 
 class Ranks(Books):
-    """Ranks that held the same."""
+    """Ranks with the same accounting."""
 
     ranks: Annotated[str, AfterValidator(_ranks)]
 
@@ -129,7 +130,7 @@ def _apart(groups: list[Ranks]) -> list[Ranks]:
 
 
 class Model(_Part):
-    """What ran."""
+    """The model that ran."""
 
     name: Text
     parameters: Bytes | None
@@ -137,10 +138,10 @@ class Model(_Part):
 
 
 class Baseline(_Part):
-    """What a run is held against; or a run, as it would be one."""
+    """The expected memory of a run; also a measured run in the same form."""
 
     config: list[Text]
-    """The words that make it, but for its world's and its directory's."""
+    """The overrides that reproduce the run, without those of its world and its directory."""
     mode: Text
     device: Text
     world: Annotated[int, Field(ge=1, le=2**20)]
@@ -151,31 +152,31 @@ class Baseline(_Part):
 
     @cached_property
     def by_rank(self) -> Mapping[int, Ranks]:
-        """The books of each rank that was measured."""
+        """The accounting of each measured rank."""
         return {number: each for each in self.ranks for number in numbers_in(each.ranks)}
 
 
 def of(run: Record, source: str) -> Baseline:
-    """What `run` held, of each rank that was measured. Raises ValueError, with `source`, for one that is no measure."""
+    """The memory of each measured rank of `run`. Raises ValueError, with `source`, for a run that is no measurement."""
     if run.status != "complete":
-        told = run.failure.error if run.failure else None
+        reason = run.failure.error if run.failure else None
         raise ValueError(
-            f"{source}: the run failed ({told or 'its record does not say why'}); only a whole one counts"
+            f"{source}: the run failed ({reason or 'its record does not say why'}); only a whole one counts"
         )
     steps = run.config.get("ledger", {}).get("steps")
-    books: dict[str, tuple[Books, list[int]]] = {}
+    by_memory: dict[str, tuple[Books, list[int]]] = {}
     for rank in sorted(run.ranks, key=lambda rank: rank.rank):
-        held = books_of(rank, steps)
-        if not held.phases or not held.categories:
+        measured = accounting_of(rank, steps)
+        if not measured.phases or not measured.categories:
             raise ValueError(
                 f"{source}: nothing of rank {rank.rank} was measured exactly; ledger=exact measures it"
             )
-        books.setdefault(held.model_dump_json(), (held, []))[1].extend(rank.numbers)
-    if not books:
+        by_memory.setdefault(measured.model_dump_json(), (measured, []))[1].extend(rank.numbers)
+    if not by_memory:
         raise ValueError(f"{source}: it has the books of no rank")
-    alike = (Ranks(ranks=told_ranks(numbers), **dict(held)) for held, numbers in books.values())
+    alike = (Ranks(ranks=told_ranks(numbers), **dict(measured)) for measured, numbers in by_memory.values())
     return Baseline(
-        config=[*_own(run)],
+        config=[*_overrides(run)],
         mode=run.mode,
         device=run.world.device,
         world=run.world.size,
@@ -186,33 +187,33 @@ def of(run: Record, source: str) -> Baseline:
 
 
 def made_by(versions: Mapping[str, str | None]) -> dict[str, str | None]:
-    """Of the packages' versions those that decide bytes."""
+    """The versions of the packages that change the bytes."""
     return {name: versions.get(name) for name in PACKAGES}
 
 
-def _own(run: Record) -> Iterator[str]:
-    """Its words, but for those of where it is and what it leaves; and what its machine chose."""
-    chosen = {key: run.value(key) for key in BY_MACHINE if key in run.resolved}
-    for word in run.environment.command:
-        key = word.partition("=")[0].lstrip("+~")
-        if key != "world" and not key.startswith(("world.", "hydra.")) and key not in chosen:
-            yield word
-    yield from (f"{key}={value}" for key, value in chosen.items())
+def _overrides(run: Record) -> Iterator[str]:
+    """The run's overrides without those of its world and directory, plus the values that its machine resolved."""
+    resolved = {key: run.value(key) for key in BY_MACHINE if key in run.resolved}
+    for argument in run.environment.command:
+        key = argument.partition("=")[0].lstrip("+~")
+        if key != "world" and not key.startswith(("world.", "hydra.")) and key not in resolved:
+            yield argument
+    yield from (f"{key}={value}" for key, value in resolved.items())
 
 
-def books_of(rank: schema.Rank, steps: int | None = None) -> Books:
-    """What of `rank` was measured exactly; of the phases those of the first `steps`."""
+def accounting_of(rank: schema.Rank, steps: int | None = None) -> Books:
+    """What was measured exactly on `rank`; of the phases only those of the first `steps`."""
     allocator, kernel = rank.allocator, rank.peak.categories.get("kernel")
-    heard = None
+    allocator_figures = None
     if allocator.peak is not None and allocator.unattributed is not None and kernel is not None:
-        heard = Allocator(peak=allocator.peak, kernel=kernel, unattributed=allocator.unattributed)
+        allocator_figures = Allocator(peak=allocator.peak, kernel=kernel, unattributed=allocator.unattributed)
     return Books(
         categories={
-            name: [held.peak, held.end]
-            for name, held in rank.categories.items()
-            if held.peak is not None and held.end is not None
+            name: [figures.peak, figures.end]
+            for name, figures in rank.categories.items()
+            if figures.peak is not None and figures.end is not None
         },
-        allocator=heard,
+        allocator=allocator_figures,
         phases=[
             _phase(each)
             for each in rank.phases
@@ -223,29 +224,29 @@ def books_of(rank: schema.Rank, steps: int | None = None) -> Books:
 
 
 def _phase(phase: schema.Phase) -> Phase:
-    held = {name: bytes_ for name, bytes_ in phase.categories.items() if bytes_}
+    categories = {name: bytes_ for name, bytes_ in phase.categories.items() if bytes_}
     return Phase(
         step=phase.step,
         phase=phase.phase,
         micro_batch=phase.micro_batch,
         peak=phase.peak or 0,
-        categories=held,
+        categories=categories,
     )
 
 
 def _holdings(holdings: Sequence[schema.Holding]) -> Iterator[Holding]:
-    """Those of all layers as one, the largest first."""
-    held: dict[tuple[str, str], int] = {}
+    """Holdings of all layers summed by their pattern, the largest first."""
+    sizes: dict[tuple[str, str], int] = {}
     for holding in holdings:
         key = holding.category, holding.pattern
-        held[key] = held.get(key, 0) + holding.bytes
-    for category, name in sorted(held, key=lambda key: (-held[key], key)):
-        yield Holding(category=category, name=name, bytes=held[category, name])
+        sizes[key] = sizes.get(key, 0) + holding.bytes
+    for category, name in sorted(sizes, key=lambda key: (-sizes[key], key)):
+        yield Holding(category=category, name=name, bytes=sizes[category, name])
 
 
 def read(file: Path) -> Baseline:
-    """The baseline in `file`. Raises ValueError with a sentence where there is none to read."""
-    tree = record.tree(file, SCHEMA, f"{file}: there is no baseline; --update makes one from a run")
+    """The baseline in `file`. Raises ValueError with a sentence where it cannot be read."""
+    tree = record_file.tree(file, SCHEMA, f"{file}: there is no baseline; --update makes one from a run")
     del tree["schema"]
     baseline = validated(Baseline, tree, str(file), "baseline")
     tolerances(baseline.tolerance, f"{file}: tolerance.")
@@ -253,39 +254,40 @@ def read(file: Path) -> Baseline:
 
 
 def write(file: Path, baseline: Baseline) -> None:
-    """Make `file` hold `baseline`, whole or not at all. Raises ValueError with a sentence where it cannot."""
+    """Write `baseline` to `file` atomically. Raises ValueError with a sentence where it cannot."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        record.put(file, text(baseline))
+        put(file, text(baseline))
     except OSError as error:
         raise ValueError(f"{file}: it cannot be written: {error.strerror}") from None
 
 
-def update(file: Path, held: Baseline, given: Mapping[str, str]) -> str:
-    """Write `held`, with the tolerances that `file` has and those `given` now; in a word, what that did. As `write`."""
-    before = read(file) if file.exists() else None
-    after = held.model_copy(update={"tolerance": {**(before.tolerance if before else {}), **given}})
-    if before == after:
+def update(file: Path, measured: Baseline, tolerance: Mapping[str, str]) -> str:
+    """Write `measured` to `file`, with the file's tolerances and the new ones in `tolerance`; raises as `write` does.
+
+    Returns "unchanged", "rewritten" or "made".
+    """
+    old = read(file) if file.exists() else None
+    new = measured.model_copy(update={"tolerance": {**(old.tolerance if old else {}), **tolerance}})
+    if old == new:
         return "unchanged"
-    write(file, after)
-    return "rewritten" if before else "made"
+    write(file, new)
+    return "rewritten" if old else "made"
 
 
 def text(baseline: Baseline) -> str:
-    """`baseline` as its file has it: the same figures are the same text."""
+    """The text of a baseline's file. The same figures always give the same text."""
     ranks = [{"ranks": each.ranks, **each.model_dump(exclude={"ranks"})} for each in baseline.ranks]
-    return (
-        _laid_out({"schema": SCHEMA, **baseline.model_dump(exclude={"ranks"}), "ranks": ranks}, ROWS) + "\n"
-    )
+    return _format({"schema": SCHEMA, **baseline.model_dump(exclude={"ranks"}), "ranks": ranks}, ROWS) + "\n"
 
 
-def _laid_out(value: Any, levels: int, indent: str = "") -> str:
+def _format(value: Any, levels: int, indent: str = "") -> str:
     if not levels or not value or not isinstance(value, (dict, list)):
         return json.dumps(value)
     inner = f"{indent} "
     if isinstance(value, dict):
-        rows = [f"{json.dumps(key)}: {_laid_out(each, levels - 1, inner)}" for key, each in value.items()]
+        rows = [f"{json.dumps(key)}: {_format(each, levels - 1, inner)}" for key, each in value.items()]
     else:
-        rows = [_laid_out(each, levels - 1, inner) for each in value]
+        rows = [_format(each, levels - 1, inner) for each in value]
     first, last = "{}" if isinstance(value, dict) else "[]"
     return f"{first}\n" + ",\n".join(f"{inner}{row}" for row in rows) + f"\n{indent}{last}"

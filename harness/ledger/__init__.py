@@ -1,10 +1,11 @@
-"""The ledger: what every byte alive in this process is, and whether that agrees with the allocator's own count.
+"""The ledger: what every live byte of this process is used for, checked against the allocator's own count.
 
     with Ledger(model=model, optimizer=optimizer) as ledger:
         train()
     ledger.peak.bytes, ledger.peak.categories, ledger.peak.where
 
-It knows nothing of training, inference, Hydra or DeepSpeed's ways: owners say which storages are theirs.
+It knows nothing about training, inference, Hydra or DeepSpeed: owners name their storages. It may import torch
+and no other room. Start reading at `ledger.py`, then `log.py`.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -13,11 +14,11 @@ from harness.ledger.categories import CATEGORIES
 
 if TYPE_CHECKING:
     from harness.ledger.allocator import CpuAllocator
-    from harness.ledger.books import Books
     from harness.ledger.events import Where
-    from harness.ledger.forwards import Forwards
+    from harness.ledger.in_flight import Forwards
     from harness.ledger.ledger import Ledger
-    from harness.ledger.timeline import Category, Peak, Phase
+    from harness.ledger.reconcile import Books
+    from harness.ledger.replay import Category, Peak, Phase
     from harness.ledger.unseen import Gap, NotSeen
     from harness.ledger.work import Work
 
@@ -36,25 +37,25 @@ __all__ = [
     "Work",
 ]
 
-_ROOMS = {
-    "Books": "books",
-    "Category": "timeline",
+_MODULES = {
+    "Books": "reconcile",
+    "Category": "replay",
     "CpuAllocator": "allocator",
-    "Forwards": "forwards",
+    "Forwards": "in_flight",
     "Gap": "unseen",
     "Ledger": "ledger",
     "NotSeen": "unseen",
-    "Peak": "timeline",
-    "Phase": "timeline",
+    "Peak": "replay",
+    "Phase": "replay",
     "Where": "events",
     "Work": "work",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """All but the categories need torch, and are imported when they are first asked for."""
+    """Import a name on first use. Everything except the categories needs torch."""
     from importlib import import_module
 
-    if name not in _ROOMS:
+    if name not in _MODULES:
         raise AttributeError(f"module 'harness.ledger' has no attribute {name!r}")
-    return getattr(import_module(f"harness.ledger.{_ROOMS[name]}"), name)
+    return getattr(import_module(f"harness.ledger.{_MODULES[name]}"), name)

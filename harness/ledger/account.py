@@ -1,13 +1,13 @@
-"""What a ledger measured, and how that follows from its log and from what the allocator's own events say."""
+"""The result of a ledger: computed from its log and, where available, from the allocator's own events."""
 
 from typing import NamedTuple
 
 from harness.ledger.allocator import CpuAllocator, CudaAllocator
-from harness.ledger.books import Books, at_allocator_peak, told
 from harness.ledger.events import Event
-from harness.ledger.forwards import Forwards, in_flight
+from harness.ledger.in_flight import Forwards, in_flight
 from harness.ledger.log import Log
-from harness.ledger.timeline import Category, Peak, Phase, from_the_start, replay
+from harness.ledger.reconcile import Books, at_allocator_peak, reconciled
+from harness.ledger.replay import Category, Peak, Phase, backdated, replay
 
 
 class Account(NamedTuple):
@@ -20,34 +20,34 @@ class Account(NamedTuple):
     forwards: Forwards | None = None
 
 
-def nothing() -> Account:
-    """What a ledger has measured that has seen nothing."""
+def empty_account() -> Account:
+    """The account of a ledger that has seen nothing."""
     return Account(None, {}, [], Books())
 
 
-def so_far(log: Log) -> Account:
-    """Up to this moment, without the allocator's side."""
-    return _of(log, from_the_start(log.events, log.began), Books())
+def current_account(log: Log) -> Account:
+    """The account up to this moment, without the allocator's data."""
+    return _of(log, backdated(log.events, log.began), Books())
 
 
-def closed(log: Log, allocator: CpuAllocator | CudaAllocator | None, kernel: bool) -> Account:
-    """Of a log that has ended, whose events are then the whole story. The allocator is heard no more.
+def final_account(log: Log, allocator: CpuAllocator | CudaAllocator | None, kernel: bool) -> Account:
+    """The account of a log that has ended, whose events are complete. This stops the allocator's recording.
 
-    With `kernel` the peak is the allocator's, else that of storages.
+    With `kernel` the peak is the allocator's, otherwise that of storages.
     """
     if isinstance(allocator, CpuAllocator) and (allocations := allocator.stop()) is not None:
-        story = told(log.events, log.operators, allocations, log.began)
-        log.events = story.events
-        peak, books = at_allocator_peak(story, allocator.source)
-        return _of(log, story.events, books, peak if kernel else None)
-    log.events = from_the_start(log.events, log.began)
+        reconciliation = reconciled(log.events, log.operators, allocations, log.began)
+        log.events = reconciliation.events
+        peak, books = at_allocator_peak(reconciliation, allocator.source)
+        return _of(log, reconciliation.events, books, peak if kernel else None)
+    log.events = backdated(log.events, log.began)
     books = Books(allocator.source, allocator.highest()) if isinstance(allocator, CudaAllocator) else Books()
     return _of(log, log.events, books)
 
 
-def _of(log: Log, events: list[Event], books: Books, highest: Peak | None = None) -> Account:
+def _of(log: Log, events: list[Event], books: Books, allocator_peak: Peak | None = None) -> Account:
     peak, categories, phases = replay(events)
-    peak = highest or peak
+    peak = allocator_peak or peak
     for phase in phases:
         phase.work = log.work.of(phase.where)
     if not log.unseen.lacks("saved"):

@@ -1,9 +1,9 @@
-"""The allocator's own account of memory, against which the log is held. It shares nothing with the log.
+"""The allocator's own account of memory, against which the log is checked. It shares nothing with the log.
 
-On CPU it is the allocation events that PyTorch's allocator reports to its profiler: every block, those
-inside kernels too, with address, size and time. The profiler runs with no operator scope, so that
-it records allocations alone. Known limits: only this thread's events are reported, and of blocks that were
-made before the start only the ones that an earlier profile saw are reported when they go.
+On CPU it consists of the allocation events that PyTorch's allocator reports to its profiler: every block with
+address, size and time, also blocks inside kernels. The profiler runs without an operator scope, so that it
+records only allocations. Known limits: only this thread's events are reported. The free of a block that was
+allocated before the start is reported only if an earlier profile saw the block.
 """
 
 import os
@@ -16,7 +16,7 @@ import torch
 from harness.ledger.replaced import replaced
 from harness.ledger.unseen import Unseen
 
-_silent = False
+_silenced_before = False
 
 PROFILED = (
     "a profiler of the program's own, or of another ledger, has the allocator's events: the allocator's peak, kernel "
@@ -25,7 +25,7 @@ PROFILED = (
 
 
 class Allocation(NamedTuple):
-    """A block of `delta` bytes came (or, below 0, went) at address `pointer`, at `time` in nanoseconds."""
+    """A block of `delta` bytes at address `pointer` is allocated (freed if negative), at `time` in nanoseconds."""
 
     time: int
     pointer: int
@@ -41,7 +41,7 @@ class CpuAllocator:
         self.running = False
 
     def start(self) -> bool:
-        """Begin to record; False where somebody else's profiler already runs, for only one can."""
+        """Begin to record. False if another profiler already runs: only one can."""
         from torch._C import _autograd
         from torch._C._profiler import ProfilerConfig, ProfilerState, RecordScope, _ExperimentalConfig
 
@@ -50,36 +50,36 @@ class CpuAllocator:
         config = ProfilerConfig(ProfilerState.KINETO, False, True, False, False, False, _ExperimentalConfig())
         activities = {torch.profiler.ProfilerActivity.CPU}
         kineto: Any = _autograd
-        with _in_silence():
-            older = [torch.UntypedStorage(1)]
+        with _stderr_silenced():
+            earlier_block = [torch.UntypedStorage(1)]
             kineto._prepare_profiler(config, activities)
             kineto._enable_profiler(config, activities, {RecordScope.USER_SCOPE})
-            older.clear()  # of the first block that goes and was there before, the allocator warns
+            earlier_block.clear()  # the allocator warns at the first free of a block that it did not record
         self.running = True
         return True
 
     @contextmanager
     def giving_way(self, unseen: Unseen) -> Iterator[None]:
-        """Within it a profiler that the program starts is the only one, as without a ledger."""
+        """Inside this context a profiler that the program starts replaces this one, as it runs without a ledger."""
 
-        def first(start: Callable[..., Any]) -> Callable[..., Any]:
-            def started(*args: Any, **kwargs: Any) -> Any:
+        def stopping_ours(start: Callable[..., Any]) -> Callable[..., Any]:
+            def start_theirs(*args: Any, **kwargs: Any) -> Any:
                 if self.running and torch._C._autograd._profiler_enabled():  # in this thread
                     self.stop()
                     unseen.note("profiler", "allocator", PROFILED)
                 return start(*args, **kwargs)
 
-            return started
+            return start_theirs
 
         with ExitStack() as undo:
             for name in ("_prepare_profiler", "_enable_profiler", "_enable_profiler_legacy"):
                 start = getattr(torch.autograd.profiler, name, None)
                 if start is not None:
-                    undo.enter_context(replaced(torch.autograd.profiler, name, first(start)))
+                    undo.enter_context(replaced(torch.autograd.profiler, name, stopping_ours(start)))
             yield
 
     def stop(self) -> list[Allocation] | None:
-        """Every block's coming and going since `start`, in order; None where it never started."""
+        """All allocations and frees since `start`, in order of time. None if it never started."""
         if not self.running:
             return None
         self.running = False
@@ -88,24 +88,27 @@ class CpuAllocator:
 
 
 @contextmanager
-def _in_silence() -> Iterator[None]:
-    """The first time in a process nothing is written to stderr within it: kineto and the allocator would, and once."""
-    global _silent
-    if _silent:
+def _stderr_silenced() -> Iterator[None]:
+    """Send stderr to the null device, the first time in a process.
+
+    At the first start kineto and the allocator write to stderr, once per process.
+    """
+    global _silenced_before
+    if _silenced_before:
         yield
         return
-    _silent = True
-    added = "KINETO_LOG_LEVEL" not in os.environ
+    _silenced_before = True
+    sets_log_level = "KINETO_LOG_LEVEL" not in os.environ
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     with ExitStack() as undo:
-        if added:
+        if sets_log_level:
             undo.callback(os.environ.pop, "KINETO_LOG_LEVEL")
         with suppress(OSError):  # there is no stderr
-            kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-            undo.callback(os.close, kept)
-            undo.callback(os.close, nowhere)
-            undo.callback(os.dup2, kept, 2)
-            os.dup2(nowhere, 2)
+            stderr_copy, null_device = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+            undo.callback(os.close, stderr_copy)
+            undo.callback(os.close, null_device)
+            undo.callback(os.dup2, stderr_copy, 2)
+            os.dup2(null_device, 2)
         yield
 
 
@@ -119,7 +122,7 @@ def _allocations(events: Any) -> Iterator[Allocation]:
 
 
 class CudaAllocator:
-    """PyTorch's CUDA allocator, through its own statistics, none of which is reset. It has no events to hear."""
+    """PyTorch's CUDA allocator, read from its statistics, none of which is reset. It reports no events."""
 
     source = "cuda"
 
@@ -127,14 +130,14 @@ class CudaAllocator:
         self._before = 0
 
     def start(self) -> bool:
-        """Remember the highest count so far."""
+        """Remember the highest byte count so far."""
         self._before = torch.cuda.max_memory_allocated()
         return True
 
     def stop(self) -> None:
-        """Statistics have no events."""
+        """Do nothing: statistics have no events."""
 
     def highest(self) -> int | None:
-        """The highest count of allocated bytes; None where a moment before `start` was higher still."""
+        """The highest count of allocated bytes since `start`. None if the count was higher before `start`."""
         highest = torch.cuda.max_memory_allocated()
         return highest if highest > self._before else None

@@ -1,4 +1,4 @@
-"""What a live storage can be, and what its name comes to. No torch here: records are read without it."""
+"""The categories of a live storage, and its name pattern. No torch here: records are read without torch."""
 
 import re
 
@@ -13,9 +13,9 @@ CATEGORIES = (
     "inputs",
     "workspace",
 )
-"""A live storage is exactly one of these."""
+"""Each live storage is in exactly one category."""
 
 
 def pattern(name: str) -> str:
-    """`name` for all layers at once: `model.layers.*.mlp`."""
+    """`name` with every layer number replaced by `*`: `model.layers.*.mlp`."""
     return re.sub(r"(?<=[.\[])\d+(?=[.:\]])", "*", name)

@@ -1,4 +1,4 @@
-"""Collectives that repeat: frees after them happen in an order that no two runs would share."""
+"""Make the frees after collectives happen in the same order in every run."""
 
 from types import FunctionType
 from typing import Any
@@ -8,10 +8,10 @@ from torch.distributed.nn import functional
 
 
 def settle(arguments: Any) -> None:
-    """Wait until the process group among a collective's `arguments` has let go of what it was given.
+    """Wait until the process group among a collective's `arguments` has released its references to their tensors.
 
-    gloo's thread drops its references after the caller wakes, at a moment that no two runs share. A collective of
-    no elements comes after it in the thread's queue. Point-to-point operators have no such pairing.
+    gloo's thread drops its references after the caller wakes, at a time that differs between runs. A collective
+    without elements is queued behind it in that thread. Point-to-point operators have no such partner call.
     """
     for argument in arguments:
         group = _group(argument)
@@ -20,28 +20,29 @@ def settle(arguments: Any) -> None:
 
 
 def _group(argument: Any) -> Any:
-    """The process group that `argument` is, or names; None where it is something else."""
+    """The process group that `argument` is or names. None if it is something else."""
     if isinstance(argument, torch.ScriptObject) and "ProcessGroup" in str(argument._type()):
         return torch.distributed.ProcessGroup.unbox(argument)
     if isinstance(argument, str):
         try:
-            named: Any = argument
-            return torch._C._distributed_c10d._resolve_process_group(named)
-        except RuntimeError:  # how to reduce
+            group_name: Any = argument
+            return torch._C._distributed_c10d._resolve_process_group(group_name)
+        except RuntimeError:  # the string names a reduction
             return None
     return argument if isinstance(argument, torch.distributed.ProcessGroup) else None
 
 
 def release_default_group() -> None:
-    """Leave no process group in the default arguments of torch.distributed.nn.functional, which Dynamo imports.
+    """Remove process groups from the default arguments of torch.distributed.nn.functional, which Dynamo imports.
 
-    They take the group that is the default when it is imported. Where that is after init_process_group, gloo's threads
-    outlive destroy_process_group, and one that still frees a tensor as Python ends aborts the process (torch 2.13).
-    With None, as when it is imported before, the functions use the group that is the default when they are called.
+    These defaults are set at import to the group that is the default then. If the import comes after
+    init_process_group, gloo's threads outlive destroy_process_group, and a thread that frees a tensor while Python
+    exits aborts the process (torch 2.13). With None, as with an earlier import, the functions use the group that
+    is the default when they are called.
     """
     for function in vars(functional).values():
         if isinstance(function, FunctionType) and function.__defaults__:
             function.__defaults__ = tuple(
-                None if isinstance(each, torch.distributed.ProcessGroup) else each
-                for each in function.__defaults__
+                None if isinstance(default, torch.distributed.ProcessGroup) else default
+                for default in function.__defaults__
             )

@@ -1,4 +1,4 @@
-"""Work that is done elsewhere than in the ledger's thread: it is not seen, and this says so."""
+"""Work outside the ledger's thread is not seen. This module reports that it happens."""
 
 import os
 import threading
@@ -13,11 +13,11 @@ from harness.ledger.log import Log, another_thread
 from harness.ledger.replaced import replaced
 from harness.ledger.unseen import Unseen
 
-_OPEN: "weakref.WeakSet[Log]" = weakref.WeakSet()
+_OPEN_LOGS: "weakref.WeakSet[Log]" = weakref.WeakSet()
 
 
 class _Elsewhere(TorchDispatchMode):
-    """In a thread that the program starts: the first operator there is worth a word."""
+    """A mode in a thread that the program starts: its first operator is reported as a gap."""
 
     supports_higher_order_operators = True
 
@@ -46,37 +46,37 @@ class _Elsewhere(TorchDispatchMode):
 
 @contextmanager
 def watching_threads(log: Log) -> Iterator[None]:
-    """Say of threads that are started within it, and of forked children, that nobody sees what they do."""
+    """Report threads that are started inside this context. In a forked child, stop the log."""
     start = threading.Thread.start
 
-    def started(thread: threading.Thread) -> None:
+    def start_observed(thread: threading.Thread) -> None:
         if log.here():
-            run, own = thread.run, vars(thread).get("run")
+            run, own_run = thread.run, vars(thread).get("run")
 
-            def within() -> None:
+            def run_observed() -> None:
                 vars(thread).pop("run", None)
-                if own is not None:
-                    thread.run = own  # type: ignore[method-assign]
+                if own_run is not None:
+                    thread.run = own_run  # type: ignore[method-assign]
                 if not log.recording:
                     return run()
                 with _Elsewhere(log.unseen):
                     return run()
 
-            thread.run = within  # type: ignore[method-assign]
+            thread.run = run_observed  # type: ignore[method-assign]
         start(thread)
 
-    _OPEN.add(log)
+    _OPEN_LOGS.add(log)
     try:
-        with replaced(threading.Thread, "start", started):
+        with replaced(threading.Thread, "start", start_observed):
             yield
     finally:
-        _OPEN.discard(log)
+        _OPEN_LOGS.discard(log)
 
 
-def _sleep() -> None:
-    for log in _OPEN:
+def _stop_logs() -> None:
+    for log in _OPEN_LOGS:
         log.sleep()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_sleep)
+    os.register_at_fork(after_in_child=_stop_logs)

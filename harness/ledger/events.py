@@ -1,4 +1,4 @@
-"""What the log writes down: storages, their births and deaths, and the operators that ran. Plain data."""
+"""The data of the log: storages, their allocations and frees, and the operators that ran. Plain data."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,7 +16,7 @@ class Where(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Storage:
-    """One allocation as tensors see it. `born`, `died` and `saved_at` (autograd kept it) are nanoseconds."""
+    """One allocation as tensors see it. `born`, `died` and `saved_at` (autograd saved it) are in nanoseconds."""
 
     nbytes: int
     pointer: int
@@ -29,21 +29,24 @@ class Storage:
     died: int | None = None
     saved_at: int | None = None
     recomputed: bool = False
-    base: bool = False  # it was alive before the log began
-    line: str = ""  # of the source that made it, where the log asks for lines
-    parts: dict[int, tuple[str, int]] | None = None  # parameters that lie in it, by offset: name, bytes
+    base: bool = False  # it existed before the log began
+    line: str = ""  # source line that allocated it, if the log records lines
+    parts: dict[int, tuple[str, int]] | None = None  # parameters inside it, by offset: name, bytes
 
     @property
     def shares(self) -> list[tuple[str, int]]:
-        """Its bytes by name: of a buffer in which many parameters lie each one's, and what is left between them."""
-        own = [*self.parts.values()] if self.parts else []
-        if len(own) < 2:
+        """Name and bytes of each part: each parameter of a shared buffer, and the gaps between them."""
+        parameters = [*self.parts.values()] if self.parts else []
+        if len(parameters) < 2:
             return [(self.name, self.nbytes)]
-        left = self.nbytes - sum(nbytes for _, nbytes in own)
-        return [*own, *([("between parameters", left)] if left else [])]
+        gap = self.nbytes - sum(nbytes for _, nbytes in parameters)
+        return [*parameters, *([("between parameters", gap)] if gap else [])]
 
     def has(self, name: str, parameter: torch.Tensor) -> None:
-        """`parameter` lies in it, unless the place is known: a partition is a view of many that the module named."""
+        """Record that `parameter` lies in this storage, if its offset is not taken.
+
+        A partition is a view of many parameters that the module has already named.
+        """
         if self.parts is None:
             self.parts = {}
         offset = int(parameter.storage_offset())
@@ -55,18 +58,18 @@ class Storage:
 
 
 class Event(NamedTuple):
-    """A change of the live set: `delta` bytes of `storage` at `time`; or a new phase where `storage` is None."""
+    """`storage` grows by `delta` bytes at `time`. Where `storage` is None, a new phase begins."""
 
     time: int
     delta: int
     storage: Storage | None
     where: Where
     module: str
-    saved: bool = False  # the moment autograd saved it, which changes no total
+    saved: bool = False  # autograd saves it now, which changes no total
 
     @property
     def saves(self) -> int:
-        """Bytes by which what autograd keeps of activations grows, or shrinks."""
+        """Change of the activation bytes that autograd keeps."""
         storage = self.storage
         if storage is None or storage.category != "activations":
             return 0
@@ -83,5 +86,5 @@ class Operator(NamedTuple):
     where: Where
     module: str
     name: str
-    leaves: str = ""  # of what is not seen inside: the category of what it makes and keeps
+    leaves: str = ""  # of an opaque region: the category of the memory it leaves
     recomputed: bool = False

@@ -1,4 +1,4 @@
-"""What is alive at a moment, by name. Plain data in and out."""
+"""Live storages at one moment, grouped by name. Plain data in and out."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -7,14 +7,14 @@ from harness.ledger.categories import CATEGORIES, pattern
 from harness.ledger.events import Storage
 
 LARGEST = 40
-"""Holdings of a peak that are named one by one."""
+"""How many holdings of a peak are listed one by one."""
 
 
 @dataclass(frozen=True)
 class Holding:
-    """Storages alive at the peak under one name: an owner's, or the module and operator that made them.
+    """Storages alive at the peak under one name: the owner's name, or the module and operator that allocated them.
 
-    A parameter that lies in a buffer of many is one of its own.
+    A parameter inside a buffer of several parameters has a holding of its own.
     """
 
     category: str
@@ -22,29 +22,29 @@ class Holding:
     bytes: int
     storages: int
     line: str = ""
-    """Of the source that made them, where the log asked for lines."""
+    """Source line that allocated them, if the log records lines."""
 
 
 def holdings_of(storages: Iterable[Storage]) -> list[Holding]:
-    """`storages` by what holds them: the `LARGEST`, then those of all layers as one, then the rest of each category.
+    """Group `storages`: the `LARGEST` names, then names merged over layers, then the rest of each category.
 
-    The sum is theirs.
+    The sum of all holdings is the sum of `storages`.
     """
-    held: dict[tuple[str, str, str], list[int]] = {}
+    sizes_by_key: dict[tuple[str, str, str], list[int]] = {}
     for storage in storages:
-        made = f"{storage.module or storage.where.phase}: {storage.op.partition('.')[0]}"
+        origin = f"{storage.module or storage.where.phase}: {storage.op.partition('.')[0]}"
         for name, nbytes in storage.shares:
-            held.setdefault((storage.category, name or made, storage.line), []).append(nbytes)
-    found = _by_size(
+            sizes_by_key.setdefault((storage.category, name or origin, storage.line), []).append(nbytes)
+    holdings = _by_size(
         Holding(category, name, sum(sizes), len(sizes), line)
-        for (category, name, line), sizes in held.items()
+        for (category, name, line), sizes in sizes_by_key.items()
     )
-    layers = _by_size(_together(found[LARGEST:], lambda holding: pattern(holding.name)))
-    left = list(_together(layers[LARGEST:], lambda holding: "others"))
+    layers = _by_size(_merged(holdings[LARGEST:], lambda holding: pattern(holding.name)))
+    rest = list(_merged(layers[LARGEST:], lambda holding: "others"))
     return [
-        *found[:LARGEST],
+        *holdings[:LARGEST],
         *layers[:LARGEST],
-        *sorted(left, key=lambda each: CATEGORIES.index(each.category)),
+        *sorted(rest, key=lambda holding: CATEGORIES.index(holding.category)),
     ]
 
 
@@ -54,10 +54,15 @@ def _by_size(holdings: Iterable[Holding]) -> list[Holding]:
     )
 
 
-def _together(holdings: Iterable[Holding], name: Callable[[Holding], str]) -> Iterator[Holding]:
-    """Those of a category that have one name, as one."""
-    held: dict[tuple[str, str], list[Holding]] = {}
+def _merged(holdings: Iterable[Holding], name: Callable[[Holding], str]) -> Iterator[Holding]:
+    """Merge the holdings that have the same category and the same `name(holding)`."""
+    groups: dict[tuple[str, str], list[Holding]] = {}
     for holding in holdings:
-        held.setdefault((holding.category, name(holding)), []).append(holding)
-    for (category, called), each in held.items():
-        yield Holding(category, called, sum(h.bytes for h in each), sum(h.storages for h in each))
+        groups.setdefault((holding.category, name(holding)), []).append(holding)
+    for (category, group_name), group in groups.items():
+        yield Holding(
+            category,
+            group_name,
+            sum(member.bytes for member in group),
+            sum(member.storages for member in group),
+        )

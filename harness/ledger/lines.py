@@ -1,4 +1,4 @@
-"""Which line of a program made something."""
+"""The source line of a program that allocated something."""
 
 import sys
 from pathlib import Path
@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 
 PASSED_OVER = (str(Path(torch.__file__).parent), str(Path(__file__).parent), "<")
-"""How the files' names begin whose lines nobody asks for; `<` is code that was made and has no file."""
+"""Prefixes of file names that are skipped. `<` marks generated code, which has no file."""
 
 
 def calling_line() -> str:
-    """`file:line` of the innermost caller that is neither torch's nor the ledger's; nothing where there is none."""
+    """`file:line` of the innermost caller outside torch and the ledger. Empty if there is none."""
     frame = sys._getframe(1)
     while frame is not None and frame.f_code.co_filename.startswith(PASSED_OVER):
         frame = frame.f_back  # type: ignore[assignment]

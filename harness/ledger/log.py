@@ -1,9 +1,9 @@
-"""The log: every storage's birth and death, with where it happened. What a storage *was* is decided by later claims.
+"""The log: every storage's allocation and free, with where it happened. Later claims decide a storage's category.
 
-Known limits: a storage that no operator returned and no owner names is not seen here (the allocator's own
-events show it as `kernel` or `unattributed`), and an operator that frees a storage behind Python's back
-shows its death when the storage object goes. Operators of other threads are not seen, nor are those that a compiler
-has made one program of (`compiled.py`).
+Known limits: a storage that no operator returned and no owner names is not seen here (the allocator's own events
+show it as `kernel` or `unattributed`). If an operator frees a storage behind Python's back, the log shows the free
+when the storage object is freed. Operators of other threads are not seen, nor operators inside a compiled program
+(`compiled.py`).
 """
 
 import threading
@@ -26,34 +26,34 @@ from torch.utils._python_dispatch import (
 from harness.ledger.events import Event, Operator, Storage, Where
 from harness.ledger.lines import calling_line
 from harness.ledger.tensors import (
+    is_wrapper,
     parts_of,
     places,
     sizes_of,
-    stands_for_others,
     storage_of,
     tensors_in,
-    unnoticed,
+    without_torch_function,
 )
 from harness.ledger.unseen import Figures, Unseen
 from harness.ledger.work import Counter
 
 PRECEDENCE = ("parameters", "optimizer", "communication", "gathered", "kv_cache", "gradients", "inputs")
-"""Where two owners name one storage, the earlier word wins: a gradient that is a view of a bucket is the bucket."""
+"""If two owners name one storage, the category listed first wins: a gradient inside a bucket is the bucket."""
 RANK = {category: rank for rank, category in enumerate((*PRECEDENCE, "activations", "workspace"))}
 
-MADE_IN = {
+CATEGORY_BY_PHASE = {
     "data": "inputs",
     **dict.fromkeys(("idle", "setup", "backward", "step", "checkpoint"), "workspace"),
 }
-"""What a storage is that nobody claims, by the phase that made it; any other phase is a forward's."""
+"""The category of an unclaimed storage by the phase that allocated it. Any other phase is part of a forward."""
 
 COLLECTIVES = ("c10d", "_c10d_functional")
-"""Namespaces of what ranks do together; the second gives new tensors back."""
+"""Namespaces of collective operators. Those of the second return new tensors."""
 POINT_TO_POINT = ("send", "recv_", "recv_any_source_", "wait_tensor")
-"""What passes a tensor on from one rank to another, or waits for it: it stays what it is."""
+"""Operators that send, receive or wait for one tensor. It keeps its category."""
 
-UNMADE = ("", "saved")
-"""Not operators, but ways in which the log first meets a storage that was there: it is named, or autograd keeps it."""
+NOT_OPERATORS = ("", "saved")
+"""Not operators, but how the log first meets an existing storage: an owner names it, or autograd saves it."""
 
 _DEVICE = torch.ops.prim.device.default
 _FAKE, _FUNCTIONAL, _PROXY = (
@@ -62,7 +62,7 @@ _FAKE, _FUNCTIONAL, _PROXY = (
 _mode: Any = torch._C._get_dispatch_mode
 _function_modes: Any = torch._C._len_torch_function_stack
 
-Made = TypeVar("Made")
+Result = TypeVar("Result")
 
 
 class _Death(weakref.ref):  # type: ignore[type-arg]
@@ -72,7 +72,7 @@ class _Death(weakref.ref):  # type: ignore[type-arg]
 
 
 class Log(TorchDispatchMode):
-    """A dispatch mode that logs storages. It holds no tensor and changes none."""
+    """A dispatch mode that logs storages. It keeps no tensor alive and changes none."""
 
     supports_higher_order_operators = True
 
@@ -83,8 +83,8 @@ class Log(TorchDispatchMode):
         self.device, self.block, self.lines = device, block, lines
         self.unseen = unseen or Unseen()
         self.where = Where(0, "idle", 0)
-        self._there = places(device, False)
-        self.work = Counter(self._there, self.where)
+        self._on_device = places(device, False)
+        self.work = Counter(self._on_device, self.where)
         self.module = ""
         self.recomputing = False
         self.follow: Callable[[], None] | None = None  # called before each operator
@@ -92,12 +92,12 @@ class Log(TorchDispatchMode):
         self.events: list[Event] = []
         self.operators: list[Operator] = []
         self.recording = False
-        self.fakes = False  # whether fake tensors are what it counts
+        self.fakes = False  # whether it counts fake tensors
         self.began = 0  # in nanoseconds
         self._alive: dict[int, _Death] = {}
-        self._wraps: dict[type, bool] = {}
-        self._aside = False
-        self._above: list[TorchDispatchMode] | None = None  # while it is hidden, the modes that go before it
+        self._wrapper_types: dict[type, bool] = {}
+        self._paused = False
+        self._modes_above: list[TorchDispatchMode] | None = None  # the modes above it, while it is hidden
         self._thread = 0
 
     def __enter__(self) -> "Log":
@@ -109,30 +109,30 @@ class Log(TorchDispatchMode):
         self.recording = False
         modes = _get_current_dispatch_mode_stack()
         if self in modes and modes[-1] is not self:
-            self.hide()  # modes of the program's that were entered later go on
-        if self._above is not None:
-            self._above = None
+            self.hide()  # the program's own modes entered later stay on
+        if self._modes_above is not None:
+            self._modes_above = None
             _push_mode(self)
-        elif self not in modes:  # a generator that another thread closes
+        elif self not in modes:  # another thread closes a generator
             return
         super().__exit__(*exc)
 
     def restart(self) -> None:
-        """Begin with an empty page."""
+        """Clear the log."""
         self.where, self.module, self.recomputing = Where(0, "idle", 0), "", False
-        self.work = Counter(self._there, self.where)
+        self.work = Counter(self._on_device, self.where)
         self.events, self.operators, self._alive = [], [], {}
-        self._aside, self._above = False, None
+        self._paused, self._modes_above = False, None
 
     def look(self) -> None:
-        """Decide what there is to count: where a FakeTensorMode is on, what it makes; else what holds memory."""
+        """Choose what to count: fake tensors if a FakeTensorMode is on, otherwise tensors with memory."""
         self.fakes = any(isinstance(mode, FakeTensorMode) for mode in _get_current_dispatch_mode_stack())
-        self._there = self.work.there = places(self.device, self.fakes)
+        self._on_device = self.work.on_device = places(self.device, self.fakes)
 
     def here(self) -> bool:
-        """Whether this thread is one that the log sees: its own, or one that autograd lent its modes to.
+        """Whether the log sees this thread: its own thread, or one to which autograd passed its modes.
 
-        Where a compiler traces it as part of a program, it does so in another thread, and what asks is to do nothing.
+        While a compiler traces a caller it runs in another thread, and the caller must do nothing.
         """
         if torch.compiler.is_compiling() or not self.recording:
             return False
@@ -142,32 +142,32 @@ class Log(TorchDispatchMode):
         return False
 
     def traced(self) -> bool:
-        """Whether the program is only tried out now, by somebody who wants a graph of it."""
+        """Whether the program is only traced now, to obtain a graph of it."""
         graph = _mode(_PROXY) is not None or _mode(_FUNCTIONAL) is not None
         return graph or (not self.fakes and _mode(_FAKE) is not None)
 
     @property
     def hidden(self) -> bool:
-        """Whether no operator is seen now."""
-        return self._above is not None
+        """Whether operators are hidden now."""
+        return self._modes_above is not None
 
     def sleep(self) -> None:
-        """See nothing any more: this is a forked child, and nobody will ask."""
-        self._aside, self.recording = True, False
+        """Stop recording: in a forked child nobody reads the log."""
+        self._paused, self.recording = True, False
 
     def hide(self) -> None:
-        """Until `show`, no operator is seen. What ends is."""
-        self._above = []
+        """Until `show`, no operator is seen. Frees still are."""
+        self._modes_above = []
         while (mode := _pop_mode()) is not self:
-            self._above.append(mode)
-        for mode in reversed(self._above):
+            self._modes_above.append(mode)
+        for mode in reversed(self._modes_above):
             _push_mode(mode)
 
     def show(self) -> None:
-        """End what `hide` began."""
-        if self._above is None:  # it was closed meanwhile
+        """Undo `hide`."""
+        if self._modes_above is None:  # the log was closed while hidden
             return
-        above, self._above = self._above, None
+        above, self._modes_above = self._modes_above, None
         for _ in above:
             _pop_mode()
         for mode in (self, *reversed(above)):
@@ -175,8 +175,8 @@ class Log(TorchDispatchMode):
 
     @contextmanager
     def opaque(self, name: str) -> Iterator[None]:
-        """Within it nothing is seen but the allocator's events: to the log it is one operator."""
-        began, hidden = time_ns(), self._above is not None
+        """Inside this context only the allocator's events are seen. To the log it is one operator."""
+        began, hidden = time_ns(), self._modes_above is not None
         if not hidden:
             self.hide()
         try:
@@ -188,60 +188,64 @@ class Log(TorchDispatchMode):
                 Operator(began, time_ns(), self.where, self.module, name, self.makes, self.recomputing)
             )
 
-    def aside(self, call: Callable[[], Made]) -> Made:
-        """What `call` makes by operators that are the ledger's own, and no part of the run."""
-        before, self._aside = self._aside, True
+    def aside(self, call: Callable[[], Result]) -> Result:
+        """Return `call()`. Its operators belong to the ledger and are not logged."""
+        before, self._paused = self._paused, True
         try:
             return call()
         finally:
-            self._aside = before
+            self._paused = before
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Not to be wrapped against tracing: the wrapper costs as much as the log, and only a compiler needs it."""
+        """Prevent a wrapper against tracing: it costs as much as the log, and only a compiler needs it."""
         return False
 
     @classmethod
     def is_infra_mode(cls) -> bool:
-        """To a compiler it is not there: what is compiled without the log is compiled with it."""
+        """Make a compiler ignore this mode: what is compiled without the log is also compiled with it."""
         return True
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        """Likewise."""
+        """As `is_infra_mode`."""
         return True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if types:
             if self.traced():
                 return func(*args, **kwargs) if kwargs else func(*args)
-            for kind in types:
-                if self._wraps[kind] if kind in self._wraps else self._wrapping(kind, args, kwargs):
-                    return NotImplemented  # it is shown what they do with what they wrap
-        if self._aside:
+            for tensor_type in types:
+                if (
+                    self._wrapper_types[tensor_type]
+                    if tensor_type in self._wrapper_types
+                    else self._is_wrapper_type(tensor_type, args, kwargs)
+                ):
+                    return NotImplemented  # the log then sees the operators on the wrapped tensors
+        if self._paused:
             return func(*args, **kwargs) if kwargs else func(*args)
-        if func is _DEVICE and (fake := getattr(args[0], "fake_device", None)) is not None:
-            return fake
+        if func is _DEVICE and (fake_device := getattr(args[0], "fake_device", None)) is not None:
+            return fake_device
         space = func.namespace
-        if space == "prim":  # a tensor is asked what it is
+        if space == "prim":  # a question about a tensor, such as its device
             return func(*args)
         if self.follow is not None:
             self.follow()
         began = time_ns()
         out = func(*args, **kwargs) if kwargs else func(*args)
-        together = space in COLLECTIVES
-        collective = together and func.__name__.partition(".")[0] not in POINT_TO_POINT
+        among_ranks = space in COLLECTIVES
+        collective = among_ranks and func.__name__.partition(".")[0] not in POINT_TO_POINT
         if collective and self.settle is not None:
             self.settle(args)
-        write = self._write if not _function_modes() else unnoticed(self._write)
+        write = self._write if not _function_modes() else without_torch_function(self._write)
         try:
             write(func, args, kwargs, out, began, collective)
-        except Exception as error:  # a tensor of a kind that nobody thought of is no reason to stop a run
-            self.missed(func.__name__, error)
+        except Exception as error:  # an unforeseen kind of tensor must not stop the run
+            self.report_failure(func.__name__, error)
         return out
 
     def _write(self, func: Any, args: Any, kwargs: Any, out: Any, began: int, collective: bool) -> None:
-        """`func` has made `out` of these."""
+        """Log that `func` returned `out` for these arguments."""
         name, ended = func.__name__, time_ns()
         self.operators.append(Operator(began, ended, self.where, self.module, name))
         self.work.count(func, args, kwargs, out)
@@ -253,41 +257,41 @@ class Log(TorchDispatchMode):
         if collective:
             self._communicated((args, out), name, ended)
 
-    def _wrapping(self, kind: type, args: Any, kwargs: Any) -> bool:
-        self._wraps[kind] = unnoticed(stands_for_others)(kind, (args, kwargs))
-        return self._wraps[kind]
+    def _is_wrapper_type(self, tensor_type: type, args: Any, kwargs: Any) -> bool:
+        self._wrapper_types[tensor_type] = without_torch_function(is_wrapper)(tensor_type, (args, kwargs))
+        return self._wrapper_types[tensor_type]
 
-    def missed(self, name: str, error: Exception, figures: Figures = "storages") -> None:
-        """The ledger itself failed at `name`; the program goes on."""
-        told = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-        of = "" if figures == "all" else f" of {figures}"
+    def report_failure(self, name: str, error: Exception, figures: Figures = "storages") -> None:
+        """Report that the ledger itself failed at `name`. The program continues."""
+        message = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        scope = "" if figures == "all" else f" of {figures}"
         self.unseen.note(
             name,
             figures,
-            f"{name} is not in the figures{of}: the ledger could not read it ({told})",
+            f"{name} is not in the figures{scope}: the ledger could not read it ({message})",
         )
 
-    def _communicated(self, given: Any, op: str, now: int) -> None:
-        """What a collective sent, filled or made, and no owner names, is a bucket of its caller's."""
-        for tensor in tensors_in(given):
+    def _communicated(self, tensors: Any, op: str, now: int) -> None:
+        """Tensors that a collective sent, filled or returned are `communication`, unless an owner names them."""
+        for tensor in tensors_in(tensors):
             record = self.see(tensor, op, now)
             if record is not None and not record.name:
                 record.category = "communication"
 
     def see(self, tensor: torch.Tensor, op: str, now: int) -> Storage | None:
-        """The record of `tensor`'s storage, made now if it was not known. None where it has none on this device."""
-        if not self._there(tensor):
+        """The record of `tensor`'s storage, created if it is new. None if it has no storage on this device."""
+        if not self._on_device(tensor):
             return None
         try:
             storage = tensor.untyped_storage()
-        except (RuntimeError, ValueError):  # it has none
+        except (RuntimeError, ValueError):  # no storage
             self._see_parts(tensor, op, now)
             return None
         key = storage._cdata
-        known = self._alive.get(key)
-        if known is not None:
-            record = known.storage
-            if self._size(storage) != record.nbytes:  # resized in place: one block goes, another comes
+        death = self._alive.get(key)
+        if death is not None:
+            record = death.storage
+            if self._size(storage) != record.nbytes:  # resized in place: a new block replaces the old
                 self._end(record, now)
                 return self._begin(storage, key, op, now)
             return record
@@ -310,7 +314,7 @@ class Log(TorchDispatchMode):
         where, module = self.where, self.module
         try:
             pointer = 0 if storage.device.type == "meta" else storage.data_ptr()
-        except RuntimeError:  # it stands for memory that is not there
+        except RuntimeError:  # a storage without memory
             return None
         record = Storage(
             self._size(storage),
@@ -322,9 +326,9 @@ class Log(TorchDispatchMode):
             self.makes,
             recomputed=self.recomputing,
         )
-        if self.lines and op:  # what is only seen now was made elsewhere
+        if self.lines and op:  # without an operator it was allocated elsewhere
             record.line = calling_line()
-        death = _Death(storage, self._gone)
+        death = _Death(storage, self._storage_freed)
         death.key, death.storage = key, record
         self._alive[key] = death
         if record.nbytes:
@@ -333,13 +337,13 @@ class Log(TorchDispatchMode):
 
     @property
     def makes(self) -> str:
-        """What a storage is that is made now, and that nobody will claim."""
-        return "activations" if self.recomputing else MADE_IN.get(self.where.phase, "activations")
+        """The category of a storage that is allocated now and that no owner claims."""
+        return "activations" if self.recomputing else CATEGORY_BY_PHASE.get(self.where.phase, "activations")
 
     def _size(self, storage: torch.UntypedStorage) -> int:
         return -(-storage.nbytes() // self.block) * self.block
 
-    def _gone(self, death: _Death) -> None:
+    def _storage_freed(self, death: _Death) -> None:
         if self._alive.get(death.key) is death:
             del self._alive[death.key]
         self._end(death.storage, time_ns())
@@ -351,26 +355,26 @@ class Log(TorchDispatchMode):
                 self.events.append(Event(now, -record.nbytes, record, self.where, self.module))
 
     def resized(self, storage: torch.UntypedStorage) -> None:
-        """`storage` may have another size, which no operator gave it."""
-        known = self._alive.get(storage._cdata)
-        if known is not None and self._size(storage) != known.storage.nbytes:
-            self._end(known.storage, time_ns())
-            again = self._begin(storage, known.key, "resize_", time_ns())
-            if again is not None:  # it is whose it was
-                again.category, again.name, again.parts = (
-                    known.storage.category,
-                    known.storage.name,
-                    known.storage.parts,
+        """Check whether the size of `storage` changed without an operator."""
+        death = self._alive.get(storage._cdata)
+        if death is not None and self._size(storage) != death.storage.nbytes:
+            self._end(death.storage, time_ns())
+            record = self._begin(storage, death.key, "resize_", time_ns())
+            if record is not None:  # the owner stays the same
+                record.category, record.name, record.parts = (
+                    death.storage.category,
+                    death.storage.name,
+                    death.storage.parts,
                 )
 
     def enter(self, where: Where) -> None:
-        """From here on, what happens happens in `where`."""
+        """From now on everything happens in `where`."""
         self.where = where
         self.work.enter(where)
         self.events.append(Event(time_ns(), 0, None, where, self.module))
 
     def save(self, tensors: Any) -> None:
-        """Autograd keeps what is in `tensors` for backward."""
+        """Autograd saves the tensors in `tensors` for backward."""
         for part in (tensors,) if type(tensors) is torch.Tensor else tensors_in(tensors):
             for _, record in self._records(part, "saved"):
                 if record.saved_at is None:
@@ -379,10 +383,10 @@ class Log(TorchDispatchMode):
                     self.events.append(saved)
 
     def claim(self, category: str, name: str, tensor: torch.Tensor, base: bool = False) -> None:
-        """`tensor`'s storage is `category`, for its whole life. `base`: it was there before the log began."""
-        for each in tensors_in(tensor):
-            for part, record in self._records(each, ""):
-                if base and not record.base and not self._made(record):
+        """Set the category of `tensor`'s storage, for its whole life. `base`: it existed before the log began."""
+        for inner in tensors_in(tensor):
+            for part, record in self._records(inner, ""):
+                if base and not record.base and not self._made_by_operator(record):
                     record.base = not self.recording or _own_memory(part)
                 if category == "parameters" and part.nbytes < record.nbytes:
                     record.has(name, part)
@@ -390,28 +394,28 @@ class Log(TorchDispatchMode):
                     record.category, record.name = category, name
 
     def _records(self, tensor: torch.Tensor, op: str) -> Sequence[tuple[torch.Tensor, Storage]]:
-        """`tensor` with its storage's record; of one that has none, its parts with theirs."""
+        """`tensor` with its storage's record. For a tensor without a storage, its parts with theirs."""
         record = self.see(tensor, op, time_ns())
         if record is not None:
             return ((tensor, record),)
-        if not self._there(tensor) or storage_of(tensor) is not None:
+        if not self._on_device(tensor) or storage_of(tensor) is not None:
             return ()
         parts = self.aside(lambda: parts_of(tensor))
-        return [known for part in parts for known in self._records(part, op)]
+        return [part_and_record for part in parts for part_and_record in self._records(part, op)]
 
-    def _made(self, record: Storage) -> bool:
-        """Whether an operator made it, as far as is known: a view's is only seen there."""
-        return record.op not in UNMADE and record.op not in self.work.views
+    def _made_by_operator(self, record: Storage) -> bool:
+        """Whether an operator allocated it, as far as known. An operator that returns a view only shows a storage."""
+        return record.op not in NOT_OPERATORS and record.op not in self.work.views
 
 
 def _own_memory(tensor: torch.Tensor) -> bool:
-    """Whether torch's allocator made what is behind `tensor`: nobody else's can have another size."""
+    """Whether torch's allocator allocated the memory of `tensor`: only such a storage is resizable."""
     storage = storage_of(tensor)
     return storage is not None and storage.resizable()
 
 
 def another_thread() -> tuple[str, Any, str]:
-    """The gap that this thread is."""
+    """The gap for work in this thread."""
     name = threading.current_thread().name
-    told = "what it makes is in no figure; open the ledger in the thread that runs the loop"
-    return f"thread {name}", "all", f"thread {name!r} worked while a ledger was open in another: {told}"
+    advice = "what it makes is in no figure; open the ledger in the thread that runs the loop"
+    return f"thread {name}", "all", f"thread {name!r} worked while a ledger was open in another: {advice}"

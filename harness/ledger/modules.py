@@ -1,4 +1,4 @@
-"""Which module is running: forwards by a stack, backwards by the node that made each module's output."""
+"""Which module is running: in forward by a call stack, in backward by the node that computed each module's output."""
 
 import weakref
 from collections.abc import Callable, Iterator
@@ -15,32 +15,32 @@ from harness.ledger.log import Log
 from harness.ledger.replaced import replaced
 from harness.ledger.tensors import tensors_in
 
-_OURS: set[int] = set()
-"""Numbers of the hooks that ledgers have on all modules."""
+_LEDGER_HOOKS: set[int] = set()
+"""Ids of the global module hooks of ledgers."""
 
 
 def original(model: torch.nn.Module) -> torch.nn.Module:
-    """What `torch.compile` has wrapped; `model` itself where it has not."""
+    """The module that `torch.compile` wraps, or `model` itself if it is not wrapped."""
     return model._orig_mod if isinstance(model, OptimizedModule) else model
 
 
 def in_backward() -> bool:
-    """Whether autograd is running a backward pass now, in this thread."""
+    """Whether autograd runs a backward pass now, in this thread."""
     return torch._C._current_graph_task_id() != -1
 
 
 class Modules:
-    """Tells the log which module is running, and its caller where the outermost one begins and ends."""
+    """Tells the log which module is running, and calls back when the outermost module begins and ends."""
 
     def __init__(self, log: Log) -> None:
         self.log = log
         self.names: weakref.WeakKeyDictionary[torch.nn.Module, str] = weakref.WeakKeyDictionary()
-        self.entered: Callable[[torch.nn.Module], None] = lambda module: None
-        self.left: Callable[[], None] = lambda: None
+        self.on_enter: Callable[[torch.nn.Module], None] = lambda module: None
+        self.on_exit: Callable[[], None] = lambda: None
         self._stack: list[tuple[str, bool]] = []
-        self._marks: list[RemovableHandle] = []  # where backward comes to a module's output
+        self._mark_handles: list[RemovableHandle] = []  # hooks on the backward nodes of module outputs
         self._marking = True
-        self._enough = 1024  # of them, before those are forgotten whose backward is over
+        self._prune_above = 1024  # number of handles above which those of finished backwards are dropped
 
     @property
     def within(self) -> bool:
@@ -48,48 +48,49 @@ class Modules:
         return bool(self._stack)
 
     def name(self, model: torch.nn.Module, prefix: str = "") -> None:
-        """Take the names of `model` and all within it."""
+        """Record the names of `model` and all modules in it."""
         for name, inner in model.named_modules(prefix=prefix):
             self.names.setdefault(inner, name or type(inner).__name__)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Within it modules are followed."""
+        """Follow the running module inside this context."""
         before = register_module_forward_pre_hook(self._before)
         after = register_module_forward_hook(self._after, always_call=True)
-        ours = {before.id, after.id}
-        _OURS.update(ours)
+        hook_ids = {before.id, after.id}
+        _LEDGER_HOOKS.update(hook_ids)
         try:
-            with replaced(module, "_has_any_global_hook", _others):
+            with replaced(module, "_has_any_global_hook", _has_other_hooks):
                 yield
         finally:
             before.remove()
             after.remove()
-            _OURS.difference_update(ours)
+            _LEDGER_HOOKS.difference_update(hook_ids)
 
     def mark(self, marking: bool) -> None:
-        """From here on follow backwards too, or (False) leave no hook on what autograd remembers."""
+        """Follow backwards too from now on. If False, remove all hooks from backward nodes."""
         self._marking = marking
         if not marking:
-            for mark in self._marks:
-                mark.remove()
-            self._marks.clear()
+            for handle in self._mark_handles:
+                handle.remove()
+            self._mark_handles.clear()
 
-    def _before(self, called: torch.nn.Module, inputs: Any) -> None:
+    def _before(self, called_module: torch.nn.Module, inputs: Any) -> None:
         log = self.log
         if not log.here():
             return
         if not self._stack and not in_backward() and not log.traced():
-            self.entered(called)
-        name = self.names.get(called) or type(original(called)).__name__
-        within = log.module
-        if log.recomputing and not self._stack:  # a layer's forward is called again, and not the layer
-            within = name.rpartition(".")[0]
-        self._stack.append((within, log.recomputing))
+            self.on_enter(called_module)
+        name = self.names.get(called_module) or type(original(called_module)).__name__
+        outer = log.module
+        # checkpointing calls the layer's forward again, not the layer
+        if log.recomputing and not self._stack:
+            outer = name.rpartition(".")[0]
+        self._stack.append((outer, log.recomputing))
         log.recomputing = in_backward()
         log.module = name
 
-    def _after(self, called: torch.nn.Module, inputs: Any, output: Any) -> None:
+    def _after(self, called_module: torch.nn.Module, inputs: Any, output: Any) -> None:
         log = self.log
         if not log.here():
             return
@@ -97,30 +98,32 @@ class Modules:
         if self._stack:
             log.module, log.recomputing = self._stack.pop()
         if self._marking:
-            self._marks += [node.register_prehook(Mark(log, name)) for node in _nodes(output)]
+            self._mark_handles += [node.register_prehook(Mark(log, name)) for node in _nodes(output)]
         if not self._stack and not in_backward():
-            self.left()
-            if len(self._marks) > self._enough:
-                self._marks = [mark for mark in self._marks if mark.hooks_dict_ref() is not None]
-                self._enough = 1024 + 2 * len(self._marks)
+            self.on_exit()
+            if len(self._mark_handles) > self._prune_above:
+                self._mark_handles = [
+                    mark for mark in self._mark_handles if mark.hooks_dict_ref() is not None
+                ]
+                self._prune_above = 1024 + 2 * len(self._mark_handles)
 
 
 def _nodes(output: Any) -> list[Any]:
-    """Where backward comes to `output`, a tensor or some nested."""
+    """The backward nodes of `output`, a tensor or nested tensors."""
     if isinstance(output, (torch.Tensor, tuple, list, dict)):
         with torch._C.DisableTorchFunction():
             return [tensor.grad_fn for tensor in tensors_in(output) if tensor.grad_fn is not None]
     return []
 
 
-def _others() -> bool:
-    """Whether modules have global hooks besides those of ledgers, which a compiled one never sees."""
+def _has_other_hooks() -> bool:
+    """Whether modules have global hooks besides those of ledgers, which a compiled module never sees."""
     kinds = ("forward_pre_hooks", "forward_hooks", "backward_pre_hooks", "backward_hooks")
-    return any(key not in _OURS for kind in kinds for key in getattr(module, f"_global_{kind}"))
+    return any(key not in _LEDGER_HOOKS for kind in kinds for key in getattr(module, f"_global_{kind}"))
 
 
 class Mark:
-    """Called when backward reaches a module's output: from here on it is that module's backward."""
+    """Called when backward reaches a module's output: from there on it is that module's backward."""
 
     __slots__ = ("log", "name")
 

@@ -1,6 +1,6 @@
-"""What tells the log what no operator shows: what autograd saves, what is computed again, and optimizers' steps.
+"""Reports to the log what no operator shows: what autograd saves, recomputation, resizes and optimizer steps.
 
-None of them changes a value or keeps a tensor alive; all of them go when their context ends.
+No observer changes a value or keeps a tensor alive. Each is removed when its context ends.
 """
 
 import weakref
@@ -23,28 +23,29 @@ from harness.ledger.tensors import tensors_in
 
 @contextmanager
 def watching_checkpoints(log: Log) -> Iterator[None]:
-    """Tell `log` what torch's checkpointing keeps beside autograd, and when it computes again.
+    """Report to `log` what torch's checkpointing keeps beside autograd, and when it recomputes.
 
-    It keeps the state of the random numbers, which no operator makes, and the results that its policy chooses.
+    It keeps the state of the random number generator, which no operator returns, and the results that its policy
+    chooses.
     """
-    own: Any = torch.utils.checkpoint
-    take = torch.get_rng_state
+    checkpoint: Any = torch.utils.checkpoint
+    get_rng_state = torch.get_rng_state
 
-    def taken() -> torch.Tensor:
-        state = take()
+    def get_and_save_rng_state() -> torch.Tensor:
+        state = get_rng_state()
         if log.here():
             log.see(state, "get_rng_state", time_ns())
             if not in_backward() and log.makes == "activations":
                 log.save(state)
         return state
 
-    class Kept(own._VersionWrapper):
+    class SavedResult(checkpoint._VersionWrapper):
         def __init__(self, val: Any) -> None:
             super().__init__(val)
             if isinstance(val, torch.Tensor) and log.here():
                 log.save(val)
 
-    class Again(own._recomputation_hook):
+    class Recomputation(checkpoint._recomputation_hook):
         def __enter__(self) -> Any:
             self._before = log.module, log.recomputing
             if log.here():
@@ -58,9 +59,9 @@ def watching_checkpoints(log: Log) -> Iterator[None]:
 
     with ExitStack() as undo:
         for owner, name, stand_in in (
-            (torch, "get_rng_state", taken),
-            (own, "_VersionWrapper", Kept),
-            (own, "_recomputation_hook", Again),
+            (torch, "get_rng_state", get_and_save_rng_state),
+            (checkpoint, "_VersionWrapper", SavedResult),
+            (checkpoint, "_recomputation_hook", Recomputation),
         ):
             undo.enter_context(replaced(owner, name, stand_in))
         yield
@@ -68,14 +69,14 @@ def watching_checkpoints(log: Log) -> Iterator[None]:
 
 @contextmanager
 def watching_sizes(log: Log) -> Iterator[None]:
-    """Tell `log` of storages that are given another size by no operator, as FSDP lets go of what it gathered."""
+    """Report to `log` storages that are resized without an operator, as FSDP does to free gathered parameters."""
     resize = torch.UntypedStorage.resize_
 
     def resized(storage: torch.UntypedStorage, size: Any) -> Any:
-        made = resize(storage, size)
+        result = resize(storage, size)
         if log.here():
             log.resized(storage)
-        return made
+        return result
 
     with replaced(torch.UntypedStorage, "resize_", resized):
         yield
@@ -83,7 +84,7 @@ def watching_sizes(log: Log) -> Iterator[None]:
 
 @contextmanager
 def watching_steps(log: Log, stepped: Callable[[torch.optim.Optimizer], None]) -> Iterator[None]:
-    """Call `stepped` with any torch optimizer that has made a step."""
+    """Call `stepped` after each step of any torch optimizer."""
 
     def hook(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if log.here():
@@ -96,40 +97,38 @@ def watching_steps(log: Log, stepped: Callable[[torch.optim.Optimizer], None]) -
         handle.remove()
 
 
-def watch_moves(cache: Any, claim: Callable[[str, str, torch.Tensor], None]) -> None:
-    """Let `cache`, whose layers come to the device one after another and leave it, name them while they are there."""
-    update, held = (
-        type(cache).update,
-        weakref.ref(cache),
-    )  # weakly: it would keep itself, and live on past its batch
+def watch_offloaded_cache(cache: Any, claim: Callable[[str, str, torch.Tensor], None]) -> None:
+    """Claim the layers of an offloaded `cache` while they are on the device. They move there one after another."""
+    # a weak reference: with a strong one the cache would refer to itself and outlive its batch
+    update, cache_ref = type(cache).update, weakref.ref(cache)
 
     def updated(keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        mine = held()
-        assert mine is not None  # it is being called
-        for number in (layer_idx, (layer_idx + 1) % max(1, len(mine.layers))):
+        own_cache = cache_ref()
+        assert own_cache is not None  # the cache is being called
+        for index in (layer_idx, (layer_idx + 1) % max(1, len(own_cache.layers))):
             for tensor in tensors_in(
-                [*vars(mine.layers[number]).values()] if number < len(mine.layers) else []
+                [*vars(own_cache.layers[index]).values()] if index < len(own_cache.layers) else []
             ):
-                claim("kv_cache", f"layers[{number}]", tensor)
-        made = update(mine, keys, values, layer_idx, *args, **kwargs)
-        for tensor in tensors_in(made):
+                claim("kv_cache", f"layers[{index}]", tensor)
+        output = update(own_cache, keys, values, layer_idx, *args, **kwargs)
+        for tensor in tensors_in(output):
             claim("kv_cache", f"layers[{layer_idx}]", tensor)
-        return made
+        return output
 
     cache.update = updated
 
 
 @contextmanager
 def leaving_out_shapes() -> Iterator[None]:
-    """Let DTensors try an operator on fake tensors, to learn what it makes of whole ones, where no mode is shown them.
+    """Hide from all modes the operators that DTensor runs on fake tensors to learn the shape of a result.
 
-    They remember the shapes by operator for as long as the process lives.
+    DTensor caches these shapes by operator for the life of the process.
     """
-    try_out = ShardingPropagator._propagate_tensor_meta_non_cached
+    propagate = ShardingPropagator._propagate_tensor_meta_non_cached
 
-    def unseen(self: Any, *arguments: Any) -> Any:
+    def propagate_hidden(self: Any, *arguments: Any) -> Any:
         with _disable_current_modes():
-            return try_out(self, *arguments)
+            return propagate(self, *arguments)
 
-    with replaced(ShardingPropagator, "_propagate_tensor_meta_non_cached", unseen):
+    with replaced(ShardingPropagator, "_propagate_tensor_meta_non_cached", propagate_hidden):
         yield

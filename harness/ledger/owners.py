@@ -1,7 +1,7 @@
-"""What owners say is theirs: a module, an optimizer, a DeepSpeed engine, a KV cache.
+"""Claims of owners: a module, an optimizer, a DeepSpeed engine, a KV cache.
 
-Each function yields claims `(category, name, tensor)`. DeepSpeed's are read from its attributes by name, as of
-0.19; a tensor it holds under a name not listed here is claimed as `workspace` under that name, never lost.
+Each function yields claims `(category, name, tensor)`. DeepSpeed's tensors are read from its attributes by name, as
+of 0.19. A tensor under a name that is not listed here is claimed as `workspace` under that name, never lost.
 """
 
 from collections.abc import Iterator
@@ -50,11 +50,11 @@ DEEPSPEED = {
     # FP16_UnfusedOptimizer, which bf16 without ZeRO gets
     "fp32_groups": "optimizer",
 }
-"""DeepSpeed 0.19's attributes that hold tensors, and what those are."""
+"""DeepSpeed 0.19's attributes with tensors, and the category of each."""
 
 
 def module_claims(module: torch.nn.Module) -> Iterator[Claim]:
-    """Parameters and buffers; under ZeRO-3 this rank's shards, and the full parameters while they are gathered."""
+    """Parameters and buffers. Under ZeRO-3 this rank's shards, and the full parameters while they are gathered."""
     for name, parameter in module.named_parameters():
         yield from parameter_claims(name, parameter)
     for name, buffer in module.named_buffers():
@@ -66,7 +66,7 @@ def module_claims(module: torch.nn.Module) -> Iterator[Claim]:
 
 
 def packs(module: torch.nn.Module) -> bool:
-    """Whether a layer has a weight that is no plain tensor of floats: one in few bits, with scales beside it."""
+    """Whether a layer's weight is not a plain floating-point tensor: few bits, with scales beside it."""
     if type(module).__module__.startswith("transformers.integrations."):
         return True
     return any(
@@ -77,41 +77,42 @@ def packs(module: torch.nn.Module) -> bool:
 
 
 KINDS = (torch.Tensor, torch.nn.Parameter, DTensor, FakeTensor)
-"""Classes of tensors that are no more than what they hold."""
+"""Tensor classes without data beside their own."""
 
 
 def beside(module: torch.nn.Module) -> Iterator[tuple[str, dict[str, Any], str]]:
-    """What a layer that `packs` keeps of its weight in attributes, its own and the weight's: scales, code tables.
+    """What a layer that `packs` stores beside its weight in attributes of itself or of the weight: scales, code tables.
 
-    By name, and the dict and the key that have it.
+    Yields the name, and the dict and key that contain it.
     """
     if not packs(module):
         return
     holders = {"": vars(module)}
     for name, weight in module._parameters.items():
-        if weight is not None and next(tensors_in(weight), None) is weight:  # else it is made of what it has
+        # a weight that is not its own only tensor consists of these attributes
+        if weight is not None and next(tensors_in(weight), None) is weight:
             holders[name] = vars(weight)
     for name, holder in holders.items():
         for key in [*holder]:
             if key not in PLAIN:
-                yield from _reached(f"{name}.{key}".removeprefix("."), holder, key)
+                yield from _tensor_places(f"{name}.{key}".removeprefix("."), holder, key)
 
 
 PLAIN = frozenset(vars(torch.nn.Module())) | {"grad", "module"}
-"""Attributes of every module, and what leads from a weight back to it."""
+"""Attributes of every module, and those that lead from a weight back to its module."""
 
 
-def _reached(
+def _tensor_places(
     name: str, holder: dict[str, Any], key: str, depth: int = 3
 ) -> Iterator[tuple[str, dict[str, Any], str]]:
-    """Where tensors are in what `holder` has: there, or in the attributes of what is only made to hold some."""
+    """Where `holder[key]` has tensors: in itself, or in the attributes of an object that groups tensors."""
     value = holder[key]
     if isinstance(value, (torch.Tensor, tuple, list, dict)):
         if next(tensors_in(value), None) is not None:
             yield name, holder, key
-    elif depth and hasattr(value, "__dict__") and not callable(value):  # no module, class or function
+    elif depth and hasattr(value, "__dict__") and not callable(value):  # not a module, class or function
         for part in [*vars(value)]:
-            yield from _reached(f"{name}.{part}", vars(value), part, depth - 1)
+            yield from _tensor_places(f"{name}.{part}", vars(value), part, depth - 1)
 
 
 def parameter_claims(name: str, parameter: torch.nn.Parameter) -> Iterator[Claim]:
@@ -128,7 +129,7 @@ def parameter_claims(name: str, parameter: torch.nn.Parameter) -> Iterator[Claim
 
 
 def optimizer_claims(optimizer: Any) -> Iterator[Claim]:
-    """A torch optimizer's state, and the gradients of what it steps."""
+    """A torch optimizer's state, and the gradients of its parameters."""
     for index, state in enumerate(optimizer.state.values()):
         for key, value in state.items():
             if isinstance(value, torch.Tensor):
@@ -140,7 +141,7 @@ def optimizer_claims(optimizer: Any) -> Iterator[Claim]:
 
 
 def engine_claims(engine: Any) -> Iterator[Claim]:
-    """A DeepSpeed engine's module, its optimizer wrapper's buffers by name, and the torch optimizer inside."""
+    """A DeepSpeed engine's module, the buffers of its optimizer wrapper by name, and the torch optimizer inside."""
     yield from module_claims(engine.module)
     wrapper = engine.optimizer
     inner = getattr(wrapper, "optimizer", wrapper)
@@ -151,13 +152,13 @@ def engine_claims(engine: Any) -> Iterator[Claim]:
         for attribute, value in vars(wrapper).items():
             category = DEEPSPEED.get(attribute, "workspace")
             for tensor in tensors_in(value):
-                if not hasattr(tensor, "ds_tensor"):  # the module has spoken for its parameters
+                if not hasattr(tensor, "ds_tensor"):  # the module claims its parameters itself
                     yield category, f"{type(wrapper).__name__}.{attribute}", tensor
 
 
 def cache_claims(cache: Any) -> Iterator[Claim]:
-    """A transformers cache's keys and values, layer by layer, and whatever else its layers hold; or all its pages."""
-    if not hasattr(cache, "layers"):  # a PagedAttentionCache has one storage, of which each layer has parts
+    """Keys, values and other tensors of a transformers cache, layer by layer, or all pages of a paged cache."""
+    if not hasattr(cache, "layers"):  # a PagedAttentionCache has one storage for all layers
         yield "kv_cache", "cache_tensor", cache.cache_tensor
         return
     for index, layer in enumerate(cache.layers):
@@ -167,19 +168,19 @@ def cache_claims(cache: Any) -> Iterator[Claim]:
 
 
 def boundary_claims(engine: Any) -> Iterator[Claim]:
-    """What a pipeline's engine receives, and what its forwards were given: hidden states, or tokens."""
-    given = getattr(engine, "pipe_buffers", {})
-    held = {f"pipe_buffers[{name}]": given.get(name) for name in ("inputs", "labels")}
+    """What a pipeline engine receives, and the inputs of its forwards: hidden states, or tokens."""
+    buffers = getattr(engine, "pipe_buffers", {})
+    values = {f"pipe_buffers[{name}]": buffers.get(name) for name in ("inputs", "labels")}
     for name in ("pipe_recv_buf", "grad_layer"):
-        held[name] = getattr(engine, name, None)
-    for name, value in held.items():
+        values[name] = getattr(engine, name, None)
+    for name, value in values.items():
         for tensor in tensors_in((value,)):
             category = "activations" if tensor.dtype.is_floating_point else "inputs"
             yield category, f"{type(engine).__name__}.{name}", tensor
 
 
 def bucket_claims(engine: Any) -> Iterator[Claim]:
-    """The buffers that ZeRO makes in backward and may drop before it ends; cheap enough to ask after every gradient."""
+    """ZeRO's backward buffers, which it may drop before backward ends. Cheap enough to read after every gradient."""
     for dtype, bucket in getattr(engine.optimizer, "ipg_buckets", {}).items():
         for tensor in tensors_in(bucket.buffer):
             yield "communication", f"ipg_buckets[{str(dtype).removeprefix('torch.')}]", tensor

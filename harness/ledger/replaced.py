@@ -1,4 +1,4 @@
-"""What is another for as long as something is watched."""
+"""Temporary replacement of an attribute."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,7 +7,7 @@ from typing import Any
 
 @contextmanager
 def replaced(owner: Any, name: str, stand_in: Any) -> Iterator[None]:
-    """Within it `owner`, a module or a class, has `stand_in` under `name`."""
+    """Replace attribute `name` of `owner`, a module or a class, with `stand_in` inside this context."""
     inherited = name not in vars(owner)
     before = getattr(owner, name)
     setattr(owner, name, stand_in)

@@ -1,4 +1,4 @@
-"""Who has said what is theirs, and is asked again whenever it may have changed."""
+"""The owners of storages. They are asked for their claims again whenever these may have changed."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,17 +14,17 @@ from harness.ledger import owners
 from harness.ledger.categories import CATEGORIES
 from harness.ledger.log import RANK, Log
 from harness.ledger.modules import Modules, original
-from harness.ledger.observers import watch_moves
-from harness.ledger.tensors import device_of, parts_of, storage_of, tensors_in, unnoticed
+from harness.ledger.observers import watch_offloaded_cache
+from harness.ledger.tensors import device_of, parts_of, storage_of, tensors_in, without_torch_function
 
-HELD = ("parameters", "gathered", "gradients", "optimizer", "kv_cache", "communication")
-"""The categories that owners hold, and can be summed without a log."""
+OWNED_CATEGORIES = ("parameters", "gathered", "gradients", "optimizer", "kv_cache", "communication")
+"""Categories that owners hold, so that they can be summed without a log."""
 
 Claims = partial[Iterator[owners.Claim]]
 
 
 class Roster:
-    """The owners of a ledger. Those that are found are held weakly, those that are given strongly."""
+    """The owners of a ledger: discovered ones by weak references, passed ones by strong references."""
 
     def __init__(self, log: Log, modules: Modules, discover: bool) -> None:
         self._log, self._modules, self._discover = log, modules, discover
@@ -32,14 +32,16 @@ class Roster:
         self._owners: dict[int, Claims] = {}
         self._optimizers: dict[int, torch.optim.Optimizer] = {}
         self._caches: dict[int, Claims] = {}
-        self._found: WeakKeyDictionary[Any, Callable[[Any], Iterator[owners.Claim]]] = WeakKeyDictionary()
+        self._discovered: WeakKeyDictionary[Any, Callable[[Any], Iterator[owners.Claim]]] = (
+            WeakKeyDictionary()
+        )
         self._engine: Any = None
-        self._hooks: dict[int, RemovableHandle] = {}  # by parameter
-        self._hooking = False
+        self._hook_handles: dict[int, RemovableHandle] = {}  # by parameter
+        self._hooks_enabled = False
 
-    @unnoticed
+    @without_torch_function
     def own(self, model: Any, optimizer: Any, engine: Any, cache: Any) -> None:
-        """Take these as owners, and ask all."""
+        """Add these owners, and let all owners claim."""
         new: list[Claims] = []
         if model is not None:
             inner = original(model)
@@ -58,7 +60,7 @@ class Roster:
             self._owners[id(engine)] = new[-1]
         if cache is not None:
             if id(cache) not in self._caches and getattr(cache, "offloading", False):
-                watch_moves(cache, self.claim)
+                watch_offloaded_cache(cache, self.claim)
             new.append(partial(owners.cache_claims, cache))
             self._caches[id(cache)] = new[-1]
         if self._log.recording:
@@ -67,142 +69,145 @@ class Roster:
                     self._log.claim(*claim, base=True)
         self.walk()
 
-    @unnoticed
+    @without_torch_function
     def disown(self, owner: Any) -> None:
-        """Forget `owner`: what it named keeps its name, and it is asked no more."""
+        """Remove `owner`. What it named keeps its name."""
         self.walk()
-        for known in (self._owners, self._caches, self._optimizers):
-            known.pop(id(owner), None)
+        for owners_by_id in (self._owners, self._caches, self._optimizers):
+            owners_by_id.pop(id(owner), None)
         if isinstance(owner, torch.nn.Module | torch.optim.Optimizer):
-            self._found.pop(owner, None)
+            self._discovered.pop(owner, None)
 
-    @unnoticed
+    @without_torch_function
     def claim(self, category: str, name: str, tensor: torch.Tensor) -> None:
-        """As the log's, while it records."""
+        """`Log.claim`, if the log records."""
         if self._log.recording:
             self._log.claim(category, name, tensor)
 
-    @unnoticed
+    @without_torch_function
     def walk(self) -> None:
-        """Ask every owner."""
+        """Let every owner claim its storages."""
         if self._log.recording:
             for category, name, tensor in self._claims():
                 self._log.claim(category, name, tensor)
                 if category == "parameters" and self._unhooked(tensor):
-                    self._hook(name, tensor)  # it came later
-            for owner in [*self._found]:
-                self._ask(owner)
+                    self._hook_parameter(name, tensor)  # the parameter is new
+            for owner in [*self._discovered]:
+                self._claim_discovered(owner)
 
-    @unnoticed
+    @without_torch_function
     def open(self) -> None:
-        """Ask every owner for what was there before the log, which begins now."""
+        """Let every owner claim what existed before the log, which begins now."""
         for claim in self._claims():
             self._log.claim(*claim, base=True)
 
-    @unnoticed
+    @without_torch_function
     def walk_caches(self) -> None:
-        """Ask those who hold keys and values."""
+        """Let the caches claim keys and values."""
         for claims in self._caches.values():
             for claim in claims():
                 self._log.claim(*claim)
 
-    @unnoticed
+    @without_torch_function
     def find_model(self, module: torch.nn.Module) -> None:
-        """Own `module`, unless it is known or part of one that is."""
+        """Add `module` as an owner, unless it is known or part of a known one."""
         module = original(module)
         if module not in self._modules.names:
-            self._find(module, owners.module_claims)
+            self._discover_owner(module, owners.module_claims)
 
-    @unnoticed
+    @without_torch_function
     def find_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """Own `optimizer`, unless it is known."""
-        self._find(optimizer, owners.optimizer_claims)
+        """Add `optimizer` as an owner, unless it is known."""
+        self._discover_owner(optimizer, owners.optimizer_claims)
 
-    def _find(self, owner: Any, claims: Callable[[Any], Iterator[owners.Claim]]) -> None:
-        """Own `owner`, which nobody has named: it, or what it has, may be from before the block."""
-        if self._discover and owner not in self._found and id(owner) not in self._owners:
-            self._found[owner] = claims
+    def _discover_owner(self, owner: Any, claims: Callable[[Any], Iterator[owners.Claim]]) -> None:
+        """Add `owner`, which the caller did not pass. It and its storages may be from before the block."""
+        if self._discover and owner not in self._discovered and id(owner) not in self._owners:
+            self._discovered[owner] = claims
             if isinstance(owner, torch.nn.Module):
                 self._modules.name(owner)
                 self._hook_model(owner)
-            self._ask(owner)
+            self._claim_discovered(owner)
 
-    @unnoticed
-    def held(self, device: str) -> dict[str, int | None]:
-        """What owners hold now, by category, in bytes. None: only a log sees it."""
-        held: dict[int, tuple[str, int]] = {}
-        for category, _, owned in self._claims():
-            for tensor in (part for each in tensors_in(owned) for part in _stored(each)):
+    @without_torch_function
+    def totals(self, device: str) -> dict[str, int | None]:
+        """Bytes that owners hold now, by category. None: only a log sees this category."""
+        by_storage: dict[int, tuple[str, int]] = {}
+        for category, _, tree in self._claims():
+            for tensor in (part for each in tensors_in(tree) for part in _with_storage(each)):
                 storage = storage_of(tensor)
                 if storage is None or device_of(tensor) != device:
                     continue
-                known = held.get(storage._cdata)
-                if known is None or RANK[category] < RANK[known[0]]:
-                    held[storage._cdata] = category, storage.nbytes()
+                earlier = by_storage.get(storage._cdata)
+                if earlier is None or RANK[category] < RANK[earlier[0]]:
+                    by_storage[storage._cdata] = category, storage.nbytes()
         totals: dict[str, int | None] = dict.fromkeys(CATEGORIES)
-        totals.update({name: sum(n for c, n in held.values() if c == name) for name in HELD})
+        totals.update(
+            {name: sum(n for c, n in by_storage.values() if c == name) for name in OWNED_CATEGORIES}
+        )
         return totals
 
-    @unnoticed
+    @without_torch_function
     def versions(self) -> int:
-        """A number that grows when an optimizer makes a step, seen or not."""
-        groups = (group for each in self._optimizers.values() for group in each.param_groups)
+        """A number that grows with every optimizer step, seen or not."""
+        groups = (group for optimizer in self._optimizers.values() for group in optimizer.param_groups)
         return sum(parameter._version for group in groups for parameter in group["params"])
 
     def _claims(self) -> Iterator[owners.Claim]:
         for claims in (*self._owners.values(), *self._caches.values()):
             try:
                 yield from claims()
-            except Exception as error:  # of the owner's own code, or of ours
-                self._log.missed(f"what {type(claims.args[0]).__name__} holds", error)
+            except Exception as error:  # an error of the owner's code, or of the ledger
+                self._log.report_failure(f"what {type(claims.args[0]).__name__} holds", error)
 
-    def _ask(self, found: Any) -> None:
-        for claim in self._found[found](found):
+    def _claim_discovered(self, owner: Any) -> None:
+        for claim in self._discovered[owner](owner):
             self._log.claim(*claim, base=True)
 
     def _add_model(self, model: torch.nn.Module) -> None:
         self._modules.name(model)
-        if not any(model is known for known in self._models):
+        if not any(model is owned_model for owned_model in self._models):
             self._models.append(model)
             self._hook_model(model)
 
-    # -- gradients: each is named as it is made, for its owner may let it go within the backward
+    # -- gradients: each is named at its creation, because its owner may free it within the backward
 
     @contextmanager
     def watching_gradients(self) -> Iterator[None]:
-        """Within it a gradient has its name from its birth."""
+        """Name gradients at their creation inside this context."""
         self.hook(True)
         try:
             yield
         finally:
             self.hook(False)
 
-    @unnoticed
-    def hook(self, hooking: bool) -> None:
-        """From here on name gradients as they are made, or (False) leave no hook on any parameter."""
-        self._hooking = hooking
-        for handle in self._hooks.values():
+    @without_torch_function
+    def hook(self, enabled: bool) -> None:
+        """Hook all parameters to name their gradients from now on. If False, remove all hooks."""
+        self._hooks_enabled = enabled
+        for handle in self._hook_handles.values():
             handle.remove()
-        self._hooks.clear()
-        found = (each for each in self._found if isinstance(each, torch.nn.Module))
-        for model in (*self._models, *found) if hooking else ():
+        self._hook_handles.clear()
+        discovered = (owner for owner in self._discovered if isinstance(owner, torch.nn.Module))
+        for model in (*self._models, *discovered) if enabled else ():
             self._hook_model(model)
 
     def _hook_model(self, model: torch.nn.Module) -> None:
         for name, parameter in model.named_parameters():
-            self._hook(name, parameter)
+            self._hook_parameter(name, parameter)
 
-    def _hook(self, name: str, tensor: torch.Tensor) -> None:
-        if self._hooking and self._unhooked(tensor) and _takes_hook(tensor):
-            hook = partial(self._gradient_made, name)
-            self._hooks[id(tensor)] = tensor.register_post_accumulate_grad_hook(hook)
+    def _hook_parameter(self, name: str, tensor: torch.Tensor) -> None:
+        if self._hooks_enabled and self._unhooked(tensor) and _takes_hook(tensor):
+            hook = partial(self._gradient_created, name)
+            self._hook_handles[id(tensor)] = tensor.register_post_accumulate_grad_hook(hook)
 
     def _unhooked(self, tensor: torch.Tensor) -> bool:
-        handle = self._hooks.get(id(tensor))
-        return handle is None or handle.hooks_dict_ref() is None  # another's, who was there before
+        handle = self._hook_handles.get(id(tensor))
+        # without its dict, the hook belongs to an earlier parameter with this id
+        return handle is None or handle.hooks_dict_ref() is None
 
-    @unnoticed
-    def _gradient_made(self, name: str, parameter: torch.nn.Parameter) -> None:
+    @without_torch_function
+    def _gradient_created(self, name: str, parameter: torch.nn.Parameter) -> None:
         if not self._log.here():
             return
         for claim in owners.parameter_claims(name, parameter):
@@ -216,6 +221,6 @@ def _takes_hook(tensor: torch.Tensor) -> bool:
     return isinstance(tensor, torch.nn.Parameter) and tensor.requires_grad and not is_lazy(tensor)
 
 
-def _stored(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """`tensor`, or those that hold its memory."""
+def _with_storage(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """`tensor`, or its parts if it has no storage."""
     return [tensor] if storage_of(tensor) is not None else parts_of(tensor)

@@ -1,4 +1,4 @@
-"""What autograd saves for backward, seen by hooks that change no value, and beside those of the program's own."""
+"""What autograd saves for backward, seen by hooks that change no value and coexist with the program's own hooks."""
 
 import re
 import threading
@@ -12,28 +12,28 @@ from torch.autograd.function import BackwardCFunction
 
 from harness.ledger.log import Log
 from harness.ledger.replaced import replaced
-from harness.ledger.tensors import tensors_in, unnoticed
+from harness.ledger.tensors import tensors_in, without_torch_function
 
 Hooks = tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]]
-"""What packs a tensor for autograd to keep, and what unpacks it."""
+"""The function that packs a tensor for autograd to keep, and the function that unpacks it."""
 
 _stack: Any = torch._C._autograd
 _function_modes: Any = torch._C._len_torch_function_stack
 
 Packed = tuple[torch.Tensor, int, str]
-"""A tensor as a ledger has autograd keep it, its version, and which output it is of the operator that saves it."""
+"""A tensor as the ledger stores it in autograd, its version, and which output of the saving operator it is."""
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
-"""Whose attributes can be asked for without a word to code of the program's."""
+_PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
+"""Classes whose attributes can be read without calling code of the program."""
 
-_BACKWARD = re.compile(r"Backward\d*$")
-"""What the name of a node has more than that of its operator."""
+_NODE_SUFFIX = re.compile(r"Backward\d*$")
+"""The suffix of a node's name after the name of its operator."""
 
-_asked = threading.local()
-"""What was unpacked for a function in Python that asks now for what it saved."""
+_reading = threading.local()
+"""What was unpacked for a Python autograd function that reads its saved tensors now."""
 
-_KEPT = ("saved_tensors", "_tensors_no_vc_check")
-"""A function's own in Python: what it saved, and what a compiled one keeps beside that."""
+_SAVED_ATTRIBUTES = ("saved_tensors", "_tensors_no_vc_check")
+"""Attributes of a Python autograd function: its saved tensors, and what a compiled function keeps besides."""
 
 NOT_SAVED = (
     "what torch.func, or a program that disables saved-tensor hooks, keeps for backward is counted as activations, "
@@ -42,12 +42,12 @@ NOT_SAVED = (
 
 
 class Saving:
-    """Tells a log what autograd saves for backward.
+    """Reports to the log what autograd saves for backward.
 
-    What an operator is given is saved as it is, for its data may be exchanged, as ZeRO-3 does. With hooks, an operator
-    that saves its own result is not let go without a backward: the tensor has the node, and the node the tensor. So a
-    result is saved as an alias without a node. Hooks that the program has are called as before, and what they keep is
-    saved.
+    An operator's argument is saved as it is, because its data may be exchanged, as in ZeRO-3. With hooks, an operator
+    that saves its own result would never be freed without a backward: the tensor refers to the node, and the node to
+    the tensor. So a result is saved as an alias without a node. The program's own hooks are called as before, and what
+    they return is saved.
     """
 
     def __init__(self, log: Log) -> None:
@@ -56,14 +56,16 @@ class Saving:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Within it what is saved is seen."""
+        """See what is saved inside this context."""
         if _stack._saved_tensors_hooks_get_disabled_error_message() is not None:
             self._log.unseen.note("saved", "saved", NOT_SAVED)
             yield
             return
-        theirs = top()
+        program_hooks = top_hooks()
         hooks = self._hooks = (
-            (self._pack, unpack) if theirs is None else (self._telling(theirs[0]), theirs[1])
+            (self._pack, unpack)
+            if program_hooks is None
+            else (self._reporting(program_hooks[0]), program_hooks[1])
         )
         _push(hooks)
         try:
@@ -74,9 +76,10 @@ class Saving:
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Within it nothing of this is there, for what takes no hooks at all."""
+        """Remove these hooks inside this context, for code that accepts no hooks at all."""
         hooks = self._hooks
-        if hooks is None or top() != hooks:  # the program's own are on top, and count alone
+        # where the program's own hooks are on top, only they are called
+        if hooks is None or top_hooks() != hooks:
             yield
             return
         _stack._pop_saved_tensors_default_hooks()
@@ -87,12 +90,12 @@ class Saving:
 
     @contextmanager
     def sharing(self) -> Iterator[None]:
-        """Within it the program enters hooks of its own, or allows none, and both are as without a ledger."""
+        """Inside this context the program can enter hooks of its own, or forbid hooks, as without a ledger."""
         enter, disable = graph.saved_tensors_hooks.__enter__, graph.disable_saved_tensors_hooks
 
         def entered(hooks: Any) -> None:
-            if self._log.here() and not checkpoints((hooks.pack_hook, hooks.unpack_hook)):
-                _push((self._telling(hooks.pack_hook), hooks.unpack_hook))
+            if self._log.here() and not belong_to_checkpointing((hooks.pack_hook, hooks.unpack_hook)):
+                _push((self._reporting(hooks.pack_hook), hooks.unpack_hook))
             else:
                 enter(hooks)
 
@@ -113,46 +116,48 @@ class Saving:
             yield
 
     @contextmanager
-    def giving_back(self) -> Iterator[None]:
-        """Within it a function in Python is given what it saved itself, with all that was set on it."""
-        saved: Any = BackwardCFunction.saved_tensors
+    def returning_originals(self) -> Iterator[None]:
+        """Inside this context a Python autograd function reads the tensors it saved, with their attributes."""
+        saved_property: Any = BackwardCFunction.saved_tensors
 
         def saved_tensors(function: Any) -> Any:
-            outer, _asked.unpacked = getattr(_asked, "unpacked", None), []
+            outer_packs, _reading.unpacked = getattr(_reading, "unpacked", None), []
             try:
-                given, packed = saved.__get__(function), _asked.unpacked
+                unpacked, packs = saved_property.__get__(function), _reading.unpacked
             finally:
-                _asked.unpacked = outer
-            if len(packed) != sum(each is not None for each in given):  # another's hooks packed them
-                return given
-            each_packed = iter(packed)
-            return tuple(None if each is None else _itself(each, *next(each_packed)) for each in given)
+                _reading.unpacked = outer_packs
+            if len(packs) != sum(tensor is not None for tensor in unpacked):  # other hooks packed them
+                return unpacked
+            remaining = iter(packs)
+            return tuple(
+                None if tensor is None else _original(tensor, *next(remaining)) for tensor in unpacked
+            )
 
         with replaced(BackwardCFunction, "saved_tensors", property(saved_tensors)):
             yield
 
     def _pack(self, tensor: torch.Tensor) -> Packed:
-        if _function_modes() or type(tensor) not in _PLAIN:
-            return unnoticed(self._packed)(tensor)
-        return self._packed(tensor)
+        if _function_modes() or type(tensor) not in _PLAIN_TYPES:
+            return without_torch_function(self._save_and_pack)(tensor)
+        return self._save_and_pack(tensor)
 
-    def _packed(self, tensor: torch.Tensor) -> Packed:
+    def _save_and_pack(self, tensor: torch.Tensor) -> Packed:
         self._log.save(tensor)
         version = tensor._version
         node = None if tensor.is_leaf or self._log.traced() else tensor.grad_fn
-        if node is None or not _saves_now(node):
+        if node is None or not _saves_own_result(node):
             return tensor, version, ""
-        made = f", which is output {tensor.output_nr} of {_BACKWARD.sub('', node.name())},"
+        output_text = f", which is output {tensor.output_nr} of {_NODE_SUFFIX.sub('', node.name())},"
         if type(tensor) is not torch.Tensor:
-            return self._log.aside(tensor.detach), version, made
-        with torch._C._DisableTorchDispatch():  # no mode of the program's has asked for this
-            return tensor.detach(), version, made
+            return self._log.aside(tensor.detach), version, output_text
+        with torch._C._DisableTorchDispatch():  # hide this operator from the program's modes
+            return tensor.detach(), version, output_text
 
-    def _telling(self, theirs: Callable[[torch.Tensor], Any]) -> Callable[[torch.Tensor], Any]:
-        """As `theirs`; what it gives autograd to keep is saved."""
+    def _reporting(self, program_pack: Callable[[torch.Tensor], Any]) -> Callable[[torch.Tensor], Any]:
+        """`program_pack`, followed by a report to the log of what it returns."""
 
         def pack(tensor: torch.Tensor) -> Any:
-            packed = theirs(tensor)
+            packed = program_pack(tensor)
             if self._log.here():
                 self._log.save((packed,))
             return packed
@@ -161,28 +166,30 @@ class Saving:
 
 
 def unpack(packed: Packed) -> torch.Tensor:
-    """What was packed, as it is. Raises RuntimeError if it has changed: with hooks autograd does not look."""
+    """The saved tensor. Raises RuntimeError if it has changed: with hooks autograd does not check that."""
     tensor, version, _ = packed
-    if type(tensor) in _PLAIN and not _function_modes():
+    if type(tensor) in _PLAIN_TYPES and not _function_modes():
         changed = tensor._version != version
     else:
-        changed = unnoticed(getattr)(tensor, "_version") != version
+        changed = without_torch_function(getattr)(tensor, "_version") != version
     if changed:
-        raise RuntimeError(unnoticed(_changed)(*packed))
-    if (asked := getattr(_asked, "unpacked", None)) is not None:
-        asked.append(packed)
+        raise RuntimeError(without_torch_function(_changed_message)(*packed))
+    if (packs := getattr(_reading, "unpacked", None)) is not None:
+        packs.append(packed)
     return tensor
 
 
-def _itself(given: torch.Tensor, saved: torch.Tensor, version: int, made: str) -> torch.Tensor:
-    """What was saved, of which autograd made `given`; that where an alias was saved."""
-    return given if made else saved
+def _original(unpacked: torch.Tensor, saved: torch.Tensor, version: int, output_text: str) -> torch.Tensor:
+    """The tensor that was saved, or `unpacked`, autograd's version of it, if an alias was saved."""
+    return unpacked if output_text else saved
 
 
-def _changed(tensor: torch.Tensor, version: int, made: str) -> str:
-    """What autograd says of a tensor that was saved at `version`, and has another now."""
-    if not made and tensor.grad_fn is not None:
-        made = f", which is output {tensor.output_nr} of {_BACKWARD.sub('', tensor.grad_fn.name())},"
+def _changed_message(tensor: torch.Tensor, version: int, output_text: str) -> str:
+    """autograd's message for a tensor that was saved at `version` and has another version now."""
+    if not output_text and tensor.grad_fn is not None:
+        output_text = (
+            f", which is output {tensor.output_nr} of {_NODE_SUFFIX.sub('', tensor.grad_fn.name())},"
+        )
     hint = (
         "the backtrace further above shows the operation that failed to compute its gradient. The variable in question "
         "was changed in there or anywhere later. Good luck!"
@@ -192,57 +199,57 @@ def _changed(tensor: torch.Tensor, version: int, made: str) -> str:
     )
     return (
         "one of the variables needed for gradient computation has been modified by an inplace operation: "
-        f"[{tensor.type()} {[*tensor.shape]}]{made} is at version {tensor._version}; expected version {version} "
+        f"[{tensor.type()} {[*tensor.shape]}]{output_text} is at version {tensor._version}; expected version {version} "
         f"instead. Hint: {hint}"
     )
 
 
-def _saves_now(node: Any) -> bool:
-    """Whether `node` is being made, and saves its own result. A function's in Python may be, whatever came after it."""
-    return isinstance(node, torch._C._FunctionBase) or node._sequence_nr() == number() - 1
+def _saves_own_result(node: Any) -> bool:
+    """Whether `node` is being created and saves its own result. For a Python function this is always possible."""
+    return isinstance(node, torch._C._FunctionBase) or node._sequence_nr() == next_node_number() - 1
 
 
-def number() -> int:
-    """That of the next node of autograd's in this thread."""
+def next_node_number() -> int:
+    """The number of autograd's next node in this thread."""
     return int(_stack._get_sequence_nr())
 
 
-def saved_by(made: Iterable[torch.Tensor], since: int) -> Iterator[torch.Tensor]:
-    """What autograd keeps for the backward of `made`, in the nodes whose numbers are `since` and more."""
-    nodes: list[Any] = [tensor.grad_fn for tensor in made]
-    known = set()
+def saved_by(tensors: Iterable[torch.Tensor], since: int) -> Iterator[torch.Tensor]:
+    """What autograd keeps for the backward of `tensors`, in nodes with numbers from `since` on."""
+    nodes: list[Any] = [tensor.grad_fn for tensor in tensors]
+    visited = set()
     while nodes:
         node = nodes.pop()
-        if node is None or node in known or hasattr(node, "variable") or node._sequence_nr() < since:
+        if node is None or node in visited or hasattr(node, "variable") or node._sequence_nr() < since:
             continue
-        known.add(node)
-        nodes += [each for each, _ in node.next_functions]
-        for name in _KEPT if hasattr(node, "saved_tensors") else dir(node):
-            if name in _KEPT or name.startswith("_saved_"):
+        visited.add(node)
+        nodes += [next_node for next_node, _ in node.next_functions]
+        for name in _SAVED_ATTRIBUTES if hasattr(node, "saved_tensors") else dir(node):
+            if name in _SAVED_ATTRIBUTES or name.startswith("_saved_"):
                 try:
                     yield from tensors_in((getattr(node, name, None),))
-                except RuntimeError:  # it was changed in place, or is freed
+                except RuntimeError:  # changed in place, or freed
                     continue
 
 
-def checkpoints(hooks: Hooks) -> bool:
-    """Whether these are of torch's checkpointing, which is watched by itself."""
+def belong_to_checkpointing(hooks: Hooks) -> bool:
+    """Whether these are hooks of torch's checkpointing, which has an observer of its own."""
     return getattr(hooks[0], "__module__", None) == torch.utils.checkpoint.__name__
 
 
 def _remove(hooks: Hooks) -> None:
-    """Take these away, and nobody else's that came after them."""
-    above: list[Hooks] = []
-    while (each := top()) is not None:
+    """Remove these hooks, but none that were entered after them."""
+    later_hooks: list[Hooks] = []
+    while (current := top_hooks()) is not None:
         _stack._pop_saved_tensors_default_hooks()
-        if each == hooks:
+        if current == hooks:
             break
-        above.append(each)
-    for each in reversed(above):
-        _push(each)
+        later_hooks.append(current)
+    for current in reversed(later_hooks):
+        _push(current)
 
 
-def top() -> Hooks | None:
+def top_hooks() -> Hooks | None:
     """The hooks that pack what autograd saves now."""
     hooks: Hooks | None = _stack._top_saved_tensors_default_hooks(True)
     return hooks

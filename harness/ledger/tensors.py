@@ -1,4 +1,4 @@
-"""Tensors as the ledger takes them: nested in anything, made of others, shared among ranks, fake, or without memory."""
+"""Questions about tensors: nested, wrapped, distributed, fake, or without memory."""
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache, wraps
@@ -13,15 +13,15 @@ _PARTS = {
     **dict.fromkeys((torch.sparse_csr, torch.sparse_bsr), ("crow_indices", "col_indices", "values")),
     **dict.fromkeys((torch.sparse_csc, torch.sparse_bsc), ("ccol_indices", "row_indices", "values")),
 }
-"""Layouts without a storage of their own, and the dense tensors that such a tensor is made of."""
+"""Layouts without a storage of their own, and the dense tensors that such a tensor consists of."""
 
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def unnoticed(function: Callable[P, R]) -> Callable[P, R]:
-    """`function`, which asks tensors what they are, without a word to a TorchFunctionMode of the program's."""
+def without_torch_function(function: Callable[P, R]) -> Callable[P, R]:
+    """`function`, called so that no TorchFunctionMode of the program sees its questions about tensors."""
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -32,12 +32,12 @@ def unnoticed(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def tensors_in(tree: Any) -> Iterator[torch.Tensor]:
-    """Every tensor in nested tuples, lists and dicts; of one that is made of others, those."""
+    """Every tensor in nested tuples, lists and dicts. For a tensor that consists of others, those."""
     if isinstance(tree, torch.Tensor):
         if hasattr(tree, "__tensor_flatten__"):
             for name in tree.__tensor_flatten__()[0]:
                 yield from tensors_in(getattr(tree, name))
-        elif _dispatches(type(tree)) and not has_memory(tree):
+        elif _has_own_dispatch(type(tree)) and not has_memory(tree):
             yield from tensors_in([part for part in vars(tree).values() if isinstance(part, torch.Tensor)])
         else:
             yield tree
@@ -48,13 +48,15 @@ def tensors_in(tree: Any) -> Iterator[torch.Tensor]:
 
 
 @cache
-def _dispatches(kind: type[torch.Tensor]) -> bool:
-    """Whether tensors of this class may be made of others, and not say of which."""
-    return kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ and not issubclass(kind, FakeTensor)
+def _has_own_dispatch(tensor_type: type[torch.Tensor]) -> bool:
+    """Whether tensors of this class may consist of others without naming them."""
+    return tensor_type.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ and not issubclass(
+        tensor_type, FakeTensor
+    )
 
 
 def sizes_of(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """The tensors in which a nested one that has a storage keeps how its rows lie there."""
+    """The tensors in which a nested tensor with a storage keeps the layout of its rows."""
     return [
         tensor._nested_tensor_size(),
         tensor._nested_tensor_strides(),
@@ -63,37 +65,37 @@ def sizes_of(tensor: torch.Tensor) -> list[torch.Tensor]:
 
 
 def parts_of(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """The tensors that hold the memory of one that has no storage: a sparse one's, or what torch.func has wrapped."""
-    wrapped: Any = torch._C._functorch
-    if wrapped.is_functorch_wrapped_tensor(tensor):
-        return [wrapped.get_unwrapped(tensor)]
+    """The tensors with the memory of a tensor without a storage: a sparse one, or one that torch.func wraps."""
+    functorch: Any = torch._C._functorch
+    if functorch.is_functorch_wrapped_tensor(tensor):
+        return [functorch.get_unwrapped(tensor)]
     return [getattr(tensor, name)() for name in _PARTS.get(tensor.layout, ())]
 
 
 def storage_of(tensor: torch.Tensor) -> torch.UntypedStorage | None:
-    """The storage of `tensor`; None where it has none."""
+    """The storage of `tensor`. None if it has none."""
     try:
         return tensor.untyped_storage()
-    except (RuntimeError, ValueError):  # of another layout, or a lazy module's that is yet to be made
+    except (RuntimeError, ValueError):  # another layout, or an uninitialised parameter of a lazy module
         return None
 
 
 def shared(types: Iterable[type]) -> bool:
-    """Whether among these kinds of tensors is DTensor, which is this rank's part and the word of how ranks share it.
+    """Whether one of these tensor types is DTensor, which combines this rank's part with the sharding over ranks.
 
-    A mode that leaves an operator on such to them is shown what they do with the parts.
+    A mode that does not handle an operator on DTensors then sees the operators on their parts.
     """
     return any(issubclass(kind, DTensor) for kind in types)
 
 
-def stands_for_others(kind: type, arguments: Iterable[Any]) -> bool:
-    """Whether tensors of this kind, of which there is one among `arguments`, are only words about others."""
-    if issubclass(kind, FakeTensor):
+def is_wrapper(tensor_type: type, arguments: Iterable[Any]) -> bool:
+    """Whether tensors of this type, of which `arguments` contains one, have no data but refer to other tensors."""
+    if issubclass(tensor_type, FakeTensor):
         return False
-    if issubclass(kind, DTensor) or hasattr(kind, "__tensor_flatten__"):
+    if issubclass(tensor_type, DTensor) or hasattr(tensor_type, "__tensor_flatten__"):
         return True
-    one = next((each for each in tensors_in(list(arguments)) if type(each) is kind), None)
-    return one is not None and not has_memory(one)
+    example = next((tensor for tensor in tensors_in(list(arguments)) if type(tensor) is tensor_type), None)
+    return example is not None and not has_memory(example)
 
 
 def has_memory(tensor: torch.Tensor) -> bool:
@@ -106,21 +108,21 @@ def has_memory(tensor: torch.Tensor) -> bool:
 
 
 def device_of(tensor: torch.Tensor) -> str:
-    """Where `tensor` is: the kind of device; of a fake one its whole name, asked for without an operator."""
-    fake = getattr(tensor, "fake_device", None)
-    return tensor.device.type if fake is None else str(fake)
+    """The device type of `tensor`. For a fake tensor the full device name, read without an operator."""
+    fake_device = getattr(tensor, "fake_device", None)
+    return tensor.device.type if fake_device is None else str(fake_device)
 
 
 def places(device: str, fakes: bool) -> Callable[[torch.Tensor], bool]:
-    """Whether a tensor is on `device`, the quickest way. Without `fakes` a fake one is nowhere: it holds nothing."""
+    """A fast test whether a tensor is on `device`. Without `fakes`, fake tensors fail it: they have no memory."""
     if not fakes:
         if device == "cpu":
             return lambda tensor: tensor.is_cpu and type(tensor) is not FakeTensor
         return lambda tensor: tensor.device.type == device and type(tensor) is not FakeTensor
-    place = torch.device(device)
+    wanted = torch.device(device)
 
-    def there(tensor: torch.Tensor) -> bool:
-        fake = getattr(tensor, "fake_device", None)
-        return tensor.device.type == device if fake is None else bool(fake == place)
+    def is_on_device(tensor: torch.Tensor) -> bool:
+        fake_device = getattr(tensor, "fake_device", None)
+        return tensor.device.type == device if fake_device is None else bool(fake_device == wanted)
 
-    return there
+    return is_on_device

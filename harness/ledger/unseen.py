@@ -1,4 +1,4 @@
-"""What a ledger does not see of the program in its block: by name, each once, and never an error of the program's."""
+"""What a ledger does not see of the program in its block: each gap once by name, and never an error in the program."""
 
 import sys
 import warnings
@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 Figures = Literal["all", "storages", "saved", "allocator"]
-"""Which are incomplete for it: all of them; those of storages, though not the allocator's; what is saved for backward;
-or the allocator's own."""
+"""The figures that a gap makes incomplete: all; those of storages but not the allocator's; the bytes saved for
+backward; or the allocator's own."""
 
 
 class NotSeen(UserWarning):
@@ -16,26 +16,26 @@ class NotSeen(UserWarning):
 
 @dataclass(frozen=True)
 class Gap:
-    """Something that is not seen, as a sentence that names it and says what to do."""
+    """Something that is not seen, with a sentence that names it and says what to do."""
 
     figures: Figures
     sentence: str
 
 
 class Unseen:
-    """The gaps of one ledger, in the order in which it met them."""
+    """The gaps of one ledger, in the order of their first occurrence."""
 
     def __init__(self) -> None:
         self._gaps: dict[str, Gap] = {}
-        self._said: set[str] = set()
+        self._warned: set[str] = set()
 
     def note(self, name: str, figures: Figures, sentence: str) -> None:
-        """`name` is not seen; the first sentence about it stays."""
+        """Record that `name` is not seen. Its first sentence stays."""
         if name not in self._gaps:
             self._gaps[name] = Gap(figures, sentence)
 
     def gaps(self) -> list[Gap]:
-        """All of them."""
+        """All gaps."""
         return list(self._gaps.values())
 
     def lacks(self, figures: Figures) -> bool:
@@ -43,10 +43,13 @@ class Unseen:
         return any(gap.figures == figures for gap in self._gaps.values())
 
     def say(self) -> None:
-        """Warn of each once. Where a program makes errors of warnings it is told on stderr: this is no error of its."""
+        """Warn of each gap once.
+
+        If the program turns warnings into errors, print to stderr instead: a gap is not an error of the program.
+        """
         for name, gap in list(self._gaps.items()):
-            if name not in self._said:
-                self._said.add(name)
+            if name not in self._warned:
+                self._warned.add(name)
                 try:
                     warnings.warn(gap.sentence, NotSeen, stacklevel=4)
                 except NotSeen:

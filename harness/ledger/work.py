@@ -1,10 +1,10 @@
-"""What a phase has to do: operations counted, and bytes that its operators take and make.
+"""The work of a phase: its operations, and the bytes that its operators read and write.
 
-Bytes are those of an operator's tensors, so they are at least what a device must move if nothing stays in its caches
-from one operator to the next: an upper bound of the traffic, and a lower bound of nothing. A tensor given twice is read
-once, one that is written over is not read, an expanded one is as small as what it repeats, and where an operator takes
-some rows of a table it reads those. A view moves nothing, nor does an empty tensor; what ranks send each other is not
-counted. Scratch inside a kernel is not seen.
+Bytes are those of an operator's tensors: what a device must move if no data stays in its caches from one operator to
+the next. This is an upper bound of the traffic, not a lower bound. A tensor passed twice is read once. A tensor that
+is overwritten is not read. An expanded tensor counts without its repetitions. An operator that takes some rows of a
+table reads only those. A view and an empty tensor move nothing. Communication between ranks is not counted. Scratch
+inside a kernel is not seen.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from harness.ledger.operators import UNKNOWN, Rule, rule_of, views
+from harness.ledger.op_cost import UNKNOWN, Rule, rule_of, views
 from harness.ledger.tensors import parts_of, storage_of
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Work(NamedTuple):
-    """Floating-point operations, bytes read and written, and how often a model's forward began."""
+    """Floating-point operations, bytes read and written, and the number of forward calls of the model."""
 
     flops: int
     read: int
@@ -31,73 +31,73 @@ class Work(NamedTuple):
 
 
 class Counter:
-    """Adds up the work of operators on one kind of device, by where they ran."""
+    """Sums the work of operators on one kind of device, by where they ran."""
 
-    def __init__(self, there: Callable[[torch.Tensor], bool], where: "Where") -> None:
-        self.there = there
-        self.views: set[str] = set()  # operators seen so far that make nothing, but show what was there
+    def __init__(self, on_device: Callable[[torch.Tensor], bool], where: "Where") -> None:
+        self.on_device = on_device
+        self.views: set[str] = set()  # operators seen so far that return only views
         self._rules: dict[Any, Rule | None] = {}
-        self._done: dict[Where, list[int]] = {}
+        self._totals: dict[Where, list[int]] = {}
         self._unknown: set[Where] = set()
-        self._off = False
+        self._disabled = False
         self.enter(where)
 
     def enter(self, where: "Where") -> None:
-        """What follows is done in `where`."""
-        self._where, self._here = where, self._done.setdefault(where, [0, 0, 0, 0])
+        """Work from now on belongs to `where`."""
+        self._where, self._current = where, self._totals.setdefault(where, [0, 0, 0, 0])
 
     def of(self, where: "Where") -> Work | None:
-        """What was done in `where`; None where not all of it was seen."""
-        return None if where in self._unknown else Work(*self._done.get(where, (0, 0, 0)))
+        """The work in `where`. None if part of it was not seen."""
+        return None if where in self._unknown else Work(*self._totals.get(where, (0, 0, 0)))
 
     def all(self) -> dict["Where", Work]:
-        """What was done so far, everywhere."""
-        return {where: Work(*done) for where, done in self._done.items()}
+        """The work so far, by where."""
+        return {where: Work(*totals) for where, totals in self._totals.items()}
 
     def add(self, where: "Where", work: Work | None) -> None:
-        """Count `work` as done in `where`; None: nobody knows how much it was."""
+        """Add `work` to `where`. None: the amount is unknown."""
         if work is None:
             self._unknown.add(where)
         else:
-            self._done[where][:] = map(sum, zip(self._done[where], work, strict=True))
+            self._totals[where][:] = map(sum, zip(self._totals[where], work, strict=True))
 
     def passed(self) -> None:
-        """A forward begins that is no part of another."""
-        self._here[3] += 1
+        """A forward begins that is not part of another."""
+        self._current[3] += 1
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """Within it nothing counts."""
-        self._off = True
+        """Nothing counts inside this context."""
+        self._disabled = True
         try:
             yield
         finally:
-            self._off = False
+            self._disabled = False
 
     def count(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-        """`func` has made `out` of these."""
+        """Count `func`, which returned `out` for these arguments."""
         try:
             rule = self._rules[func]
         except KeyError:
             rule = self._rules[func] = rule_of(func)
             if views(func):
                 self.views.add(func.__name__)
-        if rule is None or self._off:
+        if rule is None or self._disabled:
             return
         if rule is UNKNOWN:
             self._unknown.add(self._where)
             return
-        read, written = self._moved(rule, args, kwargs or {}, out)
-        here = self._here
-        here[1] += read
-        here[2] += written
+        read, written = self._bytes_moved(rule, args, kwargs or {}, out)
+        current = self._current
+        current[1] += read
+        current[2] += written
         if rule.flops is not None and (read or written):
-            here[0] += rule.flops(args, kwargs or {}, out)
+            current[0] += rule.flops(args, kwargs or {}, out)
 
-    def _moved(self, rule: Rule, args: Any, kwargs: Any, out: Any) -> tuple[int, int]:
+    def _bytes_moved(self, rule: Rule, args: Any, kwargs: Any, out: Any) -> tuple[int, int]:
         """Bytes read and written."""
         read = written = 0
-        known: list[torch.Tensor] = []
+        counted: list[torch.Tensor] = []
         for place, argument in (*enumerate(args), *kwargs.items()) if kwargs else enumerate(args):
             if isinstance(argument, torch.Tensor):
                 tensors: Any = (argument,)
@@ -106,31 +106,31 @@ class Counter:
             else:
                 continue
             for tensor in tensors:
-                if not isinstance(tensor, torch.Tensor) or any(tensor is each for each in known):
+                if not isinstance(tensor, torch.Tensor) or any(tensor is earlier for earlier in counted):
                     continue
-                known.append(tensor)
+                counted.append(tensor)
                 size = self._size(tensor)
                 if place not in rule.unread:
                     read += size
                 if place in rule.mutated:
                     written += size
         if rule.puts is not None:
-            some = self._elements(args, rule.puts)
-            written += some
-            read += some if rule.adds else 0
+            nbytes = self._bytes_like(args, rule.puts)
+            written += nbytes
+            read += nbytes if rule.adds else 0
         elif rule.picks:
-            read += self._elements(args, 1)
+            read += self._bytes_like(args, 1)
         elif rule.makes:
-            made = sum(map(self._size, _tensors(out)))
-            written += made
-            read += made if rule.takes else 0
-        elif rule.may_copy and _apart(args[0], out):
+            nbytes = sum(map(self._size, _result_tensors(out)))
+            written += nbytes
+            read += nbytes if rule.takes else 0
+        elif rule.may_copy and _share_no_storage(args[0], out):
             return self._size(args[0]), self._size(out)
         return read, written
 
     def _size(self, tensor: torch.Tensor) -> int:
-        """Bytes of `tensor` in memory, what is repeated in it once; 0 on another device."""
-        if not self.there(tensor):
+        """Bytes of `tensor` in memory, without repetitions. 0 if it is on another device."""
+        if not self.on_device(tensor):
             return 0
         try:
             stride = tensor.stride()
@@ -143,23 +143,29 @@ class Counter:
             )
         return tensor.nbytes
 
-    def _elements(self, args: Any, place: int) -> int:
-        """Bytes of as many elements of the first argument as the one at `place` has."""
-        whole, like = args[0], args[place] if place < len(args) else None
-        if not self.there(whole):
+    def _bytes_like(self, args: Any, place: int) -> int:
+        """Bytes of as many elements of the first argument as the argument at `place` has."""
+        source, pattern = args[0], args[place] if place < len(args) else None
+        if not self.on_device(source):
             return 0
-        return int(whole.itemsize * (like.numel() if isinstance(like, torch.Tensor) else 1))
+        return int(source.itemsize * (pattern.numel() if isinstance(pattern, torch.Tensor) else 1))
 
 
-def _tensors(out: Any) -> list[torch.Tensor]:
+def _result_tensors(out: Any) -> list[torch.Tensor]:
     if isinstance(out, torch.Tensor):
         return [out]
-    return [each for each in out if isinstance(each, torch.Tensor)] if isinstance(out, (tuple, list)) else []
+    return (
+        [value for value in out if isinstance(value, torch.Tensor)] if isinstance(out, (tuple, list)) else []
+    )
 
 
-def _apart(taken: Any, made: Any) -> bool:
-    """Whether two tensors share no storage."""
-    if not isinstance(taken, torch.Tensor) or not isinstance(made, torch.Tensor):
+def _share_no_storage(argument: Any, result: Any) -> bool:
+    """Whether both are tensors with storages, and the storages differ."""
+    if not isinstance(argument, torch.Tensor) or not isinstance(result, torch.Tensor):
         return False
-    one, other = storage_of(taken), storage_of(made)
-    return one is not None and other is not None and one._cdata != other._cdata
+    argument_storage, result_storage = storage_of(argument), storage_of(result)
+    return (
+        argument_storage is not None
+        and result_storage is not None
+        and argument_storage._cdata != result_storage._cdata
+    )

@@ -1,18 +1,22 @@
-"""A run without its world: the same code on fake tensors, for ranks that do not exist."""
+"""Rehearsals: the run's own code on fake tensors, for ranks that do not exist.
+
+It may import all that a run imports. Start at `all_ranks.py`, then `one_rank.py`; `shims.py` lists what is replaced in
+torch, transformers and DeepSpeed, each with its reason.
+"""
 
 from dataclasses import replace
 
-from harness.knobs import Settings
+from harness.config.settings import Settings
 
 UNVERIFIED = "not verified on this hardware"
-"""What a rehearsal for a GPU is until it has been held against a run on one."""
+"""The status of a rehearsal for a GPU that has not been compared with a real run on such a GPU."""
 
 
 def decisive(settings: Settings) -> Settings:
-    """`settings` with no more micro-batches than decide the peak of a step.
+    """`settings` with only as many micro-batches as decide the peak of a step.
 
-    With one more than there are stages each has kept all that it ever keeps, gradients among it; a pipeline's last
-    stage keeps the loss of each further one, 4 bytes.
+    After stages + 1 micro-batches, every stage has kept the most that it ever keeps, gradients included. Each further
+    one adds only its loss on a pipeline's last stage, 4 bytes.
     """
-    few = min(settings.train.accumulation, settings.pipeline.stages + 1)
-    return replace(settings, train=replace(settings.train, accumulation=few, batch=None))
+    micro_batches = min(settings.train.accumulation, settings.pipeline.stages + 1)
+    return replace(settings, train=replace(settings.train, accumulation=micro_batches, batch=None))

@@ -1,18 +1,18 @@
-"""Layers for the stages of a pipeline by what each would hold: `pipeline.split=memory`, measured by rehearsing them."""
+"""`pipeline.split=memory`: spreads a pipeline's layers over its stages by their peaks, measured in rehearsals."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from harness.model import model_config
+from harness.config.load import Settings
+from harness.config.rules import check_split
+from harness.model.loader import model_config
+from harness.model.partition import balanced, ranges, uniform
 from harness.rehearsal import decisive
-from harness.rehearsal.role import rehearse
-from harness.rehearsal.roles import roles
-from harness.rules import check_split
-from harness.settings import Settings
-from harness.split import balanced, ranges, uniform
+from harness.rehearsal.one_rank import rehearse
+from harness.rehearsal.representatives import roles
 
 ROUNDS = 6
-"""Splits that are tried after the uniform one; the second is mostly the last that is better."""
+"""The most splits to try after the uniform one. Usually no split after the second is better."""
 
 Task = tuple[Settings, int]
 Measure = Callable[[Sequence[Task]], Sequence[int]]
@@ -21,32 +21,32 @@ Span = tuple[int, int, int]
 
 
 def resolved(settings: Settings, measure: Measure | None = None) -> Settings:
-    """`settings` with a list of layers where they ask for `memory`. Raises Refusal as a rehearsal of them would.
+    """`settings` with `pipeline.split=memory` replaced by a list of layers. Raises Refusal as their rehearsal would.
 
-    `measure` is `peak` of many tasks, in their order; one after another where it is not given.
+    `measure` returns the `peak` of each task, in order; the default computes one after the other.
     """
     if settings.pipeline.stages == 1 or settings.pipeline.split != "memory":
         return settings
     layers = model_config(settings.model).get_text_config(decoder=True).num_hidden_layers
     check_split(settings.pipeline, layers)
-    return _with(settings, _by_memory(_short(settings), layers, measure or _in_turn))
+    return _with(settings, _lowest_peak_split(_short_run(settings), layers, measure or _peaks_in_order))
 
 
 def peak(task: Task) -> int:
-    """The highest peak of a rank of a stage, in bytes, as far as the one with the most to hold tells."""
+    """The highest peak of a stage's ranks, in bytes: that of the representative expected to need the most memory."""
     settings, stage = task
-    every = [role for role in roles(settings) if role.stage == stage]
-    rank = max(every, key=lambda role: role.held).rank
+    representatives = [representative for representative in roles(settings) if representative.stage == stage]
+    rank = max(representatives, key=lambda representative: representative.size).rank
     highest: int = rehearse(settings, rank)[0]["peak"]["bytes"]
     return highest
 
 
-def _in_turn(tasks: Sequence[Task]) -> Sequence[int]:
+def _peaks_in_order(tasks: Sequence[Task]) -> Sequence[int]:
     return [peak(task) for task in tasks]
 
 
-def _short(settings: Settings) -> Settings:
-    """What decides the peak of a step: the second has all that any has."""
+def _short_run(settings: Settings) -> Settings:
+    """`settings` with only the steps that decide the peak: two in training, because the second step has all state."""
     steps = 2 if settings.mode == "train" else 1
     settings = decisive(settings)
     train = replace(
@@ -65,53 +65,53 @@ def _with(settings: Settings, split: list[int]) -> Settings:
     return replace(settings, pipeline=replace(settings.pipeline, split=split))
 
 
-def _by_memory(settings: Settings, layers: int, measure: Measure) -> list[int]:
-    """The split with the lowest worst peak of those that were measured."""
+def _lowest_peak_split(settings: Settings, layers: int, measure: Measure) -> list[int]:
+    """Of the measured splits, the one whose highest stage peak is the lowest."""
     stages = settings.pipeline.stages
-    known: dict[Span, int] = {}
-    tried: list[list[int]] = []
+    peaks: dict[Span, int] = {}
+    tried_splits: list[list[int]] = []
 
-    def know(splits: Mapping[Span, list[int]]) -> None:
-        wanted = {span: split for span, split in splits.items() if span not in known}
-        tasks = [(_with(settings, split), span[0]) for span, split in wanted.items()]
-        known.update(zip(wanted, measure(tasks), strict=True))
+    def measure_missing(splits: Mapping[Span, list[int]]) -> None:
+        missing = {span: split for span, split in splits.items() if span not in peaks}
+        tasks = [(_with(settings, split), span[0]) for span, split in missing.items()]
+        peaks.update(zip(missing, measure(tasks), strict=True))
 
     split = uniform(layers, stages)
-    know({**_spans(split), **_one_more(split)})
-    while split not in tried and len(tried) <= ROUNDS:
-        know(_spans(split))
-        tried.append(split)
-        split = balanced(layers, stages, lambda *span: _expected(known, span))
-    return min(tried, key=lambda each: max(known[span] for span in _spans(each)))
+    measure_missing({**_spans(split), **_one_layer_more(split)})
+    while split not in tried_splits and len(tried_splits) <= ROUNDS:
+        measure_missing(_spans(split))
+        tried_splits.append(split)
+        split = balanced(layers, stages, lambda *span: _expected(peaks, span))
+    return min(tried_splits, key=lambda each: max(peaks[span] for span in _spans(each)))
 
 
 def _spans(split: list[int]) -> dict[Span, list[int]]:
     return {(stage, each.start, each.stop): split for stage, each in enumerate(ranges(split))}
 
 
-def _one_more(split: list[int]) -> dict[Span, list[int]]:
-    """Each stage with a layer more, which the largest other gives."""
-    found: dict[Span, list[int]] = {}
+def _one_layer_more(split: list[int]) -> dict[Span, list[int]]:
+    """For each stage a split with one more layer on it, taken from the largest other stage."""
+    longer: dict[Span, list[int]] = {}
     for stage in range(len(split)):
         others = [other for other in range(len(split)) if other != stage]
-        giver = max(others, key=lambda other: split[other])
-        if split[giver] > 1:
-            other = [n + (at == stage) - (at == giver) for at, n in enumerate(split)]
-            span = ranges(other)[stage]
-            found[stage, span.start, span.stop] = other
-    return found
+        donor = max(others, key=lambda other: split[other])
+        if split[donor] > 1:
+            new_split = [n + (index == stage) - (index == donor) for index, n in enumerate(split)]
+            span = ranges(new_split)[stage]
+            longer[stage, span.start, span.stop] = new_split
+    return longer
 
 
-def _expected(known: Mapping[Span, int], span: Span) -> float:
-    """What a stage of so many layers holds: measured, else on the line through the two nearest that were."""
-    if span in known:
-        return known[span]
+def _expected(peaks: Mapping[Span, int], span: Span) -> float:
+    """The peak of a stage with the layers in `span`: measured, else extrapolated from the two nearest layer counts."""
+    if span in peaks:
+        return peaks[span]
     stage, begin, end = span
     layers = end - begin
-    of_stage = {stop - start: held for (s, start, stop), held in known.items() if s == stage}
-    nearest = sorted(of_stage, key=lambda number: (abs(number - layers), number))[:2]
+    peak_by_layers = {stop - start: peak for (s, start, stop), peak in peaks.items() if s == stage}
+    nearest = sorted(peak_by_layers, key=lambda number: (abs(number - layers), number))[:2]
     if len(nearest) < 2:
-        return of_stage[nearest[0]]
+        return peak_by_layers[nearest[0]]
     one, two = nearest
-    slope = (of_stage[two] - of_stage[one]) / (two - one)
-    return of_stage[one] + slope * (layers - one)
+    slope = (peak_by_layers[two] - peak_by_layers[one]) / (two - one)
+    return peak_by_layers[one] + slope * (layers - one)

@@ -1,6 +1,6 @@
-"""Many rehearsals at once, in processes that have imported everything already.
+"""Runs many rehearsals at once, in worker processes that have already imported everything.
 
-Nothing here imports torch: whoever asks for rehearsals need not.
+This module imports no torch, so its callers need not load it.
 """
 
 import os
@@ -11,34 +11,34 @@ from contextlib import contextmanager
 from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from harness.pace import Pace, aside
-from harness.settings import Settings
+from harness.config.load import Settings
+from harness.runtime.progress import Pace, aside
 
 if TYPE_CHECKING:
-    from harness.rehearsal.roles import Role
+    from harness.rehearsal.representatives import Role
 
 MOST = 4
-"""Roles of a stage that are rehearsed to find the worst of a config among many. Offloaded ZeRO-1 and 2 have more."""
+"""The most representatives of a stage to rehearse for a config's worst rank. Offloaded ZeRO-1 and 2 have more."""
 
 
 REFUSED = "Refusal: "
-"""How the failure of a rehearsal begins that the model, or the request, cannot have."""
+"""The prefix of a failure whose cause is an impossible request or model, and not an error of the rehearsal."""
 
 
 class Worst(NamedTuple):
-    """The rank of a rehearsal with the highest peak, and what is in it; or, in words, why there is none."""
+    """The rank with the highest peak, in bytes, and its categories; or in `failure` the reason why there is none."""
 
     bytes: int
     rank: int
     categories: dict[str, int]
     failure: str = ""
     passed_over: int = 0
-    """Roles with smaller partitions than the `MOST` that were rehearsed: one of them may peak a little higher."""
+    """How many representatives were left out, because `MOST` have larger partitions; one may peak a bit higher."""
 
 
 @contextmanager
 def workers(tasks: int) -> Iterator[ProcessPoolExecutor]:
-    """A pool for so many tasks, on as many cores as it may use. Where it is left by an exception, nothing goes on."""
+    """A pool for `tasks` tasks, on the cores that this process may use. An exception in the body kills the workers."""
     context = get_context("forkserver")
     context.set_forkserver_preload(["harness.rehearsal.balance"])
     pool = ProcessPoolExecutor(max(1, min(tasks, _cores())), context, _leave_interrupts)
@@ -46,56 +46,56 @@ def workers(tasks: int) -> Iterator[ProcessPoolExecutor]:
         yield pool
     except BaseException:
         for process in list((pool._processes or {}).values()):
-            process.kill()  # a rehearsal has nothing to lose
+            process.kill()  # safe: a rehearsal has no state to save
         pool.shutdown(cancel_futures=True)
         raise
     pool.shutdown()
 
 
 def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):  # a container or a job may have few of the machine's
+    if hasattr(os, "sched_getaffinity"):  # a container or a job may be limited to a few cores
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def _leave_interrupts() -> None:
-    """A terminal interrupts every process; the one that asked ends these."""
+    """Ignore Ctrl-C in a worker: the terminal sends it to every process, and the parent ends the workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def rehearse_all(
     pool: ProcessPoolExecutor, wanted: Sequence[Settings], pace: Pace | None = None
 ) -> list[Worst]:
-    """The worst rank under each of `wanted`, all their ranks in parallel. `pace` is told of each that is done."""
-    asked = [each.result() for each in [pool.submit(candidates, settings) for settings in wanted]]
-    running = [[pool.submit(_peak, each.settings, rank) for rank in each.ranks] for each in asked]
-    found = []
-    for each, peaks in zip(asked, running, strict=True):
-        found.append(_highest(each, [peak.result() for peak in peaks]))
+    """The worst rank under each of `wanted`, with all ranks in parallel. `pace` advances with each finished config."""
+    candidate_sets = [each.result() for each in [pool.submit(candidates, settings) for settings in wanted]]
+    running = [[pool.submit(_peak, each.settings, rank) for rank in each.ranks] for each in candidate_sets]
+    results = []
+    for each, peaks in zip(candidate_sets, running, strict=True):
+        results.append(_highest(each, [peak.result() for peak in peaks]))
         if pace is not None:
             pace.advance()
-    return found
+    return results
 
 
 def progress(total: int | None) -> Pace:
-    """How far so many rehearsals are."""
+    """A progress bar for `total` rehearsals."""
     return Pace(total, "rehearsal", aside)
 
 
 def decided(pool: ProcessPoolExecutor, settings: Settings) -> tuple[Settings, dict[str, str]]:
-    """`settings` without `auto`, and why, as `resolve.py` has it. Raises Refusal."""
+    """`settings` with every `auto` resolved by `model/resolve.py`, and the reasons. Raises Refusal."""
     return pool.submit(_decided, settings).result()
 
 
 def _decided(settings: Settings) -> tuple[Settings, dict[str, str]]:
-    from harness.resolve import resolve
+    from harness.model.resolve import resolve
 
     resolved = resolve(settings)
     return resolved.settings, dict(resolved.reasons)
 
 
 class Candidates(NamedTuple):
-    """The ranks of a config among which the worst is; or, in words, why there are none."""
+    """The ranks of a config to rehearse for the worst one; or in `failure` the reason why there are none."""
 
     settings: Settings
     ranks: list[int]
@@ -104,50 +104,52 @@ class Candidates(NamedTuple):
 
 
 def worst(settings: Settings) -> Worst:
-    """The rank with the highest peak of the roles of `settings`' world, of a stage the `MOST` with the most to hold."""
-    asked = candidates(settings)
-    return _highest(asked, [_peak(asked.settings, rank) for rank in asked.ranks])
+    """The rank with the highest peak in `settings`' world, among at most `MOST` representatives of each stage."""
+    chosen = candidates(settings)
+    return _highest(chosen, [_peak(chosen.settings, rank) for rank in chosen.ranks])
 
 
 def candidates(settings: Settings) -> Candidates:
     """The ranks to rehearse for `worst`."""
+    from harness.model.resolve import resolve
     from harness.rehearsal.balance import resolved
-    from harness.rehearsal.roles import roles
-    from harness.resolve import resolve
+    from harness.rehearsal.representatives import roles
 
     try:
         settings = resolved(resolve(settings).settings)
-        every = sorted((role for role in roles(settings) if not role.outdone), key=lambda role: -role.held)
+        ordered = sorted((role for role in roles(settings) if not role.outdone), key=lambda role: -role.size)
     except Exception as error:
-        return Candidates(settings, [], failure=_words(error))
-    tried = [role.rank for stage in {role.stage for role in every} for role in _of(every, stage)[:MOST]]
-    return Candidates(settings, tried, len(every) - len(tried))
+        return Candidates(settings, [], failure=_error_text(error))
+    ranks = [
+        role.rank for stage in {role.stage for role in ordered} for role in _of_stage(ordered, stage)[:MOST]
+    ]
+    return Candidates(settings, ranks, len(ordered) - len(ranks))
 
 
 def _peak(settings: Settings, rank: int) -> dict[str, Any] | str:
-    """A rank's peak, as its record has it; or why there is none."""
-    from harness.rehearsal.role import rehearse
+    """A rank's peak in the record's form; or the reason why there is none."""
+    from harness.rehearsal.one_rank import rehearse
 
     try:
         peak: dict[str, Any] = rehearse(settings, rank)[0]["peak"]
     except Exception as error:
-        return _words(error)
+        return _error_text(error)
     return {**peak, "rank": rank}
 
 
-def _highest(asked: Candidates, peaks: Sequence[dict[str, Any] | str]) -> Worst:
-    failure = asked.failure or next((peak for peak in peaks if isinstance(peak, str)), "")
+def _highest(candidates: Candidates, peaks: Sequence[dict[str, Any] | str]) -> Worst:
+    failure = candidates.failure or next((peak for peak in peaks if isinstance(peak, str)), "")
     if failure:
         return Worst(0, 0, {}, failure)
     peak = max((peak for peak in peaks if not isinstance(peak, str)), key=lambda peak: peak["bytes"])
-    held = {name: count for name, count in peak["categories"].items() if count}
-    return Worst(peak["bytes"], peak["rank"], held, passed_over=asked.passed_over)
+    categories = {name: count for name, count in peak["categories"].items() if count}
+    return Worst(peak["bytes"], peak["rank"], categories, passed_over=candidates.passed_over)
 
 
-def _words(error: Exception) -> str:
-    """Another process asked; the error's class may not be known there."""
+def _error_text(error: Exception) -> str:
+    """The error as text: its class may not exist in the process that receives it."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:400]
 
 
-def _of(roles: "Sequence[Role]", stage: int) -> "list[Role]":
+def _of_stage(roles: "Sequence[Role]", stage: int) -> "list[Role]":
     return [role for role in roles if role.stage == stage]

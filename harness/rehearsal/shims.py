@@ -1,7 +1,7 @@
-"""What must be replaced in torch and DeepSpeed for a fake world, each with its reason. All of it is put back.
+"""Shims: functions in torch, transformers and DeepSpeed that a fake world must replace. All are restored afterwards.
 
-Checked with torch 2.11 and 2.13 and DeepSpeed 0.19.8. Another release may change what a shim stands for: one whose
-place is gone, or takes other arguments, is named by the error; one that would change bytes fails the equality tests.
+Checked with torch 2.11 and 2.13 and DeepSpeed 0.19.8. Another release may change the original of a shim. If the
+original is gone or takes other arguments, the error names the shim; if the bytes change, the equality tests fail.
 """
 
 import inspect
@@ -14,14 +14,14 @@ from typing import Any, NamedTuple
 import torch
 from torch._guards import detect_fake_mode
 
-from harness.rehearsal import slices
-from harness.rehearsal.slices import Original
+from harness.rehearsal import zero_shims
+from harness.rehearsal.zero_shims import Original
 
 
 class Shim(NamedTuple):
-    """`attribute` of `owner` (a module, or a class in one) is replaced by what `stand_in` makes of it.
+    """`attribute` of `owner` (a module or a class) is replaced by the result of `stand_in(original)`.
 
-    That takes the same arguments.
+    The replacement takes the same arguments as the original.
     """
 
     owner: str
@@ -31,7 +31,7 @@ class Shim(NamedTuple):
 
 
 def in_place(original: Original) -> Original:
-    """`Module._apply` that converts by `.data`, as it does real parameters."""
+    """`Module._apply` that sets `.data`, as torch's own does for real parameters."""
 
     def stand_in(self: torch.nn.Module, fn: Callable[[Any], Any], recurse: bool = True) -> Any:
         if recurse:
@@ -52,7 +52,7 @@ def in_place(original: Original) -> Original:
 
 
 def with_values(original: Original) -> Original:
-    """transformers' `is_fake_tensor`: a mask or positions are none, for their values are known (`values.py`)."""
+    """transformers' `is_fake_tensor`: always false, because the values of masks are known (`known_values.py`)."""
 
     def stand_in(x: Any) -> bool:
         return False
@@ -61,7 +61,7 @@ def with_values(original: Original) -> Original:
 
 
 def same_length(original: Original) -> Original:
-    """ZeRO-3's check of a list's length: the tensors are sent, and the others taken to have the same."""
+    """ZeRO-3's check that a list is as long on every rank: it sends its tensor, and assumes that the others agree."""
 
     def stand_in(lst: list[int]) -> None:
         _broadcast(len(lst))
@@ -70,7 +70,7 @@ def same_length(original: Original) -> Original:
 
 
 def same_list(original: Original) -> Original:
-    """ZeRO-3's `get_lst_from_rank0`, likewise."""
+    """ZeRO-3's `get_lst_from_rank0`: it sends its tensor, and assumes that rank 0 has the same list."""
 
     def stand_in(lst: list[int]) -> list[int]:
         _broadcast(lst)
@@ -88,25 +88,25 @@ def _broadcast(numbers: int | list[int]) -> None:
 
 
 def received(original: Original) -> Original:
-    """The pipeline engine's `_recv_tensor_meta`: what it asks for is a micro-batch of hidden states, as stages send."""
+    """The pipeline engine's `_recv_tensor_meta`: the buffer it returns is for hidden states, which all stages send."""
 
     def stand_in(self: Any, send_stage: int) -> torch.Tensor:
         from deepspeed.runtime.pipe import p2p
         from deepspeed.runtime.pipe.engine import TENSOR_META_SIZE
 
-        told = torch.empty(TENSOR_META_SIZE, dtype=torch.int32, device=self.device)
-        p2p.recv(told, send_stage)
+        meta = torch.empty(TENSOR_META_SIZE, dtype=torch.int32, device=self.device)
+        p2p.recv(meta, send_stage)
         stage = self.module.forward_funcs[0]
-        made: torch.Tensor = self._allocate_or_extend_buffers(
+        buffer: torch.Tensor = self._allocate_or_extend_buffers(
             0, stage.receives, next(stage.parameters()).dtype
         )
-        return made
+        return buffer
 
     return stand_in
 
 
 def valid(original: Original) -> Original:
-    """`torch._is_all_true`, by which distributions ask whether their parameters are numbers: these are taken to be."""
+    """`torch._is_all_true`, with which distributions check their parameters: always true, as values are unknown."""
 
     def stand_in(input: torch.Tensor) -> bool:
         original(input)
@@ -116,7 +116,7 @@ def valid(original: Original) -> Original:
 
 
 def fake_state(original: Original) -> Original:
-    """`torch.get_rng_state`, whose tensor no operator makes: a fake one."""
+    """`torch.get_rng_state`, whose tensor comes from no operator: it returns a fake one."""
 
     def stand_in() -> torch.Tensor:
         mode = detect_fake_mode()
@@ -127,7 +127,7 @@ def fake_state(original: Original) -> Original:
 
 
 def no_state(original: Original) -> Original:
-    """`torch.set_rng_state`: nothing that is drawn has a value."""
+    """`torch.set_rng_state`: it does nothing, because random numbers have no values here."""
 
     def stand_in(new_state: torch.Tensor) -> None:
         pass
@@ -136,7 +136,7 @@ def no_state(original: Original) -> Original:
 
 
 def plenty(original: Original) -> Original:
-    """The accelerator's `available_memory`: this machine's is not the run's, which has room or will not fit anyway."""
+    """The accelerator's `available_memory`: always plenty, because this machine's memory is not that of the run."""
 
     def stand_in(self: Any, device_index: Any = None) -> int:
         return 2**62
@@ -145,7 +145,7 @@ def plenty(original: Original) -> Original:
 
 
 def supported(original: Original) -> Original:
-    """`is_zero_supported_optimizer`: torch's own AdamW is."""
+    """`is_zero_supported_optimizer`: only torch's own AdamW, the optimizer that runs use."""
 
     def stand_in(optimizer: Any) -> bool:
         return isinstance(optimizer, torch.optim.AdamW)
@@ -154,15 +154,15 @@ def supported(original: Original) -> Original:
 
 
 GPU = torch.device("cpu", 0)
-"""A fake GPU, beside the host that is `torch.device("cpu")`.
+"""The fake GPU; the host is `torch.device("cpu")`, without an index.
 
-A fake "cuda" cannot have gradients where torch has no CUDA. This one takes the CPU's attention kernel, which saves what
-the GPU's saves: q, k, v, out and log-sum-exp.
+A fake "cuda" device cannot have gradients where torch has no CUDA. This device uses the CPU's attention kernel, which
+saves the same tensors as the GPU's: q, k, v, out and log-sum-exp.
 """
 
 
 def on_gpu(original: Original) -> Original:
-    """The accelerator's names for its device: the fake GPU's."""
+    """The accelerator's name for a device: the fake GPU's."""
 
     def stand_in(self: Any, device_index: Any = None) -> str:
         return str(GPU)
@@ -171,7 +171,7 @@ def on_gpu(original: Original) -> Original:
 
 
 def on_current_gpu(original: Original) -> Original:
-    """`on_gpu`, of the device in use."""
+    """The accelerator's name for the current device: the fake GPU's."""
 
     def stand_in(self: Any) -> str:
         return str(GPU)
@@ -180,7 +180,7 @@ def on_current_gpu(original: Original) -> Original:
 
 
 def is_on_gpu(original: Original) -> Original:
-    """The accelerator's `on_accelerator`: the host is not on it."""
+    """The accelerator's `on_accelerator`: true only for tensors on the fake GPU."""
 
     def stand_in(self: Any, tensor: torch.Tensor) -> bool:
         return tensor.device == GPU
@@ -189,17 +189,17 @@ def is_on_gpu(original: Original) -> Original:
 
 
 def moved(original: Original) -> Original:
-    """`torch.tensor`, which makes a tensor on the host and would leave it there."""
+    """`torch.tensor`, which would leave the new tensor on the host: it moves it to `device`."""
 
     def stand_in(data: Any, *, device: Any = None, **options: Any) -> torch.Tensor:
-        made: torch.Tensor = original(data, **options)
-        return made if device is None else made.to(device)
+        tensor: torch.Tensor = original(data, **options)
+        return tensor if device is None else tensor.to(device)
 
     return stand_in
 
 
 def data_with_device(original: Any) -> Any:
-    """`FakeTensor.data`, whose setter would leave the device of what it sets behind."""
+    """`FakeTensor.data`, whose setter would not copy the device: it sets that too."""
 
     def put(self: Any, value: Any) -> None:
         original.__set__(self, value)
@@ -209,21 +209,21 @@ def data_with_device(original: Any) -> Any:
 
 
 def packed(original: Original) -> Original:
-    """A quantized layer's `_quantize`, whose packing is for tensors of no other class than torch's own."""
+    """A quantized layer's `_quantize`, which packs only tensors of torch's own class: it packs fake tensors too."""
 
     def stand_in(self: Any, tensor: torch.Tensor, axis: int) -> Any:
         from optimum.quanto.tensor.packed import PackedTensor
 
-        made = original(self, tensor, axis)
-        if not isinstance(made._data, PackedTensor):
-            made._data = PackedTensor.pack(made._data, self.nbits)
-        return made
+        quantized = original(self, tensor, axis)
+        if not isinstance(quantized._data, PackedTensor):
+            quantized._data = PackedTensor.pack(quantized._data, self.nbits)
+        return quantized
 
     return stand_in
 
 
 def grouped(original: Original) -> Original:
-    """`_meta_grouped_mm_common`, which says what a grouped product makes: its kernels take fp32 too."""
+    """`_meta_grouped_mm_common`, the shape function of a grouped matrix product: it accepts fp32, as the kernels do."""
 
     def stand_in(
         mat_a: Any,
@@ -240,32 +240,32 @@ def grouped(original: Original) -> Original:
             return import_module("torch._meta_registrations")._create_grouped_mm_output_tensor(
                 mat_a, mat_b, offs, out_dtype
             )
-        more = bias, scale_result, out_dtype, use_fast_accum
-        return original(mat_a, mat_b, scale_a, scale_b, offs, *more)
+        options = bias, scale_result, out_dtype, use_fast_accum
+        return original(mat_a, mat_b, scale_a, scale_b, offs, *options)
 
     return stand_in
 
 
 class Stream:
-    """What a cache that moves layers between devices does its copies in: here all is done in order."""
+    """A stand-in for the stream in which an offloaded cache copies layers: here everything runs in order."""
 
     def wait_stream(self, stream: Any) -> None:
-        """What it waits for is done."""
+        """Return at once: earlier work is already done."""
 
     def __enter__(self) -> "Stream":
         return self
 
     def __exit__(self, *exc: Any) -> None:
-        """Nothing is to be put back."""
+        """Restore nothing."""
 
 
 def streams(original: Original) -> Original:
-    """`torch.Stream`."""
+    """`torch.Stream`: the class of the stand-in."""
     return Stream
 
 
 def no_streams(original: Original) -> Original:
-    """`torch.cuda.default_stream`."""
+    """`torch.cuda.default_stream`: a stand-in."""
 
     def stand_in(device: Any = None) -> Stream:
         return Stream()
@@ -322,20 +322,20 @@ SHIMS = (
         supported,
     ),
     Shim(f"{ZERO3}.utils", "get_lst_from_rank0", ALONE, same_list),
-    Shim(f"{ZERO3}.stage3", "reduce_scatter_coalesced", ONCE_A_RANK, slices.reduce_scattered),
-    Shim(f"{ZERO3}.partition_parameters.AllGatherCoalescedHandle", "wait", ONCE_A_RANK, slices.gathered),
-    Shim(ZERO12, "average_tensor", ONCE_A_RANK, slices.averaged),
-    Shim(ZERO12, "allreduce_and_copy_with_multiple_ranks", ONCE_A_RANK, slices.sent),
-    Shim(ZERO12, "initialize_gradient_partitioning_data_structures", ONCE_A_RANK, slices.booked),
-    Shim(ZERO12, "initialize_gradient_partition", ONCE_A_RANK, slices.placed),
-    Shim(ZERO12, "get_first_param_index", ONCE_A_RANK, slices.first_index),
+    Shim(f"{ZERO3}.stage3", "reduce_scatter_coalesced", ONCE_A_RANK, zero_shims.reduce_scattered),
+    Shim(f"{ZERO3}.partition_parameters.AllGatherCoalescedHandle", "wait", ONCE_A_RANK, zero_shims.gathered),
+    Shim(ZERO12, "average_tensor", ONCE_A_RANK, zero_shims.averaged),
+    Shim(ZERO12, "allreduce_and_copy_with_multiple_ranks", ONCE_A_RANK, zero_shims.sent),
+    Shim(ZERO12, "initialize_gradient_partitioning_data_structures", ONCE_A_RANK, zero_shims.booked),
+    Shim(ZERO12, "initialize_gradient_partition", ONCE_A_RANK, zero_shims.placed),
+    Shim(ZERO12, "get_first_param_index", ONCE_A_RANK, zero_shims.first_index),
     Shim(
         "deepspeed.runtime.pipe.engine.PipelineEngine",
         "_recv_tensor_meta",
         "there is no stage before it that would say what it sends",
         received,
     ),
-    Shim("torch.Tensor", "narrow", ONCE_A_RANK, slices.narrow),
+    Shim("torch.Tensor", "narrow", ONCE_A_RANK, zero_shims.narrow),
 )
 
 
@@ -354,9 +354,9 @@ GPU_SHIMS = (
 
 @contextmanager
 def shimmed(gpu: bool = False) -> Iterator[None]:
-    """Within it every shim is in place, with `gpu` those for a GPU too.
+    """Install every shim in this context; with `gpu` also those for a GPU.
 
-    Raises RuntimeError, naming it, where one does not fit.
+    Raises RuntimeError with the name of a shim that does not fit.
     """
     with ExitStack() as undo:
         for shim in (*SHIMS, *(GPU_SHIMS if gpu else ())):
@@ -364,22 +364,22 @@ def shimmed(gpu: bool = False) -> Iterator[None]:
             original = getattr(owner, shim.attribute, None)
             replacement = shim.stand_in(original)
             _check(shim, original, replacement)
-            own = vars(owner).get(shim.attribute)
-            undo.callback(_put_back, owner, shim.attribute, own)
+            own_attribute = vars(owner).get(shim.attribute)
+            undo.callback(_put_back, owner, shim.attribute, own_attribute)
             setattr(owner, shim.attribute, replacement)
         yield
 
 
-def _put_back(owner: Any, attribute: str, own: Any) -> None:
-    """As it was: an inherited attribute is the parent's again."""
-    if own is None:
+def _put_back(owner: Any, attribute: str, own_attribute: Any) -> None:
+    """Restore an attribute. An inherited one is deleted, so that the parent's is visible again."""
+    if own_attribute is None:
         delattr(owner, attribute)
     else:
-        setattr(owner, attribute, own)
+        setattr(owner, attribute, own_attribute)
 
 
 def _find(path: str) -> Any:
-    """A module, or a class in one."""
+    """The module or class at `path`."""
     try:
         return import_module(path)
     except ModuleNotFoundError:
@@ -388,8 +388,8 @@ def _find(path: str) -> Any:
 
 
 def _check(shim: Shim, original: Any, replacement: Original) -> None:
-    """Raise where what is replaced is gone or takes other arguments; a function in C does not say which it takes,
-    nor does a class."""
+    """Raise RuntimeError where the original is gone or takes other arguments. Builtins, classes and descriptors are
+    not checked: they have no usable signature."""
     if (
         inspect.isbuiltin(original)
         or inspect.isclass(original)
@@ -397,18 +397,18 @@ def _check(shim: Shim, original: Any, replacement: Original) -> None:
         or inspect.isdatadescriptor(original)
     ):
         return
-    taken = None if original is None else tuple(inspect.signature(_undecorated(original)).parameters)
-    expected = tuple(inspect.signature(replacement).parameters)
-    if taken != expected:
+    actual = None if original is None else tuple(inspect.signature(_undecorated(original)).parameters)
+    wanted = tuple(inspect.signature(replacement).parameters)
+    if actual != wanted:
         package = shim.owner.partition(".")[0]
-        found = "it is not there" if taken is None else f"it takes {taken}, not {expected}"
+        problem = "it is not there" if actual is None else f"it takes {actual}, not {wanted}"
         raise RuntimeError(
             f"a rehearsal replaces {shim.owner}.{shim.attribute}, for {shim.reason}; "
-            f"in {package} {version(package)} {found}"
+            f"in {package} {version(package)} {problem}"
         )
 
 
 def _undecorated(function: Any) -> Any:
-    """What DeepSpeed's tracing decorator, which takes anything, calls."""
-    within = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
-    return next((each for each in within if inspect.isfunction(each)), function)
+    """The function inside DeepSpeed's tracing decorator, whose own signature accepts anything."""
+    contents = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+    return next((each for each in contents if inspect.isfunction(each)), function)

@@ -1,4 +1,4 @@
-"""A fake world of any size: one rank of it, in this process, with no peers, no port and no device."""
+"""A fake world of any size: this process is one of its ranks, with no peers, no port and no device."""
 
 import sys
 from collections.abc import Iterator
@@ -10,23 +10,23 @@ import torch.distributed as dist
 from accelerate.state import PartialState
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from harness.rehearsal.fakes import Fakes
+from harness.rehearsal.fake_mode import Fakes
+from harness.rehearsal.known_values import Values
 from harness.rehearsal.shims import GPU, shimmed
-from harness.rehearsal.values import Values
-from harness.world import World, group_of, variables
+from harness.runtime.world import World, group_of, variables
 
 
 @contextmanager
 def rehearsed(rank: int, size: int, target: str = "cpu", stages: int = 1, tensor: int = 1) -> Iterator[World]:
-    """Rank `rank` of a world of `size` devices of kind `target`; within it every tensor that is made is fake.
+    """Become rank `rank` of a world of `size` devices of kind `target`. In this context every new tensor is fake.
 
-    Where `target` is "cuda" there are two fake devices: the world's own, and the host.
+    If `target` is "cuda" there are two fake devices: the world's own, and the host.
     """
     gpu = target == "cuda"
     device = GPU if gpu else torch.device("cpu")
-    place = variables(RANK=rank, WORLD_SIZE=size, LOCAL_RANK=0, LOCAL_SIZE=1, DS_ACCELERATOR="cpu")
-    with place, shimmed(gpu), _unknown():
-        hook = sys.excepthook  # the group puts its rank before every traceback, after its end too
+    environment = variables(RANK=rank, WORLD_SIZE=size, LOCAL_RANK=0, LOCAL_SIZE=1, DS_ACCELERATOR="cpu")
+    with environment, shimmed(gpu), _forgotten_world():
+        hook = sys.excepthook  # init_process_group replaces the hook to print the rank, and never restores it
         dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
         try:
             parts: Any = {"stages": stages, "tensor": tensor}
@@ -39,36 +39,36 @@ def rehearsed(rank: int, size: int, target: str = "cpu", stages: int = 1, tensor
 
 
 @contextmanager
-def _unknown() -> Iterator[None]:
-    """DeepSpeed and accelerate remember the first world of a process. Here they know none; after it, what they knew.
+def _forgotten_world() -> Iterator[None]:
+    """Make DeepSpeed and accelerate forget the world of this process in this context, and restore it at the end.
 
-    ZeRO-3 leaves its own `linear` in torch for good: that too is what it was.
+    Both cache the first world in globals. ZeRO-3 also replaces torch's `linear` and never restores it; this does.
     """
     from deepspeed import comm
     from deepspeed.accelerator import real_accelerator
     from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
     from deepspeed.utils import groups
 
-    made = {
+    types = {
         name: type(value) for name, value in vars(groups).items() if name.startswith("_") and name.isupper()
     }
-    first: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    initial: list[tuple[dict[str, Any], dict[str, Any]]] = [
         (PartialState._shared_state, {}),
         (vars(comm.comm), {"cdb": None}),
         (vars(real_accelerator), {"ds_accelerator": CPU_Accelerator()}),
         (vars(torch.nn.functional), {"linear": torch._C._nn.linear}),
         (
             vars(groups),
-            {"mesh_device": None, **{n: {} if t is dict else None for n, t in made.items() if t is not str}},
+            {"mesh_device": None, **{n: {} if t is dict else None for n, t in types.items() if t is not str}},
         ),
     ]
-    before = [(memory, dict(memory)) for memory, _ in first]
+    saved = [(namespace, dict(namespace)) for namespace, _ in initial]
     PartialState._shared_state.clear()
-    for memory, fresh in first:
-        memory.update(fresh)
+    for namespace, values in initial:
+        namespace.update(values)
     try:
         yield
     finally:
         PartialState._shared_state.clear()
-        for memory, kept in before:
-            memory.update(kept)
+        for namespace, values in saved:
+            namespace.update(values)

@@ -1,40 +1,42 @@
-"""`harness report RUN [RUN ...] -o DIR`: runs to look at, from their records and traces alone, with no torch."""
+"""`harness report RUN [RUN ...] -o DIR`: shows runs on a page, from their records and traces alone, without torch.
+
+It may import analysis and advice. Start at `content.py`: the page's content as plain data; `page.py` renders it.
+"""
 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from harness.record import put
-from harness.schema import printable
-from harness.tool import Parser
+from harness.analysis.args import Parser, refuse
+from harness.record.schema import printable
+from harness.runtime.files import put
 
 PAGE = "index.html"
 
 
 def main(argv: Sequence[str]) -> int:
-    """`harness report RUN [RUN ...]`; the exit code."""
+    """Run `harness report RUN [RUN ...]`; returns the exit code."""
     from harness.report import content, exports, page
 
     try:
-        asked = _parser().parse_args(argv)
-        runs = content.told(asked.run)
-        drawn = page.html(runs)
-        asked.output.mkdir(parents=True, exist_ok=True)
-        put(asked.output / PAGE, drawn)
-        made = [asked.output / PAGE]
+        options = _parser().parse_args(argv)
+        runs = content.runs_at(options.run)
+        html = page.html(runs)
+        options.output.mkdir(parents=True, exist_ok=True)
+        put(options.output / PAGE, html)
+        paths = [options.output / PAGE]
         for form in exports.FORMS:
-            if getattr(asked, form):
-                made += exports.FORMS[form].write(runs, asked.output)
+            if getattr(options, form):
+                paths += exports.FORMS[form].write(runs, options.output)
     except ValueError as error:
-        print(f"harness: {printable(str(error))}", file=sys.stderr)
-        return 2
+        return refuse(error)
     except OSError as error:
         print(
             f"harness: -o {printable(str(error.filename))}: it cannot be written: {error.strerror}",
             file=sys.stderr,
         )
         return 2
-    for path in made:
+    for path in paths:
         print(path)
     return 0
 

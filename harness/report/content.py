@@ -1,4 +1,4 @@
-"""What a report says of runs, as plain data: from records and traces alone, with no torch."""
+"""A report's content as plain data, from records and traces alone. It imports no torch."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -7,22 +7,22 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from harness import trace
-from harness.bounds import bounds
-from harness.compare import Run, names_of
-from harness.config import flat
-from harness.explain import explain
-from harness.record import read
+from harness.advice.explain import explain
+from harness.analysis.compare import Run, names_of
+from harness.analysis.roofline import machine, sentence
+from harness.analysis.roofline_model import bounds
+from harness.analysis.summary import title
+from harness.config.compose import flat
+from harness.record import trace
+from harness.record.record_file import read
+from harness.record.schema import Rank, Record, parse, printable
 from harness.report import points
-from harness.roofline import machine, sentence
-from harness.schema import Rank, Record, parse, printable
-from harness.show import title
 from harness.tables import size
 
 
 @dataclass(frozen=True)
-class Told:
-    """A run, its raw record, and its name among the others."""
+class ReportedRun:
+    """A run, its raw record, and a name that is unique among the runs."""
 
     run: Run
     raw: Mapping[str, Any]
@@ -34,27 +34,27 @@ class Told:
 
     @cached_property
     def config(self) -> dict[str, str]:
-        """Each key of its config, and the value as text."""
+        """The values of the config as text, by key."""
         return _texts(self.raw.get("config", {}))
 
     @property
     def directory(self) -> Path:
-        """Where its traces are."""
+        """The directory of the run's traces."""
         return self.run.path if self.run.path.is_dir() else self.run.path.parent
 
     def traces(self) -> Iterator[tuple[Rank, Any]]:
-        """Each rank that left a trace, and it. Raises ValueError for a torn one."""
+        """Each rank that has a trace, with that trace's table. Raises ValueError for an incomplete trace."""
         for rank in self.record.ranks:
             table = trace.read(self.directory, rank.rank)
             if table is not None:
                 yield rank, table
 
 
-def told(paths: Sequence[Path]) -> list[Told]:
-    """The runs in `paths`. Raises ValueError where one has no record that can be read."""
+def runs_at(paths: Sequence[Path]) -> list[ReportedRun]:
+    """The runs at `paths`. Raises ValueError where a record cannot be read."""
     raws = [read(path) for path in paths]
     runs = [Run(path, parse(raw, str(path))) for path, raw in zip(paths, raws, strict=True)]
-    return [Told(*each) for each in zip(runs, raws, names_of(runs), strict=True)]
+    return [ReportedRun(*each) for each in zip(runs, raws, names_of(runs), strict=True)]
 
 
 def _texts(tree: Mapping[str, Any]) -> dict[str, str]:
@@ -64,8 +64,8 @@ def _texts(tree: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def of_run(run: Told, modules: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Everything about one run but its traces; `modules` are the worst rank's."""
+def of_run(run: ReportedRun, modules: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Everything about one run except its traces; `modules` are those of the worst rank."""
     record = run.record
     return {
         "name": run.name,
@@ -86,7 +86,7 @@ def _rank(rank: Rank) -> dict[str, Any]:
     where = rank.peak.where
     return {
         "rank": rank.rank,
-        "called": _called(rank),
+        "called": _label(rank),
         "stage": rank.stage,
         "peak": rank.peak.bytes,
         "categories": dict(rank.peak.categories),
@@ -96,44 +96,44 @@ def _rank(rank: Rank) -> dict[str, Any]:
     }
 
 
-def _called(rank: Rank) -> str:
+def _label(rank: Rank) -> str:
     others = len(rank.numbers) - 1
     return f"{rank.rank}" + (f" and {others} like it" if others else "")
 
 
 def modules(trace: points.Trace) -> list[dict[str, Any]]:
-    """By module what is alive at the trace's peak, the largest first."""
-    found = points.at_peak(trace)
-    largest = sorted(found, key=lambda name: -sum(found[name].values()))
-    return [{"module": name or "outside any module", **found[name]} for name in largest]
+    """The bytes alive at the trace's peak by module, the largest first."""
+    by_module = points.at_peak(trace)
+    largest = sorted(by_module, key=lambda name: -sum(by_module[name].values()))
+    return [{"module": name or "outside any module", **by_module[name]} for name in largest]
 
 
 def _roofline(record: Record) -> dict[str, Any] | None:
-    found = bounds(record)
-    if not found:
+    phases = bounds(record)
+    if not phases:
         return None
     return {
         "machine": machine(record.ceilings),
         "flops": record.ceilings.flops,
         "bandwidth": record.ceilings.bandwidth,
-        "phases": [{**each.as_dict(), "sentence": sentence(each)} for each in found],
+        "phases": [{**each.as_dict(), "sentence": sentence(each)} for each in phases],
     }
 
 
-def differing(runs: Sequence[Told]) -> dict[str, list[str]]:
-    """The config's keys in which the runs differ, with each one's value; "-" where a run has no such key."""
+def differing(runs: Sequence[ReportedRun]) -> dict[str, list[str]]:
+    """The config keys in which the runs differ, with the value of each run; "-" where a run has no such key."""
     configs = [run.config for run in runs]
     keys = sorted({key for config in configs for key in config})
     values = {key: [config.get(key, "-") for config in configs] for key in keys}
     return {key: each for key, each in values.items() if len(set(each)) > 1}
 
 
-def pairs(runs: Sequence[Told]) -> Iterator[dict[str, Any]]:
-    """Each rehearsal beside each real run of the same config: where their figures differ, rank by rank."""
+def pairs(runs: Sequence[ReportedRun]) -> Iterator[dict[str, Any]]:
+    """Each pair of a rehearsal and a real run with the same config, and the figures in which they differ, by rank."""
     for rehearsed in (run for run in runs if run.record.world.rehearsed):
         for real in (run for run in runs if not run.record.world.rehearsed):
-            if _same(rehearsed, real):
-                rows = [*_apart(rehearsed.record, real.record)]
+            if _same_config(rehearsed, real):
+                rows = [*_figure_pairs(rehearsed.record, real.record)]
                 yield {
                     "rehearsed": rehearsed.name,
                     "real": real.name,
@@ -142,34 +142,34 @@ def pairs(runs: Sequence[Told]) -> Iterator[dict[str, Any]]:
                 }
 
 
-def _same(one: Told, other: Told) -> bool:
-    ours, theirs = (
+def _same_config(one: ReportedRun, other: ReportedRun) -> bool:
+    config, other_config = (
         {key: value for key, value in run.config.items() if not key.startswith(("world.", "hardware."))}
         for run in (one, other)
     )
-    return ours == theirs and one.record.world.size == other.record.world.size
+    return config == other_config and one.record.world.size == other.record.world.size
 
 
-def _apart(rehearsed: Record, real: Record) -> Iterator[dict[str, Any]]:
-    """Each category's own peak and end on each rank that both have; `kernel` is in no rehearsal."""
-    books = {number: rank for rank in rehearsed.ranks for number in rank.numbers}
+def _figure_pairs(rehearsed: Record, real: Record) -> Iterator[dict[str, Any]]:
+    """Each category's own peak and end on each rank that both runs have, in bytes. A rehearsal has no `kernel`."""
+    rehearsed_ranks = {number: rank for rank in rehearsed.ranks for number in rank.numbers}
     for rank in real.ranks:
-        ours = books.get(rank.rank)
-        if ours is None:
+        rehearsed_rank = rehearsed_ranks.get(rank.rank)
+        if rehearsed_rank is None:
             continue
-        for name, held in rank.categories.items():
-            other = ours.categories.get(name)
+        for name, figures in rank.categories.items():
+            rehearsed_figures = rehearsed_rank.categories.get(name)
             for figure in ("peak", "end"):
                 yield {
                     "rank": rank.rank,
                     "figure": f"{name}, {figure}",
-                    "rehearsed": getattr(other, figure, None),
-                    "real": getattr(held, figure),
+                    "rehearsed": getattr(rehearsed_figures, figure, None),
+                    "real": getattr(figures, figure),
                 }
 
 
-def comparison(runs: Sequence[Told]) -> list[dict[str, Any]]:
-    """At each run's peak, on its worst rank: bytes by category."""
+def comparison(runs: Sequence[ReportedRun]) -> list[dict[str, Any]]:
+    """The bytes by category at the peak of each run's worst rank."""
     return [
         {
             "name": run.name,

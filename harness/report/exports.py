@@ -1,4 +1,4 @@
-"""The same runs for other tools: Perfetto, TensorBoard, tables, Markdown."""
+"""Exports runs to other tools: Perfetto, TensorBoard, CSV and Parquet tables, Markdown."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -6,108 +6,116 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from harness.ledger.categories import CATEGORIES
-from harness.record import put
+from harness.runtime.files import put
 from harness.tables import escaped
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from harness.report.content import Told
+    from harness.report.content import ReportedRun
 
 
 class Form(NamedTuple):
-    """A form of a report: what it is, and what writes it into a directory and says which files those are."""
+    """An export format: its line of help, and the function that writes it to a directory and returns the paths."""
 
     meaning: str
-    write: Callable[[Sequence["Told"], Path], list[Path]]
+    write: Callable[[Sequence["ReportedRun"], Path], list[Path]]
 
 
-def perfetto(runs: Sequence["Told"], directory: Path) -> list[Path]:
-    """Counter tracks by category and slices by phase, a process for each rank: Chrome's trace event format.
+def perfetto(runs: Sequence["ReportedRun"], directory: Path) -> list[Path]:
+    """Chrome's trace event format: counter tracks by category and slices by phase, with one process for each rank.
 
-    Time is the run's own; a rehearsal has none, and its events are a microsecond apart.
+    Timestamps are the run's own. A rehearsal has no times, so its events are one microsecond apart.
     """
-    made = []
+    paths = []
     for index, run in enumerate(runs):
         events = [event for rank, table in run.traces() for event in _events(rank.rank, table)]
-        made.append(directory / _called("perfetto", index, runs, "json"))
-        put(made[-1], json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
-    return made
+        paths.append(directory / _file_name("perfetto", index, runs, "json"))
+        put(paths[-1], json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
+    return paths
 
 
 def _events(rank: int, table: "pa.Table") -> Iterator[dict[str, Any]]:
     yield {"ph": "M", "name": "process_name", "pid": rank, "args": {"name": f"rank {rank}"}}
     columns = {name: table.column(name).to_pylist() for name in table.column_names}
     live = dict.fromkeys(CATEGORIES, 0)
-    place: tuple[Any, ...] | None = None
-    moment = began = 0.0
+    phase_key: tuple[Any, ...] | None = None
+    timestamp = start = 0.0
     for index, category in enumerate(columns["category"]):
         time = columns["nanoseconds"][index]
-        moment = index if time is None else time / 1000
-        here = columns["step"][index], columns["phase"][index], columns["micro_batch"][index]
-        if here != place:
-            if place is not None:
-                yield _slice(rank, place, began, moment)
-            place, began = here, moment
+        timestamp = index if time is None else time / 1000
+        current_key = columns["step"][index], columns["phase"][index], columns["micro_batch"][index]
+        if current_key != phase_key:
+            if phase_key is not None:
+                yield _slice(rank, phase_key, start, timestamp)
+            phase_key, start = current_key, timestamp
         if category is not None and columns["bytes"][index]:
             live[category] = live.get(category, 0) + columns["bytes"][index]
-            yield {"ph": "C", "name": "bytes alive", "pid": rank, "ts": moment, "args": dict(live)}
-    if place is not None:
-        yield _slice(rank, place, began, moment)
+            yield {"ph": "C", "name": "bytes alive", "pid": rank, "ts": timestamp, "args": dict(live)}
+    if phase_key is not None:
+        yield _slice(rank, phase_key, start, timestamp)
 
 
-def _slice(rank: int, place: tuple[Any, ...], began: float, ended: float) -> dict[str, Any]:
-    step, phase, micro_batch = place
-    told = {"step": step, "micro_batch": micro_batch}
-    return {"ph": "X", "name": phase, "pid": rank, "tid": 0, "ts": began, "dur": ended - began, "args": told}
+def _slice(rank: int, phase_key: tuple[Any, ...], start: float, end: float) -> dict[str, Any]:
+    step, phase, micro_batch = phase_key
+    arguments = {"step": step, "micro_batch": micro_batch}
+    return {
+        "ph": "X",
+        "name": phase,
+        "pid": rank,
+        "tid": 0,
+        "ts": start,
+        "dur": end - start,
+        "args": arguments,
+    }
 
 
-def tensorboard(runs: Sequence["Told"], directory: Path) -> list[Path]:
-    """Scalars of the worst rank, in MiB by step: the most in a step, by category; and the losses."""
+def tensorboard(runs: Sequence["ReportedRun"], directory: Path) -> list[Path]:
+    """TensorBoard's scalars of the worst rank by step: the peak of each category in MiB, and the losses."""
     try:
         from tensorboard.summary import Writer
     except ImportError:
         raise ValueError("--tensorboard: it needs TensorBoard; pip install 'harness[tensorboard]'") from None
-    made = []
+    paths = []
     for index, run in enumerate(runs):
-        made.append(directory / _called("tensorboard", index, runs))
-        writer = Writer(str(made[-1]))
+        paths.append(directory / _file_name("tensorboard", index, runs))
+        writer = Writer(str(paths[-1]))
         for tag, figure, step in _scalars(run):
             writer.add_scalar(tag, figure, step)
         writer.close()
-    return made
+    return paths
 
 
-def _scalars(run: "Told") -> Iterator[tuple[str, float, int]]:
-    most: dict[tuple[str, int], int] = {}
+def _scalars(run: "ReportedRun") -> Iterator[tuple[str, float, int]]:
+    peaks: dict[tuple[str, int], int] = {}
     for phase in run.record.worst.phases:
-        for name, held in (("total", phase.peak), *phase.categories.items()):
-            if held is not None:
-                most[name, phase.step] = max(held, most.get((name, phase.step), 0))
-    yield from ((f"memory/{name} (MiB)", held / 2**20, step) for (name, step), held in most.items())
+        for name, figure in (("total", phase.peak), *phase.categories.items()):
+            if figure is not None:
+                peaks[name, phase.step] = max(figure, peaks.get((name, phase.step), 0))
+    yield from ((f"memory/{name} (MiB)", figure / 2**20, step) for (name, step), figure in peaks.items())
     yield from (("loss", loss, step) for step, loss in enumerate(run.record.training.losses))
 
 
-def tables(kind: str) -> Callable[[Sequence["Told"], Path], list[Path]]:
-    """What writes every phase of every rank, a row each, and each rank's events, as `kind` of file."""
+def tables(kind: str) -> Callable[[Sequence["ReportedRun"], Path], list[Path]]:
+    """A function that writes all phases and all events as two files of this `kind`, "csv" or "parquet"."""
 
-    def write_tables(runs: Sequence["Told"], directory: Path) -> list[Path]:
+    def write_tables(runs: Sequence["ReportedRun"], directory: Path) -> list[Path]:
         import pyarrow.csv
         import pyarrow.parquet
 
-        put = pyarrow.csv.write_csv if kind == "csv" else pyarrow.parquet.write_table
-        made = []
-        for name, found in (("phases", phases(runs)), ("events", events(runs))):
-            if found.num_rows:
-                made.append(directory / f"{name}.{kind}")
-                put(found, made[-1])
-        return made
+        write = pyarrow.csv.write_csv if kind == "csv" else pyarrow.parquet.write_table
+        paths = []
+        for name, rows in (("phases", phases(runs)), ("events", events(runs))):
+            if rows.num_rows:
+                paths.append(directory / f"{name}.{kind}")
+                write(rows, paths[-1])
+        return paths
 
     return write_tables
 
 
-def phases(runs: Sequence["Told"]) -> "pa.Table":
-    """A row for each phase of each rank of each run, in bytes; what was not measured is null."""
+def phases(runs: Sequence["ReportedRun"]) -> "pa.Table":
+    """A row for each phase of each rank of each run, in bytes. Null: not measured."""
     import pyarrow as pa
 
     of_phases = [each for run in runs for rank in run.record.ranks for each in rank.phases]
@@ -134,36 +142,36 @@ def phases(runs: Sequence["Told"]) -> "pa.Table":
     return pa.Table.from_pylist(rows)
 
 
-def events(runs: Sequence["Told"]) -> "pa.Table":
-    """Every event of every rank that left a trace, under its run and rank."""
+def events(runs: Sequence["ReportedRun"]) -> "pa.Table":
+    """All events of every rank that has a trace, with columns for the run and the rank."""
     import pyarrow as pa
 
-    found = []
+    tables_ = []
     for run in runs:
         for rank, table in run.traces():
-            named = pa.array([run.name] * table.num_rows, pa.string())
-            numbered = pa.array([rank.rank] * table.num_rows, pa.int32())
-            found.append(table.add_column(0, "rank", numbered).add_column(0, "run", named))
-    return pa.concat_tables(found) if found else pa.table({})
+            names = pa.array([run.name] * table.num_rows, pa.string())
+            ranks = pa.array([rank.rank] * table.num_rows, pa.int32())
+            tables_.append(table.add_column(0, "rank", ranks).add_column(0, "run", names))
+    return pa.concat_tables(tables_) if tables_ else pa.table({})
 
 
-def markdown(runs: Sequence["Told"], directory: Path) -> list[Path]:
-    """What the page says, as text: what stands out in each run, and the comparison."""
-    from harness.compare import compare
-    from harness.explain import explain
-    from harness.schema import printable
+def markdown(runs: Sequence["ReportedRun"], directory: Path) -> list[Path]:
+    """The page's findings about each run, and the comparison, as Markdown."""
+    from harness.advice.explain import explain
+    from harness.analysis.compare import table
+    from harness.record.schema import printable
 
     lines = ["# Memory report", ""]
     for run in runs:
         lines += [f"## {escaped(run.name)}", "", escaped(run.record.title), ""]
         lines += [*(f"- {escaped(printable(finding.sentence))}" for finding in explain(run.record)), ""]
     if len(runs) > 1:
-        lines += ["## Side by side", "", compare([run.run for run in runs], markdown=True), ""]
+        lines += ["## Side by side", "", table([run.run for run in runs], markdown=True), ""]
     put(directory / "report.md", "\n".join(lines))
     return [directory / "report.md"]
 
 
-def _called(kind: str, index: int, runs: Sequence["Told"], ending: str = "") -> str:
+def _file_name(kind: str, index: int, runs: Sequence["ReportedRun"], ending: str = "") -> str:
     number = f"-{index}" if len(runs) > 1 else ""
     return f"{kind}{number}{'.' * bool(ending)}{ending}"
 
@@ -175,4 +183,4 @@ FORMS = {
     "parquet": Form("phases.parquet and events.parquet", tables("parquet")),
     "markdown": Form("report.md, for an issue or a pull request", markdown),
 }
-"""What a report can be beside its page."""
+"""The export formats, by the name of their option."""

@@ -13,16 +13,18 @@ from typing import Any
 
 import torch
 
-from harness import infer, model, record
-from harness.config import compose
-from harness.generation_config import strategy_of
+from harness.config.compose import compose
+from harness.config.load import load
+from harness.data.prompts import find
+from harness.generation import infer
+from harness.generation.generation_config import strategy_of
+from harness.generation.metrics import Share, largest, performance, unasked
 from harness.ledger import Ledger
-from harness.prompts import find
-from harness.resolve import resolve
-from harness.settings import load
-from harness.speed import Share, largest, performance, unasked
-from harness.tokenizer import tokenizer_of
-from harness.world import World
+from harness.model import loader
+from harness.model.resolve import resolve
+from harness.model.tokenizer import tokenizer_of
+from harness.record import record_file
+from harness.runtime.world import World
 
 ASKED = {
     "mode": "infer",
@@ -50,8 +52,8 @@ def main(words: list[str]) -> None:
     settings = {kind: resolve(each, device.type).settings for kind, each in asked_for.items()}
     asked = settings["static"]
     dtype = getattr(torch, asked.dtype)
-    config = model.model_config(asked.model)
-    built = model.build(asked.model, config, dtype, device, 0).eval().requires_grad_(False)
+    config = loader.model_config(asked.model)
+    built = loader.build(asked.model, config, dtype, device, 0).eval().requires_grad_(False)
     strategy = strategy_of(asked, config)
     prompts = find(asked, tokenizer_of(asked.model), strategy.most)
     alone = World(0, 1, 0, device)
@@ -65,7 +67,7 @@ def main(words: list[str]) -> None:
     for number in range(rounds):
         for kind in [*KINDS][:: 1 if number % 2 else -1]:
             made[kind].append(run(kind))
-    machine = record.environment()
+    machine = record_file.environment()
     packages = ", ".join(f"{package} {machine['packages'][package]}" for package in ("torch", "transformers"))
     print(f"{' '.join(given)} rounds={rounds}; {machine['processor']}, {machine['threads']} threads")
     print(f"python {platform.python_version()}, {packages}; tokens {'are the same' if same else 'differ'}")

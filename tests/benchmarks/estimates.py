@@ -3,7 +3,7 @@
     python tests/benchmarks/estimates.py > profiles/estimates.md
 
 Prints a page. Every number on it is computed here; small models are also trained for real, on two ranks of this
-machine. Takes some minutes. `tests/test_estimates.py` holds the committed page against what is computed anew.
+machine. Takes some minutes. `tests/rehearsal/test_estimates.py` holds the committed page against what is computed anew.
 """
 
 import os
@@ -23,12 +23,12 @@ from accelerate.commands.estimate import estimate_training_usage
 from accelerate.utils import calculate_maximum_sizes
 from transformers import AutoModel, AutoModelForCausalLM
 
-from harness import record
-from harness.config import compose
-from harness.knobs import Settings, Zero
-from harness.model import model_config
-from harness.rehearsal.run import rehearse
-from harness.settings import load
+from harness.config.compose import compose
+from harness.config.load import load
+from harness.config.settings import Settings, Zero
+from harness.model.loader import model_config
+from harness.record import record_file
+from harness.rehearsal.all_ranks import rehearse
 
 MODELS = ("llama2-7b", "llama3-8b", "llama2-70b")
 WORLDS = (8, 64)
@@ -124,7 +124,7 @@ def real(model: str, stage: int, world: int = 2) -> Held:
             stdout=subprocess.DEVNULL,
             timeout=600,
         )  # fmt: skip
-        return held(record.read(Path(directory) / "run")["ranks"])
+        return held(record_file.read(Path(directory) / "run")["ranks"])
 
 
 def held(ranks: Sequence[dict[str, Any]]) -> Held:
@@ -190,7 +190,8 @@ def bucket(name: str) -> str:
 PAGE = """\
 # Estimates, rehearsals and runs
 
-Made by `python tests/benchmarks/estimates.py > profiles/estimates.md`, and checked by `tests/test_estimates.py`.
+Made by `python tests/benchmarks/estimates.py > profiles/estimates.md`,
+and checked by `tests/rehearsal/test_estimates.py`.
 {processor}, python {python}, {packages}.
 
 Four accounts of the memory of one rank in training: bf16 parameters and gradients, AdamW in fp32.
@@ -253,7 +254,7 @@ processor.
 
 def main() -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed prints what it finds where it is not told
-    machine = record.environment()
+    machine = record_file.environment()
     order = ("torch", "deepspeed", "transformers", "accelerate")
     rows = [small(model, stage) for model in SMALL for stage in STAGES]
     pairs = [[cell.strip() for cell in line.split("|")[6:10]] for line in rows]

@@ -17,15 +17,16 @@ from typing import Any
 
 import torch
 
-from harness import model, record
-from harness.batch import Requests
-from harness.compiled import Compiled
-from harness.config import compose
-from harness.decode import generate
-from harness.knobs import NEW_TOKENS
+from harness.config.compose import compose
+from harness.config.load import Settings, load
+from harness.config.settings import NEW_TOKENS
+from harness.generation.batch import Requests
+from harness.generation.compiled_decode import Compiled
+from harness.generation.decode import generate
 from harness.ledger import Ledger
-from harness.resolve import resolve
-from harness.settings import Settings, load
+from harness.model import loader
+from harness.model.resolve import resolve
+from harness.record import record_file
 
 OFF = Ledger(mode="off")
 AGAINST = {
@@ -45,9 +46,9 @@ def main(words: list[str]) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     settings = resolve(load(compose(given)), device.type).settings
     dtype = getattr(torch, settings.dtype)
-    config = model.model_config(settings.model)
-    built = model.build(settings.model, config, dtype, device, 0).eval().requires_grad_(False)
-    machine = record.environment()
+    config = loader.model_config(settings.model)
+    built = loader.build(settings.model, config, dtype, device, 0).eval().requires_grad_(False)
+    machine = record_file.environment()
     name = torch.cuda.get_device_name() if device.type == "cuda" else machine["processor"]
     packages = ", ".join(f"{package} {machine['packages'][package]}" for package in ("torch", "transformers"))
     print(f"{' '.join(given)} rounds={rounds}; {name}, {machine['threads']} threads")

@@ -20,13 +20,14 @@ import psutil
 import torch
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from harness import model, record
-from harness.config import compose
-from harness.engine import Engine
+from harness.config.compose import compose
+from harness.config.load import load
 from harness.ledger import Ledger
-from harness.resolve import resolve
-from harness.settings import load
-from harness.world import connected
+from harness.model import loader
+from harness.model.resolve import resolve
+from harness.record import record_file
+from harness.runtime.world import connected
+from harness.training.engine import Engine
 
 
 def main(words: list[str]) -> None:
@@ -37,8 +38,8 @@ def main(words: list[str]) -> None:
             resolve(load(compose(["model=small", "zero=2", *own])), world.device.type).settings
         )
         train, dtype = settings.train, getattr(torch, settings.dtype)
-        config = model.model_config(settings.model)
-        built = model.build(settings.model, config, dtype, torch.device("cpu"), 0)
+        config = loader.model_config(settings.model)
+        built = loader.build(settings.model, config, dtype, torch.device("cpu"), 0)
         engine = Engine(settings, world, Ledger(mode="off"), built)
         generator = torch.Generator().manual_seed(world.rank)
         tokens = torch.randint(0, config.vocab_size, (train.micro_batch, train.sequence), generator=generator)
@@ -102,7 +103,7 @@ def main(words: list[str]) -> None:
 
 
 def tell(seconds: dict[str, list[float]], name: str, ranks: int, words: list[str]) -> None:
-    machine = record.environment()
+    machine = record_file.environment()
     print(
         f"{name}, {ranks} ranks, {' '.join(words)}; {machine['processor']}, {machine['threads']} threads a rank"
     )

@@ -35,9 +35,9 @@ def main(asked: list[str]) -> None:
     for _ in range(rounds):
         for case in taken:
             taken[case].append(measured(case))
-    from harness import record
+    from harness.record import record_file
 
-    machine = record.environment()
+    machine = record_file.environment()
     print(f"$ python tests/benchmarks/rehearsal.py {' '.join(asked)}".rstrip())
     busy = ", ".join(f"{load:.1f}" for load in os.getloadavg())
     print(
@@ -70,12 +70,13 @@ def one(name: str, stage: str, size: str, *more: str) -> None:
     """Rehearse, and print what it took: seconds by part, bytes, and the operators if `more` asks for them."""
     began, clock = time.perf_counter(), time.process_time
     start = clock()
-    from harness import engine, model, train
-    from harness.config import compose
-    from harness.rehearsal.fakes import Fakes
-    from harness.rehearsal.role import rehearse
-    from harness.rehearsal.roles import roles
-    from harness.settings import load
+    from harness.config.compose import compose
+    from harness.config.load import load
+    from harness.model import loader
+    from harness.rehearsal.fake_mode import Fakes
+    from harness.rehearsal.one_rank import rehearse
+    from harness.rehearsal.representatives import roles
+    from harness.training import engine, train
 
     parts = dict.fromkeys(PARTS, 0.0)
     parts["import"] = clock() - start
@@ -100,7 +101,7 @@ def one(name: str, stage: str, size: str, *more: str) -> None:
     operators: dict[str, list[float]] = {}
     if more:
         count_operators(Fakes, operators)
-    timed(model, "build", lambda *_: "model")
+    timed(loader, "build", lambda *_: "model")
     timed(engine.Engine, "__init__", lambda *_: "set-up")
     timed(train, "_step", lambda _engine, _batches, step, *_: f"step {step}")
     rehearse(settings, rank)

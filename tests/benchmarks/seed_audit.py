@@ -4,7 +4,7 @@
 
 Prints a page. Its figures come from rehearsals of LLaMA-2-70B, as the text takes it to be (64 heads of keys and values)
 and as it is (8): from the ledger's bytes, and from the operations and bytes counted in the operators that ran. Takes a
-minute. `tests/test_seed_audit.py` holds the committed page against what is computed anew.
+minute. `tests/rehearsal/test_seed_audit.py` holds the committed page against what is computed anew.
 """
 
 import platform
@@ -13,13 +13,13 @@ from functools import cache
 from textwrap import fill
 from typing import Any, NamedTuple
 
-from harness import record
-from harness.batching import crossing
-from harness.config import compose
-from harness.rehearsal import role
-from harness.rehearsal.run import rehearse
-from harness.settings import load
-from harness.workload import lengths
+from harness.analysis.sweep_batch import crossing
+from harness.config.compose import compose
+from harness.config.load import load
+from harness.data.workload import lengths
+from harness.record import record_file
+from harness.rehearsal import one_rank
+from harness.rehearsal.all_ranks import rehearse
 
 GIB, LAYERS, HIDDEN, TOKENS = 2**30, 80, 8192, 4096
 PARAMETERS = 68_976_648_192
@@ -126,7 +126,7 @@ def kept(stages: int, layers: int) -> int:
         ),
         *(*AROUND, f"world.size={stages}", "ledger.steps=1"),
     )
-    return int(role.rehearse(load(compose(words)), 0)[0]["forwards"]["bytes"])
+    return int(one_rank.rehearse(load(compose(words)), 0)[0]["forwards"]["bytes"])
 
 
 def hardware(name: str) -> Any:
@@ -457,7 +457,8 @@ def told(example: Example, number: int) -> str:
 
 PAGE = """# The seed, audited
 
-Made by `python tests/benchmarks/seed_audit.py > profiles/seed-audit.md`, and checked by `tests/test_seed_audit.py`.
+Made by `python tests/benchmarks/seed_audit.py > profiles/seed-audit.md`,
+and checked by `tests/rehearsal/test_seed_audit.py`.
 Python {python}, torch {torch}, transformers {transformers}, deepspeed {deepspeed}.
 
 The text that this project grew from ("What is the difference between GPU inference and training?", NADDOD) works
@@ -468,7 +469,7 @@ assumes, in which each of 64 heads has keys and values of its own, and for the r
 
 def page() -> str:
     """All of it."""
-    packages = record.environment()["packages"]
+    packages = record_file.environment()["packages"]
     names = ("torch", "transformers", "deepspeed")
     head = PAGE.format(python=platform.python_version(), **{name: packages[name] for name in names})
     return "\n".join([head, *(told(example(), number) for number, example in enumerate(EXAMPLES, 1))])

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from torch._C._distributed_c10d import TCPStore
 
-from harness import record
+from harness.record import record_file
 
 ROOT = Path(__file__).parents[2]
 QUICK = (
@@ -114,7 +114,7 @@ def launch(warm: Callable[[int], Warm], tmp_path_factory: pytest.TempPathFactory
 
 def complete(directory: Path) -> dict[str, Any]:
     """The record of a run that must not have failed."""
-    found = record.read(directory)
+    found = record_file.read(directory)
     assert found["status"] == "complete", found["failure"]
     return found
 
@@ -124,6 +124,6 @@ def trained(launch: Callable[..., Path]) -> Callable[..., dict[str, Any]]:
     """A function of overrides to the record of a quick training run with them."""
 
     def run(*words: str, again: int = 0) -> dict[str, Any]:
-        return record.read(launch("mode=train", *QUICK, *words, again=again))
+        return record_file.read(launch("mode=train", *QUICK, *words, again=again))
 
     return run

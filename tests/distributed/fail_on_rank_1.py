@@ -3,8 +3,8 @@
 import os
 import sys
 
-from harness import engine
 from harness.__main__ import main
+from harness.training import engine
 
 if os.environ["RANK"] == "1":
     import torch

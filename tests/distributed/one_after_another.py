@@ -12,11 +12,23 @@ import deepspeed.ops
 from torch._C._distributed_c10d import TCPStore
 
 from harness.__main__ import main
-from harness.config import compose
+from harness.config.compose import compose
 
 SLOW = (
-    *("harness.run", "harness.train", "harness.infer", "harness.text", "harness.show", "harness.cache_proof"),
-    *("harness.pipeline", "harness.relay", "harness.tensor", "transformers.models.llama.modeling_llama"),
+    *(
+        "harness.run",
+        "harness.training.train",
+        "harness.generation.infer",
+        "harness.data.text",
+        "harness.analysis.summary",
+        "harness.generation.cache_check",
+    ),
+    *(
+        "harness.training.pipeline_engine",
+        "harness.generation.pipeline_decode",
+        "harness.model.tensor_parallel",
+        "transformers.models.llama.modeling_llama",
+    ),
     *("deepspeed.module_inject.auto_ep_layer", "deepspeed.ops.op_builder.all_ops"),
     *("deepspeed.runtime.zero.muon.muon_optimizer", "torch._inductor.compile_fx"),
     "torch._dynamo.repro.after_dynamo",

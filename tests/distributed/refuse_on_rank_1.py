@@ -3,15 +3,15 @@
 import os
 from typing import NoReturn
 
-from harness import model
 from harness.__main__ import console
-from harness.knobs import Refusal
+from harness.config.settings import Refusal
+from harness.model import loader
 
 if os.environ["RANK"] == "1":
 
     def build(*_: object) -> NoReturn:
         raise Refusal("model.path", "mine", "it is torn here; give a whole one")
 
-    model.build = build  # type: ignore[assignment]
+    loader.build = build  # type: ignore[assignment]
 
 console()

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from harness import record
+from harness.record import record_file
 from tests.pages import TORCHRUN, blocks, code, follow, typed
 
 
@@ -13,7 +13,7 @@ def test_the_deepspeed_page_shows_what_two_ranks_print_and_its_books_close(tmp_p
     (shown,) = blocks("deepspeed", "text")
     assert shown in next(iter(said.values()))
     for stage in (0, 2):
-        found = record.read(tmp_path / f"runs/zero-{stage}")
+        found = record_file.read(tmp_path / f"runs/zero-{stage}")
         assert found["world"]["size"] == len(found["ranks"]) == 2
         for rank in found["ranks"]:
             assert rank["allocator"]["unattributed"] == 0
@@ -26,7 +26,7 @@ def test_the_deepspeed_page_shows_what_two_ranks_print_and_its_books_close(tmp_p
 def test_the_code_of_a_page_is_the_same_on_two_ranks(page: str, tmp_path: Path) -> None:
     said = typed(f"{TORCHRUN} {code(page, tmp_path)}", tmp_path)
     assert "rank 0 of 2" in said
-    found = record.read(tmp_path / "runs" / page)
+    found = record_file.read(tmp_path / "runs" / page)
     assert (found["world"]["size"], [rank["rank"] for rank in found["ranks"]]) == (2, [0, 1])
     for rank in found["ranks"]:
         assert rank["allocator"]["unattributed"] == 0

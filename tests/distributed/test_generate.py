@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from harness import record
-from harness.cache import kv_bytes_per_token
+from harness.model.kv_cache import kv_bytes_per_token
+from harness.record import record_file
 from tests.distributed.conftest import QUICK, Launch, torchrun
 
 PROMPTS = ["def run(", "import os\\n", "x", "class Reader(object):", "żółw"]
@@ -71,7 +71,7 @@ def test_two_ranks_give_transformers_tokens_and_their_books_close(
     assert [line["text"] for line in found] == [
         tokenizer.decode(line["tokens"], skip_special_tokens=True) for line in found
     ]
-    for rank in record.read(directory)["ranks"]:
+    for rank in record_file.read(directory)["ranks"]:
         assert rank["allocator"]["unattributed"] == 0
         assert sum(rank["peak"]["categories"].values()) == rank["peak"]["bytes"] == rank["allocator"]["peak"]
         assert rank["peak"]["saved"] == 0
@@ -85,7 +85,7 @@ def test_the_kv_bytes_told_are_the_formulas_and_a_static_cache_reserves_more(
     per_token = kv_bytes_per_token(config, torch.bfloat16)
     told = {}
     for cache in ("dynamic", "static"):
-        told[cache] = record.read(generated(f"generation.cache={cache}", "precision=bf16"))["inference"]
+        told[cache] = record_file.read(generated(f"generation.cache={cache}", "precision=bf16"))["inference"]
         assert told[cache]["kv_bytes_per_token"] == told[cache]["kv_bytes_per_token_measured"] == per_token
     assert told["dynamic"]["kv_reserved"] == told["dynamic"]["kv_filled"] > told["dynamic"]["kv_live"]
     assert told["static"]["kv_reserved"] - told["dynamic"]["kv_reserved"] == 8 * config.num_hidden_layers
@@ -94,8 +94,8 @@ def test_the_kv_bytes_told_are_the_formulas_and_a_static_cache_reserves_more(
 def test_two_runs_of_one_config_generate_the_same_and_give_the_same_books(generated: Launch) -> None:
     first, second = generated(*SAMPLED), generated(*SAMPLED, again=1)
     assert lines(first) == lines(second)
-    assert record.read(first)["ranks"] == record.read(second)["ranks"]
-    assert record.read(first)["inference"] == record.read(second)["inference"]
+    assert record_file.read(first)["ranks"] == record_file.read(second)["ranks"]
+    assert record_file.read(first)["inference"] == record_file.read(second)["inference"]
 
 
 def test_one_rank_samples_what_two_do(generated: Launch) -> None:
@@ -110,7 +110,7 @@ def test_a_rank_without_prompts_caches_nothing(launch: Launch, checkpoint: Path)
         f"generation.max_new_tokens={NEW}",
     )
     assert [line["prompt"] for line in lines(directory)] == ["def main("]
-    first, second = record.read(directory)["ranks"]
+    first, second = record_file.read(directory)["ranks"]
     assert first["categories"]["kv_cache"]["peak"] > 0 == second["categories"]["kv_cache"]["peak"]
 
 
@@ -140,7 +140,7 @@ def test_requests_that_enter_and_leave_get_the_tokens_of_static_batches_and_book
     directory = generated(*paged, "precision=fp32")
     static = generated("generation.cache=dynamic", "precision=fp32")
     assert lines(directory) == lines(static)
-    found = record.read(directory)
+    found = record_file.read(directory)
     assert found["inference"]["unasked_tokens"] == 0
     assert found["performance"]["forwards"] > 0
     assert found["performance"]["evicted"] == 0
@@ -153,6 +153,6 @@ def test_requests_that_enter_and_leave_get_the_tokens_of_static_batches_and_book
 @pytest.mark.parametrize("batching", [(), ("generation.batching=continuous", "generation.cache=paged")])
 def test_ranks_with_other_numbers_of_batches_end_together(launch: Launch, batching: tuple[str, ...]) -> None:
     sizes = ("generation.count=3", "generation.batch=1", "generation.max_new_tokens=2", "ledger.steps=1")
-    found = record.read(launch("mode=infer", "model.config.num_hidden_layers=1", *sizes, *batching))
+    found = record_file.read(launch("mode=infer", "model.config.num_hidden_layers=1", *sizes, *batching))
     assert found["status"] == "complete"
     assert found["inference"]["prompts"] == 3

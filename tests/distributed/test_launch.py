@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from harness import record
+from harness.record import record_file
 from tests.distributed.conftest import PRECISION, QUICK, ROOT, Launch, complete
 
 SMALL = (PRECISION, "hardware=cpu", "mode=train", *QUICK, "zero=2")
@@ -125,7 +125,7 @@ def test_a_node_that_dies_takes_the_other_down_and_its_rank_is_the_one_named(
         kill(dying)
         rest = lines.read()
     assert living.wait(timeout=30) != 0
-    failed = record.read(tmp_path / "out")
+    failed = record_file.read(tmp_path / "out")
     assert (failed["status"], failed["failure"]["rank"]) == ("failed", int(victim)), rest
     assert f"harness: rank {victim} failed" in rest
 

@@ -4,7 +4,7 @@ import os
 import subprocess
 from pathlib import Path
 
-from harness import record, schema
+from harness.record import record_file, schema
 from tests.distributed.conftest import LAUNCHER, ROOT
 
 LOOP = """
@@ -68,15 +68,15 @@ def test_one_record_holds_every_rank_s_books_and_a_second_is_refused_on_every_ra
     script, directory = tmp_path / "loop.py", tmp_path / "run"
     script.write_text(LOOP)
     assert run(script, directory) == []
-    before = (directory / record.FILE).read_bytes()
-    found = schema.parse(record.read(directory), "the record")
+    before = (directory / record_file.FILE).read_bytes()
+    found = schema.parse(record_file.read(directory), "the record")
     assert (found.world.kind, found.world.size) == ("loop", 2)
     first, second = found.ranks
     assert (first.rank, second.rank) == (0, 1)
     assert (second.peak.bytes or 0) > (first.peak.bytes or 0) > 0  # of twice as many rows
     refused = f"{directory} already holds a run's record; name another directory"
     assert run(script, directory) == [f"rank 0: {refused}", f"rank 1: {refused}"]
-    assert (directory / record.FILE).read_bytes() == before
+    assert (directory / record_file.FILE).read_bytes() == before
 
 
 def test_a_group_s_threads_end_with_it_and_none_is_given_a_tensor_by_us(tmp_path: Path) -> None:

@@ -1,12 +1,12 @@
 """A run and its rehearsal hold the same bytes: every category's peak and end and every phase of it, on every rank;
 and do the same work: operations, and bytes read and written.
 
-Every ZeRO stage meets every offload it may have, each in both precisions and both counts of accumulation, and every
-stage, precision and count meet in some cell. What else decides bytes varies by stage, one thing at a time: buckets
-smaller than a parameter, validation and checkpoints, eager attention and the end of what is seen, nothing or all kept
-whole, tied weights and learned positions, layers that are recomputed, a world that divides nothing evenly. Generation
-has every cache, padded or not, and layers with a window or a state; layers that ranks share; and requests that enter
-and leave, as many pages as they need, fewer, or in parts.
+Every ZeRO stage meets every offload it may have, and every stage both precisions and both counts of accumulation. What
+else decides bytes varies by stage, one thing at a time: buckets smaller than a parameter, validation and checkpoints,
+eager attention and the end of what is seen, nothing or all kept whole, tied weights and learned positions, layers that
+are recomputed, a world that divides nothing evenly. Generation has every cache, padded or not, and layers with a window
+or a state, on one rank where no second is needed; layers that ranks share; and requests that enter and leave, as many
+pages as they need, fewer, or in parts. The exhaustive cells are the rest of the products.
 
 What an allocator saw (`kernel`, and a peak with it) is no
 storage and not compared; a rehearsal has none.
@@ -19,12 +19,12 @@ from typing import Any
 
 import pytest
 
-from harness.config import compose
-from harness.rehearsal.role import rehearse
-from harness.rehearsal.roles import Role, roles
-from harness.rehearsal.run import rehearse as rehearse_all
-from harness.resolve import resolve
-from harness.settings import Settings, load
+from harness.config.compose import compose
+from harness.config.load import Settings, load
+from harness.model.resolve import resolve
+from harness.rehearsal.all_ranks import rehearse as rehearse_all
+from harness.rehearsal.one_rank import rehearse
+from harness.rehearsal.representatives import Role, roles
 from tests.distributed.conftest import PRECISION, Launch, complete
 
 Words = tuple[str, ...]
@@ -50,28 +50,28 @@ PROMPTS = ["a", "longer", "the longest of them", "b", "cd"]
 
 OFFLOADS = {0: ("none",), 1: ("none", "optimizer"), 2: ("none", "optimizer"), 3: ("none", "optimizer", "all")}
 STAGES = tuple(OFFLOADS)
-MATRIX = [
-    (*TINY, *TRAIN, f"zero={stage}", f"zero.offload={offload}", precision, accumulation)
+NUMBERS = (("precision=bf16", "train.accumulation=2"), ("precision=fp32", "train.accumulation=1"))
+PRODUCT = [
+    (*TINY, *TRAIN, f"zero={stage}", f"zero.offload={offload}", *numbers)
     for stage in STAGES
     for offload in OFFLOADS[stage]
-    for precision, accumulation in (
-        ("precision=bf16", "train.accumulation=2"),
-        ("precision=fp32", "train.accumulation=1"),
-    )
+    for numbers in NUMBERS
+]
+MATRIX = [
+    (*TINY, *TRAIN, f"zero={stage}", f"zero.offload={offload}", *NUMBERS[(stage + index) % 2])
+    for stage in STAGES
+    for index, offload in enumerate(OFFLOADS[stage])
 ]
 SMALL_BUCKETS = ("zero.reduce_bucket_size=100000", "zero.allgather_bucket_size=100000")
-BY_STAGE = [
-    (*TINY, *TRAIN, f"zero={stage}", *words)
-    for stage in STAGES
-    for words in [
-        (*SMALL_BUCKETS, "precision=fp32", "train.accumulation=2"),
-        (
-            *("train.steps=2", "train.validate_every=1", "train.validation_batches=2"),
-            *("train.save_every=1", "train.export=true"),
-        ),
-        ("train.steps=4", "train.micro_batch=2", "train.clip=0", "model.attention=eager"),
-    ]
-]
+VARIED = (
+    (*SMALL_BUCKETS, "precision=fp32", "train.accumulation=2"),
+    (
+        *("train.steps=2", "train.validate_every=1", "train.validation_batches=2"),
+        *("train.save_every=1", "train.export=true"),
+    ),
+    ("train.steps=4", "train.micro_batch=2", "train.clip=0", "model.attention=eager"),
+)
+BY_STAGE = [(*TINY, *TRAIN, f"zero={stage}", *words) for stage in STAGES for words in VARIED]
 SHARDED_WHOLLY = [
     (*TINY, *TRAIN, "zero=3", "zero.persistence_threshold=0", "zero.prefetch_bucket_size=0"),
     (*TINY, *TRAIN, "zero=3", "zero.persistence_threshold=0", "zero.reduce_bucket_size=100000"),
@@ -174,8 +174,14 @@ GENERATION = [
     ),
     (*TINY, *INFER, *RELAYED, "generation.max_new_tokens=40"),
 ]
+PARALLEL = {"pipeline.stages=2", "generation.tensor_parallel=2"}
 CELLS: dict[int, list[Words]] = {
-    2: [*MATRIX, *BY_STAGE, *SHARDED_WHOLLY, *TIED, *PIPELINED, *RECOMPUTED, *GENERATION],
+    1: [words for words in GENERATION if not PARALLEL & {*words}],
+    2: [
+        *(*MATRIX, *BY_STAGE, *SHARDED_WHOLLY, *TIED, *PIPELINED, *RECOMPUTED),
+        *(words for words in GENERATION if PARALLEL & {*words}),
+        *GENERATION[:3],  # replicas, of which one has more prompts
+    ],
     4: [
         (*STAGES_OF_4, "zero=0", UNCLIPPED, "model.config.num_hidden_layers=7", "pipeline.split=[1,2,2,2]"),
         (*STAGES_OF_4, "zero=1", "model.config.tie_word_embeddings=true", *EVERYTHING),
@@ -206,6 +212,27 @@ CELLS: dict[int, list[Words]] = {
     + [(*TINY, *UNEVEN, *TRAIN, *SMALL_BUCKETS, "zero=1", "train.sequence=64")]
     + [(*TINY, *INFER, "generation.prompts=PROMPTS")],
 }
+
+
+EXHAUSTIVE = {
+    *PRODUCT,
+    *(words for index, words in enumerate(BY_STAGE) if index % 4 not in (0, 3)),
+    *(
+        words
+        for words in GENERATION
+        if "generation.sample=true" in words and "pipeline.stages=2" not in words
+    ),
+} - {*MATRIX}
+
+
+def cells(*counts: int, keeps: Callable[[Words], bool] = lambda words: True) -> list[Any]:
+    """The cells of so many ranks that `keeps` keeps, as pytest's parameters."""
+    return [
+        pytest.param((ranks, words), marks=[pytest.mark.exhaustive] if words in EXHAUSTIVE else [])
+        for ranks in counts
+        for words in CELLS[ranks]
+        if keeps(words)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -280,7 +307,7 @@ def name(cell: tuple[int, Words]) -> str:
     return ",".join([f"{ranks}-ranks", *own])
 
 
-@pytest.mark.parametrize("cell", [(ranks, words) for ranks in CELLS for words in CELLS[ranks]], ids=name)
+@pytest.mark.parametrize("cell", cells(*CELLS), ids=name)
 def test_a_rehearsal_holds_the_bytes_of_the_run(
     run: Callable[[int, Words], Books], prompts: Path, cell: tuple[int, Words]
 ) -> None:
@@ -298,7 +325,7 @@ def test_a_rehearsal_holds_the_bytes_of_the_run(
             assert held(real["ranks"][other]) == held(books)
 
 
-@pytest.mark.parametrize("cell", [(ranks, words) for ranks in (3, 4) for words in CELLS[ranks]], ids=name)
+@pytest.mark.parametrize("cell", cells(3, 4), ids=name)
 def test_a_rank_peaks_no_lower_than_those_it_bounds(
     run: Callable[[int, Words], Books], prompts: Path, cell: tuple[int, Words]
 ) -> None:
@@ -313,12 +340,7 @@ def test_a_rank_peaks_no_lower_than_those_it_bounds(
 
 @pytest.mark.parametrize(
     "cell",
-    [
-        (ranks, words)
-        for ranks in CELLS
-        for words in CELLS[ranks]
-        if {*RELAYED} <= {*words} or {*CONTINUED} <= {*words}
-    ],
+    cells(*CELLS, keeps=lambda words: {*RELAYED} <= {*words} or {*CONTINUED} <= {*words}),
     ids=name,
 )
 def test_a_rehearsal_says_of_the_kv_cache_what_the_run_says(

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from harness import record
+from harness.record import record_file
 from tests.distributed.conftest import LAUNCHER, QUICK, ROOT, Launch, torchrun
 
 SAVED = ("mode=train", *QUICK, "train.steps=4", "train.save_every=1", "train.keep=4", "train.export=true")
@@ -39,7 +39,7 @@ def test_a_resumed_run_goes_on_bitwise_from_the_newest_whole_checkpoint(
     assert "step-00000004 is torn" in result.stdout
     assert "step-00000003 is torn" in result.stdout
     assert "resuming after step 2" in result.stdout
-    first, second = record.read(whole), record.read(tmp_path / "resumed")
+    first, second = record_file.read(whole), record_file.read(tmp_path / "resumed")
     assert second["training"]["losses"] == first["training"]["losses"][2:]
     weights = "checkpoint/model.safetensors"
     assert (tmp_path / "resumed" / weights).read_bytes() == (whole / weights).read_bytes()
@@ -64,11 +64,11 @@ def test_the_export_opens_in_transformers_with_its_tokenizer(saved: tuple[tuple[
 
 def test_a_run_directory_is_never_overwritten(saved: tuple[tuple[str, ...], Path]) -> None:
     words, whole = saved
-    before = (whole / record.FILE).read_bytes()
+    before = (whole / record_file.FILE).read_bytes()
     result = torchrun([*SAVED, *words, f"hydra.run.dir={whole}"])
     assert "harness: hydra.run.dir=" in result.stderr
     assert "Traceback (most recent call last)" not in result.stderr.partition("torch/distributed")[0]
-    assert (whole / record.FILE).read_bytes() == before
+    assert (whole / record_file.FILE).read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_a_killed_rank_takes_the_run_down_and_is_the_one_named(
         _, said = launcher.communicate(timeout=30)
     assert launcher.returncode != 0, said
     assert not any(rank.is_running() for rank in ranks)
-    failed = record.read(tmp_path / "out")
+    failed = record_file.read(tmp_path / "out")
     assert (failed["status"], failed["failure"]["rank"]) == ("failed", 1), said
     assert failed["model"]["parameters"] == 3_098_880
     assert f"{named} failed" in said
@@ -114,7 +114,7 @@ def test_a_killed_rank_takes_the_run_down_and_is_the_one_named(
 
 def test_a_failing_rank_is_named_with_its_own_error(tmp_path: Path) -> None:
     stderr = script("fail_on_rank_1.py", ["mode=train", *QUICK, f"hydra.run.dir={tmp_path}/out"])
-    failed = record.read(tmp_path / "out")
+    failed = record_file.read(tmp_path / "out")
     assert failed["status"] == "failed"
     assert failed["failure"]["rank"] == 1
     assert failed["failure"]["where"] == {"step": 1, "phase": "backward", "micro_batch": 0}
@@ -188,7 +188,7 @@ def test_all_ranks_run_in_the_precision_and_the_attention_that_rank_0_decides(la
         "model.config.num_hidden_layers=1",
         "precision=auto",
     )
-    found = record.read(launch(*words, "generation.count=2", "generation.max_new_tokens=2"))
+    found = record_file.read(launch(*words, "generation.count=2", "generation.max_new_tokens=2"))
     precision, dtype = found["config"]["precision"], getattr(torch, found["model"]["dtype"])
     assert {"bf16": torch.bfloat16, "fp32": torch.float32}[precision] == dtype
     assert found["resolved"]["precision"].startswith(f"{precision}: a core here makes ")

@@ -1,0 +1,176 @@
+"""`harness fit`: rehearses the sensible configs, lists those that fit into a device's memory, ranks them by cost."""
+
+import json
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+
+from harness.advice.search import AXES, Fit, Trial
+from harness.analysis.args import Parser, refuse
+from harness.analysis.summary import decided
+from harness.record.schema import printable
+from harness.rehearsal.pool import REFUSED
+from harness.tables import Table, parse_size, size
+
+LISTED = 6
+"""How many configs that do not fit are shown, the closest first."""
+
+NODE = 8
+"""Devices on a node, in the command for several nodes."""
+
+RANKING = {
+    "train": "ranked by what a rank sends for each sequence (arXiv 1910.02054, section 7); "
+    "those that recompute after those, offloaded ones last",
+    "infer": "ranked by the tokens that are held at once, batch x (prompt + new)",
+}
+UNSEEN = (
+    "scratch inside kernels and what lies outside the framework (CUDA context, NCCL) is not in these figures"
+)
+
+LEFT_OUT = {
+    "train": "not those that need more than one that does not fit, nor those that recompute what need not be",
+    "infer": "not those that need more than one that does not fit",
+}
+
+PASSED_OVER = (
+    "where ZeRO-1 or 2 is offloaded, the largest partitions were rehearsed; another may peak a little higher"
+)
+
+
+def main(argv: Sequence[str]) -> int:
+    """`harness fit`. Exit code: 0 something fits, 1 nothing fits, 2 a wrong request, 3 nothing could be rehearsed."""
+    try:
+        options, overrides = _parser().parse_known_args(argv)
+        fit = Fit(overrides, _reserve(options.reserve))
+    except ValueError as error:
+        return refuse(error)
+    trials = fit.search()
+    if trials and all(trial.worst.failure.startswith(REFUSED) for trial in trials):
+        print(f"harness: {_reason(trials[0])}", file=sys.stderr)
+        return 2
+    print(json.dumps(data(fit, trials), indent=1) if options.json else text(fit, trials))
+    return code(trials)
+
+
+def code(trials: Sequence[Trial]) -> int:
+    """The exit code: 0 something fits, 1 nothing fits, 3 nothing could be rehearsed."""
+    if any(trial.fits for trial in trials):
+        return 0
+    return 1 if any(trial.rehearsed for trial in trials) else 3
+
+
+def _reserve(text: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise ValueError(f"--reserve={text}: {error}") from None
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        "fit",
+        description="Rehearse the configs that could run on a device, and rank those that fit.",
+        usage="harness fit mode=train|infer world.size=N hardware=NAME [key=value[,value...] ...]",
+        epilog="Lists may be given for " + ", ".join(key for axes in AXES.values() for key in axes) + ".",
+    )
+    parser.add_argument("--reserve", default="0", metavar="SIZE", help="memory to keep free, as 2GiB")
+    parser.add_argument("--json", action="store_true", help="every rehearsal, as data")
+    return parser
+
+
+def text(fit: Fit, trials: Sequence[Trial]) -> str:
+    """The table as text. Where something fits, the last line is the command to run."""
+    fitting = fit.ranked(trials)
+    rehearsed = [trial for trial in trials if trial.rehearsed]
+    closest = sorted((trial for trial in rehearsed if not trial.fits), key=lambda trial: -trial.left)
+    table = Table(["peak"], ["left"], ["of it"], ["filled by"])
+    if fitting:
+        table.section(f"fits {size(fit.memory - fit.reserve)} a device, the worst of {fit.world} ranks")
+    for trial in fitting:
+        table.row(*_row(fit, trial))
+    if closest:
+        table.section("does not fit")
+    for trial in closest[:LISTED]:
+        table.row(*_row(fit, trial))
+    failed = [*_unrehearsed(trials)]
+    if not rehearsed:
+        unknown = f"none of the {len(trials)} configs could be rehearsed: whether one fits is not known"
+        return "\n".join([*failed, "", unknown])
+    lines = [table.text(), *failed, "", *decided(fit.reasons), RANKING[fit.mode], UNSEEN]
+    if any(trial.worst.passed_over for trial in trials):
+        lines.append(PASSED_OVER)
+    lines.append(f"{len(rehearsed)} configs rehearsed; {LEFT_OUT[fit.mode]}")
+    if fitting:
+        return "\n".join([*lines, "", command(fit, fitting[0])])
+    nearest = closest[0]
+    nothing = "nothing that could be rehearsed fits" if failed else "nothing fits"
+    misses = f"{' '.join(_short(nearest))} comes nearest, {size(-nearest.left)} too much"
+    return "\n".join([*lines, "", f"{nothing}; {misses}"])
+
+
+def _unrehearsed(trials: Sequence[Trial]) -> Iterator[str]:
+    """The configs that could not be rehearsed, grouped by the reason."""
+    unknown = [trial for trial in trials if not trial.rehearsed]
+    for reason in dict.fromkeys(map(_reason, unknown)):
+        yield f"could not be rehearsed, because {reason}"
+        yield from (f"  {' '.join(_short(trial))}" for trial in unknown if _reason(trial) == reason)
+
+
+def _reason(trial: Trial) -> str:
+    return printable(trial.worst.failure.removeprefix(REFUSED))
+
+
+def _row(fit: Fit, trial: Trial) -> list[str]:
+    worst, budget = trial.worst, fit.memory - fit.reserve
+    largest = sorted(worst.categories.items(), key=lambda pair: -pair[1])[:2]
+    filled = ", ".join(f"{name} {size(count)}" for name, count in largest if count)
+    return [
+        f"  {' '.join(_short(trial))}",
+        size(worst.bytes),
+        size(trial.left),
+        f"{trial.left / budget:.0%}",
+        filled,
+    ]
+
+
+def _short(trial: Trial) -> list[str]:
+    """The trial's overrides, without those that are off by default."""
+    plain = ("zero.offload=none", "pipeline.stages=1", "checkpointing=none")
+    return [override for override in trial.overrides if override not in plain]
+
+
+def command(fit: Fit, trial: Trial) -> str:
+    """The command line that runs the config of `trial`."""
+    if fit.world <= NODE:
+        start = f"torchrun --standalone --nproc-per-node {fit.world}"
+    else:
+        nodes = f"--nnodes {-(-fit.world // NODE)} --nproc-per-node {NODE}"
+        start = f"torchrun {nodes} --rdzv-backend c10d --rdzv-endpoint HOST:29500"
+    prompts = [f"generation.count={trial.settings.generation.count}"] if fit.mode == "infer" else []
+    return " ".join([start, "-m harness", *map(shlex.quote, fit.overrides), *_short(trial), *prompts])
+
+
+def data(fit: Fit, trials: Sequence[Trial]) -> dict[str, object]:
+    """The result for `--json`, with every rehearsal. Figures are in bytes."""
+    fitting = fit.ranked(trials)
+    return {
+        "memory": fit.memory,
+        "reserve": fit.reserve,
+        "world_size": fit.world,
+        "resolved": fit.reasons,
+        "trials": [
+            {
+                "words": list(trial.overrides),
+                "fits": trial.fits,
+                "peak": trial.worst.bytes if trial.rehearsed else None,
+                "left": trial.left if trial.rehearsed else None,
+                "rank": trial.worst.rank,
+                "roles_passed_over": trial.worst.passed_over,
+                "categories": trial.worst.categories,
+                "failure": trial.worst.failure or None,
+            }
+            for trial in trials
+        ],
+        "ranked": [list(trial.overrides) for trial in fitting],
+        "command": command(fit, fitting[0]) if fitting else None,
+    }

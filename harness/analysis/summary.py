@@ -1,0 +1,181 @@
+"""What a run prints at its end: the memory of its worst rank, and the run's results."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from harness.analysis.roofline import line
+from harness.config.rules.quantized import AT_FIRST
+from harness.record.schema import Rank, Record, Where, parse
+from harness.tables import AT_LEAST, Table, size
+
+
+def show(record: Mapping[str, Any]) -> str:
+    """A run's ledger as text. Raises ValueError where `record` is no valid record."""
+    run = parse(record, "the record")
+    world, worst = run.world, run.worst
+    lines = [title(run), *_made_whole(run)]
+    if worst.peak.bytes is None and not worst.seen:
+        lines.append("no memory was measured; ledger=exact does")
+    else:
+        table = _table(run)
+        lines += [table.text(), *_notes(worst, table)]
+    if run.pipeline.stages > 1:
+        lines += _stages(run)
+    if world.rehearsed:
+        lines += _rehearsed(run)
+    return "\n".join([*lines, *_results(run), *filter(None, [line(run)])])
+
+
+def decided(reasons: Mapping[str, str]) -> Iterator[str]:
+    """The keys whose `auto` resolved to something unusual, with the value and reason; sdpa attention is usual."""
+    for key, why in reasons.items():
+        if (key, why.partition(":")[0]) != ("model.attention", "sdpa"):
+            yield f"{key}={why}"
+
+
+def title(run: Record) -> str:
+    """One line about what ran."""
+    model = run.model
+    parameters = "parameters not counted" if model.parameters is None else f"{model.parameters:,} parameters"
+    rehearsed = ", rehearsed" * run.world.rehearsed
+    dtype = model.dtype or "-"
+    packed = "" if model.quantization is None else f", {model.quantization.short}"
+    return f"{run.title}{rehearsed}: {parameters}, {dtype}{packed}, {run.world.devices}"
+
+
+def _made_whole(run: Record) -> Iterator[str]:
+    """A line where weights are packed in the checkpoint, and whole in memory."""
+    packed = run.model.quantization
+    if packed is not None and packed.whole is not None:
+        packed_size = f", {size(packed.bytes)}" if packed.whole == AT_FIRST else ""
+        why = "transformers computes with them so here"
+        yield f"its weights ({packed.short}{packed_size}) are made whole {packed.whole}: {why}"
+
+
+def _table(run: Record) -> Table:
+    """The categories of the worst rank, largest first; then the total and, to compare, the allocator's figures."""
+    worst = run.worst
+    at_peak, total, allocator = worst.peak.categories, worst.peak.bytes, worst.allocator
+    table = Table(["at the peak"], ["share"], ["own peak"], ["at the end"])
+    table.section(_rank_title(run))
+    for name in _used_categories(worst):
+        end = worst.categories[name].end
+        table.row(f"  {name}", *_with_share(at_peak.get(name), total), _own_peak(worst, name), size(end))
+        if name == "activations":
+            table.row("    saved for backward", *_with_share(worst.peak.saved, total))
+            if worst.peak.recomputed:
+                table.row("    recomputed in backward", *_with_share(worst.peak.recomputed, total))
+    table.row("  kernel", *_with_share(at_peak.get("kernel"), total))
+    table.rule()
+    table.row("  total", *_with_share(total, total))
+    if not run.world.rehearsed:
+        table.row("  allocator's own peak", _size_text(allocator.peak))
+        table.row("  unattributed", _size_text(allocator.unattributed))
+    if allocator.foreign:
+        table.row("  foreign, in no figure", size(allocator.foreign))
+    return table
+
+
+def _stages(run: Record) -> Iterator[str]:
+    """The layers of each stage, the share of a step that it waits, and the forwards that wait for their backward."""
+    cut, ranks = run.pipeline, {rank.stage: rank for rank in reversed(run.ranks)}
+    layers = ", ".join(map(str, cut.split))
+    waits = ""
+    if cut.bubble is not None:
+        plural = "es" * (cut.micro_batches != 1)
+        waits = f"; each waits {cut.bubble:.0%} of a step ({cut.micro_batches} micro-batch{plural})"
+    yield f"{cut.stages} stages of {layers} layers{waits}"
+    forwards = [ranks[stage].forwards for stage in sorted(ranks)]
+    if run.mode == "train" and all(each is not None for each in forwards) and len(forwards) == cut.stages:
+        text = ", ".join(f"{each.alive} ({size(each.bytes)})" for each in forwards if each is not None)
+        yield f"forwards alive at once, by stage: {text}"
+
+
+def _rehearsed(run: Record) -> Iterator[str]:
+    """What a rehearsal does not see, and whether its peak fits into the device's memory."""
+    peak, memory, where = run.worst.peak.bytes, run.world.memory, run.world.device_name
+    yield "a rehearsal sees no scratch inside kernels (kernel), and nothing outside the framework's allocator"
+    if run.worst.why:
+        yield f"rank {run.worst.rank} is the worst: {run.worst.why}"
+    if run.world.differences:
+        yield f"{len(run.world.differences)} known to differ from a real run: differences, in the record's world"
+    if run.world.verified is not None:
+        yield f"{where or run.world.device}: {run.world.verified}"
+    if peak is not None and memory is not None:
+        free = memory - peak
+        fits = f"fits, with {size(free)} left" if free >= 0 else f"does not fit: {size(-free)} too much"
+        yield f"{size(peak)} of {size(memory)} on {where or run.world.device}: {fits}"
+
+
+def _rank_title(run: Record) -> str:
+    """The rank that the table shows, and how it compares with the others."""
+    ranks, peaks = run.world.size, run.peaks
+    if ranks == 1:
+        return f"rank {run.worst.rank}"
+    if any(rank.bounds for rank in run.ranks):
+        return (
+            f"rank {run.worst.rank} of {ranks}, the worst of {len(run.ranks)} rehearsed; no other holds more"
+        )
+    alike = len(peaks) == ranks and len(set(peaks.values())) == 1
+    return f"rank {run.worst.rank} of {ranks}, {'all alike' if alike else 'the worst'}"
+
+
+def _with_share(figure: int | None, total: int | None) -> tuple[str, str]:
+    """Bytes, and their share of `total`."""
+    return size(figure), "-" if figure is None or not total else f"{figure / total:.1%}"
+
+
+def _size_text(figure: int | None) -> str:
+    return "not measured" if figure is None else size(figure)
+
+
+def _own_peak(rank: Rank, name: str) -> str:
+    """A category's own peak, or a lower bound of it."""
+    peak, seen = rank.highest[name], rank.seen.get(name) or 0
+    return f"{AT_LEAST}{size(seen)}" if seen > (peak or 0) else size(peak)
+
+
+def _used_categories(rank: Rank) -> list[str]:
+    """The categories that were ever above 0 bytes, the largest at the peak first."""
+    at_peak = rank.peak.categories
+    highest = {name: max(peak or 0, rank.seen.get(name) or 0) for name, peak in rank.highest.items()}
+    names = [name for name in highest if highest[name] or at_peak.get(name)]
+    return sorted(names, key=lambda name: (-(at_peak.get(name) or 0), -highest[name]))
+
+
+def _notes(rank: Rank, table: Table) -> Iterator[str]:
+    """The categories that the table leaves out, the meaning of its signs, and the place of the peak."""
+    others = [name for name in rank.highest if name not in _used_categories(rank)]
+    zero = [name for name in others if rank.highest[name] == 0]
+    null = [name for name in others if rank.highest[name] is None]
+    if zero:
+        yield f"0 B throughout: {', '.join(zero)}"
+    if null:
+        yield f"not measured: {', '.join(null)}"
+    yield from table.legend()
+    if rank.peak.where is not None:
+        yield f"peak in {_place_text(rank.peak.where)}"
+    for sentence in rank.unseen:
+        yield f"not seen: {sentence}"
+
+
+def _place_text(where: Where) -> str:
+    micro_batch = f" of micro-batch {where.micro_batch}"
+    module = f"module {where.module}" if where.module else "outside any module"
+    return f"step {where.step}, {where.phase}{micro_batch}, {module}, {where.op or 'no operator'}"
+
+
+def _results(run: Record) -> Iterator[str]:
+    """The loss, the speed and the KV cache's bytes a token, in a line."""
+    speed, losses = run.performance, run.training.losses
+    parts = []
+    if losses:
+        parts.append(f"loss {losses[0]:.3f} to {losses[-1]:.3f} in {len(losses)} steps")
+    if speed.tokens_per_second is not None:
+        parts.append(f"{speed.tokens_per_second:,.0f} tokens/s")
+    if speed.time_to_first_token_seconds is not None:
+        parts.append(f"first token after {speed.time_to_first_token_seconds * 1000:,.1f} ms")
+    if run.inference.kv_bytes_per_token is not None:
+        parts.append(f"KV {size(run.inference.kv_bytes_per_token)} a token")
+    if parts:
+        yield ", ".join(parts)

@@ -1,0 +1,201 @@
+"""The rules between fields. Each rule raises a Refusal with its own sentence."""
+
+import os
+from collections.abc import Sequence
+
+from harness.config.rules import positions, quantized, widths
+from harness.config.rules.generation import generation
+from harness.config.rules.sources import files, read, shape_of
+from harness.config.settings import Checkpointing, Pipeline, Refusal, Settings
+
+
+def check(settings: Settings) -> None:
+    """Raise Refusal for an impossible combination, as far as that is known without torch and without other ranks."""
+    rules = (_parallelism, _pipeline, _rehearsal, _model, _checkpointing, _data, _train, generation)
+    for rule in (*rules, quantized.check):
+        rule(settings)
+
+
+def check_world(settings: Settings, size: int, overrides: Sequence[str] = ()) -> None:
+    """Refuse a world of `size` ranks that `settings` cannot run in. `overrides` complete the command in the remedy."""
+    world, stages, train = settings.world, settings.pipeline.stages, settings.train
+    if world.size is not None and world.size != size:
+        raise Refusal(
+            "world.size", world.size, f"{_ranks(size)} here; start {_torchrun(world.size, overrides)}"
+        )
+    tensor_parallel = settings.tensor_parallel
+    if size % tensor_parallel:
+        command = _torchrun(-(-size // tensor_parallel) * tensor_parallel, overrides)
+        remedy = f"{_ranks(size)} here, and so many share each layer; start {command}"
+        raise Refusal("generation.tensor_parallel", tensor_parallel, remedy)
+    if size % (stages * tensor_parallel):
+        ranks = -(-size // (stages * tensor_parallel)) * stages * tensor_parallel
+        units = (
+            f"stages of {tensor_parallel} ranks that share their layers" if tensor_parallel > 1 else "stages"
+        )
+        raise Refusal(
+            "pipeline.stages",
+            stages,
+            f"{_ranks(size)} here, and {units} must divide them evenly; start {_torchrun(ranks, overrides)}",
+        )
+    sequences = train.micro_batch * size // stages
+    if settings.mode == "train" and train.batch is not None and train.batch != sequences * train.accumulation:
+        remedy = (
+            f"train.accumulation={train.batch // sequences} makes that"
+            if train.batch % sequences == 0
+            else f"it must be a multiple of that, as {-(-train.batch // sequences) * sequences} is"
+        )
+        product = f"train.micro_batch={train.micro_batch} on {_ranks(size // stages, 'replica')} is {sequences} at once"
+        raise Refusal(
+            "train.batch", train.batch, f"{product}, train.accumulation={train.accumulation}; {remedy}"
+        )
+
+
+def check_layers(checkpointing: Checkpointing, number: int) -> None:
+    """Refuse to recompute layers that a model of `number` layers does not have."""
+    for layer in checkpointing.layers:
+        if layer >= number:
+            remedy = f"there is no layer {layer}; the model has {number}, from 0 to {number - 1}"
+            raise Refusal("checkpointing.layers", checkpointing.layers, remedy)
+    if checkpointing.every > number:
+        remedy = f"the model has {number} layers; give no more than that, or checkpointing.layers=[0]"
+        raise Refusal("checkpointing.every", checkpointing.every, remedy)
+
+
+def _parallelism(settings: Settings) -> None:
+    zero, stages = settings.zero, settings.pipeline.stages
+    if zero.offload != "none" and zero.stage == 0:
+        raise Refusal("zero.offload", zero.offload, "zero=0 shards nothing to offload; use zero=1, 2 or 3")
+    if zero.offload == "all" and zero.stage != 3:
+        raise Refusal(
+            "zero.offload",
+            "all",
+            f"only zero=3 offloads parameters; with zero={zero.stage} use zero.offload=optimizer",
+        )
+    if stages > 1 and zero.stage > 1:
+        raise Refusal(
+            "zero",
+            zero.stage,
+            f"a pipeline keeps whole gradients; with pipeline.stages={stages} use zero=0 or 1",
+        )
+
+
+def _pipeline(settings: Settings) -> None:
+    pipeline, batch = settings.pipeline, settings.generation.batch
+    if pipeline.stages == 1:
+        for key, value, default in (("split", pipeline.split, "uniform"), ("groups", pipeline.groups, None)):
+            if value != default:
+                raise Refusal(f"pipeline.{key}", value, "one stage needs none; add pipeline.stages=")
+        return
+    if settings.mode == "infer" and pipeline.groups is not None and pipeline.groups > batch:
+        raise Refusal(
+            "pipeline.groups", pipeline.groups, f"each has a prompt or more, and generation.batch={batch}"
+        )
+    _, layers = read(shape_of(settings.model), "num_hidden_layers")
+    if isinstance(layers, int):
+        check_split(pipeline, layers)
+
+
+def check_split(pipeline: Pipeline, layers: int) -> None:
+    """Refuse more stages than `layers`, and a list that does not give each stage its number of layers."""
+    stages, split = pipeline.stages, pipeline.split
+    if stages > layers:
+        raise Refusal("pipeline.stages", stages, f"the model has {layers} layers; use {layers} or fewer")
+    if isinstance(split, list) and len(split) != stages:
+        raise Refusal(
+            "pipeline.split",
+            split,
+            f"names the layers of {len(split)} stages, and pipeline.stages={stages}",
+        )
+    if isinstance(split, list) and sum(split) != layers:
+        raise Refusal("pipeline.split", split, f"adds up to {sum(split)} layers, and the model has {layers}")
+
+
+def _rehearsal(settings: Settings) -> None:
+    if settings.world.kind != "rehearsed":
+        return
+    if settings.world.size is None:
+        raise Refusal("world.size", None, "world=rehearsed needs world.size=, the ranks to rehearse")
+    if settings.ledger.mode != "exact":
+        raise Refusal("ledger", settings.ledger.mode, "a rehearsal is what its ledger sees; use ledger=exact")
+    if settings.ledger.snapshot:
+        raise Refusal("ledger.snapshot", True, "a rehearsal allocates nothing; leave it out")
+    if settings.train.resume is not None:
+        raise Refusal(
+            "train.resume", settings.train.resume, "a rehearsal begins with the first step; leave it out"
+        )
+
+
+def _model(settings: Settings) -> None:
+    model = settings.model
+    shape = shape_of(model)
+    widths.check(shape, "model.config." if model.path is None else f"{model.path}/config.json: ")
+    positions.check(settings, shape)
+
+
+def _checkpointing(settings: Settings) -> None:
+    checkpointing = settings.checkpointing
+    if settings.mode == "infer" and checkpointing.mode != "none":
+        remedy = "inference keeps nothing to recompute; use checkpointing=none"
+        raise Refusal("checkpointing", checkpointing.mode, remedy)
+    for key, value, off in (("layers", checkpointing.layers, []), ("every", checkpointing.every, 1)):
+        if checkpointing.mode == "none" and value != off:
+            remedy = "checkpointing=none recomputes no layer; use checkpointing=selective or full"
+            raise Refusal(f"checkpointing.{key}", value, remedy)
+    if checkpointing.layers and checkpointing.every > 1:
+        raise Refusal(
+            "checkpointing.every", checkpointing.every, "give either it or checkpointing.layers=, not both"
+        )
+    if len(set(checkpointing.layers)) < len(checkpointing.layers):
+        raise Refusal("checkpointing.layers", checkpointing.layers, "give each layer once")
+    _, layers = read(shape_of(settings.model), "num_hidden_layers")
+    if isinstance(layers, int):
+        check_layers(checkpointing, layers)
+
+
+def _data(settings: Settings) -> None:
+    data = settings.data
+    if data.kind == "text":
+        if data.path is None:
+            raise Refusal(
+                "data.path", None, "data=text needs data.path=, a file, a directory or a quoted glob"
+            )
+        files("data.path", data.path)
+    elif data.path is not None:
+        raise Refusal("data.path", data.path, f"data={data.kind} reads no path; use data=text")
+    if data.kind == "hub" and data.name is None:
+        raise Refusal("data.name", None, "data=hub needs data.name=, the dataset's name")
+    if data.kind != "hub" and data.name is not None:
+        raise Refusal("data.name", data.name, f"data={data.kind} takes no name; use data=hub")
+    if data.kind != "hub" and data.streaming:
+        raise Refusal("data.streaming", True, f"data={data.kind} is memory-mapped; only data=hub streams")
+
+
+def _train(settings: Settings) -> None:
+    train = settings.train
+    if settings.mode == "infer":
+        if train.resume is not None:
+            raise Refusal(
+                "train.resume", train.resume, "mode=infer resumes nothing; give model.path= a checkpoint"
+            )
+        return
+    if train.sequence < 2:
+        raise Refusal("train.sequence", train.sequence, "a next token to predict takes 2 or more")
+    if train.warmup_steps >= train.steps and train.warmup_steps > 0:
+        raise Refusal(
+            "train.warmup_steps", train.warmup_steps, f"must be fewer than train.steps={train.steps}"
+        )
+    if train.save_every > train.steps:
+        raise Refusal(
+            "train.save_every", train.save_every, f"would never save within train.steps={train.steps}"
+        )
+    if train.resume is not None and not os.path.isdir(os.path.expanduser(train.resume)):
+        raise Refusal("train.resume", train.resume, "no such directory; give that of a run with checkpoints")
+
+
+def _ranks(count: int, name: str = "rank") -> str:
+    return f"{count} {name}" if count == 1 else f"{count} {name}s"
+
+
+def _torchrun(size: int, overrides: Sequence[str]) -> str:
+    return " ".join(["torchrun --standalone --nproc-per-node", str(size), "-m harness", *overrides])

@@ -1,0 +1,352 @@
+"""Every field of the config: its type, range, default and purpose.
+
+A field's place is its Hydra path (`Settings.train.steps` is `train.steps=`), and its docstring is what `--help` prints.
+Nothing here imports torch, so a wrong request is refused within a second.
+"""
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter
+from pydantic.dataclasses import dataclass
+
+MOST = 2**53 - 1
+"""The largest number allowed. Up to here JSON, doubles and 64-bit integers agree, and no library counter overflows."""
+
+
+def _no_truth(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("should be a number, and no true or false")
+    return value
+
+
+_Number = BeforeValidator(_no_truth)
+Positive = Annotated[int, Field(ge=1, le=MOST), _Number]
+NotNegative = Annotated[int, Field(ge=0, le=MOST), _Number]
+PositiveFloat = Annotated[float, Field(gt=0, le=1e30), _Number]
+NotNegativeFloat = Annotated[float, Field(ge=0, le=1e30), _Number]
+
+NEW_TOKENS = 64
+"""The default limit of tokens generated for a prompt."""
+
+
+def _above_zero(value: float) -> float:
+    if value > 0:
+        return value
+    raise ValueError("should be greater than 0; generation.sample=false takes the likeliest token")
+
+
+Temperature = Annotated[float, Field(le=1e30), AfterValidator(_above_zero), _Number]
+
+_STRICT = ConfigDict(extra="forbid", coerce_numbers_to_str=True, use_attribute_docstrings=True)
+
+
+class Refusal(Exception):
+    """A request that cannot be carried out: its key, its value and the remedy. Printed as one line, exit code 2."""
+
+    def __init__(self, key: str, value: object, remedy: str) -> None:
+        super().__init__(key, value, remedy)
+        self.key, self.value, self.remedy = key, value, remedy
+
+    def __str__(self) -> str:
+        return " ".join(f"{self.key}={as_typed(self.value)}: {self.remedy}".split())
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Model:
+    name: str = "tiny"
+    """The name in the record; where model.path is set, that path."""
+    path: str | None = None
+    """Checkpoint directory or hub name; replaces the group's shape."""
+    random: bool = False
+    """Take only the config of model.path, with random weights."""
+    attention: Literal["auto", "sdpa", "eager"] = "auto"
+    """How attention is computed; auto is transformers' own choice for the model."""
+    trust_remote_code: Literal[False] = False
+    """Code from a hub is never run."""
+    config: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of the transformers config; of model.path's only its quantization_config."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Data:
+    kind: Literal["stdlib", "text", "hub"] = "stdlib"
+    """Set by data=."""
+    name: str | None = None
+    """data=hub: the dataset's name."""
+    path: str | None = None
+    """data=text: a file, a directory or a quoted glob."""
+    split: str = "train"
+    """data=hub: the split."""
+    column: str = "text"
+    """data=hub: the column that holds the text."""
+    streaming: bool = False
+    """data=hub: read the data during the run and store nothing."""
+    tokenizer: str | None = None
+    """Replaces the model's own tokenizer; without either, bytes are tokens."""
+    validation: Annotated[float, Field(ge=0, lt=1)] = 0.02
+    """Share of the text held out for validation."""
+    cache_dir: str | None = None
+    """Where token files are kept; null is the default of the datasets library."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Zero:
+    stage: Annotated[int, Field(ge=0, le=3)] = 1
+    """Set by zero=; 1 shards optimizer state, 2 gradients, 3 parameters."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """What lives in the host's memory."""
+    reduce_bucket_size: Positive = 5_000_000
+    """Elements of gradient reduced at once."""
+    allgather_bucket_size: Positive = 5_000_000
+    """Elements of parameter gathered at once."""
+    prefetch_bucket_size: NotNegative = 5_000_000
+    """Stage 3: elements fetched ahead."""
+    persistence_threshold: NotNegative = 10_000
+    """Stage 3: smaller parameters are never sharded."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Checkpointing:
+    mode: Literal["none", "selective", "full"] = "none"
+    """Set by checkpointing=; full keeps a layer's input, selective its matrix products and attention too."""
+    layers: list[NotNegative] = Field(default_factory=list)
+    """The layers to recompute, from 0, as [0,1]; empty is all."""
+    every: Positive = 1
+    """Recompute every n-th layer, from the first."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Pipeline:
+    stages: Positive = 1
+    """How many stages the layers are cut into."""
+    split: Literal["uniform", "parameters", "memory"] | list[Positive] = "uniform"
+    """Layers of each stage: evenly, by parameters, by rehearsed peak, or as [3,5]."""
+    groups: Positive | None = None
+    """Generation: groups of prompts in flight; null is one a stage."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Train:
+    steps: Positive = 100
+    """Optimizer steps of the whole run, those before a resume included."""
+    micro_batch: Positive = 4
+    """Sequences a rank takes at once."""
+    accumulation: Positive = 1
+    """Micro-batches in a step."""
+    batch: Positive | None = None
+    """Sequences in a step over all ranks; checked if set."""
+    sequence: Positive = 256
+    """Tokens in a sequence."""
+    learning_rate: PositiveFloat = 1e-3
+    """AdamW's highest learning rate."""
+    warmup_steps: NotNegative = 0
+    """Steps from zero to the learning rate."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """What follows the warm-up."""
+    weight_decay: NotNegativeFloat = 0.1
+    """AdamW's weight decay."""
+    fused: bool = False
+    """AdamW in one kernel, without temporaries."""
+    clip: NotNegativeFloat = 1.0
+    """Largest gradient norm; 0 is off."""
+    validate_every: NotNegative = 50
+    """Steps between validations; 0 is never."""
+    validation_batches: Positive = 8
+    """Micro-batches a rank validates on."""
+    save_every: NotNegative = 0
+    """Steps between full-state checkpoints; 0 is never."""
+    keep: Positive = 2
+    """Number of complete full-state checkpoints kept."""
+    resume: str | None = None
+    """Directory of the run to continue."""
+    export: bool = True
+    """Write checkpoint/ in transformers' format at the end."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Generation:
+    batch: Positive = 4
+    """Prompts a rank generates from at once."""
+    prompts: str | None = None
+    """File of prompts, one a line."""
+    prompt: list[str] = Field(default_factory=list)
+    """Prompts, as ['first one','second one']."""
+    count: Positive = 8
+    """Prompts sampled from the data where none are given."""
+    prompt_length: Positive = 64
+    """Tokens of a sampled prompt."""
+    max_new_tokens: Positive | None = None
+    """Most tokens generated for a prompt; null is what the checkpoint says, else 64."""
+    cache: Literal["dynamic", "static", "paged", "quantized", "offloaded", "none"] = "dynamic"
+    """KV cache; none recomputes everything."""
+    cache_bits: Literal[8, 4, 2] = 8
+    """cache=quantized: bits of an element; 4 and 2 by optimum-quanto."""
+    batching: Literal["static", "continuous"] = "static"
+    """Continuous: a finished prompt gives its place to the next; static: a batch waits for its longest."""
+    page_size: Annotated[int, Field(ge=4, le=MOST)] = 16
+    """cache=paged: tokens in a page."""
+    pages: Positive | None = None
+    """cache=paged: pages of all layers; null is enough for the longest request in every place."""
+    batch_tokens: Positive | None = None
+    """batching=continuous: most tokens in a forward; null is the longest prompt, or about 512 at once."""
+    workload: str | None = None
+    """File of requests, a JSON object a line: a prompt or its prompt_length, and its own max_new_tokens."""
+    lengths: Literal["fixed", "uniform", "skewed"] = "fixed"
+    """Lengths of sampled prompts and of their answers: all the longest, or drawn by seed from 1 to the longest."""
+    tensor_parallel: Positive = 1
+    """How many ranks share each layer, by transformers' own plan."""
+    compile: bool = False
+    """Compile the decoding step; needs cache=static."""
+    sample: bool | None = None
+    """Draw tokens; false takes the likeliest; null is what the checkpoint says, else false."""
+    temperature: Temperature | None = None
+    """Sampling: below 1 is sharper; null is what the checkpoint says, else 1."""
+    top_k: NotNegative | None = None
+    """Sampling: only the k likeliest, 0 is off; null is what the checkpoint says, else 0."""
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Sampling: only the likeliest that add up to p, 1 is off; null is what the checkpoint says, else 1."""
+    stop_at_eos: bool = True
+    """End a sequence at the checkpoint's end-of-sequence tokens."""
+    config: dict[str, Any] = Field(default_factory=dict)
+    """Other fields of transformers' GenerationConfig, over the checkpoint's: generation.config.min_new_tokens=8."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Ledger:
+    mode: Literal["exact", "phases", "off"] = "exact"
+    """Set by ledger=."""
+    steps: Positive = 3
+    """ledger=exact: how many first steps or batches are exact; ledger=phases after them."""
+    trace: bool = True
+    """Write every event of the exact steps to trace/, for harness report."""
+    snapshot: bool = False
+    """On CUDA, keep torch's own snapshot too, for memory_viz."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class World:
+    kind: Literal["torchrun", "rehearsed"] = "torchrun"
+    """Set by world=."""
+    size: Annotated[int, Field(ge=1, le=2**20), _Number] | None = None
+    """Number of ranks this config is for; any other number is refused."""
+    timeout: Annotated[float, Field(ge=1, le=1e8), _Number] = 600.0
+    """Seconds a rank waits for the others; 1e8 is three years."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Hardware:
+    name: str = "auto"
+    """The name in the record."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Auto is a GPU where there is one."""
+    memory: Positive | None = None
+    """Bytes of memory on a device."""
+    bandwidth: PositiveFloat | None = None
+    """Bytes a second from the device's memory."""
+    flops_bf16: PositiveFloat | None = None
+    """Dense bf16 operations a second, accumulated in fp32: the peak that utilization is measured against."""
+    flops_bf16_sparse: PositiveFloat | None = None
+    """The same with 2:4 sparse weights: the rate that vendors print."""
+    flops_fp16_accumulate: PositiveFloat | None = None
+    """Dense fp16 operations a second, accumulated in fp16."""
+    link: PositiveFloat | None = None
+    """Bytes a second between devices, sum of both directions."""
+    capability: PositiveFloat | None = None
+    """A GPU's compute capability, as 8.9: it decides which kernels for packed weights exist."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Settings:
+    mode: Literal["train", "infer"] = "train"
+    """What to run."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Of parameters, gradients, activations, KV cache; auto is bf16 on GPUs and on CPUs faster in it, else fp32."""
+    seed: Annotated[int, Field(ge=0, lt=2**32), _Number] = 0
+    """Seed of weights, data order and sampling."""
+    model: Model = Model()
+    data: Data = Data()
+    zero: Zero = Zero()
+    checkpointing: Checkpointing = Checkpointing()
+    pipeline: Pipeline = Pipeline()
+    train: Train = Train()
+    generation: Generation = Generation()
+    ledger: Ledger = Ledger()
+    world: World = World()
+    hardware: Hardware = Hardware()
+
+    @property
+    def dtype(self) -> str:
+        """torch's name of the precision. The precision must be resolved: "auto" raises KeyError."""
+        return {"bf16": "bfloat16", "fp32": "float32"}[self.precision]
+
+    @property
+    def tensor_parallel(self) -> int:
+        """How many ranks share each layer; 1 in training, where each rank has whole layers."""
+        return self.generation.tensor_parallel if self.mode == "infer" else 1
+
+
+RESOLVED = ("precision", "model.attention")
+"""Keys whose `auto` is decided before a run begins, in `model/resolve.py`."""
+
+
+@dataclass(frozen=True)
+class Knob:
+    """A field as `--help` prints it. Refusals print its `range`; `text` says whether it accepts any text."""
+
+    default: Any
+    choices: tuple[str, ...]
+    text: bool
+    meaning: str
+    range: str
+
+
+@cache
+def knobs() -> dict[str, Knob]:
+    """Every field by its path `group.key`, in declaration order."""
+    schema = TypeAdapter(Settings).json_schema()
+    fields: dict[str, Knob] = {}
+    for name, field in schema["properties"].items():
+        group = schema["$defs"].get(field.get("$ref", "").rpartition("/")[2])
+        for key, value in group["properties"].items() if group else ():
+            fields[f"{name}.{key}"] = _knob(value)
+        if not group:
+            fields[name] = _knob(field)
+    return fields
+
+
+def _knob(schema: dict[str, Any]) -> Knob:
+    choices = tuple(map(str, schema.get("enum", ())))
+    kinds = [part.get("type") for part in (schema, schema.get("items", {}), *schema.get("anyOf", ()))]
+    empty: Any = {"array": [], "object": {}}.get(
+        kinds[0] or ""
+    )  # a JSON schema has no default for a default_factory
+    text = "string" in kinds and not choices
+    return Knob(schema.get("default", empty), choices, text, schema.get("description", ""), _range(schema))
+
+
+def _range(schema: Mapping[str, Any]) -> str:
+    """The allowed range of a number, as text; empty for fields without one."""
+    phrases = {
+        "minimum": "{} or more",
+        "exclusiveMinimum": "above {}",
+        "maximum": "{} or less",
+        "exclusiveMaximum": "below {}",
+    }
+    for part in (schema, *schema.get("anyOf", ())):
+        limits = {name: int(part[name]) for name in phrases if part.get(name, MOST) < MOST}
+        if limits:
+            return " and ".join(phrases[name].format(limit) for name, limit in limits.items())
+    return ""
+
+
+def as_typed(value: object) -> str:
+    """`value` as the command line writes it."""
+    if isinstance(value, list):
+        return f"[{','.join(map(as_typed, value))}]"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{key}:{as_typed(each)}' for key, each in value.items())}}}"
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)

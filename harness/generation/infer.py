@@ -1,0 +1,329 @@
+"""The inference run: distribute prompts over ranks, generate in batches, gather the results in order."""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from harness.config.load import Settings
+from harness.config.rules.generation import check_device
+from harness.config.settings import Refusal
+from harness.config.strategy import Strategy
+from harness.data.prompts import Prompt, check, find, text_of
+from harness.generation import continuous_batching
+from harness.generation.batch import Requests
+from harness.generation.compiled_decode import Compiled
+from harness.generation.decode import Generated, generate
+from harness.generation.extrapolation import NOTHING
+from harness.generation.generation_config import strategy_of
+from harness.generation.metrics import (
+    Share,
+    Timing,
+    idleness,
+    largest,
+    of_replicas,
+    pages,
+    performance,
+    scheduled,
+    unasked,
+)
+from harness.generation.paged_cache import room
+from harness.generation.pipeline_decode import Relay
+from harness.ledger import Ledger
+from harness.model import init_weights, loader, stage
+from harness.model.kv_cache import attention_flops_per_position, check_bits, kv_bytes_per_token
+from harness.model.partition import ranges, split_of
+from harness.model.stage import Stage
+from harness.model.tokenizer import tokenizer_of
+from harness.quantization import method
+from harness.quantization.method import Quantization
+from harness.record.record_file import Output
+from harness.runtime.files import whole
+from harness.runtime.progress import Pace
+from harness.runtime.world import World
+
+FILE = "generations.jsonl"
+SHOWN = 2
+"""How many of the texts are printed at the end."""
+
+Say = Callable[[str], None]
+T = TypeVar("T")
+
+
+def run(settings: Settings, world: World, ledger: Ledger, out: Output) -> None:
+    """Generate for every prompt and write `generations.jsonl` in the run's directory. Raises Refusal."""
+    start = time.perf_counter()
+    config = loader.model_config(settings.model)
+    tokenizer = tokenizer_of(settings.model, settings.data.tokenizer)
+    strategy = strategy_of(settings, config)
+    prompts = find(settings, tokenizer, strategy.most, world.rehearsed)
+    check(prompts, config)
+    generation = settings.generation
+    check_device(generation, world.kind)
+    if generation.cache == "quantized" and not world.rehearsed:
+        with ledger.opaque("check", NOTHING):  # not part of the run's work
+            check_bits(generation.cache_bits, world.device)
+    dtype = getattr(torch, settings.dtype)
+    quantization = method.take(config, settings, world.kind)
+    if quantization is not None:
+        dtype = quantization.dtype(dtype, world.kind)
+    if generation.batching == "continuous":
+        room(generation, config, dtype, prompts)  # raises Refusal before the model is built
+    with ledger.phase("setup"):
+        model, sizes = _model_of_rank(settings, config, dtype, world, ledger, quantization)
+    if generation.batching == "static":
+        check_columns(
+            model.model if isinstance(model, Stage) else model, prompts, generation.batch, world.replicas
+        )
+    out.done["model"] = {
+        "name": settings.model.name,
+        **sizes,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    if world.stages * world.tensor > 1:
+        ways = [f"{world.stages} stages"] * (world.stages > 1)
+        ways += [f"layers shared by {world.tensor}"] * (world.tensor > 1)
+        layout = f"{sizes['parameters']:,} parameters in {', '.join(ways)}, {world.size} ranks"
+        out.say(f"{settings.model.name}: {layout}")
+    if description := strategy.description():
+        out.say(f"{settings.model.name}: {description}")
+    startup = time.perf_counter() - start
+    share = share_of(settings, world, ledger, model, prompts, strategy, out.flush, out.say)
+    ledger.enough()  # on every rank, whatever its number of batches: an exact ledger would also record what follows
+    by_rank = world.gather(share)
+    shares = of_replicas(by_rank, world.replicas, world.tensor)
+    out.done["inference"] = {
+        "prompts": len(prompts),
+        "prompt_tokens": sum(len(prompt.tokens) for prompt in prompts),
+        "max_new_tokens": max(prompt.most for prompt in prompts),
+        "cache": settings.generation.cache,
+        "tensor_parallel": world.tensor,
+        "kv_bytes_per_token": kv_bytes_per_token(config, dtype),
+        "attention_flops_per_position": attention_flops_per_position(config),
+        "generation_config": strategy.as_record(),
+        **largest(shares),
+        **pages(shares),
+    }
+    if world.rehearsed:
+        return
+    tokens = dict(sorted(pair for share in shares for pair in share.tokens.items()))
+    texts = [text_of(tokenizer, new) for new in tokens.values()]
+    if world.leads:
+        write(out.directory / FILE, prompts, list(tokens.values()), texts)
+    exact = settings.ledger.steps if settings.ledger.mode == "exact" else 0
+    out.done["inference"] |= {"new_tokens": sum(map(len, tokens.values())), **unasked(shares)}
+    measured = {**performance(shares, exact), **scheduled(shares)}
+    out.done["performance"] = {"startup_seconds": startup, **measured}
+    if world.stages > 1:
+        out.done["performance"]["stages"] = idleness(by_rank, world.stages, exact)
+    _tell(out.say, prompts, texts, out.done)
+
+
+def _model_of_rank(
+    settings: Settings,
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    world: World,
+    ledger: Ledger,
+    quantization: Quantization | None,
+) -> tuple[PreTrainedModel | Stage, dict[str, Any]]:
+    """The model, or this rank's stage of it, and the sizes of the whole model."""
+    spec, options = (
+        (settings.model, config, dtype, world.device, settings.seed),
+        (world.rehearsed, world.mesh),
+    )
+    if world.stages == 1:
+        model = loader.build(*spec, *options, quantization)
+        ledger.own(model=model.eval().requires_grad_(False))
+        if quantization is not None and not world.rehearsed:
+            quantization = quantization.as_read(model)
+        return model, loader.sizes(model, quantization)
+    part = stage.build(*spec, ranges(split_of(settings, config))[world.stage], *options, quantization)
+    part.eval().requires_grad_(False)
+    ledger.own(model=part.model)
+    whole = init_weights.outline(config, dtype, settings.model.attention)
+    return part, loader.sizes(whole, quantization)
+
+
+def share_of(
+    settings: Settings,
+    world: World,
+    ledger: Ledger,
+    model: PreTrainedModel | Stage,
+    prompts: Sequence[Prompt],
+    strategy: Strategy,
+    flush: Callable[[], None],
+    say: Say = lambda line: None,
+) -> Share:
+    """Generate for this replica's prompts: every `world.replicas`-th one."""
+    generation = settings.generation
+    own_prompts = {
+        number: prompts[number] for number in of_replica(len(prompts), world.replica, world.replicas)
+    }
+    quiet = world.rehearsed or not world.leads
+    if generation.batching == "continuous" and isinstance(model, PreTrainedModel):
+        with Pace(len(own_prompts), "prompt", say, quiet) as pace:
+
+            def tell(ended: int) -> None:
+                pace.advance(ended)
+                flush()
+
+            return continuous_batching.share_of(
+                generation, model, own_prompts, strategy, ledger, world.rehearsed, tell
+            )
+    with Pace(sum(prompt.most for prompt in own_prompts.values()), "token", say, quiet) as pace:
+        return _in_batches(settings, world, ledger, model, own_prompts, strategy, pace, flush)
+
+
+def _in_batches(
+    settings: Settings,
+    world: World,
+    ledger: Ledger,
+    model: PreTrainedModel | Stage,
+    prompts: Mapping[int, Prompt],
+    strategy: Strategy,
+    pace: Pace,
+    flush: Callable[[], None],
+) -> Share:
+    """Generate for these prompts in batches; all requests of a batch begin and end together."""
+    generation, share, done = settings.generation, Share(), 0
+    relay = Relay(model, world, ledger) if isinstance(model, Stage) else None
+    request_batches = [_requests(prompts, numbers) for numbers in batches(list(prompts), generation.batch)]
+    cache: str | Compiled = generation.cache
+    if generation.compile and isinstance(model, PreTrainedModel) and request_batches:
+        longest = max(requests.shown for requests in request_batches)
+        cache = Compiled(model, longest, ledger, world.rehearsed)
+    for step, requests in enumerate(request_batches):
+        if world.rehearsed and step == settings.ledger.steps:
+            ledger.enough()  # the next prefill would do the same
+            break
+        groups = [requests]
+        options: Any = {"cache": cache, "bits": generation.cache_bits, "step": step, "tell": pace.advance}
+        options["ends_only"] = world.rehearsed
+        if relay is not None:
+            parts = cut(requests.numbers, settings.pipeline.groups or world.stages)
+            groups = [_requests(prompts, numbers) for numbers in parts]
+            output = relay.generate(groups, strategy, **options)
+        else:
+            output = generate(model, requests, strategy, ledger=ledger, **options)
+        share.tokens.update(zip(requests.numbers, output.tokens, strict=True))
+        share.timings.append(timing(groups, output))
+        share.kv += [] if output.kv is None else [output.kv]
+        done += sum(requests.most)
+        pace.up_to(done)
+        flush()
+    return share
+
+
+def of_replica(prompts: int, replica: int, replicas: int) -> range:
+    """The numbers of one replica's prompts, out of so many `prompts`."""
+    return range(replica, prompts, replicas)
+
+
+def check_columns(model: PreTrainedModel, prompts: Sequence[Prompt], batch: int, replicas: int = 1) -> None:
+    """Refuse a batch whose columns, with padding, exceed the positions of the model's own attention table.
+
+    A single request may fit where the padded batch does not. Every rank refuses the same.
+    """
+    tables = [
+        buffer.shape[-1]
+        for buffer in model.buffers()
+        if buffer.dim() == 4 and buffer.shape[-2] == buffer.shape[-1]
+    ]
+    if model.config.model_type == "mpt":
+        tables.append(model.config.max_seq_len)  # biases by distance, built in every forward
+    numbers = [of_replica(len(prompts), replica, replicas) for replica in range(replicas)]
+    every_batch = [
+        row_numbers for replica_numbers in numbers for row_numbers in batches(replica_numbers, batch)
+    ]
+    columns = max(_requests(dict(enumerate(prompts)), row_numbers).shown for row_numbers in every_batch)
+    if tables and columns > min(tables):
+        problem = f"padded, a batch comes to {columns} columns, and the model's attention has {min(tables)}"
+        raise Refusal(
+            "generation.batch", batch, f"{problem}; use 1, or prompts of more like lengths together"
+        )
+
+
+def _requests(prompts: Mapping[int, Prompt], numbers: Sequence[int]) -> Requests:
+    chosen = [prompts[number] for number in numbers]
+    return Requests([prompt.tokens for prompt in chosen], [prompt.most for prompt in chosen], numbers)
+
+
+def timing(groups: Sequence[Requests], output: Generated) -> Timing:
+    """The figures of the batch that these `groups` formed."""
+    prompt_lengths = [len(prompt) for group in groups for prompt in group.prompts]
+    padding = sum(len(group.prompts) * group.width for group in groups) - sum(prompt_lengths)
+    return Timing(
+        len(prompt_lengths),
+        sum(prompt_lengths),
+        sum(map(len, output.tokens)),
+        output.prefill_seconds,
+        output.decode_seconds,
+        output.waited_seconds,
+        output.compile_seconds,
+        output.began,
+        output.moments,
+        output.computed,
+        padding,
+    )
+
+
+def cut(numbers: Sequence[int], groups: int) -> list[Sequence[int]]:
+    """Split `numbers` into so many groups of nearly equal size, or into fewer where there are fewer; none is empty."""
+    groups = min(groups, len(numbers))
+    ends = [len(numbers) * group // groups for group in range(groups + 1)]
+    return [numbers[begin:end] for begin, end in pairwise(ends)]
+
+
+def batches(numbers: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    """Split `numbers` into batches of `size`; the last may be smaller."""
+    for begin in range(0, len(numbers), size):
+        yield numbers[begin : begin + size]
+
+
+def write(
+    file: Path, prompts: Sequence[Prompt], tokens: Sequence[Sequence[int]], texts: Sequence[str]
+) -> None:
+    """Write a JSON line for each prompt, in order. The file appears complete or not at all."""
+    with whole(file) as partial, partial.open("w", encoding="ascii") as stream:
+        for prompt, new, text in zip(prompts, tokens, texts, strict=True):
+            line = {
+                "prompt": prompt.text,
+                "prompt_tokens": list(prompt.tokens),
+                "tokens": list(new),
+                "text": text,
+            }
+            stream.write(json.dumps(line) + "\n")
+
+
+def _tell(say: Say, prompts: Sequence[Prompt], texts: Sequence[str], done: dict[str, Any]) -> None:
+    measured, inference = done["performance"], done["inference"]
+    first, bytes_per_token = measured["time_to_first_token_seconds"], inference["kv_bytes_per_token"]
+    figures = [
+        f"{len(prompts)} prompt{'s' * (len(prompts) > 1)}",
+        f"{inference['new_tokens']:,} new tokens",
+        f"{measured['tokens_per_second'] or 0:,.0f} tokens/s",
+        *([] if first is None else [f"first token after {first * 1000:.1f} ms"]),
+        *(
+            []
+            if bytes_per_token is None
+            else [f"KV {bytes_per_token / 1024:g} KiB a token ({inference['cache']} cache)"]
+        ),
+    ]
+    say(", ".join(figures))
+    if stages := measured.get("stages"):
+        say(", ".join(f"stage {each['stage']} idle {each['idle']:.0%}" for each in stages))
+    for prompt, text in list(zip(prompts, texts, strict=True))[:SHOWN]:
+        say(f"  prompt  {shown(prompt.text)}")
+        say(f"  text    {shown(text)}")
+
+
+def shown(text: str, width: int = 100) -> str:
+    """`text` on one line in quotes, with control characters escaped, cut after `width` characters."""
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return f"'{line}'" if len(line) <= width else f"'{line[:width]}'..."

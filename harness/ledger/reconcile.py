@@ -1,0 +1,252 @@
+"""Compares the log with the allocator's own events: what the allocator's peak consists of, and what is unexplained."""
+
+import math
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from harness.ledger.allocator import Allocation
+from harness.ledger.categories import CATEGORIES
+from harness.ledger.events import Event, Operator, Storage, Where
+from harness.ledger.holdings import holdings_of
+from harness.ledger.replay import Peak, backdated
+
+CLOCK_ERROR = 500
+"""Nanoseconds by which the allocator's clock and the log's may differ. The time between two operators is far longer."""
+
+SCALAR_BYTES = 16
+"""Bytes of the largest 0-dim tensor that torch makes of a Python number in an operator's arguments. No dispatch mode
+sees it."""
+
+
+WAIT_OPERATORS = ("wait_tensor.default",)
+"""Operators that wait for a collective."""
+
+
+@dataclass
+class Books:
+    """The allocator's count at its own peak, and the part that no category explains, in bytes. None: not recorded."""
+
+    source: str | None = None
+    peak: int | None = None
+    unattributed: int | None = None
+    # externally owned bytes alive at the peak, in no figure here: of mapped files, numpy, or from before the log
+    foreign: int | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Block:
+    """A block of the allocator, and the storage in it, if known."""
+
+    nbytes: int
+    born: float
+    died: float = math.inf
+    pointer: int = 0
+    storage: Storage | None = None
+
+
+def blocks_of(allocations: Iterable[Allocation]) -> dict[int, list[Block]]:
+    """Blocks by address, in order of allocation. A block whose allocation was not recorded is left out."""
+    blocks: dict[int, list[Block]] = {}
+    for event in allocations:
+        at_address = blocks.setdefault(event.pointer, [])
+        if event.delta > 0:
+            at_address.append(Block(event.delta, event.time, pointer=event.pointer))
+        elif at_address and at_address[-1].died == math.inf:
+            at_address[-1].died = event.time
+    return blocks
+
+
+def _birth(block: Block) -> float:
+    return block.born
+
+
+def assign_blocks(storages: Iterable[Storage], blocks: dict[int, list[Block]]) -> list[Storage]:
+    """Assign each storage to its block, and return the storages without a block."""
+    without_block = []
+    for storage in storages:
+        at_address = blocks.get(storage.pointer, [])
+        index = bisect_right(at_address, storage.born + CLOCK_ERROR, key=_birth) - 1  # type: ignore[arg-type]
+        block = at_address[index] if index >= 0 else None
+        if (
+            block
+            and block.storage is None
+            and block.nbytes == storage.nbytes
+            and block.died > storage.born - CLOCK_ERROR
+        ):
+            block.storage = storage
+            # a thread that reports no events may have freed the block
+            if block.died == math.inf and storage.died is not None:
+                block.died = storage.died
+        else:
+            without_block.append(storage)
+    return without_block
+
+
+def is_scratch(operators: Sequence[Operator], block: Block) -> bool:
+    """Whether `block` is allocated and freed within one operator's interval: a kernel's scratch, or a Python number.
+
+    An interval lasts until the next operator begins, because a collective works while its caller waits. A caller that
+    does not wait at once keeps the scratch until it waits later. A number may live longer, because autograd keeps it.
+    """
+    if block.nbytes <= SCALAR_BYTES:
+        return True
+    born, died = (
+        _operator_at(operators, time) for time in (block.born + CLOCK_ERROR, block.died - CLOCK_ERROR)
+    )
+    if born < 0 or block.died == math.inf:
+        return False
+    return died <= born or operators[died].name in WAIT_OPERATORS
+
+
+def _operator_at(operators: Sequence[Operator], time: float) -> int:
+    """Index of the last operator that began by `time`. -1 if there is none."""
+    return bisect_right(operators, time, key=lambda operator: operator.began) - 1
+
+
+def without_mappings(
+    blocks: list[Block], external: Sequence[Storage], operators: Sequence[Operator]
+) -> list[Block]:
+    """`blocks` without mapped files, which are reported like allocations: storages of `external` lie inside them."""
+    unassigned = [block for block in blocks if block.storage is None and not is_scratch(operators, block)]
+    mappings = {
+        id(block)
+        for block in unassigned
+        for storage in external
+        if block.pointer <= storage.pointer < block.pointer + block.nbytes and storage.nbytes < block.nbytes
+        if block.born <= storage.born < block.died
+    }
+    return [block for block in blocks if id(block) not in mappings]
+
+
+@dataclass(frozen=True)
+class Reconciled:
+    """The log's events completed by the allocator's: all blocks, and the storage in each."""
+
+    events: list[Event]
+    operators: Sequence[Operator]
+    blocks: list[Block]
+    foreign: list[Storage]  # storages in externally owned memory
+
+
+def reconciled(
+    events: Sequence[Event], operators: Sequence[Operator], allocations: Iterable[Allocation], opened: int
+) -> Reconciled:
+    """Complete `events` with storages that the log saw too late or not at all. The log began at `opened`."""
+    storages = [event.storage for event in events if event.storage is not None and event.delta > 0]
+    by_pointer = blocks_of(allocations)
+    without_block = assign_blocks(storages, by_pointer)
+    without_block = [
+        storage for storage in without_block if not (storage.base and _assign_late(storage, by_pointer))
+    ]
+    all_events = backdated(events, opened)
+    external = [storage for storage in without_block if not storage.base]
+    blocks = without_mappings(
+        [block for at_address in by_pointer.values() for block in at_address], external, operators
+    )
+    outliving = outliving_storages(blocks, operators)
+    blocks += [Block(s.nbytes, s.born, s.died or math.inf, storage=s) for s in without_block if s.base]
+    return Reconciled(_with_events_of(all_events, outliving), operators, blocks, external)
+
+
+def _assign_late(storage: Storage, blocks: dict[int, list[Block]]) -> bool:
+    """Whether `storage`, whose allocation no operator showed, was allocated during the log. If so, assign its block."""
+    for block in blocks.get(storage.pointer, []):
+        if (
+            block.storage is None
+            and block.nbytes == storage.nbytes
+            and block.born <= storage.born < block.died
+        ):
+            block.storage, storage.base = storage, False
+            return True
+    return False
+
+
+def outliving_storages(blocks: Iterable[Block], operators: Sequence[Operator]) -> list[Storage]:
+    """A storage for each unassigned block that was allocated inside an opaque operator and outlived it."""
+    opaque = [operator for operator in operators if operator.leaves]
+    storages = []
+    for block in blocks if opaque else ():
+        index = bisect_right(opaque, block.born + CLOCK_ERROR, key=lambda operator: operator.began) - 1
+        if block.storage is None and index >= 0:
+            maker = opaque[index]
+            outlived = block.died == math.inf or not is_scratch(operators, block)
+            if outlived and block.born <= maker.ended + CLOCK_ERROR:
+                block.storage = Storage(
+                    block.nbytes,
+                    block.pointer,
+                    int(block.born),
+                    maker.where,
+                    maker.module,
+                    maker.name,
+                    maker.leaves,
+                )
+                block.storage.recomputed = maker.recomputed
+                block.storage.died = None if block.died == math.inf else int(block.died)
+                storages.append(block.storage)
+    return storages
+
+
+def _with_events_of(events: list[Event], storages: Iterable[Storage]) -> list[Event]:
+    """Insert the events of `storages` into `events`, in order of time."""
+    for storage in storages:
+        for time, delta in ((storage.born, storage.nbytes), (storage.died, -storage.nbytes)):
+            if time is not None:
+                index = bisect_right(events, time, key=lambda event: event.time)
+                where = events[index - 1].where if index else storage.where
+                events.insert(index, Event(time, delta, storage, where, storage.module))
+    return events
+
+
+def at_allocator_peak(reconciliation: Reconciled, source: str) -> tuple[Peak, Books]:
+    """The allocator's own peak: categories, `kernel` scratch, and what is unexplained."""
+    blocks, operators = reconciliation.blocks, reconciliation.operators
+    size_changes = sorted(_size_changes(blocks), key=lambda change: change[0])
+    total, peak, moment = 0, 0, -math.inf
+    for time, delta in size_changes:
+        total += delta
+        if total > peak:
+            peak, moment = total, time
+
+    def alive(item: Block | Storage) -> bool:
+        return item.born <= moment and (item.died is None or item.died > moment)
+
+    alive_blocks = [block for block in blocks if alive(block)]
+    storages = [block.storage for block in alive_blocks if block.storage is not None]
+    categories: dict[str, int | None] = {
+        name: sum(storage.nbytes for storage in storages if storage.category == name) for name in CATEGORIES
+    }
+    unassigned = [block for block in alive_blocks if block.storage is None]
+    scratch = [block for block in unassigned if is_scratch(operators, block)]
+    kernel = categories["kernel"] = sum(block.nbytes for block in scratch)
+    saved = sum(
+        s.nbytes
+        for s in storages
+        if s.category == "activations" and s.saved_at is not None and s.saved_at <= moment
+    )
+    recomputed = sum(s.nbytes for s in storages if s.category == "activations" and s.recomputed)
+    where, module, op = _place_at(operators, moment)
+    unattributed = sum(block.nbytes for block in unassigned) - kernel
+    books = Books(
+        source,
+        peak,
+        unattributed,
+        sum(storage.nbytes for storage in reconciliation.foreign if alive(storage)),
+    )
+    attributed = sum(nbytes for nbytes in categories.values() if nbytes)
+    return Peak(attributed, where, module, op, categories, saved, recomputed, holdings_of(storages)), books
+
+
+def _size_changes(blocks: Iterable[Block]) -> Iterator[tuple[float, int]]:
+    for block in blocks:
+        yield block.born, block.nbytes
+        if block.died != math.inf:
+            yield block.died, -block.nbytes
+
+
+def _place_at(operators: Sequence[Operator], moment: float) -> tuple[Where, str, str]:
+    index = bisect_right(operators, moment + CLOCK_ERROR, key=lambda operator: operator.began) - 1
+    if index < 0:
+        return Where(0, "idle", 0), "", ""
+    operator = operators[index]
+    return operator.where, operator.module, operator.name

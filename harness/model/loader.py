@@ -1,0 +1,282 @@
+"""Build a transformers model from a config with random weights, or load it from a checkpoint; export it as a
+checkpoint.
+"""
+
+import copy
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import set_seed
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+)
+from safetensors import SafetensorError, safe_open
+from torch.distributed.device_mesh import DeviceMesh
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
+
+from harness.config.errors import first_line
+from harness.config.settings import Model, Refusal
+from harness.model import init_weights, shape, storages, tensor_parallel, widths
+from harness.quantization.method import Quantization
+from harness.runtime.memory_limit import check_parameters
+
+TEXTS = ("*.json", "*.txt", "*.model", "*.jinja")
+WEIGHTS = ("model*.safetensors",)
+"""File patterns to download from the hub: configs and tokenizers, and weights; never pickles, never code."""
+
+
+def model_config(settings: Model) -> PretrainedConfig:
+    """The transformers config of `settings`: from `model.config`, or from `model.path`. Raises Refusal."""
+    if settings.path is not None:
+        with loading(settings.path):
+            directory = directory_of(settings.path)
+            shape.check_stored(settings, directory)
+            config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    else:
+        config = shape.written(settings)
+    bidirectional = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", True)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or bidirectional:
+        key, value = (
+            ("model.path", settings.path) if settings.path else ("model.config.model_type", config.model_type)
+        )
+        remedy = (
+            f"{config.model_type} is no causal language model in transformers; give one, as llama or qwen3"
+        )
+        raise Refusal(key, value, remedy)
+    return config
+
+
+def build(
+    settings: Model,
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int,
+    rehearsed: bool = False,
+    mesh: DeviceMesh | None = None,
+    quantization: Quantization | None = None,
+) -> PreTrainedModel:
+    """The model in `dtype` on `device`: with the weights of `model.path`, or with random ones that depend only on
+    `seed`.
+
+    With `mesh` this rank has its part of the weights (`tensor_parallel.py`). With `quantization` the weights are packed
+    at load, or are already packed in the checkpoint.
+
+    Every parameter has a storage of its own and of exactly its size. Raises Refusal where memory is too small, or the
+    checkpoint is corrupt, pickled, or has missing, unexpected or mismatched weights. In a rehearsal (`rehearsed`) no
+    memory is allocated and no weight is read.
+    """
+    model = tensor_parallel.outline(config, dtype, settings.attention, mesh)
+    widths.check(settings, model)
+    packed = quantization is not None and quantization.packed
+    if quantization is not None and quantization.stays(rehearsed):
+        quantization.pack(model, settings)
+    if not rehearsed and (quantization is None or quantization.known):
+        check_parameters(settings, tensor_parallel.nbytes(model), dtype, device)
+    if settings.path is None or settings.random or rehearsed:
+        unset = init_weights.make(model, list(init_weights.modules(model)), model, device, seed)
+        if (settings.path is None or settings.random) and not packed:
+            check_values(settings, unset)
+        return model
+    set_seed(seed)
+    # the ledger does not see tensors that other threads allocate
+    os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
+    directory = whole_checkpoint(settings.path)
+    options = {
+        "config": config,
+        "dtype": dtype,
+        "attn_implementation": settings.attention,
+        "device_map": {"": device},
+        "use_safetensors": True,
+        "trust_remote_code": False,
+        "ignore_mismatched_sizes": True,  # they are in the report; _check_weights refuses them
+        "output_loading_info": True,
+        "generation_config": GenerationConfig(),  # not the checkpoint's: an invalid one must not fail the load
+        **({} if quantization is None else quantization.options(config)),
+    }
+    with loading(settings.path):
+        if mesh is None:
+            loaded, report = AutoModelForCausalLM.from_pretrained(directory, **options)
+        else:
+            loaded, report = tensor_parallel.load(directory, model, mesh, **options)
+    _check_weights(settings.path, report)
+    if quantization is not None and not quantization.as_read(loaded).packed:
+        vars(loaded).pop("_weight_conversions", None)  # else saving would pack the weights again
+    storages.own(loaded)
+    return loaded
+
+
+def count(model: torch.nn.Module) -> int:
+    """Number of parameters; a tied parameter counts once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def sizes(model: PreTrainedModel, quantization: Quantization | None = None) -> dict[str, Any]:
+    """The record's figures of a whole model: `parameters`, `embeddings` (the part of them in lookup tables), and bytes
+    if packed.
+
+    A packed weight counts as the elements that it stands for.
+    """
+    figures = {"parameters": count(model), "embeddings": looked_up(model)}
+    if quantization is None:
+        return figures
+    config = copy.deepcopy(model.config)
+    figures["parameters"] = count(init_weights.outline(config, next(model.parameters()).dtype))
+    return {**figures, "quantization": quantization.as_record(storages.nbytes(model))}
+
+
+def looked_up(model: torch.nn.Module) -> int:
+    """Elements of embedding tables that are not also the weight of a linear layer: each token reads one row of them."""
+    tables = {each.weight for each in model.modules() if isinstance(each, torch.nn.Embedding)}
+    linears = (each for each in model.modules() if isinstance(each, torch.nn.Linear))
+    tables -= {each.weight for each in linears if hasattr(each, "weight")}  # a packed layer may have none
+    return sum(table.numel() for table in tables)
+
+
+def export(
+    model: torch.nn.Module,
+    state: Mapping[str, torch.Tensor] | None,
+    tokens: PreTrainedTokenizerBase,
+    generation: Mapping[str, Any],
+    directory: Path,
+) -> None:
+    """Write `model` with the weights in `state`, its tokenizer and its `generation` config. The directory appears
+    complete or not at all.
+
+    The tokenizer's end token, which ends each training text, is added to the generation config's end tokens.
+    """
+    partial = directory.with_name(f".{directory.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    assert isinstance(model, PreTrainedModel)
+    model.generation_config = (
+        GenerationConfig()
+    )  # transformers refuses to save some checkpoints' generation configs
+    ends = generation.get("eos_token_id") or []
+    ends = [ends] if isinstance(ends, int) else [*ends]
+    if tokens.eos_token_id not in (None, *ends):
+        generation = {**generation, "eos_token_id": [tokens.eos_token_id, *ends]}
+    with quiet():
+        model.save_pretrained(partial, state_dict=dict(state) if state is not None else None)
+        tokens.save_pretrained(partial)
+    (partial / GENERATION_CONFIG_NAME).write_text(json.dumps(generation, indent=2), encoding="utf-8")
+    os.replace(partial, directory)
+
+
+def whole_checkpoint(place: str) -> Path:
+    """The directory of `place`, after a check that all its weights are there, in safetensors. Raises Refusal."""
+    with loading(place):
+        directory = directory_of(place, TEXTS + WEIGHTS)
+        _check_files(place, directory)
+    return directory
+
+
+def check_values(settings: Model, unset: set[str]) -> None:
+    """Raise Refusal for a model with parameters or buffers (`unset`) that nothing initialises."""
+    if unset:
+        key, value = ("model.path", settings.path) if settings.path else ("model", settings.name)
+        remedy = f"transformers has no first value for its {min(unset)}; only a checkpoint of it, read whole, has one"
+        raise Refusal(key, value, remedy)
+
+
+def _check_files(place: str, directory: Path) -> None:
+    """Raise Refusal for a checkpoint that is incomplete or not in safetensors; the message names the file."""
+    names = [SAFE_WEIGHTS_NAME]
+    if not (directory / SAFE_WEIGHTS_NAME).is_file() and (directory / SAFE_WEIGHTS_INDEX_NAME).is_file():
+        try:
+            index = json.loads((directory / SAFE_WEIGHTS_INDEX_NAME).read_text())
+            names = sorted(set(index["weight_map"].values()))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise Refusal("model.path", place, f"{SAFE_WEIGHTS_INDEX_NAME} in it is torn: {error}") from error
+    elif not (directory / SAFE_WEIGHTS_NAME).is_file() and any(directory.glob("*.bin")):
+        raise Refusal(
+            "model.path",
+            place,
+            "its weights are pickled (*.bin), and opening a pickle can run code; where you trust them, convert them "
+            "once with transformers: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW)",
+        )
+    for name in names:
+        if not (directory / name).is_file():
+            raise Refusal("model.path", place, f"{name} is missing in it; give a whole checkpoint")
+        try:
+            with safe_open(directory / name, framework="numpy"):
+                pass
+        except SafetensorError as error:
+            raise Refusal("model.path", place, f"{name} in it is torn: {first_line(error)}") from error
+
+
+def _check_weights(place: str, report: Mapping[str, Any]) -> None:
+    """Raise Refusal where transformers' loading `report` lists missing, unexpected or mismatched weights."""
+    problems = {
+        "missing": report["missing_keys"],
+        "unexpected": report["unexpected_keys"],
+        "of another shape": [
+            f"{name} ({list(stored_shape)}, not {list(model_shape)})"
+            for name, stored_shape, model_shape in report["mismatched_keys"]
+        ],
+    }
+    for problem, names in problems.items():
+        if names:
+            raise Refusal(
+                "model.path",
+                place,
+                f"its weights are not this model's: {len(names)} {problem}, {min(names)} first",
+            )
+
+
+def directory_of(place: str, patterns: tuple[str, ...] = TEXTS) -> Path:
+    """`place` if it is a directory, else the snapshot of that hub repository, with only the files of `patterns`."""
+    path = Path(place).expanduser()
+    if path.is_file():
+        raise NotADirectoryError("it is a file; give the directory that holds it")
+    return path if path.is_dir() else Path(snapshot_download(place, allow_patterns=list(patterns)))
+
+
+@contextmanager
+def loading(place: str, key: str = "model.path") -> Iterator[None]:
+    """Turn any error while `place` is loaded into a Refusal."""
+    try:
+        with quiet():
+            yield
+    except Refusal:
+        raise
+    except (OfflineModeIsEnabled, LocalEntryNotFoundError, HfHubHTTPError, ConnectionError) as error:
+        message = " ".join(str(error).split())
+        raise Refusal(key, place, f"no such directory, and the hub did not give it: {message}") from error
+    except HFValidationError as error:
+        remedy = "no such directory; give one that is there, or a name on the hub, as owner/name"
+        raise Refusal(key, place, remedy) from error
+    except Exception as error:  # tokenizers raises plain Exception, and model classes raise any type
+        raise Refusal(key, place, f"it cannot be loaded: {first_line(error)}") from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers from printing reports and progress bars: this code reports an error once, in one line."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,94 @@
+"""Replace `auto` in the settings before the run starts: the recorded config then says what ran, on any machine."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import PretrainedConfig
+
+from harness.config.rules.sources import identity_in
+from harness.config.settings import Refusal, Settings
+from harness.model import init_weights, shape
+from harness.model.loader import model_config
+from harness.runtime import peak_rates
+
+ATTENTIONS = ("sdpa", "eager")
+
+
+class Resolved(NamedTuple):
+    """Settings without `auto`; and for each replaced key its value and the reason, as `record.json` has it."""
+
+    settings: Settings
+    reasons: Mapping[str, str] = {}
+
+
+def resolve(settings: Settings, device: str | None = None) -> Resolved:
+    """Replace each `auto` in `settings` by a value for this machine's `device` ("cpu" or "cuda").
+
+    A rehearsal has no device: it decides by the kind of its hardware as the run would, and for a CPU by this machine's.
+    Raises Refusal for a model that transformers cannot build, or cannot build with the requested attention.
+    """
+    reasons = {}
+    value: Any
+    if settings.precision == "auto":
+        value, why = _precision(settings, device)
+        settings = replace(settings, precision=value)
+        reasons["precision"] = f"{value}: {why}"
+    value, why = _attention(settings)
+    if settings.model.attention == "auto":
+        settings = replace(settings, model=replace(settings.model, attention=value))
+        reasons["model.attention"] = f"{value}: {why}"
+    if ignored := shape.left_out(settings.model):
+        reasons["model.config"] = ignored
+    return Resolved(settings, reasons)
+
+
+def _precision(settings: Settings, device: str | None) -> tuple[str, str]:
+    """The precision and the reason."""
+    if settings.train.resume is not None:
+        saved = identity_in(Path(settings.train.resume)).get("precision")
+        if saved in ("bf16", "fp32"):
+            return saved, "that of the run which is resumed"
+    if (device or settings.hardware.device) == "cuda":
+        if device is None or torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bf16", "a GPU has units for it"
+        return "fp32", "this GPU has no units for bf16"
+    return peak_rates.precision_of_cpu()
+
+
+def _attention(settings: Settings) -> tuple[str, str]:
+    """The attention implementation and the reason."""
+    model = settings.model
+    config = model_config(model)
+    kind, requested = config.model_type, config._attn_implementation
+    if model.attention == "auto":
+        if requested not in (None, *ATTENTIONS):
+            remedy = f"the model's config asks for {requested}; say model.attention=sdpa or eager"
+            raise Refusal("model.attention", "auto", remedy)
+        used = _used_attention(config, requested)
+        if requested is not None:
+            return used, "the model's config asks for it"
+        if used == "eager":
+            return used, f"transformers has no sdpa for {kind}"
+        return used, f"transformers' own choice for {kind}"
+    default = _used_attention(config, None)
+    if model.attention != default and _used_attention(config, model.attention, default) != model.attention:
+        remedy = f"transformers has no {model.attention} for {kind}; use {default}, or auto"
+        raise Refusal("model.attention", model.attention, remedy)
+    return model.attention, ""
+
+
+def _used_attention(config: PretrainedConfig, wanted: str | None, instead: str = "") -> str:
+    """The attention implementation that transformers uses for `wanted`; `instead` where it refuses. Raises Refusal
+    without `instead`.
+    """
+    try:
+        model = init_weights.outline(copy.deepcopy(config), torch.float32, wanted)
+    except Refusal:
+        if instead:
+            return instead
+        raise
+    return str(model.config._attn_implementation)

@@ -1,0 +1,91 @@
+"""The record of a loop outside the harness, for the same tools: compare, report, check."""
+
+import platform
+from itertools import count
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from harness.ledger import Ledger
+from harness.record import record_file, trace
+from harness.runtime.world import exchange
+
+T = TypeVar("T")
+
+MODES = ("train", "infer")
+
+
+def save(ledger: Ledger, directory: str | Path, *, model: torch.nn.Module, mode: str = "train") -> Path:
+    """Write what `ledger` measured as a run's `record.json` and `trace/` into `directory`. Returns the record's path.
+
+    `mode` is what the loop did, "train" or "infer"; `model` is its model, wrapped or not. If torch.distributed is
+    initialised, every rank must call this, and rank 0 writes the records of all ranks.
+
+    Raises ValueError, on every rank, for an unknown `mode`, for a ledger whose block has not ended, and for a directory
+    that already has a record or cannot be written.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode={mode!r}: a loop is one of {', '.join(MODES)}")
+    file = Path(directory) / record_file.FILE
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    error_sentence = "the ledger is still open: save its record after its block" if ledger.exact else None
+    if rank == 0 and file.exists():
+        error_sentence = f"{directory} already holds a run's record; name another directory"
+    _raise_on_all(error_sentence)
+    ranks = _gather(record_file.rank_record(ledger, rank))
+    if rank == 0:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            record_file.write(file.parent, _record(ledger, mode, model, ranks))
+        except OSError as error:
+            error_sentence = f"{directory} cannot be written: {error.strerror}"
+    _raise_on_all(error_sentence)
+    trace.write(file.parent, rank, trace.of_ledger(ledger))
+    _raise_on_all(None)  # a barrier: after it all files exist for every rank
+    return file
+
+
+def _raise_on_all(error_sentence: str | None) -> None:
+    """Raise ValueError on every rank if any rank passes a sentence."""
+    for sentence in _gather(error_sentence):
+        if sentence is not None:
+            raise ValueError(sentence)
+
+
+def _gather(value: T) -> list[T]:
+    """The value of every rank, in rank order."""
+    if not dist.is_initialized():
+        return [value]
+    return exchange(value, f"harness.save/{next(_exchange_numbers)}")
+
+
+_exchange_numbers = count()
+"""Number of exchanges so far, the same on every rank."""
+
+
+def _record(ledger: Ledger, mode: str, model: torch.nn.Module, ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    name = torch.cuda.get_device_name() if ledger.device == "cuda" else platform.machine()
+    return {
+        "schema": record_file.SCHEMA,
+        "status": "complete",
+        "mode": mode,
+        "world": {"kind": "loop", "size": len(ranks), "device": ledger.device, "device_name": name},
+        "model": _model_record(model),
+        "config": {},
+        "environment": record_file.environment(),
+        "ranks": ranks,
+    }
+
+
+def _model_record(model: torch.nn.Module) -> dict[str, Any]:
+    """The record's `model`: the class inside all wrappers, its elements (ZeRO-3 stores only their number) and dtype."""
+    while isinstance(inner := getattr(model, "module", None), torch.nn.Module):
+        model = inner
+    parameters = [*model.parameters()]
+    return {
+        "name": type(model).__name__,
+        "parameters": sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters),
+        "dtype": str(parameters[0].dtype).removeprefix("torch.") if parameters else None,
+    }

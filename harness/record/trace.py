@@ -1,0 +1,100 @@
+"""A run's trace: every allocation and free of a storage on a rank, where it happened, and the storage's category.
+
+One table per rank, `trace/rank-N.parquet` in the run's directory, in the order of events. Reading needs no torch.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness.runtime.files import whole
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from harness.ledger import Ledger
+    from harness.ledger.events import Event
+
+DIRECTORY = "trace"
+COLUMNS = {
+    "step": "int32",
+    "phase": "text",
+    "micro_batch": "int32",
+    "module": "text",  # the running module
+    "op": "text",  # that allocated the storage; empty if an owner named it first
+    "category": "text",  # null: a phase begins
+    "name": "text",  # from an owner; empty if none claims it
+    "storage": "int32",  # the same number at allocation and free
+    "bytes": "int64",  # change of the live bytes
+    "saved": "int64",  # change of the bytes that autograd keeps
+    "nanoseconds": "int64",  # since the first event; null in a rehearsal
+}
+"""The columns of the table."""
+
+
+def of_ledger(ledger: "Ledger", timed: bool = True) -> "pa.Table":
+    """The ledger's events so far, one per row; none if it is not exact. With `timed=False` they have no time."""
+    import pyarrow as pa
+
+    events = ledger.events
+    rows: dict[str, list[Any]] = {name: [] for name in COLUMNS}
+    numbers: dict[tuple[int, str], int] = {}
+    start = events[0].time if events else 0
+    for event in events:
+        time = event.time - start if timed else None
+        for row in _rows(event, numbers):
+            for column, value in zip(rows.values(), (*event.where, event.module, *row, time), strict=True):
+                column.append(value)
+    return pa.table(rows, schema=schema())
+
+
+def _rows(event: "Event", numbers: dict[tuple[int, str], int]) -> Iterator[tuple[Any, ...]]:
+    """The columns `op` to `saved`. A buffer of several parameters has one row for each."""
+    storage = event.storage
+    if storage is None:
+        yield "", None, "", None, 0, 0
+        return
+    if event.saved or len(shares := storage.shares) == 1:
+        shares = [(storage.name, abs(event.delta))]
+    for index, (name, nbytes) in enumerate(shares):
+        number = numbers.setdefault((id(storage), name), len(numbers))
+        change = nbytes if event.delta > 0 else -nbytes
+        yield storage.op, storage.category, name, number, change, 0 if index else event.saves
+
+
+def schema() -> "pa.Schema":
+    """`COLUMNS` as an Arrow schema."""
+    import pyarrow as pa
+
+    kinds = {name: pa.string() if kind == "text" else getattr(pa, kind)() for name, kind in COLUMNS.items()}
+    return pa.schema(kinds.items())
+
+
+def write(directory: Path, rank: int, table: "pa.Table") -> None:
+    """Write a rank's `table` into a run's directory, completely or not at all. Without events there is no file."""
+    import pyarrow.parquet as pq
+
+    if not table.num_rows:
+        return
+    file = _file(directory, rank)
+    file.parent.mkdir(exist_ok=True)
+    with whole(file) as partial:
+        pq.write_table(table, partial, compression="zstd")
+
+
+def read(directory: Path, rank: int) -> "pa.Table | None":
+    """A rank's table. None if the run left none. Raises ValueError for a file that is not a trace."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    file = _file(directory, rank)
+    if not file.exists():
+        return None
+    try:
+        return pq.read_table(file, partitioning=None).select(list(COLUMNS)).cast(schema())
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+        raise ValueError(f"{file} is no trace: {str(error).splitlines()[0]}") from None
+
+
+def _file(directory: Path, rank: int) -> Path:
+    return directory / DIRECTORY / f"rank-{rank}.parquet"

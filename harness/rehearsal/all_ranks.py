@@ -1,0 +1,194 @@
+"""A whole rehearsal: every representative rank of a world, and one record of them all."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import as_completed
+from pathlib import Path
+from typing import Any
+
+from harness.config.load import Refusal, Settings
+from harness.config.rules.quantized import AT_FIRST, AT_LOAD
+from harness.generation.generation_config import strategy_of
+from harness.model.loader import model_config
+from harness.model.resolve import resolve
+from harness.record import record_file
+from harness.rehearsal import UNVERIFIED, kernels
+from harness.rehearsal.balance import Task, peak, resolved
+from harness.rehearsal.pool import progress, workers
+from harness.rehearsal.representatives import Role, roles
+from harness.runtime.progress import Pace, aside
+
+MEASURED = (
+    *("kv_reserved", "kv_filled", "kv_live"),
+    *("kv_pinned", "kv_state", "kv_host"),
+)
+"""The figures of `infer.largest` that count only one rank's own layers."""
+
+
+def described(settings: Settings) -> dict[str, Any]:
+    """The record's `world` for a rehearsal of `settings`."""
+    gpu = settings.hardware.device == "cuda"
+    return {
+        "kind": "rehearsed",
+        "size": settings.world.size,
+        "device": "cuda" if gpu else "cpu",
+        "device_name": settings.hardware.name if settings.hardware.device != "auto" else None,
+        "memory": settings.hardware.memory,
+        "verified": UNVERIFIED if gpu else None,
+        "differences": list(_differences(settings)),
+    }
+
+
+def _differences(settings: Settings) -> Iterator[str]:
+    """Sentences about the known differences from a real run of the same config."""
+    if settings.model.path is not None and not settings.model.random:
+        yield "weights are made and not read: while a real run reads them, in setup, it holds one parameter twice"
+    if settings.mode == "infer" and settings.generation.stop_at_eos:
+        yield "no sequence ends early: generation goes on to generation.max_new_tokens"
+    if settings.mode == "infer" and _looks_up_ngrams(settings):
+        yield "encoder_no_repeat_ngram_size forbids other tokens, and so a few bytes of numbers are more or fewer"
+    if settings.mode == "infer" and settings.generation.compile:
+        yield "the decoding step is not compiled: what its program needs beside the cache is its compiler's choice"
+    if settings.hardware.device == "cuda" and (kernels_differ := kernels.difference(settings)):
+        yield kernels_differ
+    if settings.mode == "train" and settings.train.clip and settings.pipeline.stages > 1:
+        yield "no gradient has a norm: where a real one is above train.clip, gradients may be moved once more"
+    if settings.mode == "train":
+        yield "no text is read: where a real run's data ends and begins anew, it has no next batch at hand"
+
+
+def _looks_up_ngrams(settings: Settings) -> bool:
+    """Whether a logits processor depends on the values of tokens, and not only on their number."""
+    try:
+        strategy = strategy_of(settings, model_config(settings.model))
+    except Refusal:  # the rehearsal itself raises it
+        return False
+    return "encoder_no_repeat_ngram_size" in strategy.processed
+
+
+def of_packing(model: Mapping[str, Any]) -> Iterator[str]:
+    """The known differences for packed weights; `model` is the record's."""
+    packed = model.get("quantization")
+    if packed is None or packed["whole"] == AT_LOAD:
+        return
+    yield (
+        f"weights have the layout of {packed['method']}: what its kernels need beside them, or make of them to be "
+        "faster, is not in these figures"
+    )
+    if packed["method"] == "mxfp4":
+        yield "transformers computes in mxfp4 where triton and kernels are installed, and makes weights whole elsewhere"
+    if packed["whole"] == AT_FIRST:
+        yield "weights are made whole in one go: a real run holds a few copies of one layer meanwhile"
+
+
+def rehearsed(settings: Settings, overrides: Sequence[str], parallel: bool = True) -> dict[str, Any]:
+    """The record of a rehearsal that writes nothing to disk. With `parallel` each representative has its own process.
+
+    Raises Refusal and any other exception, as the run itself would.
+    """
+    decision = resolve(settings)
+    ranks, done = rehearse(decision.settings, parallel=parallel)
+    world = described(decision.settings)
+    world["differences"] += of_packing(done["model"])
+    head = record_file.head(decision.settings, decision.reasons, overrides, world)
+    return {**head, "status": "complete", **done, "ranks": ranks}
+
+
+def rehearse(
+    settings: Settings, directory: Path | None = None, parallel: bool = True
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Rehearse every representative rank of `settings`' world: the ranks' records, and the run's parts of the record.
+
+    The ranks write their traces to `directory`, if there is one. Without `parallel` all of them run in this process
+    and silently, for a caller that itself runs many rehearsals at once.
+
+    Raises Refusal and any other exception as the run itself would, and RuntimeError where a shim does not fit.
+    """
+    settings = balanced(settings) if parallel else resolved(settings)
+    representatives = roles(settings)
+    results: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
+    with Pace(len(representatives), "role", aside, silent=not parallel) as pace:
+        for representative, result in _results(settings, representatives, directory, parallel):
+            results[representative.rank] = result
+            pace.advance()
+    ranks = [
+        {
+            **results[representative.rank][0],
+            "stands_for": list(representative.stands_for),
+            "bounds": list(representative.bounds),
+            "why": representative.why,
+        }
+        for representative in representatives
+    ]
+    assert settings.world.size is not None
+    tensor_parallel = settings.tensor_parallel
+    dp_size = settings.world.size // (settings.pipeline.stages * tensor_parallel)
+    by_dp_rank: dict[int, dict[int, dict[str, Any]]] = {}
+    for representative in representatives:
+        by_dp_rank.setdefault(representative.rank // tensor_parallel % dp_size, {}).setdefault(
+            representative.stage, results[representative.rank][1]
+        )
+    return ranks, max(
+        (_merge_stages([*stages.values()], tensor_parallel) for stages in by_dp_rank.values()),
+        key=_cache_bytes,
+    )
+
+
+def _merge_stages(stages: list[dict[str, Any]], tensor_parallel: int) -> dict[str, Any]:
+    """One result for a replica from those of its stages, with the KV cache of all its ranks.
+
+    The `tensor_parallel` ranks that share a layer have the same number of heads, so the figures are multiplied.
+    """
+    inferences = [done["inference"] for done in stages if "inference" in done]
+    if not inferences:
+        return stages[0]
+    totals = {
+        key: tensor_parallel * sum(each[key] for each in inferences)
+        for key in MEASURED
+        if inferences[0][key] is not None
+    }
+    if positions := inferences[0]["kv_positions"]:
+        totals["kv_bytes_per_token_measured"] = totals["kv_filled"] // positions
+    return {**stages[0], "inference": {**inferences[0], **totals}}
+
+
+def balanced(settings: Settings) -> Settings:
+    """`settings` with `pipeline.split=memory` replaced by a list of layers, from parallel rehearsals."""
+    if settings.pipeline.stages == 1 or settings.pipeline.split != "memory":
+        return settings
+    with workers(2 * settings.pipeline.stages) as pool, progress(None) as pace:
+
+        def measure(tasks: Sequence[Task]) -> list[int]:
+            peaks = []
+            for highest in pool.map(peak, tasks):
+                peaks.append(highest)
+                pace.advance()
+            return peaks
+
+        return resolved(settings, measure)
+
+
+def _cache_bytes(done: dict[str, Any]) -> int:
+    """The bytes of a replica's largest KV cache. The run's figures are those of the replica with the most."""
+    return done.get("inference", {}).get("kv_reserved") or 0
+
+
+def _results(
+    settings: Settings, representatives: list[Role], directory: Path | None, parallel: bool
+) -> Iterator[tuple[Role, tuple[dict[str, Any], dict[str, Any]]]]:
+    """Each representative with its result, as soon as it ends.
+
+    A single one, or any without `parallel`, runs in this process; else each runs in a process of its own.
+    """
+    from harness.rehearsal.one_rank import rehearse as one
+
+    if len(representatives) == 1 or not parallel:
+        for representative in representatives:
+            yield representative, one(settings, representative.rank, directory)
+        return
+    with workers(len(representatives)) as pool:
+        running = {
+            pool.submit(one, settings, representative.rank, directory): representative
+            for representative in representatives
+        }
+        for done in as_completed(running):
+            yield running[done], done.result()

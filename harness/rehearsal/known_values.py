@@ -1,0 +1,119 @@
+"""Computes the real values of small integer and boolean tensors beside their fake tensors.
+
+A fake tensor has a shape but no value. Models and engines still read values: is this mask all ones, do these positions
+start again from 0? The value decides which branch runs, and so the bytes. Positions, masks and counters follow from
+shapes alone, so they are computed. Values that depend on weights are unknown; reading one gives a value of `UNKNOWN`.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._mode_utils import no_dispatch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.weak import WeakIdKeyDictionary
+
+from harness.ledger.log import COLLECTIVES
+from harness.ledger.tensors import shared, tensors_in
+
+LARGEST = 2**20
+"""The most elements of a tensor that is computed. [B, T] masks are far smaller; nobody reads values of [T, T] ones."""
+
+UNKNOWN: dict[bool, Any] = {True: 1.0, False: 0}
+"""The value of an unknown number (a loss, a norm, a sampled token), by whether its dtype is floating point."""
+
+_DEVICE = torch.ops.prim.device.default
+_ITEM = torch.ops.aten._local_scalar_dense.default
+_EQUAL = torch.ops.aten.equal.default
+
+
+class Values(TorchDispatchMode):
+    """A dispatch mode outside the FakeTensorMode: it computes known values, and answers reads of a value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._known: Any = WeakIdKeyDictionary()  # from a fake tensor to a real one with its values
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if types and shared(types):
+            return NotImplemented
+        if func is _DEVICE:
+            return args[0].fake_device
+        if func is _ITEM:
+            return self._item(args[0])
+        if func is _EQUAL:
+            return self._equal(*args)
+        out = func(*args, **kwargs)
+        if func.namespace in COLLECTIVES:
+            self._forget(args)  # the other ranks' values are unknown
+        elif not self._compute(func, args, kwargs, out) and func._schema.is_mutable:
+            self._forget(list(_written(func, args, kwargs)))
+        return out
+
+    def value(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """The real tensor with the values of `tensor`; None where they are unknown."""
+        real: torch.Tensor | None = self._known.get(tensor) if isinstance(tensor, FakeTensor) else tensor
+        return real
+
+    def _item(self, tensor: torch.Tensor) -> Any:
+        real = self.value(tensor)
+        if real is not None:
+            with no_dispatch():
+                return real.item()
+        return False if tensor.dtype == torch.bool else UNKNOWN[tensor.dtype.is_floating_point]
+
+    def _equal(self, left: torch.Tensor, right: torch.Tensor) -> bool:
+        one, other = self.value(left), self.value(right)
+        if one is None or other is None:
+            return left.shape == right.shape
+        with no_dispatch():
+            return torch.equal(one, other)
+
+    def _compute(self, func: Any, args: Any, kwargs: Any, out: Any) -> bool:
+        """Run `func` on real values if the inputs are known and the outputs worth knowing. Returns whether it ran."""
+        outputs = (
+            [out] if isinstance(out, torch.Tensor) else list(out) if isinstance(out, (tuple, list)) else []
+        )
+        if not outputs or not all(isinstance(each, FakeTensor) and _worth_knowing(each) for each in outputs):
+            return False
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            return False
+        leaves, spec = tree_flatten((args, kwargs))
+        for index, leaf in enumerate(leaves):
+            if isinstance(leaf, torch.Tensor):
+                leaves[index] = self.value(leaf)
+                if leaves[index] is None or leaf.numel() > LARGEST:
+                    return False
+        real_args, real_kwargs = tree_unflatten(leaves, spec)
+        with no_dispatch():
+            computed = func(*real_args, **real_kwargs)
+        self._known.update(zip(outputs, tensors_in(computed), strict=True))
+        return True
+
+    def _forget(self, tensors: Any) -> None:
+        """Mark `tensors`, and all tensors that share their storage, as unknown."""
+        for tensor in tensors_in(tensors):
+            real = self._known.get(tensor)
+            if real is not None:
+                storage = real.untyped_storage()._cdata
+                for fake, other in list(self._known.items()):
+                    if other.untyped_storage()._cdata == storage:
+                        del self._known[fake]
+
+
+def _worth_knowing(tensor: torch.Tensor) -> bool:
+    return not tensor.dtype.is_floating_point and tensor.numel() <= LARGEST
+
+
+def _written(func: Any, args: Any, kwargs: Any) -> Iterator[Any]:
+    """The arguments that `func` writes to, by its schema."""
+    for index, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            yield args[index] if index < len(args) else kwargs.get(argument.name)

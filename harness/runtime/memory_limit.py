@@ -1,0 +1,108 @@
+"""Refuses a request that needs more memory than the machine has, and names its key and the memory."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import inf
+
+import psutil
+import torch
+
+from harness.config.settings import Model, Refusal, Settings
+
+GIB = 2**30
+WIDEST = 2**20
+"""No published model has a vocabulary or a width above this."""
+
+_FAILED_ALLOCATION = re.compile(r"[Tt]ried to allocate ([\d.]+) ?(bytes|[KMGTP]iB)")
+"""torch's message of a failed allocation: in bytes on a CPU, rounded on a GPU."""
+_SIZE_OVERFLOW = re.compile("Storage size calculation overflowed|Overflow when unpacking long")
+_UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": GIB, "TiB": 2**40, "PiB": 2**50}
+
+_SIZES = {
+    "train": ("train.micro_batch", "train.sequence"),
+    "infer": (
+        "generation.batch",
+        "generation.prompt_length",
+        "generation.max_new_tokens",
+        "generation.pages",
+    ),
+}
+"""The config keys that set the size of a mode's tensors. Each default fits a small machine."""
+_DEFAULTS = {
+    "train.micro_batch": 4,
+    "train.sequence": 256,
+    "generation.batch": 4,
+    "generation.prompt_length": 64,
+    "generation.max_new_tokens": 64,
+    "generation.pages": 64,
+}
+
+
+def check_parameters(settings: Model, needed: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse a model, or a part of one, whose parameters need more bytes than are free."""
+    free, _ = _memory(device)
+    if needed > free:
+        key, value = _model_key(settings)
+        raise Refusal(
+            key,
+            value,
+            f"its parameters are {needed / GIB:,.1f} GiB in {str(dtype)[6:]}, and {free / GIB:.1f} GiB of "
+            f"{device.type} memory are free; use a smaller model or a machine with more",
+        )
+
+
+@contextmanager
+def allocations(settings: Settings, device: torch.device) -> Iterator[None]:
+    """Refuse a run that fails inside this context because one tensor is larger than all memory of `device`.
+
+    Otherwise another process may have used the memory: then the run has failed, and the request may be right.
+    """
+    try:
+        yield
+    except (RuntimeError, TypeError, OverflowError) as error:
+        needed = bytes_wanted(error)
+        _, total = _memory(device)
+        if needed is None or needed <= total:
+            raise
+        size = "more bytes than there are numbers for" if needed == inf else f"{needed / GIB:,.1f} GiB"
+        raise Refusal(
+            *_largest_key(settings),
+            f"it asks for a tensor of {size}, and the {device.type} has {total / GIB:.1f} GiB; use less, or a machine "
+            "with more",
+        ) from error
+
+
+def bytes_wanted(error: Exception) -> float | None:
+    """Bytes of the failed allocation, inf if they exceed 2**63. None if `error` is another error."""
+    if match := _FAILED_ALLOCATION.search(str(error)):
+        return round(float(match[1]) * _UNITS[match[2]])
+    return inf if _SIZE_OVERFLOW.search(str(error)) else None
+
+
+def _memory(device: torch.device) -> tuple[int, int]:
+    """Free bytes and total bytes of `device`."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return free, total
+    memory = psutil.virtual_memory()
+    return memory.available, memory.total
+
+
+def _model_key(settings: Model) -> tuple[str, object]:
+    """The key that chooses the model, and its value: a size in its config that no model has, else its name."""
+    sizes = {key: value for key, value in settings.config.items() if type(value) is int and value > WIDEST}
+    for key in sorted(sizes, key=lambda name: sizes[name], reverse=True):
+        return f"model.config.{key}", sizes[key]
+    return ("model.path", settings.path) if settings.path else ("model", settings.name)
+
+
+def _largest_key(settings: Settings) -> tuple[str, object]:
+    """The size key that most exceeds its default, and its value. The model's key if none exceeds it."""
+    values = {}
+    for key in _SIZES[settings.mode]:
+        room, name = key.split(".")
+        if (value := getattr(getattr(settings, room), name)) is not None:
+            values[key] = value
+    key = max(values, key=lambda candidate: values[candidate] / _DEFAULTS[candidate])
+    return (key, values[key]) if values[key] > _DEFAULTS[key] else _model_key(settings.model)

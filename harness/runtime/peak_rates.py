@@ -1,0 +1,116 @@
+"""The limits of a machine: bytes per second of a large copy, operations per second of a large matrix product.
+
+All ranks measure at once, as they run; the slowest rank counts. If `hardware=` names a page with rates, those count.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness.ledger.timer import moment, seconds
+from harness.tables import count
+
+SECONDS = 0.03
+"""Seconds of each measurement."""
+COPIED = {"cpu": 2**27, "cuda": 2**30}
+"""Bytes of the copy, more than caches can store."""
+SMALLEST, LARGEST = 2**9, 2**13
+"""Rows and columns of the first matrices tried, and of the last."""
+ENOUGH = 0.01
+"""Seconds of a product that is large enough."""
+
+SMALL, TRIES = 192, 4
+"""Rows of the products that compare the precisions of a CPU (14 MFLOP: about 5 ms without bf16 units), and how often
+each is repeated, because other work may disturb one."""
+FASTER = 1.2
+"""How much faster than fp32 bf16 must be. With bf16 units it is at least twice as fast. Without them it has three
+quarters of the speed if AVX512 emulates it, and a fortieth otherwise. No CPU is near the limit."""
+
+Rates = tuple[float | None, float | None]
+"""Bytes per second and operations per second. None: not measured."""
+
+
+def of_ranks(rates: Sequence[Rates], dtype: str) -> dict[str, Any]:
+    """The record's `ceilings` from the rates of all ranks: the lowest of each."""
+    bandwidth, flops = (None if None in values else min(values) for values in zip(*rates, strict=True))
+    return {"source": "measured", "bandwidth": bandwidth, "flops": flops, "dtype": dtype}
+
+
+@torch.no_grad()
+def measure(device: torch.device, dtype: torch.dtype) -> Rates:
+    """This rank's rates, in about 0.1 s. None for a measurement that needs more memory than there is."""
+    return _bandwidth(device), _flops(device, dtype)
+
+
+def _bandwidth(device: torch.device) -> float | None:
+    size = COPIED["cuda" if device.type == "cuda" else "cpu"]
+    while size >= 2**20:
+        with suppress(RuntimeError):  # not enough memory
+            source = torch.ones(size, dtype=torch.uint8, device=device)
+            target = torch.empty_like(source)
+            return 2 * size / _fewest_seconds(device, partial(target.copy_, source))
+        size //= 2
+    return None
+
+
+def _flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Operations per second of the largest product. Rows double until one product takes long enough."""
+    rate, rows = None, SMALLEST
+    with suppress(RuntimeError):
+        while rows <= LARGEST:
+            rate = of_product(device, dtype, rows)
+            if 2 * rows**3 / rate > ENOUGH:
+                break
+            rows *= 2
+    return rate
+
+
+def precision_of_cpu() -> tuple[str, str]:
+    """The precision in which a core of this CPU multiplies faster, and a sentence with both rates; in about 40 ms.
+
+    It uses one core: with all cores, waiting would take longer than multiplying.
+    """
+    cpu, threads = torch.device("cpu"), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        rates = [
+            [of_product(cpu, dtype, SMALL, 0.0) for dtype in (torch.bfloat16, torch.float32)]
+            for _ in range(TRIES)
+        ]
+    finally:
+        torch.set_num_threads(threads)
+    bf16_rate, fp32_rate = map(max, zip(*rates, strict=True))
+    sentence = (
+        f"a core here makes {count(bf16_rate, 'FLOP/s')} in bf16 and {count(fp32_rate, 'FLOP/s')} in fp32"
+    )
+    return ("bf16" if bf16_rate > FASTER * fp32_rate else "fp32"), sentence
+
+
+def of_product(device: torch.device, dtype: torch.dtype, rows: int, within: float = SECONDS) -> float:
+    """Operations per second of a product of two square matrices: the fastest of the runs `within` so many seconds."""
+    left, right = (torch.ones(rows, rows, dtype=dtype, device=device) for _ in range(2))
+    return float(2 * rows**3 / _fewest_seconds(device, partial(torch.matmul, left, right), within))
+
+
+def _fewest_seconds(device: torch.device, act: Callable[[], Tensor], within: float = SECONDS) -> float:
+    """The fewest seconds that `act` takes, after one run as warm-up."""
+    act()
+    return min(_timings(device, act, within))
+
+
+def _timings(device: torch.device, act: Callable[[], Tensor], within: float) -> Iterator[float]:
+    gpu, until = device.type == "cuda", time.perf_counter() + within
+    while True:
+        began = moment(gpu)
+        act()
+        ended = moment(gpu)
+        if gpu:
+            torch.cuda.synchronize(device)
+        yield seconds(gpu, began, ended)
+        if time.perf_counter() > until:
+            return

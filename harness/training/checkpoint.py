@@ -1,0 +1,193 @@
+"""The full state of a training run on disk: everything that the next step depends on, without pickles.
+
+A checkpoint is a directory `step-00000010` with one safetensors file for each rank, and a manifest with the name, size
+and digest of each file. It is written under a temporary name and then renamed, so it is either complete or absent.
+"""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from harness.config.load import Refusal
+from harness.config.rules.sources import run_state
+from harness.runtime.world import World
+from harness.training.engine import Engine
+from harness.training.pipeline_engine import Pipeline
+
+SCHEMA = "harness.checkpoint/1"
+
+FLAT_MASTERS = (
+    "fp32_partitioned_groups_flat",  # ZeRO-3
+    "single_partition_of_fp32_groups",  # ZeRO-1 and 2
+    "fp32_groups_flat_partition",  # BF16_Optimizer
+)
+"""The attributes in which DeepSpeed's optimizers keep flat fp32 master weights."""
+
+
+def masters(engine: Engine | Pipeline) -> list[torch.Tensor]:
+    """This rank's fp32 master weights in the optimizer's order; the parameters themselves where there
+    are no masters.
+    """
+    wrapper = engine.deepspeed.optimizer
+    if wrapper is engine.inner:
+        return [parameter for group in engine.inner.param_groups for parameter in group["params"]]
+    for attribute in FLAT_MASTERS:
+        if hasattr(wrapper, attribute):
+            return list(getattr(wrapper, attribute))
+    return [parameter for group in wrapper.fp32_groups for parameter in group]
+
+
+def tensors(engine: Engine | Pipeline) -> dict[str, torch.Tensor]:
+    """Every tensor of this rank that the next step depends on, by name: weights, masters, optimizer state."""
+    named = {}
+    for name, parameter in engine.module.named_parameters():
+        named[f"weights/{name}"] = getattr(parameter, "ds_tensor", parameter).data
+    for index, master in enumerate(masters(engine)):
+        if engine.deepspeed.optimizer is not engine.inner:
+            named[f"masters/{index}"] = master.data
+        for key, value in engine.inner.state.get(master, {}).items():
+            named[f"optimizer/{index}/{key}"] = value
+    return named
+
+
+def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    state = {"random/cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["random/cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def save(
+    engine: Engine | Pipeline, world: World, directory: Path, step: int, identity: dict[str, Any], keep: int
+) -> Path:
+    """Write the state after `step` steps under `directory`, then delete all but the newest `keep` checkpoints.
+    Collective.
+
+    A rehearsal allocates the same memory but writes nothing.
+    """
+    final = directory / f"step-{step:08d}"
+    partial = directory / f".{final.name}.partial"
+    if world.leads and not world.rehearsed:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    world.barrier()
+    file = partial / f"rank-{world.rank:05d}.safetensors"
+    state = {**tensors(engine), **_random_state(world.device)}
+    state = {name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}
+    entries = world.gather({} if world.rehearsed else _write_rank(state, file))
+    if world.leads and not world.rehearsed:
+        manifest = {"schema": SCHEMA, "step": step, "identity": identity, "files": entries}
+        (partial / "manifest.json").write_text(json.dumps(manifest))
+        _flush(partial / "manifest.json")
+        os.replace(partial, final)
+        for old in sorted(directory.glob("step-*"))[:-keep]:
+            shutil.rmtree(old)
+    world.barrier()
+    return final
+
+
+def _write_rank(state: dict[str, torch.Tensor], file: Path) -> dict[str, Any]:
+    """Write `state` and the random state of the host's libraries; return this rank's entry in the manifest."""
+    save_file(state, file)
+    _flush(file)
+    python_state = random.getstate()
+    host = {"python": [python_state[0], list(python_state[1]), python_state[2]], "numpy": _numpy_state()}
+    return {"name": file.name, "bytes": file.stat().st_size, "sha256": _digest(file), "host": host}
+
+
+def newest_whole(directory: Path, key: str = "train.resume") -> tuple[Path, dict[str, Any], list[str]]:
+    """The newest complete checkpoint in a run's directory, its manifest, and the reasons why newer ones were skipped.
+
+    Raises Refusal where there is none.
+    """
+    skipped: list[str] = []
+    for candidate in sorted(run_state(directory).glob("step-*"), reverse=True):
+        try:
+            return candidate, _verified_manifest(candidate), skipped
+        except (OSError, ValueError, KeyError, TypeError) as reason:
+            skipped.append(f"{candidate.name} is torn: {reason}")
+    problems = "; ".join(skipped) or "it has no step-* directory; train with train.save_every=N to make them"
+    raise Refusal(key, directory, f"no whole checkpoint is there: {problems}")
+
+
+def _verified_manifest(candidate: Path) -> dict[str, Any]:
+    manifest = json.loads((candidate / "manifest.json").read_text())
+    if manifest["schema"] != SCHEMA:
+        raise ValueError(f"its schema is {manifest['schema']}, and this version reads {SCHEMA}")
+    for entry in manifest["files"]:
+        file = candidate / entry["name"]
+        if (
+            file.parent != candidate
+            or file.stat().st_size != entry["bytes"]
+            or _digest(file) != entry["sha256"]
+        ):
+            raise ValueError(f"{entry['name']} is not what was written")
+    return manifest  # type: ignore[no-any-return]
+
+
+def load(
+    engine: Engine | Pipeline,
+    world: World,
+    checkpoint: Path,
+    manifest: dict[str, Any],
+    identity: dict[str, Any],
+) -> int:
+    """Load the state in place and return the number of completed steps. Raises Refusal where the checkpoint is of
+    another run.
+    """
+    for name, value in identity.items():
+        saved = manifest["identity"].get(name)
+        if saved != value:
+            raise Refusal(
+                "train.resume", checkpoint, f"it was saved with {name}={saved}, and this run has {value}"
+            )
+    entry = manifest["files"][world.rank]
+    state = load_file(checkpoint / entry["name"])
+    live = tensors(engine)
+    for name in [name for name in live if not name.startswith("optimizer/")]:
+        live[name].copy_(state[name])
+    resident = getattr(engine.deepspeed.optimizer, "persistent_parameters", [])
+    if resident:  # ZeRO-3 keeps small parameters gathered: copy the loaded shards to them
+        resident[0].partition(resident)
+        resident[0].all_gather(resident)
+    for index, master in enumerate(masters(engine)):
+        prefix = f"optimizer/{index}/"
+        optimizer_state = {
+            name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)
+        }
+        if optimizer_state:
+            engine.inner.state[master] = {
+                key: value.to(master.device) if value.dim() else value
+                for key, value in optimizer_state.items()
+            }
+    torch.set_rng_state(state["random/cpu"])
+    if "random/cuda" in state and world.device.type == "cuda":
+        torch.cuda.set_rng_state(state["random/cuda"], world.device)
+    version, state_values, gauss = entry["host"]["python"]
+    random.setstate((version, tuple(state_values), gauss))
+    name, keys, *rest = entry["host"]["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    return int(manifest["step"])
+
+
+def _numpy_state() -> list[Any]:
+    name, keys, *rest = np.random.get_state(legacy=True)
+    return [name, np.asarray(keys).tolist(), *rest]
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _flush(file: Path) -> None:
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())

@@ -1,0 +1,183 @@
+"""DeepSpeed behind one method, `train_step`. Every DeepSpeed default that matters is set explicitly."""
+
+import logging
+import math
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from harness.config.load import Settings, Train
+from harness.ledger import Ledger
+from harness.model import activation_checkpointing
+from harness.model.init_weights import lasting
+from harness.runtime.world import World
+
+
+def deepspeed_config(settings: Settings, replicas: int) -> dict[str, Any]:
+    """DeepSpeed's configuration for `settings`, with so many data-parallel `replicas` (dp_size).
+
+    DeepSpeed's defaults clip gradients at 1.0 and skip steps that overflow in bf16. Both are set here, so that only
+    what `settings` say happens. Bucket sizes and thresholds are in elements.
+    """
+    train, zero = settings.train, settings.zero
+    optimization: dict[str, Any] = {
+        "stage": zero.stage,
+        "contiguous_gradients": True,
+        "overlap_comm": False,
+        "reduce_scatter": True,
+        "reduce_bucket_size": zero.reduce_bucket_size,
+        "allgather_bucket_size": zero.allgather_bucket_size,
+        "stage3_prefetch_bucket_size": zero.prefetch_bucket_size,
+        "stage3_param_persistence_threshold": zero.persistence_threshold,
+    }
+    if zero.offload in ("optimizer", "all"):
+        optimization["offload_optimizer"] = {"device": "cpu"}
+    if zero.offload == "all":
+        optimization["offload_param"] = {"device": "cpu"}
+    return {
+        "train_batch_size": train.micro_batch * train.accumulation * replicas,
+        "train_micro_batch_size_per_gpu": train.micro_batch,
+        "gradient_accumulation_steps": train.accumulation,
+        "gradient_clipping": train.clip,
+        "bf16": {"enabled": settings.dtype == "bfloat16", "check_grad_overflow": False},
+        "zero_optimization": optimization,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW needs no compiler, even with offload
+        "steps_per_print": 2**31,
+        "wall_clock_breakdown": False,
+    }
+
+
+def learning_rate(train: Train, step: int) -> float:
+    """The learning rate of `step` (from 0): linear warm-up, then `train.schedule` down to 0 at `train.steps`."""
+    if step < train.warmup_steps:
+        return train.learning_rate * (step + 1) / train.warmup_steps
+    left = 1 - (step - train.warmup_steps) / max(1, train.steps - train.warmup_steps)
+    factor = {"constant": 1.0, "linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left)}[train.schedule]
+    return train.learning_rate * factor
+
+
+class Engine:
+    """A model wrapped by DeepSpeed. `settings` decide the ZeRO stage, precision, accumulation and optimizer."""
+
+    def __init__(self, settings: Settings, world: World, ledger: Ledger, model: PreTrainedModel) -> None:
+        self.settings, self.world, self.ledger = settings, world, ledger
+        deepspeed, config = import_deepspeed(world), deepspeed_config(settings, world.replicas)
+        if settings.zero.stage == 3:  # one parameter at a time: no device ever has them all
+            deepspeed.zero.Init(module=model, config_dict_or_path=config)
+        # DeepSpeed would do this later, but the ledger must first register the tensors
+        model.to(world.device)
+        ledger.own(model=model)
+        activation_checkpointing.apply(model, settings.checkpointing)
+        self.inner = adamw(settings, world, model)
+        self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=self.inner, config=config)
+        self.inner.state.clear()  # without ZeRO, DeepSpeed has taken a step without gradients, and Adam would count it
+        ledger.own(engine=self.deepspeed)
+
+    @property
+    def module(self) -> torch.nn.Module:
+        """The model itself."""
+        return self.deepspeed.module  # type: ignore[no-any-return]
+
+    @property
+    def whole(self) -> torch.nn.Module:
+        """The model whose state `full_state` returns."""
+        return self.module
+
+    @property
+    def optimizer_class(self) -> str:
+        """DeepSpeed chooses the class by stage and precision; the record has its name."""
+        return type(self.deepspeed.optimizer).__name__
+
+    def train_step(self, batches: Iterator[torch.Tensor], step: int) -> float:
+        """Run one optimizer step over the next micro-batches [micro_batch, sequence]; return the mean loss per token of
+        all ranks.
+        """
+        losses = []
+        for micro_batch in range(self.settings.train.accumulation):
+            with self.ledger.phase("data", step, micro_batch):
+                tokens = next(batches).to(self.world.device)
+                self.ledger.claim("inputs", "tokens", tokens)
+            losses.append(self._micro_step(tokens, step, micro_batch))
+        set_rate(self.inner, self.settings.train, step)
+        with self.ledger.phase("step", step):
+            self.deepspeed.step()
+        return self.world.mean(sum(losses) / len(losses))
+
+    def _micro_step(self, tokens: torch.Tensor, step: int, micro_batch: int) -> float:
+        """Run forward and backward over `tokens` [micro_batch, sequence]; return the loss per token."""
+        with self.ledger.phase("forward", step, micro_batch):
+            loss = self.deepspeed(input_ids=tokens, labels=tokens, use_cache=False).loss
+        with self.ledger.phase("backward", step, micro_batch):
+            self.deepspeed.backward(loss)
+            if not self.deepspeed.is_gradient_accumulation_boundary():
+                self.deepspeed.step()  # counts the micro-batch; does not change the weights
+        return float(loss.detach())
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterator[torch.Tensor], step: int) -> float:
+        """The mean loss per token over `batches` of [micro_batch, sequence], over all ranks."""
+        self.deepspeed.eval()
+        losses = []
+        for index, tokens in enumerate(batches):
+            with self.ledger.phase("validate", step, index):
+                losses.append(float(self.deepspeed(input_ids=tokens, labels=tokens, use_cache=False).loss))
+        self.deepspeed.train()
+        return self.world.mean(sum(losses) / len(losses))
+
+    def full_state(self) -> dict[str, torch.Tensor] | None:
+        """The whole model's weights on the CPU at rank 0, None elsewhere. Collective."""
+        deepspeed = import_deepspeed(self.world)
+        if self.settings.zero.stage == 3:
+            self.deepspeed.empty_partition_cache()  # prefetched parameters cannot be gathered
+        names = {id(parameter): name for name, parameter in self.module.named_parameters()}
+        state: dict[str, torch.Tensor] = {}
+        lead = self.world.leads
+        for parameter in self.module.parameters():  # one at a time: no device ever has the whole model
+            with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_tensor")):
+                if lead:
+                    state[names[id(parameter)]] = parameter.detach().to("cpu", copy=True)
+        if lead:
+            state |= {
+                name: buffer.detach().to("cpu", copy=True) for name, buffer in lasting(self.module).items()
+            }
+        return state if lead else None
+
+
+def adamw(settings: Settings, world: World, model: torch.nn.Module) -> torch.optim.AdamW:
+    """torch's AdamW for the parameters of `model`, with the options in `settings`."""
+    train = settings.train
+    return torch.optim.AdamW(
+        model.parameters(),
+        lr=train.learning_rate,
+        weight_decay=train.weight_decay,
+        # torch's own choice; set here because a rehearsal for a GPU does not run on one
+        foreach=world.kind == "cuda" and settings.zero.offload == "none" and not train.fused,
+        fused=train.fused,
+    )
+
+
+def set_rate(optimizer: torch.optim.Optimizer, train: Train, step: int) -> None:
+    """Set the learning rate of `step` in `optimizer`."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(train, step)
+
+
+def import_deepspeed(world: World) -> Any:
+    """Import DeepSpeed into the process group of `world`.
+
+    This hides its banners and the warnings that deprecated torch calls would print at every step, and turns off a
+    shared-memory operator that it would compile and never use. Its errors still appear.
+    """
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    backend = "nccl" if world.device.type == "cuda" else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, dist_init_required=False)
+    return deepspeed

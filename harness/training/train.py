@@ -1,0 +1,256 @@
+"""The training run: data, engine, steps, validation, checkpoints."""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from harness.config.load import Refusal, Settings
+from harness.config.rules import check_layers, positions
+from harness.data import token_batches
+from harness.ledger import Ledger
+from harness.model import init_weights, loader, stage
+from harness.model.generation_defaults import fields_of
+from harness.model.partition import ranges, split_of
+from harness.model.tokenizer import opens_otherwise, tokenizer_of
+from harness.quantization import method
+from harness.quantization.method import Quantization
+from harness.record.record_file import Output
+from harness.runtime.progress import Pace
+from harness.runtime.world import World
+from harness.training import checkpoint
+from harness.training.engine import Engine
+from harness.training.pipeline_engine import Pipeline
+
+Say = Callable[[str], None]
+
+
+def run(settings: Settings, world: World, ledger: Ledger, out: Output) -> None:
+    """Train, and export the weights to `checkpoint/` in the run's directory. Raises Refusal."""
+    start = time.perf_counter()
+    train = settings.train
+    config = loader.model_config(settings.model)
+    positions.check(settings, config.to_dict())  # with the defaults that config.json leaves out
+    tokenizer = tokenizer_of(settings.model, settings.data.tokenizer)
+    generation = fields_of(settings.model, config)
+    corpus = token_batches.corpus(settings.data, tokenizer, train.sequence, world)
+    validation_batches = _validation_batches(settings, world, corpus)
+    dtype = getattr(torch, settings.dtype)
+    quantization = method.take(config, settings, "cpu")
+    with ledger.phase("setup"):
+        engine, sizes = _engine(settings, config, dtype, world, ledger, quantization)
+    out.done["model"] = {"name": settings.model.name, **sizes, "dtype": str(dtype)[6:]}
+    first = _resume(settings, world, engine, out.say)
+    batches = token_batches.loader(
+        corpus.train, train.micro_batch, world, settings.seed, skip=first * train.accumulation
+    )
+    out.say(
+        f"{settings.model.name}: {sizes['parameters']:,} parameters, {engine.optimizer_class}, {world.size} ranks"
+    )
+    progress = Progress(settings, world, ledger, first, out.say, time.perf_counter() - start)
+    out.done["training"] = progress.training
+    out.done["training"]["optimizer"] = engine.optimizer_class
+    for step in progress:
+        ledger.begins(step)
+        progress.stepped(engine.train_step(batches, step))
+        if validation_batches is not None and _due(step, train.validate_every, train.steps):
+            progress.validated(step, engine.evaluate(validation_batches(), step))
+        if _due(step, max(1, train.steps // 10), first + settings.ledger.steps):
+            out.flush()
+        if _due(step, train.save_every, None):
+            _save(settings, world, engine, out.directory, step)
+    if not progress.whole:
+        ledger.enough()  # the next step would do this; do it before anything is freed
+    if not world.rehearsed:
+        out.done["performance"] = progress.rates()
+    if train.export and progress.whole:
+        with ledger.phase("checkpoint", train.steps):
+            _export(engine, world, tokenizer, generation, out)
+
+
+def _engine(
+    settings: Settings,
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    world: World,
+    ledger: Ledger,
+    quantization: Quantization | None,
+) -> tuple[Engine | Pipeline, dict[str, Any]]:
+    """The DeepSpeed engine for this rank's part of the model, and the sizes of the whole model."""
+    check_layers(settings.checkpointing, config.get_text_config(decoder=True).num_hidden_layers)
+    spec, options = (settings.model, config, dtype, torch.device("cpu"), settings.seed), (None, quantization)
+    if world.stages == 1:
+        model = loader.build(*spec, world.rehearsed, *options)
+        sizes = loader.sizes(model, quantization)  # before ZeRO-3 empties the parameters
+        return Engine(settings, world, ledger, model), sizes
+    split = split_of(settings, config)
+    part = stage.build(*spec, ranges(split)[world.stage], world.rehearsed, *options)
+    whole = init_weights.outline(config, dtype, settings.model.attention)
+    return Pipeline(settings, world, ledger, part, whole, split), loader.sizes(whole, quantization)
+
+
+def identity(settings: Settings, world: World) -> dict[str, Any]:
+    """The values that must be equal for a run to resume from a checkpoint."""
+    return {
+        "world.size": world.size,
+        "pipeline.stages": world.stages,
+        "zero.stage": settings.zero.stage,
+        "zero.offload": settings.zero.offload,
+        "precision": settings.precision,
+        "train.micro_batch": settings.train.micro_batch,
+        "train.accumulation": settings.train.accumulation,
+        "train.sequence": settings.train.sequence,
+        "train.fused": settings.train.fused,
+        "model": settings.model.path or settings.model.name,
+        "seed": settings.seed,
+    }
+
+
+def _resume(settings: Settings, world: World, engine: Engine | Pipeline, say: Say) -> int:
+    """Load the state to resume from, if any; return the number of completed steps."""
+    if settings.train.resume is None:
+        return 0
+    state_directory, manifest, skipped = checkpoint.newest_whole(Path(settings.train.resume))
+    for reason in skipped:
+        say(reason)
+    with engine.ledger.phase("checkpoint"):
+        steps = checkpoint.load(engine, world, state_directory, manifest, identity(settings, world))
+    if steps >= settings.train.steps:
+        raise Refusal(
+            "train.steps",
+            settings.train.steps,
+            f"{state_directory} already has {steps} steps; ask for more in all",
+        )
+    if engine.ledger.steps is not None:
+        engine.ledger.steps += steps  # count from the first step of this run
+    say(f"resuming after step {steps}, from {state_directory}")
+    return steps
+
+
+def _save(settings: Settings, world: World, engine: Engine | Pipeline, directory: Path, step: int) -> None:
+    with engine.ledger.phase("checkpoint", step):
+        state = directory / "state"
+        checkpoint.save(engine, world, state, step + 1, identity(settings, world), settings.train.keep)
+
+
+def _validation_batches(
+    settings: Settings, world: World, corpus: token_batches.Corpus
+) -> Callable[[], Iterator[torch.Tensor]] | None:
+    """A function that returns the validation batches, the same ones at each call; None where validation is off."""
+    train, blocks = settings.train, corpus.validation
+    if not train.validate_every or blocks is None:
+        return None
+    if isinstance(blocks, token_batches.Blocks) and len(blocks) < train.micro_batch * world.replicas:
+        raise Refusal(
+            "data.validation",
+            settings.data.validation,
+            f"it holds out {len(blocks)} sequences, and {world.replicas} ranks validate {train.micro_batch} each at "
+            "once; raise it, or use train.validate_every=0",
+        )
+
+    def batches() -> Iterator[torch.Tensor]:
+        stream = token_batches.loader(blocks, train.micro_batch, world, settings.seed)
+        return (tokens.to(world.device) for tokens in islice(stream, train.validation_batches))
+
+    return batches
+
+
+def _export(
+    engine: Engine | Pipeline,
+    world: World,
+    tokenizer: PreTrainedTokenizerBase,
+    generation: Mapping[str, Any],
+    out: Output,
+) -> None:
+    state = engine.full_state()
+    if world.leads and not world.rehearsed:
+        directory = out.directory / "checkpoint"
+        loader.export(engine.whole, state, tokenizer, generation, directory)
+        if warning := opens_otherwise(directory, tokenizer):
+            out.say(f"checkpoint/: {warning}")
+    world.barrier()
+
+
+def _due(step: int, every: int, last: int | None) -> bool:
+    return bool(every) and ((step + 1) % every == 0 or step + 1 == last)
+
+
+class Progress:
+    """The progress that is printed, and the record's figures of the course of training."""
+
+    def __init__(
+        self, settings: Settings, world: World, ledger: Ledger, first: int, say: Say, startup: float
+    ) -> None:
+        self.settings, self.world, self.ledger, self.first, self.say = settings, world, ledger, first, say
+        steps = settings.ledger.steps if world.rehearsed else settings.train.steps
+        # a rehearsal ends after the steps that the ledger records
+        self.last = min(settings.train.steps, first + steps)
+        self.losses: list[float] = []
+        self.validation: list[dict[str, float]] = []
+        self.seconds: list[float] = []
+        self.startup = startup
+        train = settings.train
+        self.tokens = train.micro_batch * train.accumulation * train.sequence * world.replicas
+        self.training: dict[str, Any] = {
+            "first_step": first,
+            "losses": self.losses,
+            "validation": self.validation,
+        }
+
+    @property
+    def whole(self) -> bool:
+        """Whether this run reaches `train.steps`."""
+        return self.last == self.settings.train.steps
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield the steps to run; rank 0 shows a progress bar."""
+        silent = self.world.rehearsed or not self.world.leads
+        with Pace(self.last, "step", self.say, silent, self.first) as self.pace:
+            for step in range(self.first, self.last):
+                self.began = time.perf_counter()
+                yield step
+
+    def stepped(self, loss: float) -> None:
+        """Record the end of a step."""
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize(self.world.device)
+        self.seconds.append(time.perf_counter() - self.began)
+        if self.world.rehearsed:
+            return
+        self.losses.append(loss)
+        self.pace.advance(1, f"loss {loss:.3f}  {self.tokens / self.seconds[-1]:,.0f} tokens/s{self._peak()}")
+
+    def validated(self, step: int, loss: float) -> None:
+        """Record the mean validation loss after `step`."""
+        if self.world.rehearsed:
+            return
+        self.validation.append({"step": step + 1, "loss": loss})
+        self.say(f"step {step + 1}/{self.settings.train.steps}  validation loss {loss:.3f}")
+
+    def rates(self) -> dict[str, Any]:
+        """Tokens per second over all ranks, by the median step. Steps under an exact ledger count only where there are
+        no others.
+        """
+        ledger = self.settings.ledger
+        exact_steps = ledger.steps if ledger.mode == "exact" else 1
+        timed = self.seconds[exact_steps:] or self.seconds[1:] or self.seconds
+        median = statistics.median(timed)
+        return {
+            "tokens_per_second": self.tokens / median,
+            "step_seconds": median,
+            "steps_timed": len(timed),
+            "startup_seconds": self.startup,
+        }
+
+    def _peak(self) -> str:
+        peak = self.ledger.last_peak
+        if peak is None:
+            return ""
+        largest = sorted(((n, b) for n, b in peak.categories.items() if b), key=lambda pair: -pair[1])[:3]
+        parts = ", ".join(f"{name} {nbytes / 2**20:.1f}" for name, nbytes in largest)
+        return f"  peak {peak.bytes / 2**20:.1f} MiB ({parts})"

@@ -1,0 +1,292 @@
+"""`harness fit`: every verdict is a rehearsal's, nothing that fits is passed over, and the last line is what to run."""
+
+import json
+import shlex
+from itertools import product
+from typing import Any
+
+import pytest
+
+from harness.__main__ import main
+from harness.advice.climb import HIGHEST, Climb
+from harness.advice.fit import code, data, text
+from harness.advice.search import RECOMPUTED, Fit, Trial, cost
+from harness.config import compose
+from harness.config.load import load
+from harness.config.settings import Refusal
+from harness.rehearsal import decisive
+from harness.rehearsal.pool import Worst, worst
+from harness.tables import parse_size
+
+SMALL = ["mode=train", "model=tiny", "world.size=2", "train.sequence=32"]
+
+
+def climbed(limit: int, exactly: bool = False, rungs: tuple[int, ...] = ()) -> tuple[list[int], int]:
+    """What a climb asks for where all up to `limit` fits, and the highest that it finds."""
+    climb, asked = Climb((), "key", rungs), []
+    while (wanted := climb.wants()) is not None:
+        asked.append(wanted)
+        climb.learn(wanted <= limit, exactly)
+    return asked, climb.fits
+
+
+def test_a_climb_doubles_until_something_does_not_fit() -> None:
+    assert climbed(5) == ([1, 2, 4, 8], 4)
+    assert climbed(0) == ([1], 0)
+    assert climbed(10**9)[1] == HIGHEST
+
+
+@pytest.mark.parametrize("limit", [0, 1, 2, 3, 5, 6, 7, 11, 100, 1023])
+def test_an_exact_climb_finds_the_highest_of_all(limit: int) -> None:
+    asked, highest = climbed(limit, exactly=True)
+    assert highest == limit
+    assert len(asked) <= 2 * HIGHEST.bit_length()
+
+
+def test_given_rungs_are_climbed_in_order_and_no_further_than_needed() -> None:
+    assert climbed(3, rungs=(1, 2, 3, 6, 12)) == ([1, 2, 3, 6], 3)
+
+
+def test_pruning_gives_what_trying_everything_gives(capsys: pytest.CaptureFixture[str]) -> None:
+    few = [*SMALL, "model.config.num_hidden_layers=2"]
+    words = [*few, "hardware.memory=30000000", "zero=2,3", "train.micro_batch=1,4"]
+    assert main(["fit", *words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    verdicts = {tuple(trial["words"]): trial for trial in found["trials"]}
+    for zero, mode, micro_batch in product((2, 3), RECOMPUTED, (1, 4)):
+        words = [
+            f"zero={zero}",
+            "zero.offload=none",
+            "pipeline.stages=1",
+            f"checkpointing={mode}",
+            f"train.micro_batch={micro_batch}",
+        ]
+        settings = load(compose.compose([*few, *words, "world=rehearsed", "ledger.steps=2"]))
+        itself = worst(settings)
+        trial = verdicts.get(tuple(words))
+        if trial is None:
+            less = [f"checkpointing={each}" for each in RECOMPUTED[: RECOMPUTED.index(mode)]]
+            instead = [verdicts.get((*words[:3], each, words[4])) for each in less]
+            assert itself.bytes > 30_000_000 or any(found and found["fits"] for found in instead)
+        else:
+            assert (trial["peak"], trial["rank"]) == (itself.bytes, itself.rank)
+            assert trial["fits"] == (itself.bytes <= 30_000_000)
+    assert 0 < len(verdicts) < 12
+    assert len({trial["fits"] for trial in found["trials"]}) == 2
+
+
+def test_the_last_line_is_a_command_that_the_harness_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", *SMALL, "hardware.memory=50000000", "train.batch=8", "zero=2"]) == 0
+    told = capsys.readouterr().out.rstrip().splitlines()
+    start, _, words = told[-1].partition(" -m harness ")
+    assert start == "torchrun --standalone --nproc-per-node 2"
+    settings = load(compose.compose(shlex.split(words)))
+    assert (settings.zero.stage, settings.model.name) == (2, "tiny")
+    assert settings.train.micro_batch * settings.train.accumulation * 2 == 8
+    assert any(line.startswith("  zero=2") for line in told)
+
+
+def test_the_largest_batch_in_inference_is_the_largest_that_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["mode=infer", "model=tiny", "world.size=1", "generation.prompt_length=32"]
+    given = [*words, "generation.max_new_tokens=16", "hardware.memory=8000000"]
+    assert main(["fit", *given, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    batch = int(found["ranked"][0][-1].partition("=")[2])
+    for tried, fits in ((batch, True), (batch + 1, False)):
+        more = [f"generation.batch={tried}", f"generation.count={tried}", "world=rehearsed"]
+        settings = load(compose.compose([*given, *more]))
+        assert (worst(settings).bytes <= 8_000_000) == fits
+
+
+def test_offload_is_tried_only_where_nothing_else_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    # on a GPU the optimizer's 17.7 MiB a rank are what does not fit
+    gpu = [*SMALL, "hardware=h100-sxm", "zero=2", "checkpointing=none", "train.micro_batch=1", "--json"]
+    assert main(["fit", *gpu, "hardware.memory=30000000"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [trial["fits"] for trial in found["trials"]] == [False, True]
+    assert "zero.offload=optimizer" in found["command"]
+    assert main(["fit", *gpu, "hardware.memory=60000000"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["trials"]) == 1
+
+
+def test_nothing_that_fits_is_said_with_the_nearest_miss(capsys: pytest.CaptureFixture[str]) -> None:
+    few = [*SMALL, "model.config.num_hidden_layers=1", "zero.offload=none"]
+    assert main(["fit", *few, "hardware.memory=1000000", "zero=2"]) == 1
+    told = capsys.readouterr().out.rstrip().splitlines()
+    assert told[-1].startswith("nothing fits; zero=2 train.micro_batch=1 comes nearest")
+
+
+def trial(fit: Fit, words: list[str], held: int, failure: str = "") -> Trial:
+    return Trial(
+        tuple(words), fit._first(), Worst(held, 0, {"activations": held}, failure), fit.memory - held
+    )
+
+
+def test_what_could_not_be_rehearsed_is_told_apart_from_what_does_not_fit() -> None:
+    fit = Fit([*SMALL, "hardware.memory=1000000"])
+    large = trial(fit, ["zero=1", "train.micro_batch=4"], 1_048_576 + 1_000_000)
+    broken = [
+        trial(fit, [f"zero={zero}", "train.micro_batch=1"], 0, "RuntimeError: no such kernel")
+        for zero in (0, 2)
+    ]
+    refused = trial(fit, ["zero=3", "train.micro_batch=1"], 0, "Refusal: zero=3: it has none; use 2")
+    told = text(fit, [large, *broken, refused]).splitlines()
+    parts = told.index("could not be rehearsed, because RuntimeError: no such kernel")
+    assert told[parts + 1 : parts + 3] == ["  zero=0 train.micro_batch=1", "  zero=2 train.micro_batch=1"]
+    assert told[parts + 3 : parts + 5] == [
+        "could not be rehearsed, because zero=3: it has none; use 2",
+        "  zero=3 train.micro_batch=1",
+    ]
+    assert told.index("does not fit") < parts
+    assert told[-1] == (
+        "nothing that could be rehearsed fits; zero=1 train.micro_batch=4 comes nearest, 1.0 MiB too much"
+    )
+    assert any(line.startswith("1 configs rehearsed; ") for line in told)
+    found: Any = data(fit, [large, *broken])
+    assert [each["peak"] for each in found["trials"]] == [2_048_576, None, None]
+
+    nothing = text(fit, broken).splitlines()
+    assert nothing[-1] == "none of the 2 configs could be rehearsed: whether one fits is not known"
+    assert "does not fit" not in nothing
+    assert [code([large, *broken]), code(broken), code([*broken, refused])] == [1, 3, 3]
+    assert code([*broken, trial(fit, ["zero=1"], 1000)]) == 0
+
+
+def test_a_climb_ends_where_a_rehearsal_does_not(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["mode=infer", "model=tiny", "model.config.model_type=mamba", "world.size=1"]
+    assert main(["fit", *words, "hardware.memory=50000000"]) == 2
+    told = capsys.readouterr()
+    assert told.err.startswith("harness: generation.cache=dynamic: mamba keeps a state of another kind; ")
+    assert (told.err.count("\n"), told.out) == (1, "")
+
+
+def test_a_model_without_sdpa_is_searched_and_what_was_decided_is_said(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    gpu = [
+        "hardware=h100-sxm",
+        "hardware.memory=30000000",
+        "zero=1",
+        "checkpointing=none",
+        "train.micro_batch=1",
+    ]
+    words = [*SMALL, "model.config.model_type=bloom", "model.config.num_hidden_layers=1", *gpu]
+    assert main(["fit", *words]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert "precision=bf16: a GPU has units for it" in told
+    assert "model.attention=eager: transformers has no sdpa for bloom" in told
+    assert "model.attention" not in told[-1]  # as it was typed
+
+
+def test_what_is_kept_free_is_not_given_away(capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        *SMALL,
+        "hardware.memory=50000000",
+        "zero=2",
+        "checkpointing=none",
+        "train.micro_batch=1",
+        "--json",
+    ]
+    assert main(["fit", *words, "--reserve", "6MiB"]) == 0
+    kept = json.loads(capsys.readouterr().out)
+    main(["fit", *words])
+    whole = json.loads(capsys.readouterr().out)
+    assert whole["trials"][0]["left"] - kept["trials"][0]["left"] == 6 * 2**20
+
+
+def test_less_sent_is_cheaper_and_a_larger_micro_batch_makes_it_less() -> None:
+    def of(*words: str) -> tuple[float, ...]:
+        return cost(load(compose.compose(["mode=train", *words])))
+
+    assert of("zero=1", "train.accumulation=2") < of("zero=2", "train.accumulation=2")
+    assert of("zero=2") < of("zero=3")
+    assert of("zero=3", "train.micro_batch=8") < of("zero=2", "train.micro_batch=4")
+    assert of("zero=3", "train.micro_batch=1") < of("zero=1", "train.micro_batch=8", "zero.offload=optimizer")
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("", "world.size=null: world=rehearsed needs world.size="),
+        ("world.size=2", "hardware.memory=null: fit must know what a device has"),
+        ("hardware=h100-sxm", "world.size=null: world=rehearsed needs world.size="),
+        ("world.size=2 hardware=h100-sxm zero=1,7", "zero=7: no such option; one of 0, 1, 2, 3"),
+        (
+            "world.size=2 hardware=h100-sxm train.steps=1,2",
+            "train.steps=1,2: give one value; lists may be given",
+        ),
+        (
+            "world.size=2 hardware=h100-sxm train.micro_batch=1,x",
+            "train.micro_batch=x: should be whole numbers",
+        ),
+        (
+            "world.size=2 hardware=h100-sxm zero=0 zero.offload=optimizer",
+            "zero.offload=optimizer: zero=0 shards",
+        ),
+        ("world.size=2 hardware=h100-sxm checkpointing=none,fully", "checkpointing=fully: no such option"),
+        ("world.size=2 hardware=h100-sxm foo=1", "foo=1: no such key"),
+        ("world.size=2 hardware=h100-sxm train.batch=7", "train.batch=7: "),
+        (
+            "mode=infer world.size=1 hardware=h100-sxm generation.prompts=a.txt",
+            "generation.prompts=...: fit asks",
+        ),
+        ("mode=fly", "mode=fly: no such mode; one of train, infer"),
+        ("world.size=2 bar", "fit: bar: neither key=value nor an option"),
+        ("world.size=2 --reserve 3furlongs", "--reserve=3furlongs: not a size"),
+    ],
+)
+def test_bad_input_is_one_sentence(words: str, sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", *words.split()]) == 2
+    told = capsys.readouterr()
+    assert told.err.startswith(f"harness: {sentence}")
+    assert (told.err.count("\n"), told.out) == (1, "")
+
+
+def test_sizes_are_read_as_they_are_written() -> None:
+    assert [parse_size(text) for text in ("0", "500", "2GiB", "1.5 KiB")] == [0, 500, 2**31, 1536]
+    with pytest.raises(ValueError, match="not a size"):
+        parse_size("-1GiB")
+
+
+def test_a_value_that_is_possible_somewhere_is_not_refused() -> None:
+    offloaded = [*SMALL, "hardware.memory=50000000", "zero=0,2", "zero.offload=none,optimizer"]
+    combinations = [climb.words for climb in Fit([*offloaded, "checkpointing=none"]).climbs]
+    assert ("zero=0", "zero.offload=optimizer", "checkpointing=none") not in combinations
+    assert len(combinations) == 3
+    with pytest.raises(Refusal, match="zero=0 shards nothing"):
+        Fit([*SMALL, "hardware.memory=50000000", "zero=0", "zero.offload=optimizer"])
+
+
+def test_stages_are_an_axis_that_is_ranked_by_how_long_they_wait(capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        *(word for word in SMALL if not word.startswith("world.size=")),
+        *(
+            "world.size=4",
+            "hardware.memory=200000000",
+            "zero=1,2",
+            "checkpointing=none",
+            "pipeline.stages=1,2,4",
+        ),
+        *("train.micro_batch=1", "train.batch=16"),
+    ]
+    assert main(["fit", *words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    told = [dict(word.partition("=")[::2] for word in words) for words in found["ranked"]]
+    ranked = [(each["zero"], each["pipeline.stages"], each["train.accumulation"]) for each in told]
+    assert ranked == [
+        ("1", "1", "4"),
+        ("2", "1", "4"),
+        ("1", "2", "8"),
+        ("1", "4", "16"),
+    ]  # ZeRO-2 has no stages
+
+
+def test_more_micro_batches_than_decide_a_peak_add_their_losses_and_no_more() -> None:
+    shallow = [*SMALL, "model.config.num_hidden_layers=2"]
+    words = [*shallow, "ledger.steps=2", "world=rehearsed", "train.accumulation=7"]
+    for stages, zero in ((1, 2), (1, 3), (2, 1)):
+        many = load(compose.compose([*words, f"zero={zero}", f"pipeline.stages={stages}", "world.size=2"]))
+        few = decisive(many)
+        assert few.train.accumulation == stages + 1
+        apart = worst(many).bytes - worst(few).bytes
+        assert apart in (0, 4 * (7 - few.train.accumulation))

@@ -1,0 +1,403 @@
+"""pytest's plugin through pytest itself: what its marks let through, what they stop with which words, and its flags."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from harness import pytest_plugin  # a run in this process must not import them, and torch, anew
+from harness.check import budget
+from harness.ledger.ledger import Ledger
+
+ROOT = Path(__file__).parents[2]
+HEAD = """
+import pytest, torch
+
+def model():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(256, 1024), torch.nn.ReLU(), torch.nn.Linear(1024, 256))
+"""
+
+Outcome = Callable[..., pytest.RunResult]
+
+
+@pytest.fixture
+def outcome(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Outcome:
+    """What a pytest with the plugin, and no other, says of a file with `tests` in it."""
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+
+    def run(tests: str, *words: str, apart: bool = False) -> pytest.RunResult:
+        pytester.makepyfile(test_it=HEAD + tests)
+        start = pytester.runpytest_subprocess if apart else pytester.runpytest_inprocess
+        return start("-p", "harness.pytest_plugin", "--strict-markers", *words)
+
+    return run
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _warm() -> None:
+    """What a ledger imports late is imported once, here, and not in a run that would drop it again."""
+    with Ledger(discover=True, lines=True, allocator=False) as ledger:
+        linear = torch.nn.Linear(2, 2)
+        linear(torch.ones(2)).sum().backward()
+        torch.optim.AdamW(linear.parameters()).step()
+    budget.text_of(ledger, [], Path())
+    assert pytest_plugin.MARKS
+
+
+# Budgets
+
+
+def test_a_budget_that_is_kept_passes_and_says_nothing(outcome: Outcome) -> None:
+    result = outcome("""
+@pytest.mark.memory_budget(activations="1 MiB", total=2**20)
+def test_small():
+    torch.ones(1000)
+""")
+    result.assert_outcomes(passed=1)
+    result.stdout.no_fnmatch_line("*memory*budget*")
+
+
+def test_a_budget_that_is_passed_fails_with_the_category_both_figures_and_the_line_that_made_it(
+    outcome: Outcome,
+) -> None:
+    result = outcome("""
+@pytest.mark.memory_budget(workspace="1 KiB", total="2 KiB")
+def test_large():
+    kept = torch.ones(1024)
+""")
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(
+        [
+            "*workspace held 4.0 KiB at its peak, 3.0 KiB over its budget of 1.0 KiB",
+            "*the test held 4.0 KiB at its peak, 2.0 KiB over its budget of 2.0 KiB",
+            "*memory*",
+            "*at the peak*its own peak*budget",
+            "*workspace * 4.0 KiB * 4.0 KiB * 1.0 KiB",
+            "*4.0 KiB*workspace: *ones*test_it.py:9",
+        ]
+    )
+
+
+def test_a_budget_is_held_against_a_category_s_own_peak_whenever_that_was(outcome: Outcome) -> None:
+    tests = """
+@pytest.mark.memory_budget(activations={most})
+def test_step():
+    net = model()
+    optimizer = torch.optim.AdamW(net.parameters())
+    net(torch.ones(64, 256)).sum().backward()
+    optimizer.step()
+"""
+    held = (
+        2 * 64 * 1024 * 4
+    )  # what is hidden, before ReLU and after it; the output comes when the first is gone
+    outcome(tests.format(most=held)).assert_outcomes(passed=1)
+    outcome(tests.format(most=held - 1)).assert_outcomes(failed=1)
+
+
+def test_what_is_saved_for_backward_has_a_budget_of_its_own(outcome: Outcome) -> None:
+    tests = """
+@pytest.mark.memory_budget(saved={most})
+def test_forward():
+    x = torch.ones(64, 256)
+    net = model(){more}
+    with torch.set_grad_enabled({grad}):
+        net(x)
+"""
+    outcome(tests.format(most=0, grad=False, more="")).assert_outcomes(passed=1)
+    result = outcome(tests.format(most=0, grad=True, more=""))
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["*what is saved for backward held * over its budget of 0 B"])
+
+
+def test_models_and_optimizers_are_named_without_a_word(outcome: Outcome) -> None:
+    parameters = 256 * 1024 + 1024 + 1024 * 256 + 256
+    outcome(f"""
+@pytest.fixture
+def net():
+    return model()
+
+def test_step(net, memory_ledger):
+    optimizer = torch.optim.SGD(net.parameters(), lr=1, momentum=0.9)
+    net(torch.ones(4, 256)).sum().backward()
+    optimizer.step()
+    held = {{name: category.peak for name, category in memory_ledger.account().categories.items()}}
+    assert held["parameters"] == held["gradients"] == held["optimizer"] == {4 * parameters}
+""").assert_outcomes(passed=1)
+
+
+def test_a_model_that_is_let_go_is_not_kept_alive(outcome: Outcome) -> None:
+    one = 4 * (256 * 1024 + 1024 + 1024 * 256 + 256)
+    outcome(f"""
+@pytest.mark.memory_budget(parameters={one})
+def test_one_after_another():
+    for _ in range(3):
+        net = model()
+        net(torch.ones(1, 256))
+        del net
+""").assert_outcomes(passed=1)
+
+
+def test_owners_can_be_named(outcome: Outcome) -> None:
+    outcome("""
+def test_named(memory_ledger):
+    net = model()
+    memory_ledger.own(model=net)
+    assert memory_ledger.categories["parameters"].peak > 2**20
+""").assert_outcomes(passed=1)
+
+
+def test_only_the_body_counts(outcome: Outcome) -> None:
+    outcome("""
+@pytest.fixture
+def large():
+    yield torch.ones(2**20)
+    torch.ones(2**20)
+
+@pytest.mark.memory_budget(total="1 KiB")
+def test_small(large):
+    large.numel()
+""").assert_outcomes(passed=1)
+
+
+def test_the_mark_closest_to_the_test_counts_and_others_add_to_it(outcome: Outcome) -> None:
+    result = outcome("""
+pytestmark = pytest.mark.memory_budget(workspace="1 KiB", total="1 GiB")
+
+@pytest.mark.memory_budget(workspace="1 MiB")
+class TestLoose:
+    def test_one(self):
+        kept = torch.ones(1024)
+
+def test_two():
+    kept = torch.ones(1024)
+""")
+    result.assert_outcomes(passed=1, failed=1)
+    result.stdout.fnmatch_lines(["FAILED test_it.py::test_two*"])
+
+
+def test_a_test_s_own_failure_is_not_hidden_by_its_budget_which_is_told_beside_it(outcome: Outcome) -> None:
+    result = outcome("""
+@pytest.mark.memory_budget(total="1 KiB")
+def test_wrong():
+    kept = torch.ones(1024)
+    assert kept.sum() == 7
+""")
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(
+        ["E *assert tensor(1024.) == 7", "*the test held * over its budget of 1.0 KiB"]
+    )
+
+
+def test_a_test_that_is_skipped_or_expected_to_fail_is_that(outcome: Outcome) -> None:
+    outcome("""
+@pytest.mark.memory_budget(total=0)
+def test_skipped():
+    kept = torch.ones(1024)
+    pytest.skip()
+
+@pytest.mark.xfail(strict=True)
+@pytest.mark.memory_budget(total=0)
+def test_expected():
+    kept = torch.ones(1024)
+""").assert_outcomes(skipped=1, xfailed=1)
+
+
+def test_the_ledger_is_let_go_with_its_test(outcome: Outcome) -> None:
+    outcome("""
+import gc
+from harness.ledger.ledger import Ledger
+
+def alive():
+    gc.collect()
+    return sum(isinstance(each, Ledger) for each in gc.get_objects())
+
+before = None
+
+def test_count():
+    global before
+    before = alive()
+
+@pytest.mark.memory_budget(total="1 GiB")
+def test_one(memory_ledger):
+    torch.ones(5)
+
+def test_none():
+    assert alive() == before
+""").assert_outcomes(passed=3)
+
+
+@pytest.mark.parametrize(
+    ("mark", "said"),
+    [
+        (
+            "activation='1 MiB'",
+            "memory_budget(activation='1 MiB'): no such category; one of parameters, gathered, ",
+        ),
+        (
+            "total='lots'",
+            "memory_budget(total='lots'): not a size; give bytes, or a number with one of KiB, MiB",
+        ),
+        ("total='-1'", "memory_budget(total='-1'): not a size"),
+        ("total=True", "memory_budget(total=True): not a size; give bytes, or a text as '10 MiB'"),
+        ("total=1.5", "memory_budget(total=1.5): not a size"),
+        ("'1 MiB'", "memory_budget: give each limit a name, as memory_budget(activations='10 MiB')"),
+        ("", "memory_budget: give each limit a name"),
+    ],
+)
+def test_a_mark_that_cannot_be_read_is_a_usage_error(outcome: Outcome, mark: str, said: str) -> None:
+    result = outcome(f"""
+@pytest.mark.memory_budget({mark})
+def test_it():
+    pass
+""")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines([f"ERROR: test_it.py::test_it: {said.replace('[', '[[]')}*"])
+
+
+# Baselines
+
+STEP = """
+@pytest.mark.memory_baseline
+@pytest.mark.parametrize("rows", [{rows}], ids=["a b"])
+def test_step(rows):
+    net = model()
+    net(torch.ones(rows, 256)).sum().backward()
+"""
+
+
+def test_a_baseline_is_asked_for_made_held_and_missed_by_a_row(
+    outcome: Outcome, pytester: pytest.Pytester
+) -> None:
+    missing = outcome(STEP.format(rows=4))
+    missing.assert_outcomes(failed=1)
+    missing.stdout.fnmatch_lines(
+        [
+            "memory_baselines/test_it/test_step_a_b-*.json: there is no baseline; run with --memory-update to make it"
+        ]
+    )
+    outcome(STEP.format(rows=4), "--memory-update").assert_outcomes(passed=1)
+    (file,) = (pytester.path / "memory_baselines" / "test_it").iterdir()
+    made = file.read_text()
+    assert json.loads(made)["model"]["name"] == "test_step[a b]"
+    for _ in range(2):
+        outcome(STEP.format(rows=4)).assert_outcomes(passed=1)
+    grown = outcome(STEP.format(rows=5))
+    grown.assert_outcomes(failed=1)
+    grown.stdout.fnmatch_lines(
+        [
+            "*NO * rank 0: *",
+            "*activations, peak*",
+            "*--memory-update makes it the baseline",
+            "*memory*",
+        ]
+    )
+    assert file.read_text() == made
+    outcome(STEP.format(rows=5), "--memory-update").assert_outcomes(passed=1)
+    assert file.read_text() != made
+
+
+def test_a_tolerance_in_the_file_counts_and_an_update_keeps_it(
+    outcome: Outcome, pytester: pytest.Pytester
+) -> None:
+    tests = """
+@pytest.mark.memory_baseline
+def test_one():
+    kept = torch.ones({})
+"""
+    outcome(tests.format(1000), "--memory-update").assert_outcomes(passed=1)
+    file = pytester.path / "memory_baselines" / "test_it" / "test_one.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "tolerance": {"workspace": "1%"}}))
+    outcome(tests.format(1010)).assert_outcomes(passed=1)
+    outcome(tests.format(1011)).assert_outcomes(failed=1)
+    outcome(tests.format(1011), "--memory-update").assert_outcomes(passed=1)
+    assert json.loads(file.read_text())["tolerance"] == {"workspace": "1%"}
+
+
+@pytest.mark.parametrize("text", ["{", '{"schema": "harness.baseline/2"}'])
+def test_a_baseline_that_cannot_be_read_fails_with_its_sentence(
+    outcome: Outcome, pytester: pytest.Pytester, text: str
+) -> None:
+    file = pytester.path / "memory_baselines" / "test_it" / "test_one.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(text)
+    result = outcome("@pytest.mark.memory_baseline\ndef test_one(): torch.ones(3)\n")
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["*test_one.json *"])
+    result.stdout.no_fnmatch_line("*Traceback*")
+
+
+def test_a_body_that_holds_nothing_has_a_baseline_too(outcome: Outcome) -> None:
+    tests = "@pytest.mark.memory_baseline\ndef test_one(): pass\n"
+    outcome(tests, "--memory-update").assert_outcomes(passed=1)
+    outcome(tests).assert_outcomes(passed=1)
+
+
+def test_files_names_are_tame_and_of_one_test_each() -> None:
+    here = Path("/tests/test_it.py")
+
+    def name(nodeid: str) -> str:
+        file = pytest_plugin.baseline_file(here, f"tests/test_it.py::{nodeid}")
+        assert file.parent == Path("/tests/memory_baselines/test_it")
+        return file.name
+
+    assert name("test_a[bf16-2]").startswith("test_a_bf16-2-")
+    assert name("test_a") == "test_a.json"
+    assert name("test[../../etc]").count("/") == 0
+    assert name("test[a b]") != name("test[a/b]")
+    assert len(name(f"test[{'x' * 400}]")) < 140
+
+
+# Beside others
+
+
+def test_it_works_in_the_processes_of_xdist(outcome: Outcome, pytester: pytest.Pytester) -> None:
+    tests = """
+@pytest.mark.memory_baseline
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_step(rows):
+    model()(torch.ones(rows, 256)).sum().backward()
+
+@pytest.mark.memory_budget(total="1 KiB")
+def test_large():
+    kept = torch.ones(1024)
+
+@pytest.mark.memory_budget(totl="1 KiB")
+def test_wrong():
+    pass
+"""
+    two = ("-p", "xdist", "-n", "2")
+    outcome(tests, *two, "--memory-update", apart=True).assert_outcomes(passed=3, failed=1, errors=1)
+    assert len([*(pytester.path / "memory_baselines" / "test_it").iterdir()]) == 3
+    result = outcome(tests, *two, apart=True)
+    result.assert_outcomes(passed=3, failed=1, errors=1)
+    result.stdout.fnmatch_lines(["memory_budget(totl='1 KiB'): no such category; one of *"])
+    result.stdout.fnmatch_lines(["*over its budget of 1.0 KiB", "*workspace: *ones*test_it.py:*"])
+
+
+def test_without_a_mark_or_the_fixture_nothing_is_imported(
+    outcome: Outcome, pytester: pytest.Pytester
+) -> None:
+    pytester.makepyfile(
+        test_plain="""
+import sys
+
+def test_nothing():
+    heavy = {"torch", "pydantic", "harness.check.budget", "harness.ledger.ledger"}
+    assert not heavy & set(sys.modules)
+"""
+    )
+    result = pytester.runpytest_subprocess("-p", "harness.pytest_plugin", "--strict-markers", "test_plain.py")
+    result.assert_outcomes(passed=1)
+    marks = pytester.runpytest_subprocess("-p", "harness.pytest_plugin", "--markers").stdout
+    marks.fnmatch_lines(["@pytest.mark.memory_budget(*", "@pytest.mark.memory_baseline*"])
+
+
+def test_a_device_is_what_is_said(outcome: Outcome) -> None:
+    tests = "def test_one(memory_ledger): assert memory_ledger.device == 'cpu'\n"
+    outcome(tests, "--memory-device", "cpu").assert_outcomes(passed=1)
+    result = outcome(tests, "--memory-device", "tpu")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR

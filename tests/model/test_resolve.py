@@ -1,0 +1,226 @@
+"""What `auto` comes to: transformers' own attention, the precision that the device is good at; and it stays that."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from harness.__main__ import main
+from harness.advice.savings import settings_of
+from harness.config import compose
+from harness.config.load import load
+from harness.config.settings import Refusal, Settings
+from harness.model.resolve import resolve
+from harness.record import record_file
+from harness.record.schema import parse
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+KINDS: dict[str, dict[str, Any]] = {
+    "llama": {"intermediate_size": 64},
+    "gpt2": {},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "gemma2": {"head_dim": 8, "num_key_value_heads": 2},
+    "gpt_oss": {"num_local_experts": 4, "head_dim": 8, "num_key_value_heads": 2},
+    "gptj": {"rotary_dim": 4},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "bloom": {},
+    "mpt": {},
+    "mamba": {},
+}
+WITHOUT_SDPA = set(KINDS) - {"llama", "gpt2", "qwen3_moe"}
+
+
+def asked(*words: str) -> Settings:
+    return load(compose.compose(["hardware=cpu", "world=rehearsed", "world.size=1", *words]))
+
+
+def of(directory: Path, *words: str) -> Settings:
+    return asked("precision=fp32", f"model.path={directory}", "model.random=true", *words)
+
+
+@pytest.fixture
+def described(tmp_path: Path) -> Any:
+    """A function of a kind and keys to the directory of such a model's config."""
+
+    def put(kind: str, **more: Any) -> Path:
+        AutoConfig.for_model(kind, **SMALL, **KINDS[kind]).save_pretrained(tmp_path)
+        file = tmp_path / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **more}))
+        return tmp_path
+
+    return put
+
+
+# Attention
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_gets_the_attention_that_transformers_gives_it(kind: str, described: Any) -> None:
+    directory = described(kind)
+    with torch.device("meta"):
+        theirs = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
+    settings, reasons = resolve(of(directory))
+    expected = "eager" if kind in WITHOUT_SDPA else "sdpa"
+    assert settings.model.attention == theirs.config._attn_implementation == expected
+    assert reasons["model.attention"].startswith(f"{expected}: transformers")
+
+
+def test_a_config_that_asks_for_its_attention_gets_it_and_a_word_wins_over_it(described: Any) -> None:
+    directory = described("llama", attn_implementation="eager")
+    settings, reasons = resolve(of(directory))
+    assert (settings.model.attention, reasons) == (
+        "eager",
+        {"model.attention": "eager: the model's config asks for it"},
+    )
+    settings, reasons = resolve(of(directory, "model.attention=sdpa"))
+    assert (settings.model.attention, reasons) == ("sdpa", {})
+
+
+@pytest.mark.parametrize("wanted", ["flash_attention_2", "flex_attention", "paged|eager", "no-such"])
+def test_a_config_that_asks_for_what_is_not_run_is_refused_unless_a_word_says_another(
+    wanted: str, described: Any
+) -> None:
+    directory = described("llama", attn_implementation=wanted)
+    with pytest.raises(Refusal) as refused:
+        resolve(of(directory))
+    assert str(refused.value) == (
+        f"model.attention=auto: the model's config asks for {wanted}; say model.attention=sdpa or eager"
+    )
+    assert resolve(of(directory, "model.attention=sdpa")).settings.model.attention == "sdpa"
+
+
+@pytest.mark.parametrize("kind", sorted(WITHOUT_SDPA))
+def test_sdpa_is_refused_where_there_is_none_and_eager_is_taken(kind: str, described: Any) -> None:
+    directory = described(kind)
+    with pytest.raises(Refusal) as refused:
+        resolve(of(directory, "model.attention=sdpa"))
+    assert str(refused.value) == (
+        f"model.attention=sdpa: transformers has no sdpa for {kind}; use eager, or auto"
+    )
+    settings, reasons = resolve(of(directory, "model.attention=eager"))
+    assert (settings.model.attention, reasons) == ("eager", {})
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (
+            ["model.config.model_type=gemma2", "model.attention=sdpa"],
+            "model.attention=sdpa: transformers has no sdpa for gemma2; use eager, or auto",
+        ),
+        (
+            ["model.attention=flash_attention_2"],
+            "model.attention=flash_attention_2: should be 'auto', 'sdpa' or 'eager'",
+        ),
+        (
+            ["+model.config.hidden_act=sulu"],
+            "model.config.hidden_act=sulu: transformers has none of that name; ",
+        ),
+    ],
+)
+@pytest.mark.parametrize("around", [[], ["world=rehearsed", "world.size=1"]], ids=["run", "rehearsal"])
+def test_what_cannot_be_is_one_sentence_and_leaves_nothing(
+    around: list[str], words: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["mode=train", "hardware=cpu", *words, *around, f"hydra.run.dir={tmp_path}/out"]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith(f"harness: {sentence}")
+    assert (said.err.count("\n"), said.out) == (1, "")
+    assert not (tmp_path / "out").exists()
+
+
+# Precision
+
+DECIDE = "from harness.runtime.peak_rates import precision_of_cpu; print(*precision_of_cpu())"
+"""What is decided for a CPU, in a process whose oneDNN may be limited."""
+
+
+def test_a_rehearsal_for_a_gpu_is_in_bf16_and_a_word_wins() -> None:
+    gpu = ("hardware=h100-sxm", "model.attention=sdpa")
+    settings, reasons = resolve(asked(*gpu))
+    assert (settings.precision, settings.dtype) == ("bf16", "bfloat16")
+    assert reasons == {"precision": "bf16: a GPU has units for it"}
+    settings, reasons = resolve(asked(*gpu, "precision=fp32"))
+    assert (settings.precision, settings.dtype, reasons) == ("fp32", "float32", {})
+
+
+def test_a_cpu_decides_the_same_each_time() -> None:
+    chosen = {resolve(asked("model.attention=sdpa")).settings.precision for _ in range(5)}
+    assert len(chosen) == 1
+    assert chosen <= {"bf16", "fp32"}
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN to limit")
+def test_a_cpu_whose_bf16_units_are_not_used_computes_in_fp32() -> None:
+    said = subprocess.run(
+        [sys.executable, "-c", DECIDE],
+        env={**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2", "PYTHONPATH": str(Path(__file__).parents[2])},
+        text=True,
+        capture_output=True,
+        check=True,
+    ).stdout
+    assert said.startswith("fp32 a core here makes ")
+
+
+def test_a_run_that_is_resumed_keeps_its_precision(tmp_path: Path) -> None:
+    for step, precision in ((1, "bf16"), (2, "fp32")):
+        directory = tmp_path / f"state/step-{step:08d}"
+        directory.mkdir(parents=True)
+        (directory / "manifest.json").write_text(json.dumps({"identity": {"precision": precision}}))
+    (tmp_path / "state/step-00000003").mkdir()
+    (tmp_path / "state/step-00000003/manifest.json").write_text("{")  # torn
+    words = ["mode=train", "hardware=cpu", f"train.resume={tmp_path}", "model.attention=sdpa"]
+    settings, reasons = resolve(load(compose.compose(words)), "cpu")
+    assert (settings.precision, reasons["precision"]) == ("fp32", "fp32: that of the run which is resumed")
+
+
+# What is left of it
+
+
+def test_a_record_and_its_config_have_what_ran_and_the_reasons(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        *(
+            "mode=infer",
+            "hardware=cpu",
+            "world=rehearsed",
+            "world.size=1",
+            "model.config.num_hidden_layers=1",
+        ),
+        *("generation.count=1", "generation.max_new_tokens=2"),
+    ]
+    assert main([*words, f"hydra.run.dir={tmp_path}/auto"]) == 0
+    said = capsys.readouterr().out
+    found = record_file.read(tmp_path / "auto")
+    precision = found["config"]["precision"]
+    assert found["model"]["dtype"] == {"bf16": "bfloat16", "fp32": "float32"}[precision]
+    assert found["config"]["model"]["attention"] == "sdpa"
+    assert {key: why.partition(":")[0] for key, why in found["resolved"].items()} == {
+        "precision": precision,
+        "model.attention": "sdpa",
+    }
+    assert said.startswith(f"precision={found['resolved']['precision']}\n")
+    assert yaml.safe_load((tmp_path / "auto/config.yaml").read_text("utf-8")) == found["config"]
+
+    read = parse(found, "it")
+    again = settings_of(read, {})  # as `explain` rehearses it, wherever that is
+    assert (again.precision, again.model.attention) == (precision, "sdpa")
+    assert (read.resolved, read.value("model.attention")) == (found["resolved"], "sdpa")
+    assert main([*words, f"precision={precision}", f"hydra.run.dir={tmp_path}/said"]) == 0
+    said_so = record_file.read(tmp_path / "said")
+    assert said_so["resolved"].keys() == {"model.attention"}
+    assert (said_so["config"], said_so["ranks"]) == (found["config"], found["ranks"])
+    assert not capsys.readouterr().out.startswith("precision=")

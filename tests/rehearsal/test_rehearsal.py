@@ -1,0 +1,602 @@
+"""A rehearsal in one process: what it replaces, what it knows, which ranks it stands for, and what it leaves behind."""
+
+import inspect
+import math
+import random
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from harness.__main__ import main
+from harness.config.compose import compose
+from harness.config.load import Settings, load
+from harness.ledger import Ledger
+from harness.record import record_file
+from harness.rehearsal import UNVERIFIED, one_rank, shims, zero_shims
+from harness.rehearsal.fake_mode import Fakes
+from harness.rehearsal.known_values import UNKNOWN, Values
+from harness.rehearsal.one_rank import GPU_BLOCK, rehearse
+from harness.rehearsal.representatives import roles
+from harness.rehearsal.shims import ONCE_A_RANK, Shim, shimmed
+
+TINY = ("hardware=cpu", "precision=bf16", "model.attention=sdpa", "model.config.num_hidden_layers=2")
+TRAIN = (
+    "mode=train",
+    "train.steps=2",
+    "train.sequence=32",
+    "train.micro_batch=1",
+    "train.validate_every=0",
+    "train.export=false",
+)
+UNEVEN = ("model.config.vocab_size=1000", "model.config.intermediate_size=689")
+
+
+def settings(*words: str, size: int = 2) -> Settings:
+    """The settings of a small rehearsed run."""
+    return load(compose([*TINY, *TRAIN, *words, "world=rehearsed", f"world.size={size}"]))
+
+
+# -- which ranks are rehearsed, and for whom ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [5, 8])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("zero=1",),
+        ("zero=2", "zero.reduce_bucket_size=100000"),
+        ("zero=1", "zero.reduce_bucket_size=100000", "train.sequence=64"),
+        ("zero=2", "precision=fp32", "train.accumulation=2"),
+        (
+            "zero=2",
+            "zero.offload=optimizer",
+            "zero.reduce_bucket_size=100000",
+            "model.config.vocab_size=3000",
+        ),
+        ("zero=1", "train.export=true", "train.steps=1", *UNEVEN),
+    ],
+    ids=",".join,
+)
+def test_every_rank_is_stood_for_or_bounded_by_one_that_peaks_no_lower(
+    size: int, words: tuple[str, ...]
+) -> None:
+    asked = settings(*words, size=size)
+    books = [rehearse(asked, rank)[0] for rank in range(size)]
+    named = [rank for each in roles(asked) for rank in (*each.stands_for, *each.bounds)]
+    assert sorted(named) == list(range(size))
+    for each in roles(asked):
+        assert each.rank in each.stands_for
+        for rank in each.stands_for:
+            assert {**books[rank], "rank": 0, "stands_for": []} == {
+                **books[each.rank],
+                "rank": 0,
+                "stands_for": [],
+            }
+        for rank in each.bounds:
+            assert books[rank]["peak"]["bytes"] <= books[each.rank]["peak"]["bytes"]
+
+
+@pytest.mark.parametrize("words", [("zero=0",), ("zero=3", *UNEVEN)], ids=",".join)
+def test_ranks_that_one_stands_for_hold_what_it_holds(words: tuple[str, ...]) -> None:
+    asked = settings(*words, size=5)
+    (alone,) = roles(asked)
+    assert alone.stands_for == tuple(range(5))
+    first = rehearse(asked, 0)[0]
+    for rank in (1, 4):
+        other = rehearse(asked, rank)[0]
+        for books in (first, other):
+            for phase in books["phases"]:  # the last partition is padded, and less is copied into it
+                phase |= {"read": None, "written": None}
+        assert [other[key] for key in ("peak", "categories", "phases")] == [
+            first[key] for key in ("peak", "categories", "phases")
+        ]
+
+
+def test_rank_0_is_rehearsed_by_itself_where_it_alone_exports() -> None:
+    for zero in (0, 1, 2, 3):
+        asked = settings(f"zero={zero}", "train.export=true", size=4)
+        assert next(each for each in roles(asked) if each.rank == 0).stands_for == (0,)
+    lead, other = (rehearse(settings("zero=3", "train.export=true"), rank)[0] for rank in (0, 1))
+    whole = [
+        {phase["phase"]: phase["peak"] for phase in each["phases"]}["checkpoint"] for each in (lead, other)
+    ]
+    assert whole[0] > whole[1]
+
+
+def test_ranks_that_share_layers_are_alike_but_for_what_cannot_be_cut_evenly() -> None:
+    shared = ("mode=infer", "generation.tensor_parallel=2", "generation.max_new_tokens=2")
+    assert [each.stands_for for each in roles(settings(*shared, size=4))] == [(0, 1, 2, 3)]
+    uneven = settings(*shared, *UNEVEN, size=4)
+    assert [each.stands_for for each in roles(uneven)] == [(0, 2), (1, 3)]
+    held = [rehearse(uneven, rank)[0]["categories"]["parameters"]["end"] for rank in range(4)]
+    assert held[0] == held[2] == held[1] + 3 * 2 * 256 * 2  # of three matrices of two layers, a row in bf16
+    assert held[1] == held[3]
+
+
+def test_a_gpu_that_shares_layers_holds_its_part_alone() -> None:
+    words = ("mode=infer", "model=llama3-8b", "hardware=h100-sxm", "model.config.num_hidden_layers=2")
+    alone, shared = (
+        rehearse(settings(*words, f"generation.tensor_parallel={ranks}"), 0)[0] for ranks in (1, 2)
+    )
+    norms = 5 * 4096 * 2
+    (setup,) = [phase for phase in shared["phases"] if phase["phase"] == "setup"]
+    whole = alone["categories"]["parameters"]["end"]
+    assert abs(shared["categories"]["parameters"]["end"] - (whole + norms) // 2) <= GPU_BLOCK
+    assert setup["peak"] == setup["end"]
+    assert shared["categories"]["kv_cache"]["end"] * 2 == alone["categories"]["kv_cache"]["end"]
+
+
+def test_ranks_with_prompts_of_other_lengths_are_rehearsed_apart(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join(["a", "a", "a longer one", "a"] * 2))
+    asked = settings("mode=infer", f"generation.prompts={file}", "generation.max_new_tokens=2", size=4)
+    assert [each.stands_for for each in roles(asked)] == [(0, 1, 3), (2,)]
+    books = [rehearse(asked, rank)[0]["categories"] for rank in range(4)]
+    assert books[0] == books[1] == books[3] != books[2]
+
+
+# -- what works once for every rank, done for one ----------------------------------------------------------------------
+
+
+def without(reason: str) -> tuple[Shim, ...]:
+    return tuple(shim for shim in shims.SHIMS if shim.reason != reason)
+
+
+@pytest.mark.parametrize(("size", "ranks"), [(3, (0, 1, 2)), (8, (0, 3, 7))])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("zero=1",),
+        ("zero=2", "zero.reduce_bucket_size=100000", "train.accumulation=2", *UNEVEN),
+        (
+            "zero=3",
+            "zero.persistence_threshold=0",
+            "hardware=h100-sxm",
+            *UNEVEN,
+        ),  # on CPU gloo's copy is counted too
+    ],
+    ids=lambda words: words[0],
+)
+def test_doing_it_for_one_rank_changes_no_byte(
+    monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], size: int, ranks: tuple[int, ...]
+) -> None:
+    asked = settings(*words, size=size)
+    quick = [rehearse(asked, rank)[0] for rank in ranks]
+    monkeypatch.setattr(shims, "SHIMS", without(ONCE_A_RANK))
+    whole = [rehearse(asked, rank)[0] for rank in ranks]
+    for key in ("peak", "categories", "phases"):
+        assert [each[key] for each in quick] == [each[key] for each in whole]
+
+
+class Partitions:
+    """The bookkeeping of a ZeRO-1 or 2 optimizer with one group of parameters, before it is filled."""
+
+    def __init__(self, sizes: list[int], paddings: list[int], count: int) -> None:
+        self.parameters = [torch.empty(size, device="meta") for size in sizes]
+        self.names = {id(parameter): place for place, parameter in enumerate(self.parameters)}
+        self.round_robin_bit16_padding = [paddings]
+        self.partition_size = [math.ceil((sum(sizes) + sum(paddings)) / count)]
+        self.param_to_partition_ids: dict[int, dict[int, list[int]]] = {0: {}}
+        self.total_grads_in_partition: dict[int, dict[int, int]] = {0: {}}
+        nothing = SimpleNamespace(of=lambda: {0: {part: {} for part in range(count)}}).of
+        self.is_grad_computed = nothing()
+        self.grad_partition_insertion_offset = nothing()
+        self.grad_start_offset = nothing()
+
+    def get_param_id(self, parameter: torch.Tensor) -> int:
+        return self.names[id(parameter)]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_parameters_are_placed_in_partitions_as_deepspeed_places_them(seed: int) -> None:
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer as Theirs
+
+    draw = random.Random(seed)
+    sizes = [draw.choice([1, 2, 7, 64, 1000]) for _ in range(draw.randint(1, 12))]
+    paddings, count = [draw.choice([0, 0, 3]) for _ in sizes], draw.randint(1, 9)
+    place, first = Theirs.initialize_gradient_partition, Theirs.get_first_param_index
+    theirs, ours = Partitions(sizes, paddings, count), Partitions(sizes, paddings, count)
+    for part in range(count):
+        place(theirs, 0, theirs.parameters, part)
+        zero_shims.placed(place)(ours, 0, ours.parameters, part)
+    for name in (
+        "param_to_partition_ids",
+        "total_grads_in_partition",
+        "is_grad_computed",
+        "grad_partition_insertion_offset",
+        "grad_start_offset",
+    ):
+        assert getattr(ours, name) == getattr(theirs, name), name
+    assert theirs.param_to_partition_ids[0]
+    for part in range(count):
+        assert zero_shims.first_index(first)(ours, 0, ours.parameters, part) == first(
+            theirs, 0, theirs.parameters, part
+        )
+
+
+class Counted(Ledger):
+    """A ledger whose operators can be counted after a rehearsal that made it."""
+
+    made: "list[Counted]" = []  # noqa: RUF012
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        Counted.made.append(self)
+
+
+@pytest.fixture
+def operators(monkeypatch: pytest.MonkeyPatch) -> Callable[[Settings, int], int]:
+    """A function of settings and a rank to the number of operators that its rehearsal dispatched."""
+    monkeypatch.setattr(one_rank, "Ledger", Counted)
+    monkeypatch.setattr(Counted, "made", [])
+
+    def count(asked: Settings, rank: int) -> int:
+        rehearse(asked, rank)
+        return len(Counted.made.pop()._log.operators)
+
+    return count
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_a_larger_world_takes_no_more_operators(operators: Callable[[Settings, int], int], zero: int) -> None:
+    words = (f"zero={zero}", "zero.persistence_threshold=0")
+    small = operators(settings(*words, size=64), 1)
+    assert small > 500
+    large = operators(settings(*words, size=4096), 1)
+    assert abs(large - small) <= 16  # its share may begin or end in another parameter
+
+
+# -- shims: each fits, or says so; all of them are put back ------------------------------------------------------------
+
+
+def test_every_shim_finds_its_place() -> None:
+    for shim in (*shims.SHIMS, *shims.GPU_SHIMS):
+        assert hasattr(shims._find(shim.owner), shim.attribute), shim
+    before = places()
+    with shimmed(gpu=True):
+        assert all(now is not before[key] for key, now in places().items())
+    assert places() == before
+
+
+def places() -> dict[tuple[str, str], Any]:
+    """What is where a shim goes: in the owner itself, None where it inherits it."""
+    return {
+        (shim.owner, shim.attribute): vars(shims._find(shim.owner)).get(shim.attribute)
+        for shim in (*shims.SHIMS, *shims.GPU_SHIMS)
+    }
+
+
+def takes_nothing(original: Any) -> Any:
+    def stand_in() -> None: ...
+
+    return stand_in
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (Shim("torch.nn.Module", "_gone", "a reason", takes_nothing), "it is not there"),
+        (
+            Shim("torch.nn.Module", "_apply", "a reason", takes_nothing),
+            r"it takes \('self', 'fn', 'recurse'\)",
+        ),
+        (Shim("torch.nn.NoSuchModule", "_apply", "a reason", takes_nothing), "it is not there"),
+    ],
+    ids=["missing", "other arguments", "no owner"],
+)
+def test_a_shim_that_does_not_fit_is_named_and_leaves_nothing_replaced(
+    monkeypatch: pytest.MonkeyPatch, wrong: Shim, said: str
+) -> None:
+    before = places()
+    monkeypatch.setattr(shims, "SHIMS", (*shims.SHIMS, wrong))
+    with pytest.raises(
+        RuntimeError, match=f"replaces {wrong.owner}.{wrong.attribute}, for a reason; .*{said}"
+    ):
+        rehearse(settings(), 0)
+    monkeypatch.undo()
+    assert places() == before
+
+
+def callables() -> dict[tuple[str, str], Any]:
+    """Every function and class of the libraries that a rehearsal touches, and of their classes that it may patch."""
+    found: dict[tuple[str, str], Any] = {}
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] in ("torch", "deepspeed", "transformers", "accelerate"):
+            found |= {(name, key): each for key, each in list(vars(module).items()) if _patched(each)}
+    classes = {each for each in found.values() if inspect.isclass(each)}
+    for each in classes:
+        if issubclass(each, (torch.nn.Module, torch.Tensor)) or each.__module__.startswith("deepspeed"):
+            name = f"{each.__module__}.{each.__qualname__}"
+            found |= {(name, key): value for key, value in vars(each).items() if _patched(value)}
+    return found
+
+
+def _patched(value: Any) -> bool:
+    return inspect.isroutine(value) or inspect.isclass(value) or isinstance(value, property)
+
+
+def state() -> dict[str, Any]:
+    """What else of the process a rehearsal must leave alone."""
+    import os
+
+    return {
+        "environment": dict(os.environ),
+        "initialized": dist.is_initialized(),
+        "cuda": torch.cuda.is_initialized(),
+        "dtype": torch.get_default_dtype(),
+        "device": torch.get_default_device(),
+        "grad": torch.is_grad_enabled(),
+        "threads": torch.get_num_threads(),
+        "modes": torch._C._len_torch_dispatch_stack(),
+        "hook": sys.excepthook,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
+
+
+@pytest.fixture
+def broken(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """A function after which a rehearsal raises in the middle of its first backward."""
+
+    def put() -> None:
+        import deepspeed
+
+        def fails(self: Any, *args: Any, **options: Any) -> None:
+            raise ArithmeticError("out of luck")
+
+        monkeypatch.setattr(deepspeed.DeepSpeedEngine, "backward", fails)
+
+    return put
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["done", "raised"])
+@pytest.mark.parametrize("words", [("zero=2",), ("zero=3",), ("zero=1", "hardware=h100-sxm")], ids=",".join)
+def test_all_is_as_it_was_after_a_rehearsal(
+    broken: Callable[[], None], monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], fails: bool
+) -> None:
+    rehearse(settings(*words), 0)  # what is imported once and kept is now imported
+    if fails:
+        broken()
+    before, around = callables(), state()
+    if fails:
+        with pytest.raises(ArithmeticError, match="out of luck") as caught:
+            rehearse(settings(*words), 1)
+        assert caught.value.rehearsed == (1, (0, "backward", 0))  # type: ignore[attr-defined]
+    else:
+        rehearse(settings(*words), 1)
+    after = callables()
+    assert [key for key in before if after.get(key) is not before[key]] == []
+    assert state() == around
+    x = torch.arange(6.0).reshape(2, 3).requires_grad_()
+    layer = torch.nn.Linear(3, 1)
+    with torch.no_grad():
+        layer.weight.fill_(2.0)
+        layer.bias.fill_(1.0)
+    layer(x).sum().backward()
+    assert layer(x).flatten().tolist() == [7.0, 25.0]
+    assert x.grad is not None
+    assert x.grad.tolist() == [[2.0] * 3] * 2
+    assert type(layer.double().weight.data) is torch.Tensor
+
+
+def test_no_socket_is_opened_and_no_gpu_touched(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **options: Any) -> None:
+        raise AssertionError("a socket")
+
+    monkeypatch.setattr(socket, "socket", refuse)
+    monkeypatch.setattr(torch.cuda, "_lazy_init", refuse)
+    for words in (("zero=3",), ("zero=2", "hardware=h100-sxm")):
+        assert rehearse(settings(*words, size=1000), 999)[0]["peak"]["bytes"] > 0
+
+
+# -- values ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def values() -> Iterator[Values]:
+    """Fake tensors whose values may be known, in a fake group of two."""
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        with Fakes(), Values() as values:
+            yield values
+    finally:
+        dist.destroy_process_group()
+
+
+def test_positions_and_masks_are_known(values: Values) -> None:
+    mask = torch.ones(2, 5, dtype=torch.int64)
+    assert bool(mask.all())
+    mask[1, :2] = 0
+    assert not bool(mask.all())
+    assert int(mask.sum()) == 8
+    positions = (mask.cumsum(dim=-1) - 1).clamp_(min=0)
+    assert positions.tolist() == [[0, 1, 2, 3, 4], [0, 0, 0, 1, 2]]
+    assert torch.arange(7)[2:5].tolist() == [2, 3, 4]
+    assert torch.tensor([3, 5]).max().item() == 5
+    assert torch.equal(positions, positions.clone())
+    assert not torch.equal(positions, positions + 1)
+
+
+def test_a_write_through_a_view_is_a_write_to_what_it_views(values: Values) -> None:
+    whole = torch.zeros(3, 4, dtype=torch.int64)
+    whole[1].add_(7)
+    whole.view(-1)[-1] = 9
+    assert whole.tolist() == [[0, 0, 0, 0], [7, 7, 7, 7], [0, 0, 0, 9]]
+
+
+def test_what_a_model_chose_is_unknown(values: Values) -> None:
+    logits = torch.randn(2, 8)
+    chosen = logits.argmax(dim=-1)
+    assert values.value(chosen) is None
+    assert chosen.tolist() == [UNKNOWN[False]] * 2
+    assert (logits.sum().item(), (logits > 0).all().item()) == (UNKNOWN[True], False)
+    assert values.value(torch.randint(1, 9, (4,))) is None
+
+
+def test_an_unknown_that_is_written_makes_every_alias_unknown(values: Values) -> None:
+    tokens = torch.full((2, 6), 5)
+    row, column, apart = tokens[0], tokens[:, 3], tokens.clone()
+    assert row.tolist() == [5] * 6
+    column.copy_(torch.randn(2, 8).argmax(dim=-1))
+    for each in (tokens, row, column, tokens[1:]):
+        assert values.value(each) is None
+    assert apart.tolist() == [[5] * 6] * 2
+
+
+def test_a_collective_forgets_what_it_was_given(values: Values) -> None:
+    sent, kept = torch.tensor([3, 4]), torch.tensor([5])
+    view = sent[1:]
+    dist.all_reduce(sent)
+    assert values.value(sent) is values.value(view) is None
+    assert kept.tolist() == [5]
+
+
+# -- the command line --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def _no_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+REHEARSED = (*TINY, *TRAIN, "world=rehearsed")
+
+
+@pytest.mark.parametrize("words", [("zero=2",), ("zero=3",), ("mode=infer",)], ids=",".join)
+def test_a_rehearsal_leaves_a_record_of_what_it_measured_and_nulls(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...]
+) -> None:
+    sizes = ("world.size=4", "generation.max_new_tokens=3", f"hydra.run.dir={tmp_path}/out")
+    assert main([*REHEARSED, *words, *sizes]) == 0
+    left = record_file.read(tmp_path / "out")
+    assert (left["status"], left["world"]["kind"], left["world"]["size"]) == ("complete", "rehearsed", 4)
+    assert left["world"]["verified"] is None
+    stood_for = [rank for each in left["ranks"] for rank in (*each["stands_for"], *each["bounds"])]
+    assert sorted(stood_for) == [0, 1, 2, 3]
+    for each in left["ranks"]:
+        assert each["peak"]["bytes"] == sum(filter(None, each["peak"]["categories"].values())) > 0
+        assert each["peak"]["categories"]["kernel"] is None
+        assert set(each["allocator"].values()) == {None}
+    assert left.get("performance") is None
+    assert left.get("training", {}).get("losses", []) == left.get("training", {}).get("validation", []) == []
+    assert {each.name for each in (tmp_path / "out").iterdir()} == {"record.json", "config.yaml", "trace"}
+    assert {int(each.stem.partition("-")[2]) for each in (tmp_path / "out" / "trace").iterdir()} == {
+        each["rank"] for each in left["ranks"]
+    }
+    assert str(tmp_path / "out/record.json") in capsys.readouterr().out
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """The one line that a refusal of `words` is."""
+    assert main(list(words)) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.count("\n") == 1
+    return said.err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((), "world.size=null: world=rehearsed needs world.size=, the ranks to rehearse"),
+        (("world.size=4", "ledger=off"), "ledger=off: a rehearsal is what its ledger sees; use ledger=exact"),
+        (
+            ("world.size=4", "ledger=phases"),
+            "ledger=phases: a rehearsal is what its ledger sees; use ledger=exact",
+        ),
+        (
+            ("world.size=4", "train.resume=."),
+            "train.resume=.: a rehearsal begins with the first step; leave it out",
+        ),
+    ],
+    ids=lambda value: value.partition("=")[0] if isinstance(value, str) else None,
+)
+def test_what_cannot_be_rehearsed_is_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, words: tuple[str, ...], said: str
+) -> None:
+    assert refused(capsys, *REHEARSED, *words, f"hydra.run.dir={tmp_path}/out") == f"harness: {said}\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_batch_that_does_not_fit_is_refused_as_in_the_run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("world.size=4", "train.batch=6")
+    said = refused(capsys, *REHEARSED, *words)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    assert said == refused(capsys, *TINY, *TRAIN, *words)
+    assert said.startswith("harness: train.batch=6: ")
+
+
+def test_a_rehearsal_under_torchrun_is_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    said = refused(capsys, *REHEARSED, "world.size=4", f"hydra.run.dir={tmp_path}/out")
+    assert said == "harness: world=rehearsed: one process rehearses any world; start it without torchrun\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_refusal_in_a_rehearsed_rank_leaves_nothing(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    shape = ("world.size=2", "model.config.vocab_size=100")  # fewer than there are bytes
+    said = refused(capsys, *REHEARSED, "zero=3", *shape, f"hydra.run.dir={tmp_path}/out")
+    assert said.startswith("harness: model=tiny: the tokenizer has ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_rehearsal_for_a_gpu_is_unverified_and_in_its_allocators_blocks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gpu = ("hardware=h100-sxm", "world.size=8", "zero=3", f"hydra.run.dir={tmp_path}/out")
+    assert main([*REHEARSED, *gpu]) == 0
+    assert UNVERIFIED in capsys.readouterr().out
+    left = record_file.read(tmp_path / "out")
+    assert (left["world"]["device"], left["world"]["device_name"]) == ("cuda", "h100-sxm")
+    assert left["world"]["verified"] == UNVERIFIED == "not verified on this hardware"
+    (books,) = left["ranks"]
+    holdings = books["peak"]["holdings"]  # parameters have parts of a block that they share
+    sizes = [holding["bytes"] for holding in holdings if holding["category"] != "parameters"]
+    sizes += [sum(holding["bytes"] for holding in holdings)]
+    sizes += [size for category in books["categories"].values() for size in category.values()]
+    sizes += [phase[key] for phase in books["phases"] for key in ("peak", "end", "saved")]
+    assert GPU_BLOCK == 512
+    assert sum(sizes) > 0
+    assert [size for size in sizes if size % GPU_BLOCK] == []
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(
+    ("stage", "offload"), [(1, "optimizer"), (2, "optimizer"), (3, "optimizer"), (3, "all")]
+)
+def test_what_is_offloaded_is_on_the_host_and_not_on_the_gpu(
+    stage: int, offload: str, accumulation: int
+) -> None:
+    words = (f"zero={stage}", f"train.accumulation={accumulation}", "hardware=h100-sxm")
+    kept, _ = rehearse(settings(*words), 0)
+    record, _ = rehearse(settings(*words, f"zero.offload={offload}"), 0)
+    assert kept["categories"]["optimizer"]["end"] > 0
+    assert record["categories"]["optimizer"]["end"] == 0
+    persistent = "zero.persistence_threshold=0"  # or small parameters stay, offloaded or not
+    whole, _ = rehearse(settings(*words, f"zero.offload={offload}", persistent), 0)
+    on_gpu = whole["categories"]["parameters"]["end"]
+    buffers = 512 * 2  # rotary frequencies, which nothing shards
+    assert (on_gpu == buffers) == (offload == "all")
+
+
+def test_no_device_holds_a_zero_3_model_whole() -> None:
+    words = ("zero=3", "hardware=h100-sxm", "model=small", "zero.reduce_bucket_size=100000")
+    record, done = rehearse(settings(*words, size=64), 0)
+    setup = next(phase for phase in record["phases"] if phase["phase"] == "setup")
+    assert setup["peak"] < 2 * done["model"]["parameters"]  # bytes of all of them in bf16

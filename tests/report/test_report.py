@@ -1,0 +1,233 @@
+"""A report says what the records say, opens without a network or an error, and runs nothing that a record has in it."""
+
+import json
+import subprocess
+import sys
+import xml.sax.saxutils
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.csv
+import pyarrow.parquet
+import pytest
+
+from harness.__main__ import main
+from harness.record import trace
+from harness.record.record_file import FILE, read, write
+from harness.report import PAGE, points
+
+TINY = "model=tiny hardware=cpu world=rehearsed world.size=2 model.config.num_hidden_layers=2"
+TRAIN = f"mode=train zero=2 train.steps=2 train.sequence=32 train.validate_every=0 {TINY}"
+INFER = f"mode=infer generation.batch=2 generation.max_new_tokens=4 {TINY}"
+HOSTILE = "</script><script>window.hacked=1</script><b>"
+
+Report = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A rehearsed run of each mode."""
+    home = tmp_path_factory.mktemp("runs")
+    for name, words in (("train", TRAIN), ("infer", INFER)):
+        assert main([*words.split(), f"hydra.run.dir={home / name}"]) == 0
+    return {name: home / name for name in ("train", "infer")}
+
+
+def report(directory: Path, *words: object) -> Path:
+    """The directory of a report that must be made."""
+    assert main(["report", *map(str, words), "-o", str(directory)]) == 0
+    return directory
+
+
+def changed(run: Path, directory: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """A run with its record changed, without traces."""
+    record = read(run)
+    change(record)
+    directory.mkdir()
+    write(directory, record)
+    return directory
+
+
+def test_the_page_has_every_run_and_asks_the_network_for_nothing(
+    runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = report(tmp_path / "report", runs["train"], runs["infer"])
+    assert capsys.readouterr().out == f"{made / PAGE}\n"
+    text = (made / PAGE).read_text()
+    assert '<option value="0">train tiny</option>' in text
+    assert "default-src &#39;none&#39;" in text or "default-src 'none'" in text
+    for tag in ("<link", "<img", "<iframe", " src=", "@import"):
+        assert tag not in text.partition('<script type="application/json"')[0]
+
+
+def test_it_is_drawn_where_there_is_no_torch(runs: dict[str, Path], tmp_path: Path) -> None:
+    without = "import sys; sys.modules.update(dict.fromkeys(('torch', 'deepspeed', 'transformers')))"
+    forms = ["--perfetto", "--csv", "--parquet", "--markdown"]
+    words = ["report", *map(str, runs.values()), "-o", str(tmp_path / "report"), *forms]
+    script = f"{without}; from harness.__main__ import main; sys.exit(main({words!r}))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "report" / PAGE).exists()
+
+
+def test_a_record_runs_nothing_in_the_page(runs: dict[str, Path], tmp_path: Path) -> None:
+    def change(record: dict[str, Any]) -> None:
+        record["model"]["name"] = HOSTILE
+        record["environment"]["command"] = [HOSTILE]
+        record["ranks"][0]["peak"]["where"]["module"] = HOSTILE
+        record["config"][HOSTILE] = HOSTILE
+
+    made = report(tmp_path / "report", changed(runs["train"], tmp_path / "run", change))
+    text = (made / PAGE).read_text()
+    assert HOSTILE not in text
+    assert xml.sax.saxutils.escape(HOSTILE) in text
+
+
+def test_all_of_it_needs_no_trace(runs: dict[str, Path], tmp_path: Path) -> None:
+    bare = changed(runs["train"], tmp_path / "run", lambda record: None)
+    made = report(tmp_path / "report", bare, "--csv", "--perfetto", "--markdown")
+    assert (made / "phases.csv").exists()
+    assert not (made / "events.csv").exists()
+    assert json.loads((made / "perfetto.json").read_text())["traceEvents"] == []
+
+
+def test_perfetto_has_the_bytes_of_each_category_and_every_phase(
+    runs: dict[str, Path], tmp_path: Path
+) -> None:
+    made = report(tmp_path / "report", runs["train"], "--perfetto")
+    events = json.loads((made / "perfetto.json").read_text())["traceEvents"]
+    counters = [event["args"] for event in events if event["ph"] == "C" and event["pid"] == 0]
+    record = read(runs["train"])["ranks"][0]
+    assert max(sum(each.values()) for each in counters) == record["peak"]["bytes"]
+    assert counters[-1] == {name: held["end"] for name, held in record["categories"].items()}
+    slices = {(event["args"]["step"], event["name"]) for event in events if event["ph"] == "X"}
+    assert {(step, name) for step in (0, 1) for name in ("forward", "backward", "step")} <= slices
+    assert all(event["dur"] >= 0 for event in events if event["ph"] == "X")
+
+
+def test_tables_have_a_row_for_each_phase_and_each_event(runs: dict[str, Path], tmp_path: Path) -> None:
+    made = report(tmp_path / "report", runs["train"], runs["infer"], "--csv", "--parquet")
+    phases = pyarrow.parquet.read_table(made / "phases.parquet")
+    records = [read(run) for run in runs.values()]
+    assert phases.num_rows == sum(len(rank["phases"]) for record in records for rank in record["ranks"])
+    assert (
+        pyarrow.csv.read_csv(made / "phases.csv").column("peak").to_pylist()
+        == phases.column("peak").to_pylist()
+    )
+    events = pyarrow.parquet.read_table(made / "events.parquet")
+    kept = [trace.read(run, rank["rank"]) for run in runs.values() for rank in read(run)["ranks"]]
+    assert events.num_rows == sum(table.num_rows for table in kept if table is not None)
+    assert set(events.column("run").to_pylist()) == {"train tiny", "infer tiny"}
+
+
+def test_a_category_that_this_version_does_not_know_is_dropped_nowhere(
+    runs: dict[str, Path], tmp_path: Path
+) -> None:
+    def change(record: dict[str, Any]) -> None:
+        record["ranks"][0]["peak"]["categories"]["antimatter"] = 7
+        record["ranks"][0]["phases"][0]["categories"]["antimatter"] = 7
+
+    run = changed(runs["train"], tmp_path / "run", change)
+    table = trace.read(runs["train"], 0)
+    assert table is not None
+    names = pyarrow.array(
+        ["antimatter" if name == "optimizer" else name for name in table.column("category").to_pylist()]
+    )
+    renamed = table.set_column(table.column_names.index("category"), "category", names)
+    trace.write(run, 0, renamed)
+    made = report(tmp_path / "report", run, "--csv", "--perfetto")
+    assert pyarrow.csv.read_csv(made / "phases.csv").column("antimatter").to_pylist()[0] == 7
+    ends = [
+        event["args"]
+        for event in json.loads((made / "perfetto.json").read_text())["traceEvents"]
+        if event["ph"] == "C"
+    ]
+    assert ends[-1]["antimatter"] > 0
+    found = points.drawn(points.of_table(renamed))["categories"]
+    assert found["antimatter"] == points.drawn(points.of_table(table))["categories"]["optimizer"]
+    text = (made / PAGE).read_text()
+    assert '"antimatter":7' in text
+
+
+def test_tensorboard_reads_the_most_of_each_step(runs: dict[str, Path], tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    made = report(tmp_path / "report", runs["train"], "--tensorboard")
+    seen = EventAccumulator(str(made / "tensorboard"))
+    seen.Reload()
+    rank = read(runs["train"])["ranks"][0]
+    most = max(phase["peak"] for phase in rank["phases"] if phase["step"] == 1)
+    values = seen.Tensors("memory/total (MiB)")
+    assert [each.step for each in values[:2]] == [0, 1]
+    assert values[1].tensor_proto.float_val[0] == pytest.approx(most / 2**20, rel=1e-6)
+
+
+def test_markdown_says_what_explain_says_and_breaks_no_page(runs: dict[str, Path], tmp_path: Path) -> None:
+    def change(record: dict[str, Any]) -> None:
+        record["model"]["name"] = HOSTILE
+
+    made = report(
+        tmp_path / "report", changed(runs["train"], tmp_path / "run", change), runs["infer"], "--markdown"
+    )
+    text = (made / "report.md").read_text()
+    assert "<script>" not in text.replace("\\<script>", "")
+    assert "at its peak" in text
+    assert "| parameters |" in text.replace("&emsp;", "")
+
+
+def test_a_rehearsal_beside_its_run_is_equal_or_says_where_not(runs: dict[str, Path], tmp_path: Path) -> None:
+    def real(record: dict[str, Any]) -> None:
+        record["world"]["kind"] = "torchrun"
+        record["config"]["world"]["kind"] = "torchrun"
+
+    def other(record: dict[str, Any]) -> None:
+        real(record)
+        record["ranks"][0]["categories"]["optimizer"]["peak"] += 1
+
+    same = changed(runs["train"], tmp_path / "same", real)
+    text = (report(tmp_path / "one", runs["train"], same) / PAGE).read_text()
+    assert "are equal to the byte" in text
+    apart = changed(runs["train"], tmp_path / "apart", other)
+    text = (report(tmp_path / "two", runs["train"], apart) / PAGE).read_text()
+    assert "differ in 1 of" in text
+    assert "optimizer, peak" in text
+    text = (report(tmp_path / "three", runs["infer"], same) / PAGE).read_text()
+    assert "Rehearsed beside real" not in text
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('{"schema": "harness.record/2"}', "has schema 'harness.record/2', and this version reads"),
+        ('{"schema": "harness.rec', "cannot be read"),
+        ("[]", "has schema None"),
+    ],
+)
+def test_what_is_no_record_is_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, said: str
+) -> None:
+    (tmp_path / FILE).write_text(content)
+    assert main(["report", str(tmp_path), "-o", str(tmp_path / "report")]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "report").exists()
+
+
+def test_a_torn_trace_is_a_sentence(
+    runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = changed(runs["train"], tmp_path / "run", lambda record: None)
+    (run / trace.DIRECTORY).mkdir()
+    (run / trace.DIRECTORY / "rank-0.parquet").write_bytes(b"PAR1")
+    assert main(["report", str(run), "-o", str(tmp_path / "report")]) == 2
+    assert "rank-0.parquet is no trace" in capsys.readouterr().err
+
+
+def test_a_directory_that_cannot_be_written_is_a_sentence(
+    runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(["report", str(runs["train"]), "-o", str(tmp_path / "file" / "in")]) == 2
+    assert "it cannot be written: Not a directory" in capsys.readouterr().err
