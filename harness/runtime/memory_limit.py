@@ -20,23 +20,15 @@ _SIZE_OVERFLOW = re.compile("Storage size calculation overflowed|Overflow when u
 _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": GIB, "TiB": 2**40, "PiB": 2**50}
 
 _SIZES = {
-    "train": ("train.micro_batch", "train.sequence"),
-    "infer": (
-        "generation.batch",
-        "generation.prompt_length",
-        "generation.max_new_tokens",
-        "generation.pages",
-    ),
+    "train": {"train.micro_batch": 4, "train.sequence": 256},
+    "infer": {
+        "generation.batch": 4,
+        "generation.prompt_length": 64,
+        "generation.max_new_tokens": 64,
+        "generation.pages": 64,
+    },
 }
-"""The config keys that set the size of a mode's tensors. Each default fits a small machine."""
-_DEFAULTS = {
-    "train.micro_batch": 4,
-    "train.sequence": 256,
-    "generation.batch": 4,
-    "generation.prompt_length": 64,
-    "generation.max_new_tokens": 64,
-    "generation.pages": 64,
-}
+"""The config keys that set the size of a mode's tensors, each with a value that fits a small machine."""
 
 
 def check_parameters(settings: Model, needed: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -92,17 +84,18 @@ def _memory(device: torch.device) -> tuple[int, int]:
 def _model_key(settings: Model) -> tuple[str, object]:
     """The key that chooses the model, and its value: a size in its config that no model has, else its name."""
     sizes = {key: value for key, value in settings.config.items() if type(value) is int and value > WIDEST}
-    for key in sorted(sizes, key=lambda name: sizes[name], reverse=True):
+    if sizes:
+        key = max(sizes, key=lambda name: sizes[name])
         return f"model.config.{key}", sizes[key]
     return ("model.path", settings.path) if settings.path else ("model", settings.name)
 
 
 def _largest_key(settings: Settings) -> tuple[str, object]:
-    """The size key that most exceeds its default, and its value. The model's key if none exceeds it."""
-    values = {}
-    for key in _SIZES[settings.mode]:
+    """The size key that most exceeds its usual value, and its value. The model's key if none exceeds it."""
+    usual, values = _SIZES[settings.mode], {}
+    for key in usual:
         room, name = key.split(".")
         if (value := getattr(getattr(settings, room), name)) is not None:
             values[key] = value
-    key = max(values, key=lambda candidate: values[candidate] / _DEFAULTS[candidate])
-    return (key, values[key]) if values[key] > _DEFAULTS[key] else _model_key(settings.model)
+    key = max(values, key=lambda candidate: values[candidate] / usual[candidate])
+    return (key, values[key]) if values[key] > usual[key] else _model_key(settings.model)
