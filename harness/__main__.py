@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from harness import __version__
 from harness.config import compose
-from harness.config.load import load
+from harness.config.load import load, without_hydra
 from harness.config.settings import Refusal, as_typed, knobs
 from harness.runtime import launcher
 
@@ -130,8 +130,7 @@ def _carry_out(arguments: list[str]) -> int:
     cfg = compose.compose(arguments)
     settings = load(cfg)
     if only_print:
-        own_keys = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
-        return _say(OmegaConf.to_yaml(own_keys, resolve=True))
+        return _say(OmegaConf.to_yaml(without_hydra(cfg), resolve=True))
     _require("run")
     from harness.run import run  # imports torch, so only after the request is checked
 

@@ -53,9 +53,14 @@ def load(cfg: DictConfig) -> Settings:
     return checked(typed(resolved(cfg)))
 
 
+def without_hydra(cfg: DictConfig) -> DictConfig:
+    """A copy of `cfg` without Hydra's own node."""
+    return OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
+
+
 def resolved(cfg: DictConfig) -> dict[str, Any]:
     """`cfg` as plain nested dicts, without Hydra's own node. Raises `Refusal` for a missing or empty value."""
-    own_keys = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
+    own_keys = without_hydra(cfg)
     try:
         tree: Any = OmegaConf.to_container(own_keys, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
