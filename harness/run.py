@@ -20,7 +20,8 @@ from harness.config import hardware_page
 from harness.config.load import Refusal, Settings
 from harness.config.rules import check_world
 from harness.ledger import Ledger
-from harness.model.resolve import Resolved, resolve
+from harness.model.plan import Plan
+from harness.model.resolve import resolve
 from harness.record import phase_times, record_file, trace
 from harness.runtime import failure, launcher, memory_snapshot, peak_rates, world
 from harness.runtime.files import put
@@ -41,9 +42,9 @@ def run(settings: Settings, cfg: DictConfig, words: list[str]) -> int:
     group_sizes = settings.pipeline.stages, settings.tensor_parallel
     with world.connected(settings.hardware.device, settings.world.timeout, *group_sizes) as joined_world:
         memory_snapshot.check(settings, joined_world.device)
-        resolved = _by_rank_0(joined_world, lambda: resolve(settings, joined_world.device.type))
-        directory = _by_rank_0(joined_world, lambda: _make_directory(resolved.settings, cfg))
-        return _Run(resolved, words, joined_world, directory).carry_out()
+        plan = _by_rank_0(joined_world, lambda: resolve(settings, joined_world.device.type))
+        directory = _by_rank_0(joined_world, lambda: _make_directory(plan.settings, cfg))
+        return _Run(plan, words, joined_world, directory).carry_out()
 
 
 def _by_rank_0(joined_world: World, decide: Callable[[], T]) -> T:
@@ -68,15 +69,14 @@ def _rehearse(settings: Settings, cfg: DictConfig, command: list[str]) -> int:
         raise Refusal("world", "rehearsed", "one process rehearses any world; start it without torchrun")
     assert settings.world.size is not None
     check_world(settings, settings.world.size)
-    resolved = resolve(settings)
-    settings = resolved.settings
-    directory = _make_directory(settings, cfg)
-    head = record_file.head(settings, resolved.reasons, command, rehearsal.described(settings))
-    for line in decided(resolved.reasons):
+    plan = resolve(settings)
+    directory = _make_directory(plan.settings, cfg)
+    head = record_file.head(plan.settings, plan.reasons, command, rehearsal.described(plan))
+    for line in decided(plan.reasons):
         print(line)
     record_file.write(directory, {**head, "failure": failure.UNFINISHED, "ranks": []})
     try:
-        rank_records, done = rehearsal.rehearse(settings, directory)
+        rank_records, done = rehearsal.rehearse(plan, directory)
     except Refusal:
         _remove(directory)
         raise
@@ -86,7 +86,7 @@ def _rehearse(settings: Settings, cfg: DictConfig, command: list[str]) -> int:
         print(f"harness: {rank_failure.sentence()}", file=sys.stderr, flush=True)
         return 3
     head["world"]["differences"] += rehearsal.of_packing(done["model"])
-    done["ceilings"] = hardware_page.ceilings(settings.hardware, done["model"]["dtype"])
+    done["ceilings"] = hardware_page.ceilings(plan.settings.hardware, done["model"]["dtype"])
     record_file.write(directory, {**head, "status": "complete", **done, "ranks": rank_records})
     _print_summary(directory, print)
     return 0
@@ -124,9 +124,9 @@ def _make_directory(settings: Settings, cfg: DictConfig) -> Path:
 class _Run:
     """One rank's part of a run: its settings, ledger and results, and how it ends."""
 
-    def __init__(self, resolved: Resolved, command: list[str], joined_world: World, directory: Path) -> None:
-        self.settings, self.world, self.directory = resolved.settings, joined_world, directory
-        settings = resolved.settings
+    def __init__(self, plan: Plan, command: list[str], joined_world: World, directory: Path) -> None:
+        self.plan, self.world, self.directory = plan, joined_world, directory
+        settings = plan.settings
         self.ledger = Ledger(
             mode=settings.ledger.mode,
             steps=settings.ledger.steps,
@@ -141,10 +141,15 @@ class _Run:
             "device_name": joined_world.device_name,
         }
         self.head = record_file.head(
-            settings, resolved.reasons, command, {"kind": settings.world.kind, **world_record}
+            settings, plan.reasons, command, {"kind": settings.world.kind, **world_record}
         )
-        for line in decided(resolved.reasons):
+        for line in decided(plan.reasons):
             self.say(line)
+
+    @property
+    def settings(self) -> Settings:
+        """The plan's settings."""
+        return self.plan.settings
 
     def carry_out(self) -> int:
         """Run the mode and return the exit code.
@@ -177,18 +182,18 @@ class _Run:
             from harness.training import train as mode
         else:
             from harness.generation import infer as mode  # type: ignore[no-redef]
-        prove(self.settings)
+        prove(self.plan)
         if self.world.stages > 1:
             self._partition()
         settings = self.settings
         with (
-            misfits(settings),
+            misfits(self.plan),
             allocations(settings, self.world.device),
             self._memory_snapshot(),
             self.ledger,
         ):
             out = record_file.Output(self.directory, self.say, self.done, self.flush)
-            mode.run(settings, self.world, self.ledger, out)
+            mode.run(self.plan, self.world, self.ledger, out)
         self._write_trace()
         return self._rank_record()
 
@@ -211,14 +216,12 @@ class _Run:
         Raises Refusal, on every rank.
         """
         from harness.model import partition
-        from harness.model.loader import model_config
         from harness.model.stage_check import prove
 
         split = _by_rank_0(self.world, self._chosen_split)
-        self.settings = replace(self.settings, pipeline=replace(self.settings.pipeline, split=split))
-        prove(self.settings)
-        layers = partition.split_of(self.settings, model_config(self.settings.model))
-        self.done["pipeline"] = partition.as_record(self.settings, layers)
+        self.plan = self.plan.with_settings(pipeline=replace(self.settings.pipeline, split=split))
+        prove(self.plan)
+        self.done["pipeline"] = partition.as_record(self.settings, self.plan.split)
 
     def _chosen_split(self) -> Any:
         """The split of the settings; for `memory`, a list that balances it. Raises Refusal."""
@@ -227,10 +230,11 @@ class _Run:
         settings, joined_world = self.settings, self.world
         device = replace(settings.hardware, device="cuda" if joined_world.kind == "cuda" else "cpu")
         rehearsed_world = replace(settings.world, kind="rehearsed", size=joined_world.size)
-        return balanced(replace(settings, world=rehearsed_world, hardware=device)).pipeline.split
+        rehearsed = self.plan.with_settings(world=rehearsed_world, hardware=device)
+        return balanced(rehearsed).settings.pipeline.split
 
     def _rank_record(self) -> dict[str, Any]:
-        return record_file.rank_record(self.ledger, self.world.rank, self.world.stage, self.world.share)
+        return record_file.rank_record(self.ledger, self.world.rank, self.world.stage, self.world.tp_rank)
 
     def _memory_snapshot(self) -> AbstractContextManager[None]:
         if self.settings.ledger.snapshot:

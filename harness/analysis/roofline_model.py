@@ -227,7 +227,7 @@ def _shape(
         return Shape(settings.train.micro_batch, weights)
     inference, generation = record.inference, settings.generation
     groups = totals["prefill"].passes if "prefill" in totals else 0
-    dp_size = record.world.size // (record.pipeline.stages * tensor_parallel)
+    dp_size = settings.layout(record.world.size).dp_size
     if not inference.prompts or inference.prompt_tokens is None or not groups or not dp_size:
         return None
     if generation.batching == "continuous":

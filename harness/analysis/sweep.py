@@ -78,9 +78,10 @@ def point(record: Record, source: str) -> Point:
     if record.mode != "infer":
         raise ValueError(f"{source} is a run of mode={record.mode}, and this is about generation")
     try:
-        generation = typed(record.config).generation
+        settings = typed(record.config)
     except Refusal as refusal:
         raise ValueError(f"{source} has a config that cannot be read: {refusal}") from None
+    generation = settings.generation
     if generation.prompts or generation.prompt or generation.workload or generation.lengths != "fixed":
         raise ValueError(
             f"{source} has prompts of its own; a point is made with generation.prompt_length= alone"
@@ -95,7 +96,7 @@ def point(record: Record, source: str) -> Point:
         record.performance.latency.between_tokens_seconds,
     )
     new = record.inference.max_new_tokens or generation.max_new_tokens or NEW_TOKENS
-    dp_size = record.world.size // (record.pipeline.stages * generation.tensor_parallel)
+    dp_size = settings.layout(record.world.size).dp_size
     return Point(
         record.model.short,
         generation.cache,

@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 
+from harness.config.layout import Layout
+
 MOST = 2**53 - 1
 """The largest number allowed. Up to here JSON, doubles and 64-bit integers agree, and no library counter overflows."""
 
@@ -285,6 +287,10 @@ class Settings:
     def tensor_parallel(self) -> int:
         """How many ranks share each layer; 1 in training, where each rank has whole layers."""
         return self.generation.tensor_parallel if self.mode == "infer" else 1
+
+    def layout(self, size: int) -> Layout:
+        """The place of each of `size` ranks."""
+        return Layout(size, self.pipeline.stages, self.tensor_parallel)
 
 
 RESOLVED = ("precision", "model.attention")

@@ -31,12 +31,12 @@ def find(
     settings: Settings,
     tokenizer: PreTrainedTokenizerBase,
     limit: Callable[[int], int],
-    rehearsed: bool = False,
+    read: bool = True,
 ) -> list[Prompt]:
     """Prompts from `generation.prompts`, `.prompt` or `.workload`, else held-out text of the data. Raises Refusal.
 
-    `limit` maps the length of a prompt to the number of new tokens, for a prompt without its own number. If
-    `rehearsed`, sampled prompts have their length but no text.
+    `limit` maps the length of a prompt to the number of new tokens, for a prompt without its own number.
+    Without `read`, sampled prompts have their length but no text.
     """
     generation = settings.generation
     origin: tuple[str, object]
@@ -55,7 +55,7 @@ def find(
         origin = "generation.prompt_length", generation.prompt_length
         requests = workload.drawn(generation, limit(generation.prompt_length), settings.seed)
     lengths = [request.length for request in requests if request.text is None]
-    texts = iter(_sampled(settings, tokenizer, lengths, rehearsed))
+    texts = iter(_sampled(settings, tokenizer, lengths, read))
     prompts = []
     key, value = origin
     for text, _, max_new_tokens, place in requests:
@@ -71,13 +71,13 @@ def find(
 
 
 def _sampled(
-    settings: Settings, tokenizer: PreTrainedTokenizerBase, lengths: Sequence[int], rehearsed: bool
+    settings: Settings, tokenizer: PreTrainedTokenizerBase, lengths: Sequence[int], read: bool
 ) -> list[list[int]]:
     """Prompts of these lengths from the data."""
     if not lengths:
         return []
     longest = token_batches.sample_prompts(
-        settings.data, tokenizer, len(lengths), max(lengths), settings.seed, rehearsed
+        settings.data, tokenizer, len(lengths), max(lengths), settings.seed, read
     )
     return [tokens[:length] for tokens, length in zip(longest, lengths, strict=True)]
 

@@ -81,16 +81,20 @@ class Corpus:
 
 
 def corpus(
-    settings: Data, tokenizer: PreTrainedTokenizerBase, sequence: int, world: World | None = None
+    settings: Data,
+    tokenizer: PreTrainedTokenizerBase,
+    sequence: int,
+    world: World | None = None,
+    read: bool = True,
 ) -> Corpus:
     """The corpus of `settings` in blocks of `sequence` tokens. Raises Refusal if there is no such text.
 
-    With `world`, the first rank of each node prepares it and the others wait. Without, this process prepares it. A
-    rehearsed world reads no data.
+    With `world`, the first rank of each node prepares it and the others wait. Without, this process prepares it.
+    Without `read` it has blocks of this length but no text.
     """
-    if world is not None and world.rehearsed:
+    if not read:
         return Corpus(NoText(sequence), NoText(sequence) if settings.validation else None)
-    from harness.data import text  # slow to import, and a rehearsal does not need it
+    from harness.data import text  # slow to import
 
     if settings.streaming:
         every = round(1 / settings.validation) if settings.validation else 0
@@ -121,17 +125,17 @@ def loader(
 ) -> Iterator[torch.Tensor]:
     """This rank's micro-batches, int64 [micro_batch, sequence], epoch after epoch, from the `skip`-th on.
 
-    `seed` and the epoch alone set their order. A global batch is `world.replicas` consecutive micro-batches of it. Last
+    `seed` and the epoch alone set their order. A global batch is `world.dp_size` consecutive micro-batches of it. Last
     micro-batches that do not reach every replica are left out. Raises Refusal if not even one fits.
     """
     if isinstance(blocks, Stream):
         return islice(_epoch(blocks, micro_batch, world, None), skip, None)
-    batches_per_epoch = len(blocks) // (micro_batch * world.replicas)
+    batches_per_epoch = len(blocks) // (micro_batch * world.dp_size)
     if batches_per_epoch == 0:
         raise Refusal(
             "train.micro_batch",
             micro_batch,
-            f"{world.replicas} ranks take {micro_batch * world.replicas} sequences of {blocks.sequence} tokens, "
+            f"{world.dp_size} ranks take {micro_batch * world.dp_size} sequences of {blocks.sequence} tokens, "
             f"and the data has {len(blocks)}; give more text, fewer ranks or a shorter train.sequence",
         )
     return _epochs(blocks, micro_batch, world, seed, *divmod(skip, batches_per_epoch))
@@ -159,8 +163,8 @@ def _epoch(
     )
     return prepare_data_loader(  # type: ignore[no-any-return]
         all_ranks_loader,
-        num_processes=world.replicas,
-        process_index=world.replica,
+        num_processes=world.dp_size,
+        process_index=world.dp_rank,
         put_on_device=False,
         rng_types=[],
         dispatch_batches=False,
@@ -174,13 +178,13 @@ def sample_prompts(
     number: int,
     length: int,
     seed: int,
-    rehearsed: bool = False,
+    read: bool = True,
 ) -> list[list[int]]:
     """`number` prompts of `length` tokens from places in the held-out text that `seed` chooses. Raises Refusal.
 
-    If `rehearsed`, they have this length but no text.
+    Without `read` they have this length but no text.
     """
-    if rehearsed:
+    if not read:
         return [NoText(length).tokens(index) for index in range(number)]
     text_corpus = corpus(settings, tokenizer, length)
     if isinstance(text_corpus.train, Stream):

@@ -25,8 +25,9 @@ from harness.generation.batch import Requests
 from harness.generation.paged_cache import layers, room
 from harness.ledger import Ledger
 from harness.model.kv_cache import check_kind
-from harness.model.loader import model_config, quiet
+from harness.model.loader import quiet
 from harness.model.narrow import NoneRuns, narrowest
+from harness.model.plan import Plan
 
 MIXED = [[5, 6, 7], [9, 40, 41, 42, 8, 7], [20, 21, 22, 23, 24, 25, 26, 27, 28]]
 EVEN = [prompt[:3] for prompt in MIXED]
@@ -53,12 +54,13 @@ Look = Callable[[str, bool], str | None]
 """`difference` for the run's own config and attention: from kind of cache and `mixed` to the reason, or None."""
 
 
-def prove(settings: Settings) -> None:
-    """Raise Refusal where the small model's logits under `settings` differ from its logits alone and without a cache.
+def prove(plan: Plan) -> None:
+    """Raise Refusal where the small model's logits under `plan` differ from its logits alone and without a cache.
 
     A stateless decoder that transformers builds for compilation is checked only with settings that are not the default.
     """
-    config, generation = model_config(settings.model), settings.generation
+    settings, config = plan.settings, plan.config
+    generation = settings.generation
     model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     compiles = bool(getattr(model, "_can_compile_fullgraph", False))
     trusted = compiles and not model._is_stateful and not config.is_encoder_decoder

@@ -24,22 +24,29 @@ WARM = 3
 Step = Callable[[Tensor, Tensor, Tensor, Cache], Tensor]
 """From tokens [B, 1], mask [B, L], positions [B, 1] and a cache to logits [B, V]."""
 
+Program = Callable[[Tensor, Tensor, Tensor, Cache, Work | None], Tensor]
+"""A step that tells the ledger the work of one run, which a compiled step hides from it."""
+
 
 class Compiled:
     """The decoding step of `model` for batches of up to `length` columns (L), padding and new tokens included.
 
-    A rehearsal runs the step without compiling it.
+    `make_program` compiles the step.
     """
 
-    def __init__(self, model: PreTrainedModel, length: int, ledger: Ledger, rehearsed: bool = False) -> None:
-        self.model, self.length, self.ledger, self.rehearsed = model, length, ledger, rehearsed
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        length: int,
+        ledger: Ledger,
+        make_program: Callable[[Step, torch.device, bool, Ledger], Program] | None = None,
+    ) -> None:
+        self.model, self.length, self.ledger = model, length, ledger
         self.cache: Cache | None = None
         self._work: dict[bool, Work] = {}  # of one step; the key says whether the windows are full
         windows = _windows(make("static", model.config, length))
         self._full = [False, True] if any(each.max_cache_len < length for each in windows) else [False]
-        self._step: Step = self._forward
-        if not rehearsed:
-            self._step = compiled(self._forward, options(model.device, bool(windows)))
+        self._program = (make_program or program)(self._forward, model.device, bool(windows), ledger)
         self._tokens = self._positions = self._mask = torch.empty(0, 0, dtype=torch.int64)
 
     def prepare(self, sequences: int) -> tuple[Cache, float]:
@@ -106,13 +113,8 @@ class Compiled:
 
     def _run(self) -> Tensor:
         assert self.cache is not None
-        if self.rehearsed:
-            return self._step(self._tokens, self._mask, self._positions, self.cache)
         full = any(each.cumulative_length_int >= each.max_cache_len for each in _windows(self.cache))
-        with self.ledger.opaque("compiled", self._work.get(full)):
-            if self.model.device.type == "cuda":
-                torch.compiler.cudagraph_mark_step_begin()
-            return self._step(self._tokens, self._mask, self._positions, self.cache)
+        return self._program(self._tokens, self._mask, self._positions, self.cache, self._work.get(full))
 
     def _forward(self, tokens: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
         output: Any = self.model(
@@ -130,6 +132,19 @@ class Compiled:
 def _windows(cache: Cache | None) -> list[Any]:
     """The layers of `cache` with a sliding window whose length the host counts."""
     return [] if cache is None else [each for each in cache.layers if hasattr(each, "cumulative_length_int")]
+
+
+def program(step: Step, device: torch.device, windows: bool, ledger: Ledger) -> Program:
+    """`step`, compiled for `device`; `windows`: whether its cache has layers with a sliding window."""
+    compiled_step = compiled(step, options(device, windows))
+
+    def run(tokens: Tensor, mask: Tensor, positions: Tensor, cache: Cache, work: Work | None) -> Tensor:
+        with ledger.opaque("compiled", work):
+            if device.type == "cuda":
+                torch.compiler.cudagraph_mark_step_begin()
+            return compiled_step(tokens, mask, positions, cache)
+
+    return run
 
 
 def options(device: torch.device, windows: bool) -> dict[str, Any]:

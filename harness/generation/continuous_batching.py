@@ -23,7 +23,7 @@ from harness.config.settings import Generation
 from harness.config.strategy import LIKELIEST, Strategy
 from harness.data.prompts import Prompt
 from harness.generation.batch import Requests
-from harness.generation.extrapolation import Alike
+from harness.generation.course import WHOLE, Decoding
 from harness.generation.metrics import Share, Timing
 from harness.generation.paged_cache import Held, Paged, Room, room
 from harness.generation.paged_choosing import Choosers
@@ -86,7 +86,7 @@ def share_of(
     prompts: Mapping[int, Prompt],
     strategy: Strategy,
     ledger: Ledger,
-    rehearsed: bool,
+    course: Decoding,
     tell: Callable[[int], None],
 ) -> Share:
     """Generate for a rank's `prompts` (by number in the run); other arguments as for `generate`. Raises Refusal."""
@@ -97,7 +97,7 @@ def share_of(
     requests = Requests(
         [prompt.tokens for prompt in entries], [prompt.most for prompt in entries], [*prompts]
     )
-    output = generate(model, requests, strategy, room=limits, ledger=ledger, rehearsed=rehearsed, tell=tell)
+    output = generate(model, requests, strategy, room=limits, ledger=ledger, course=course, tell=tell)
     tokens = dict(zip(prompts, output.tokens, strict=True))
     kv_sizes = [] if output.kv is None else [output.kv]
     paged = [] if output.paged is None else [output.paged]
@@ -112,7 +112,7 @@ def generate(
     *,
     room: Room,
     ledger: Ledger,
-    rehearsed: bool = False,
+    course: Decoding = WHOLE,
     tell: Callable[[int], None] = lambda ended: None,
 ) -> Continued:
     """Continue each of `requests` within the limits of `room`, with tokens chosen by `strategy`.
@@ -120,18 +120,15 @@ def generate(
     `model` is in eval mode. Each request gets the tokens that it would get alone. `ledger` has a step for each load:
     max_num_seqs ended requests. The phases are `data` (the inputs of the next forward), `prefill` (a forward with any
     prompt token) and `decode` (all other forwards). After each load, `tell` receives the number of requests that ended
-    in it.
-
-    In a rehearsal (`rehearsed`) nothing ends early. Of forwards that differ only in one more token for each request,
-    only the first two and the last run; once the ledger has seen enough, none runs.
+    in it. `course` decides which forwards are run.
     """
-    prompts, eos = requests.prompts, [] if rehearsed else strategy.ends
+    prompts, eos = requests.prompts, [*course.ends(strategy)]
     output = Continued([[] for _ in prompts], [[] for _ in prompts], [0.0 for _ in prompts])
     with _processor(model, room, ledger) as (manager, processor):
         for number, (prompt, max_new_tokens) in enumerate(zip(prompts, requests.most, strict=True)):
             manager.add_request(list(prompt), str(number), max_new_tokens, eos_token_id=eos)
         choosers = Choosers(strategy, requests, model, processor, ledger)
-        run = Run(model, processor, choosers, ledger, output, room, rehearsed, tell)
+        run = Run(model, processor, choosers, ledger, output, room, course, tell)
         while run.forward():
             pass
         run.end()
@@ -151,17 +148,15 @@ class Run:
         ledger: Ledger,
         output: Continued,
         room: Room,
-        rehearsed: bool,
+        course: Decoding,
         tell: Callable[[int], None],
     ) -> None:
         self.model, self.processor, self.ledger, self.output = model, processor, ledger, output
-        self.rehearsed, self.max_num_seqs, self.tell = rehearsed, room.requests, tell
+        self.max_num_seqs, self.tell = room.requests, tell
         self.choosers, self.usage = choosers, Held(processor.cache)
         self.ended = self.reported = self.forwards = self.tokens = self.evicted = 0
         self.phases: set[str] = set()
-        self.previous: list[str] = []  # the requests of the previous decode forward
-        self.repeats = 0  # forwards since the first of a run that differ only in longer requests
-        self.alike = Alike(ledger)
+        self.runner = course.forwards(ledger, choosers, self.usage)
         self.now = clock(model.device)
         output.loads.append(Load(self.now))
 
@@ -186,12 +181,7 @@ class Run:
         phase = "prefill" if prompt_tokens else "decode"
         self.phases |= {"data", phase}
         with self.ledger.phase(phase, step, again=True):
-            if not self.rehearsed:
-                processor._generation_step(self.model)
-            elif self._decides(batch, prompt_tokens):
-                self.alike.make(lambda: processor._generation_step(self.model), self.repeats)
-            else:
-                self.alike.leave_out()
+            self.runner.run(lambda: processor._generation_step(self.model), batch, prompt_tokens)
             start, self.now = self.now, clock(self.model.device)
             processor.update_batch()
         self._record_times(batch, load, start)
@@ -235,23 +225,6 @@ class Run:
         self.phases = set()
         self.tell(self.ended - self.reported)
         self.reported = self.ended
-
-    def _decides(self, batch: Sequence[Any], prompt_tokens: int) -> bool:
-        """Whether a rehearsal must run this forward: it is the first or second of a run of similar ones, or the last.
-
-        Similar forwards have the same requests and differ only in their lengths.
-        """
-        previous, self.previous = (
-            self.previous,
-            [] if prompt_tokens else [each.state.request_id for each in batch],
-        )
-        turns = [self.choosers.bends(each.state) for each in batch]
-        similar = not prompt_tokens and self.previous == previous and not any(first for first, _ in turns)
-        self.repeats = self.repeats + 1 if similar else 0
-        short = self.usage.free < len(batch)  # a request may lose its pages before the next forward
-        last = short or any(last for _, last in turns)
-        last = last or any(each.state.generated_len() + 1 == each.state.max_new_tokens for each in batch)
-        return self.ledger.exact and (last or self.repeats < 2)
 
 
 def _prompt_tokens(future: Any) -> int:

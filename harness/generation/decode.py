@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers import Cache, PretrainedConfig, PreTrainedModel
 
 from harness.config.strategy import LIKELIEST, Strategy
-from harness.generation import cache_growth, choosing
 from harness.generation.batch import Batch, Requests, pad_left
 from harness.generation.choosing import Choose, chooser, nobody, telling
 from harness.generation.compiled_decode import Compiled
+from harness.generation.course import WHOLE, Decoding
 from harness.generation.timestamps import Marks, clock
 from harness.ledger import Ledger
 from harness.model.kv_cache import KvBytes, kv_bytes, make
@@ -93,7 +93,7 @@ def generate(
     bits: int = 8,
     ledger: Ledger,
     step: int = 0,
-    ends_only: bool = False,
+    course: Decoding = WHOLE,
     tell: Callable[[int], object] = nobody,
 ) -> Generated:
     """Continue each of `requests` with tokens chosen by `strategy`. `tell` receives the number of new tokens after each
@@ -101,8 +101,8 @@ def generate(
 
     `model` is in eval mode. `cache` is a kind that `harness.model.kv_cache.make` supports, with so many `bits`; or a
     `Compiled` of `model`, whose static cache is reused by the next batch. Unless tokens are sampled, they are those
-    that transformers' `generate` gives for each prompt alone. `ledger` records a prefill and a decode as `step`. With
-    `ends_only` only the first and last tokens of each stretch of the decode are computed, and the tokens mean nothing.
+    that transformers' `generate` gives for each prompt alone. `ledger` records a prefill and a decode as `step`.
+    `course` decides which tokens are computed.
     """
     cache_or_kind, compile_seconds = cache if isinstance(cache, str) else None, 0.0
     if isinstance(cache, Compiled):
@@ -117,12 +117,10 @@ def generate(
         prefill(show, batch, choose)
         marks.mark()
         first_token_time = clock(model.device)
-    columns: Iterable[int] = range(batch.width + 1, batch.tokens.shape[1])
-    if ends_only and cache_growth.can_advance(kv_cache):
-        columns = ends(requests, strategy, kv_cache, ledger)
     with ledger.phase("decode", step):
         if isinstance(cache, Compiled):
             show = cache.shown(batch.mask)
+        columns = _columns(requests, kv_cache, strategy, ledger, course)
         decode_n_tokens(show, batch, columns, kv_cache is not None, choose, marks)
         end_time = clock(model.device)
         tokens, kv = finish(requests, batch, kv_cache, strategy.ends)
@@ -138,6 +136,15 @@ def generate(
         moments=[timestamps[: len(row)] for row in tokens],
         computed=len(tokens) * len(timestamps),
     )
+
+
+def _columns(
+    requests: Requests, cache: Cache | None, strategy: Strategy, ledger: Ledger, course: Decoding
+) -> Iterator[int]:
+    """The columns of the new tokens to compute after the first."""
+    for number, skipped in course.turns([(requests, cache)], strategy, ledger):
+        course.skip(cache, skipped, ledger)
+        yield requests.width + number
 
 
 def ready(
@@ -159,26 +166,6 @@ def ready(
     kv_cache = make(cache, config, requests.shown, bits) if isinstance(cache, str) else cache
     ledger.own(cache=kv_cache)
     return batch, kv_cache
-
-
-def ends(requests: Requests, strategy: Strategy, cache: Cache | None, ledger: Ledger) -> Iterator[int]:
-    """The columns at the ends of each stretch of a decode. Before each one, `cache` grows by the columns that were left
-    out.
-    """
-    first, room = requests.width, requests.room
-    stretch_starts = cache_growth.bends(cache, first, room) | choosing.bends(strategy, requests)
-    columns = range(first + 1, first + room)
-    for column, skipped in cache_growth.ends(columns, {first + start for start in stretch_starts}, ledger):
-        if skipped:
-            grow(cache, ledger, skipped)
-        yield column
-
-
-def grow(cache: Cache | None, ledger: Ledger, tokens: int) -> None:
-    """Make `cache` as long as after so many more `tokens`, and register its new tensors with `ledger`."""
-    with ledger.uncounted():
-        cache_growth.advance(cache, tokens)
-    ledger.own(cache=cache)
 
 
 def finish(

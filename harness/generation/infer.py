@@ -18,8 +18,8 @@ from harness.data.prompts import Prompt, check, find, text_of
 from harness.generation import continuous_batching
 from harness.generation.batch import Requests
 from harness.generation.compiled_decode import Compiled
+from harness.generation.course import WHOLE, Decoding
 from harness.generation.decode import Generated, generate
-from harness.generation.extrapolation import NOTHING
 from harness.generation.generation_config import strategy_of
 from harness.generation.metrics import (
     Share,
@@ -34,10 +34,10 @@ from harness.generation.metrics import (
 )
 from harness.generation.paged_cache import room
 from harness.generation.pipeline_decode import Relay
-from harness.ledger import Ledger
+from harness.ledger import Ledger, Work
 from harness.model import init_weights, loader, stage
 from harness.model.kv_cache import attention_flops_per_position, check_bits, kv_bytes_per_token
-from harness.model.partition import ranges, split_of
+from harness.model.plan import Plan
 from harness.model.stage import Stage
 from harness.model.tokenizer import tokenizer_of
 from harness.quantization import method
@@ -55,18 +55,18 @@ Say = Callable[[str], None]
 T = TypeVar("T")
 
 
-def run(settings: Settings, world: World, ledger: Ledger, out: Output) -> None:
+def run(plan: Plan, world: World, ledger: Ledger, out: Output, course: Decoding = WHOLE) -> None:
     """Generate for every prompt and write `generations.jsonl` in the run's directory. Raises Refusal."""
     start = time.perf_counter()
-    config = loader.model_config(settings.model)
-    tokenizer = tokenizer_of(settings.model, settings.data.tokenizer)
+    settings, config = plan.settings, plan.config
+    tokenizer = tokenizer_of(settings.model, config, settings.data.tokenizer)
     strategy = strategy_of(settings, config)
-    prompts = find(settings, tokenizer, strategy.most, world.rehearsed)
+    prompts = find(settings, tokenizer, strategy.most, read=course.values)
     check(prompts, config)
     generation = settings.generation
     check_device(generation, world.kind)
-    if generation.cache == "quantized" and not world.rehearsed:
-        with ledger.opaque("check", NOTHING):  # not part of the run's work
+    if generation.cache == "quantized" and course.values:
+        with ledger.opaque("check", Work(0, 0, 0)):  # not part of the run's work
             check_bits(generation.cache_bits, world.device)
     dtype = getattr(torch, settings.dtype)
     quantization = method.take(config, settings, world.kind)
@@ -75,41 +75,41 @@ def run(settings: Settings, world: World, ledger: Ledger, out: Output) -> None:
     if generation.batching == "continuous":
         room(generation, config, dtype, prompts)  # raises Refusal before the model is built
     with ledger.phase("setup"):
-        model, sizes = _model_of_rank(settings, config, dtype, world, ledger, quantization)
+        model, sizes = _model_of_rank(plan, config, dtype, world, ledger, quantization, course.values)
     if generation.batching == "static":
         check_columns(
-            model.model if isinstance(model, Stage) else model, prompts, generation.batch, world.replicas
+            model.model if isinstance(model, Stage) else model, prompts, generation.batch, world.dp_size
         )
     out.done["model"] = {
         "name": settings.model.name,
         **sizes,
         "dtype": str(dtype).removeprefix("torch."),
     }
-    if world.stages * world.tensor > 1:
+    if world.stages * world.tp_size > 1:
         ways = [f"{world.stages} stages"] * (world.stages > 1)
-        ways += [f"layers shared by {world.tensor}"] * (world.tensor > 1)
+        ways += [f"layers shared by {world.tp_size}"] * (world.tp_size > 1)
         layout = f"{sizes['parameters']:,} parameters in {', '.join(ways)}, {world.size} ranks"
         out.say(f"{settings.model.name}: {layout}")
     if description := strategy.description():
         out.say(f"{settings.model.name}: {description}")
     startup = time.perf_counter() - start
-    share = share_of(settings, world, ledger, model, prompts, strategy, out.flush, out.say)
+    share = share_of(settings, world, ledger, model, prompts, strategy, out.flush, out.say, course)
     ledger.enough()  # on every rank, whatever its number of batches: an exact ledger would also record what follows
     by_rank = world.gather(share)
-    shares = of_replicas(by_rank, world.replicas, world.tensor)
+    shares = of_replicas(by_rank, world.layout)
     out.done["inference"] = {
         "prompts": len(prompts),
         "prompt_tokens": sum(len(prompt.tokens) for prompt in prompts),
         "max_new_tokens": max(prompt.most for prompt in prompts),
         "cache": settings.generation.cache,
-        "tensor_parallel": world.tensor,
+        "tensor_parallel": world.tp_size,
         "kv_bytes_per_token": kv_bytes_per_token(config, dtype),
         "attention_flops_per_position": attention_flops_per_position(config),
         "generation_config": strategy.as_record(),
         **largest(shares),
         **pages(shares),
     }
-    if world.rehearsed:
+    if not course.values:
         return
     tokens = dict(sorted(pair for share in shares for pair in share.tokens.items()))
     texts = [text_of(tokenizer, new) for new in tokens.values()]
@@ -120,30 +120,31 @@ def run(settings: Settings, world: World, ledger: Ledger, out: Output) -> None:
     measured = {**performance(shares, exact), **scheduled(shares)}
     out.done["performance"] = {"startup_seconds": startup, **measured}
     if world.stages > 1:
-        out.done["performance"]["stages"] = idleness(by_rank, world.stages, exact)
+        out.done["performance"]["stages"] = idleness(by_rank, world.layout, exact)
     _tell(out.say, prompts, texts, out.done)
 
 
 def _model_of_rank(
-    settings: Settings,
+    plan: Plan,
     config: PretrainedConfig,
     dtype: torch.dtype,
     world: World,
     ledger: Ledger,
     quantization: Quantization | None,
+    read: bool,
 ) -> tuple[PreTrainedModel | Stage, dict[str, Any]]:
-    """The model, or this rank's stage of it, and the sizes of the whole model."""
-    spec, options = (
-        (settings.model, config, dtype, world.device, settings.seed),
-        (world.rehearsed, world.mesh),
-    )
+    """The model, or this rank's stage of it, and the sizes of the whole model. `read`: read its weights, if it has any
+    stored.
+    """
+    settings = plan.settings
+    spec, options = (settings.model, config, dtype, world.device, settings.seed), (read, world.mesh)
     if world.stages == 1:
         model = loader.build(*spec, *options, quantization)
         ledger.own(model=model.eval().requires_grad_(False))
-        if quantization is not None and not world.rehearsed:
+        if quantization is not None and read:
             quantization = quantization.as_read(model)
         return model, loader.sizes(model, quantization)
-    part = stage.build(*spec, ranges(split_of(settings, config))[world.stage], *options, quantization)
+    part = stage.build(*spec, plan.layers[world.stage], *options, quantization)
     part.eval().requires_grad_(False)
     ledger.own(model=part.model)
     whole = init_weights.outline(config, dtype, settings.model.attention)
@@ -159,13 +160,14 @@ def share_of(
     strategy: Strategy,
     flush: Callable[[], None],
     say: Say = lambda line: None,
+    course: Decoding = WHOLE,
 ) -> Share:
-    """Generate for this replica's prompts: every `world.replicas`-th one."""
+    """Generate for this replica's prompts: every `world.dp_size`-th one."""
     generation = settings.generation
     own_prompts = {
-        number: prompts[number] for number in of_replica(len(prompts), world.replica, world.replicas)
+        number: prompts[number] for number in of_replica(len(prompts), world.dp_rank, world.dp_size)
     }
-    quiet = world.rehearsed or not world.leads
+    quiet = not (course.values and world.leads)
     if generation.batching == "continuous" and isinstance(model, PreTrainedModel):
         with Pace(len(own_prompts), "prompt", say, quiet) as pace:
 
@@ -174,10 +176,10 @@ def share_of(
                 flush()
 
             return continuous_batching.share_of(
-                generation, model, own_prompts, strategy, ledger, world.rehearsed, tell
+                generation, model, own_prompts, strategy, ledger, course, tell
             )
     with Pace(sum(prompt.most for prompt in own_prompts.values()), "token", say, quiet) as pace:
-        return _in_batches(settings, world, ledger, model, own_prompts, strategy, pace, flush)
+        return _in_batches(settings, world, ledger, model, own_prompts, strategy, pace, flush, course)
 
 
 def _in_batches(
@@ -189,6 +191,7 @@ def _in_batches(
     strategy: Strategy,
     pace: Pace,
     flush: Callable[[], None],
+    course: Decoding,
 ) -> Share:
     """Generate for these prompts in batches; all requests of a batch begin and end together."""
     generation, share, done = settings.generation, Share(), 0
@@ -197,14 +200,12 @@ def _in_batches(
     cache: str | Compiled = generation.cache
     if generation.compile and isinstance(model, PreTrainedModel) and request_batches:
         longest = max(requests.shown for requests in request_batches)
-        cache = Compiled(model, longest, ledger, world.rehearsed)
-    for step, requests in enumerate(request_batches):
-        if world.rehearsed and step == settings.ledger.steps:
-            ledger.enough()  # the next prefill would do the same
-            break
+        cache = Compiled(model, longest, ledger, course.program)
+    for step in course.steps(range(len(request_batches)), settings.ledger.steps):
+        requests = request_batches[step]
         groups = [requests]
         options: Any = {"cache": cache, "bits": generation.cache_bits, "step": step, "tell": pace.advance}
-        options["ends_only"] = world.rehearsed
+        options["course"] = course
         if relay is not None:
             parts = cut(requests.numbers, settings.pipeline.groups or world.stages)
             groups = [_requests(prompts, numbers) for numbers in parts]
@@ -220,12 +221,12 @@ def _in_batches(
     return share
 
 
-def of_replica(prompts: int, replica: int, replicas: int) -> range:
+def of_replica(prompts: int, dp_rank: int, dp_size: int) -> range:
     """The numbers of one replica's prompts, out of so many `prompts`."""
-    return range(replica, prompts, replicas)
+    return range(dp_rank, prompts, dp_size)
 
 
-def check_columns(model: PreTrainedModel, prompts: Sequence[Prompt], batch: int, replicas: int = 1) -> None:
+def check_columns(model: PreTrainedModel, prompts: Sequence[Prompt], batch: int, dp_size: int = 1) -> None:
     """Refuse a batch whose columns, with padding, exceed the positions of the model's own attention table.
 
     A single request may fit where the padded batch does not. Every rank refuses the same.
@@ -237,7 +238,7 @@ def check_columns(model: PreTrainedModel, prompts: Sequence[Prompt], batch: int,
     ]
     if model.config.model_type == "mpt":
         tables.append(model.config.max_seq_len)  # biases by distance, built in every forward
-    numbers = [of_replica(len(prompts), replica, replicas) for replica in range(replicas)]
+    numbers = [of_replica(len(prompts), dp_rank, dp_size) for dp_rank in range(dp_size)]
     every_batch = [
         row_numbers for replica_numbers in numbers for row_numbers in batches(replica_numbers, batch)
     ]

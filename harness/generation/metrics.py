@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from harness.config.layout import Layout
 from harness.generation.paged_cache import Paged
 from harness.model.kv_cache import KvBytes, of_stages
 
@@ -50,15 +51,15 @@ class Share:
     paged: list[Paged] = field(default_factory=list)
 
 
-def of_replicas(shares: Sequence[Share], replicas: int, tensor: int = 1) -> list[Share]:
+def of_replicas(shares: Sequence[Share], layout: Layout) -> list[Share]:
     """Merge the ranks' shares into one for each replica. Tokens and times are the last stage's; cache sizes are summed
     over ranks.
 
-    `tensor` (tp_size) ranks share each layer and have the same tokens. In a rehearsal only one rank has a share.
+    Ranks that share each layer have the same tokens. In a rehearsal only one rank has a share.
     """
     by_replica = [
-        [share for rank, share in enumerate(shares) if rank // tensor % replicas == replica]
-        for replica in range(replicas)
+        [share for rank, share in enumerate(shares) if layout.dp_rank(rank) == dp_rank]
+        for dp_rank in range(layout.dp_size)
     ]
     return [
         Share(
@@ -129,15 +130,14 @@ def unasked(shares: Sequence[Share]) -> dict[str, int]:
     }
 
 
-def idleness(shares: Sequence[Share], stages: int, exact: int) -> list[dict[str, Any]]:
+def idleness(shares: Sequence[Share], layout: Layout, exact: int) -> list[dict[str, Any]]:
     """For each stage: seconds at work in one replica, and the fraction of its time that it waits for other stages.
 
     `shares` are the ranks'. Batches count as in `performance`.
     """
     stage_figures = []
-    replicas = len(shares) // stages
-    for number in range(stages):
-        of_stage = shares[number * replicas : (number + 1) * replicas]
+    for number in range(layout.stages):
+        of_stage = [shares[rank] for rank in layout.of_stage(number)]
         timed = [_timed(share, exact) for share in of_stage if share.timings]
         seconds = sum(timing.seconds for timings in timed for timing in timings)
         waited = sum(timing.waited_seconds for timings in timed for timing in timings)

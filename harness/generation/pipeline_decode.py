@@ -18,11 +18,10 @@ from torch import Tensor
 from transformers import Cache
 
 from harness.config.strategy import Strategy
-from harness.generation import cache_growth, choosing
 from harness.generation.batch import Batch, Requests
 from harness.generation.choosing import Choose, chooser, greedy, nobody, telling
-from harness.generation.decode import Generated, finish, grow, ready
-from harness.generation.extrapolation import Turns
+from harness.generation.course import WHOLE, Decoding
+from harness.generation.decode import Generated, finish, ready
 from harness.generation.timestamps import Marks, clock
 from harness.ledger import Ledger
 from harness.ledger.timer import moment, seconds
@@ -108,7 +107,7 @@ class Relay:
         cache: str = "dynamic",
         bits: int = 8,
         step: int = 0,
-        ends_only: bool = False,
+        course: Decoding = WHOLE,
         tell: Callable[[int], object] = nobody,
     ) -> Generated:
         """Generate for each of `groups`, as `decode.generate` does. Every stage must call this with the same arguments.
@@ -125,11 +124,13 @@ class Relay:
                 in_flight.append(Group(number, requests, batch, kv_cache, choose, Marks(device)))
                 self._next_token(in_flight[-1], 0, batch.width)
         first_token_time = clock(device)
-        for number, skipped in self._turns(in_flight, strategy, ends_only):
+        turns = course.turns([(group.requests, group.cache) for group in in_flight], strategy, ledger)
+        for number, skipped in turns:
             for group in in_flight:
                 if number < group.requests.room and not group.ended:
                     with ledger.phase("decode", step, group.number, again=True):
-                        self._decode(group, number, skipped)
+                        course.skip(group.cache, skipped, ledger)
+                        self._decode(group, number)
         tokens, kv = self._finish(in_flight, strategy.ends, step)
         end_time = clock(device)
         timestamps = [(group.marks.moments(), len(group.requests.prompts)) for group in in_flight]
@@ -151,28 +152,9 @@ class Relay:
             return greedy
         return chooser(strategy, requests, batch.tokens, self.stage.config, self.ledger)
 
-    def _turns(self, groups: Sequence[Group], strategy: Strategy, ends_only: bool) -> Turns:
-        """The numbers of the new tokens after the first: all, or those at the ends of each stretch."""
-        lengths = {group.requests.room for group in groups}
-        numbers, stretch_starts = range(1, max(lengths)), set[int]()
-        if (
-            not ends_only
-            or len(lengths) > 1
-            or not all(cache_growth.can_advance(group.cache) for group in groups)
-        ):
-            return cache_growth.every(numbers)
-        for group in groups:
-            stretch_starts |= cache_growth.bends(group.cache, group.batch.width, max(lengths))
-            stretch_starts |= choosing.bends(strategy, group.requests)
-        return cache_growth.ends(numbers, stretch_starts, self.ledger)
-
-    def _decode(self, group: Group, number: int, skipped: int) -> None:
-        """Compute new token `number` of `group`, after the cache grows by `skipped` tokens. Does nothing if all its
-        sequences have ended.
-        """
+    def _decode(self, group: Group, number: int) -> None:
+        """Compute new token `number` of `group`. Does nothing if all its sequences have ended."""
         batch, end = group.batch, group.batch.width + number
-        if skipped:
-            grow(group.cache, self.ledger, skipped)
         if self.world.stage in self._listeners(batch):
             batch.write(self._receive_token(batch), end - 1)
         group.ended = batch.done(end)

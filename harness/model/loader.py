@@ -71,7 +71,7 @@ def build(
     dtype: torch.dtype,
     device: torch.device,
     seed: int,
-    rehearsed: bool = False,
+    read: bool = True,
     mesh: DeviceMesh | None = None,
     quantization: Quantization | None = None,
 ) -> PreTrainedModel:
@@ -82,17 +82,17 @@ def build(
     at load, or are already packed in the checkpoint.
 
     Every parameter has a storage of its own and of exactly its size. Raises Refusal where memory is too small, or the
-    checkpoint is corrupt, pickled, or has missing, unexpected or mismatched weights. In a rehearsal (`rehearsed`) no
-    memory is allocated and no weight is read.
+    checkpoint is corrupt, pickled, or has missing, unexpected or mismatched weights. Without `read` the weights have
+    their shapes, and no checkpoint is read.
     """
     model = tensor_parallel.outline(config, dtype, settings.attention, mesh)
     widths.check(settings, model)
     packed = quantization is not None and quantization.packed
-    if quantization is not None and quantization.stays(rehearsed):
+    if quantization is not None and quantization.stays(read):
         quantization.pack(model, settings)
-    if not rehearsed and (quantization is None or quantization.known):
+    if read and (quantization is None or quantization.known):
         check_parameters(settings, tensor_parallel.nbytes(model), dtype, device)
-    if settings.path is None or settings.random or rehearsed:
+    if settings.path is None or settings.random or not read:
         unset = init_weights.make(model, list(init_weights.modules(model)), model, device, seed)
         if (settings.path is None or settings.random) and not packed:
             check_values(settings, unset)

@@ -6,17 +6,18 @@ from contextlib import contextmanager
 import torch
 
 from harness.config.errors import first_line
-from harness.config.settings import Refusal, Settings
+from harness.config.settings import Refusal
 from harness.model import init_weights
-from harness.model.loader import count, model_config, quiet
+from harness.model.loader import count, quiet
 from harness.model.narrow import small
+from harness.model.plan import Plan
 
 LARGEST = 100_000_000
 """Parameters of the largest model that is built for this check."""
 
 
 @contextmanager
-def misfits(settings: Settings) -> Iterator[None]:
+def misfits(plan: Plan) -> Iterator[None]:
     """A context in which an error becomes a Refusal if the widths in the model's config do not fit together.
 
     To decide that, a model with a few such layers is built on the CPU: its forward must fail with the same type of
@@ -27,18 +28,18 @@ def misfits(settings: Settings) -> Iterator[None]:
     except Refusal:
         raise
     except Exception as error:
-        small_error = _failure(settings)
+        small_error = _failure(plan)
         if type(small_error) is not type(error):
             raise
-        model = settings.model
+        model = plan.settings.model
         key, value = ("model.path", model.path) if model.path else ("model.config", model.name)
         remedy = f"its widths do not fit together ({first_line(error, named=True)}); give others"
         raise Refusal(key, value, remedy) from error
 
 
-def _failure(settings: Settings) -> Exception | None:
+def _failure(plan: Plan) -> Exception | None:
     """The error of a forward of a few layers of the model; None if it succeeds or is too large."""
-    config = small(model_config(settings.model), {}, cut=True)
+    settings, config = plan.settings, small(plan.config, {}, cut=True)
     with torch.random.fork_rng(devices=[]), torch.no_grad(), quiet():
         model = init_weights.outline(config, getattr(torch, settings.dtype), settings.model.attention)
         if count(model) > LARGEST:

@@ -1,32 +1,25 @@
 """Replace `auto` in the settings before the run starts: the recorded config then says what ran, on any machine."""
 
 import copy
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from transformers import PretrainedConfig
 
 from harness.config.rules.sources import identity_in
-from harness.config.settings import Refusal, Settings
+from harness.config.settings import Model, Refusal, Settings
 from harness.model import init_weights, shape
 from harness.model.loader import model_config
+from harness.model.plan import Plan
 from harness.runtime import peak_rates
 
 ATTENTIONS = ("sdpa", "eager")
 
 
-class Resolved(NamedTuple):
-    """Settings without `auto`; and for each replaced key its value and the reason, as `record.json` has it."""
-
-    settings: Settings
-    reasons: Mapping[str, str] = {}
-
-
-def resolve(settings: Settings, device: str | None = None) -> Resolved:
-    """Replace each `auto` in `settings` by a value for this machine's `device` ("cpu" or "cuda").
+def resolve(settings: Settings, device: str | None = None) -> Plan:
+    """The plan of `settings`: each `auto` replaced by a value for this machine's `device` ("cpu" or "cuda").
 
     A rehearsal has no device: it decides by the kind of its hardware as the run would, and for a CPU by this machine's.
     Raises Refusal for a model that transformers cannot build, or cannot build with the requested attention.
@@ -37,13 +30,14 @@ def resolve(settings: Settings, device: str | None = None) -> Resolved:
         value, why = _precision(settings, device)
         settings = replace(settings, precision=value)
         reasons["precision"] = f"{value}: {why}"
-    value, why = _attention(settings)
+    config = model_config(settings.model)
+    value, why = _attention(settings.model, config)
     if settings.model.attention == "auto":
         settings = replace(settings, model=replace(settings.model, attention=value))
         reasons["model.attention"] = f"{value}: {why}"
     if ignored := shape.left_out(settings.model):
         reasons["model.config"] = ignored
-    return Resolved(settings, reasons)
+    return Plan(settings, config, reasons)
 
 
 def _precision(settings: Settings, device: str | None) -> tuple[str, str]:
@@ -59,10 +53,8 @@ def _precision(settings: Settings, device: str | None) -> tuple[str, str]:
     return peak_rates.precision_of_cpu()
 
 
-def _attention(settings: Settings) -> tuple[str, str]:
+def _attention(model: Model, config: PretrainedConfig) -> tuple[str, str]:
     """The attention implementation and the reason."""
-    model = settings.model
-    config = model_config(model)
     kind, requested = config.model_type, config._attn_implementation
     if model.attention == "auto":
         if requested not in (None, *ATTENTIONS):

@@ -183,7 +183,7 @@ def build(
     device: torch.device,
     seed: int,
     layers: range,
-    rehearsed: bool = False,
+    read: bool = True,
     mesh: DeviceMesh | None = None,
     quantization: Quantization | None = None,
 ) -> Stage:
@@ -197,13 +197,13 @@ def build(
     whole on the CPU.
     """
     from_checkpoint = settings.path is not None and not settings.random
-    directory = whole_checkpoint(str(settings.path)) if from_checkpoint and not rehearsed else None
+    directory = whole_checkpoint(str(settings.path)) if from_checkpoint and read else None
     whole = tensor_parallel.outline(config, dtype, settings.attention, mesh)
     widths.check(settings, whole)
     direct = directory is not None and init_weights.familiar(whole, directory)
     tree = list(init_weights.modules(whole))
     stage = Stage(whole, layers)
-    if not rehearsed:
+    if read:
         check_parameters(settings, tensor_parallel.nbytes(stage), dtype, device)
     unset = init_weights.make(whole, tree, stage, device, seed)
     stored = stage.stored() if from_checkpoint else {}
@@ -214,7 +214,7 @@ def build(
         stored[name].data = stored[name].data.float()
     with loading(str(settings.path)):
         if not (direct and init_weights.read(stored, directory)):
-            host, options = torch.device("cpu"), (False, mesh, quantization)
+            host, options = torch.device("cpu"), (True, mesh, quantization)
             _copy(stored, stage.tied, loader.build(settings, config, dtype, host, seed, *options))
     return stage
 

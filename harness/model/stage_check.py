@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from harness.config.errors import first_line
-from harness.config.settings import Refusal, Settings
+from harness.config.settings import Refusal
 from harness.model import init_weights
 from harness.model.kv_cache import make
-from harness.model.loader import model_config, quiet
+from harness.model.loader import quiet
 from harness.model.narrow import NoneRuns, narrowest
-from harness.model.partition import ranges, split_of
+from harness.model.partition import ranges
+from harness.model.plan import Plan
 from harness.model.stage import Stage, Uncuttable
 
 PROMPT, ALL = 6, 8
@@ -34,10 +35,9 @@ class Inputs(NamedTuple):
     masks: Mapping[str, Tensor]  # mask [2, past + T] and positions [2, T], or empty
 
 
-def prove(settings: Settings) -> None:
-    """Raise Refusal where the pipeline stages under `settings` do not give what the whole model gives."""
-    config = model_config(settings.model)
-    split = split_of(settings, config)
+def prove(plan: Plan) -> None:
+    """Raise Refusal where the pipeline stages of `plan` do not give what the whole model gives."""
+    settings, config, split = plan.settings, plan.config, plan.split
     cache = settings.generation.cache if settings.mode == "infer" else "none"
     if cache == "offloaded":  # the same values as a dynamic cache, only in another memory
         cache = "dynamic"

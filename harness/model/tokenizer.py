@@ -7,7 +7,7 @@ from pathlib import Path
 
 import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from harness.config.settings import Model, Refusal
@@ -21,9 +21,12 @@ SAMPLE = "It's  1234567 words,\n\tof which SOME are like_this(): e\u0301\u00e9 \
 """Text that tokenizer classes are known to split in different ways."""
 
 
-def tokenizer_of(settings: Model, other: str | None = None) -> PreTrainedTokenizerBase:
+def tokenizer_of(
+    settings: Model, config: PretrainedConfig, other: str | None = None
+) -> PreTrainedTokenizerBase:
     """The tokenizer in `other` (`data.tokenizer`), else the one in `model.path`, else a byte tokenizer.
 
+    `config` is the model's.
     Raises Refusal where it cannot be loaded, gives no tokens for text, or has more tokens than the model's vocabulary.
     """
     key, place = ("data.tokenizer", other) if other is not None else ("model.path", settings.path)
@@ -35,7 +38,7 @@ def tokenizer_of(settings: Model, other: str | None = None) -> PreTrainedTokeniz
                 tokenizer = opened(directory)
     if tokenizer is None:
         tokenizer = of_bytes()
-    _check(settings, tokenizer, key, place)
+    _check(settings, config, tokenizer, key, place)
     return tokenizer
 
 
@@ -112,13 +115,15 @@ def opens_otherwise(directory: Path, tokenizer: PreTrainedTokenizerBase) -> str 
     return f"beside this type of model AutoTokenizer {problem}; {correct_call} opens it as it is"
 
 
-def _check(settings: Model, tokenizer: PreTrainedTokenizerBase, key: str, place: str | None) -> None:
+def _check(
+    settings: Model, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, key: str, place: str | None
+) -> None:
     """Raise Refusal for a tokenizer that gives no tokens for text, or more tokens than the model's vocabulary."""
     text = f"{string.printable} {' '.join(islice(tokenizer.get_vocab(), 1000))}"
     if not {*tokenizer(text, verbose=False).input_ids} - {*tokenizer.all_special_ids}:
         remedy = f"its {type(tokenizer).__name__} makes no tokens of a text; are its files whole?"
         raise Refusal(key, place, f"{remedy} Give another with data.tokenizer=")
-    vocab_size = loader.model_config(settings).get_text_config(decoder=True).vocab_size
+    vocab_size = config.get_text_config(decoder=True).vocab_size
     if len(tokenizer) > vocab_size:
         key, value = (key, place) if place is not None else ("model", settings.name)
         raise Refusal(

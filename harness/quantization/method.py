@@ -45,11 +45,11 @@ class Quantization:
         """Whether `layouts.py` has the method's layout."""
         return self.method in rules.METHODS and rules.METHODS[self.method].layout
 
-    def stays(self, rehearsed: bool) -> bool:
-        """Whether the model keeps this layout in memory for the whole run; in a rehearsal (`rehearsed`), whether it
+    def stays(self, read: bool) -> bool:
+        """Whether the model keeps this layout in memory for the whole run; where no weights are `read`, whether it
         starts with it.
         """
-        return self.known and self.packed and (rehearsed or self.whole is None)
+        return self.known and self.packed and (not read or self.whole is None)
 
     def dtype(self, dtype: torch.dtype, device: str) -> torch.dtype:
         """The dtype that the model computes in, if `dtype` is requested: on a GPU transformers supports AWQ only in

@@ -8,7 +8,7 @@ from typing import Any
 from harness.config.load import Refusal, Settings
 from harness.config.rules.quantized import AT_FIRST, AT_LOAD
 from harness.generation.generation_config import strategy_of
-from harness.model.loader import model_config
+from harness.model.plan import Plan
 from harness.model.resolve import resolve
 from harness.record import record_file
 from harness.rehearsal import UNVERIFIED, kernels
@@ -24,8 +24,9 @@ MEASURED = (
 """The figures of `infer.largest` that count only one rank's own layers."""
 
 
-def described(settings: Settings) -> dict[str, Any]:
-    """The record's `world` for a rehearsal of `settings`."""
+def described(plan: Plan) -> dict[str, Any]:
+    """The record's `world` for a rehearsal of `plan`."""
+    settings = plan.settings
     gpu = settings.hardware.device == "cuda"
     return {
         "kind": "rehearsed",
@@ -34,21 +35,22 @@ def described(settings: Settings) -> dict[str, Any]:
         "device_name": settings.hardware.name if settings.hardware.device != "auto" else None,
         "memory": settings.hardware.memory,
         "verified": UNVERIFIED if gpu else None,
-        "differences": list(_differences(settings)),
+        "differences": list(_differences(plan)),
     }
 
 
-def _differences(settings: Settings) -> Iterator[str]:
+def _differences(plan: Plan) -> Iterator[str]:
     """Sentences about the known differences from a real run of the same config."""
+    settings = plan.settings
     if settings.model.path is not None and not settings.model.random:
         yield "weights are made and not read: while a real run reads them, in setup, it holds one parameter twice"
     if settings.mode == "infer" and settings.generation.stop_at_eos:
         yield "no sequence ends early: generation goes on to generation.max_new_tokens"
-    if settings.mode == "infer" and _looks_up_ngrams(settings):
+    if settings.mode == "infer" and _looks_up_ngrams(plan):
         yield "encoder_no_repeat_ngram_size forbids other tokens, and so a few bytes of numbers are more or fewer"
     if settings.mode == "infer" and settings.generation.compile:
         yield "the decoding step is not compiled: what its program needs beside the cache is its compiler's choice"
-    if settings.hardware.device == "cuda" and (kernels_differ := kernels.difference(settings)):
+    if settings.hardware.device == "cuda" and (kernels_differ := kernels.difference(plan)):
         yield kernels_differ
     if settings.mode == "train" and settings.train.clip and settings.pipeline.stages > 1:
         yield "no gradient has a norm: where a real one is above train.clip, gradients may be moved once more"
@@ -56,10 +58,10 @@ def _differences(settings: Settings) -> Iterator[str]:
         yield "no text is read: where a real run's data ends and begins anew, it has no next batch at hand"
 
 
-def _looks_up_ngrams(settings: Settings) -> bool:
+def _looks_up_ngrams(plan: Plan) -> bool:
     """Whether a logits processor depends on the values of tokens, and not only on their number."""
     try:
-        strategy = strategy_of(settings, model_config(settings.model))
+        strategy = strategy_of(plan.settings, plan.config)
     except Refusal:  # the rehearsal itself raises it
         return False
     return "encoder_no_repeat_ngram_size" in strategy.processed
@@ -85,29 +87,29 @@ def rehearsed(settings: Settings, overrides: Sequence[str], parallel: bool = Tru
 
     Raises Refusal and any other exception, as the run itself would.
     """
-    decision = resolve(settings)
-    ranks, done = rehearse(decision.settings, parallel=parallel)
-    world = described(decision.settings)
+    plan = resolve(settings)
+    ranks, done = rehearse(plan, parallel=parallel)
+    world = described(plan)
     world["differences"] += of_packing(done["model"])
-    head = record_file.head(decision.settings, decision.reasons, overrides, world)
+    head = record_file.head(plan.settings, plan.reasons, overrides, world)
     return {**head, "status": "complete", **done, "ranks": ranks}
 
 
 def rehearse(
-    settings: Settings, directory: Path | None = None, parallel: bool = True
+    plan: Plan, directory: Path | None = None, parallel: bool = True
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Rehearse every representative rank of `settings`' world: the ranks' records, and the run's parts of the record.
+    """Rehearse every representative rank of the world of `plan`: the ranks' records, and the run's parts of the record.
 
     The ranks write their traces to `directory`, if there is one. Without `parallel` all of them run in this process
     and silently, for a caller that itself runs many rehearsals at once.
 
     Raises Refusal and any other exception as the run itself would, and RuntimeError where a shim does not fit.
     """
-    settings = balanced(settings) if parallel else resolved(settings)
-    representatives = roles(settings)
+    plan = balanced(plan) if parallel else resolved(plan)
+    representatives = roles(plan)
     results: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
     with Pace(len(representatives), "role", aside, silent=not parallel) as pace:
-        for representative, result in _results(settings, representatives, directory, parallel):
+        for representative, result in _results(plan, representatives, directory, parallel):
             results[representative.rank] = result
             pace.advance()
     ranks = [
@@ -119,30 +121,27 @@ def rehearse(
         }
         for representative in representatives
     ]
-    assert settings.world.size is not None
-    tensor_parallel = settings.tensor_parallel
-    dp_size = settings.world.size // (settings.pipeline.stages * tensor_parallel)
     by_dp_rank: dict[int, dict[int, dict[str, Any]]] = {}
     for representative in representatives:
-        by_dp_rank.setdefault(representative.rank // tensor_parallel % dp_size, {}).setdefault(
+        by_dp_rank.setdefault(plan.layout.dp_rank(representative.rank), {}).setdefault(
             representative.stage, results[representative.rank][1]
         )
     return ranks, max(
-        (_merge_stages([*stages.values()], tensor_parallel) for stages in by_dp_rank.values()),
+        (_merge_stages([*stages.values()], plan.layout.tp_size) for stages in by_dp_rank.values()),
         key=_cache_bytes,
     )
 
 
-def _merge_stages(stages: list[dict[str, Any]], tensor_parallel: int) -> dict[str, Any]:
+def _merge_stages(stages: list[dict[str, Any]], tp_size: int) -> dict[str, Any]:
     """One result for a replica from those of its stages, with the KV cache of all its ranks.
 
-    The `tensor_parallel` ranks that share a layer have the same number of heads, so the figures are multiplied.
+    The `tp_size` ranks that share a layer have the same number of heads, so the figures are multiplied.
     """
     inferences = [done["inference"] for done in stages if "inference" in done]
     if not inferences:
         return stages[0]
     totals = {
-        key: tensor_parallel * sum(each[key] for each in inferences)
+        key: tp_size * sum(each[key] for each in inferences)
         for key in MEASURED
         if inferences[0][key] is not None
     }
@@ -151,11 +150,12 @@ def _merge_stages(stages: list[dict[str, Any]], tensor_parallel: int) -> dict[st
     return {**stages[0], "inference": {**inferences[0], **totals}}
 
 
-def balanced(settings: Settings) -> Settings:
-    """`settings` with `pipeline.split=memory` replaced by a list of layers, from parallel rehearsals."""
-    if settings.pipeline.stages == 1 or settings.pipeline.split != "memory":
-        return settings
-    with workers(2 * settings.pipeline.stages) as pool, progress(None) as pace:
+def balanced(plan: Plan) -> Plan:
+    """`plan` with `pipeline.split=memory` replaced by a list of layers, from parallel rehearsals."""
+    pipeline = plan.settings.pipeline
+    if pipeline.stages == 1 or pipeline.split != "memory":
+        return plan
+    with workers(2 * pipeline.stages) as pool, progress(None) as pace:
 
         def measure(tasks: Sequence[Task]) -> list[int]:
             peaks = []
@@ -164,7 +164,7 @@ def balanced(settings: Settings) -> Settings:
                 pace.advance()
             return peaks
 
-        return resolved(settings, measure)
+        return resolved(plan, measure)
 
 
 def _cache_bytes(done: dict[str, Any]) -> int:
@@ -173,7 +173,7 @@ def _cache_bytes(done: dict[str, Any]) -> int:
 
 
 def _results(
-    settings: Settings, representatives: list[Role], directory: Path | None, parallel: bool
+    plan: Plan, representatives: list[Role], directory: Path | None, parallel: bool
 ) -> Iterator[tuple[Role, tuple[dict[str, Any], dict[str, Any]]]]:
     """Each representative with its result, as soon as it ends.
 
@@ -183,11 +183,11 @@ def _results(
 
     if len(representatives) == 1 or not parallel:
         for representative in representatives:
-            yield representative, one(settings, representative.rank, directory)
+            yield representative, one(plan, representative.rank, directory)
         return
     with workers(len(representatives)) as pool:
         running = {
-            pool.submit(one, settings, representative.rank, directory): representative
+            pool.submit(one, plan, representative.rank, directory): representative
             for representative in representatives
         }
         for done in as_completed(running):

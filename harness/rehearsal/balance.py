@@ -3,10 +3,9 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from harness.config.load import Settings
 from harness.config.rules import check_split
-from harness.model.loader import model_config
 from harness.model.partition import balanced, ranges, uniform
+from harness.model.plan import Plan
 from harness.rehearsal import decisive
 from harness.rehearsal.one_rank import rehearse
 from harness.rehearsal.representatives import roles
@@ -14,30 +13,30 @@ from harness.rehearsal.representatives import roles
 ROUNDS = 6
 """The most splits to try after the uniform one. Usually no split after the second is better."""
 
-Task = tuple[Settings, int]
+Task = tuple[Plan, int]
 Measure = Callable[[Sequence[Task]], Sequence[int]]
 Span = tuple[int, int, int]
 """A stage, its first layer and the one after its last."""
 
 
-def resolved(settings: Settings, measure: Measure | None = None) -> Settings:
-    """`settings` with `pipeline.split=memory` replaced by a list of layers. Raises Refusal as their rehearsal would.
+def resolved(plan: Plan, measure: Measure | None = None) -> Plan:
+    """`plan` with `pipeline.split=memory` replaced by a list of layers. Raises Refusal as their rehearsal would.
 
     `measure` returns the `peak` of each task, in order; the default computes one after the other.
     """
-    if settings.pipeline.stages == 1 or settings.pipeline.split != "memory":
-        return settings
-    layers = model_config(settings.model).get_text_config(decoder=True).num_hidden_layers
-    check_split(settings.pipeline, layers)
-    return _with(settings, _lowest_peak_split(_short_run(settings), layers, measure or _peaks_in_order))
+    pipeline = plan.settings.pipeline
+    if pipeline.stages == 1 or pipeline.split != "memory":
+        return plan
+    check_split(pipeline, plan.number_of_layers)
+    return _with(plan, _lowest_peak_split(_short_run(plan), measure or _peaks_in_order))
 
 
 def peak(task: Task) -> int:
     """The highest peak of a stage's ranks, in bytes: that of the representative expected to need the most memory."""
-    settings, stage = task
-    representatives = [representative for representative in roles(settings) if representative.stage == stage]
+    plan, stage = task
+    representatives = [representative for representative in roles(plan) if representative.stage == stage]
     rank = max(representatives, key=lambda representative: representative.size).rank
-    highest: int = rehearse(settings, rank)[0]["peak"]["bytes"]
+    highest: int = rehearse(plan, rank)[0]["peak"]["bytes"]
     return highest
 
 
@@ -45,10 +44,10 @@ def _peaks_in_order(tasks: Sequence[Task]) -> Sequence[int]:
     return [peak(task) for task in tasks]
 
 
-def _short_run(settings: Settings) -> Settings:
-    """`settings` with only the steps that decide the peak: two in training, because the second step has all state."""
+def _short_run(plan: Plan) -> Plan:
+    """`plan` with only the steps that decide the peak: two in training, because the second step has all state."""
+    settings = decisive(plan.settings)
     steps = 2 if settings.mode == "train" else 1
-    settings = decisive(settings)
     train = replace(
         settings.train,
         steps=2,
@@ -58,22 +57,22 @@ def _short_run(settings: Settings) -> Settings:
         export=False,
         resume=None,
     )
-    return replace(settings, train=train, ledger=replace(settings.ledger, mode="exact", steps=steps))
+    return plan.with_settings(train=train, ledger=replace(settings.ledger, mode="exact", steps=steps))
 
 
-def _with(settings: Settings, split: list[int]) -> Settings:
-    return replace(settings, pipeline=replace(settings.pipeline, split=split))
+def _with(plan: Plan, split: list[int]) -> Plan:
+    return plan.with_settings(pipeline=replace(plan.settings.pipeline, split=split))
 
 
-def _lowest_peak_split(settings: Settings, layers: int, measure: Measure) -> list[int]:
+def _lowest_peak_split(plan: Plan, measure: Measure) -> list[int]:
     """Of the measured splits, the one whose highest stage peak is the lowest."""
-    stages = settings.pipeline.stages
+    layers, stages = plan.number_of_layers, plan.settings.pipeline.stages
     peaks: dict[Span, int] = {}
     tried_splits: list[list[int]] = []
 
     def measure_missing(splits: Mapping[Span, list[int]]) -> None:
         missing = {span: split for span, split in splits.items() if span not in peaks}
-        tasks = [(_with(settings, split), span[0]) for span, split in missing.items()]
+        tasks = [(_with(plan, split), span[0]) for span, split in missing.items()]
         peaks.update(zip(missing, measure(tasks), strict=True))
 
     split = uniform(layers, stages)

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from harness.config.settings import Settings
 from harness.model import init_weights
-from harness.model.loader import model_config, quiet
+from harness.model.loader import quiet
+from harness.model.plan import Plan
 
 PACKAGES = {
     **dict.fromkeys(("causal_conv1d_fn", "causal_conv1d_update"), "causal_conv1d"),
@@ -31,10 +31,10 @@ DISTRIBUTIONS = {"fla": "flash-linear-attention"}
 """The pip name of a package, where it differs from the import name."""
 
 
-def difference(settings: Settings) -> str | None:
+def difference(plan: Plan) -> str | None:
     """A sentence with the model's functions that are reference code here and may be kernels on a GPU, or None."""
     with quiet():
-        model = init_weights.outline(model_config(settings.model), torch.bfloat16, settings.model.attention)
+        model = init_weights.outline(plan.config, torch.bfloat16, plan.settings.model.attention)
     classes = {base for module in model.modules() for base in type(module).__mro__}
     model_classes = [each for each in classes if each.__module__.startswith("transformers.models.")]
     packages_by_name = {name: package for each in model_classes for name, package in _kernels(each)}

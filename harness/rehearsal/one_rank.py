@@ -7,14 +7,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from harness.config.load import Settings
 from harness.generation import cache_check, infer
 from harness.ledger import Ledger
-from harness.model.loader import model_config
 from harness.model.misfit import misfits
-from harness.model.partition import as_record, split_of
+from harness.model.partition import as_record
+from harness.model.plan import Plan
 from harness.model.stage_check import prove
 from harness.record import record_file, trace
+from harness.rehearsal.course import Shortened
 from harness.rehearsal.world import rehearsed
 from harness.training import train
 
@@ -22,29 +22,21 @@ GPU_BLOCK = 512
 """CUDA's caching allocator rounds sizes up to multiples of this: kMinBlockSize in c10/cuda/CUDACachingAllocator."""
 
 
-def rehearse(
-    settings: Settings, rank: int, directory: Path | None = None
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Rehearse rank `rank` of `settings.world.size`: its part of `record.json`, and the run's own parts.
+def rehearse(plan: Plan, rank: int, directory: Path | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Rehearse rank `rank` of the world of `plan`: its part of `record.json`, and the run's own parts.
 
     It writes its trace to `directory`, if there is one. Raises Refusal as the run itself would, and RuntimeError where
     a shim does not fit.
     """
-    size, target = settings.world.size or 1, settings.hardware.device
+    settings = plan.settings
+    target = "cuda" if settings.hardware.device == "cuda" else "cpu"
     mode = train if settings.mode == "train" else infer
-    stages = settings.pipeline.stages
     run_parts: dict[str, Any] = {}
-    if stages > 1:
-        prove(settings)
-        run_parts["pipeline"] = as_record(settings, split_of(settings, model_config(settings.model)))
-    cache_check.prove(settings)
-    with (
-        misfits(settings),
-        warnings.catch_warnings(),
-        rehearsed(
-            rank, size, "cuda" if target == "cuda" else "cpu", stages, settings.tensor_parallel
-        ) as world,
-    ):
+    if settings.pipeline.stages > 1:
+        prove(plan)
+        run_parts["pipeline"] = as_record(settings, plan.split)
+    cache_check.prove(plan)
+    with misfits(plan), warnings.catch_warnings(), rehearsed(rank, plan.layout, target) as world:
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         ledger = Ledger(
             steps=settings.ledger.steps,
@@ -54,18 +46,14 @@ def rehearse(
         )
         try:
             with _existing_objects_frozen(), ledger:
-                mode.run(
-                    settings,
-                    world,
-                    ledger,
-                    record_file.Output(Path("/dev/null"), _quiet, run_parts, _nothing),
-                )
+                output = record_file.Output(Path("/dev/null"), _quiet, run_parts, _nothing)
+                mode.run(plan, world, ledger, output, Shortened())
         except Exception as error:
             error.rehearsed = rank, ledger.where  # type: ignore[attr-defined]
             raise
     if directory is not None and settings.ledger.trace:
         trace.write(directory, rank, trace.of_ledger(ledger, timed=False))
-    return record_file.rank_record(ledger, rank, world.stage, world.share), run_parts
+    return record_file.rank_record(ledger, rank, world.stage, world.tp_rank), run_parts
 
 
 @contextmanager

@@ -90,12 +90,15 @@ def decided(pool: ProcessPoolExecutor, settings: Settings) -> tuple[Settings, di
 def _decided(settings: Settings) -> tuple[Settings, dict[str, str]]:
     from harness.model.resolve import resolve
 
-    resolved = resolve(settings)
-    return resolved.settings, dict(resolved.reasons)
+    plan = resolve(settings)
+    return plan.settings, dict(plan.reasons)
 
 
 class Candidates(NamedTuple):
-    """The ranks of a config to rehearse for the worst one; or in `failure` the reason why there are none."""
+    """The ranks of a config to rehearse for the worst one; or in `failure` the reason why there are none.
+
+    Its settings are those of the plan. The plan itself would need torch in the process that starts the workers.
+    """
 
     settings: Settings
     ranks: list[int]
@@ -116,22 +119,23 @@ def candidates(settings: Settings) -> Candidates:
     from harness.rehearsal.representatives import roles
 
     try:
-        settings = resolved(resolve(settings).settings)
-        ordered = sorted((role for role in roles(settings) if not role.outdone), key=lambda role: -role.size)
+        plan = resolved(resolve(settings))
+        ordered = sorted((role for role in roles(plan) if not role.outdone), key=lambda role: -role.size)
     except Exception as error:
         return Candidates(settings, [], failure=_error_text(error))
     ranks = [
         role.rank for stage in {role.stage for role in ordered} for role in _of_stage(ordered, stage)[:MOST]
     ]
-    return Candidates(settings, ranks, len(ordered) - len(ranks))
+    return Candidates(plan.settings, ranks, len(ordered) - len(ranks))
 
 
 def _peak(settings: Settings, rank: int) -> dict[str, Any] | str:
     """A rank's peak in the record's form; or the reason why there is none."""
+    from harness.model.plan import Plan
     from harness.rehearsal.one_rank import rehearse
 
     try:
-        peak: dict[str, Any] = rehearse(settings, rank)[0]["peak"]
+        peak: dict[str, Any] = rehearse(Plan.of(settings), rank)[0]["peak"]
     except Exception as error:
         return _error_text(error)
     return {**peak, "rank": rank}

@@ -31,9 +31,9 @@ import torch
 from harness.config.load import Settings
 from harness.data import prompts
 from harness.generation.generation_config import strategy_of
-from harness.generation.infer import batches
-from harness.model import init_weights, loader
-from harness.model.partition import ranges, split_of
+from harness.generation.infer import batches, of_replica
+from harness.model import init_weights
+from harness.model.plan import Plan
 from harness.model.stage import layer_kinds, parts
 from harness.model.tokenizer import tokenizer_of
 
@@ -77,19 +77,18 @@ class Role:
         )
 
 
-def roles(settings: Settings) -> list[Role]:
-    """The representative ranks. Raises Refusal where the model cannot be read, or cut into so many stages."""
-    stages = settings.pipeline.stages
-    tensor_parallel = settings.tensor_parallel
-    dp_size = (settings.world.size or 1) // (stages * tensor_parallel)
+def roles(plan: Plan) -> list[Role]:
+    """The representative ranks. Raises Refusal where the model cannot be cut into so many stages."""
+    settings, layout = plan.settings, plan.layout
+    stages, dp_size = layout.stages, layout.dp_size
     exports = settings.train.export and settings.train.steps < settings.ledger.steps
-    stage_cuts = _cut(settings) if stages > 1 or _sharded(settings, dp_size) else []
-    shares = _shares(settings, dp_size) if settings.mode == "infer" else []
+    stage_cuts = _cut(plan) if stages > 1 or _sharded(settings, dp_size) else []
+    shares = _shares(plan) if settings.mode == "infer" else []
     representatives = []
     for stage in range(stages):
         exporting_stage = exports and stage == 0
         if settings.mode == "infer":
-            pieces = _pieces(settings, tensor_parallel)
+            pieces = _pieces(plan)
             keys = [(batches, piece) for batches in shares for piece in pieces]
             of_stage = _group_equal(
                 keys, partial(_share_reason, len(set(shares)) > 1), lambda key: _largest_batch(key[0])
@@ -104,7 +103,7 @@ def roles(settings: Settings) -> list[Role]:
         repeated = stage < stages - 1 and any(
             stage_cuts[stage].kinds == each.kinds for each in stage_cuts[1:stage]
         )
-        representatives += [role.at(stage, dp_size * tensor_parallel, place, repeated) for role in of_stage]
+        representatives += [role.at(stage, len(layout.of_stage(stage)), place, repeated) for role in of_stage]
     return representatives
 
 
@@ -121,13 +120,11 @@ class Cut(NamedTuple):
     layers: str  # the range of its layers, as text
 
 
-def _cut(settings: Settings) -> list[Cut]:
+def _cut(plan: Plan) -> list[Cut]:
     """The stages of the model."""
-    config = loader.model_config(settings.model)
-    whole = init_weights.outline(config, torch.bfloat16)
-    if settings.pipeline.stages == 1:
+    whole = init_weights.outline(plan.config, torch.bfloat16)
+    if plan.layout.stages == 1:
         return [Cut([parameter.numel() for parameter in whole.parameters()], [], "")]
-    split = split_of(settings, config)
     kinds = layer_kinds(whole)
     return [
         Cut(
@@ -135,7 +132,7 @@ def _cut(settings: Settings) -> list[Cut]:
             kinds[layers.start : layers.stop],
             f"{layers.start} to {layers.stop - 1}",
         )
-        for part, layers in zip(parts(whole, split), ranges(split), strict=True)
+        for part, layers in zip(parts(whole, plan.split), plan.layers, strict=True)
     ]
 
 
@@ -182,11 +179,12 @@ Piece = tuple[tuple[int, int], ...]
 """For each length that ranks cannot cut evenly: the length, and the part of it that one rank has."""
 
 
-def _pieces(settings: Settings, ranks: int) -> list[Piece]:
-    """For each of the `ranks` that share a layer, its parts of the lengths that do not divide evenly."""
+def _pieces(plan: Plan) -> list[Piece]:
+    """For each of the ranks that share a layer, its parts of the lengths that do not divide evenly."""
+    ranks = plan.layout.tp_size
     if ranks == 1:
         return [()]
-    whole = init_weights.outline(loader.model_config(settings.model), torch.bfloat16)
+    whole = init_weights.outline(plan.config, torch.bfloat16)
     lengths = {length for parameter in whole.parameters() for length in parameter.shape if length % ranks}
     # torch's chunks: the last one is the remainder
     chunks = {length: -(-length // ranks) for length in sorted(lengths)}
@@ -208,17 +206,19 @@ def _share_reason(batches_differ: bool, key: tuple[Batches, Piece]) -> str:
     return "; ".join(reasons)
 
 
-def _shares(settings: Settings, size: int) -> list[Batches]:
-    """The batches of each rank: the lengths of their prompts, and the most new tokens."""
-    tokenizer = tokenizer_of(settings.model, settings.data.tokenizer)
-    strategy = strategy_of(settings, loader.model_config(settings.model))
-    sampled = prompts.find(settings, tokenizer, strategy.most, rehearsed=True)
+def _shares(plan: Plan) -> list[Batches]:
+    """The batches of each replica: the lengths of their prompts, and the most new tokens."""
+    settings, config = plan.settings, plan.config
+    tokenizer = tokenizer_of(settings.model, config, settings.data.tokenizer)
+    strategy = strategy_of(settings, config)
+    sampled = prompts.find(settings, tokenizer, strategy.most, read=False)
     lengths = [(len(prompt.tokens), prompt.most) for prompt in sampled]
     generation = settings.generation
     seen = settings.ledger.steps if generation.batching == "static" else None
     shares = []
-    for rank in range(size):
-        all_batches = [tuple(batch) for batch in batches(lengths[rank::size], generation.batch)]
+    for dp_rank in range(plan.layout.dp_size):
+        own_lengths = [lengths[number] for number in of_replica(len(lengths), dp_rank, plan.layout.dp_size)]
+        all_batches = [tuple(batch) for batch in batches(own_lengths, generation.batch)]
         columns = max((sum(_lengths(batch)) for batch in all_batches), default=0) if generation.compile else 0
         shares.append(Batches(tuple(all_batches[:seen]), columns))
     return shares

@@ -121,7 +121,7 @@ def peer_lost(directory: Path, world: World) -> Failure | None:
 
 
 def _stage(world: World, rank: int) -> int | None:
-    return rank // world.replicas if world.stages > 1 else None
+    return world.layout.stage(rank) if world.stages > 1 else None
 
 
 def claim(directory: Path, word: Word) -> bool:

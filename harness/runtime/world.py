@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from harness.config.layout import Layout
 from harness.config.settings import Refusal
 
 T = TypeVar("T")
@@ -32,10 +33,10 @@ class World:
     local_rank: int
     device: torch.device
     members: tuple[tuple[str, int], ...] = ()  # every rank's host name and process id
-    rehearsed: bool = False  # the other ranks do not exist
+    fake: bool = False  # the other ranks do not exist
     target: str = ""  # the device type to account for, if it is not this one
-    stages: int = 1  # pipeline stages; the ranks of a stage are consecutive, as in DeepSpeed's topology
-    tensor: int = 1  # ranks that share each layer; they are consecutive
+    stages: int = 1  # pipeline stages
+    tp_size: int = 1  # ranks that share each layer
     # the ranks that share this rank's layers; None: there is no such group
     mesh: DeviceMesh | None = field(default=None, compare=False)
     _exchange_numbers: Iterator[int] = field(default_factory=count, compare=False)
@@ -51,28 +52,33 @@ class World:
         return self.rank == 0
 
     @property
-    def replicas(self) -> int:
-        """The number of whole models."""
-        return self.size // (self.stages * self.tensor)
+    def layout(self) -> Layout:
+        """The place of every rank."""
+        return Layout(self.size, self.stages, self.tp_size)
+
+    @property
+    def dp_size(self) -> int:
+        """The number of replicas: whole models, which have different data."""
+        return self.layout.dp_size
 
     @property
     def stage(self) -> int:
         """The pipeline stage of this rank."""
-        return self.rank // (self.replicas * self.tensor)
+        return self.layout.stage(self.rank)
 
     @property
-    def replica(self) -> int:
+    def dp_rank(self) -> int:
         """The replica of which this rank is a part."""
-        return self.rank // self.tensor % self.replicas
+        return self.layout.dp_rank(self.rank)
 
     @property
-    def share(self) -> int:
+    def tp_rank(self) -> int:
         """This rank's part of each layer."""
-        return self.rank % self.tensor
+        return self.layout.tp_rank(self.rank)
 
     def at_stage(self, stage: int) -> int:
         """The rank at `stage` of this rank's replica, with the same part of each layer."""
-        return (stage * self.replicas + self.replica) * self.tensor + self.share
+        return self.layout.rank(stage, self.dp_rank, self.tp_rank)
 
     @property
     def kind(self) -> str:
@@ -81,8 +87,8 @@ class World:
 
     @property
     def alone(self) -> bool:
-        """Whether there is no other process: a world of one, or a rehearsed one of any size."""
-        return self.size == 1 or self.rehearsed
+        """Whether there is no other process: a world of one, or a fake one of any size."""
+        return self.size == 1 or self.fake
 
     def barrier(self) -> None:
         """Wait for every rank."""
@@ -94,7 +100,7 @@ class World:
         return self.gather(value)[0]
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's `value`, in rank order, on every rank. In a rehearsal only this rank's.
+        """Every rank's `value`, in rank order, on every rank. In a fake world only this rank's.
 
         It uses the group's store, because a tensor would count in the run's memory.
         """
@@ -134,10 +140,10 @@ def environment() -> tuple[int, int, int]:
 
 
 @contextmanager
-def connected(device: str, timeout: float, stages: int = 1, tensor: int = 1) -> Iterator[World]:
+def connected(device: str, timeout: float, stages: int = 1, tp_size: int = 1) -> Iterator[World]:
     """Join torchrun's process group, or create a group of one that opens no port. Leave it at the end.
 
-    `stages` times `tensor` must divide its size. `timeout` is in seconds. It does not delay the notice of a dead rank,
+    `stages` times `tp_size` must divide its size. `timeout` is in seconds. It does not delay the notice of a dead rank,
     whose connections close at once.
     Raises Refusal for a device that does not exist.
     """
@@ -153,18 +159,18 @@ def connected(device: str, timeout: float, stages: int = 1, tensor: int = 1) -> 
             backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout)
         )
         try:
-            mesh = group_of(tensor, own_device)
-            world = World(rank, size, local_rank, own_device, stages=stages, tensor=tensor, mesh=mesh)
+            mesh = group_of(tp_size, own_device)
+            world = World(rank, size, local_rank, own_device, stages=stages, tp_size=tp_size, mesh=mesh)
             yield replace(world, members=tuple(world.gather((socket.gethostname(), os.getpid()))))
         finally:
             dist.destroy_process_group()
 
 
-def group_of(tensor: int, device: torch.device) -> DeviceMesh | None:
-    """This rank's group of `tensor` consecutive ranks. All ranks must call it. None for a group of one."""
-    if tensor == 1:
+def group_of(tp_size: int, device: torch.device) -> DeviceMesh | None:
+    """This rank's group of `tp_size` consecutive ranks. All ranks must call it. None for a group of one."""
+    if tp_size == 1:
         return None
-    group, _ = dist.new_subgroups(tensor)
+    group, _ = dist.new_subgroups(tp_size)
     return DeviceMesh.from_group(group, device.type, mesh_dim_names=(f"tensor{next(_mesh_numbers)}",))
 
 

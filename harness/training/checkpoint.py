@@ -66,24 +66,30 @@ def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def save(
-    engine: Engine | Pipeline, world: World, directory: Path, step: int, identity: dict[str, Any], keep: int
+    engine: Engine | Pipeline,
+    world: World,
+    directory: Path,
+    step: int,
+    identity: dict[str, Any],
+    keep: int,
+    write: bool = True,
 ) -> Path:
     """Write the state after `step` steps under `directory`, then delete all but the newest `keep` checkpoints.
     Collective.
 
-    A rehearsal allocates the same memory but writes nothing.
+    Without `write` it allocates the same memory and writes nothing.
     """
     final = directory / f"step-{step:08d}"
     partial = directory / f".{final.name}.partial"
-    if world.leads and not world.rehearsed:
+    if world.leads and write:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     world.barrier()
     file = partial / f"rank-{world.rank:05d}.safetensors"
     state = {**tensors(engine), **_random_state(world.device)}
     state = {name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}
-    entries = world.gather({} if world.rehearsed else _write_rank(state, file))
-    if world.leads and not world.rehearsed:
+    entries = world.gather(_write_rank(state, file) if write else {})
+    if world.leads and write:
         manifest = {"schema": SCHEMA, "step": step, "identity": identity, "files": entries}
         (partial / "manifest.json").write_text(json.dumps(manifest))
         _flush(partial / "manifest.json")

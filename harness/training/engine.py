@@ -16,8 +16,8 @@ from harness.model.init_weights import lasting
 from harness.runtime.world import World
 
 
-def deepspeed_config(settings: Settings, replicas: int) -> dict[str, Any]:
-    """DeepSpeed's configuration for `settings`, with so many data-parallel `replicas` (dp_size).
+def deepspeed_config(settings: Settings, dp_size: int) -> dict[str, Any]:
+    """DeepSpeed's configuration for `settings`, for `dp_size` data-parallel ranks.
 
     DeepSpeed's defaults clip gradients at 1.0 and skip steps that overflow in bf16. Both are set here, so that only
     what `settings` say happens. Bucket sizes and thresholds are in elements.
@@ -38,7 +38,7 @@ def deepspeed_config(settings: Settings, replicas: int) -> dict[str, Any]:
     if zero.offload == "all":
         optimization["offload_param"] = {"device": "cpu"}
     return {
-        "train_batch_size": train.micro_batch * train.accumulation * replicas,
+        "train_batch_size": train.micro_batch * train.accumulation * dp_size,
         "train_micro_batch_size_per_gpu": train.micro_batch,
         "gradient_accumulation_steps": train.accumulation,
         "gradient_clipping": train.clip,
@@ -65,7 +65,7 @@ class Engine:
 
     def __init__(self, settings: Settings, world: World, ledger: Ledger, model: PreTrainedModel) -> None:
         self.settings, self.world, self.ledger = settings, world, ledger
-        deepspeed, config = import_deepspeed(world), deepspeed_config(settings, world.replicas)
+        deepspeed, config = import_deepspeed(world), deepspeed_config(settings, world.dp_size)
         if settings.zero.stage == 3:  # one parameter at a time: no device ever has them all
             deepspeed.zero.Init(module=model, config_dict_or_path=config)
         # DeepSpeed would do this later, but the ledger must first register the tensors

@@ -50,7 +50,7 @@ class Pipeline:
     ) -> None:
         self.settings, self.world, self.ledger = settings, world, ledger
         self.stage, self.whole, self.split = stage, whole, split
-        deepspeed, config = import_deepspeed(world), deepspeed_config(settings, world.replicas)
+        deepspeed, config = import_deepspeed(world), deepspeed_config(settings, world.dp_size)
         stage.to(world.device)
         stage.receives = [settings.train.micro_batch, settings.train.sequence, stage.hidden]
         ledger.own(model=stage.model)
@@ -103,14 +103,14 @@ class Pipeline:
                 if id(meta_tensor) in visited:
                     continue
                 visited.add(id(meta_tensor))
-                if world.rank == stage * world.replicas and not world.leads:
+                if world.rank == world.layout.rank(stage) and not world.leads:
                     # .to(): DeepSpeed may have changed the dtype of a buffer
                     dist.send(own[name].detach().to(meta_tensor.dtype), 0)
                 if world.leads and stage == 0:
                     state[name] = own[name].detach().to("cpu", copy=True)
                 elif world.leads:
                     received = torch.empty_like(meta_tensor, device=world.device)
-                    dist.recv(received, stage * world.replicas)
+                    dist.recv(received, world.layout.rank(stage))
                     state[name] = received.to("cpu")
         return state if world.leads else None
 
@@ -168,6 +168,8 @@ def _module(world: World, stage: Stage) -> nn.Module:
 
 def _first_and_last_group(world: World) -> Any:
     """The process group of the first and the last stage of this rank's replica. Collective."""
-    last = (world.stages - 1) * world.replicas
-    groups = [dist.new_group([replica, last + replica]) for replica in range(world.replicas)]
-    return groups[world.replica]
+    pairs = (
+        [world.layout.rank(stage, dp_rank) for stage in (0, world.stages - 1)]
+        for dp_rank in range(world.dp_size)
+    )
+    return [dist.new_group(pair) for pair in pairs][world.dp_rank]

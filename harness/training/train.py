@@ -16,11 +16,12 @@ from harness.data import token_batches
 from harness.ledger import Ledger
 from harness.model import init_weights, loader, stage
 from harness.model.generation_defaults import fields_of
-from harness.model.partition import ranges, split_of
+from harness.model.plan import Plan
 from harness.model.tokenizer import opens_otherwise, tokenizer_of
 from harness.quantization import method
 from harness.quantization.method import Quantization
 from harness.record.record_file import Output
+from harness.runtime.course import WHOLE, Course
 from harness.runtime.progress import Pace
 from harness.runtime.world import World
 from harness.training import checkpoint
@@ -30,20 +31,20 @@ from harness.training.pipeline_engine import Pipeline
 Say = Callable[[str], None]
 
 
-def run(settings: Settings, world: World, ledger: Ledger, out: Output) -> None:
+def run(plan: Plan, world: World, ledger: Ledger, out: Output, course: Course = WHOLE) -> None:
     """Train, and export the weights to `checkpoint/` in the run's directory. Raises Refusal."""
     start = time.perf_counter()
+    settings, config = plan.settings, plan.config
     train = settings.train
-    config = loader.model_config(settings.model)
     positions.check(settings, config.to_dict())  # with the defaults that config.json leaves out
-    tokenizer = tokenizer_of(settings.model, settings.data.tokenizer)
+    tokenizer = tokenizer_of(settings.model, config, settings.data.tokenizer)
     generation = fields_of(settings.model, config)
-    corpus = token_batches.corpus(settings.data, tokenizer, train.sequence, world)
+    corpus = token_batches.corpus(settings.data, tokenizer, train.sequence, world, course.values)
     validation_batches = _validation_batches(settings, world, corpus)
     dtype = getattr(torch, settings.dtype)
     quantization = method.take(config, settings, "cpu")
     with ledger.phase("setup"):
-        engine, sizes = _engine(settings, config, dtype, world, ledger, quantization)
+        engine, sizes = _engine(plan, config, dtype, world, ledger, quantization, course.values)
     out.done["model"] = {"name": settings.model.name, **sizes, "dtype": str(dtype)[6:]}
     first = _resume(settings, world, engine, out.say)
     batches = token_batches.loader(
@@ -52,7 +53,7 @@ def run(settings: Settings, world: World, ledger: Ledger, out: Output) -> None:
     out.say(
         f"{settings.model.name}: {sizes['parameters']:,} parameters, {engine.optimizer_class}, {world.size} ranks"
     )
-    progress = Progress(settings, world, ledger, first, out.say, time.perf_counter() - start)
+    progress = Progress(settings, world, ledger, first, out.say, time.perf_counter() - start, course)
     out.done["training"] = progress.training
     out.done["training"]["optimizer"] = engine.optimizer_class
     for step in progress:
@@ -63,35 +64,39 @@ def run(settings: Settings, world: World, ledger: Ledger, out: Output) -> None:
         if _due(step, max(1, train.steps // 10), first + settings.ledger.steps):
             out.flush()
         if _due(step, train.save_every, None):
-            _save(settings, world, engine, out.directory, step)
+            _save(settings, world, engine, out.directory, step, course.values)
     if not progress.whole:
         ledger.enough()  # the next step would do this; do it before anything is freed
-    if not world.rehearsed:
+    if course.values:
         out.done["performance"] = progress.rates()
     if train.export and progress.whole:
         with ledger.phase("checkpoint", train.steps):
-            _export(engine, world, tokenizer, generation, out)
+            _export(engine, world, tokenizer, generation, out, course.values)
 
 
 def _engine(
-    settings: Settings,
+    plan: Plan,
     config: PretrainedConfig,
     dtype: torch.dtype,
     world: World,
     ledger: Ledger,
     quantization: Quantization | None,
+    read: bool,
 ) -> tuple[Engine | Pipeline, dict[str, Any]]:
-    """The DeepSpeed engine for this rank's part of the model, and the sizes of the whole model."""
-    check_layers(settings.checkpointing, config.get_text_config(decoder=True).num_hidden_layers)
+    """The DeepSpeed engine for this rank's part of the model, and the sizes of the whole model.
+
+    `read`: read its weights, if it has any stored.
+    """
+    settings = plan.settings
+    check_layers(settings.checkpointing, plan.number_of_layers)
     spec, options = (settings.model, config, dtype, torch.device("cpu"), settings.seed), (None, quantization)
     if world.stages == 1:
-        model = loader.build(*spec, world.rehearsed, *options)
+        model = loader.build(*spec, read, *options)
         sizes = loader.sizes(model, quantization)  # before ZeRO-3 empties the parameters
         return Engine(settings, world, ledger, model), sizes
-    split = split_of(settings, config)
-    part = stage.build(*spec, ranges(split)[world.stage], world.rehearsed, *options)
+    part = stage.build(*spec, plan.layers[world.stage], read, *options)
     whole = init_weights.outline(config, dtype, settings.model.attention)
-    return Pipeline(settings, world, ledger, part, whole, split), loader.sizes(whole, quantization)
+    return Pipeline(settings, world, ledger, part, whole, plan.split), loader.sizes(whole, quantization)
 
 
 def identity(settings: Settings, world: World) -> dict[str, Any]:
@@ -132,10 +137,13 @@ def _resume(settings: Settings, world: World, engine: Engine | Pipeline, say: Sa
     return steps
 
 
-def _save(settings: Settings, world: World, engine: Engine | Pipeline, directory: Path, step: int) -> None:
+def _save(
+    settings: Settings, world: World, engine: Engine | Pipeline, directory: Path, step: int, write: bool
+) -> None:
     with engine.ledger.phase("checkpoint", step):
         state = directory / "state"
-        checkpoint.save(engine, world, state, step + 1, identity(settings, world), settings.train.keep)
+        values = identity(settings, world)
+        checkpoint.save(engine, world, state, step + 1, values, settings.train.keep, write)
 
 
 def _validation_batches(
@@ -145,11 +153,11 @@ def _validation_batches(
     train, blocks = settings.train, corpus.validation
     if not train.validate_every or blocks is None:
         return None
-    if isinstance(blocks, token_batches.Blocks) and len(blocks) < train.micro_batch * world.replicas:
+    if isinstance(blocks, token_batches.Blocks) and len(blocks) < train.micro_batch * world.dp_size:
         raise Refusal(
             "data.validation",
             settings.data.validation,
-            f"it holds out {len(blocks)} sequences, and {world.replicas} ranks validate {train.micro_batch} each at "
+            f"it holds out {len(blocks)} sequences, and {world.dp_size} ranks validate {train.micro_batch} each at "
             "once; raise it, or use train.validate_every=0",
         )
 
@@ -166,9 +174,10 @@ def _export(
     tokenizer: PreTrainedTokenizerBase,
     generation: Mapping[str, Any],
     out: Output,
+    write: bool,
 ) -> None:
     state = engine.full_state()
-    if world.leads and not world.rehearsed:
+    if world.leads and write:
         directory = out.directory / "checkpoint"
         loader.export(engine.whole, state, tokenizer, generation, directory)
         if warning := opens_otherwise(directory, tokenizer):
@@ -184,18 +193,24 @@ class Progress:
     """The progress that is printed, and the record's figures of the course of training."""
 
     def __init__(
-        self, settings: Settings, world: World, ledger: Ledger, first: int, say: Say, startup: float
+        self,
+        settings: Settings,
+        world: World,
+        ledger: Ledger,
+        first: int,
+        say: Say,
+        startup: float,
+        course: Course,
     ) -> None:
-        self.settings, self.world, self.ledger, self.first, self.say = settings, world, ledger, first, say
-        steps = settings.ledger.steps if world.rehearsed else settings.train.steps
-        # a rehearsal ends after the steps that the ledger records
-        self.last = min(settings.train.steps, first + steps)
+        self.settings, self.world, self.ledger, self.say = settings, world, ledger, say
+        self.values = course.values
+        self.steps = course.steps(range(first, settings.train.steps), settings.ledger.steps)
         self.losses: list[float] = []
         self.validation: list[dict[str, float]] = []
         self.seconds: list[float] = []
         self.startup = startup
         train = settings.train
-        self.tokens = train.micro_batch * train.accumulation * train.sequence * world.replicas
+        self.tokens = train.micro_batch * train.accumulation * train.sequence * world.dp_size
         self.training: dict[str, Any] = {
             "first_step": first,
             "losses": self.losses,
@@ -205,13 +220,13 @@ class Progress:
     @property
     def whole(self) -> bool:
         """Whether this run reaches `train.steps`."""
-        return self.last == self.settings.train.steps
+        return self.steps.stop == self.settings.train.steps
 
     def __iter__(self) -> Iterator[int]:
         """Yield the steps to run; rank 0 shows a progress bar."""
-        silent = self.world.rehearsed or not self.world.leads
-        with Pace(self.last, "step", self.say, silent, self.first) as self.pace:
-            for step in range(self.first, self.last):
+        silent = not (self.values and self.world.leads)
+        with Pace(self.steps.stop, "step", self.say, silent, self.steps.start) as self.pace:
+            for step in self.steps:
                 self.began = time.perf_counter()
                 yield step
 
@@ -220,14 +235,14 @@ class Progress:
         if self.world.device.type == "cuda":
             torch.cuda.synchronize(self.world.device)
         self.seconds.append(time.perf_counter() - self.began)
-        if self.world.rehearsed:
+        if not self.values:
             return
         self.losses.append(loss)
         self.pace.advance(1, f"loss {loss:.3f}  {self.tokens / self.seconds[-1]:,.0f} tokens/s{self._peak()}")
 
     def validated(self, step: int, loss: float) -> None:
         """Record the mean validation loss after `step`."""
-        if self.world.rehearsed:
+        if not self.values:
             return
         self.validation.append({"step": step + 1, "loss": loss})
         self.say(f"step {step + 1}/{self.settings.train.steps}  validation loss {loss:.3f}")

@@ -16,6 +16,7 @@ from harness.advice.savings import Rehearsed, candidates, ranked, settings_of
 from harness.analysis.findings import Finding
 from harness.config import compose
 from harness.config.load import load
+from harness.model.plan import Plan
 from harness.record.schema import Record, parse
 from harness.rehearsal import all_ranks
 from harness.rehearsal.one_rank import rehearse
@@ -62,8 +63,8 @@ def put(directory: Path, record: dict[str, Any]) -> Path:
 
 
 def peak_of(words: str) -> int:
-    settings = load(compose.compose([*DECIDED, *words.split(), "world=rehearsed"]))
-    peaks: list[int] = [rehearse(settings, role.rank)[0]["peak"]["bytes"] for role in roles(settings)]
+    plan = Plan.of(load(compose.compose([*DECIDED, *words.split(), "world=rehearsed"])))
+    peaks: list[int] = [rehearse(plan, role.rank)[0]["peak"]["bytes"] for role in roles(plan)]
     return max(peaks)
 
 

@@ -10,6 +10,7 @@ import pytest
 from harness.__main__ import main
 from harness.config.compose import compose
 from harness.config.load import load
+from harness.model.plan import Plan
 from harness.rehearsal.one_rank import rehearse
 
 NARROW = (
@@ -36,8 +37,8 @@ OTHER_PIPELINES = [(2, 3), (2, 20), (4, 1), (4, 20), (8, 1), (8, 3), (16, 1), (1
 def rank_of(stages: int, stage: int, *words: str) -> dict[str, Any]:
     """The books of a stage of so many, of two layers each."""
     shape = (f"pipeline.stages={stages}", f"model.config.num_hidden_layers={2 * stages}")
-    made = load(compose([*NARROW, *shape, *words, "world=rehearsed", f"world.size={stages}"]))
-    return rehearse(made, stage)[0]
+    plan = Plan.of(load(compose([*NARROW, *shape, *words, "world=rehearsed", f"world.size={stages}"])))
+    return rehearse(plan, stage)[0]
 
 
 @pytest.mark.parametrize(

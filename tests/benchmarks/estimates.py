@@ -25,8 +25,9 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from harness.config.compose import compose
 from harness.config.load import load
-from harness.config.settings import Settings, Zero
+from harness.config.settings import Zero
 from harness.model.loader import model_config
+from harness.model.plan import Plan
 from harness.record import record_file
 from harness.rehearsal.all_ranks import rehearse
 
@@ -108,8 +109,7 @@ def sizes(model: str) -> tuple[int, int, int]:
 def rehearsed(model: str, stage: int, world: int, more: Sequence[str] = LONG) -> Held:
     """What a rehearsal sees of the rank that holds most."""
     asked = ["world=rehearsed", f"world.size={world}", *words(model, stage, more)]
-    settings: Settings = load(compose(asked))
-    return held(rehearse(settings)[0])
+    return held(rehearse(Plan.of(load(compose(asked))))[0])
 
 
 def real(model: str, stage: int, world: int = 2) -> Held:

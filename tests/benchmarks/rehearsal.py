@@ -73,18 +73,19 @@ def one(name: str, stage: str, size: str, *more: str) -> None:
     from harness.config.compose import compose
     from harness.config.load import load
     from harness.model import loader
+    from harness.model.plan import Plan
     from harness.rehearsal.fake_mode import Fakes
     from harness.rehearsal.one_rank import rehearse
     from harness.rehearsal.representatives import roles
-    from harness.training import engine, train
+    from harness.training import engine
 
     parts = dict.fromkeys(PARTS, 0.0)
     parts["import"] = clock() - start
     sequence = 1_024 if name == "tiny" else 4_096
     shape = (f"model={name}", f"zero={stage}", f"world.size={size}", f"train.sequence={sequence}", *SHAPE)
     decided = ("precision=bf16", "model.attention=sdpa")
-    settings = load(compose(["mode=train", "world=rehearsed", *decided, *shape]))
-    rank = roles(settings)[-1].rank
+    plan = Plan.of(load(compose(["mode=train", "world=rehearsed", *decided, *shape])))
+    rank = roles(plan)[-1].rank
 
     def timed(owner: Any, attribute: str, part: Callable[..., str]) -> None:
         original = getattr(owner, attribute)
@@ -103,8 +104,8 @@ def one(name: str, stage: str, size: str, *more: str) -> None:
         count_operators(Fakes, operators)
     timed(loader, "build", lambda *_: "model")
     timed(engine.Engine, "__init__", lambda *_: "set-up")
-    timed(train, "_step", lambda _engine, _batches, step, *_: f"step {step}")
-    rehearse(settings, rank)
+    timed(engine.Engine, "train_step", lambda _engine, _batches, step, *_: f"step {step}")
+    rehearse(plan, rank)
     seconds, processor = time.perf_counter() - began, clock()
     parts["rest"] = processor - sum(parts.values())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

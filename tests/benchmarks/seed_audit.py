@@ -17,6 +17,7 @@ from harness.analysis.sweep_batch import crossing
 from harness.config.compose import compose
 from harness.config.load import load
 from harness.data.workload import lengths
+from harness.model.plan import Plan
 from harness.record import record_file
 from harness.rehearsal import one_rank
 from harness.rehearsal.all_ranks import rehearse
@@ -56,7 +57,7 @@ AROUND = ("world=rehearsed", "hardware=cpu", "precision=bf16", "model.attention=
 def seen(*words: str) -> Seen:
     """What a rehearsal of these sees on its one rank."""
     asked = (*AROUND, "world.size=1", "ledger.steps=1", *words)
-    ranks, done = rehearse(load(compose(asked)))
+    ranks, done = rehearse(Plan.of(load(compose(asked))))
     work: dict[str, tuple[int, int, int]] = {}
     for phase in ranks[0]["phases"]:
         if phase["flops"] is not None:
@@ -104,7 +105,7 @@ def step(context: int, batch: int = 1) -> tuple[int, int, int]:
 
 def peaks(*words: str) -> dict[str, int]:
     """Each category's own peak in a rehearsal of one rank."""
-    ranks, _ = rehearse(load(compose([*AROUND, "world.size=1", "ledger.steps=2", *words])))
+    ranks, _ = rehearse(Plan.of(load(compose([*AROUND, "world.size=1", "ledger.steps=2", *words]))))
     return {name: held["peak"] for name, held in ranks[0]["categories"].items()}
 
 
@@ -126,7 +127,7 @@ def kept(stages: int, layers: int) -> int:
         ),
         *(*AROUND, f"world.size={stages}", "ledger.steps=1"),
     )
-    return int(one_rank.rehearse(load(compose(words)), 0)[0]["forwards"]["bytes"])
+    return int(one_rank.rehearse(Plan.of(load(compose(words))), 0)[0]["forwards"]["bytes"])
 
 
 def hardware(name: str) -> Any:

@@ -90,7 +90,7 @@ def test_sampled_prompts_have_the_lengths_that_were_drawn() -> None:
     found = find(Settings(mode="infer", generation=generation), BYTES, lambda length: 16)
     expected = drawn(generation, 16, 0)
     assert [(len(prompt.tokens), prompt.most) for prompt in found] == [(r.length, r.most) for r in expected]
-    rehearsed = find(Settings(mode="infer", generation=generation), BYTES, lambda length: 16, rehearsed=True)
+    rehearsed = find(Settings(mode="infer", generation=generation), BYTES, lambda length: 16, read=False)
     assert [(len(prompt.tokens), prompt.most) for prompt in rehearsed] == [
         (r.length, r.most) for r in expected
     ]

@@ -20,7 +20,8 @@ from typing import Any
 import pytest
 
 from harness.config.compose import compose
-from harness.config.load import Settings, load
+from harness.config.load import load
+from harness.model.plan import Plan
 from harness.model.resolve import resolve
 from harness.rehearsal.all_ranks import rehearse as rehearse_all
 from harness.rehearsal.one_rank import rehearse
@@ -253,10 +254,10 @@ def _placed(words: Words, prompts: Path) -> list[str]:
     return [word.replace("=PROMPTS", f"={prompts}") for word in words]
 
 
-def settings_of(words: Words, size: int, prompts: Path) -> Settings:
-    """The settings of a rehearsal of `words` on `size` ranks."""
+def plan_of(words: Words, size: int, prompts: Path) -> Plan:
+    """The plan of a rehearsal of `words` on `size` ranks."""
     asked = [PRECISION, *_placed(words, prompts), "world=rehearsed", f"world.size={size}"]
-    return resolve(load(compose(asked))).settings
+    return resolve(load(compose(asked)))
 
 
 def seen(rank: Books, steps: int = 3) -> dict[tuple[int, str, int], Books]:
@@ -312,11 +313,11 @@ def test_a_rehearsal_holds_the_bytes_of_the_run(
     run: Callable[[int, Words], Books], prompts: Path, cell: tuple[int, Words]
 ) -> None:
     ranks, words = cell
-    real, settings = run(ranks, words), settings_of(words, ranks, prompts)
+    real, plan = run(ranks, words), plan_of(words, ranks, prompts)
     assert [books["rank"] for books in real["ranks"]] == list(range(ranks))
-    for rank, alike in each_rank(roles(settings)):
+    for rank, alike in each_rank(roles(plan)):
         books = real["ranks"][rank]
-        rehearsed, done = rehearse(settings, rank)
+        rehearsed, done = rehearse(plan, rank)
         assert differences(books, json.loads(json.dumps(rehearsed))) == []
         assert rehearsed["peak"]["bytes"] == max(phase["peak"] for phase in seen(books).values())
         assert done["model"] == real["model"]
@@ -332,7 +333,7 @@ def test_a_rank_peaks_no_lower_than_those_it_bounds(
     ranks, words = cell
     real = run(ranks, words)["ranks"]
     peaks = [max(phase["peak"] for phase in seen(books).values()) for books in real]
-    found = roles(settings_of(words, ranks, prompts))
+    found = roles(plan_of(words, ranks, prompts))
     assert sorted(rank for role in found for rank in {*role.stands_for, *role.bounds}) == list(range(ranks))
     for role in found:
         assert all(peaks[rank] <= peaks[role.rank] for rank in role.bounds)
@@ -349,4 +350,4 @@ def test_a_rehearsal_says_of_the_kv_cache_what_the_run_says(
     ranks, words = cell
     made = {"new_tokens", "unasked_tokens", "padding_tokens"}
     real = {key: figure for key, figure in run(ranks, words)["inference"].items() if key not in made}
-    assert rehearse_all(settings_of(words, ranks, prompts), parallel=False)[1]["inference"] == real
+    assert rehearse_all(plan_of(words, ranks, prompts), parallel=False)[1]["inference"] == real

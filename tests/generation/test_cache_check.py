@@ -10,6 +10,7 @@ from transformers import AutoConfig
 from harness.config.settings import Generation, Model, Refusal, Settings
 from harness.generation.cache_check import AHEAD, difference, prove
 from harness.model.kv_cache import check_kind
+from harness.model.plan import Plan
 
 ALIBI = {"alibi": True}
 SAME: list[tuple[str, str, dict[str, Any]]] = [
@@ -113,10 +114,10 @@ MIXED: dict[str, Any] = {"lengths": "uniform"}
 )
 def test_what_differs_is_refused_by_its_key_with_what_would_do(settings: Settings, sentence: str) -> None:
     with pytest.raises(Refusal) as refused:
-        prove(settings)
+        prove(Plan.of(settings))
     assert "\n" not in str(refused.value)
     with pytest.raises(Refusal, match=sentence):
-        prove(settings)
+        prove(Plan.of(settings))
 
 
 @pytest.mark.parametrize(
@@ -132,7 +133,7 @@ def test_what_differs_is_refused_by_its_key_with_what_would_do(settings: Setting
     ],
 )
 def test_what_is_right_is_allowed(settings: Settings) -> None:
-    prove(settings)
+    prove(Plan.of(settings))
 
 
 def test_a_cache_that_transformers_cannot_make_is_refused_before_the_model_is_made() -> None:

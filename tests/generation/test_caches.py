@@ -21,6 +21,7 @@ from harness.model.kv_cache import (
     kv_bytes_per_token,
     make,
 )
+from harness.model.plan import Plan
 from harness.rehearsal.all_ranks import rehearse
 
 BASE: dict[str, Any] = {
@@ -253,7 +254,7 @@ def rehearsed(*words: str) -> tuple[dict[str, Any], dict[str, Any]]:
         *("precision=bf16", "model.attention=sdpa"),
         *words,
     ]
-    ranks, done = rehearse(load(compose(asked)))
+    ranks, done = rehearse(Plan.of(load(compose(asked))))
     return ranks[0], done["inference"]
 
 
@@ -358,7 +359,7 @@ def test_a_rehearsal_of_the_ends_is_that_of_every_token(
         *("generation.prompt_length=20", "generation.max_new_tokens=50", "generation.count=2"),
     )
     ends = rehearsed(*words)
-    monkeypatch.setattr("harness.generation.cache_growth.can_advance", lambda cache: False)
+    monkeypatch.setattr("harness.rehearsal.cache_growth.can_advance", lambda cache: False)
     assert json.dumps(rehearsed(*words)) == json.dumps(ends)
 
 

@@ -11,8 +11,10 @@ from harness.config.settings import Generation, Refusal
 from harness.config.strategy import merged
 from harness.generation.batch import Requests
 from harness.generation.compiled_decode import Compiled, compiled, options
+from harness.generation.compiled_decode import program as program_of
 from harness.generation.decode import Generated, generate
 from harness.ledger import Ledger
+from harness.rehearsal.course import uncompiled
 
 PROMPTS = [[5, 6, 7], [9] * 6]
 NEW = 8
@@ -85,9 +87,9 @@ def test_the_books_close_and_the_program_is_the_same_under_an_exact_ledger(
 @pytest.mark.parametrize("prompts", [PROMPTS, [[1, 2], [3, 4]]])
 def test_a_compiled_decode_counts_as_the_operators_of_its_eager_step(model: Any, prompts: Any) -> None:
     found = []
-    for rehearsed in (False, True):
+    for make_program in (program_of, uncompiled):
         with Ledger(model=model) as ledger:
-            run(model, Compiled(model, LENGTH, ledger, rehearsed), ledger, prompts)
+            run(model, Compiled(model, LENGTH, ledger, make_program), ledger, prompts)
         found.append({phase.where.phase: phase.work for phase in ledger.phases})
     assert found[0]["decode"] == found[1]["decode"]
     assert found[0]["decode"].passes == NEW - 1  # type: ignore[union-attr]
@@ -104,7 +106,7 @@ def test_the_cache_is_told_as_reserved_filled_and_live(model: Any, program: Comp
 
 def test_a_rehearsed_step_is_the_same_step_and_is_not_compiled(model: Any) -> None:
     torch._dynamo.utils.counters.clear()
-    rehearsed = Compiled(model, LENGTH, OFF, rehearsed=True)
+    rehearsed = Compiled(model, LENGTH, OFF, uncompiled)
     assert run(model, rehearsed).tokens == run(model, None).tokens
     assert not torch._dynamo.utils.counters["stats"]
 
@@ -135,9 +137,10 @@ def test_a_window_takes_a_program_while_it_fills_and_another_when_it_is_full(win
         )
     ).eval()
     model.requires_grad_(False)
-    program = Compiled(model, LENGTH, OFF, rehearsed=True)
+    program = Compiled(model, LENGTH, OFF, uncompiled)
     torch._dynamo.utils.counters.clear()
     read = {**options(torch.device("cpu"), True), "options": None, "backend": "eager"}  # and not built
-    program._step = compiled(program._forward, read)
+    step = compiled(program._forward, read)
+    program._program = lambda *arguments: step(*arguments[:4])
     assert run(model, program).tokens == run(model, None).tokens
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3

@@ -26,7 +26,9 @@ from harness.generation.generation_config import strategy_of
 from harness.generation.infer import share_of, shown
 from harness.ledger import Ledger
 from harness.model.loader import model_config
+from harness.model.plan import Plan
 from harness.record.record_file import Output
+from harness.rehearsal.course import Shortened
 from harness.runtime.world import World
 
 CPU = torch.device("cpu")
@@ -90,7 +92,7 @@ def inferred(checkpoint: Path, tmp_path: Path) -> Infer:
     def run(**options: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         done: dict[str, Any] = {}
         ledger = Ledger(mode="off")
-        infer.run(ask(checkpoint, **options), ALONE, ledger, quiet(tmp_path, done))
+        infer.run(Plan.of(ask(checkpoint, **options)), ALONE, ledger, quiet(tmp_path, done))
         written = (tmp_path / "generations.jsonl").read_text().splitlines()
         return done, [json.loads(line) for line in written]
 
@@ -220,10 +222,8 @@ def test_a_batch_has_room_for_its_longest_prompt_and_its_longest_answer(
     strategy = strategy_of(settings, model_config(settings.model))
     prompts = find(settings, AutoTokenizer.from_pretrained(checkpoint), strategy.most)
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-    uncompiled = World(
-        0, 1, 0, CPU, rehearsed=True
-    )  # the step as it is, in the cache that a program would have
-    share = share_of(settings, uncompiled, Ledger(mode="off"), model, prompts, strategy, no_flush)
+    course = Shortened()  # the step is not compiled, in the cache that a program would have
+    share = share_of(settings, ALONE, Ledger(mode="off"), model, prompts, strategy, no_flush, course=course)
     assert share.kv[0].reserved == 3 * (30 + 40 - 1) * PER_TOKEN + 8 * LAYERS
     assert [share.tokens[0]] == [line["tokens"] for line in alone][:1]
 
@@ -261,7 +261,7 @@ def test_a_batch_with_more_columns_than_attentions_own_table_is_refused(kind: st
         infer.check_columns(model, prompts, 3)
     with pytest.raises(Refusal, match="use 1"):
         infer.check_columns(
-            model, [prompts[2], prompts[0], prompts[0], prompts[1]], 3, replicas=2
+            model, [prompts[2], prompts[0], prompts[0], prompts[1]], 3, dp_size=2
         )  # of the second
 
 
@@ -340,7 +340,7 @@ def test_one_new_token_has_no_decoding_rate(inferred: Infer) -> None:
 def test_a_run_under_the_exact_ledger_closes_its_books(checkpoint: Path, tmp_path: Path) -> None:
     done: dict[str, Any] = {}
     with Ledger(mode="exact") as ledger:
-        infer.run(ask(checkpoint, cache="static"), ALONE, ledger, quiet(tmp_path, done))
+        infer.run(Plan.of(ask(checkpoint, cache="static")), ALONE, ledger, quiet(tmp_path, done))
     assert ledger.allocator.unattributed == 0
     assert ledger.peak.bytes == ledger.allocator.peak
     assert ledger.categories["kv_cache"].peak == done["inference"]["kv_reserved"] > 0

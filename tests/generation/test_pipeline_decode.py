@@ -2,8 +2,8 @@
 
 import pytest
 
+from harness.config.layout import Layout
 from harness.generation import infer
-from harness.generation.cache_growth import every, turns
 from harness.generation.infer import cut
 from harness.generation.metrics import Share, Timing, idleness, of_replicas
 from harness.model.kv_cache import KvBytes, of_groups, of_stages
@@ -20,16 +20,6 @@ def test_groups_are_even_none_is_empty_and_no_prompt_is_lost(prompts: int, group
     assert min(map(len, made)) > 0
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 8, 9, 10, 40])
-def test_what_is_shown_and_what_is_left_out_are_all_the_tokens(tokens: int) -> None:
-    columns = range(5, 5 + tokens)
-    assert list(every(columns)) == [(column, 0) for column in columns]
-    ends = list(turns(columns))
-    assert len(ends) + sum(skipped for _, skipped in ends) == tokens
-    assert len(ends) == min(tokens, 8)
-    assert [column for column, _ in ends] == [*columns[:4], *columns[max(4, tokens - 4) :]]
-
-
 def test_caches_of_groups_have_more_positions_and_those_of_stages_more_bytes_in_each() -> None:
     first, second = KvBytes(120, 80, 60, 4), KvBytes(60, 40, 30, 2)
     assert of_groups([first, second]) == KvBytes(180, 120, 90, 6)
@@ -42,7 +32,7 @@ def test_a_replicas_tokens_and_times_are_its_last_stages_and_its_cache_all_of_th
     small, large = KvBytes(10, 8, 6, 2), KvBytes(30, 24, 18, 2)
     early, late = Timing(1, 4, 3, 1.0, 2.0, 0.5), Timing(1, 4, 3, 1.5, 2.0, 0.5)
     unknown, known = Share({0: [0, 0, 0]}, [early], [small]), Share({0: [7, 8, 9]}, [late], [large])
-    both = of_replicas([unknown, Share(), known, Share()], replicas=2)
+    both = of_replicas([unknown, Share(), known, Share()], Layout(4, 2))
     assert both == [Share({0: [7, 8, 9]}, [late], [KvBytes(40, 32, 24, 2)]), Share()]
 
 
@@ -51,12 +41,12 @@ def test_idle_is_what_a_stage_waited_of_all_its_replicas_seconds() -> None:
     first = [slowed, Timing(2, 20, 12, 1.0, 3.0, 1.0)]
     last = [slowed, Timing(2, 20, 12, 2.0, 2.0, 3.0)]
     without = Share()
-    assert idleness([Share(timings=first), without, Share(timings=last), without], stages=2, exact=1) == [
+    assert idleness([Share(timings=first), without, Share(timings=last), without], Layout(4, 2), exact=1) == [
         {"stage": 0, "busy_seconds": 3.0, "idle": 0.25},
         {"stage": 1, "busy_seconds": 1.0, "idle": 0.75},
     ]
     two = [Share(timings=[Timing(1, 9, 9, 1.0, 1.0, waited)]) for waited in (0.5, 1.5)]
-    assert idleness(two, stages=1, exact=0) == [{"stage": 0, "busy_seconds": 1.0, "idle": 0.5}]
+    assert idleness(two, Layout(2), exact=0) == [{"stage": 0, "busy_seconds": 1.0, "idle": 0.5}]
 
 
 def test_idleness_is_told_where_there_are_stages() -> None:

@@ -9,10 +9,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from harness.generation.batch import Requests
 from harness.generation.decode import generate
-from harness.generation.extrapolation import Alike, missing
 from harness.ledger import Ledger, Work
 from harness.ledger.op_cost import _multiplies
 from harness.model.kv_cache import attention_flops_per_position
+from harness.rehearsal.extrapolation import Alike, missing
 
 F32, I64 = 4, 8
 LAYERS, HEADS, KV_HEADS, WIDTH, HIDDEN, WORDS = 2, 4, 2, 16, 64, 128

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from harness import Ledger
+from harness.config.layout import Layout
 from harness.config.load import Checkpointing, Refusal
 from harness.ledger import Where
 from harness.model.activation_checkpointing import apply, selective
@@ -271,7 +272,7 @@ def test_the_state_of_the_random_numbers_is_an_activation_by_name() -> None:
 
 def test_a_rehearsed_state_has_the_name_and_the_bytes_of_a_real_one() -> None:
     books = []
-    for around in (nullcontext(), rehearsed(0, 1)):
+    for around in (nullcontext(), rehearsed(0, Layout())):
         with around, Ledger(device="cpu", allocator=False) as ledger, ledger.phase("forward"):
             state = torch.get_rng_state()
             torch.set_rng_state(state)

@@ -143,7 +143,9 @@ def test_a_name_on_the_hub_is_loaded_from_its_safetensors(
     given = Model(name="test", path="owner/name")
     loaded = made(given, next(built.parameters()).dtype)
     assert torch.equal(next(loaded.parameters()), next(built.parameters()))
-    assert tokenizer_of(given)("abc").input_ids == ByT5Tokenizer()("abc").input_ids
+    assert (
+        tokenizer_of(given, loader.model_config(given))("abc").input_ids == ByT5Tokenizer()("abc").input_ids
+    )
 
 
 def test_a_name_that_the_hub_does_not_give_is_one_sentence() -> None:

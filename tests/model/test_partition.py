@@ -10,6 +10,7 @@ from harness.config.compose import compose
 from harness.config.load import Refusal, Settings, load
 from harness.model.loader import model_config
 from harness.model.partition import as_record, balanced, by_parameters, ranges, split_of, uniform
+from harness.model.plan import Plan
 from harness.rehearsal.balance import peak, resolved
 
 
@@ -103,12 +104,13 @@ def test_a_split_by_memory_is_the_best_of_all_that_can_be_rehearsed(words: tuple
         "train.sequence=64",
     )
     given = settings(*shape, "ledger.steps=2", "train.export=false", "pipeline.split=memory", *words)
-    found = resolved(given).pipeline.split
+    plan = Plan.of(given)
+    found = resolved(plan).split
 
     def worst(split: list[int]) -> int:
-        cut = dataclasses.replace(given, pipeline=dataclasses.replace(given.pipeline, split=split))
+        cut = plan.with_settings(pipeline=dataclasses.replace(given.pipeline, split=split))
         return max(peak((cut, stage)) for stage in range(2))
 
     peaks = {tuple(split): worst(split) for split in every_split(5, 2)}
-    assert peaks[tuple(found)] == min(peaks.values())  # type: ignore[arg-type]
+    assert peaks[tuple(found)] == min(peaks.values())
     assert len(set(peaks.values())) == len(peaks)

@@ -71,7 +71,8 @@ def test_a_model_gets_the_attention_that_transformers_gives_it(kind: str, descri
     directory = described(kind)
     with torch.device("meta"):
         theirs = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
-    settings, reasons = resolve(of(directory))
+    plan = resolve(of(directory))
+    settings, reasons = plan.settings, plan.reasons
     expected = "eager" if kind in WITHOUT_SDPA else "sdpa"
     assert settings.model.attention == theirs.config._attn_implementation == expected
     assert reasons["model.attention"].startswith(f"{expected}: transformers")
@@ -79,12 +80,14 @@ def test_a_model_gets_the_attention_that_transformers_gives_it(kind: str, descri
 
 def test_a_config_that_asks_for_its_attention_gets_it_and_a_word_wins_over_it(described: Any) -> None:
     directory = described("llama", attn_implementation="eager")
-    settings, reasons = resolve(of(directory))
+    plan = resolve(of(directory))
+    settings, reasons = plan.settings, plan.reasons
     assert (settings.model.attention, reasons) == (
         "eager",
         {"model.attention": "eager: the model's config asks for it"},
     )
-    settings, reasons = resolve(of(directory, "model.attention=sdpa"))
+    plan = resolve(of(directory, "model.attention=sdpa"))
+    settings, reasons = plan.settings, plan.reasons
     assert (settings.model.attention, reasons) == ("sdpa", {})
 
 
@@ -109,7 +112,8 @@ def test_sdpa_is_refused_where_there_is_none_and_eager_is_taken(kind: str, descr
     assert str(refused.value) == (
         f"model.attention=sdpa: transformers has no sdpa for {kind}; use eager, or auto"
     )
-    settings, reasons = resolve(of(directory, "model.attention=eager"))
+    plan = resolve(of(directory, "model.attention=eager"))
+    settings, reasons = plan.settings, plan.reasons
     assert (settings.model.attention, reasons) == ("eager", {})
 
 
@@ -149,10 +153,12 @@ DECIDE = "from harness.runtime.peak_rates import precision_of_cpu; print(*precis
 
 def test_a_rehearsal_for_a_gpu_is_in_bf16_and_a_word_wins() -> None:
     gpu = ("hardware=h100-sxm", "model.attention=sdpa")
-    settings, reasons = resolve(asked(*gpu))
+    plan = resolve(asked(*gpu))
+    settings, reasons = plan.settings, plan.reasons
     assert (settings.precision, settings.dtype) == ("bf16", "bfloat16")
     assert reasons == {"precision": "bf16: a GPU has units for it"}
-    settings, reasons = resolve(asked(*gpu, "precision=fp32"))
+    plan = resolve(asked(*gpu, "precision=fp32"))
+    settings, reasons = plan.settings, plan.reasons
     assert (settings.precision, settings.dtype, reasons) == ("fp32", "float32", {})
 
 
@@ -182,7 +188,8 @@ def test_a_run_that_is_resumed_keeps_its_precision(tmp_path: Path) -> None:
     (tmp_path / "state/step-00000003").mkdir()
     (tmp_path / "state/step-00000003/manifest.json").write_text("{")  # torn
     words = ["mode=train", "hardware=cpu", f"train.resume={tmp_path}", "model.attention=sdpa"]
-    settings, reasons = resolve(load(compose.compose(words)), "cpu")
+    plan = resolve(load(compose.compose(words)), "cpu")
+    settings, reasons = plan.settings, plan.reasons
     assert (settings.precision, reasons["precision"]) == ("fp32", "fp32: that of the run which is resumed")
 
 

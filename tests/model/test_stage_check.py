@@ -11,6 +11,7 @@ from harness.config.compose import compose
 from harness.config.load import Refusal, load
 from harness.model import stage_check
 from harness.model.partition import uniform
+from harness.model.plan import Plan
 
 PASS = (
     *(
@@ -145,7 +146,7 @@ def test_a_refusal_names_the_model_and_what_would_work(words: list[str], reason:
     around = ["world=rehearsed", "world.size=2", "precision=bf16", "model.attention=sdpa"]
     settings = load(compose(["mode=train", "pipeline.stages=2", *around, *words]))
     with pytest.raises(Refusal) as refused:
-        stage_check.prove(settings)
+        stage_check.prove(Plan.of(settings))
     sentence = str(refused.value)
     assert sentence.startswith("pipeline.stages=2: gpt2 cannot be cut into stages: ")
     assert reason in sentence

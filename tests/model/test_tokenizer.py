@@ -21,6 +21,7 @@ from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
 from harness.config.settings import Model, Refusal
 from harness.data.prompts import encode, text_of
+from harness.model.loader import model_config
 from harness.model.tokenizer import SAMPLE, of_bytes, opened, opens_otherwise, tokenizer_of
 
 TEXTS = ("abc", "Hello  world\n\tif x:\n    y = 1234567", "źółw 🐢", "  lead", "a\u2028b\x00c\r\n", SAMPLE)
@@ -186,25 +187,30 @@ def test_a_damaged_tokenizer_is_refused_in_one_line(damage: object, says: str, t
     AutoConfig.for_model("qwen2", **SHAPE).save_pretrained(tmp_path)
     damage(tmp_path)
     with pytest.raises(Refusal, match=f"^model.path={tmp_path}: {says}"):
-        tokenizer_of(Model(name="test", path=str(tmp_path)))
+        opened_for(Model(name="test", path=str(tmp_path)))
     with pytest.raises(Refusal, match=f"^data.tokenizer={tmp_path}: {says}"):
-        tokenizer_of(TINY, str(tmp_path))
+        opened_for(TINY, str(tmp_path))
+
+
+def opened_for(model: Model, other: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a run of `model`."""
+    return tokenizer_of(model, model_config(model), other)
 
 
 def test_a_checkpoint_without_a_tokenizer_takes_bytes(tmp_path: Path) -> None:
     AutoConfig.for_model("llama", **SHAPE).save_pretrained(tmp_path)
-    assert tokenizer_of(Model(name="test", path=str(tmp_path)))("abc").input_ids == [100, 101, 102, 1]
+    assert opened_for(Model(name="test", path=str(tmp_path)))("abc").input_ids == [100, 101, 102, 1]
 
 
 def test_a_tokenizer_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Refusal, match=rf"^data.tokenizer={tmp_path}: it cannot be loaded"):
-        tokenizer_of(TINY, str(tmp_path))
+        opened_for(TINY, str(tmp_path))
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_knows_is_refused(tmp_path: Path) -> None:
     less = Model(name="test", config={**TINY.config, "vocab_size": 300})
     with pytest.raises(Refusal, match=r"model=test: the tokenizer has 384 tokens, and the model knows 300"):
-        tokenizer_of(less)
+        opened_for(less)
     ByT5Tokenizer(extra_ids=200).save_pretrained(tmp_path)
     with pytest.raises(Refusal, match=r"data.tokenizer=.* has 459 tokens, and the model knows 384"):
-        tokenizer_of(TINY, str(tmp_path))
+        opened_for(TINY, str(tmp_path))

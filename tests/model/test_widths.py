@@ -9,6 +9,7 @@ from transformers import AutoConfig
 from harness.config.settings import Model, Refusal, Settings
 from harness.model import init_weights, widths
 from harness.model.misfit import misfits
+from harness.model.plan import Plan
 
 BASE: dict[str, Any] = {
     "vocab_size": 96,
@@ -86,7 +87,7 @@ def settings(**more: Any) -> Settings:
 def test_a_failure_that_the_widths_come_to_by_themselves_is_refused() -> None:
     odd = settings(hidden_size=60)
     told = r"model.config=mine: its widths do not fit together \(RuntimeError: .*\); give others"
-    with pytest.raises(Refusal, match=told), misfits(odd):
+    with pytest.raises(Refusal, match=told), misfits(Plan.of(odd)):
         raise RuntimeError("The size of tensor a (15) must match the size of tensor b (16)")
 
 
@@ -94,6 +95,6 @@ def test_a_failure_that_the_widths_come_to_by_themselves_is_refused() -> None:
     "error", [RuntimeError("out of memory"), Refusal("a", "b", "c"), KeyboardInterrupt()]
 )
 def test_any_other_failure_stays_what_it_is(error: BaseException) -> None:
-    with pytest.raises(type(error)) as raised, misfits(settings()):
+    with pytest.raises(type(error)) as raised, misfits(Plan.of(settings())):
         raise error
     assert raised.value is error

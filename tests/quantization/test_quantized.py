@@ -24,6 +24,7 @@ from harness.ledger import Ledger
 from harness.ledger.owners import module_claims
 from harness.ledger.tensors import tensors_in
 from harness.model import init_weights, loader, storages, tensor_parallel
+from harness.model.plan import Plan
 from harness.model.tokenizer import of_bytes
 from harness.quantization import layouts, method
 from harness.record.record_file import Output
@@ -589,7 +590,10 @@ def ran(asked: Settings, directory: Path) -> tuple[Ledger, dict[str, Any]]:
     ledger = Ledger(device="cpu", steps=asked.ledger.steps)
     with ledger:
         infer.run(
-            asked, World(0, 1, 0, CPU), ledger, Output(directory, lambda line: None, done, lambda: None)
+            Plan.of(asked),
+            World(0, 1, 0, CPU),
+            ledger,
+            Output(directory, lambda line: None, done, lambda: None),
         )
     return ledger, done
 
@@ -604,7 +608,7 @@ def on_cpu(path: Path, **more: Any) -> Settings:
 def same_as_rehearsed(asked: Settings, directory: Path) -> dict[str, Any]:
     """Hold a real run of `asked` against its rehearsal, after the weights are read; the record's model."""
     ledger, done = ran(Settings(**{**vars(asked), "world": Asked()}), directory)
-    books, told = rehearse(asked, 0)
+    books, told = rehearse(Plan.of(asked), 0)
     assert done["model"] == told["model"]
     assert ledger.allocator.unattributed == 0
     rehearsed = {(each["phase"], each["step"], each["micro_batch"]): each for each in books["phases"]}
@@ -724,7 +728,7 @@ def test_packed_weights_that_are_made_whole_at_the_first_forward_are_rehearsed_s
         hardware=Hardware(device="cpu"),
         generation=Generation(count=1, max_new_tokens=2),
     )
-    books, done = rehearse(asked, 0)
+    books, done = rehearse(Plan.of(asked), 0)
     held = {each["phase"]: each["categories"]["parameters"] for each in books["phases"]}
     layer = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128
     scales = 2 * (layer // 32 * 2 + 7 * 16)  # and shapes

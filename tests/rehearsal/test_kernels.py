@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from harness.config.settings import Hardware, Model, Settings, World
+from harness.model.plan import Plan
 from harness.rehearsal.all_ranks import described
 
 SIZES: dict[str, Any] = {
@@ -26,7 +27,9 @@ CONV = {**HEADS, "layer_types": ["conv", "full_attention"], "num_key_value_heads
 def differences(kind: str, device: Any, **more: Any) -> str:
     model = Model(name="mine", attention="eager", config={"model_type": kind, **SIZES, **more})
     hardware, world = Hardware(name="page", device=device), World(kind="rehearsed", size=1)
-    told = described(Settings(mode="infer", precision="bf16", model=model, hardware=hardware, world=world))
+    told = described(
+        Plan.of(Settings(mode="infer", precision="bf16", model=model, hardware=hardware, world=world))
+    )
     return "\n".join(told["differences"])
 
 

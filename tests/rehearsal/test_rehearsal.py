@@ -17,8 +17,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from harness.__main__ import main
 from harness.config.compose import compose
-from harness.config.load import Settings, load
+from harness.config.load import load
 from harness.ledger import Ledger
+from harness.model.plan import Plan
 from harness.record import record_file
 from harness.rehearsal import UNVERIFIED, one_rank, shims, zero_shims
 from harness.rehearsal.fake_mode import Fakes
@@ -39,9 +40,9 @@ TRAIN = (
 UNEVEN = ("model.config.vocab_size=1000", "model.config.intermediate_size=689")
 
 
-def settings(*words: str, size: int = 2) -> Settings:
-    """The settings of a small rehearsed run."""
-    return load(compose([*TINY, *TRAIN, *words, "world=rehearsed", f"world.size={size}"]))
+def plan(*words: str, size: int = 2) -> Plan:
+    """The plan of a small rehearsed run."""
+    return Plan.of(load(compose([*TINY, *TRAIN, *words, "world=rehearsed", f"world.size={size}"])))
 
 
 # -- which ranks are rehearsed, and for whom ---------------------------------------------------------------------------
@@ -68,7 +69,7 @@ def settings(*words: str, size: int = 2) -> Settings:
 def test_every_rank_is_stood_for_or_bounded_by_one_that_peaks_no_lower(
     size: int, words: tuple[str, ...]
 ) -> None:
-    asked = settings(*words, size=size)
+    asked = plan(*words, size=size)
     books = [rehearse(asked, rank)[0] for rank in range(size)]
     named = [rank for each in roles(asked) for rank in (*each.stands_for, *each.bounds)]
     assert sorted(named) == list(range(size))
@@ -86,7 +87,7 @@ def test_every_rank_is_stood_for_or_bounded_by_one_that_peaks_no_lower(
 
 @pytest.mark.parametrize("words", [("zero=0",), ("zero=3", *UNEVEN)], ids=",".join)
 def test_ranks_that_one_stands_for_hold_what_it_holds(words: tuple[str, ...]) -> None:
-    asked = settings(*words, size=5)
+    asked = plan(*words, size=5)
     (alone,) = roles(asked)
     assert alone.stands_for == tuple(range(5))
     first = rehearse(asked, 0)[0]
@@ -102,9 +103,9 @@ def test_ranks_that_one_stands_for_hold_what_it_holds(words: tuple[str, ...]) ->
 
 def test_rank_0_is_rehearsed_by_itself_where_it_alone_exports() -> None:
     for zero in (0, 1, 2, 3):
-        asked = settings(f"zero={zero}", "train.export=true", size=4)
+        asked = plan(f"zero={zero}", "train.export=true", size=4)
         assert next(each for each in roles(asked) if each.rank == 0).stands_for == (0,)
-    lead, other = (rehearse(settings("zero=3", "train.export=true"), rank)[0] for rank in (0, 1))
+    lead, other = (rehearse(plan("zero=3", "train.export=true"), rank)[0] for rank in (0, 1))
     whole = [
         {phase["phase"]: phase["peak"] for phase in each["phases"]}["checkpoint"] for each in (lead, other)
     ]
@@ -113,8 +114,8 @@ def test_rank_0_is_rehearsed_by_itself_where_it_alone_exports() -> None:
 
 def test_ranks_that_share_layers_are_alike_but_for_what_cannot_be_cut_evenly() -> None:
     shared = ("mode=infer", "generation.tensor_parallel=2", "generation.max_new_tokens=2")
-    assert [each.stands_for for each in roles(settings(*shared, size=4))] == [(0, 1, 2, 3)]
-    uneven = settings(*shared, *UNEVEN, size=4)
+    assert [each.stands_for for each in roles(plan(*shared, size=4))] == [(0, 1, 2, 3)]
+    uneven = plan(*shared, *UNEVEN, size=4)
     assert [each.stands_for for each in roles(uneven)] == [(0, 2), (1, 3)]
     held = [rehearse(uneven, rank)[0]["categories"]["parameters"]["end"] for rank in range(4)]
     assert held[0] == held[2] == held[1] + 3 * 2 * 256 * 2  # of three matrices of two layers, a row in bf16
@@ -123,9 +124,7 @@ def test_ranks_that_share_layers_are_alike_but_for_what_cannot_be_cut_evenly() -
 
 def test_a_gpu_that_shares_layers_holds_its_part_alone() -> None:
     words = ("mode=infer", "model=llama3-8b", "hardware=h100-sxm", "model.config.num_hidden_layers=2")
-    alone, shared = (
-        rehearse(settings(*words, f"generation.tensor_parallel={ranks}"), 0)[0] for ranks in (1, 2)
-    )
+    alone, shared = (rehearse(plan(*words, f"generation.tensor_parallel={ranks}"), 0)[0] for ranks in (1, 2))
     norms = 5 * 4096 * 2
     (setup,) = [phase for phase in shared["phases"] if phase["phase"] == "setup"]
     whole = alone["categories"]["parameters"]["end"]
@@ -137,7 +136,7 @@ def test_a_gpu_that_shares_layers_holds_its_part_alone() -> None:
 def test_ranks_with_prompts_of_other_lengths_are_rehearsed_apart(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("\n".join(["a", "a", "a longer one", "a"] * 2))
-    asked = settings("mode=infer", f"generation.prompts={file}", "generation.max_new_tokens=2", size=4)
+    asked = plan("mode=infer", f"generation.prompts={file}", "generation.max_new_tokens=2", size=4)
     assert [each.stands_for for each in roles(asked)] == [(0, 1, 3), (2,)]
     books = [rehearse(asked, rank)[0]["categories"] for rank in range(4)]
     assert books[0] == books[1] == books[3] != books[2]
@@ -168,7 +167,7 @@ def without(reason: str) -> tuple[Shim, ...]:
 def test_doing_it_for_one_rank_changes_no_byte(
     monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], size: int, ranks: tuple[int, ...]
 ) -> None:
-    asked = settings(*words, size=size)
+    asked = plan(*words, size=size)
     quick = [rehearse(asked, rank)[0] for rank in ranks]
     monkeypatch.setattr(shims, "SHIMS", without(ONCE_A_RANK))
     whole = [rehearse(asked, rank)[0] for rank in ranks]
@@ -233,12 +232,12 @@ class Counted(Ledger):
 
 
 @pytest.fixture
-def operators(monkeypatch: pytest.MonkeyPatch) -> Callable[[Settings, int], int]:
+def operators(monkeypatch: pytest.MonkeyPatch) -> Callable[[Plan, int], int]:
     """A function of settings and a rank to the number of operators that its rehearsal dispatched."""
     monkeypatch.setattr(one_rank, "Ledger", Counted)
     monkeypatch.setattr(Counted, "made", [])
 
-    def count(asked: Settings, rank: int) -> int:
+    def count(asked: Plan, rank: int) -> int:
         rehearse(asked, rank)
         return len(Counted.made.pop()._log.operators)
 
@@ -246,11 +245,11 @@ def operators(monkeypatch: pytest.MonkeyPatch) -> Callable[[Settings, int], int]
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
-def test_a_larger_world_takes_no_more_operators(operators: Callable[[Settings, int], int], zero: int) -> None:
+def test_a_larger_world_takes_no_more_operators(operators: Callable[[Plan, int], int], zero: int) -> None:
     words = (f"zero={zero}", "zero.persistence_threshold=0")
-    small = operators(settings(*words, size=64), 1)
+    small = operators(plan(*words, size=64), 1)
     assert small > 500
-    large = operators(settings(*words, size=4096), 1)
+    large = operators(plan(*words, size=4096), 1)
     assert abs(large - small) <= 16  # its share may begin or end in another parameter
 
 
@@ -300,7 +299,7 @@ def test_a_shim_that_does_not_fit_is_named_and_leaves_nothing_replaced(
     with pytest.raises(
         RuntimeError, match=f"replaces {wrong.owner}.{wrong.attribute}, for a reason; .*{said}"
     ):
-        rehearse(settings(), 0)
+        rehearse(plan(), 0)
     monkeypatch.undo()
     assert places() == before
 
@@ -361,16 +360,16 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 def test_all_is_as_it_was_after_a_rehearsal(
     broken: Callable[[], None], monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], fails: bool
 ) -> None:
-    rehearse(settings(*words), 0)  # what is imported once and kept is now imported
+    rehearse(plan(*words), 0)  # what is imported once and kept is now imported
     if fails:
         broken()
     before, around = callables(), state()
     if fails:
         with pytest.raises(ArithmeticError, match="out of luck") as caught:
-            rehearse(settings(*words), 1)
+            rehearse(plan(*words), 1)
         assert caught.value.rehearsed == (1, (0, "backward", 0))  # type: ignore[attr-defined]
     else:
-        rehearse(settings(*words), 1)
+        rehearse(plan(*words), 1)
     after = callables()
     assert [key for key in before if after.get(key) is not before[key]] == []
     assert state() == around
@@ -393,7 +392,7 @@ def test_no_socket_is_opened_and_no_gpu_touched(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(socket, "socket", refuse)
     monkeypatch.setattr(torch.cuda, "_lazy_init", refuse)
     for words in (("zero=3",), ("zero=2", "hardware=h100-sxm")):
-        assert rehearse(settings(*words, size=1000), 999)[0]["peak"]["bytes"] > 0
+        assert rehearse(plan(*words, size=1000), 999)[0]["peak"]["bytes"] > 0
 
 
 # -- values ------------------------------------------------------------------------------------------------------------
@@ -584,12 +583,12 @@ def test_what_is_offloaded_is_on_the_host_and_not_on_the_gpu(
     stage: int, offload: str, accumulation: int
 ) -> None:
     words = (f"zero={stage}", f"train.accumulation={accumulation}", "hardware=h100-sxm")
-    kept, _ = rehearse(settings(*words), 0)
-    record, _ = rehearse(settings(*words, f"zero.offload={offload}"), 0)
+    kept, _ = rehearse(plan(*words), 0)
+    record, _ = rehearse(plan(*words, f"zero.offload={offload}"), 0)
     assert kept["categories"]["optimizer"]["end"] > 0
     assert record["categories"]["optimizer"]["end"] == 0
     persistent = "zero.persistence_threshold=0"  # or small parameters stay, offloaded or not
-    whole, _ = rehearse(settings(*words, f"zero.offload={offload}", persistent), 0)
+    whole, _ = rehearse(plan(*words, f"zero.offload={offload}", persistent), 0)
     on_gpu = whole["categories"]["parameters"]["end"]
     buffers = 512 * 2  # rotary frequencies, which nothing shards
     assert (on_gpu == buffers) == (offload == "all")
@@ -597,6 +596,6 @@ def test_what_is_offloaded_is_on_the_host_and_not_on_the_gpu(
 
 def test_no_device_holds_a_zero_3_model_whole() -> None:
     words = ("zero=3", "hardware=h100-sxm", "model=small", "zero.reduce_bucket_size=100000")
-    record, done = rehearse(settings(*words, size=64), 0)
+    record, done = rehearse(plan(*words, size=64), 0)
     setup = next(phase for phase in record["phases"] if phase["phase"] == "setup")
     assert setup["peak"] < 2 * done["model"]["parameters"]  # bytes of all of them in bf16

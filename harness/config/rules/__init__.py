@@ -18,7 +18,12 @@ def check(settings: Settings) -> None:
 
 def check_world(settings: Settings, size: int, overrides: Sequence[str] = ()) -> None:
     """Refuse a world of `size` ranks that `settings` cannot run in. `overrides` complete the command in the remedy."""
-    world, stages, train = settings.world, settings.pipeline.stages, settings.train
+    world, stages, train, layout = (
+        settings.world,
+        settings.pipeline.stages,
+        settings.train,
+        settings.layout(size),
+    )
     if world.size is not None and world.size != size:
         raise Refusal(
             "world.size", world.size, f"{_ranks(size)} here; start {_torchrun(world.size, overrides)}"
@@ -38,14 +43,14 @@ def check_world(settings: Settings, size: int, overrides: Sequence[str] = ()) ->
             stages,
             f"{_ranks(size)} here, and {units} must divide them evenly; start {_torchrun(ranks, overrides)}",
         )
-    sequences = train.micro_batch * size // stages
+    sequences = train.micro_batch * layout.dp_size
     if settings.mode == "train" and train.batch is not None and train.batch != sequences * train.accumulation:
         remedy = (
             f"train.accumulation={train.batch // sequences} makes that"
             if train.batch % sequences == 0
             else f"it must be a multiple of that, as {-(-train.batch // sequences) * sequences} is"
         )
-        product = f"train.micro_batch={train.micro_batch} on {_ranks(size // stages, 'replica')} is {sequences} at once"
+        product = f"train.micro_batch={train.micro_batch} on {_ranks(layout.dp_size, 'replica')} is {sequences} at once"
         raise Refusal(
             "train.batch", train.batch, f"{product}, train.accumulation={train.accumulation}; {remedy}"
         )

@@ -1,4 +1,4 @@
-"""How a cache grows during a decode, so that a rehearsal can leave tokens out.
+"""How a cache grows during a decode, so that tokens can be left out.
 
 The bytes and the work of a token grow steadily until a sliding window is full, or until a quantized cache packs its
 residual: there another stretch begins. The first and last tokens of a stretch determine the rest of it.
@@ -12,8 +12,9 @@ import torch
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
-from harness.generation.extrapolation import Turns, filled_in
+from harness.generation.course import Turns
 from harness.ledger import Ledger
+from harness.rehearsal.extrapolation import filled_in
 
 FIRST_AND_LAST = 4
 """Tokens that are computed at each end of a stretch."""
@@ -41,7 +42,7 @@ def advance(cache: Cache | None, positions: int) -> None:
     """Make `cache` as long as after `positions` more tokens of each sequence, with no real keys and values.
 
     The tokens lie within one stretch, and the cache has some tokens of it. It takes no more memory than the last of
-    those tokens would. Only a rehearsal uses it, as its tokens mean nothing.
+    those tokens would.
     """
     for layer in [] if cache is None else cache.layers:
         if isinstance(layer, StaticLayer):
@@ -110,8 +111,3 @@ def turns(columns: range) -> Iterator[tuple[int, int]]:
     for column in columns:
         if column not in middle:
             yield column, len(middle) if column == middle.stop else 0
-
-
-def every(columns: range) -> Turns:
-    """All of `columns`, none left out."""
-    return ((column, 0) for column in columns)

@@ -5,13 +5,11 @@ position; of degree 2 without one, as attention is over all pairs. So the first 
 give the work of any token, in whole numbers.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from math import comb
 
+from harness.generation.course import Turns
 from harness.ledger import Ledger, Where, Work
-
-Turns = Iterator[tuple[int, int]]
-"""Columns to compute, each with the number of columns left out before it."""
 
 NOTHING = Work(0, 0, 0)
 
