@@ -184,7 +184,7 @@ def marked(directory: Path) -> None:
 )
 def test_a_damaged_tokenizer_is_refused_in_one_line(damage: object, says: str, tmp_path: Path) -> None:
     assert callable(damage)
-    AutoConfig.for_model("qwen2", **SHAPE).save_pretrained(tmp_path)
+    AutoConfig.for_model("qwen2", **SHAPE, num_key_value_heads=4).save_pretrained(tmp_path)
     damage(tmp_path)
     with pytest.raises(Refusal, match=f"^model.path={tmp_path}: {says}"):
         opened_for(Model(name="test", path=str(tmp_path)))
