@@ -37,8 +37,7 @@ def peak(task: Task) -> int:
     settings, stage = task
     representatives = [representative for representative in roles(settings) if representative.stage == stage]
     rank = max(representatives, key=lambda representative: representative.size).rank
-    highest: int = rehearse(settings, rank)[0]["peak"]["bytes"]
-    return highest
+    return rehearse(settings, rank)[0].peak.bytes or 0
 
 
 def _peaks_in_order(tasks: Sequence[Task]) -> Sequence[int]:

@@ -5,7 +5,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from harness.config.load import Settings
 from harness.generation import cache_check, infer
@@ -15,6 +14,8 @@ from harness.model.misfit import misfits
 from harness.model.partition import as_record, split_of
 from harness.model.stage_check import prove
 from harness.record import record_file, trace
+from harness.record.memory import Rank
+from harness.record.results import Results
 from harness.rehearsal.world import rehearsed
 from harness.training import train
 
@@ -22,10 +23,8 @@ GPU_BLOCK = 512
 """CUDA's caching allocator rounds sizes up to multiples of this: kMinBlockSize in c10/cuda/CUDACachingAllocator."""
 
 
-def rehearse(
-    settings: Settings, rank: int, directory: Path | None = None
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Rehearse rank `rank` of `settings.world.size`: its part of `record.json`, and the run's own parts.
+def rehearse(settings: Settings, rank: int, directory: Path | None = None) -> tuple[Rank, Results]:
+    """Rehearse rank `rank` of `settings.world.size`: its record, and the run's results.
 
     It writes its trace to `directory`, if there is one. Raises Refusal as the run itself would, and RuntimeError where
     a shim does not fit.
@@ -33,10 +32,10 @@ def rehearse(
     size, target = settings.world.size or 1, settings.hardware.device
     mode = train if settings.mode == "train" else infer
     stages = settings.pipeline.stages
-    run_parts: dict[str, Any] = {}
+    results = Results()
     if stages > 1:
         prove(settings)
-        run_parts["pipeline"] = as_record(settings, split_of(settings, model_config(settings.model)))
+        results.pipeline = as_record(settings, split_of(settings, model_config(settings.model)))
     cache_check.prove(settings)
     with (
         misfits(settings),
@@ -58,14 +57,14 @@ def rehearse(
                     settings,
                     world,
                     ledger,
-                    record_file.Output(Path("/dev/null"), _quiet, run_parts, _nothing),
+                    record_file.Output(Path("/dev/null"), _quiet, results, _nothing),
                 )
         except Exception as error:
             error.rehearsed = rank, ledger.where  # type: ignore[attr-defined]
             raise
     if directory is not None and settings.ledger.trace:
         trace.write(directory, rank, trace.of_ledger(ledger, timed=False))
-    return record_file.rank_record(ledger, rank, world.stage, world.share), run_parts
+    return record_file.rank_record(ledger, rank, world.stage, world.share), results
 
 
 @contextmanager

@@ -27,7 +27,7 @@ def differences(kind: str, device: Any, **more: Any) -> str:
     model = Model(name="mine", attention="eager", config={"model_type": kind, **SIZES, **more})
     hardware, world = Hardware(name="page", device=device), World(kind="rehearsed", size=1)
     told = described(Settings(mode="infer", precision="bf16", model=model, hardware=hardware, world=world))
-    return "\n".join(told["differences"])
+    return "\n".join(told.differences)
 
 
 @pytest.mark.parametrize(
