@@ -42,9 +42,8 @@ from harness.model.stage import Stage
 from harness.model.tokenizer import tokenizer_of
 from harness.quantization import method
 from harness.quantization.method import Quantization
-from harness.record import results
 from harness.record.record_file import Output
-from harness.record.results import Inference, Performance
+from harness.record.results import Inference, Model, Performance
 from harness.runtime.files import whole
 from harness.runtime.progress import Pace
 from harness.runtime.world import World
@@ -126,7 +125,7 @@ def _model_of_rank(
     world: World,
     ledger: Ledger,
     quantization: Quantization | None,
-) -> tuple[PreTrainedModel | Stage, results.Model]:
+) -> tuple[PreTrainedModel | Stage, Model]:
     """The model, or this rank's stage of it, and the record of the whole model."""
     spec, options = (
         (settings.model, config, dtype, world.device, settings.seed),
