@@ -16,13 +16,15 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from harness.analysis.summary import decided, show
-from harness.config import hardware_page
 from harness.config.load import Refusal, Settings
 from harness.config.rules import check_world
 from harness.ledger import Ledger
 from harness.model.plan import Plan
 from harness.model.resolve import resolve
-from harness.record import phase_times, record_file, trace
+from harness.record import ceilings, phase_times, record_file, trace
+from harness.record.memory import Rank
+from harness.record.results import Performance, Results
+from harness.record.schema import World as WorldRecord
 from harness.runtime import failure, launcher, memory_snapshot, peak_rates, world
 from harness.runtime.files import put
 from harness.runtime.world import World
@@ -74,20 +76,20 @@ def _rehearse(settings: Settings, cfg: DictConfig, command: list[str]) -> int:
     head = record_file.head(plan.settings, plan.reasons, command, rehearsal.described(plan))
     for line in decided(plan.reasons):
         print(line)
-    record_file.write(directory, {**head, "failure": failure.UNFINISHED, "ranks": []})
+    record_file.write(directory, head.plus(failure=record_file.unfinished()))
     try:
-        rank_records, done = rehearsal.rehearse(plan, directory)
+        ranks, results = rehearsal.rehearse(plan, directory)
     except Refusal:
         _remove(directory)
         raise
     except Exception as error:
         rank_failure = failure.of_rehearsal(error, directory)
-        record_file.write(directory, {**head, "failure": rank_failure.as_record(), "ranks": []})
+        record_file.write(directory, head.plus(failure=record_file.failure_record(rank_failure)))
         print(f"harness: {rank_failure.sentence()}", file=sys.stderr, flush=True)
         return 3
-    head["world"]["differences"] += rehearsal.of_packing(done["model"])
-    done["ceilings"] = hardware_page.ceilings(plan.settings.hardware, done["model"]["dtype"])
-    record_file.write(directory, {**head, "status": "complete", **done, "ranks": rank_records})
+    record = rehearsal.whole(head, ranks, results)
+    limits = ceilings.of_page(plan.settings.hardware, record.model.dtype or "")
+    record_file.write(directory, record.plus(ceilings=limits))
     _print_summary(directory, print)
     return 0
 
@@ -134,15 +136,14 @@ class _Run:
             device=joined_world.device.type,
         )
         self.ending = threading.Lock()
-        self.done: dict[str, Any] = {}
-        world_record = {
-            "size": joined_world.size,
-            "device": joined_world.device.type,
-            "device_name": joined_world.device_name,
-        }
-        self.head = record_file.head(
-            settings, plan.reasons, command, {"kind": settings.world.kind, **world_record}
+        self.results = Results()
+        world_record = WorldRecord(
+            kind=settings.world.kind,
+            size=joined_world.size,
+            device=joined_world.device.type,
+            device_name=joined_world.device_name,
         )
+        self.head = record_file.head(settings, plan.reasons, command, world_record)
         for line in decided(plan.reasons):
             self.say(line)
 
@@ -158,7 +159,7 @@ class _Run:
         """
         failure.await_termination(lambda: self._fail(lambda: failure.peer_lost(self.directory, self.world)))
         if self.world.leads:
-            self._write([], failure=failure.UNFINISHED)
+            self._write([], failure=record_file.unfinished())
         try:
             ranks = self.world.gather(self._run_mode())
             self._measure_limits()
@@ -172,7 +173,7 @@ class _Run:
             _print_summary(self.directory, self.say)
         return 0
 
-    def _run_mode(self) -> dict[str, Any]:
+    def _run_mode(self) -> Rank:
         """Run the mode under the ledger and return this rank's record."""
         from harness.generation.cache_check import prove
         from harness.model.misfit import misfits
@@ -192,7 +193,7 @@ class _Run:
             self._memory_snapshot(),
             self.ledger,
         ):
-            out = record_file.Output(self.directory, self.say, self.done, self.flush)
+            out = record_file.Output(self.directory, self.say, self.results, self.flush)
             mode.run(self.plan, self.world, self.ledger, out)
         self._write_trace()
         return self._rank_record()
@@ -200,15 +201,14 @@ class _Run:
     def _measure_limits(self) -> None:
         """Seconds of the phases over all ranks, and the limits of the machine."""
         times = self.world.gather(self.ledger.seconds())
-        self.done.setdefault("performance", {})["phases"] = phase_times.of_ranks(
-            times, self.settings.ledger.mode
-        )
-        dtype = self.done["model"]["dtype"]
-        ceilings = hardware_page.ceilings(self.settings.hardware, dtype)
-        if ceilings is None:
+        results, phases = self.results, phase_times.of_ranks(times, self.settings.ledger.mode)
+        results.performance = (results.performance or Performance()).plus(phases=phases)
+        assert results.model is not None
+        dtype = results.model.dtype or ""
+        results.ceilings = ceilings.of_page(self.settings.hardware, dtype)
+        if results.ceilings is None:
             rates = peak_rates.measure(self.world.device, getattr(torch, dtype))
-            ceilings = peak_rates.of_ranks(self.world.gather(rates), dtype)
-        self.done["ceilings"] = ceilings
+            results.ceilings = ceilings.of_ranks(self.world.gather(rates), dtype)
 
     def _partition(self) -> None:
         """Choose the layers of each stage, and check that the stages equal the whole model.
@@ -221,7 +221,7 @@ class _Run:
         split = _by_rank_0(self.world, self._chosen_split)
         self.plan = self.plan.with_settings(pipeline=replace(self.settings.pipeline, split=split))
         prove(self.plan)
-        self.done["pipeline"] = partition.as_record(self.settings, self.plan.split)
+        self.results.pipeline = partition.as_record(self.settings, self.plan.split)
 
     def _chosen_split(self) -> Any:
         """The split of the settings; for `memory`, a list that balances it. Raises Refusal."""
@@ -233,7 +233,7 @@ class _Run:
         rehearsed = self.plan.with_settings(world=rehearsed_world, hardware=device)
         return balanced(rehearsed).settings.pipeline.split
 
-    def _rank_record(self) -> dict[str, Any]:
+    def _rank_record(self) -> Rank:
         return record_file.rank_record(self.ledger, self.world.rank, self.world.stage, self.world.tp_rank)
 
     def _memory_snapshot(self) -> AbstractContextManager[None]:
@@ -253,11 +253,10 @@ class _Run:
     def flush(self) -> None:
         """Write the record so far, in case the run is killed and cannot report why."""
         if self.world.leads:
-            unfinished = {**failure.UNFINISHED, "where": self.ledger.where._asdict()}
-            self._write([self._rank_record()], failure=unfinished)
+            self._write([self._rank_record()], failure=record_file.unfinished(self.ledger.where))
 
-    def _write(self, ranks: list[dict[str, Any]], **more: Any) -> None:
-        record_file.write(self.directory, {**self.head, **more, **self.done, "ranks": ranks})
+    def _write(self, ranks: list[Rank], **more: Any) -> None:
+        record_file.write(self.directory, self.head.plus(**more, **self.results.parts, ranks=ranks))
 
     def _end_refused(self, refusal: Refusal) -> int:
         """Let one rank report the refusal for all. Raises it if there is only one rank."""
@@ -282,7 +281,9 @@ class _Run:
             self._end(None)
         rank_record = self._rank_record() if rank_failure.rank == self.world.rank else None
         with suppress(OSError):
-            self._write([rank_record] if rank_record else [], failure=rank_failure.as_record())
+            self._write(
+                [rank_record] if rank_record else [], failure=record_file.failure_record(rank_failure)
+            )
             if rank_record:
                 self._write_trace()
         self._end(report)

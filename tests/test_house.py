@@ -38,6 +38,8 @@ WITHOUT_TORCH = (
     "advice.explain",
     "record.schema",
     "record.record_file",
+    "record.ceilings",
+    "record.phase_times",
     "tables",
 )
 

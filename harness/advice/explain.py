@@ -8,8 +8,10 @@ from harness.analysis.args import Parser, refuse
 from harness.analysis.findings import SURPRISES, Finding, Run
 from harness.analysis.findings_kv_cache import CACHED
 from harness.analysis.findings_pipeline import STAGES, kept_by
+from harness.record.fields import printable
+from harness.record.memory import Rank
 from harness.record.record_file import read
-from harness.record.schema import Failure, Rank, Record, parse, printable
+from harness.record.schema import Failure, Record, parse
 from harness.tables import size
 
 WIDTH = 100

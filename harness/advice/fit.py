@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from harness.advice.search import AXES, Fit, Trial
 from harness.analysis.args import Parser, refuse
 from harness.analysis.summary import decided
-from harness.record.schema import printable
+from harness.record.fields import printable
 from harness.rehearsal.pool import REFUSED
 from harness.tables import Table, parse_size, size
 

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from harness.record.schema import printable
+from harness.record.fields import printable
 
 
 class Parser(argparse.ArgumentParser):

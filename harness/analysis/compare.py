@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 from harness.analysis.args import Parser, refuse
 from harness.analysis.findings_pipeline import grew
 from harness.ledger.categories import CATEGORIES
+from harness.record.fields import printable
+from harness.record.memory import UNHEARD
 from harness.record.record_file import FILE, read
-from harness.record.schema import UNHEARD, Failure, Record, parse, printable
+from harness.record.schema import Failure, Record, parse
 from harness.tables import AT_LEAST, Table, difference, escaped, factor, size, tail
 
 WIDTH = 100

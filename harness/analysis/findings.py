@@ -11,7 +11,8 @@ from typing import NamedTuple
 from harness.analysis.run_settings import settings_in
 from harness.config.rules.sources import read
 from harness.config.settings import Settings
-from harness.record.schema import Holding, Phase, Record
+from harness.record.memory import Holding, Phase
+from harness.record.schema import Record
 from harness.tables import size
 
 NOTABLE = 0.1

@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 
 from harness.analysis.findings import NOTABLE, Finding, Run
-from harness.record.schema import Rank, Record
+from harness.record.memory import Rank
+from harness.record.schema import Record
 from harness.tables import size
 
 

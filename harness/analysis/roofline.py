@@ -10,8 +10,11 @@ from harness.analysis.args import Parser, refuse
 from harness.analysis.roofline_model import Bound, Turn, bounds
 from harness.config import hardware_page
 from harness.config.settings import Hardware
+from harness.record.ceilings import of_page
+from harness.record.fields import printable
 from harness.record.record_file import read
-from harness.record.schema import Ceilings, Record, parse, printable
+from harness.record.results import Ceilings
+from harness.record.schema import Record, parse
 from harness.tables import Table, count, seconds, size
 
 WIDTH = 120
@@ -69,9 +72,9 @@ def against(path: Path, record: Record, hardware: Hardware | None = None) -> Aga
 
     With `hardware`, measured seconds count only if the run used the same kind of device.
     """
-    ceilings, timed = record.ceilings, True
+    ceilings, timed = record.limits, True
     if hardware is not None:
-        ceilings = Ceilings.model_validate(hardware_page.ceilings(hardware, record.model.dtype or "") or {})
+        ceilings = of_page(hardware, record.model.dtype or "") or Ceilings()
         timed = hardware.device == record.world.device
     return Against(printable(str(path)), record, ceilings, bounds(record, ceilings, timed))
 

@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 
 from harness.analysis.run_settings import settings_in
 from harness.config.settings import Settings
-from harness.record.schema import Ceilings, Phase, Rank, Record
+from harness.record.memory import Phase, Rank
+from harness.record.results import Ceilings
+from harness.record.schema import Record
 
 PHASES = {"train": ("forward", "backward", "step"), "infer": ("prefill", "decode")}
 """The phases of a training step, and of a batch of inference."""
@@ -120,7 +122,7 @@ def bounds(record: Record, ceilings: Ceilings | None = None, timed: bool = True)
     The work is that of the rank with the most work, in the last counted training step or the largest batch of
     inference. The seconds are the slowest rank's; with `timed=False` there are none. Empty where nothing was counted.
     """
-    ceilings = ceilings or record.ceilings
+    ceilings = ceilings or record.limits
     names = PHASES.get(record.mode, ())
     counted = [(rank, totals) for rank in record.ranks if (totals := _totals(record, rank, names))]
     if not counted:

@@ -5,7 +5,8 @@ from typing import Any
 
 from harness.analysis.roofline import line
 from harness.config.rules.quantized import AT_FIRST
-from harness.record.schema import Rank, Record, Where, parse
+from harness.record.memory import Rank, Where
+from harness.record.schema import Record, parse
 from harness.tables import AT_LEAST, Table, size
 
 

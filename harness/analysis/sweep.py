@@ -8,7 +8,8 @@ from harness.analysis.args import Parser, refuse
 from harness.config.load import Refusal, typed
 from harness.config.settings import NEW_TOKENS
 from harness.record.record_file import read
-from harness.record.schema import Ceilings, Record, parse
+from harness.record.results import Ceilings
+from harness.record.schema import Record, parse
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def point(record: Record, source: str) -> Point:
         record.inference.kv_reserved,
         sum(flops) if counted else None,
         sum(moved) if counted else None,
-        record.ceilings,
+        record.limits,
     )
 
 

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import as_completed
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from harness.analysis.args import Parser, refuse
 from harness.check import announce, baseline
@@ -23,7 +22,8 @@ from harness.config.load import load
 from harness.config.rules import check_world
 from harness.config.settings import Refusal
 from harness.record import record_file
-from harness.record.schema import parse, printable
+from harness.record.fields import printable
+from harness.record.schema import Record, parse
 from harness.runtime.files import put
 from harness.runtime.progress import Pace, aside
 
@@ -93,21 +93,24 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 def _of_run(options: Namespace, files: Sequence[Path], amounts: Mapping[str, str]) -> Iterator[Verdict]:
-    yield _settled(files[0], record_file.read(options.run), str(options.run), options.update, amounts)
-
-
-def _settled(
-    file: Path, run: Mapping[str, Any], source: str, update: bool, amounts: Mapping[str, str]
-) -> Verdict:
-    """The verdict on the record `run`: compare it with the baseline in `file`, or with `update` write it there."""
+    tree, source = record_file.read(options.run), str(options.run)
     try:
-        parsed = parse(run, source)
-        measured = baseline.of(parsed, source)
+        record = parse(tree, source)
+    except ValueError as error:
+        yield Verdict(files[0], failure=str(error))
+    else:
+        yield _settled(files[0], record, source, options.update, amounts)
+
+
+def _settled(file: Path, run: Record, source: str, update: bool, amounts: Mapping[str, str]) -> Verdict:
+    """The verdict on `run`: compare it with the baseline in `file`, or with `update` write it there."""
+    try:
+        measured = baseline.of(run, source)
         if update:
             return Verdict(file, str(file), written=baseline.update(file, measured, amounts))
         expected = baseline.read(file)
         tolerance = tolerances({**expected.tolerance, **amounts}, OPTION)
-        return judge(file, expected, measured, parsed.config, tolerance)
+        return judge(file, expected, measured, run.config, tolerance)
     except ValueError as error:
         return Verdict(file, failure=str(error))
     except Refusal as refusal:  # the baseline's overrides are no valid config any more
@@ -128,7 +131,7 @@ def _rehearsed(options: Namespace, files: Sequence[Path], amounts: Mapping[str, 
         except ValueError as error:
             yield Verdict(file, failure=str(error))
 
-    def verdict_of(file: Path, result: Mapping[str, Any] | str, seconds: float) -> Verdict:
+    def verdict_of(file: Path, result: Record | str, seconds: float) -> Verdict:
         if isinstance(result, str):
             return Verdict(file, failure=f"{file}: {result}", seconds=seconds)
         return replace(_settled(file, result, str(file), options.update, amounts), seconds=seconds)
@@ -150,9 +153,7 @@ def _rehearsed(options: Namespace, files: Sequence[Path], amounts: Mapping[str, 
             yield verdict_of(running[done], *done.result())
 
 
-def _rehearse(
-    overrides: Sequence[str], size: int, parallel: bool = True
-) -> tuple[dict[str, Any] | str, float]:
+def _rehearse(overrides: Sequence[str], size: int, parallel: bool = True) -> tuple[Record | str, float]:
     """The record of a rehearsal of `overrides` on `size` ranks, or the reason why it failed; and its seconds."""
     start = time.monotonic()
     try:

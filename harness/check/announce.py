@@ -7,7 +7,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from harness.check.verdict import Change, Verdict
-from harness.record.schema import printable
+from harness.record.fields import printable
 from harness.tables import Table, difference, size
 
 ACCEPT = "once that is meant, --update makes it the baseline"

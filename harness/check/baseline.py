@@ -10,13 +10,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, Field
 
 from harness.check.tolerance import tolerances
-from harness.record import record_file, schema
-from harness.record.schema import Bytes, Number, Record, Text, validated
+from harness.record import memory, record_file
+from harness.record.fields import Bytes, Difference, Part, Text
+from harness.record.memory import Named, Place
+from harness.record.schema import Record, validated
 from harness.runtime.files import put
 
 SCHEMA = "harness.baseline/1"
@@ -30,8 +32,8 @@ ROWS = 4
 """The depth at which a baseline's file writes each value on one line."""
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+class _Part(Part, extra="forbid"):
+    """A part of a file that people review and edit: an unknown key is an error."""
 
 
 def numbers_in(text: str) -> list[int]:
@@ -58,39 +60,20 @@ def _ranks(text: str) -> str:
     return text
 
 
-class Place(NamedTuple):
-    """The position of a phase in a run."""
-
-    step: int
-    phase: str
-    micro_batch: int
-
-    def __str__(self) -> str:
-        micro_batch = f" of micro-batch {self.micro_batch}" if self.micro_batch else ""
-        return f"step {self.step}, {self.phase}{micro_batch}"
-
-
-class Phase(_Part):
+class Phase(Place, extra="forbid"):
     """The most bytes alive in a phase, and their categories."""
 
-    step: Number
-    phase: Text
-    micro_batch: Number
     peak: Bytes
     categories: dict[Text, Bytes]
 
     @property
     def place(self) -> Place:
         """Its position in the run."""
-        return Place(self.step, self.phase, self.micro_batch)
+        return Place(step=self.step, phase=self.phase, micro_batch=self.micro_batch)
 
 
-class Holding(_Part):
+class Holding(Named, extra="forbid"):
     """The bytes at the peak under one name, summed over the layers."""
-
-    category: Text
-    name: Text
-    bytes: Bytes
 
 
 class Allocator(_Part):
@@ -98,7 +81,7 @@ class Allocator(_Part):
 
     peak: Bytes
     kernel: Bytes
-    unattributed: Annotated[int, Field(gt=-(2**63), lt=2**63)]
+    unattributed: Difference
 
 
 class Books(_Part):
@@ -107,7 +90,7 @@ class Books(_Part):
     categories: dict[Text, Annotated[list[Bytes], Field(min_length=2, max_length=2)]]
     allocator: Allocator | None = None
     phases: list[Phase]
-    holdings: list[Holding] = []
+    holdings: list[Holding] = Field(default_factory=list)
 
     @property
     def highest(self) -> tuple[Bytes, Place | None]:
@@ -147,7 +130,7 @@ class Baseline(_Part):
     world: Annotated[int, Field(ge=1, le=2**20)]
     model: Model
     made_by: dict[Text, Text | None]
-    tolerance: dict[Text, Text] = {}
+    tolerance: dict[Text, Text] = Field(default_factory=dict)
     ranks: Annotated[list[Ranks], Field(min_length=1), AfterValidator(_apart)]
 
     @cached_property
@@ -201,7 +184,7 @@ def _overrides(run: Record) -> Iterator[str]:
     yield from (f"{key}={value}" for key, value in resolved.items())
 
 
-def accounting_of(rank: schema.Rank, steps: int | None = None) -> Books:
+def accounting_of(rank: memory.Rank, steps: int | None = None) -> Books:
     """What was measured exactly on `rank`; of the phases only those of the first `steps`."""
     allocator, kernel = rank.allocator, rank.peak.categories.get("kernel")
     allocator_figures = None
@@ -223,7 +206,7 @@ def accounting_of(rank: schema.Rank, steps: int | None = None) -> Books:
     )
 
 
-def _phase(phase: schema.Phase) -> Phase:
+def _phase(phase: memory.Phase) -> Phase:
     categories = {name: bytes_ for name, bytes_ in phase.categories.items() if bytes_}
     return Phase(
         step=phase.step,
@@ -234,7 +217,7 @@ def _phase(phase: schema.Phase) -> Phase:
     )
 
 
-def _holdings(holdings: Sequence[schema.Holding]) -> Iterator[Holding]:
+def _holdings(holdings: Sequence[memory.Holding]) -> Iterator[Holding]:
     """Holdings of all layers summed by their pattern, the largest first."""
     sizes: dict[tuple[str, str], int] = {}
     for holding in holdings:

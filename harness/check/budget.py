@@ -8,7 +8,7 @@ from harness.check import announce, baseline
 from harness.check.tolerance import tolerances
 from harness.check.verdict import judge
 from harness.ledger.categories import CATEGORIES
-from harness.record import record_file, schema
+from harness.record import record_file
 from harness.tables import Table, parse_size, size
 
 if TYPE_CHECKING:
@@ -113,14 +113,14 @@ def off_baseline(ledger: "Ledger", file: Path, name: str, update: bool, root: Pa
 
 def _measured(ledger: "Ledger", name: str) -> baseline.Baseline:
     """The memory of the test `name`, in the form of a baseline."""
-    rank = schema.Rank.model_validate(record_file.rank_record(ledger, 0))
+    rank = record_file.rank_record(ledger, 0)
     return baseline.Baseline(
         config=[],
         mode=baseline.TEST,
         device=ledger.device,
         world=1,
         model=baseline.Model(name=name, parameters=None, dtype=None),
-        made_by=baseline.made_by(record_file.environment()["packages"]),
+        made_by=baseline.made_by(record_file.environment().packages),
         ranks=[baseline.Ranks(ranks="0", **dict(baseline.accounting_of(rank)))],
     )
 

@@ -11,7 +11,7 @@ from harness.check.baseline import Baseline, Books, told_ranks
 from harness.check.tolerance import NONE, Tolerance
 from harness.config import compose
 from harness.config.settings import RESOLVED, as_typed
-from harness.record.schema import printable
+from harness.record.fields import printable
 from harness.tables import difference, size
 
 GROWN = 3

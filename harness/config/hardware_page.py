@@ -18,18 +18,6 @@ def named(name: str) -> Hardware:
     return rated[name]
 
 
-def ceilings(hardware: Hardware, dtype: str) -> dict[str, Any] | None:
-    """The record's `ceilings` for operations on `dtype`, from a page; None where the page has no rates.
-
-    bf16 and fp16 both use the dense bf16 rate. These runs cannot reach the sparse rate, nor the rate that accumulates
-    in fp16.
-    """
-    flops = hardware.flops_bf16 if dtype in ("bfloat16", "float16") else None
-    if hardware.bandwidth is None and flops is None:
-        return None
-    return {"source": hardware.name, "bandwidth": hardware.bandwidth, "flops": flops, "dtype": dtype}
-
-
 def _read(name: str) -> Hardware:
     page: Any = OmegaConf.to_container(OmegaConf.load(directory() / "hardware" / f"{name}.yaml"))
     return TypeAdapter(Hardware).validate_python(page)

@@ -82,13 +82,6 @@ class Strategy:
         """The Refusal of an effective field, for a reason that only the model's config shows."""
         return _refusal(name, self.settings[name], self.origin, why, HONOURED[name].off)
 
-    def as_record(self) -> dict[str, dict[str, Any]]:
-        """Each field with its value, its source, and why it is moot where it is."""
-        return {
-            name: {"value": each.value, "source": each.source, **({"moot": each.moot} if each.moot else {})}
-            for name, each in sorted(self.settings.items())
-        }
-
     def description(self) -> str:
         """One line with the fields that the checkpoint sets and the user did not type; empty where there are none."""
         names = [*self.processed, *(name for name in ("max_new_tokens", "max_length") if self.get(name))]

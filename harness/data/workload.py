@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from harness.config.rules import sources
 from harness.config.settings import Generation, Positive, Refusal
-from harness.record.schema import printable
+from harness.record.fields import printable
 
 KEY = "generation.workload"
 _EXPECTED_FORM = 'write {"prompt_length": 64, "max_new_tokens": 8}, or "prompt" with a text'

@@ -15,6 +15,7 @@ from harness.config.load import Settings
 from harness.config.strategy import Strategy, merged
 from harness.generation.choosing import processors
 from harness.model.generation_defaults import fields_of
+from harness.record.results import Setting
 
 INDEXING = ("sequence_bias", "bad_words_ids", "forced_bos_token_id", "forced_eos_token_id")
 """Fields whose processors fail on a token id outside of the vocabulary."""
@@ -29,6 +30,14 @@ def strategy_of(settings: Settings, config: PretrainedConfig) -> Strategy:
     strategy = merged(settings.generation, fields_of(settings.model, config), origin, settings.seed)
     _check(strategy, config)
     return strategy
+
+
+def as_record(strategy: Strategy) -> dict[str, Setting]:
+    """The record's `generation_config`: each field with its value, its source, and why it is moot where it is."""
+    return {
+        name: Setting(value=each.value, source=each.source, **({"moot": each.moot} if each.moot else {}))
+        for name, each in sorted(strategy.settings.items())
+    }
 
 
 def _check(strategy: Strategy, config: PretrainedConfig) -> None:

@@ -20,7 +20,7 @@ from harness.generation.batch import Requests
 from harness.generation.compiled_decode import Compiled
 from harness.generation.course import WHOLE, Decoding
 from harness.generation.decode import Generated, generate
-from harness.generation.generation_config import strategy_of
+from harness.generation.generation_config import as_record, strategy_of
 from harness.generation.metrics import (
     Share,
     Timing,
@@ -43,6 +43,7 @@ from harness.model.tokenizer import tokenizer_of
 from harness.quantization import method
 from harness.quantization.method import Quantization
 from harness.record.record_file import Output
+from harness.record.results import Inference, Model, Performance
 from harness.runtime.files import whole
 from harness.runtime.progress import Pace
 from harness.runtime.world import World
@@ -75,20 +76,17 @@ def run(plan: Plan, world: World, ledger: Ledger, out: Output, course: Decoding 
     if generation.batching == "continuous":
         room(generation, config, dtype, prompts)  # raises Refusal before the model is built
     with ledger.phase("setup"):
-        model, sizes = _model_of_rank(plan, config, dtype, world, ledger, quantization, course.values)
+        model, out.results.model = _model_of_rank(
+            plan, config, dtype, world, ledger, quantization, course.values
+        )
     if generation.batching == "static":
         check_columns(
             model.model if isinstance(model, Stage) else model, prompts, generation.batch, world.dp_size
         )
-    out.done["model"] = {
-        "name": settings.model.name,
-        **sizes,
-        "dtype": str(dtype).removeprefix("torch."),
-    }
     if world.stages * world.tp_size > 1:
         ways = [f"{world.stages} stages"] * (world.stages > 1)
         ways += [f"layers shared by {world.tp_size}"] * (world.tp_size > 1)
-        layout = f"{sizes['parameters']:,} parameters in {', '.join(ways)}, {world.size} ranks"
+        layout = f"{out.results.model.parameters:,} parameters in {', '.join(ways)}, {world.size} ranks"
         out.say(f"{settings.model.name}: {layout}")
     if description := strategy.description():
         out.say(f"{settings.model.name}: {description}")
@@ -97,18 +95,16 @@ def run(plan: Plan, world: World, ledger: Ledger, out: Output, course: Decoding 
     ledger.enough()  # on every rank, whatever its number of batches: an exact ledger would also record what follows
     by_rank = world.gather(share)
     shares = of_replicas(by_rank, world.layout)
-    out.done["inference"] = {
-        "prompts": len(prompts),
-        "prompt_tokens": sum(len(prompt.tokens) for prompt in prompts),
-        "max_new_tokens": max(prompt.most for prompt in prompts),
-        "cache": settings.generation.cache,
-        "tensor_parallel": world.tp_size,
-        "kv_bytes_per_token": kv_bytes_per_token(config, dtype),
-        "attention_flops_per_position": attention_flops_per_position(config),
-        "generation_config": strategy.as_record(),
-        **largest(shares),
-        **pages(shares),
-    }
+    out.results.inference = inference = Inference(
+        prompts=len(prompts),
+        prompt_tokens=sum(len(prompt.tokens) for prompt in prompts),
+        max_new_tokens=max(prompt.most for prompt in prompts),
+        cache=settings.generation.cache,
+        tensor_parallel=world.tp_size,
+        kv_bytes_per_token=kv_bytes_per_token(config, dtype),
+        attention_flops_per_position=attention_flops_per_position(config),
+        generation_config=as_record(strategy),
+    ).plus(**largest(shares), **pages(shares))
     if not course.values:
         return
     tokens = dict(sorted(pair for share in shares for pair in share.tokens.items()))
@@ -116,12 +112,12 @@ def run(plan: Plan, world: World, ledger: Ledger, out: Output, course: Decoding 
     if world.leads:
         write(out.directory / FILE, prompts, list(tokens.values()), texts)
     exact = settings.ledger.steps if settings.ledger.mode == "exact" else 0
-    out.done["inference"] |= {"new_tokens": sum(map(len, tokens.values())), **unasked(shares)}
-    measured = {**performance(shares, exact), **scheduled(shares)}
-    out.done["performance"] = {"startup_seconds": startup, **measured}
+    out.results.inference = inference.plus(new_tokens=sum(map(len, tokens.values())), **unasked(shares))
+    measured = performance(shares, exact).plus(startup_seconds=startup, **scheduled(shares))
     if world.stages > 1:
-        out.done["performance"]["stages"] = idleness(by_rank, world.layout, exact)
-    _tell(out.say, prompts, texts, out.done)
+        measured = measured.plus(stages=idleness(by_rank, world.layout, exact))
+    out.results.performance = measured
+    _tell(out.say, prompts, texts, out.results.inference, measured)
 
 
 def _model_of_rank(
@@ -132,8 +128,8 @@ def _model_of_rank(
     ledger: Ledger,
     quantization: Quantization | None,
     read: bool,
-) -> tuple[PreTrainedModel | Stage, dict[str, Any]]:
-    """The model, or this rank's stage of it, and the sizes of the whole model. `read`: read its weights, if it has any
+) -> tuple[PreTrainedModel | Stage, Model]:
+    """The model, or this rank's stage of it, and the record of the whole model. `read`: read its weights, if it has any
     stored.
     """
     settings = plan.settings
@@ -143,12 +139,12 @@ def _model_of_rank(
         ledger.own(model=model.eval().requires_grad_(False))
         if quantization is not None and read:
             quantization = quantization.as_read(model)
-        return model, loader.sizes(model, quantization)
+        return model, loader.sizes(settings.model, model, dtype, quantization)
     part = stage.build(*spec, plan.layers[world.stage], *options, quantization)
     part.eval().requires_grad_(False)
     ledger.own(model=part.model)
     whole = init_weights.outline(config, dtype, settings.model.attention)
-    return part, loader.sizes(whole, quantization)
+    return part, loader.sizes(settings.model, whole, dtype, quantization)
 
 
 def share_of(
@@ -302,23 +298,28 @@ def write(
             stream.write(json.dumps(line) + "\n")
 
 
-def _tell(say: Say, prompts: Sequence[Prompt], texts: Sequence[str], done: dict[str, Any]) -> None:
-    measured, inference = done["performance"], done["inference"]
-    first, bytes_per_token = measured["time_to_first_token_seconds"], inference["kv_bytes_per_token"]
+def _tell(
+    say: Say,
+    prompts: Sequence[Prompt],
+    texts: Sequence[str],
+    inference: Inference,
+    measured: Performance,
+) -> None:
+    first, bytes_per_token = measured.time_to_first_token_seconds, inference.kv_bytes_per_token
     figures = [
         f"{len(prompts)} prompt{'s' * (len(prompts) > 1)}",
-        f"{inference['new_tokens']:,} new tokens",
-        f"{measured['tokens_per_second'] or 0:,.0f} tokens/s",
+        f"{inference.new_tokens:,} new tokens",
+        f"{measured.tokens_per_second or 0:,.0f} tokens/s",
         *([] if first is None else [f"first token after {first * 1000:.1f} ms"]),
         *(
             []
             if bytes_per_token is None
-            else [f"KV {bytes_per_token / 1024:g} KiB a token ({inference['cache']} cache)"]
+            else [f"KV {bytes_per_token / 1024:g} KiB a token ({inference.cache} cache)"]
         ),
     ]
     say(", ".join(figures))
-    if stages := measured.get("stages"):
-        say(", ".join(f"stage {each['stage']} idle {each['idle']:.0%}" for each in stages))
+    if measured.stages:
+        say(", ".join(f"stage {each.stage} idle {each.idle:.0%}" for each in measured.stages))
     for prompt, text in list(zip(prompts, texts, strict=True))[:SHOWN]:
         say(f"  prompt  {shown(prompt.text)}")
         say(f"  text    {shown(text)}")

@@ -11,8 +11,7 @@ import numpy as np
 from harness.config.layout import Layout
 from harness.generation.paged_cache import Paged
 from harness.model.kv_cache import KvBytes, of_stages
-
-PERCENTILES = (50, 95, 99)
+from harness.record.results import Idleness, Latency, Percentiles, Performance
 
 
 class Timing(NamedTuple):
@@ -73,7 +72,7 @@ def of_replicas(shares: Sequence[Share], layout: Layout) -> list[Share]:
     ]
 
 
-def performance(shares: Sequence[Share], exact: int) -> dict[str, Any]:
+def performance(shares: Sequence[Share], exact: int) -> Performance:
     """Seconds, and tokens per second over all replicas; `shares` has one share for each replica.
 
     An exact ledger slows the first `exact` batches of a rank. They count only where the rank has no others.
@@ -88,18 +87,18 @@ def performance(shares: Sequence[Share], exact: int) -> dict[str, Any]:
     new = sum(t.new_tokens for t in timed)
     batches = [t for t in timed if t.sequences]
     first = [seconds for t in batches for seconds in t.first_seconds or [t.prefill_seconds]]
-    return {
-        "tokens_per_second": rate(new, prefill + decode),
-        "prefill_tokens_per_second": rate(sum(t.prompt_tokens for t in timed), prefill),
-        "decode_tokens_per_second": rate(new - sum(t.sequences for t in timed), decode),
-        "time_to_first_token_seconds": statistics.median(first) if first else None,
-        "generation_seconds": max(sum(t.seconds for t in share.timings) for share in working),
-        "compile_seconds": max(sum(t.compile_seconds for t in share.timings) for share in working) or None,
-        "latency": latency([_timed(share, exact) for share in working]),
-    }
+    return Performance(
+        tokens_per_second=rate(new, prefill + decode),
+        prefill_tokens_per_second=rate(sum(t.prompt_tokens for t in timed), prefill),
+        decode_tokens_per_second=rate(new - sum(t.sequences for t in timed), decode),
+        time_to_first_token_seconds=statistics.median(first) if first else None,
+        generation_seconds=max(sum(t.seconds for t in share.timings) for share in working),
+        compile_seconds=max(sum(t.compile_seconds for t in share.timings) for share in working) or None,
+        latency=latency([_timed(share, exact) for share in working]),
+    )
 
 
-def latency(shares: Iterable[Sequence[Timing]]) -> dict[str, dict[str, float] | None]:
+def latency(shares: Iterable[Sequence[Timing]]) -> Latency:
     """Percentiles of the time to the first token and of the time between tokens, for requests that all arrive at the
     start.
 
@@ -111,14 +110,14 @@ def latency(shares: Iterable[Sequence[Timing]]) -> dict[str, dict[str, float] | 
             for moments in timing.moments:
                 first += [moment - timings[0].began for moment in moments[:1]]
                 between += [later - earlier for earlier, later in pairwise(moments)]
-    return {"first_token_seconds": _percentiles(first), "between_tokens_seconds": _percentiles(between)}
+    return Latency(first_token_seconds=_percentiles(first), between_tokens_seconds=_percentiles(between))
 
 
-def _percentiles(seconds: Sequence[float]) -> dict[str, float] | None:
+def _percentiles(seconds: Sequence[float]) -> Percentiles | None:
     if not seconds:
         return None
-    percentiles = np.percentile(seconds, PERCENTILES)
-    return {f"p{each}": float(value) for each, value in zip(PERCENTILES, percentiles, strict=True)}
+    p50, p95, p99 = map(float, np.percentile(seconds, (50, 95, 99)))
+    return Percentiles(p50=p50, p95=p95, p99=p99)
 
 
 def unasked(shares: Sequence[Share]) -> dict[str, int]:
@@ -130,7 +129,7 @@ def unasked(shares: Sequence[Share]) -> dict[str, int]:
     }
 
 
-def idleness(shares: Sequence[Share], layout: Layout, exact: int) -> list[dict[str, Any]]:
+def idleness(shares: Sequence[Share], layout: Layout, exact: int) -> list[Idleness]:
     """For each stage: seconds at work in one replica, and the fraction of its time that it waits for other stages.
 
     `shares` are the ranks'. Batches count as in `performance`.
@@ -142,7 +141,7 @@ def idleness(shares: Sequence[Share], layout: Layout, exact: int) -> list[dict[s
         seconds = sum(timing.seconds for timings in timed for timing in timings)
         waited = sum(timing.waited_seconds for timings in timed for timing in timings)
         busy = (seconds - waited) / len(timed)
-        stage_figures.append({"stage": number, "busy_seconds": busy, "idle": waited / seconds})
+        stage_figures.append(Idleness(stage=number, busy_seconds=busy, idle=waited / seconds))
     return stage_figures
 
 

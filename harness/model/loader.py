@@ -37,6 +37,7 @@ from harness.config.errors import first_line
 from harness.config.settings import Model, Refusal
 from harness.model import init_weights, shape, storages, tensor_parallel, widths
 from harness.quantization.method import Quantization
+from harness.record import results
 from harness.runtime.memory_limit import check_parameters
 
 TEXTS = ("*.json", "*.txt", "*.model", "*.jinja")
@@ -130,18 +131,25 @@ def count(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def sizes(model: PreTrainedModel, quantization: Quantization | None = None) -> dict[str, Any]:
-    """The record's figures of a whole model: `parameters`, `embeddings` (the part of them in lookup tables), and bytes
-    if packed.
+def sizes(
+    settings: Model, model: PreTrainedModel, dtype: torch.dtype, quantization: Quantization | None = None
+) -> results.Model:
+    """The record's `model`, of a whole model that computes in `dtype`.
 
     A packed weight counts as the elements that it stands for.
     """
-    figures = {"parameters": count(model), "embeddings": looked_up(model)}
-    if quantization is None:
-        return figures
-    config = copy.deepcopy(model.config)
-    figures["parameters"] = count(init_weights.outline(config, next(model.parameters()).dtype))
-    return {**figures, "quantization": quantization.as_record(storages.nbytes(model))}
+    counted: torch.nn.Module = model
+    packed = {}
+    if quantization is not None:
+        counted = init_weights.outline(copy.deepcopy(model.config), next(model.parameters()).dtype)
+        packed["quantization"] = quantization.as_record(storages.nbytes(model))
+    return results.Model(
+        name=settings.name,
+        parameters=count(counted),
+        embeddings=looked_up(model),
+        **packed,
+        dtype=str(dtype).removeprefix("torch."),
+    )
 
 
 def looked_up(model: torch.nn.Module) -> int:

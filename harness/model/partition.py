@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import accumulate, pairwise
-from typing import Any
 
 import torch
 from transformers import PretrainedConfig
@@ -12,6 +11,7 @@ from harness.config.rules import check_split
 from harness.config.settings import Settings
 from harness.model import init_weights
 from harness.model.stage import parts
+from harness.record.results import Pipeline
 
 Cost = Callable[[int, int, int], float]
 """The cost of a stage: from its number, its first layer and its end layer (exclusive) to bytes or parameters."""
@@ -76,15 +76,12 @@ def ranges(split: Sequence[int]) -> list[range]:
     return [range(begin, end) for begin, end in pairwise(accumulate(split, initial=0))]
 
 
-def as_record(settings: Settings, split: Sequence[int]) -> dict[str, Any]:
+def as_record(settings: Settings, split: Sequence[int]) -> Pipeline:
     """The record's `pipeline`. `bubble` is the fraction of a step in which a stage waits for others, with a 1F1B
     schedule.
     """
     stages, micro_batches = len(split), settings.train.accumulation
-    entry: dict[str, Any] = {"stages": stages, "split": list(split)}
-    if settings.mode == "train":
-        entry |= {
-            "micro_batches": micro_batches,
-            "bubble": (stages - 1) / (micro_batches + stages - 1),
-        }
-    return entry
+    if settings.mode != "train":
+        return Pipeline(stages=stages, split=list(split))
+    bubble = (stages - 1) / (micro_batches + stages - 1)
+    return Pipeline(stages=stages, split=list(split), micro_batches=micro_batches, bubble=bubble)

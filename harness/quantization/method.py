@@ -18,6 +18,7 @@ from harness.config.rules.quantized import AT_FIRST, AT_LOAD
 from harness.config.settings import Model, Settings
 from harness.quantization import layouts, packed, packing
 from harness.quantization.layouts import Unknown
+from harness.record import results
 
 
 @dataclass(frozen=True)
@@ -89,16 +90,12 @@ class Quantization:
         """The actual state in a `model` that transformers loaded: without a kernel, it unpacks the weights."""
         return replace(self, packed=getattr(model, "hf_quantizer", None) is not None)
 
-    def as_record(self, nbytes: int) -> dict[str, Any]:
+    def as_record(self, nbytes: int) -> results.Quantization:
         """The record's `quantization`, for a model whose weights take `nbytes` in memory."""
         bits, group = layouts.summary(self.method, self.given)
-        return {
-            "method": self.method,
-            "bits": bits,
-            "group_size": group,
-            "whole": self.whole,
-            "bytes": nbytes,
-        }
+        return results.Quantization(
+            method=self.method, bits=bits, group_size=group, whole=self.whole, bytes=nbytes
+        )
 
 
 def take(config: PretrainedConfig, settings: Settings, device: str) -> Quantization | None:

@@ -2,13 +2,14 @@
 
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
+
+from harness.record.results import Took
 
 PhaseTimes = Mapping[str, Mapping[int, float]]
 """Seconds by phase and step."""
 
 
-def of_ranks(times_by_rank: Sequence[PhaseTimes], ledger: str) -> list[dict[str, Any]] | None:
+def of_ranks(times_by_rank: Sequence[PhaseTimes], ledger: str) -> list[Took] | None:
     """The record's `performance.phases`: for each phase the median step of the rank that is slowest in it.
 
     `times_by_rank` has one entry per rank; `ledger` is the mode of the ledger. An exact ledger slows the first steps,
@@ -19,7 +20,7 @@ def of_ranks(times_by_rank: Sequence[PhaseTimes], ledger: str) -> list[dict[str,
     return [_slowest_rank(name, times_by_rank, ledger) for name in names] or None
 
 
-def _slowest_rank(name: str, times_by_rank: Sequence[PhaseTimes], ledger: str) -> dict[str, Any]:
+def _slowest_rank(name: str, times_by_rank: Sequence[PhaseTimes], ledger: str) -> Took:
     candidates = []
     for rank, times in enumerate(times_by_rank):
         step_seconds = list(times.get(name, {}).values())
@@ -27,4 +28,4 @@ def _slowest_rank(name: str, times_by_rank: Sequence[PhaseTimes], ledger: str) -
         if step_seconds:
             candidates.append((statistics.median(step_seconds), -rank, len(step_seconds)))
     seconds, rank, step_count = max(candidates)
-    return {"phase": name, "seconds": seconds, "steps": step_count, "rank": -rank}
+    return Took(phase=name, seconds=seconds, steps=step_count, rank=-rank)

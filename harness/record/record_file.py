@@ -9,18 +9,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.ledger.categories import CATEGORIES
+from harness.record import memory
+from harness.record.results import Model, Results
+from harness.record.schema import Environment, Failure, Record, World
 from harness.runtime.files import put
 
 if TYPE_CHECKING:
-    from harness.ledger import Forwards, Ledger, Where
+    from harness.ledger import Forwards, Holding, Ledger, Peak, Phase, Where
+    from harness.runtime import failure
 
 SCHEMA = "harness.record/1"
 FILE = "record.json"
 PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "datasets", "hydra-core")
-
-
-WORK = ("flops", "read", "written", "passes")
-"""The record keys of a phase's work."""
 
 
 @dataclass(frozen=True)
@@ -29,105 +29,131 @@ class Output:
 
     directory: Path
     say: Callable[[str], None]  # prints a line, on rank 0
-    done: dict[str, Any]  # parts of the record, filled during the run, so that a failed run has them too
+    results: Results  # filled during the run
     flush: Callable[[], None]  # write the record so far to disk
 
 
-def head(
-    settings: Any, reasons: Mapping[str, str], command: Sequence[str], world: dict[str, Any]
-) -> dict[str, Any]:
+def head(settings: Any, reasons: Mapping[str, str], command: Sequence[str], world: World) -> Record:
     """The record of a run of `settings` before it begins. Its status is `failed` until the run is complete."""
-    return {
-        "schema": SCHEMA,
-        "status": "failed",
-        "mode": settings.mode,
-        "world": world,
-        "model": {"name": settings.model.name, "parameters": None, "dtype": None},
-        "config": asdict(settings),
-        "resolved": dict(reasons),
-        "environment": environment(command),
-    }
+    return Record(
+        status="failed",
+        mode=settings.mode,
+        world=world,
+        model=Model(name=settings.model.name, parameters=None, dtype=None),
+        config=asdict(settings),
+        resolved=dict(reasons),
+        environment=environment(command),
+        ranks=[],
+    )
 
 
-def environment(command: Sequence[str] = ()) -> dict[str, Any]:
+def environment(command: Sequence[str] = ()) -> Environment:
     """The versions and the machine of the run, and its command line."""
     import torch
 
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "processor": _processor(),
-        "threads": torch.get_num_threads(),
-        "packages": {name: _version(name) for name in PACKAGES},
-        "command": list(command),
-    }
+    return Environment(
+        python=platform.python_version(),
+        platform=platform.platform(),
+        processor=_processor(),
+        threads=torch.get_num_threads(),
+        packages={name: _version(name) for name in PACKAGES},
+        command=list(command),
+    )
 
 
-def rank_record(ledger: "Ledger", rank: int, stage: int = 0, share: int = 0) -> dict[str, Any]:
-    """The record of one rank, in bytes. What was not measured is null."""
+def rank_record(ledger: "Ledger", rank: int, stage: int = 0, share: int = 0) -> memory.Rank:
+    """The record of one rank. What was not measured is None."""
     account = ledger.account()
-    peak = account.peak
-    return {
-        "rank": rank,
-        "stage": stage,
-        "share": share,
-        "stands_for": [rank],
-        "peak": {
-            "bytes": peak.bytes if peak else None,
-            "where": {**_where(peak.where), "module": peak.module, "op": peak.op} if peak else None,
-            "categories": dict(peak.categories) if peak else dict.fromkeys((*CATEGORIES, "kernel")),
-            "saved": peak.saved if peak else None,
-            "recomputed": peak.recomputed if peak else None,
-            "holdings": [_holding(asdict(holding)) for holding in peak.holdings] if peak else None,
-        },
-        "categories": {
-            name: asdict(account.categories[name])
-            if name in account.categories
-            else {"peak": None, "end": None}
-            for name in CATEGORIES
-        },
-        "phases": [
-            {
-                **_where(phase.where),
-                "peak": phase.peak,
-                "end": phase.end,
-                "categories": phase.categories,
-                "saved": phase.saved,
-                "recomputed": phase.recomputed,
-                **(phase.work._asdict() if phase.work else dict.fromkeys(WORK)),
-            }
-            for phase in account.phases
-        ],
-        "forwards": _forwards(account.forwards),
-        "allocator": asdict(account.books),
-        "unseen": [gap.sentence for gap in ledger.gaps],
-    }
+    unknown = memory.Category(peak=None, end=None)
+    own = {name: memory.Category(peak=each.peak, end=each.end) for name, each in account.categories.items()}
+    forwards, books = account.forwards, account.books
+    return memory.Rank(
+        rank=rank,
+        stage=stage,
+        share=share,
+        stands_for=[rank],
+        peak=_peak(account.peak),
+        categories={name: own.get(name, unknown) for name in CATEGORIES},
+        phases=[_phase(each) for each in account.phases],
+        forwards=None if forwards is None else _forwards(forwards),
+        allocator=memory.Allocator(
+            source=books.source, peak=books.peak, unattributed=books.unattributed, foreign=books.foreign
+        ),
+        unseen=[gap.sentence for gap in ledger.gaps],
+    )
 
 
-def _holding(holding: dict[str, Any]) -> dict[str, Any]:
-    """`holding` without an empty line."""
-    return {key: value for key, value in holding.items() if key != "line" or value}
+def _forwards(forwards: "Forwards") -> memory.Forwards:
+    return memory.Forwards(
+        alive=forwards.alive,
+        bytes=sum(forwards.stashes),
+        stashes=list(forwards.stashes),
+        where=_place(forwards.where),
+    )
 
 
-def _forwards(forwards: "Forwards | None") -> dict[str, Any] | None:
-    if forwards is None:
-        return None
-    where = _where(forwards.where) if forwards.where else None
-    return {
-        "alive": forwards.alive,
-        "bytes": sum(forwards.stashes),
-        "stashes": list(forwards.stashes),
-        "where": where,
-    }
+def _peak(peak: "Peak | None") -> memory.Peak:
+    if peak is None:
+        categories = dict.fromkeys((*CATEGORIES, "kernel"))
+        return memory.Peak(
+            bytes=None, where=None, categories=categories, saved=None, recomputed=None, holdings=None
+        )
+    return memory.Peak(
+        bytes=peak.bytes,
+        where=memory.Where(**peak.where._asdict(), module=peak.module, op=peak.op),
+        categories=peak.categories,
+        saved=peak.saved,
+        recomputed=peak.recomputed,
+        holdings=[_holding(each) for each in peak.holdings],
+    )
 
 
-def _where(where: "Where") -> dict[str, Any]:
-    return {"step": where.step, "phase": where.phase, "micro_batch": where.micro_batch}
+def _holding(holding: "Holding") -> memory.Holding:
+    """`holding`; without its line, where it has none."""
+    line = {"line": holding.line} if holding.line else {}
+    return memory.Holding(
+        category=holding.category, name=holding.name, bytes=holding.bytes, storages=holding.storages, **line
+    )
 
 
-def write(directory: Path, record: Mapping[str, Any]) -> None:
+def _phase(phase: "Phase") -> memory.Phase:
+    work = phase.work
+    return memory.Phase(
+        **phase.where._asdict(),
+        peak=phase.peak,
+        end=phase.end,
+        categories=phase.categories,
+        saved=phase.saved,
+        recomputed=phase.recomputed,
+        flops=work and work.flops,
+        read=work and work.read,
+        written=work and work.written,
+        passes=work and work.passes,
+    )
+
+
+def failure_record(rank_failure: "failure.Failure") -> Failure:
+    """The record's `failure`."""
+    return Failure(
+        rank=rank_failure.rank,
+        stage=rank_failure.stage,
+        where=_place(rank_failure.where),
+        error=rank_failure.error,
+    )
+
+
+def unfinished(where: "Where | None" = None) -> Failure:
+    """The failure of a run that is in `where`, in case it is killed."""
+    return Failure(rank=None, where=_place(where), error="the run ended before it could say why")
+
+
+def _place(where: "Where | None") -> memory.Where | None:
+    return None if where is None else memory.Where(**where._asdict())
+
+
+def write(directory: Path, record: Record) -> None:
     """Write `record` into `directory`, completely or not at all."""
-    put(directory / FILE, json.dumps(record, indent=1) + "\n")
+    put(directory / FILE, json.dumps({"schema": SCHEMA, **record.tree()}, indent=1) + "\n")
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -3,13 +3,16 @@
 import platform
 from itertools import count
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from harness.ledger import Ledger
 from harness.record import record_file, trace
+from harness.record.memory import Rank
+from harness.record.results import Model
+from harness.record.schema import Record, World
 from harness.runtime.world import exchange
 
 T = TypeVar("T")
@@ -65,27 +68,26 @@ _exchange_numbers = count()
 """Number of exchanges so far, the same on every rank."""
 
 
-def _record(ledger: Ledger, mode: str, model: torch.nn.Module, ranks: list[dict[str, Any]]) -> dict[str, Any]:
+def _record(ledger: Ledger, mode: str, model: torch.nn.Module, ranks: list[Rank]) -> Record:
     name = torch.cuda.get_device_name() if ledger.device == "cuda" else platform.machine()
-    return {
-        "schema": record_file.SCHEMA,
-        "status": "complete",
-        "mode": mode,
-        "world": {"kind": "loop", "size": len(ranks), "device": ledger.device, "device_name": name},
-        "model": _model_record(model),
-        "config": {},
-        "environment": record_file.environment(),
-        "ranks": ranks,
-    }
+    return Record(
+        status="complete",
+        mode=mode,
+        world=World(kind="loop", size=len(ranks), device=ledger.device, device_name=name),
+        model=_model_record(model),
+        config={},
+        environment=record_file.environment(),
+        ranks=ranks,
+    )
 
 
-def _model_record(model: torch.nn.Module) -> dict[str, Any]:
+def _model_record(model: torch.nn.Module) -> Model:
     """The record's `model`: the class inside all wrappers, its elements (ZeRO-3 stores only their number) and dtype."""
     while isinstance(inner := getattr(model, "module", None), torch.nn.Module):
         model = inner
     parameters = [*model.parameters()]
-    return {
-        "name": type(model).__name__,
-        "parameters": sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters),
-        "dtype": str(parameters[0].dtype).removeprefix("torch.") if parameters else None,
-    }
+    return Model(
+        name=type(model).__name__,
+        parameters=sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters),
+        dtype=str(parameters[0].dtype).removeprefix("torch.") if parameters else None,
+    )

@@ -1,9 +1,9 @@
 """A whole rehearsal: every representative rank of a world, and one record of them all."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import as_completed
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from harness.config.load import Refusal, Settings
 from harness.config.rules.quantized import AT_FIRST, AT_LOAD
@@ -11,6 +11,9 @@ from harness.generation.generation_config import strategy_of
 from harness.model.plan import Plan
 from harness.model.resolve import resolve
 from harness.record import record_file
+from harness.record.memory import Rank
+from harness.record.results import Inference, Model, Results
+from harness.record.schema import Record, World
 from harness.rehearsal import UNVERIFIED, kernels
 from harness.rehearsal.balance import Task, peak, resolved
 from harness.rehearsal.pool import progress, workers
@@ -24,19 +27,19 @@ MEASURED = (
 """The figures of `infer.largest` that count only one rank's own layers."""
 
 
-def described(plan: Plan) -> dict[str, Any]:
+def described(plan: Plan) -> World:
     """The record's `world` for a rehearsal of `plan`."""
     settings = plan.settings
     gpu = settings.hardware.device == "cuda"
-    return {
-        "kind": "rehearsed",
-        "size": settings.world.size,
-        "device": "cuda" if gpu else "cpu",
-        "device_name": settings.hardware.name if settings.hardware.device != "auto" else None,
-        "memory": settings.hardware.memory,
-        "verified": UNVERIFIED if gpu else None,
-        "differences": list(_differences(plan)),
-    }
+    return World(
+        kind="rehearsed",
+        size=plan.layout.size,
+        device="cuda" if gpu else "cpu",
+        device_name=settings.hardware.name if settings.hardware.device != "auto" else None,
+        memory=settings.hardware.memory,
+        verified=UNVERIFIED if gpu else None,
+        differences=list(_differences(plan)),
+    )
 
 
 def _differences(plan: Plan) -> Iterator[str]:
@@ -67,38 +70,41 @@ def _looks_up_ngrams(plan: Plan) -> bool:
     return "encoder_no_repeat_ngram_size" in strategy.processed
 
 
-def of_packing(model: Mapping[str, Any]) -> Iterator[str]:
-    """The known differences for packed weights; `model` is the record's."""
-    packed = model.get("quantization")
-    if packed is None or packed["whole"] == AT_LOAD:
+def of_packing(model: Model) -> Iterator[str]:
+    """The known differences for packed weights."""
+    packed = model.quantization
+    if packed is None or packed.whole == AT_LOAD:
         return
     yield (
-        f"weights have the layout of {packed['method']}: what its kernels need beside them, or make of them to be "
+        f"weights have the layout of {packed.method}: what its kernels need beside them, or make of them to be "
         "faster, is not in these figures"
     )
-    if packed["method"] == "mxfp4":
+    if packed.method == "mxfp4":
         yield "transformers computes in mxfp4 where triton and kernels are installed, and makes weights whole elsewhere"
-    if packed["whole"] == AT_FIRST:
+    if packed.whole == AT_FIRST:
         yield "weights are made whole in one go: a real run holds a few copies of one layer meanwhile"
 
 
-def rehearsed(settings: Settings, overrides: Sequence[str], parallel: bool = True) -> dict[str, Any]:
+def rehearsed(settings: Settings, overrides: Sequence[str], parallel: bool = True) -> Record:
     """The record of a rehearsal that writes nothing to disk. With `parallel` each representative has its own process.
 
     Raises Refusal and any other exception, as the run itself would.
     """
     plan = resolve(settings)
-    ranks, done = rehearse(plan, parallel=parallel)
-    world = described(plan)
-    world["differences"] += of_packing(done["model"])
-    head = record_file.head(plan.settings, plan.reasons, overrides, world)
-    return {**head, "status": "complete", **done, "ranks": ranks}
+    ranks, results = rehearse(plan, parallel=parallel)
+    head = record_file.head(plan.settings, plan.reasons, overrides, described(plan))
+    return whole(head, ranks, results)
 
 
-def rehearse(
-    plan: Plan, directory: Path | None = None, parallel: bool = True
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Rehearse every representative rank of the world of `plan`: the ranks' records, and the run's parts of the record.
+def whole(head: Record, ranks: list[Rank], results: Results) -> Record:
+    """The record of a rehearsal that is complete, from the one of its beginning."""
+    assert results.model is not None
+    world = head.world.plus(differences=[*head.world.differences, *of_packing(results.model)])
+    return head.plus(status="complete", world=world, **results.parts, ranks=ranks)
+
+
+def rehearse(plan: Plan, directory: Path | None = None, parallel: bool = True) -> tuple[list[Rank], Results]:
+    """Rehearse every representative rank of the world of `plan`: the ranks' records, and the run's results.
 
     The ranks write their traces to `directory`, if there is one. Without `parallel` all of them run in this process
     and silently, for a caller that itself runs many rehearsals at once.
@@ -107,24 +113,23 @@ def rehearse(
     """
     plan = balanced(plan) if parallel else resolved(plan)
     representatives = roles(plan)
-    results: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
+    by_rank: dict[int, tuple[Rank, Results]] = {}
     with Pace(len(representatives), "role", aside, silent=not parallel) as pace:
         for representative, result in _results(plan, representatives, directory, parallel):
-            results[representative.rank] = result
+            by_rank[representative.rank] = result
             pace.advance()
     ranks = [
-        {
-            **results[representative.rank][0],
-            "stands_for": list(representative.stands_for),
-            "bounds": list(representative.bounds),
-            "why": representative.why,
-        }
+        by_rank[representative.rank][0].plus(
+            stands_for=list(representative.stands_for),
+            bounds=list(representative.bounds),
+            why=representative.why,
+        )
         for representative in representatives
     ]
-    by_dp_rank: dict[int, dict[int, dict[str, Any]]] = {}
+    by_dp_rank: dict[int, dict[int, Results]] = {}
     for representative in representatives:
         by_dp_rank.setdefault(plan.layout.dp_rank(representative.rank), {}).setdefault(
-            representative.stage, results[representative.rank][1]
+            representative.stage, by_rank[representative.rank][1]
         )
     return ranks, max(
         (_merge_stages([*stages.values()], plan.layout.tp_size) for stages in by_dp_rank.values()),
@@ -132,22 +137,22 @@ def rehearse(
     )
 
 
-def _merge_stages(stages: list[dict[str, Any]], tp_size: int) -> dict[str, Any]:
+def _merge_stages(stages: list[Results], tensor_parallel: int) -> Results:
     """One result for a replica from those of its stages, with the KV cache of all its ranks.
 
     The `tp_size` ranks that share a layer have the same number of heads, so the figures are multiplied.
     """
-    inferences = [done["inference"] for done in stages if "inference" in done]
+    inferences = [each.inference for each in stages if each.inference is not None]
     if not inferences:
         return stages[0]
     totals = {
-        key: tp_size * sum(each[key] for each in inferences)
+        key: tensor_parallel * sum(getattr(each, key) for each in inferences)
         for key in MEASURED
-        if inferences[0][key] is not None
+        if getattr(inferences[0], key) is not None
     }
-    if positions := inferences[0]["kv_positions"]:
+    if positions := inferences[0].kv_positions:
         totals["kv_bytes_per_token_measured"] = totals["kv_filled"] // positions
-    return {**stages[0], "inference": {**inferences[0], **totals}}
+    return replace(stages[0], inference=inferences[0].plus(**totals))
 
 
 def balanced(plan: Plan) -> Plan:
@@ -167,14 +172,14 @@ def balanced(plan: Plan) -> Plan:
         return resolved(plan, measure)
 
 
-def _cache_bytes(done: dict[str, Any]) -> int:
+def _cache_bytes(results: Results) -> int:
     """The bytes of a replica's largest KV cache. The run's figures are those of the replica with the most."""
-    return done.get("inference", {}).get("kv_reserved") or 0
+    return (results.inference or Inference()).kv_reserved or 0
 
 
 def _results(
     plan: Plan, representatives: list[Role], directory: Path | None, parallel: bool
-) -> Iterator[tuple[Role, tuple[dict[str, Any], dict[str, Any]]]]:
+) -> Iterator[tuple[Role, tuple[Rank, Results]]]:
     """Each representative with its result, as soon as it ends.
 
     A single one, or any without `parallel`, runs in this process; else each runs in a process of its own.

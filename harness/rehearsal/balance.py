@@ -36,8 +36,7 @@ def peak(task: Task) -> int:
     plan, stage = task
     representatives = [representative for representative in roles(plan) if representative.stage == stage]
     rank = max(representatives, key=lambda representative: representative.size).rank
-    highest: int = rehearse(plan, rank)[0]["peak"]["bytes"]
-    return highest
+    return rehearse(plan, rank)[0].peak.bytes or 0
 
 
 def _peaks_in_order(tasks: Sequence[Task]) -> Sequence[int]:

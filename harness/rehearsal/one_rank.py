@@ -5,7 +5,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from harness.generation import cache_check, infer
 from harness.ledger import Ledger
@@ -14,6 +13,8 @@ from harness.model.partition import as_record
 from harness.model.plan import Plan
 from harness.model.stage_check import prove
 from harness.record import record_file, trace
+from harness.record.memory import Rank
+from harness.record.results import Results
 from harness.rehearsal.course import Shortened
 from harness.rehearsal.world import rehearsed
 from harness.training import train
@@ -22,8 +23,8 @@ GPU_BLOCK = 512
 """CUDA's caching allocator rounds sizes up to multiples of this: kMinBlockSize in c10/cuda/CUDACachingAllocator."""
 
 
-def rehearse(plan: Plan, rank: int, directory: Path | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Rehearse rank `rank` of the world of `plan`: its part of `record.json`, and the run's own parts.
+def rehearse(plan: Plan, rank: int, directory: Path | None = None) -> tuple[Rank, Results]:
+    """Rehearse rank `rank` of the world of `plan`: its record, and the run's results.
 
     It writes its trace to `directory`, if there is one. Raises Refusal as the run itself would, and RuntimeError where
     a shim does not fit.
@@ -31,10 +32,10 @@ def rehearse(plan: Plan, rank: int, directory: Path | None = None) -> tuple[dict
     settings = plan.settings
     target = "cuda" if settings.hardware.device == "cuda" else "cpu"
     mode = train if settings.mode == "train" else infer
-    run_parts: dict[str, Any] = {}
+    results = Results()
     if settings.pipeline.stages > 1:
         prove(plan)
-        run_parts["pipeline"] = as_record(settings, plan.split)
+        results.pipeline = as_record(settings, plan.split)
     cache_check.prove(plan)
     with misfits(plan), warnings.catch_warnings(), rehearsed(rank, plan.layout, target) as world:
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
@@ -46,14 +47,14 @@ def rehearse(plan: Plan, rank: int, directory: Path | None = None) -> tuple[dict
         )
         try:
             with _existing_objects_frozen(), ledger:
-                output = record_file.Output(Path("/dev/null"), _quiet, run_parts, _nothing)
+                output = record_file.Output(Path("/dev/null"), _quiet, results, _nothing)
                 mode.run(plan, world, ledger, output, Shortened())
         except Exception as error:
             error.rehearsed = rank, ledger.where  # type: ignore[attr-defined]
             raise
     if directory is not None and settings.ledger.trace:
         trace.write(directory, rank, trace.of_ledger(ledger, timed=False))
-    return record_file.rank_record(ledger, rank, world.stage, world.tp_rank), run_parts
+    return record_file.rank_record(ledger, rank, world.stage, world.tp_rank), results
 
 
 @contextmanager

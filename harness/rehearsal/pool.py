@@ -9,12 +9,13 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import get_context
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from harness.config.load import Settings
 from harness.runtime.progress import Pace, aside
 
 if TYPE_CHECKING:
+    from harness.record.memory import Rank
     from harness.rehearsal.representatives import Role
 
 MOST = 4
@@ -68,10 +69,12 @@ def rehearse_all(
 ) -> list[Worst]:
     """The worst rank under each of `wanted`, with all ranks in parallel. `pace` advances with each finished config."""
     candidate_sets = [each.result() for each in [pool.submit(candidates, settings) for settings in wanted]]
-    running = [[pool.submit(_peak, each.settings, rank) for rank in each.ranks] for each in candidate_sets]
+    running = [
+        [pool.submit(_rehearsed, each.settings, rank) for rank in each.ranks] for each in candidate_sets
+    ]
     results = []
-    for each, peaks in zip(candidate_sets, running, strict=True):
-        results.append(_highest(each, [peak.result() for peak in peaks]))
+    for each, ranks in zip(candidate_sets, running, strict=True):
+        results.append(_highest(each, [rank.result() for rank in ranks]))
         if pace is not None:
             pace.advance()
     return results
@@ -109,7 +112,7 @@ class Candidates(NamedTuple):
 def worst(settings: Settings) -> Worst:
     """The rank with the highest peak in `settings`' world, among at most `MOST` representatives of each stage."""
     chosen = candidates(settings)
-    return _highest(chosen, [_peak(chosen.settings, rank) for rank in chosen.ranks])
+    return _highest(chosen, [_rehearsed(chosen.settings, rank) for rank in chosen.ranks])
 
 
 def candidates(settings: Settings) -> Candidates:
@@ -129,25 +132,24 @@ def candidates(settings: Settings) -> Candidates:
     return Candidates(plan.settings, ranks, len(ordered) - len(ranks))
 
 
-def _peak(settings: Settings, rank: int) -> dict[str, Any] | str:
-    """A rank's peak in the record's form; or the reason why there is none."""
+def _rehearsed(settings: Settings, rank: int) -> "Rank | str":
+    """A rank's record; or the reason why there is none."""
     from harness.model.plan import Plan
     from harness.rehearsal.one_rank import rehearse
 
     try:
-        peak: dict[str, Any] = rehearse(Plan.of(settings), rank)[0]["peak"]
+        return rehearse(Plan.of(settings), rank)[0]
     except Exception as error:
         return _error_text(error)
-    return {**peak, "rank": rank}
 
 
-def _highest(candidates: Candidates, peaks: Sequence[dict[str, Any] | str]) -> Worst:
-    failure = candidates.failure or next((peak for peak in peaks if isinstance(peak, str)), "")
+def _highest(candidates: Candidates, ranks: "Sequence[Rank | str]") -> Worst:
+    failure = candidates.failure or next((rank for rank in ranks if isinstance(rank, str)), "")
     if failure:
         return Worst(0, 0, {}, failure)
-    peak = max((peak for peak in peaks if not isinstance(peak, str)), key=lambda peak: peak["bytes"])
-    categories = {name: count for name, count in peak["categories"].items() if count}
-    return Worst(peak["bytes"], peak["rank"], categories, passed_over=candidates.passed_over)
+    worst = max((rank for rank in ranks if not isinstance(rank, str)), key=lambda rank: rank.peak.bytes or 0)
+    categories = {name: count for name, count in worst.peak.categories.items() if count}
+    return Worst(worst.peak.bytes or 0, worst.rank, categories, passed_over=candidates.passed_over)
 
 
 def _error_text(error: Exception) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from harness.analysis.args import Parser, refuse
-from harness.record.schema import printable
+from harness.record.fields import printable
 from harness.runtime.files import put
 
 PAGE = "index.html"

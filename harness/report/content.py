@@ -14,8 +14,10 @@ from harness.analysis.roofline_model import bounds
 from harness.analysis.summary import title
 from harness.config.compose import flat
 from harness.record import trace
+from harness.record.fields import printable
+from harness.record.memory import Rank
 from harness.record.record_file import read
-from harness.record.schema import Rank, Record, parse, printable
+from harness.record.schema import Record, parse
 from harness.report import points
 from harness.tables import size
 
@@ -113,9 +115,9 @@ def _roofline(record: Record) -> dict[str, Any] | None:
     if not phases:
         return None
     return {
-        "machine": machine(record.ceilings),
-        "flops": record.ceilings.flops,
-        "bandwidth": record.ceilings.bandwidth,
+        "machine": machine(record.limits),
+        "flops": record.limits.flops,
+        "bandwidth": record.limits.bandwidth,
         "phases": [{**each.as_dict(), "sentence": sentence(each)} for each in phases],
     }
 

@@ -159,7 +159,7 @@ def markdown(runs: Sequence["ReportedRun"], directory: Path) -> list[Path]:
     """The page's findings about each run, and the comparison, as Markdown."""
     from harness.advice.explain import explain
     from harness.analysis.compare import table
-    from harness.record.schema import printable
+    from harness.record.fields import printable
 
     lines = ["# Memory report", ""]
     for run in runs:

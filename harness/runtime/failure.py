@@ -11,7 +11,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from harness.ledger import Where
 from harness.runtime.world import World
@@ -19,7 +18,6 @@ from harness.runtime.world import World
 PATIENCE = 3.0
 """Seconds that a rank which only lost a peer waits for the failed rank's report."""
 
-UNFINISHED = {"rank": None, "where": None, "error": "the run ended before it could say why"}
 CLAIM = "failure.json"
 
 _LOST_PEER = (
@@ -43,11 +41,6 @@ class Failure:
     where: Where | None
     error: str
     stage: int | None = None  # pipeline stage
-
-    def as_record(self) -> dict[str, Any]:
-        """The record's `failure`."""
-        where = self.where._asdict() if self.where else None
-        return {"rank": self.rank, "stage": self.stage, "where": where, "error": self.error}
 
     def sentence(self) -> str:
         """The failure in one line."""

@@ -4,10 +4,9 @@ All ranks measure at once, as they run; the slowest rank counts. If `hardware=` 
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,12 +32,6 @@ quarters of the speed if AVX512 emulates it, and a fortieth otherwise. No CPU is
 
 Rates = tuple[float | None, float | None]
 """Bytes per second and operations per second. None: not measured."""
-
-
-def of_ranks(rates: Sequence[Rates], dtype: str) -> dict[str, Any]:
-    """The record's `ceilings` from the rates of all ranks: the lowest of each."""
-    bandwidth, flops = (None if None in values else min(values) for values in zip(*rates, strict=True))
-    return {"source": "measured", "bandwidth": bandwidth, "flops": flops, "dtype": dtype}
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from harness.model.tokenizer import opens_otherwise, tokenizer_of
 from harness.quantization import method
 from harness.quantization.method import Quantization
 from harness.record.record_file import Output
+from harness.record.results import Model, Performance, Training, Validation
 from harness.runtime.course import WHOLE, Course
 from harness.runtime.progress import Pace
 from harness.runtime.world import World
@@ -44,18 +45,16 @@ def run(plan: Plan, world: World, ledger: Ledger, out: Output, course: Course = 
     dtype = getattr(torch, settings.dtype)
     quantization = method.take(config, settings, "cpu")
     with ledger.phase("setup"):
-        engine, sizes = _engine(plan, config, dtype, world, ledger, quantization, course.values)
-    out.done["model"] = {"name": settings.model.name, **sizes, "dtype": str(dtype)[6:]}
+        engine, out.results.model = _engine(plan, config, dtype, world, ledger, quantization, course.values)
     first = _resume(settings, world, engine, out.say)
     batches = token_batches.loader(
         corpus.train, train.micro_batch, world, settings.seed, skip=first * train.accumulation
     )
-    out.say(
-        f"{settings.model.name}: {sizes['parameters']:,} parameters, {engine.optimizer_class}, {world.size} ranks"
-    )
+    parameters = f"{out.results.model.parameters:,} parameters"
+    out.say(f"{settings.model.name}: {parameters}, {engine.optimizer_class}, {world.size} ranks")
     progress = Progress(settings, world, ledger, first, out.say, time.perf_counter() - start, course)
-    out.done["training"] = progress.training
-    out.done["training"]["optimizer"] = engine.optimizer_class
+    progress.training = progress.training.plus(optimizer=engine.optimizer_class)
+    out.results.training = progress.training
     for step in progress:
         ledger.begins(step)
         progress.stepped(engine.train_step(batches, step))
@@ -68,7 +67,7 @@ def run(plan: Plan, world: World, ledger: Ledger, out: Output, course: Course = 
     if not progress.whole:
         ledger.enough()  # the next step would do this; do it before anything is freed
     if course.values:
-        out.done["performance"] = progress.rates()
+        out.results.performance = progress.rates()
     if train.export and progress.whole:
         with ledger.phase("checkpoint", train.steps):
             _export(engine, world, tokenizer, generation, out, course.values)
@@ -82,8 +81,8 @@ def _engine(
     ledger: Ledger,
     quantization: Quantization | None,
     read: bool,
-) -> tuple[Engine | Pipeline, dict[str, Any]]:
-    """The DeepSpeed engine for this rank's part of the model, and the sizes of the whole model.
+) -> tuple[Engine | Pipeline, Model]:
+    """The DeepSpeed engine for this rank's part of the model, and the record of the whole model.
 
     `read`: read its weights, if it has any stored.
     """
@@ -92,11 +91,13 @@ def _engine(
     spec, options = (settings.model, config, dtype, torch.device("cpu"), settings.seed), (None, quantization)
     if world.stages == 1:
         model = loader.build(*spec, read, *options)
-        sizes = loader.sizes(model, quantization)  # before ZeRO-3 empties the parameters
-        return Engine(settings, world, ledger, model), sizes
+        # before ZeRO-3 empties the parameters
+        record = loader.sizes(settings.model, model, dtype, quantization)
+        return Engine(settings, world, ledger, model), record
     part = stage.build(*spec, plan.layers[world.stage], read, *options)
     whole = init_weights.outline(config, dtype, settings.model.attention)
-    return Pipeline(settings, world, ledger, part, whole, plan.split), loader.sizes(whole, quantization)
+    record = loader.sizes(settings.model, whole, dtype, quantization)
+    return Pipeline(settings, world, ledger, part, whole, plan.split), record
 
 
 def identity(settings: Settings, world: World) -> dict[str, Any]:
@@ -205,17 +206,11 @@ class Progress:
         self.settings, self.world, self.ledger, self.say = settings, world, ledger, say
         self.values = course.values
         self.steps = course.steps(range(first, settings.train.steps), settings.ledger.steps)
-        self.losses: list[float] = []
-        self.validation: list[dict[str, float]] = []
         self.seconds: list[float] = []
         self.startup = startup
         train = settings.train
         self.tokens = train.micro_batch * train.accumulation * train.sequence * world.dp_size
-        self.training: dict[str, Any] = {
-            "first_step": first,
-            "losses": self.losses,
-            "validation": self.validation,
-        }
+        self.training = Training(first_step=first, losses=[], validation=[])
 
     @property
     def whole(self) -> bool:
@@ -237,17 +232,17 @@ class Progress:
         self.seconds.append(time.perf_counter() - self.began)
         if not self.values:
             return
-        self.losses.append(loss)
+        self.training.losses.append(loss)
         self.pace.advance(1, f"loss {loss:.3f}  {self.tokens / self.seconds[-1]:,.0f} tokens/s{self._peak()}")
 
     def validated(self, step: int, loss: float) -> None:
         """Record the mean validation loss after `step`."""
         if not self.values:
             return
-        self.validation.append({"step": step + 1, "loss": loss})
+        self.training.validation.append(Validation(step=step + 1, loss=loss))
         self.say(f"step {step + 1}/{self.settings.train.steps}  validation loss {loss:.3f}")
 
-    def rates(self) -> dict[str, Any]:
+    def rates(self) -> Performance:
         """Tokens per second over all ranks, by the median step. Steps under an exact ledger count only where there are
         no others.
         """
@@ -255,12 +250,12 @@ class Progress:
         exact_steps = ledger.steps if ledger.mode == "exact" else 1
         timed = self.seconds[exact_steps:] or self.seconds[1:] or self.seconds
         median = statistics.median(timed)
-        return {
-            "tokens_per_second": self.tokens / median,
-            "step_seconds": median,
-            "steps_timed": len(timed),
-            "startup_seconds": self.startup,
-        }
+        return Performance(
+            startup_seconds=self.startup,
+            tokens_per_second=self.tokens / median,
+            step_seconds=median,
+            steps_timed=len(timed),
+        )
 
     def _peak(self) -> str:
         peak = self.ledger.last_peak

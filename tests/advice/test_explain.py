@@ -44,7 +44,7 @@ UNEVEN = f"{INFER} generation.prompt=['a','{'long' * 25}','b','c']"
 def rehearsed(words: str) -> str:
     """The record of a rehearsal, as JSON: what a run of `words` leaves."""
     overrides = [*DECIDED, *words.split(), "world=rehearsed"]
-    return json.dumps(all_ranks.rehearsed(load(compose.compose(overrides)), overrides, parallel=False))
+    return json.dumps(all_ranks.rehearsed(load(compose.compose(overrides)), overrides, parallel=False).tree())
 
 
 def record_of(words: str) -> dict[str, Any]:
@@ -64,8 +64,7 @@ def put(directory: Path, record: dict[str, Any]) -> Path:
 
 def peak_of(words: str) -> int:
     plan = Plan.of(load(compose.compose([*DECIDED, *words.split(), "world=rehearsed"])))
-    peaks: list[int] = [rehearse(plan, role.rank)[0]["peak"]["bytes"] for role in roles(plan)]
-    return max(peaks)
+    return max(rehearse(plan, role.rank)[0].peak.bytes or 0 for role in roles(plan))
 
 
 # What the peak is

@@ -38,7 +38,7 @@ def rank_of(stages: int, stage: int, *words: str) -> dict[str, Any]:
     """The books of a stage of so many, of two layers each."""
     shape = (f"pipeline.stages={stages}", f"model.config.num_hidden_layers={2 * stages}")
     plan = Plan.of(load(compose([*NARROW, *shape, *words, "world=rehearsed", f"world.size={stages}"])))
-    return rehearse(plan, stage)[0]
+    return rehearse(plan, stage)[0].tree()
 
 
 @pytest.mark.parametrize(

@@ -68,8 +68,8 @@ def main(words: list[str]) -> None:
         for kind in [*KINDS][:: 1 if number % 2 else -1]:
             made[kind].append(run(kind))
     machine = record_file.environment()
-    packages = ", ".join(f"{package} {machine['packages'][package]}" for package in ("torch", "transformers"))
-    print(f"{' '.join(given)} rounds={rounds}; {machine['processor']}, {machine['threads']} threads")
+    packages = ", ".join(f"{package} {machine.packages[package]}" for package in ("torch", "transformers"))
+    print(f"{' '.join(given)} rounds={rounds}; {machine.processor}, {machine.threads} threads")
     print(f"python {platform.python_version()}, {packages}; tokens {'are the same' if same else 'differ'}")
     tell({kind: shares[1:] for kind, shares in made.items()})
 
@@ -81,15 +81,15 @@ def tell(made: dict[str, list[Share]]) -> None:
         f"{'unasked':>9}{'KV live of reserved':>21}"
     )
     rates: dict[str, list[float]] = {
-        kind: [performance([share], 0)["tokens_per_second"] for share in shares]
+        kind: [performance([share], 0).tokens_per_second or 0 for share in shares]
         for kind, shares in made.items()
     }
     for kind, shares in made.items():
         ratios = sorted(mine / other for mine, other in zip(rates[kind], rates["static"], strict=True))
-        middle = sorted(shares, key=lambda share: performance([share], 0)["tokens_per_second"])[
+        middle = sorted(shares, key=lambda share: performance([share], 0).tokens_per_second or 0)[
             len(shares) // 2
         ]
-        waits: Any = performance([middle], 0)["latency"]
+        waits: Any = performance([middle], 0).latency.tree()
         first, between = waits["first_token_seconds"], waits["between_tokens_seconds"]
         kv: Any = largest([middle])
         ratio = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"

@@ -109,7 +109,7 @@ def sizes(model: str) -> tuple[int, int, int]:
 def rehearsed(model: str, stage: int, world: int, more: Sequence[str] = LONG) -> Held:
     """What a rehearsal sees of the rank that holds most."""
     asked = ["world=rehearsed", f"world.size={world}", *words(model, stage, more)]
-    return held(rehearse(Plan.of(load(compose(asked))))[0])
+    return held([rank.tree() for rank in rehearse(Plan.of(load(compose(asked))))[0]])
 
 
 def real(model: str, stage: int, world: int = 2) -> Held:
@@ -262,9 +262,9 @@ def main() -> None:
     print(
         PAGE.format(
             zero=Zero(),
-            processor=machine["processor"],
+            processor=machine.processor,
             python=platform.python_version(),
-            packages=", ".join(f"{name} {machine['packages'][name]}" for name in order),
+            packages=", ".join(f"{name} {machine.packages[name]}" for name in order),
             large="\n".join([heading(*LARGE), *(large(*each) for each in cases())]),
             buckets="\n".join([heading("bucket", "paper", "states", "DeepSpeed"), *map(bucket, BUCKETS)]),
             small="\n".join([heading(*SMALLER), *rows]),

@@ -49,9 +49,9 @@ def main(words: list[str]) -> None:
     config = loader.model_config(settings.model)
     built = loader.build(settings.model, config, dtype, device, 0).eval().requires_grad_(False)
     machine = record_file.environment()
-    name = torch.cuda.get_device_name() if device.type == "cuda" else machine["processor"]
-    packages = ", ".join(f"{package} {machine['packages'][package]}" for package in ("torch", "transformers"))
-    print(f"{' '.join(given)} rounds={rounds}; {name}, {machine['threads']} threads")
+    name = torch.cuda.get_device_name() if device.type == "cuda" else machine.processor
+    packages = ", ".join(f"{package} {machine.packages[package]}" for package in ("torch", "transformers"))
+    print(f"{' '.join(given)} rounds={rounds}; {name}, {machine.threads} threads")
     print(f"python {platform.python_version()}, {packages}")
     print(f"{'batch':<7}{'kind':<22}{'tokens/s':>10}{'against transformers':>24}   lowest to highest")
     for batch in batches:

@@ -104,10 +104,8 @@ def main(words: list[str]) -> None:
 
 def tell(seconds: dict[str, list[float]], name: str, ranks: int, words: list[str]) -> None:
     machine = record_file.environment()
-    print(
-        f"{name}, {ranks} ranks, {' '.join(words)}; {machine['processor']}, {machine['threads']} threads a rank"
-    )
-    print(f"python {platform.python_version()}, {json.dumps(machine['packages'])}")
+    print(f"{name}, {ranks} ranks, {' '.join(words)}; {machine.processor}, {machine.threads} threads a rank")
+    print(f"python {platform.python_version()}, {json.dumps(machine.packages)}")
     print(f"{'kind':<12}{'median step':>14}{'against off':>14}   lowest to highest")
     for kind, own in seconds.items():
         ratios = sorted(mine / off for mine, off in zip(own, seconds["off"], strict=True) if mine == mine)

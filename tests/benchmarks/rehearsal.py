@@ -40,10 +40,8 @@ def main(asked: list[str]) -> None:
     machine = record_file.environment()
     print(f"$ python tests/benchmarks/rehearsal.py {' '.join(asked)}".rstrip())
     busy = ", ".join(f"{load:.1f}" for load in os.getloadavg())
-    print(
-        f"{machine['processor']}, {os.cpu_count()} cores, one thread; other work ran beside it: load {busy}"
-    )
-    print(f"python {platform.python_version()}, {json.dumps(machine['packages'])}\n")
+    print(f"{machine.processor}, {os.cpu_count()} cores, one thread; other work ran beside it: load {busy}")
+    print(f"python {platform.python_version()}, {json.dumps(machine.packages)}\n")
     print(
         f"one rank of 64, 4,096 tokens, two steps: medians of {rounds} fresh processes, and the most memory of any\n"
     )

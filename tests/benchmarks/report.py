@@ -6,7 +6,6 @@
 chromium-driver.
 """
 
-import json
 import platform
 import random
 import statistics
@@ -22,6 +21,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 from harness.ledger.categories import CATEGORIES
 from harness.record import record_file, trace
+from harness.record.schema import parse
 from harness.report import PAGE
 from harness.report import main as report
 
@@ -42,7 +42,7 @@ def main(words: list[str]) -> None:
             took.append(time.perf_counter() - began)
             opened.append(seconds_to_open(Path(home) / "report" / PAGE))
         size = (Path(home) / "report" / PAGE).stat().st_size
-    processor = record_file.environment()["processor"]
+    processor = record_file.environment().processor
     print(f"{processor}, python {platform.python_version()}, plotly {version('plotly')}")
     print(f"{own['ranks']} ranks, {own['events']:,} events each: a page of {size / 2**20:.1f} MiB")
     for what, seconds in (("made in", took), ("opened in", opened)):
@@ -78,10 +78,10 @@ def made(run: Path, ranks: int, events: int) -> None:
                 "allocator": {"source": None, "peak": None, "unattributed": None},
             }
         )
-    head = {"schema": record_file.SCHEMA, "status": "complete", "mode": "train", "ranks": books}
+    head = {"status": "complete", "mode": "train", "ranks": books}
     world = {"size": ranks, "device": "cpu"}
     model = {"name": "made", "parameters": None, "dtype": None}
-    record_file.write(run, json.loads(json.dumps({**head, "world": world, "model": model})))
+    record_file.write(run, parse({**head, "world": world, "model": model}, "it"))
 
 
 def random_trace(chance: random.Random, events: int) -> tuple[pa.Table, dict[str, int]]:

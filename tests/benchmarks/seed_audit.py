@@ -59,12 +59,12 @@ def seen(*words: str) -> Seen:
     asked = (*AROUND, "world.size=1", "ledger.steps=1", *words)
     ranks, done = rehearse(Plan.of(load(compose(asked))))
     work: dict[str, tuple[int, int, int]] = {}
-    for phase in ranks[0]["phases"]:
-        if phase["flops"] is not None:
-            before = work.get(phase["phase"], (0, 0, 0))
-            figures = phase["flops"], phase["read"], phase["written"]
-            work[phase["phase"]] = tuple(map(sum, zip(before, figures, strict=True)))  # type: ignore[assignment]
-    kv = done.get("inference", {}).get("kv_reserved")
+    for phase in ranks[0].phases:
+        if phase.flops is not None:
+            before = work.get(phase.phase, (0, 0, 0))
+            figures = phase.flops, phase.read or 0, phase.written or 0
+            work[phase.phase] = tuple(map(sum, zip(before, figures, strict=True)))  # type: ignore[assignment]
+    kv = done.inference.kv_reserved if done.inference else 0
     return Seen(kv or 0, work)
 
 
@@ -106,7 +106,7 @@ def step(context: int, batch: int = 1) -> tuple[int, int, int]:
 def peaks(*words: str) -> dict[str, int]:
     """Each category's own peak in a rehearsal of one rank."""
     ranks, _ = rehearse(Plan.of(load(compose([*AROUND, "world.size=1", "ledger.steps=2", *words]))))
-    return {name: held["peak"] for name, held in ranks[0]["categories"].items()}
+    return {name: peak or 0 for name, peak in ranks[0].highest.items()}
 
 
 def kept(stages: int, layers: int) -> int:
@@ -127,7 +127,9 @@ def kept(stages: int, layers: int) -> int:
         ),
         *(*AROUND, f"world.size={stages}", "ledger.steps=1"),
     )
-    return int(one_rank.rehearse(Plan.of(load(compose(words))), 0)[0]["forwards"]["bytes"])
+    forwards = one_rank.rehearse(Plan.of(load(compose(words))), 0)[0].forwards
+    assert forwards is not None
+    return forwards.bytes
 
 
 def hardware(name: str) -> Any:
@@ -470,7 +472,7 @@ assumes, in which each of 64 heads has keys and values of its own, and for the r
 
 def page() -> str:
     """All of it."""
-    packages = record_file.environment()["packages"]
+    packages = record_file.environment().packages
     names = ("torch", "transformers", "deepspeed")
     head = PAGE.format(python=platform.python_version(), **{name: packages[name] for name in names})
     return "\n".join([head, *(told(example(), number) for number, example in enumerate(EXAMPLES, 1))])

@@ -16,6 +16,8 @@ from harness.__main__ import main
 from harness.check import announce, baseline
 from harness.check.tolerance import tolerances
 from harness.ledger.categories import CATEGORIES
+from harness.record import record_file
+from harness.record.schema import parse
 
 ROOT = Path(__file__).parents[2]
 KIB = 1024
@@ -587,7 +589,7 @@ def several() -> list[Any]:
     put(record_of(rank_of([0])), "before")
     put(record_of(rank_of([0], inputs=1)), "after")
     given: dict[str, str] = {}
-    before, after = (json.loads((Path(name) / "record.json").read_text()) for name in ("before", "after"))
+    before, after = (parse(record_file.read(Path(name)), name) for name in ("before", "after"))
     check._settled(Path("same.json"), before, "before", True, given)
     check._settled(Path("other,a:b%.json"), before, "before", True, given)
     return [

@@ -12,7 +12,6 @@ What an allocator saw (`kernel`, and a peak with it) is no
 storage and not compared; a rehearsal has none.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -318,9 +317,9 @@ def test_a_rehearsal_holds_the_bytes_of_the_run(
     for rank, alike in each_rank(roles(plan)):
         books = real["ranks"][rank]
         rehearsed, done = rehearse(plan, rank)
-        assert differences(books, json.loads(json.dumps(rehearsed))) == []
-        assert rehearsed["peak"]["bytes"] == max(phase["peak"] for phase in seen(books).values())
-        assert done["model"] == real["model"]
+        assert differences(books, rehearsed.tree()) == []
+        assert rehearsed.peak.bytes == max(phase["peak"] for phase in seen(books).values())
+        assert done.tree()["model"] == real["model"]
         for other in alike:
             assert real["ranks"][other]["categories"] == books["categories"]
             assert held(real["ranks"][other]) == held(books)
@@ -350,4 +349,4 @@ def test_a_rehearsal_says_of_the_kv_cache_what_the_run_says(
     ranks, words = cell
     made = {"new_tokens", "unasked_tokens", "padding_tokens"}
     real = {key: figure for key, figure in run(ranks, words)["inference"].items() if key not in made}
-    assert rehearse_all(plan_of(words, ranks, prompts), parallel=False)[1]["inference"] == real
+    assert rehearse_all(plan_of(words, ranks, prompts), parallel=False)[1].tree()["inference"] == real

@@ -255,7 +255,7 @@ def rehearsed(*words: str) -> tuple[dict[str, Any], dict[str, Any]]:
         *words,
     ]
     ranks, done = rehearse(Plan.of(load(compose(asked))))
-    return ranks[0], done["inference"]
+    return ranks[0].tree(), done.tree()["inference"]
 
 
 def test_llama2_70b_at_batch_8_and_4096_tokens_is_10_gib_exactly() -> None:

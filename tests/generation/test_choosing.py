@@ -20,6 +20,7 @@ from harness.generation.paged_cache import room
 from harness.ledger import Ledger
 from harness.model.plan import Plan
 from harness.record.record_file import Output, rank_record
+from harness.record.results import Results
 from harness.rehearsal.one_rank import rehearse
 from harness.runtime.world import World
 
@@ -242,13 +243,15 @@ def test_a_rehearsal_holds_and_does_what_the_run_does(words: tuple[str, ...], tm
     file.write_text("\n".join(map(json.dumps, lines)))
     every = (f"generation.config.{each}" for each in EVERY)
     asked = (*SMALL, *DRAWN, *every, *words, f"generation.workload={file}")
-    settings, done = load(compose(asked)), dict[str, Any]()
+    settings, done = load(compose(asked)), Results()
     with Ledger(steps=settings.ledger.steps, device="cpu") as ledger:
         out = Output(tmp_path, lambda line: None, done, lambda: None)
         infer.run(Plan.of(settings), World(0, 1, 0, torch.device("cpu")), ledger, out)
     assert ledger.allocator.unattributed == 0
     real = rank_record(ledger, 0, 0, 0)
     rehearsed, told = rehearse(Plan.of(load(compose([*asked, "world=rehearsed", "world.size=1"]))), 0)
-    assert rehearsed["categories"] == real["categories"]
-    assert rehearsed["phases"] == [phase for phase in real["phases"] if phase["step"] < settings.ledger.steps]
-    assert told["inference"]["generation_config"] == done["inference"]["generation_config"]
+    assert rehearsed.categories == real.categories
+    assert rehearsed.phases == [phase for phase in real.phases if phase.step < settings.ledger.steps]
+    assert told.inference is not None
+    assert done.inference is not None
+    assert told.inference.generation_config == done.inference.generation_config

@@ -28,6 +28,7 @@ from harness.ledger import Ledger
 from harness.model.loader import model_config
 from harness.model.plan import Plan
 from harness.record.record_file import Output
+from harness.record.results import Results
 from harness.rehearsal.course import Shortened
 from harness.runtime.world import World
 
@@ -81,8 +82,8 @@ def no_flush() -> None:
     """These runs need nothing on disk before their end."""
 
 
-def quiet(directory: Path, done: dict[str, Any]) -> Output:
-    return Output(directory, lambda line: None, done, no_flush)
+def quiet(directory: Path, results: Results) -> Output:
+    return Output(directory, lambda line: None, results, no_flush)
 
 
 @pytest.fixture
@@ -90,11 +91,11 @@ def inferred(checkpoint: Path, tmp_path: Path) -> Infer:
     """A function of generation settings to what the record gets, and the lines that were written."""
 
     def run(**options: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        done: dict[str, Any] = {}
+        results = Results()
         ledger = Ledger(mode="off")
-        infer.run(Plan.of(ask(checkpoint, **options)), ALONE, ledger, quiet(tmp_path, done))
+        infer.run(Plan.of(ask(checkpoint, **options)), ALONE, ledger, quiet(tmp_path, results))
         written = (tmp_path / "generations.jsonl").read_text().splitlines()
-        return done, [json.loads(line) for line in written]
+        return results.tree(), [json.loads(line) for line in written]
 
     return run
 
@@ -338,12 +339,12 @@ def test_one_new_token_has_no_decoding_rate(inferred: Infer) -> None:
 
 
 def test_a_run_under_the_exact_ledger_closes_its_books(checkpoint: Path, tmp_path: Path) -> None:
-    done: dict[str, Any] = {}
+    results = Results()
     with Ledger(mode="exact") as ledger:
-        infer.run(Plan.of(ask(checkpoint, cache="static")), ALONE, ledger, quiet(tmp_path, done))
+        infer.run(Plan.of(ask(checkpoint, cache="static")), ALONE, ledger, quiet(tmp_path, results))
     assert ledger.allocator.unattributed == 0
     assert ledger.peak.bytes == ledger.allocator.peak
-    assert ledger.categories["kv_cache"].peak == done["inference"]["kv_reserved"] > 0
+    assert ledger.categories["kv_cache"].peak == results.tree()["inference"]["kv_reserved"] > 0
     batches = [(phase.where.step, phase.where.phase) for phase in ledger.phases]
     assert [each for each in batches if each[1] in ("prefill", "decode")] == [
         (step, phase) for step in range(3) for phase in ("prefill", "decode")

@@ -7,6 +7,7 @@ from harness.generation import infer
 from harness.generation.infer import cut
 from harness.generation.metrics import Share, Timing, idleness, of_replicas
 from harness.model.kv_cache import KvBytes, of_groups, of_stages
+from harness.record.results import Idleness, Inference, Performance
 
 
 @pytest.mark.parametrize("groups", range(1, 9))
@@ -42,25 +43,19 @@ def test_idle_is_what_a_stage_waited_of_all_its_replicas_seconds() -> None:
     last = [slowed, Timing(2, 20, 12, 2.0, 2.0, 3.0)]
     without = Share()
     assert idleness([Share(timings=first), without, Share(timings=last), without], Layout(4, 2), exact=1) == [
-        {"stage": 0, "busy_seconds": 3.0, "idle": 0.25},
-        {"stage": 1, "busy_seconds": 1.0, "idle": 0.75},
+        Idleness(stage=0, busy_seconds=3.0, idle=0.25),
+        Idleness(stage=1, busy_seconds=1.0, idle=0.75),
     ]
     two = [Share(timings=[Timing(1, 9, 9, 1.0, 1.0, waited)]) for waited in (0.5, 1.5)]
-    assert idleness(two, Layout(2), exact=0) == [{"stage": 0, "busy_seconds": 1.0, "idle": 0.5}]
+    assert idleness(two, Layout(2), exact=0) == [Idleness(stage=0, busy_seconds=1.0, idle=0.5)]
 
 
 def test_idleness_is_told_where_there_are_stages() -> None:
-    speed = {"tokens_per_second": 10.0, "time_to_first_token_seconds": 0.5}
-    done = {
-        "inference": {"new_tokens": 3, "kv_bytes_per_token": 1024, "cache": "dynamic"},
-        "performance": speed,
-    }
+    speed = Performance(tokens_per_second=10.0, time_to_first_token_seconds=0.5)
+    inference = Inference(new_tokens=3, kv_bytes_per_token=1024, cache="dynamic")
     lines: list[str] = []
-    infer._tell(lines.append, [], [], done)
+    infer._tell(lines.append, [], [], inference, speed)
     assert "idle" not in lines[-1]
-    stages = [
-        {"stage": 0, "busy_seconds": 1.0, "idle": 0.306},
-        {"stage": 1, "busy_seconds": 1.0, "idle": 0.0},
-    ]
-    infer._tell(lines.append, [], [], {**done, "performance": {**speed, "stages": stages}})
+    stages = [Idleness(stage=0, busy_seconds=1.0, idle=0.306), Idleness(stage=1, busy_seconds=1.0, idle=0.0)]
+    infer._tell(lines.append, [], [], inference, speed.plus(stages=stages))
     assert lines[-1] == "stage 0 idle 31%, stage 1 idle 0%"

@@ -12,7 +12,7 @@ from harness.config.load import Generation, Refusal, Settings
 from harness.config.rules.sources import generation_fields
 from harness.config.settings import Model
 from harness.config.strategy import Strategy, merged
-from harness.generation.generation_config import strategy_of
+from harness.generation.generation_config import as_record, strategy_of
 from harness.model import loader
 from harness.model.generation_defaults import fields_of
 
@@ -121,13 +121,13 @@ def test_the_command_line_wins_over_the_file_and_each_source_is_told(
 
 
 def test_what_is_moot_is_told_with_the_reason() -> None:
-    record = of({"use_cache": False, "temperature": 0.6, "num_beams": None}).as_record()
-    assert record["use_cache"] == {
+    record = as_record(of({"use_cache": False, "temperature": 0.6, "num_beams": None}))
+    assert record["use_cache"].tree() == {
         "value": False,
         "source": "checkpoint",
         "moot": "generation.cache= says how keys and values are kept",
     }
-    assert record["temperature"]["moot"] == "the likeliest token is taken whatever it is"
+    assert record["temperature"].moot == "the likeliest token is taken whatever it is"
     assert "num_beams" not in record
 
 

@@ -10,6 +10,7 @@ import torch
 
 from harness import Ledger
 from harness.ledger import NotSeen
+from harness.record.record_file import rank_record
 from tests.programs import PROGRAMS, alike
 
 for room in ("autograd", "compiled", "loops", "models", "tensors"):
@@ -53,6 +54,7 @@ def test_a_program_comes_to_the_same_and_the_books_close_or_say_what_they_lack(n
     books = ledger.allocator
     expected = (None, None) if name == "profiled" else (ledger.peak.bytes, 0)
     assert (books.peak, books.unattributed) == expected
+    assert rank_record(ledger, 0).allocator.peak == books.peak  # every figure is one that a record can have
 
 
 @pytest.mark.parametrize("name", [name for name in PROGRAMS if name not in COMPILED])

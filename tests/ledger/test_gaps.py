@@ -253,7 +253,7 @@ def test_what_torch_func_keeps_for_backward_is_not_known_to_be_saved() -> None:
         torch.func.grad(lambda rows: rows.exp().sum())(data())
     assert (ledger.saved, ledger.peak.saved, ledger.forwards) == (None, None, None)
     assert {phase.saved for phase in ledger.phases} == {None}
-    assert record_file.rank_record(ledger, 0)["peak"]["saved"] is None
+    assert record_file.rank_record(ledger, 0).peak.saved is None
 
 
 def test_a_tensor_that_has_no_storage_is_named_by_its_layout() -> None:

@@ -62,8 +62,10 @@ def test_the_line_that_made_a_storage_is_its_caller_s_and_only_on_request() -> N
     assert {holding.line for holding in asked.peak.holdings} == {f"{Path(__file__)}:{number}"}
     unasked, _ = made(lines=False)
     assert {holding.line for holding in unasked.peak.holdings} == {""}
-    assert all("line" in holding for holding in record_file.rank_record(asked, 0)["peak"]["holdings"])
-    assert not any("line" in holding for holding in record_file.rank_record(unasked, 0)["peak"]["holdings"])
+    assert all("line" in holding for holding in record_file.rank_record(asked, 0).tree()["peak"]["holdings"])
+    assert not any(
+        "line" in holding for holding in record_file.rank_record(unasked, 0).tree()["peak"]["holdings"]
+    )
 
 
 def test_what_is_saved_for_backward_has_a_peak_of_its_own() -> None:

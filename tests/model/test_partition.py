@@ -85,7 +85,7 @@ def test_the_bubble_is_what_the_schedule_leaves_empty(stages: int, micro_batches
     given = settings(
         f"world.size={stages}", f"pipeline.stages={stages}", f"train.accumulation={micro_batches}"
     )
-    assert as_record(given, [1] * stages)["bubble"] == bubble
+    assert as_record(given, [1] * stages).bubble == bubble
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,8 @@ from harness.model.plan import Plan
 from harness.model.tokenizer import of_bytes
 from harness.quantization import layouts, method
 from harness.record.record_file import Output
-from harness.record.schema import Model as Told
+from harness.record.results import Model as Told
+from harness.record.results import Results
 from harness.record.schema import parse
 from harness.rehearsal.one_rank import rehearse
 from harness.runtime.world import World
@@ -584,9 +585,9 @@ def test_every_page_of_a_gpu_says_which_kernels_it_has() -> None:
 # -- what runs ---------------------------------------------------------------------------------------------------------
 
 
-def ran(asked: Settings, directory: Path) -> tuple[Ledger, dict[str, Any]]:
-    """A real run of `asked` in this process: its ledger, and the record's parts."""
-    done: dict[str, Any] = {}
+def ran(asked: Settings, directory: Path) -> tuple[Ledger, Results]:
+    """A real run of `asked` in this process: its ledger and its results."""
+    done = Results()
     ledger = Ledger(device="cpu", steps=asked.ledger.steps)
     with ledger:
         infer.run(
@@ -609,9 +610,10 @@ def same_as_rehearsed(asked: Settings, directory: Path) -> dict[str, Any]:
     """Hold a real run of `asked` against its rehearsal, after the weights are read; the record's model."""
     ledger, done = ran(Settings(**{**vars(asked), "world": Asked()}), directory)
     books, told = rehearse(Plan.of(asked), 0)
-    assert done["model"] == told["model"]
+    assert done.model is not None
+    assert done.model == told.model
     assert ledger.allocator.unattributed == 0
-    rehearsed = {(each["phase"], each["step"], each["micro_batch"]): each for each in books["phases"]}
+    rehearsed = {(each["phase"], each["step"], each["micro_batch"]): each for each in books.tree()["phases"]}
     phases = [each for each in ledger.account().phases if each.where.phase in ("prefill", "decode")]
     assert len(phases) == 2
     for phase in phases:
@@ -620,7 +622,7 @@ def same_as_rehearsed(asked: Settings, directory: Path) -> dict[str, Any]:
         assert (phase.peak, phase.end) == (other["peak"], other["end"])
         assert phase.work is not None
         assert phase.work.flops == other["flops"]
-    return done["model"]  # type: ignore[no-any-return]
+    return done.model.tree()
 
 
 @pytest.mark.parametrize("kind", ["fp8", "mxfp4"])
@@ -729,12 +731,14 @@ def test_packed_weights_that_are_made_whole_at_the_first_forward_are_rehearsed_s
         generation=Generation(count=1, max_new_tokens=2),
     )
     books, done = rehearse(Plan.of(asked), 0)
-    held = {each["phase"]: each["categories"]["parameters"] for each in books["phases"]}
+    held = {each.phase: each.categories["parameters"] for each in books.phases}
     layer = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128
     scales = 2 * (layer // 32 * 2 + 7 * 16)  # and shapes
     ends = 2 * (2 * 384 * 64 + 5 * 64) + 2 * 8 * 4
-    assert done["model"]["quantization"]["whole"] == AT_FIRST
-    assert done["model"]["quantization"]["bytes"] == held["setup"] == 2 * layer // 2 + scales + ends
+    assert done.model is not None
+    assert done.model.quantization is not None
+    assert done.model.quantization.whole == AT_FIRST
+    assert done.model.quantization.bytes == held["setup"] == 2 * layer // 2 + scales + ends
     assert held["decode"] == 2 * layer * 2 + scales + ends
 
 

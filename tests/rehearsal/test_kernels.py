@@ -30,7 +30,7 @@ def differences(kind: str, device: Any, **more: Any) -> str:
     told = described(
         Plan.of(Settings(mode="infer", precision="bf16", model=model, hardware=hardware, world=world))
     )
-    return "\n".join(told["differences"])
+    return "\n".join(told.differences)
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def test_every_rank_is_stood_for_or_bounded_by_one_that_peaks_no_lower(
     size: int, words: tuple[str, ...]
 ) -> None:
     asked = plan(*words, size=size)
-    books = [rehearse(asked, rank)[0] for rank in range(size)]
+    books = [rehearse(asked, rank)[0].tree() for rank in range(size)]
     named = [rank for each in roles(asked) for rank in (*each.stands_for, *each.bounds)]
     assert sorted(named) == list(range(size))
     for each in roles(asked):
@@ -90,9 +90,9 @@ def test_ranks_that_one_stands_for_hold_what_it_holds(words: tuple[str, ...]) ->
     asked = plan(*words, size=5)
     (alone,) = roles(asked)
     assert alone.stands_for == tuple(range(5))
-    first = rehearse(asked, 0)[0]
+    first = rehearse(asked, 0)[0].tree()
     for rank in (1, 4):
-        other = rehearse(asked, rank)[0]
+        other = rehearse(asked, rank)[0].tree()
         for books in (first, other):
             for phase in books["phases"]:  # the last partition is padded, and less is copied into it
                 phase |= {"read": None, "written": None}
@@ -105,7 +105,7 @@ def test_rank_0_is_rehearsed_by_itself_where_it_alone_exports() -> None:
     for zero in (0, 1, 2, 3):
         asked = plan(f"zero={zero}", "train.export=true", size=4)
         assert next(each for each in roles(asked) if each.rank == 0).stands_for == (0,)
-    lead, other = (rehearse(plan("zero=3", "train.export=true"), rank)[0] for rank in (0, 1))
+    lead, other = (rehearse(plan("zero=3", "train.export=true"), rank)[0].tree() for rank in (0, 1))
     whole = [
         {phase["phase"]: phase["peak"] for phase in each["phases"]}["checkpoint"] for each in (lead, other)
     ]
@@ -117,14 +117,16 @@ def test_ranks_that_share_layers_are_alike_but_for_what_cannot_be_cut_evenly() -
     assert [each.stands_for for each in roles(plan(*shared, size=4))] == [(0, 1, 2, 3)]
     uneven = plan(*shared, *UNEVEN, size=4)
     assert [each.stands_for for each in roles(uneven)] == [(0, 2), (1, 3)]
-    held = [rehearse(uneven, rank)[0]["categories"]["parameters"]["end"] for rank in range(4)]
+    held = [rehearse(uneven, rank)[0].categories["parameters"].end or 0 for rank in range(4)]
     assert held[0] == held[2] == held[1] + 3 * 2 * 256 * 2  # of three matrices of two layers, a row in bf16
     assert held[1] == held[3]
 
 
 def test_a_gpu_that_shares_layers_holds_its_part_alone() -> None:
     words = ("mode=infer", "model=llama3-8b", "hardware=h100-sxm", "model.config.num_hidden_layers=2")
-    alone, shared = (rehearse(plan(*words, f"generation.tensor_parallel={ranks}"), 0)[0] for ranks in (1, 2))
+    alone, shared = (
+        rehearse(plan(*words, f"generation.tensor_parallel={ranks}"), 0)[0].tree() for ranks in (1, 2)
+    )
     norms = 5 * 4096 * 2
     (setup,) = [phase for phase in shared["phases"] if phase["phase"] == "setup"]
     whole = alone["categories"]["parameters"]["end"]
@@ -138,7 +140,7 @@ def test_ranks_with_prompts_of_other_lengths_are_rehearsed_apart(tmp_path: Path)
     file.write_text("\n".join(["a", "a", "a longer one", "a"] * 2))
     asked = plan("mode=infer", f"generation.prompts={file}", "generation.max_new_tokens=2", size=4)
     assert [each.stands_for for each in roles(asked)] == [(0, 1, 3), (2,)]
-    books = [rehearse(asked, rank)[0]["categories"] for rank in range(4)]
+    books = [rehearse(asked, rank)[0].categories for rank in range(4)]
     assert books[0] == books[1] == books[3] != books[2]
 
 
@@ -168,9 +170,9 @@ def test_doing_it_for_one_rank_changes_no_byte(
     monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], size: int, ranks: tuple[int, ...]
 ) -> None:
     asked = plan(*words, size=size)
-    quick = [rehearse(asked, rank)[0] for rank in ranks]
+    quick = [rehearse(asked, rank)[0].tree() for rank in ranks]
     monkeypatch.setattr(shims, "SHIMS", without(ONCE_A_RANK))
-    whole = [rehearse(asked, rank)[0] for rank in ranks]
+    whole = [rehearse(asked, rank)[0].tree() for rank in ranks]
     for key in ("peak", "categories", "phases"):
         assert [each[key] for each in quick] == [each[key] for each in whole]
 
@@ -392,7 +394,7 @@ def test_no_socket_is_opened_and_no_gpu_touched(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(socket, "socket", refuse)
     monkeypatch.setattr(torch.cuda, "_lazy_init", refuse)
     for words in (("zero=3",), ("zero=2", "hardware=h100-sxm")):
-        assert rehearse(plan(*words, size=1000), 999)[0]["peak"]["bytes"] > 0
+        assert rehearse(plan(*words, size=1000), 999)[0].tree()["peak"]["bytes"] > 0
 
 
 # -- values ------------------------------------------------------------------------------------------------------------
@@ -585,11 +587,11 @@ def test_what_is_offloaded_is_on_the_host_and_not_on_the_gpu(
     words = (f"zero={stage}", f"train.accumulation={accumulation}", "hardware=h100-sxm")
     kept, _ = rehearse(plan(*words), 0)
     record, _ = rehearse(plan(*words, f"zero.offload={offload}"), 0)
-    assert kept["categories"]["optimizer"]["end"] > 0
-    assert record["categories"]["optimizer"]["end"] == 0
+    assert kept.categories["optimizer"].end
+    assert record.categories["optimizer"].end == 0
     persistent = "zero.persistence_threshold=0"  # or small parameters stay, offloaded or not
     whole, _ = rehearse(plan(*words, f"zero.offload={offload}", persistent), 0)
-    on_gpu = whole["categories"]["parameters"]["end"]
+    on_gpu = whole.categories["parameters"].end
     buffers = 512 * 2  # rotary frequencies, which nothing shards
     assert (on_gpu == buffers) == (offload == "all")
 
@@ -597,5 +599,5 @@ def test_what_is_offloaded_is_on_the_host_and_not_on_the_gpu(
 def test_no_device_holds_a_zero_3_model_whole() -> None:
     words = ("zero=3", "hardware=h100-sxm", "model=small", "zero.reduce_bucket_size=100000")
     record, done = rehearse(plan(*words, size=64), 0)
-    setup = next(phase for phase in record["phases"] if phase["phase"] == "setup")
-    assert setup["peak"] < 2 * done["model"]["parameters"]  # bytes of all of them in bf16
+    setup = next(phase for phase in record.tree()["phases"] if phase["phase"] == "setup")
+    assert setup["peak"] < 2 * done.tree()["model"]["parameters"]  # bytes of all of them in bf16

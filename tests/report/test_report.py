@@ -15,6 +15,7 @@ import pytest
 from harness.__main__ import main
 from harness.record import trace
 from harness.record.record_file import FILE, read, write
+from harness.record.schema import parse
 from harness.report import PAGE, points
 
 TINY = "model=tiny hardware=cpu world=rehearsed world.size=2 model.config.num_hidden_layers=2"
@@ -45,7 +46,7 @@ def changed(run: Path, directory: Path, change: Callable[[dict[str, Any]], objec
     record = read(run)
     change(record)
     directory.mkdir()
-    write(directory, record)
+    write(directory, parse(record, "it"))
     return directory
 
 

@@ -1,5 +1,6 @@
 """The page in a browser: it opens without an error, and what a person points at, chooses or types is answered."""
 
+import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from selenium.webdriver.support.ui import Select, WebDriverWait
 
 from harness.__main__ import main
 from harness.record import trace
-from harness.record.record_file import read, write
+from harness.record.record_file import FILE, read
 from harness.report import PAGE
 from tests.report.test_report import HOSTILE, INFER, TRAIN, changed, report
 
@@ -44,7 +45,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     record = read(home / "infer")
     record["model"]["name"] = HOSTILE
     record["ranks"][0]["peak"]["where"]["module"] = HOSTILE
-    write(home / "infer", record)
+    (home / "infer" / FILE).write_text(json.dumps(record))
     table = trace.read(home / "infer", 0)
     assert table is not None
     hostile = pa.array([HOSTILE] * table.num_rows)

@@ -48,7 +48,7 @@ def test_of_several_ranks_on_other_hosts_none_is_accused(tmp_path: Path) -> None
     members = (HERE, os.getpid()), ("node-b", 7), ("node-b", 8), ("node-c", 7)
     found = failure.of(LOST, WHERE, tmp_path, world(*members))
     assert found is not None
-    assert found.as_record()["rank"] is None
+    assert found.rank is None
     assert found.sentence().startswith("a rank on another host failed: it was lost without a word")
     assert "(node-b, node-c)" in found.error
     assert failure.claim(tmp_path, failure.Word(None, found.sentence(), 3))

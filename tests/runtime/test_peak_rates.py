@@ -1,17 +1,20 @@
 """What a machine can do at most, by measurement and by page; and what phases took."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from harness.config import hardware_page
 from harness.config.compose import groups
+from harness.config.settings import Model
 from harness.ledger import Ledger
 from harness.ledger.events import Where
 from harness.ledger.timer import Times
 from harness.model.loader import sizes
-from harness.record import phase_times
+from harness.record import ceilings, phase_times
+from harness.record.results import Ceilings, Took
 from harness.runtime import peak_rates
 
 RATED = sorted(set(groups()["hardware"]) - {"auto", "cpu"})
@@ -27,9 +30,9 @@ def test_every_dtype_that_runs_has_both_rates(dtype: torch.dtype) -> None:
 
 
 def test_the_slowest_rank_is_the_ceiling_and_one_that_could_not_measure_leaves_none() -> None:
-    told = peak_rates.of_ranks([(3.0, 70.0), (2.0, 80.0)], "bfloat16")
-    assert told == {"source": "measured", "bandwidth": 2.0, "flops": 70.0, "dtype": "bfloat16"}
-    assert peak_rates.of_ranks([(3.0, None), (2.0, 80.0)], "float32")["flops"] is None
+    told = ceilings.of_ranks([(3.0, 70.0), (2.0, 80.0)], "bfloat16")
+    assert told == Ceilings(source="measured", bandwidth=2.0, flops=70.0, dtype="bfloat16")
+    assert ceilings.of_ranks([(3.0, None), (2.0, 80.0)], "float32").flops is None
 
 
 def test_what_cannot_be_tried_is_not_measured() -> None:
@@ -41,17 +44,17 @@ def test_what_cannot_be_tried_is_not_measured() -> None:
 @pytest.mark.parametrize("name", RATED)
 def test_a_page_gives_its_dense_rate_and_keeps_the_others_apart(name: str) -> None:
     hardware = hardware_page.named(name)
-    told = hardware_page.ceilings(hardware, "bfloat16")
+    told = ceilings.of_page(hardware, "bfloat16")
     assert told is not None
-    assert (told["source"], told["flops"]) == (name, hardware.flops_bf16)
+    assert (told.source, told.flops) == (name, hardware.flops_bf16)
     assert hardware.flops_bf16 is not None
     assert hardware.flops_bf16_sparse is not None
     assert hardware.flops_bf16_sparse == pytest.approx(2 * hardware.flops_bf16, rel=0.02)  # as vendors round
 
 
 def test_a_page_has_no_rate_of_what_it_does_not_say() -> None:
-    told = hardware_page.ceilings(hardware_page.named("h100-sxm"), "float32")
-    assert told == {"source": "h100-sxm", "bandwidth": 3.35e12, "flops": None, "dtype": "float32"}
+    told = ceilings.of_page(hardware_page.named("h100-sxm"), "float32")
+    assert told == Ceilings(source="h100-sxm", bandwidth=3.35e12, flops=None, dtype="float32")
     assert hardware_page.named("rtx4090").flops_fp16_accumulate == 3.303e14
 
 
@@ -67,11 +70,11 @@ def test_a_phase_s_seconds_are_the_median_step_of_the_slowest_rank() -> None:
         {"forward": {0: 9.0, 1: 4.0, 2: 6.0, 3: 5.0}, "only": {0: 7.0}},
     ]
     assert phase_times.of_ranks(taken, "off") == [
-        {"phase": "forward", "seconds": 5.0, "steps": 3, "rank": 1},
-        {"phase": "only", "seconds": 7.0, "steps": 1, "rank": 1},
+        Took(phase="forward", seconds=5.0, steps=3, rank=1),
+        Took(phase="only", seconds=7.0, steps=1, rank=1),
     ]
     assert phase_times.of_ranks([{"forward": {3: 2.0, 4: 4.0}}], "exact") == [
-        {"phase": "forward", "seconds": 3.0, "steps": 2, "rank": 0}
+        Took(phase="forward", seconds=3.0, steps=2, rank=0)
     ]
     assert phase_times.of_ranks([{}, {}], "exact") is None
 
@@ -118,6 +121,9 @@ def test_seconds_of_a_gpu_are_read_when_it_has_come_to_them(monkeypatch: pytest.
 
 def test_embeddings_are_tables_that_nothing_is_multiplied_by() -> None:
     table, head = torch.nn.Embedding(10, 4), torch.nn.Linear(4, 10, bias=False)
-    assert sizes(torch.nn.Sequential(table, head)) == {"parameters": 80, "embeddings": 40}
+    model: Any = torch.nn.Sequential(table, head)
+    counted = sizes(Model(name="two"), model, torch.float32)
+    assert (counted.parameters, counted.embeddings) == (80, 40)
     head.weight = table.weight
-    assert sizes(torch.nn.Sequential(table, head)) == {"parameters": 40, "embeddings": 0}
+    counted = sizes(Model(name="two"), model, torch.float32)
+    assert (counted.parameters, counted.embeddings) == (40, 0)

@@ -1,0 +1,165 @@
+"""The memory of one rank, in bytes. None: not measured."""
+
+from functools import cached_property
+
+from pydantic import Field
+
+from harness.ledger.categories import pattern
+from harness.record.fields import Bytes, Difference, Figures, Number, Operations, Part, Text
+
+
+class Place(Part):
+    """A phase of a run: its step, its name, its micro-batch."""
+
+    step: Number
+    phase: Text
+    micro_batch: Number
+
+    def __str__(self) -> str:
+        micro_batch = f" of micro-batch {self.micro_batch}" if self.micro_batch else ""
+        return f"step {self.step}, {self.phase}{micro_batch}"
+
+
+class Where(Place):
+    """A moment of a run. `module` was running, and `op` allocated the storage; empty: none."""
+
+    module: Text = ""
+    op: Text = ""
+
+
+class Named(Part):
+    """The bytes of a category under one name."""
+
+    category: Text
+    name: Text
+    bytes: Bytes
+
+
+class Holding(Named):
+    """Storages under one name: an owner's, or the module and operator that allocated them.
+
+    `line` is the source line that allocated them, where the ledger records lines.
+    """
+
+    storages: Number
+    line: Text = ""
+
+    @property
+    def pattern(self) -> str:
+        """The name with layer numbers replaced by `*`: `model.layers.*.mlp`."""
+        return pattern(self.name)
+
+
+class Peak(Part):
+    """The moment with the most live bytes, and their categories.
+
+    `saved` is the part of the activations that autograd keeps for backward, `recomputed` the part that is there again.
+    """
+
+    bytes: Bytes | None
+    where: Where | None
+    categories: dict[Text, Bytes | None]
+    saved: Bytes | None = None
+    recomputed: Bytes | None = None
+    holdings: list[Holding] | None = None
+
+
+class Category(Part):
+    """A category's own highest total, and its total at the end."""
+
+    peak: Bytes | None
+    end: Bytes | None
+
+
+class Phase(Part):
+    """The live bytes of a phase, at the most and at its end; by category at the most.
+
+    `saved` and `recomputed` are parts of the activations at the most, as at a `Peak`. `flops` are floating-point
+    operations, `read` and `written` the bytes that its operators move, `passes` the forward calls.
+    """
+
+    step: Number = 0
+    phase: Text = ""
+    micro_batch: Number = 0
+    peak: Bytes | None = None
+    end: Bytes | None = None
+    categories: dict[Text, Bytes | None]
+    saved: Bytes | None = None
+    recomputed: Bytes | None = None
+    flops: Operations | None = None
+    read: Operations | None = None
+    written: Operations | None = None
+    passes: Operations | None = None
+
+    @property
+    def moved(self) -> int | None:
+        """Bytes read and written."""
+        return None if self.read is None or self.written is None else self.read + self.written
+
+
+class Forwards(Part):
+    """The most forwards that waited for their backward at once. `stashes`: each one's saved bytes, the oldest first."""
+
+    alive: Number
+    bytes: Bytes
+    stashes: list[Bytes] = Field(default_factory=list)
+    where: Where | None = None
+
+
+class Allocator(Part):
+    """The allocator's own count, its unexplained part, and externally owned bytes outside the ledger's figures."""
+
+    source: Text | None = None
+    peak: Bytes | None
+    unattributed: Difference | None
+    foreign: Bytes | None = None
+
+
+class Rank(Part):
+    """The record of one rank, of a pipeline `stage` and with a `share` of each of its layers.
+
+    In a rehearsal it also `stands_for` equal ranks, and `bounds` ranks with no more bytes; `why` says why it was
+    chosen. `unseen` names what the ledger did not see.
+    """
+
+    rank: Number
+    stage: Number = 0
+    share: Number = 0
+    stands_for: list[Number] = Field(default_factory=list)
+    peak: Peak
+    categories: dict[Text, Category]
+    phases: list[Phase] = Field(default_factory=list)
+    forwards: Forwards | None = None
+    allocator: Allocator
+    unseen: list[Text] = Field(default_factory=list)
+    bounds: list[Number] = Field(default_factory=list)
+    why: Text = ""
+
+    @property
+    def numbers(self) -> list[int]:
+        """The ranks for which this record stands."""
+        return self.stands_for or [self.rank]
+
+    @cached_property
+    def highest(self) -> Figures:
+        """Each category's own peak, at any moment."""
+        return {name: category.peak for name, category in self.categories.items()}
+
+    @cached_property
+    def seen(self) -> Figures:
+        """The most of each category in any one phase: a lower bound where the peaks were not measured."""
+        most: dict[str, int | None] = {}
+        for phase in self.phases:
+            for name, nbytes in phase.categories.items():
+                if nbytes is not None:
+                    most[name] = max(nbytes, most.get(name) or 0)
+        return most
+
+
+UNHEARD = Rank(
+    rank=0,
+    peak=Peak(bytes=None, where=None, categories={}),
+    categories={},
+    allocator=Allocator(peak=None, unattributed=None),
+)
+"""The record of a rank that left none: nothing was measured."""
