@@ -19,13 +19,14 @@ from harness.__main__ import main
 from harness.config.compose import compose
 from harness.config.load import Settings, load
 from harness.ledger import Ledger
+from harness.ledger.patch import DoesNotFit, Patch
 from harness.record import record_file
 from harness.rehearsal import UNVERIFIED, one_rank, shims, zero_shims
 from harness.rehearsal.fake_mode import Fakes
 from harness.rehearsal.known_values import UNKNOWN, Values
 from harness.rehearsal.one_rank import GPU_BLOCK, rehearse
 from harness.rehearsal.representatives import roles
-from harness.rehearsal.shims import ONCE_A_RANK, Shim, shimmed
+from harness.rehearsal.shims import ONCE_A_RANK, shimmed
 
 TINY = ("hardware=cpu", "precision=bf16", "model.attention=sdpa", "model.config.num_hidden_layers=2")
 TRAIN = (
@@ -146,7 +147,7 @@ def test_ranks_with_prompts_of_other_lengths_are_rehearsed_apart(tmp_path: Path)
 # -- what works once for every rank, done for one ----------------------------------------------------------------------
 
 
-def without(reason: str) -> tuple[Shim, ...]:
+def without(reason: str) -> tuple[Patch, ...]:
     return tuple(shim for shim in shims.SHIMS if shim.reason != reason)
 
 
@@ -258,20 +259,15 @@ def test_a_larger_world_takes_no_more_operators(operators: Callable[[Settings, i
 
 
 def test_every_shim_finds_its_place() -> None:
-    for shim in (*shims.SHIMS, *shims.GPU_SHIMS):
-        assert hasattr(shims._find(shim.owner), shim.attribute), shim
     before = places()
     with shimmed(gpu=True):
         assert all(now is not before[key] for key, now in places().items())
     assert places() == before
 
 
-def places() -> dict[tuple[str, str], Any]:
+def places() -> dict[str, Any]:
     """What is where a shim goes: in the owner itself, None where it inherits it."""
-    return {
-        (shim.owner, shim.attribute): vars(shims._find(shim.owner)).get(shim.attribute)
-        for shim in (*shims.SHIMS, *shims.GPU_SHIMS)
-    }
+    return {shim.name: vars(shim.place()).get(shim.attribute) for shim in (*shims.SHIMS, *shims.GPU_SHIMS)}
 
 
 def takes_nothing(original: Any) -> Any:
@@ -281,24 +277,21 @@ def takes_nothing(original: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("owner", "attribute", "said"),
     [
-        (Shim("torch.nn.Module", "_gone", "a reason", takes_nothing), "it is not there"),
-        (
-            Shim("torch.nn.Module", "_apply", "a reason", takes_nothing),
-            r"it takes \('self', 'fn', 'recurse'\)",
-        ),
-        (Shim("torch.nn.NoSuchModule", "_apply", "a reason", takes_nothing), "it is not there"),
+        ("torch.nn.Module", "_gone", "it is not there"),
+        ("torch.nn.Module", "_apply", r"it takes \('self', 'fn', 'recurse'\), not \(\)"),
+        ("torch.nn.NoSuchModule", "_apply", "it is not there"),
     ],
     ids=["missing", "other arguments", "no owner"],
 )
 def test_a_shim_that_does_not_fit_is_named_and_leaves_nothing_replaced(
-    monkeypatch: pytest.MonkeyPatch, wrong: Shim, said: str
+    monkeypatch: pytest.MonkeyPatch, owner: str, attribute: str, said: str
 ) -> None:
-    before = places()
+    before, wrong = places(), Patch(owner, attribute, "of a reason", ("2.13",), takes_nothing)
     monkeypatch.setattr(shims, "SHIMS", (*shims.SHIMS, wrong))
     with pytest.raises(
-        RuntimeError, match=f"replaces {wrong.owner}.{wrong.attribute}, for a reason; .*{said}"
+        DoesNotFit, match=rf"{owner}.{attribute} is replaced because of a reason; in torch 2\.\S+ {said}"
     ):
         rehearse(settings(), 0)
     monkeypatch.undo()
