@@ -9,7 +9,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -184,7 +184,7 @@ def arguments(function: Any) -> Arguments | None:
     """
     bound = ismethod(function) or isinstance(function, classmethod) or isclass(function)
     function = function.__init__ if isclass(function) else getattr(function, "__func__", function)
-    while hasattr(function, "__wrapped__"):
+    while isfunction(function) and hasattr(function, "__wrapped__"):
         function = function.__wrapped__
     if not isfunction(function):
         return None
@@ -201,8 +201,11 @@ def _of_code(code: CodeType, bound: bool) -> Arguments:
 
 def _decorated(function: Any) -> Any:
     """The function inside DeepSpeed's tracing decorator, which accepts anything. None if there is none."""
-    contents = [cell.cell_contents for cell in function.__closure__ or ()]
-    return next((each for each in contents if isfunction(each)), None)
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):  # an empty cell
+            if isfunction(cell.cell_contents):
+                return cell.cell_contents
+    return None
 
 
 class _Layer:
@@ -240,9 +243,7 @@ def _undo(layer: _Layer) -> None:
             del _layers[id(layer.place), layer.attribute]
         if layer.before is not _ABSENT:
             _set(layer.place, layer.attribute, layer.before)
-        elif isinstance(layer.place, dict):
-            del layer.place[layer.attribute]
-        else:
+        elif _own(layer.place, layer.attribute) is not _ABSENT:  # the program may have deleted it
             delattr(layer.place, layer.attribute)
 
 

@@ -6,6 +6,7 @@ import random
 import socket
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +28,7 @@ from harness.rehearsal.known_values import UNKNOWN, Values
 from harness.rehearsal.one_rank import GPU_BLOCK, rehearse
 from harness.rehearsal.representatives import roles
 from harness.rehearsal.shims import ONCE_A_RANK, shimmed
+from harness.training import engine, pipeline_engine
 
 TINY = ("hardware=cpu", "precision=bf16", "model.attention=sdpa", "model.config.num_hidden_layers=2")
 TRAIN = (
@@ -295,6 +297,27 @@ def test_a_shim_that_does_not_fit_is_named_and_leaves_nothing_replaced(
     ):
         rehearse(settings(), 0)
     monkeypatch.undo()
+    assert places() == before
+
+
+@pytest.mark.parametrize(
+    ("room", "attribute", "words"),
+    [
+        (engine, "deepspeed_shm_comm", ("zero=1",)),
+        (pipeline_engine, "_INSTRUCTION_MAP", ("pipeline.stages=2",)),
+        (pipeline_engine, "get_tied_weights_and_groups", ("pipeline.stages=2",)),
+    ],
+)
+def test_a_patch_of_the_engine_that_does_not_fit_is_named(
+    monkeypatch: pytest.MonkeyPatch, room: Any, attribute: str, words: tuple[str, ...]
+) -> None:
+    (name,) = (name for name in room.PATCHES if name.endswith(attribute))
+    monkeypatch.setitem(room.PATCHES, name, replace(room.PATCHES[name], attribute="_gone"))
+    before = places()
+    with pytest.raises(
+        DoesNotFit, match=f"_gone is replaced because {room.PATCHES[name].reason}; in deepspeed"
+    ):
+        rehearse(settings(*words), 0)
     assert places() == before
 
 
