@@ -127,7 +127,7 @@ def process_world() -> tuple[Patch, ...]:
     from deepspeed.utils import groups
 
     names = [name for name, value in vars(groups).items() if name.startswith("_") and name.isupper()]
-    names = ["mesh_device", *(name for name in names if not isinstance(getattr(groups, name), str))]
+    names = ["mesh_device", "mpu", *(name for name in names if not isinstance(getattr(groups, name), str))]
     return (
         Patch(
             "accelerate.state.PartialState",

@@ -343,6 +343,8 @@ def state() -> dict[str, Any]:
     """What else of the process a rehearsal must leave alone."""
     import os
 
+    from deepspeed.utils import groups
+
     return {
         "environment": dict(os.environ),
         "initialized": dist.is_initialized(),
@@ -354,6 +356,7 @@ def state() -> dict[str, Any]:
         "modes": torch._C._len_torch_dispatch_stack(),
         "hook": sys.excepthook,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "groups": {name: each for name, each in vars(groups).items() if not callable(each)},
     }
 
 
@@ -373,7 +376,9 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
 
 @pytest.mark.parametrize("fails", [False, True], ids=["done", "raised"])
-@pytest.mark.parametrize("words", [("zero=2",), ("zero=3",), ("zero=1", "hardware=h100-sxm")], ids=",".join)
+@pytest.mark.parametrize(
+    "words", [("zero=2",), ("zero=3",), ("zero=1", "hardware=h100-sxm"), ("pipeline.stages=2",)], ids=",".join
+)
 def test_all_is_as_it_was_after_a_rehearsal(
     broken: Callable[[], None], monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], fails: bool
 ) -> None:
