@@ -14,6 +14,20 @@ from harness.config.strategy import Strategy
 from harness.generation.batch import PADDING, Requests
 from harness.generation.choosing import Choose, bends, chooser
 from harness.ledger import Ledger
+from harness.ledger.patch import TRANSFORMERS, DoesNotFit, Patch, install, table
+
+_RUNNER = "transformers.generation.continuous_batching.model_runner.ModelRunner"
+_SAMPLE = f"{_RUNNER}._sample"
+
+PATCHES = table(
+    Patch(
+        _RUNNER,
+        "_sample",
+        "transformers drops most logits processors, and samples for all requests at once",
+        TRANSFORMERS,
+        stays="as long as the batch processor lives",
+    )
+)
 
 
 class Choosers:
@@ -27,10 +41,11 @@ class Choosers:
         self._each: dict[int, tuple[torch.Tensor, Choose]] = {}
         if strategy.processed or strategy.samples:
             runner: Any = getattr(processor, "model_runner", None)
-            if not hasattr(runner, "_sample"):
+            try:
+                install(PATCHES[_SAMPLE].by(lambda _: self._sample, runner))
+            except DoesNotFit as error:
                 remedy = f"the transformers here chooses tokens in another place; use {STATIC}"
-                raise Refusal("generation.batching", "continuous", remedy)
-            runner._sample = self._sample
+                raise Refusal("generation.batching", "continuous", remedy) from error
 
     def leave(self, state: Any) -> None:
         """Drop the chooser of a request that has ended."""

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from harness.ledger.replaced import replaced
+from harness.ledger.patch import DoesNotFit, patched
+from harness.ledger.patch_table import PATCHES
 from harness.ledger.unseen import Unseen
 
 _silenced_before = False
@@ -60,7 +61,10 @@ class CpuAllocator:
 
     @contextmanager
     def giving_way(self, unseen: Unseen) -> Iterator[None]:
-        """Inside this context a profiler that the program starts replaces this one, as it runs without a ledger."""
+        """Inside this context a profiler that the program starts replaces this one, as it runs without a ledger.
+
+        Where a patch does not fit, this one ends at once: the program's would fail.
+        """
 
         def stopping_ours(start: Callable[..., Any]) -> Callable[..., Any]:
             def start_theirs(*args: Any, **kwargs: Any) -> Any:
@@ -71,11 +75,14 @@ class CpuAllocator:
 
             return start_theirs
 
+        names = "_prepare_profiler", "_enable_profiler", "_enable_profiler_legacy"
+        patches = [PATCHES[f"torch.autograd.profiler.{name}"].by(stopping_ours) for name in names]
         with ExitStack() as undo:
-            for name in ("_prepare_profiler", "_enable_profiler", "_enable_profiler_legacy"):
-                start = getattr(torch.autograd.profiler, name, None)
-                if start is not None:
-                    undo.enter_context(replaced(torch.autograd.profiler, name, stopping_ours(start)))
+            try:
+                undo.enter_context(patched(*patches))
+            except DoesNotFit as error:
+                self.stop()
+                unseen.leave_out(error, "allocator", "the allocator's own peak is not measured")
             yield
 
     def stop(self) -> list[Allocation] | None:

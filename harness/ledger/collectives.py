@@ -6,6 +6,9 @@ from typing import Any
 import torch
 from torch.distributed.nn import functional
 
+from harness.ledger.patch import install
+from harness.ledger.patch_table import PATCHES
+
 
 def settle(arguments: Any) -> None:
     """Wait until the process group among a collective's `arguments` has released its references to their tensors.
@@ -42,7 +45,13 @@ def release_default_group() -> None:
     """
     for function in vars(functional).values():
         if isinstance(function, FunctionType) and function.__defaults__:
-            function.__defaults__ = tuple(
-                None if isinstance(default, torch.distributed.ProcessGroup) else default
-                for default in function.__defaults__
-            )
+            install(_DEFAULTS.by(_without_groups, function))
+
+
+_DEFAULTS = PATCHES["torch.distributed.nn.functional.all_reduce.__defaults__"]
+
+
+def _without_groups(defaults: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(
+        None if isinstance(default, torch.distributed.ProcessGroup) else default for default in defaults
+    )

@@ -14,17 +14,15 @@ from typing import Any
 
 import torch
 import torch._dynamo.eval_frame as dynamo
-import torch._functorch._aot_autograd.runtime_wrappers as aot
-import torch.export._trace as export
 from torch._C._dynamo import eval_frame as frames
-from torch._dynamo import convert_frame
 
 from harness.ledger.collectives import release_default_group
 from harness.ledger.events import Operator
 from harness.ledger.log import Log
 from harness.ledger.modules import Mark, Modules, in_backward
+from harness.ledger.patch import patched
+from harness.ledger.patch_table import PATCHES
 from harness.ledger.phases import Phases
-from harness.ledger.replaced import replaced
 from harness.ledger.roster import Roster
 from harness.ledger.saving import (
     NOT_SAVED,
@@ -50,6 +48,8 @@ RESULT = "result"
 
 _CALLBACK_SETTERS = ("set_eval_frame", "_maybe_set_eval_frame", "_callback_from_stance")
 """The functions through which the wrapper sets Dynamo's frame callback, and the names of our stand-ins for them."""
+
+_RUNTIME = "torch._functorch._aot_autograd.runtime_wrappers"
 
 NOT_SEEN = (
     "its operators are not seen one by one. What it makes and lets go of is kernel where the allocator is heard, and "
@@ -86,7 +86,7 @@ class Compiled:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Find the regions inside this context, also those of programs compiled before it."""
+        """Find the regions inside this context, also those of programs compiled before it. Raises DoesNotFit."""
         entries = (
             unpack,
             Log._storage_freed,
@@ -97,25 +97,22 @@ class Compiled:
         )
         for entry in entries:  # they are called also while Dynamo inspects frames
             pass_over(entry, with_callees=True)
-        set_eval_frame: Any = dynamo.set_eval_frame  # type: ignore[attr-defined]
-        autograd, stand_in = (
-            torch._C._dynamo.compiled_autograd,
-            self._stand_in_for_set_eval_frame(set_eval_frame),
-        )
+        set_eval_frame: Any = getattr(dynamo, "set_eval_frame", None)
+        stand_in = self._stand_in_for_set_eval_frame(set_eval_frame)
+        replacements: dict[str, Callable[[Any], Any]] = {
+            "torch._dynamo.eval_frame.set_eval_frame": lambda _: stand_in,
+            "torch._dynamo.eval_frame._maybe_set_eval_frame": lambda real: (
+                stand_in if real is set_eval_frame else real
+            ),
+            "torch._dynamo.eval_frame._callback_from_stance": self._stand_in_for_stance,
+            f"{_RUNTIME}.call_func_at_runtime_with_args": self._stand_in_for_graph_call,
+            "torch._C._dynamo.compiled_autograd.set_autograd_compiler": self._stand_in_for_autograd_compiler,
+            "torch._dynamo.convert_frame.fullgraph_capture": self._stand_in_for_capture,
+            "torch.export._trace._export": self._stand_in_for_capture,
+        }
         with ExitStack() as undo:
             undo.callback(self._forget)
-            undo.enter_context(replaced(dynamo, "set_eval_frame", stand_in))
-            if dynamo._maybe_set_eval_frame is set_eval_frame:
-                undo.enter_context(replaced(dynamo, "_maybe_set_eval_frame", stand_in))
-            for owner, name, wrap in (
-                (dynamo, "_callback_from_stance", self._stand_in_for_stance),
-                (aot, "call_func_at_runtime_with_args", self._stand_in_for_graph_call),
-                (autograd, "set_autograd_compiler", self._stand_in_for_autograd_compiler),
-                (convert_frame, "fullgraph_capture", self._stand_in_for_capture),
-                (export, "_export", self._stand_in_for_capture),
-            ):
-                if hasattr(owner, name):
-                    undo.enter_context(replaced(owner, name, wrap(getattr(owner, name))))
+            undo.enter_context(patched(*(PATCHES[name].by(to) for name, to in replacements.items())))
             yield
 
     def _forget(self) -> None:

@@ -3,14 +3,15 @@
 import os
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from harness.ledger.log import Log, another_thread
-from harness.ledger.replaced import replaced
+from harness.ledger.patch import patched
+from harness.ledger.patch_table import PATCHES
 from harness.ledger.unseen import Unseen
 
 _OPEN_LOGS: "weakref.WeakSet[Log]" = weakref.WeakSet()
@@ -46,29 +47,42 @@ class _Elsewhere(TorchDispatchMode):
 
 @contextmanager
 def watching_threads(log: Log) -> Iterator[None]:
-    """Report threads that are started inside this context. In a forked child, stop the log."""
-    start = threading.Thread.start
+    """Report threads that are started inside this context."""
 
-    def start_observed(thread: threading.Thread) -> None:
-        if log.here():
-            run, own_run = thread.run, vars(thread).get("run")
+    def observing(start: Callable[[threading.Thread], None]) -> Callable[[threading.Thread], None]:
+        def start_observed(self: threading.Thread) -> None:
+            if log.here():
+                _observe(self, log)
+            start(self)
 
-            def run_observed() -> None:
-                vars(thread).pop("run", None)
-                if own_run is not None:
-                    thread.run = own_run  # type: ignore[method-assign]
-                if not log.recording:
-                    return run()
-                with _Elsewhere(log.unseen):
-                    return run()
+        return start_observed
 
-            thread.run = run_observed  # type: ignore[method-assign]
-        start(thread)
+    with patched(PATCHES["threading.Thread.start"].by(observing)):
+        yield
 
+
+def _observe(thread: threading.Thread, log: Log) -> None:
+    """Report to `log` the first operator of `thread`, which is about to start."""
+    run, own_run = thread.run, vars(thread).get("run")
+
+    def run_observed() -> None:
+        vars(thread).pop("run", None)
+        if own_run is not None:
+            thread.run = own_run  # type: ignore[method-assign]
+        if not log.recording:
+            return run()
+        with _Elsewhere(log.unseen):
+            return run()
+
+    thread.run = run_observed  # type: ignore[method-assign]
+
+
+@contextmanager
+def watching_forks(log: Log) -> Iterator[None]:
+    """Stop the log in a child that is forked inside this context."""
     _OPEN_LOGS.add(log)
     try:
-        with replaced(threading.Thread, "start", start_observed):
-            yield
+        yield
     finally:
         _OPEN_LOGS.discard(log)
 

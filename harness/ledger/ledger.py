@@ -17,6 +17,8 @@ from harness.ledger.in_flight import Forwards, most_saved
 from harness.ledger.instruments import Instruments
 from harness.ledger.log import Log
 from harness.ledger.modules import Modules
+from harness.ledger.patch import DoesNotFit
+from harness.ledger.patch_table import import_owners
 from harness.ledger.phases import Phases
 from harness.ledger.reconcile import Books
 from harness.ledger.replay import Category, Peak, Phase
@@ -24,6 +26,8 @@ from harness.ledger.roster import Roster
 from harness.ledger.timer import Times
 from harness.ledger.unseen import Gap, Unseen
 from harness.ledger.work import Work
+
+import_owners()
 
 MODES = ("exact", "phases", "off")
 
@@ -324,9 +328,21 @@ class Ledger:
         try:
             self._roster.open()
             self._instruments.open(*watchers)
+        except DoesNotFit as error:
+            self._give_up(error)
         except BaseException:
             self._stop()
             raise
+
+    def _give_up(self, error: DoesNotFit) -> None:
+        """Measure nothing exactly, because a compiler would meet the instruments."""
+        self._instruments.close()
+        if self._allocator is not None:
+            self._allocator.stop()
+        self.exact = False
+        self._unseen.leave_out(
+            error, "all", "nothing is measured exactly, as a compiler would see the ledger"
+        )
 
     def _finish(self) -> None:
         try:

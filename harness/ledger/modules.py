@@ -12,7 +12,8 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils.hooks import RemovableHandle
 
 from harness.ledger.log import Log
-from harness.ledger.replaced import replaced
+from harness.ledger.patch import patched
+from harness.ledger.patch_table import PATCHES
 from harness.ledger.tensors import tensors_in
 
 _LEDGER_HOOKS: set[int] = set()
@@ -60,7 +61,9 @@ class Modules:
         hook_ids = {before.id, after.id}
         _LEDGER_HOOKS.update(hook_ids)
         try:
-            with replaced(module, "_has_any_global_hook", _has_other_hooks):
+            with patched(
+                PATCHES["torch.nn.modules.module._has_any_global_hook"].by(lambda _: _has_other_hooks)
+            ):
                 yield
         finally:
             before.remove()

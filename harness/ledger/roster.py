@@ -15,6 +15,7 @@ from harness.ledger.categories import CATEGORIES
 from harness.ledger.log import RANK, Log
 from harness.ledger.modules import Modules, original
 from harness.ledger.observers import watch_offloaded_cache
+from harness.ledger.patch import DoesNotFit
 from harness.ledger.tensors import device_of, parts_of, storage_of, tensors_in, without_torch_function
 
 OWNED_CATEGORIES = ("parameters", "gathered", "gradients", "optimizer", "kv_cache", "communication")
@@ -60,7 +61,7 @@ class Roster:
             self._owners[id(engine)] = new[-1]
         if cache is not None:
             if id(cache) not in self._caches and getattr(cache, "offloading", False):
-                watch_offloaded_cache(cache, self.claim)
+                self._watch_offloaded(cache)
             new.append(partial(owners.cache_claims, cache))
             self._caches[id(cache)] = new[-1]
         if self._log.recording:
@@ -68,6 +69,13 @@ class Roster:
                 for claim in claims():
                     self._log.claim(*claim, base=True)
         self.walk()
+
+    def _watch_offloaded(self, cache: Any) -> None:
+        try:
+            watch_offloaded_cache(cache, self.claim)
+        except DoesNotFit as error:
+            consequence = "what an offloaded cache has on the device is not named"
+            self._log.unseen.leave_out(error, "storages", consequence)
 
     @without_torch_function
     def disown(self, owner: Any) -> None:

@@ -3,15 +3,14 @@
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from torch.autograd import graph
-from torch.autograd.function import BackwardCFunction
 
 from harness.ledger.log import Log
-from harness.ledger.replaced import replaced
+from harness.ledger.patch import patched
+from harness.ledger.patch_table import PATCHES
 from harness.ledger.tensors import tensors_in, without_torch_function
 
 Hooks = tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]]
@@ -56,7 +55,9 @@ class Saving:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """See what is saved inside this context."""
+        """See what is saved inside this context. Raises DoesNotFit where the hooks would change the program."""
+        with self.sharing():
+            pass
         if _stack._saved_tensors_hooks_get_disabled_error_message() is not None:
             self._log.unseen.note("saved", "saved", NOT_SAVED)
             yield
@@ -90,51 +91,40 @@ class Saving:
 
     @contextmanager
     def sharing(self) -> Iterator[None]:
-        """Inside this context the program can enter hooks of its own, or forbid hooks, as without a ledger."""
-        enter, disable = graph.saved_tensors_hooks.__enter__, graph.disable_saved_tensors_hooks
+        """Inside this context the program can enter hooks of its own, or forbid hooks, as without a ledger.
 
-        def entered(hooks: Any) -> None:
-            if self._log.here() and not belong_to_checkpointing((hooks.pack_hook, hooks.unpack_hook)):
-                _push((self._reporting(hooks.pack_hook), hooks.unpack_hook))
-            else:
-                enter(hooks)
-
-        @contextmanager
-        def disabled(message: str) -> Iterator[None]:
-            if not self._log.here():
-                with disable(message):
-                    yield
-                return
-            self._log.unseen.note("saved", "saved", NOT_SAVED)
-            with self.aside(), disable(message):
-                yield
-
-        with (
-            replaced(graph.saved_tensors_hooks, "__enter__", entered),
-            replaced(graph, "disable_saved_tensors_hooks", disabled),
+        And a Python autograd function reads the tensors that it saved, with their attributes. Raises DoesNotFit.
+        """
+        with patched(
+            PATCHES["torch.autograd.graph.saved_tensors_hooks.__enter__"].by(self._entering),
+            PATCHES["torch.autograd.graph.disable_saved_tensors_hooks"].by(self._disabling),
+            PATCHES["torch.autograd.function.BackwardCFunction.saved_tensors"].by(_reading_originals),
         ):
             yield
 
-    @contextmanager
-    def returning_originals(self) -> Iterator[None]:
-        """Inside this context a Python autograd function reads the tensors it saved, with their attributes."""
-        saved_property: Any = BackwardCFunction.saved_tensors
+    def _entering(self, enter: Callable[[Any], None]) -> Callable[[Any], None]:
+        log, reporting = self._log, self._reporting
 
-        def saved_tensors(function: Any) -> Any:
-            outer_packs, _reading.unpacked = getattr(_reading, "unpacked", None), []
-            try:
-                unpacked, packs = saved_property.__get__(function), _reading.unpacked
-            finally:
-                _reading.unpacked = outer_packs
-            if len(packs) != sum(tensor is not None for tensor in unpacked):  # other hooks packed them
-                return unpacked
-            remaining = iter(packs)
-            return tuple(
-                None if tensor is None else _original(tensor, *next(remaining)) for tensor in unpacked
-            )
+        def entered(self: Any) -> None:
+            if log.here() and not belong_to_checkpointing((self.pack_hook, self.unpack_hook)):
+                _push((reporting(self.pack_hook), self.unpack_hook))
+            else:
+                enter(self)
 
-        with replaced(BackwardCFunction, "saved_tensors", property(saved_tensors)):
-            yield
+        return entered
+
+    def _disabling(self, disable: Callable[[str], AbstractContextManager[None]]) -> Callable[[str], Any]:
+        @contextmanager
+        def disabled(error_message: str) -> Iterator[None]:
+            if not self._log.here():
+                with disable(error_message):
+                    yield
+                return
+            self._log.unseen.note("saved", "saved", NOT_SAVED)
+            with self.aside(), disable(error_message):
+                yield
+
+        return disabled
 
     def _pack(self, tensor: torch.Tensor) -> Packed:
         if _function_modes() or type(tensor) not in _PLAIN_TYPES:
@@ -177,6 +167,21 @@ def unpack(packed: Packed) -> torch.Tensor:
     if (packs := getattr(_reading, "unpacked", None)) is not None:
         packs.append(packed)
     return tensor
+
+
+def _reading_originals(saved_property: Any) -> property:
+    def saved_tensors(function: Any) -> Any:
+        outer_packs, _reading.unpacked = getattr(_reading, "unpacked", None), []
+        try:
+            unpacked, packs = saved_property.__get__(function), _reading.unpacked
+        finally:
+            _reading.unpacked = outer_packs
+        if len(packs) != sum(tensor is not None for tensor in unpacked):  # other hooks packed them
+            return unpacked
+        remaining = iter(packs)
+        return tuple(None if tensor is None else _original(tensor, *next(remaining)) for tensor in unpacked)
+
+    return property(saved_tensors)
 
 
 def _original(unpacked: torch.Tensor, saved: torch.Tensor, version: int, output_text: str) -> torch.Tensor:

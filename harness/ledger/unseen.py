@@ -5,6 +5,8 @@ import warnings
 from dataclasses import dataclass
 from typing import Literal
 
+from harness.ledger.patch import DoesNotFit
+
 Figures = Literal["all", "storages", "saved", "allocator"]
 """The figures that a gap makes incomplete: all; those of storages but not the allocator's; the bytes saved for
 backward; or the allocator's own."""
@@ -33,6 +35,10 @@ class Unseen:
         """Record that `name` is not seen. Its first sentence stays."""
         if name not in self._gaps:
             self._gaps[name] = Gap(figures, sentence)
+
+    def leave_out(self, error: DoesNotFit, figures: Figures, consequence: str) -> None:
+        """Record that an instrument is left out, as one of its patches does not fit the installed package."""
+        self.note(error.patch, figures, f"{error}: {consequence}")
 
     def gaps(self) -> list[Gap]:
         """All gaps."""

@@ -17,9 +17,18 @@ from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from harness.config.settings import Refusal
+from harness.ledger.patch import TRANSFORMERS, Patch, patched, table
 from harness.model import init_weights
 
 KEY = "generation.tensor_parallel"
+
+_MODEL = "transformers.modeling_utils.PreTrainedModel"
+_ONE_GROUP = "transformers shares a model among all ranks, and here there may be several groups"
+
+PATCHES = table(
+    Patch(_MODEL, "prepare_distribute_model", _ONE_GROUP, TRANSFORMERS),
+    Patch(_MODEL, "maybe_distribute_model", _ONE_GROUP, TRANSFORMERS),
+)
 
 
 def outline(
@@ -66,21 +75,21 @@ def load(directory: Path, whole: PreTrainedModel, mesh: DeviceMesh, **options: A
     """
     kind = type(whole)
 
-    class Shared(kind):  # type: ignore[valid-type, misc]
-        @classmethod
-        def prepare_distribute_model(cls, distributed_config: Any, device_map: Any = None) -> Any:
-            return distributed_config, device_map, None
+    def prepare_distribute_model(distributed_config: Any, device_map: Any = None) -> Any:
+        return distributed_config, device_map, None
 
-        @classmethod
-        def maybe_distribute_model(cls, model: Any, distributed_config: Any, mesh_manager: Any) -> Any:
-            return shared(model, mesh)
+    def maybe_distribute_model(model: Any, distributed_config: Any, mesh_manager: Any) -> Any:
+        return shared(model, mesh)
 
-    # transformers looks up conversions of weights by these names
-    Shared.__name__, Shared.__module__ = (kind.__name__, kind.__module__)
-    loaded, report = Shared.from_pretrained(
-        directory, distributed_config=_distributed_config(mesh.size()), **options
-    )
-    loaded.__class__ = kind
+    with patched(
+        PATCHES[f"{_MODEL}.prepare_distribute_model"].by(
+            lambda _: staticmethod(prepare_distribute_model), kind
+        ),
+        PATCHES[f"{_MODEL}.maybe_distribute_model"].by(lambda _: staticmethod(maybe_distribute_model), kind),
+    ):
+        loaded, report = kind.from_pretrained(
+            directory, distributed_config=_distributed_config(mesh.size()), **options
+        )
     return loaded, report
 
 

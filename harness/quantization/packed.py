@@ -12,6 +12,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
+from harness.ledger.patch import TRANSFORMERS, Patch, install, table
+
+_EXPERTS = "transformers.integrations.finegrained_fp8.FP8Experts"
+
+PATCHES = table(
+    Patch(
+        _EXPERTS,
+        "forward",
+        "its products need kernels for packed weights",
+        TRANSFORMERS,
+        stays="as long as the layer, which is of a rehearsal",
+    )
+)
+
 
 @torch.library.custom_op("harness::packed_product", mutates_args=())
 def product(taken: Tensor, packed: list[Tensor], shape: list[int], flops: int) -> Tensor:
@@ -111,23 +125,25 @@ class FusedExperts(nn.Module):
 
 def group_products(experts: nn.Module) -> None:
     """Replace the products in transformers' `FP8Experts` by the stand-in; the rest is its grouped forward."""
-    experts.forward = MethodType(_grouped, experts)
+    install(PATCHES[f"{_EXPERTS}.forward"].by(lambda _: MethodType(_grouped, experts), experts))
 
 
-def _grouped(self: Any, hidden: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
-    """For T tokens [T, H], each with k `experts` [T, k] and their `weights`, to [T, H]; S = T k rows in between."""
-    tokens, top_k = experts.shape
-    rows, width, inner = tokens * top_k, hidden.shape[-1], self.intermediate_dim
-    order = torch.sort(experts.reshape(-1))[1]
-    selected = hidden[order // top_k]  # [S, H]
+def _grouped(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """For T tokens [T, H], each with k experts, `top_k_index` [T, k], and their `top_k_weights`, to [T, H]; S = T k
+    rows in between.
+    """
+    tokens, top_k = top_k_index.shape
+    rows, width, inner = tokens * top_k, hidden_states.shape[-1], self.intermediate_dim
+    order = torch.sort(top_k_index.reshape(-1))[1]
+    selected = hidden_states[order // top_k]  # [S, H]
     name, columns = ("gate_up_proj", 2 * inner) if self.has_gate else ("up_proj", inner)
     output = product(selected, _weight_and_scale(self, name), [rows, columns], 2 * rows * width * columns)
     output = self._apply_gate(output) if self.has_gate else self.act_fn(output)  # [S, I]
     output = product(output, _weight_and_scale(self, "down_proj"), [rows, width], 2 * rows * width * inner)
-    output = output * weights.reshape(-1)[order].to(output.dtype).unsqueeze(-1)
+    output = output * top_k_weights.reshape(-1)[order].to(output.dtype).unsqueeze(-1)
     output = output[torch.argsort(order)]
     summed: Tensor = output.view(tokens, top_k, width).sum(dim=1)
-    return summed.to(hidden.dtype)
+    return summed.to(hidden_states.dtype)
 
 
 def _weight_and_scale(experts: nn.Module, name: str) -> list[Tensor]:

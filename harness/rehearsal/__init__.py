@@ -1,7 +1,7 @@
 """Rehearsals: the run's own code on fake tensors, for ranks that do not exist.
 
-It may import all that a run imports. Start at `all_ranks.py`, then `one_rank.py`; `shims.py` lists what is replaced in
-torch, transformers and DeepSpeed, each with its reason.
+It may import all that a run imports. Start at `all_ranks.py`, then `one_rank.py`; `shims.py` lists what a rehearsal
+replaces in torch, transformers and DeepSpeed, each with its reason, and `every_patch.py` what all rooms replace.
 """
 
 from dataclasses import replace

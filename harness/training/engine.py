@@ -11,9 +11,21 @@ from transformers import PreTrainedModel
 
 from harness.config.load import Settings, Train
 from harness.ledger import Ledger
+from harness.ledger.patch import DATA, DEEPSPEED, Patch, install, table
 from harness.model import activation_checkpointing
 from harness.model.init_weights import lasting
 from harness.runtime.world import World
+
+PATCHES = table(
+    Patch(
+        "deepspeed.ops.__compatible_ops__",
+        "deepspeed_shm_comm",
+        "DeepSpeed would compile this operator, which no run uses",
+        DEEPSPEED,
+        unchecked=DATA,
+        stays="for the life of the process",
+    )
+)
 
 
 def deepspeed_config(settings: Settings, dp_size: int) -> dict[str, Any]:
@@ -177,7 +189,7 @@ def import_deepspeed(world: World) -> Any:
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    install(PATCHES["deepspeed.ops.__compatible_ops__.deepspeed_shm_comm"].by(lambda _: False))
     backend = "nccl" if world.device.type == "cuda" else "gloo"
     deepspeed.init_distributed(dist_backend=backend, dist_init_required=False)
     return deepspeed

@@ -12,11 +12,41 @@ from transformers import PreTrainedModel
 
 from harness.config.load import Settings
 from harness.ledger import Ledger
+from harness.ledger.patch import DATA, DEEPSPEED, Patch, install, table
 from harness.model import activation_checkpointing
 from harness.model.partition import ranges
 from harness.model.stage import Stage, parts
 from harness.runtime.world import World
 from harness.training.engine import adamw, deepspeed_config, import_deepspeed, set_rate
+
+_ENGINE = "deepspeed.runtime.pipe.engine.PipelineEngine"
+_MODULE = "deepspeed.runtime.pipe.module.PipelineModule"
+_STAYS = "as long as the engine lives"
+
+PATCHES = table(
+    Patch(
+        _ENGINE,
+        "_INSTRUCTION_MAP",
+        "each instruction belongs to a phase of the ledger",
+        DEEPSPEED,
+        unchecked=DATA,
+        stays=_STAYS,
+    ),
+    Patch(
+        _ENGINE,
+        "_aggregate_total_loss",
+        "the mean of the loss belongs to the step",
+        DEEPSPEED,
+        stays=_STAYS,
+    ),
+    Patch(
+        _MODULE,
+        "get_tied_weights_and_groups",
+        "a stage is one layer to DeepSpeed, which finds no tied weights in it",
+        DEEPSPEED,
+        stays=_STAYS,
+    ),
+)
 
 PHASES: Mapping[str, tuple[str, int]] = {
     "LoadMicroBatch": ("data", 0),
@@ -62,11 +92,11 @@ class Pipeline:
         ledger.own(engine=self.deepspeed)
         self._step, self._training = 0, True
         self._done = {"forward": 0, "backward": 0}
-        self.deepspeed._INSTRUCTION_MAP = {
-            kind: self._in_phase(kind.__name__, instruction)
-            for kind, instruction in self.deepspeed._INSTRUCTION_MAP.items()
-        }
-        self.deepspeed._aggregate_total_loss = self._in_step_phase(self.deepspeed._aggregate_total_loss)
+        for name, replacement in (
+            ("_INSTRUCTION_MAP", self._instructions_in_phases),
+            ("_aggregate_total_loss", self._in_step_phase),
+        ):
+            install(PATCHES[f"{_ENGINE}.{name}"].by(replacement, self.deepspeed))
 
     @property
     def module(self) -> nn.Module:
@@ -124,6 +154,9 @@ class Pipeline:
             self.ledger.claim("inputs", "tokens", tokens)
             yield tokens, tokens
 
+    def _instructions_in_phases(self, instructions: Mapping[type, Callable[..., None]]) -> dict[type, Any]:
+        return {kind: self._in_phase(kind.__name__, each) for kind, each in instructions.items()}
+
     def _in_phase(self, name: str, instruction: Callable[..., None]) -> Callable[..., None]:
         """Wrap an instruction so that it runs in its ledger phase."""
         phase, offset = PHASES[name]
@@ -156,9 +189,11 @@ def _module(world: World, stage: Stage) -> nn.Module:
     )
     own = stage.owned()
     groups = [(name, _first_and_last_group(world)) for name in sorted(stage.tied)]
-    module.get_tied_weights_and_groups = lambda: [  # type: ignore[assignment]
-        (own[name], group) for name, group in groups if name in own
-    ]
+
+    def tied_weights_and_groups() -> list[tuple[nn.Parameter, Any]]:
+        return [(own[name], group) for name, group in groups if name in own]
+
+    install(PATCHES[f"{_MODULE}.get_tied_weights_and_groups"].by(lambda _: tied_weights_and_groups, module))
     for name, parameter in own.items():
         duplicate = stage.last and name in stage.tied
         parameter.ds_pipe_replicated = duplicate  # type: ignore[attr-defined]  # the gradient norm must count it once

@@ -6,6 +6,7 @@ import random
 import socket
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from harness.__main__ import main
 from harness.config.compose import compose
 from harness.config.load import load
 from harness.ledger import Ledger
+from harness.ledger.patch import DoesNotFit, Patch
 from harness.model.plan import Plan
 from harness.record import record_file
 from harness.rehearsal import UNVERIFIED, one_rank, shims, zero_shims
@@ -26,7 +28,8 @@ from harness.rehearsal.fake_mode import Fakes
 from harness.rehearsal.known_values import UNKNOWN, Values
 from harness.rehearsal.one_rank import GPU_BLOCK, rehearse
 from harness.rehearsal.representatives import roles
-from harness.rehearsal.shims import ONCE_A_RANK, Shim, shimmed
+from harness.rehearsal.shims import ONCE_A_RANK, shimmed
+from harness.training import engine, pipeline_engine
 
 TINY = ("hardware=cpu", "precision=bf16", "model.attention=sdpa", "model.config.num_hidden_layers=2")
 TRAIN = (
@@ -147,7 +150,7 @@ def test_ranks_with_prompts_of_other_lengths_are_rehearsed_apart(tmp_path: Path)
 # -- what works once for every rank, done for one ----------------------------------------------------------------------
 
 
-def without(reason: str) -> tuple[Shim, ...]:
+def without(reason: str) -> tuple[Patch, ...]:
     return tuple(shim for shim in shims.SHIMS if shim.reason != reason)
 
 
@@ -259,20 +262,15 @@ def test_a_larger_world_takes_no_more_operators(operators: Callable[[Plan, int],
 
 
 def test_every_shim_finds_its_place() -> None:
-    for shim in (*shims.SHIMS, *shims.GPU_SHIMS):
-        assert hasattr(shims._find(shim.owner), shim.attribute), shim
     before = places()
     with shimmed(gpu=True):
         assert all(now is not before[key] for key, now in places().items())
     assert places() == before
 
 
-def places() -> dict[tuple[str, str], Any]:
+def places() -> dict[str, Any]:
     """What is where a shim goes: in the owner itself, None where it inherits it."""
-    return {
-        (shim.owner, shim.attribute): vars(shims._find(shim.owner)).get(shim.attribute)
-        for shim in (*shims.SHIMS, *shims.GPU_SHIMS)
-    }
+    return {shim.name: vars(shim.place()).get(shim.attribute) for shim in (*shims.SHIMS, *shims.GPU_SHIMS)}
 
 
 def takes_nothing(original: Any) -> Any:
@@ -282,27 +280,45 @@ def takes_nothing(original: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("owner", "attribute", "said"),
     [
-        (Shim("torch.nn.Module", "_gone", "a reason", takes_nothing), "it is not there"),
-        (
-            Shim("torch.nn.Module", "_apply", "a reason", takes_nothing),
-            r"it takes \('self', 'fn', 'recurse'\)",
-        ),
-        (Shim("torch.nn.NoSuchModule", "_apply", "a reason", takes_nothing), "it is not there"),
+        ("torch.nn.Module", "_gone", "it is not there"),
+        ("torch.nn.Module", "_apply", r"it takes \('self', 'fn', 'recurse'\), not \(\)"),
+        ("torch.nn.NoSuchModule", "_apply", "it is not there"),
     ],
     ids=["missing", "other arguments", "no owner"],
 )
 def test_a_shim_that_does_not_fit_is_named_and_leaves_nothing_replaced(
-    monkeypatch: pytest.MonkeyPatch, wrong: Shim, said: str
+    monkeypatch: pytest.MonkeyPatch, owner: str, attribute: str, said: str
 ) -> None:
-    before = places()
+    before, wrong = places(), Patch(owner, attribute, "of a reason", ("2.13",), takes_nothing)
     monkeypatch.setattr(shims, "SHIMS", (*shims.SHIMS, wrong))
     with pytest.raises(
-        RuntimeError, match=f"replaces {wrong.owner}.{wrong.attribute}, for a reason; .*{said}"
+        DoesNotFit, match=rf"{owner}.{attribute} is replaced because of a reason; in torch 2\.\S+ {said}"
     ):
         rehearse(plan(), 0)
     monkeypatch.undo()
+    assert places() == before
+
+
+@pytest.mark.parametrize(
+    ("room", "attribute", "words"),
+    [
+        (engine, "deepspeed_shm_comm", ("zero=1",)),
+        (pipeline_engine, "_INSTRUCTION_MAP", ("pipeline.stages=2",)),
+        (pipeline_engine, "get_tied_weights_and_groups", ("pipeline.stages=2",)),
+    ],
+)
+def test_a_patch_of_the_engine_that_does_not_fit_is_named(
+    monkeypatch: pytest.MonkeyPatch, room: Any, attribute: str, words: tuple[str, ...]
+) -> None:
+    (name,) = (name for name in room.PATCHES if name.endswith(attribute))
+    monkeypatch.setitem(room.PATCHES, name, replace(room.PATCHES[name], attribute="_gone"))
+    before = places()
+    with pytest.raises(
+        DoesNotFit, match=f"_gone is replaced because {room.PATCHES[name].reason}; in deepspeed"
+    ):
+        rehearse(plan(*words), 0)
     assert places() == before
 
 
@@ -328,6 +344,8 @@ def state() -> dict[str, Any]:
     """What else of the process a rehearsal must leave alone."""
     import os
 
+    from deepspeed.utils import groups
+
     return {
         "environment": dict(os.environ),
         "initialized": dist.is_initialized(),
@@ -339,6 +357,7 @@ def state() -> dict[str, Any]:
         "modes": torch._C._len_torch_dispatch_stack(),
         "hook": sys.excepthook,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "groups": {name: each for name, each in vars(groups).items() if not callable(each)},
     }
 
 
@@ -358,7 +377,9 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
 
 @pytest.mark.parametrize("fails", [False, True], ids=["done", "raised"])
-@pytest.mark.parametrize("words", [("zero=2",), ("zero=3",), ("zero=1", "hardware=h100-sxm")], ids=",".join)
+@pytest.mark.parametrize(
+    "words", [("zero=2",), ("zero=3",), ("zero=1", "hardware=h100-sxm"), ("pipeline.stages=2",)], ids=",".join
+)
 def test_all_is_as_it_was_after_a_rehearsal(
     broken: Callable[[], None], monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], fails: bool
 ) -> None:

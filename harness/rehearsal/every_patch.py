@@ -1,0 +1,16 @@
+"""Every patch of every room, in one list: what to look at where another release of a package is to be used."""
+
+from harness.generation import paged_choosing
+from harness.ledger import patch_table
+from harness.ledger.patch import Patch
+from harness.model import tensor_parallel
+from harness.quantization import packed
+from harness.rehearsal.shims import GPU_SHIMS, SHIMS, process_world
+from harness.training import engine, pipeline_engine
+
+
+def every_patch() -> tuple[Patch, ...]:
+    """All patches, each with its reason and the releases it was checked with."""
+    rooms = (patch_table, packed, tensor_parallel, engine, pipeline_engine, paged_choosing)
+    tables = [patch for room in rooms for patch in room.PATCHES.values()]
+    return (*tables, *SHIMS, *GPU_SHIMS, *process_world())

@@ -1,0 +1,108 @@
+"""Stand-ins in torch and transformers for fake tensors: what would need values, or a real tensor."""
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch._guards import detect_fake_mode
+
+from harness.rehearsal.zero_shims import Original
+
+
+def in_place(original: Original) -> Original:
+    """`Module._apply` that sets `.data`, as torch's own does for real parameters."""
+
+    def stand_in(self: torch.nn.Module, fn: Callable[[Any], Any], recurse: bool = True) -> Any:
+        if recurse:
+            for child in self.children():
+                child._apply(fn)
+        with torch.no_grad():
+            for parameter in self._parameters.values():
+                if parameter is not None:
+                    parameter.data = fn(parameter)
+                    if parameter.grad is not None:
+                        parameter.grad.data = fn(parameter.grad)
+        for name, buffer in self._buffers.items():
+            if buffer is not None:
+                self._buffers[name] = fn(buffer)
+        return self
+
+    return stand_in
+
+
+def with_values(original: Original) -> Original:
+    """transformers' `is_fake_tensor`: always false, because the values of masks are known (`known_values.py`)."""
+
+    def stand_in(x: Any) -> bool:
+        return False
+
+    return stand_in
+
+
+def valid(original: Original) -> Original:
+    """`torch._is_all_true`, with which distributions check their parameters: always true, as values are unknown."""
+
+    def stand_in(input: torch.Tensor) -> bool:
+        original(input)
+        return True
+
+    return stand_in
+
+
+def fake_state(original: Original) -> Original:
+    """`torch.get_rng_state`, whose tensor comes from no operator: it returns a fake one."""
+
+    def stand_in() -> torch.Tensor:
+        mode = detect_fake_mode()
+        assert mode is not None
+        return mode.from_tensor(original())
+
+    return stand_in
+
+
+def no_state(original: Original) -> Original:
+    """`torch.set_rng_state`: it does nothing, because random numbers have no values here."""
+
+    def stand_in(new_state: torch.Tensor) -> None:
+        pass
+
+    return stand_in
+
+
+def packed(original: Original) -> Original:
+    """A quantized layer's `_quantize`, which packs only tensors of torch's own class: it packs fake tensors too."""
+
+    def stand_in(self: Any, tensor: torch.Tensor, axis: int) -> Any:
+        from optimum.quanto.tensor.packed import PackedTensor
+
+        quantized = original(self, tensor, axis)
+        if not isinstance(quantized._data, PackedTensor):
+            quantized._data = PackedTensor.pack(quantized._data, self.nbits)
+        return quantized
+
+    return stand_in
+
+
+def grouped(original: Original) -> Original:
+    """`_meta_grouped_mm_common`, the shape function of a grouped matrix product: it accepts fp32, as the kernels do."""
+
+    def stand_in(
+        mat_a: Any,
+        mat_b: Any,
+        scale_a: Any,
+        scale_b: Any,
+        offs: Any = None,
+        bias: Any = None,
+        scale_result: Any = None,
+        out_dtype: Any = None,
+        use_fast_accum: bool = False,
+    ) -> Any:
+        if scale_a is None and mat_a.dtype == mat_b.dtype == torch.float32:
+            return import_module("torch._meta_registrations")._create_grouped_mm_output_tensor(
+                mat_a, mat_b, offs, out_dtype
+            )
+        options = bias, scale_result, out_dtype, use_fast_accum
+        return original(mat_a, mat_b, scale_a, scale_b, offs, *options)
+
+    return stand_in
