@@ -137,7 +137,7 @@ def rehearse(plan: Plan, directory: Path | None = None, parallel: bool = True) -
     )
 
 
-def _merge_stages(stages: list[Results], tensor_parallel: int) -> Results:
+def _merge_stages(stages: list[Results], tp_size: int) -> Results:
     """One result for a replica from those of its stages, with the KV cache of all its ranks.
 
     The `tp_size` ranks that share a layer have the same number of heads, so the figures are multiplied.
@@ -146,7 +146,7 @@ def _merge_stages(stages: list[Results], tensor_parallel: int) -> Results:
     if not inferences:
         return stages[0]
     totals = {
-        key: tensor_parallel * sum(getattr(each, key) for each in inferences)
+        key: tp_size * sum(getattr(each, key) for each in inferences)
         for key in MEASURED
         if getattr(inferences[0], key) is not None
     }
