@@ -2,12 +2,16 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import chdir, redirect_stdout
 from importlib.metadata import version
+from io import StringIO
 from pathlib import Path
 
-from harness.__main__ import TOOLS
+from harness.__main__ import TOOLS, main
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -35,16 +39,6 @@ def code(page: str, directory: Path) -> str:
     return str(script)
 
 
-def follow(page: str, directory: Path) -> dict[str, str]:
-    """Type the page's commands in `directory`, its code being there; what each of them prints.
-
-    Tools that are not there are another test's.
-    """
-    code(page, directory)
-    known = [line for line in commands(page) if not line.startswith(REPORT) or "report" in TOOLS]
-    return {line: typed(line, directory) for line in known}
-
-
 def typed(line: str, directory: Path) -> str:
     """What `line` prints, in `directory`; it must end well."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -60,6 +54,26 @@ def typed(line: str, directory: Path) -> str:
     )
     assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
     return done.stdout
+
+
+def inside(line: str, directory: Path) -> str:
+    """What `line`, if it is one of the harness's tools, prints in this process; else what it does where it is typed."""
+    command = "python -m harness "
+    if not line.startswith(command):
+        return typed(line, directory)
+    with chdir(directory), redirect_stdout(StringIO()) as said:
+        assert main(shlex.split(line.removeprefix(command))) == 0
+    return said.getvalue()
+
+
+def follow(page: str, directory: Path, run: Callable[[str, Path], str] = typed) -> dict[str, str]:
+    """Type the page's commands in `directory`, its code being there; what each of them prints, as `run` has it.
+
+    Tools that are not there are another test's.
+    """
+    code(page, directory)
+    known = [line for line in commands(page) if not line.startswith(REPORT) or "report" in TOOLS]
+    return {line: run(line, directory) for line in known}
 
 
 def pinned(*packages: str) -> list[str]:

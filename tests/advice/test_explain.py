@@ -26,14 +26,15 @@ from harness.tables import size
 QUICK = "train.steps=2 train.sequence=64"
 DECIDED = ("precision=bf16", "model.attention=sdpa")
 """What their `auto` came to, as on a CPU with units for it."""
-TRAIN = f"mode=train world.size=2 {QUICK}"
-INFER = "mode=infer world.size=2 generation.max_new_tokens=4"
+TRAIN = f"mode=train world.size=2 {QUICK} model.config.num_hidden_layers=2"
+INFER = "mode=infer world.size=2 generation.max_new_tokens=4 model.config.num_hidden_layers=2"
+SHALLOW = "model.config.num_hidden_layers=1"
 LOGITS = f"{TRAIN} zero=2 model.config.vocab_size=8000 train.sequence=256"
 LARGE = f"{TRAIN} zero=2 train.micro_batch=16"
 GATHERED = f"{TRAIN} zero=3 train.steps=3"  # validation is the last that an exact ledger sees
 WINDOW = f"{INFER} model.config.model_type=mistral +model.config.sliding_window=16"
 STATES = (
-    f"{INFER} model.config.model_type=qwen3_next +model.config.num_experts=2 "
+    f"{INFER} model.config.num_hidden_layers=4 model.config.model_type=qwen3_next +model.config.num_experts=2 "
     "+model.config.num_experts_per_tok=1 +model.config.moe_intermediate_size=32 "
     "+model.config.shared_expert_intermediate_size=32"
 )
@@ -87,7 +88,7 @@ def test_the_peak_is_said_with_its_parts_and_its_place() -> None:
 def test_the_largest_holdings_are_named_those_of_all_layers_as_one() -> None:
     record = record_of(f"{TRAIN} zero=2")
     named = [h for h in record["ranks"][0]["peak"]["holdings"] if h["name"].endswith("mlp.act_fn: silu")]
-    assert len(named) == 4  # layers
+    assert len(named) == 2  # layers
     record["ranks"][0]["peak"]["holdings"] = named
     finding = found(record)["holdings"]
     total = sum(holding["bytes"] for holding in named)
@@ -136,7 +137,7 @@ SHOWN = {
     "checkpointing": (f"{LOGITS} checkpointing=full", f"{LARGE} checkpointing=selective"),
     "gathered": (GATHERED, f"{GATHERED} train.validate_every=0"),
     "offload": (f"{TRAIN} zero=2 zero.offload=optimizer", f"{TRAIN} zero=2"),
-    "ranks": (f"{TRAIN} zero=2", f"mode=train world.size=1 {QUICK} zero=2"),
+    "ranks": (f"{TRAIN} zero=2", f"{TRAIN} zero=2 world.size=1"),
     "kv_cache": (f"{INFER} generation.prompt_length=512 generation.count=16 generation.batch=8", INFER),
     "padding": (UNEVEN, INFER),
     "cache_copies": (INFER, f"{INFER} generation.cache=static"),
@@ -196,16 +197,19 @@ def test_the_figures_of_a_cache_are_the_records() -> None:
     ("words", "said"),
     [
         (
-            f"{TRAIN} zero=2 checkpointing=full",
+            f"{TRAIN} zero=2 checkpointing=full model.config.num_hidden_layers=4",
             "does not reach this peak: in step no layer keeps activations",
         ),
         (
-            f"{TRAIN} zero=0 checkpointing=full",
+            f"{TRAIN} zero=0 checkpointing=full model.config.num_hidden_layers=4",
             "does not reach this peak: in step no layer keeps activations",
         ),
         (f"{LOGITS} checkpointing=full", "of activations are made outside the layers, as logits are"),
-        (f"{LARGE} checkpointing=full checkpointing.layers=[1]", "is for 1 of 4 layers; the others keep"),
-        (f"{LARGE} checkpointing=full checkpointing.every=2", "is for 2 of 4 layers; the others keep"),
+        (f"{LARGE} checkpointing=full checkpointing.layers=[1]", "is for 1 of 2 layers; the others keep"),
+        (
+            f"{LARGE} checkpointing=full checkpointing.every=2 model.config.num_hidden_layers=4",
+            "is for 2 of 4 layers; the others keep",
+        ),
         (f"{LARGE} checkpointing=full model.config.num_hidden_layers=1", "recomputes a single layer: "),
     ],
 )
@@ -238,7 +242,7 @@ def test_optimizer_state_that_is_on_the_host_moved() -> None:
 
 
 def test_a_record_of_one_step_says_what_the_next_one_begins_with() -> None:
-    record = record_of(f"mode=train world.size=2 zero=2 {QUICK} train.steps=1")
+    record = record_of(f"{TRAIN} zero=2 train.steps=1")
     both = record_of(f"{TRAIN} zero=2")
     finding = found(record)["first_step"]
     assert finding.bytes == found(both)["first_step"].bytes
@@ -313,7 +317,7 @@ def told(path: Path, capsys: pytest.CaptureFixture[str], *options: str) -> list[
 
 
 def test_a_saving_is_what_the_two_runs_differ_by(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    record = record_of(f"{TRAIN} zero=3")
+    record = record_of(f"{TRAIN} zero=3 {SHALLOW}")
     record["world"]["kind"] = "torchrun"  # as if it had been measured
     findings = {each["kind"]: each for each in told(put(tmp_path, record), capsys)}
     before = record["ranks"][0]["peak"]["bytes"]
@@ -325,14 +329,14 @@ def test_a_saving_is_what_the_two_runs_differ_by(tmp_path: Path, capsys: pytest.
     )
     assert findings["agreement"]["bytes"] == 0
     assert "to the byte" in findings["agreement"]["sentence"]
-    assert findings["zero3"]["bytes"] == before - peak_of(f"{TRAIN} zero=2")
+    assert findings["zero3"]["bytes"] == before - peak_of(f"{TRAIN} zero=2 {SHALLOW}")
 
 
 @pytest.mark.parametrize(
     "words",
     [
         pytest.param(f"{LARGE} checkpointing=full", marks=pytest.mark.exhaustive),
-        f"{TRAIN} zero=0 checkpointing=full",
+        f"{TRAIN} zero=0 {SHALLOW} checkpointing=full",
     ],
 )
 def test_what_checkpointing_saves_is_what_a_run_without_it_takes_more(

@@ -32,6 +32,9 @@ PRECISION = "precision=fp32"
 
 LAUNCHER = (sys.executable, "-m", "torch.distributed.run", "--standalone")
 
+NARROW = ("model.config.hidden_size=64", "model.config.intermediate_size=176")
+"""A small model made smaller, where its width is nothing to the claim: a CPU without units for bf16 is slow in it."""
+
 Run = subprocess.CompletedProcess[str]
 Launch = Callable[..., Path]
 
@@ -49,17 +52,17 @@ def torchrun(words: Sequence[str], ranks: int = 2, timeout: float = 240) -> Run:
 
 
 class Warm:
-    """A torchrun that waits for words: each run forks from ranks that have imported everything."""
+    """A torchrun of four ranks that waits for jobs: each forks from ranks that have imported everything."""
 
-    def __init__(self, ranks: int, log: Path) -> None:
-        self.ranks, self.log, self.done = ranks, log, 0
+    def __init__(self, log: Path) -> None:
+        self.log, self.done = log, 0
         self.store = TCPStore(
             "localhost", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=240)
         )
         script = Path(__file__).with_name("one_after_another.py")
         with log.open("w") as said:
             self.process = subprocess.Popen(
-                [*LAUNCHER, f"--nproc-per-node={ranks}", str(script), str(self.store.port)],
+                [*LAUNCHER, "--nproc-per-node=4", str(script), str(self.store.port)],
                 cwd=ROOT,
                 # this checkout's, whatever is installed
                 env={**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"},
@@ -67,45 +70,53 @@ class Warm:
                 stderr=subprocess.STDOUT,
             )
 
-    def run(self, words: Sequence[str]) -> None:
-        """`harness` with `words` on every rank, which must end well."""
+    def run(self, words: Sequence[str], ranks: int = 2, code: int = 0, directory: Path | None = None) -> str:
+        """What `harness` with `words` says on the first `ranks`, each of which must end with `code`.
+
+        With a `directory`, `words` are a script and its words, and it runs there.
+        """
         number, before = self.done, self.log.stat().st_size
         self.done += 1
-        self.store.set(f"{number}/words", json.dumps([*words]))
-        codes = [int(self.store.get(f"{number}/exit/{rank}")) for rank in range(self.ranks)]
-        assert codes == [0] * self.ranks, self.log.read_bytes()[before:].decode()[-4000:]
+        job = {"words": [*map(str, words)], "ranks": ranks, "directory": directory and str(directory)}
+        self.store.set(f"{number}/job", json.dumps(job))
+        codes = [int(self.store.get(f"{number}/exit/{rank}")) for rank in range(ranks)]
+        said = self.log.read_bytes()[before:].decode()
+        assert codes == [code] * ranks, said[-4000:]
+        return said
+
+    def refused(self, words: Sequence[str], ranks: int = 2) -> str:
+        """The one sentence with which all of the first `ranks` refuse `words`."""
+        said = self.run(["hardware=cpu", PRECISION, *words], ranks, code=2)
+        (sentence,) = [line for line in said.splitlines() if line.startswith("harness:")]
+        assert "Traceback" not in said
+        return sentence
 
     def close(self) -> None:
         """Let its ranks go."""
-        self.store.set(f"{self.done}/words", "null")
+        self.store.set(f"{self.done}/job", "null")
         self.process.wait(timeout=60)
 
 
 @pytest.fixture(scope="session")
-def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], Warm]]:
-    """A function of a number of ranks to the one torchrun that has so many."""
-    running: dict[int, Warm] = {}
-
-    def find(ranks: int) -> Warm:
-        if ranks not in running:
-            running[ranks] = Warm(ranks, tmp_path_factory.mktemp("ranks") / f"{ranks}.log")
-        return running[ranks]
-
-    yield find
-    for each in running.values():
-        each.close()
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
+    """The session's warm ranks."""
+    ranks = Warm(tmp_path_factory.mktemp("ranks") / "log")
+    yield ranks
+    ranks.close()
 
 
 @pytest.fixture(scope="session")
-def launch(warm: Callable[[int], Warm], tmp_path_factory: pytest.TempPathFactory) -> Launch:
+def launch(warm: Warm, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Launch:
     """A function of overrides to the finished run's directory; the same ones are run once, unless `again` differs."""
     runs: dict[tuple[str, ...], Path] = {}
 
     def run(*words: str, ranks: int = 2, again: int = 0) -> Path:
         key = (*words, str(ranks), str(again))
         if key not in runs:
+            if "generation.cache=quantized" in words:
+                request.getfixturevalue("quanto")
             directory = tmp_path_factory.mktemp("run") / "out"
-            warm(ranks).run(["hardware=cpu", PRECISION, *RATED, *words, f"hydra.run.dir={directory}"])
+            warm.run(["hardware=cpu", PRECISION, *RATED, *words, f"hydra.run.dir={directory}"], ranks)
             runs[key] = directory
         return runs[key]
 

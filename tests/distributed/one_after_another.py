@@ -1,9 +1,11 @@
-"""The product, under torchrun, for each list of words that the tests' store gives: forks of processes that have
-imported it once. How each rank's run ended goes back to the store."""
+"""The product, or a script, under torchrun, for each job that the tests' store gives: forks of processes that have
+imported it once. A job of fewer ranks takes the first of them. How each rank's run ended goes back to the store."""
 
 import json
 import os
+import runpy
 import sys
+import traceback
 from datetime import timedelta
 from importlib import import_module
 from itertools import count
@@ -51,19 +53,35 @@ for slow in SLOW:
 deepspeed.ops.__compatible_ops__  # noqa: B018 - it is asked for once
 compose(WORDS)  # Hydra looks for its plugins once, and its parser learns
 
-rank, address = os.environ["RANK"], os.environ["MASTER_ADDR"]
+
+def script(directory: str, path: str, *words: str) -> int:
+    """The exit code of the script at `path` with `words`, run in `directory`."""
+    os.chdir(directory)
+    sys.argv = [path, *words]
+    try:
+        runpy.run_path(path, run_name="__main__")
+    except Exception:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+rank, address = int(os.environ["RANK"]), os.environ["MASTER_ADDR"]
 tests = TCPStore("localhost", int(sys.argv[1]), is_master=False, timeout=timedelta(hours=2))
 for number in count():
-    words = json.loads(tests.get(f"{number}/words"))
-    if words is None:
+    job = json.loads(tests.get(f"{number}/job"))
+    if job is None:
         break
-    if rank == "0":  # each run meets at a store of its own, as under a torchrun of its own
+    if rank >= job["ranks"]:
+        continue
+    if rank == 0:  # each run meets at a store of its own, as under a torchrun of its own
         own = TCPStore(address, 0, is_master=True, wait_for_workers=False)
         tests.set(f"{number}/port", str(own.port))
     os.environ["MASTER_PORT"] = tests.get(f"{number}/port").decode()
     child = os.fork()
     if child == 0:
-        code = main(words)
+        os.environ["WORLD_SIZE"] = os.environ["LOCAL_WORLD_SIZE"] = str(job["ranks"])
+        code = script(job["directory"], *job["words"]) if job["directory"] else main(job["words"])
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

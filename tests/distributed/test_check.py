@@ -8,7 +8,7 @@ import pytest
 from harness.__main__ import main
 from tests.distributed.conftest import PRECISION, QUICK, RATED, Launch
 
-WORDS = ("mode=train", "model=tiny", *QUICK, "train.steps=2", "zero=2")
+WORDS = ("mode=train", "model=tiny", *QUICK, "model.config.num_hidden_layers=2", "train.steps=2", "zero=2")
 
 
 @pytest.fixture(scope="module")

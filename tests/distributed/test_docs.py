@@ -5,11 +5,26 @@ from pathlib import Path
 import pytest
 
 from harness.record import record_file
-from tests.pages import TORCHRUN, blocks, code, follow, typed
+from tests.distributed.conftest import Warm
+from tests.pages import TORCHRUN, blocks, code, commands, follow, inside
 
 
-def test_the_deepspeed_page_shows_what_two_ranks_print_and_its_books_close(tmp_path: Path) -> None:
-    said = follow("deepspeed", tmp_path)
+def run(line: str, warm: Warm, directory: Path) -> str:
+    """What `line`, which starts a script on two ranks, prints where the warm ones run it."""
+    return warm.run(line.removeprefix(TORCHRUN).split(), directory=directory)
+
+
+def test_the_deepspeed_page_shows_what_two_ranks_print_and_its_books_close(
+    warm: Warm, tmp_path: Path
+) -> None:
+    first = commands("deepspeed")[0]
+    assert first.startswith(TORCHRUN)
+
+    def each(line: str, directory: Path) -> str:
+        again = line.startswith(TORCHRUN) and line != first  # one is typed: the words are right
+        return run(line, warm, directory) if again else inside(line, directory)
+
+    said = follow("deepspeed", tmp_path, each)
     (shown,) = blocks("deepspeed", "text")
     assert shown in next(iter(said.values()))
     for stage in (0, 2):
@@ -23,8 +38,8 @@ def test_the_deepspeed_page_shows_what_two_ranks_print_and_its_books_close(tmp_p
 
 
 @pytest.mark.parametrize("page", ["trainer", "accelerate"])
-def test_the_code_of_a_page_is_the_same_on_two_ranks(page: str, tmp_path: Path) -> None:
-    said = typed(f"{TORCHRUN} {code(page, tmp_path)}", tmp_path)
+def test_the_code_of_a_page_is_the_same_on_two_ranks(page: str, warm: Warm, tmp_path: Path) -> None:
+    said = run(code(page, tmp_path), warm, tmp_path)
     assert "rank 0 of 2" in said
     found = record_file.read(tmp_path / "runs" / page)
     assert (found["world"]["size"], [rank["rank"] for rank in found["ranks"]]) == (2, [0, 1])

@@ -12,9 +12,9 @@ import psutil
 import pytest
 
 from harness.record import record_file
-from tests.distributed.conftest import PRECISION, QUICK, ROOT, Launch, complete
+from tests.distributed.conftest import NARROW, PRECISION, QUICK, ROOT, Launch, complete
 
-SMALL = (PRECISION, "hardware=cpu", "mode=train", *QUICK, "zero=2")
+SMALL = (PRECISION, "hardware=cpu", "mode=train", *QUICK, *NARROW, "zero=2")
 """On two ranks of one node or on one of each of two."""
 
 INTERPRETER = Path(sys.executable).parent
@@ -90,6 +90,7 @@ def rank_of(process: "subprocess.Popen[str]") -> str:
     return next(str(variables["RANK"]) for variables in around if "RANK" in variables)
 
 
+@pytest.mark.exhaustive
 def test_two_nodes_of_one_rank_are_one_node_of_two_to_the_byte(
     node: Node, launch: Launch, tmp_path: Path
 ) -> None:
@@ -104,7 +105,7 @@ def test_two_nodes_of_one_rank_are_one_node_of_two_to_the_byte(
     assert across["training"]["losses"] == within["training"]["losses"]
 
 
-@pytest.mark.parametrize("victim", ["0", "1"])
+@pytest.mark.parametrize("victim", ["0", pytest.param("1", marks=pytest.mark.exhaustive)])
 def test_a_node_that_dies_takes_the_other_down_and_its_rank_is_the_one_named(
     node: Node, tmp_path: Path, victim: str
 ) -> None:
@@ -243,7 +244,7 @@ def slurm(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
 
 
 def test_a_requeued_job_of_slurm_goes_on_from_what_its_first_start_left(
-    slurm: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+    slurm: Callable[..., subprocess.CompletedProcess[str]], launch: Launch, tmp_path: Path
 ) -> None:
     job, words = port(20000, 29999), (*SMALL, "train.save_every=1")
     first = slurm(*words, "train.steps=2", job=job, restarts=0)
@@ -257,6 +258,11 @@ def test_a_requeued_job_of_slurm_goes_on_from_what_its_first_start_left(
     starts = [complete(outputs / number) for number in ("0", "2")]
     assert [len(start["ranks"]) for start in starts] == [2, 2]
     assert [len(start["training"]["losses"]) for start in starts] == [2, 1]
+    # two nodes of one rank are one node of two, to the byte
+    within = complete(launch(*words, "train.steps=2"))
+    assert first.stdout.count("record: ") == 1  # rank 0 speaks
+    assert starts[0]["ranks"] == within["ranks"]
+    assert starts[0]["training"]["losses"] == within["training"]["losses"]
 
 
 def test_a_wrong_request_is_refused_before_any_node_of_slurm_s_is_asked(

@@ -25,12 +25,12 @@ from harness.model.resolve import resolve
 from harness.rehearsal.all_ranks import rehearse as rehearse_all
 from harness.rehearsal.one_rank import rehearse
 from harness.rehearsal.representatives import Role, roles
-from tests.distributed.conftest import PRECISION, Launch, complete
+from tests.distributed.conftest import NARROW, PRECISION, Launch, complete
 
 Words = tuple[str, ...]
 Books = dict[str, Any]
 
-TINY = ("hardware=cpu", "model.config.num_hidden_layers=2")
+TINY = ("hardware=cpu", *NARROW, "model.config.num_hidden_layers=2")
 TRAIN = (
     *("mode=train", "train.sequence=32", "train.micro_batch=1", "train.steps=3"),
     *("train.validate_every=0", "train.export=false"),
@@ -46,23 +46,27 @@ GPT2 = (
     *("model.config.bos_token_id=1", "model.config.eos_token_id=1"),
 )
 UNEVEN = ("model.config.vocab_size=1000", "model.config.intermediate_size=689")
+LONGER = "generation.max_new_tokens=12"
+"""More than the first and the last that a rehearsal computes."""
 PROMPTS = ["a", "longer", "the longest of them", "b", "cd"]
 
 OFFLOADS = {0: ("none",), 1: ("none", "optimizer"), 2: ("none", "optimizer"), 3: ("none", "optimizer", "all")}
 STAGES = tuple(OFFLOADS)
+ZERO: list[Words] = [("zero=0",), ("zero=1",), ("zero=2",), ("zero=3", "zero.persistence_threshold=1000")]
+"""A stage's words: under ZeRO-3 norms alone are kept whole, as by default in a model that is not so narrow."""
 NUMBERS = (("precision=bf16", "train.accumulation=2"), ("precision=fp32", "train.accumulation=1"))
 PRODUCT = [
-    (*TINY, *TRAIN, f"zero={stage}", f"zero.offload={offload}", *numbers)
+    (*TINY, *TRAIN, *ZERO[stage], f"zero.offload={offload}", *numbers)
     for stage in STAGES
     for offload in OFFLOADS[stage]
     for numbers in NUMBERS
 ]
 MATRIX = [
-    (*TINY, *TRAIN, f"zero={stage}", f"zero.offload={offload}", *NUMBERS[(stage + index) % 2])
+    (*TINY, *TRAIN, *ZERO[stage], f"zero.offload={offload}", *NUMBERS[(stage + index) % 2])
     for stage in STAGES
     for index, offload in enumerate(OFFLOADS[stage])
 ]
-SMALL_BUCKETS = ("zero.reduce_bucket_size=100000", "zero.allgather_bucket_size=100000")
+SMALL_BUCKETS = ("zero.reduce_bucket_size=10000", "zero.allgather_bucket_size=10000")
 VARIED = (
     (*SMALL_BUCKETS, "precision=fp32", "train.accumulation=2"),
     (
@@ -71,10 +75,10 @@ VARIED = (
     ),
     ("train.steps=4", "train.micro_batch=2", "train.clip=0", "model.attention=eager"),
 )
-BY_STAGE = [(*TINY, *TRAIN, f"zero={stage}", *words) for stage in STAGES for words in VARIED]
+BY_STAGE = [(*TINY, *TRAIN, *ZERO[stage], *words) for stage in STAGES for words in VARIED]
 SHARDED_WHOLLY = [
     (*TINY, *TRAIN, "zero=3", "zero.persistence_threshold=0", "zero.prefetch_bucket_size=0"),
-    (*TINY, *TRAIN, "zero=3", "zero.persistence_threshold=0", "zero.reduce_bucket_size=100000"),
+    (*TINY, *TRAIN, "zero=3", "zero.persistence_threshold=0", "zero.reduce_bucket_size=10000"),
     (*TINY, *TRAIN, "zero=3", "zero.persistence_threshold=100000000"),
 ]
 UNCLIPPED = "train.clip=0"
@@ -88,15 +92,17 @@ PIPELINED = [
         (1, 3, "precision=fp32"),
     )
 ]
+FOUR_HEADS = "model.config.num_key_value_heads=4"
+"""A token's keys fill a group of 64, which is what fewer bits come in."""
 QUANTIZED = ("generation.cache=quantized", "generation.prompts=PROMPTS")
 WINDOW = (
-    *("model.config.model_type=mistral", "+model.config.sliding_window=40"),
-    *("generation.prompts=PROMPTS", "generation.max_new_tokens=60"),
+    *("model.config.model_type=mistral", "+model.config.sliding_window=16"),
+    *("generation.prompts=PROMPTS", "generation.max_new_tokens=16"),
 )
 MIXED = (
-    *("model.config.model_type=gemma3_text", "+model.config.sliding_window=40", "+model.config.head_dim=16"),
+    *("model.config.model_type=gemma3_text", "+model.config.sliding_window=16", "+model.config.head_dim=16"),
     "+model.config.layer_types=[sliding_attention,full_attention]",
-    *("generation.prompts=PROMPTS", "generation.max_new_tokens=60"),
+    *("generation.prompts=PROMPTS", "generation.max_new_tokens=16"),
 )
 STATES = (
     *("model.config.model_type=qwen3_next", "+model.config.layer_types=[linear_attention,full_attention]"),
@@ -104,16 +110,16 @@ STATES = (
     *("+model.config.moe_intermediate_size=32", "+model.config.shared_expert_intermediate_size=32"),
     *("+model.config.linear_num_value_heads=4", "+model.config.linear_num_key_heads=2"),
     *("+model.config.linear_key_head_dim=16", "+model.config.linear_value_head_dim=16"),
-    *("generation.prompts=PROMPTS", "generation.max_new_tokens=30"),
+    *("generation.prompts=PROMPTS", LONGER),
 )
 STAGES_OF_4 = ("hardware=cpu", *TRAIN, "pipeline.stages=4", "train.accumulation=5", "precision=bf16")
 TWO_BY_TWO = (*TINY, *UNEVEN, *TRAIN, "pipeline.stages=2", "train.accumulation=2")
 EVERYTHING = ("train.steps=2", "train.validate_every=1", "train.save_every=1", "train.export=true")
-CONTINUED = ("generation.batching=continuous", "generation.cache=paged", "generation.count=11")
+CONTINUED = ("generation.batching=continuous", "generation.cache=paged", "generation.count=7")
 ODD = ("model.config.vocab_size=385", "model.config.intermediate_size=689")
-SHARED = ("generation.tensor_parallel=2", "generation.prompts=PROMPTS", "generation.max_new_tokens=40")
+SHARED = ("generation.tensor_parallel=2", "generation.prompts=PROMPTS", LONGER)
 RELAYED = ("pipeline.stages=2", "generation.prompts=PROMPTS", "generation.batch=3")
-TIED = [(*GPT2, *TRAIN, f"zero={stage}") for stage in STAGES]
+TIED = [(*GPT2, *TRAIN, *ZERO[stage]) for stage in STAGES]
 MODES = ("checkpointing=selective", "checkpointing=full")
 RECOMPUTED = [
     *((*TINY, *TRAIN, f"zero={stage}", MODES[stage % 2]) for stage in (0, 1, 2)),
@@ -144,13 +150,13 @@ GENERATION = [
     (*TINY, *INFER, "model.attention=eager", "generation.prompts=PROMPTS"),
     (*TINY, *INFER, "generation.sample=true", "generation.batch=1"),
     *(
-        (*TINY, *INFER, f"generation.cache={c}", "generation.prompts=PROMPTS", "generation.max_new_tokens=40")
+        (*TINY, *INFER, f"generation.cache={c}", "generation.prompts=PROMPTS", LONGER)
         for c in ("dynamic", "static", "none")
     ),
-    (*TINY, *INFER, "generation.sample=true", "generation.max_new_tokens=40"),
+    (*TINY, *INFER, "generation.sample=true", LONGER),
     (*GPT2, *INFER, "generation.prompts=PROMPTS"),
-    (*TINY, *INFER, *CONTINUED, "generation.lengths=skewed", "generation.max_new_tokens=40"),
-    (*TINY, *INFER, *CONTINUED, "generation.pages=9", "generation.max_new_tokens=40", "precision=fp32"),
+    (*TINY, *INFER, *CONTINUED, "generation.lengths=skewed", LONGER),
+    (*TINY, *INFER, *CONTINUED, "generation.pages=9", LONGER, "precision=fp32"),
     (*TINY, *INFER, *CONTINUED, "generation.batch_tokens=20", "model.attention=eager"),
     *((*TINY, *INFER, *SHARED, f"generation.cache={c}") for c in ("dynamic", "static", "none", "quantized")),
     (
@@ -158,9 +164,17 @@ GENERATION = [
         "generation.config.no_repeat_ngram_size=3",
     ),
     (*TINY, *INFER, *QUANTIZED),
-    (*TINY, *INFER, *QUANTIZED, "generation.max_new_tokens=40", "precision=fp32"),
-    (*TINY, *INFER, *QUANTIZED, "generation.cache_bits=4", "generation.max_new_tokens=140"),
-    (*TINY, *INFER, *QUANTIZED, "generation.cache_bits=2", "precision=fp32"),
+    (*TINY, *INFER, *QUANTIZED, LONGER, "precision=fp32"),
+    (
+        *TINY,
+        *INFER,
+        *QUANTIZED,
+        FOUR_HEADS,
+        "generation.cache_bits=4",
+        "generation.batch=5",
+        "generation.max_new_tokens=120",
+    ),
+    (*TINY, *INFER, *QUANTIZED, FOUR_HEADS, "generation.cache_bits=2", "precision=fp32"),
     *((*TINY, *INFER, *WINDOW, f"generation.cache={c}") for c in ("dynamic", "static")),
     (*TINY, *INFER, *STATES),
     (*TINY, *INFER, *STATES, "generation.cache=static"),
@@ -172,7 +186,7 @@ GENERATION = [
         *(*TINY, *INFER, *RELAYED, "pipeline.groups=1", "generation.sample=true", "precision=fp32"),
         *("generation.config.repetition_penalty=1.2", "generation.config.min_p=0.01"),
     ),
-    (*TINY, *INFER, *RELAYED, "generation.max_new_tokens=40"),
+    (*TINY, *INFER, *RELAYED, LONGER),
 ]
 PARALLEL = {"pipeline.stages=2", "generation.tensor_parallel=2"}
 CELLS: dict[int, list[Words]] = {
@@ -192,11 +206,11 @@ CELLS: dict[int, list[Words]] = {
         (*TINY, *INFER, *SHARED, *UNEVEN),
         (*TINY, *INFER, *SHARED, "pipeline.stages=2", *ODD, "generation.cache=static"),
         (*TINY, *INFER, *SHARED, "model.config.tie_word_embeddings=true", *ODD),
-        ("hardware=cpu", *INFER, *RELAYED, "pipeline.stages=4", "generation.max_new_tokens=40"),
+        ("hardware=cpu", *INFER, *RELAYED, "pipeline.stages=4", LONGER),
         ("hardware=cpu", *INFER, *RELAYED, "pipeline.stages=4", "generation.stop_at_eos=true"),
         (*TINY, *INFER, "pipeline.stages=2", "generation.prompt=[x]", "generation.max_new_tokens=1"),
     ],
-    3: [(*TINY, *UNEVEN, *TRAIN, f"zero={stage}", "train.accumulation=2") for stage in STAGES]
+    3: [(*TINY, *UNEVEN, *TRAIN, *ZERO[stage], "train.accumulation=2") for stage in STAGES]
     + [(*TINY, *UNEVEN, *TRAIN, "zero=3", "zero.offload=all", "zero.persistence_threshold=0")]
     + [
         (
@@ -213,9 +227,22 @@ CELLS: dict[int, list[Words]] = {
     + [(*TINY, *INFER, "generation.prompts=PROMPTS")],
 }
 
+FEWER_TOKENS_OR_ANOTHER_CACHE = {
+    *((f"generation.cache={c}", "generation.prompts=PROMPTS") for c in ("static", "none")),
+    *((f"generation.cache={c}", "precision=fp32") for c in ("static", "none")),
+    (*SHARED, "generation.cache=none"),
+    (*QUANTIZED, LONGER, "precision=fp32"),
+    (*QUANTIZED, FOUR_HEADS, "generation.cache_bits=2", "precision=fp32"),
+    *((*RELAYED, f"generation.cache={c}") for c in ("dynamic", "none")),
+}
 
 EXHAUSTIVE = {
     *PRODUCT,
+    *(TIED[stage] for stage in (0, 2)),
+    *(RECOMPUTED[number] for number in (0, 2, 4, 5)),
+    *(CELLS[3][stage] for stage in (0, 2)),
+    *(CELLS[4][number] for number in (2, 8, 10)),
+    *(words for words in GENERATION if words[len(TINY) + len(INFER) :] in FEWER_TOKENS_OR_ANOTHER_CACHE),
     *(words for index, words in enumerate(BY_STAGE) if index % 4 not in (0, 3)),
     *(
         words

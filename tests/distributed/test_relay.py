@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from tests.distributed.conftest import Launch, complete
 Words = tuple[str, ...]
 
 PROMPTS = ["def run(", "import os", "x", "class Reader(object):", "as"]
-NEW = 12
+NEW = 8
 CACHES = ("dynamic", "static", "none")
 COMMON = (
     "mode=infer",
@@ -69,7 +70,28 @@ RUNS: dict[int, list[Words]] = {
 }
 ALONE = RUNS[4][-1]
 """One prompt, so that one of the two replicas has none."""
-PIPELINED = [(ranks, words) for ranks in (2, 4) for words in RUNS[ranks]]
+EXHAUSTIVE = {
+    (4, (FOUR, "generation.cache=static")),
+    (4, (FOUR, "generation.cache=none")),
+    (4, (FOUR, *SAMPLED)),
+    (4, (FOUR, ONE_TOKEN)),
+    (2, (TWO, "generation.batch=3")),
+}
+"""Two stages prove of each cache, of what is sampled and of one token what four would; replicas have batches of two."""
+
+
+def cells(runs: dict[int, list[Words]]) -> list[Any]:
+    """Ranks and words, with a pipeline, as pytest's parameters."""
+    marks = [pytest.mark.exhaustive]
+    return [
+        pytest.param(ranks, words, marks=marks if (ranks, words) in EXHAUSTIVE else [])
+        for ranks in (2, 4)
+        for words in runs[ranks]
+    ]
+
+
+STAGES = [(2, TWO), pytest.param(4, FOUR, marks=pytest.mark.exhaustive)]
+"""Where two stages have proved it."""
 
 
 @pytest.fixture(scope="module")
@@ -129,14 +151,14 @@ def expected(checkpoint: Path) -> list[list[int]]:
     return rows
 
 
-@pytest.mark.parametrize(("ranks", "words"), [(n, words) for n in GREEDY for words in GREEDY[n]], ids=str)
+@pytest.mark.parametrize(("ranks", "words"), cells(GREEDY), ids=str)
 def test_stages_give_transformers_own_tokens(
     run: Callable[..., Path], expected: list[list[int]], ranks: int, words: Words
 ) -> None:
     assert tokens(run(ranks, words)) == expected
 
 
-@pytest.mark.parametrize(("ranks", "stages"), [(2, TWO), (4, FOUR)])
+@pytest.mark.parametrize(("ranks", "stages"), STAGES)
 def test_what_is_sampled_does_not_depend_on_the_stages(
     run: Callable[..., Path], ranks: int, stages: str
 ) -> None:
@@ -145,7 +167,7 @@ def test_what_is_sampled_does_not_depend_on_the_stages(
     assert len({tuple(row) for row in whole}) == len(PROMPTS)
 
 
-@pytest.mark.parametrize(("ranks", "stages"), [(2, TWO), (4, FOUR)])
+@pytest.mark.parametrize(("ranks", "stages"), STAGES)
 def test_one_new_token_is_the_first_of_many(
     run: Callable[..., Path], expected: list[list[int]], ranks: int, stages: str
 ) -> None:
@@ -167,7 +189,7 @@ def test_a_replica_without_a_prompt_waits_for_the_other(
     assert tokens(run(4, ALONE)) == [expected[2]]
 
 
-@pytest.mark.parametrize(("ranks", "words"), PIPELINED, ids=str)
+@pytest.mark.parametrize(("ranks", "words"), cells(RUNS), ids=str)
 def test_every_stage_closes_its_books_and_saves_nothing(
     run: Callable[..., Path], ranks: int, words: Words
 ) -> None:
@@ -189,7 +211,7 @@ def test_a_stage_keeps_no_more_with_more_stages(run: Callable[..., Path]) -> Non
     assert peaks == sorted(peaks, reverse=True)
 
 
-@pytest.mark.parametrize("words", [(), WHOLE_LENGTH], ids=str)
+@pytest.mark.parametrize("words", [(), pytest.param(WHOLE_LENGTH, marks=pytest.mark.exhaustive)], ids=str)
 def test_two_runs_of_one_config_give_the_same_books(run: Callable[..., Path], words: Words) -> None:
     again = complete(run(4, (FOUR, *words), again=1))
     assert complete(run(4, (FOUR, *words)))["ranks"] == again["ranks"]
@@ -229,7 +251,7 @@ def test_the_caches_of_all_stages_hold_what_one_would(run: Callable[..., Path]) 
         assert each["kv_reserved"] < whole["kv_reserved"]  # each group is padded by itself
 
 
-@pytest.mark.parametrize(("ranks", "words"), PIPELINED, ids=str)
+@pytest.mark.parametrize(("ranks", "words"), cells(RUNS), ids=str)
 def test_the_record_says_how_idle_each_stage_was(run: Callable[..., Path], ranks: int, words: Words) -> None:
     found = complete(run(ranks, words))
     stages = found["pipeline"]["stages"]

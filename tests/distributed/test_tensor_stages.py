@@ -27,7 +27,7 @@ SHAPE = {
     "eos_token_id": None,
 }
 """Neither the vocabulary nor the width of a layer is even."""
-COMMON = ("mode=infer", "precision=fp32", "generation.max_new_tokens=12", "generation.batch=5")
+COMMON = ("mode=infer", "precision=fp32", "generation.max_new_tokens=8", "generation.batch=5")
 BOTH = ("generation.tensor_parallel=2", "pipeline.stages=2")
 RANDOM = ("model.random=true",)
 SAMPLED = ("generation.sample=true", "generation.top_k=40")

@@ -160,6 +160,7 @@ def test_a_model_with_a_state_of_another_kind_is_refused_a_cache() -> None:
     check_kind("none", config)
 
 
+@pytest.mark.usefixtures("quanto")
 @pytest.mark.parametrize(
     ("bits", "backend"), [(8, {"backend": "fp8"}), (4, {"backend": "quanto", "nbits": 4})]
 )
@@ -346,8 +347,16 @@ def test_keys_that_are_values_too_are_counted_once() -> None:
     assert (held.reserved, held.filled, held.pinned) == (2 * both.nbytes, 2 * both.nbytes, 0)
 
 
-@pytest.mark.parametrize("kind", ["mistral", "qwen3_next"])
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize(
+    ("cache", "kind"),
+    [
+        *(("static", "mistral"), ("dynamic", "qwen3_next")),
+        *(
+            pytest.param(*other, marks=pytest.mark.exhaustive)
+            for other in (("dynamic", "mistral"), ("static", "qwen3_next"))
+        ),
+    ],
+)
 def test_a_rehearsal_of_the_ends_is_that_of_every_token(
     kind: str, cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

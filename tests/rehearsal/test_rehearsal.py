@@ -51,7 +51,7 @@ def plan(*words: str, size: int = 2) -> Plan:
 # -- which ranks are rehearsed, and for whom ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [5, 8])
+@pytest.mark.parametrize("size", [5, pytest.param(8, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize(
     "words",
     [
@@ -598,9 +598,15 @@ def test_a_rehearsal_for_a_gpu_is_unverified_and_in_its_allocators_blocks(
     assert [size for size in sizes if size % GPU_BLOCK] == []
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize(
-    ("stage", "offload"), [(1, "optimizer"), (2, "optimizer"), (3, "optimizer"), (3, "all")]
+    ("stage", "offload", "accumulation"),
+    [
+        *((1, "optimizer", 1), (2, "optimizer", 2), (3, "optimizer", 1), (3, "all", 2)),
+        *(
+            pytest.param(*others, marks=pytest.mark.exhaustive)
+            for others in ((1, "optimizer", 2), (2, "optimizer", 1), (3, "optimizer", 2), (3, "all", 1))
+        ),
+    ],
 )
 def test_what_is_offloaded_is_on_the_host_and_not_on_the_gpu(
     stage: int, offload: str, accumulation: int

@@ -27,6 +27,18 @@ EXAMPLES = (
     audit.prompts,
 )
 
+COSTLY = {
+    *(
+        audit.training,
+        audit.cache_bytes,
+        audit.cache_operations,
+        audit.per_byte,
+        audit.bandwidth,
+        audit.ratios,
+    )
+}
+"""Whole models again, with other batches and contexts. The rest are of every kind of figure that is computed."""
+
 same_versions = pytest.mark.skipif(
     not installed_as_pinned("torch", "transformers", "deepspeed"),
     reason="the page is of the versions in constraints.txt, and others are installed here",
@@ -38,7 +50,13 @@ def test_the_page_is_of_the_versions_that_the_tests_run_on() -> None:
 
 
 @same_versions
-@pytest.mark.parametrize(("number", "example"), list(enumerate(EXAMPLES, 1)))
+@pytest.mark.parametrize(
+    ("number", "example"),
+    [
+        pytest.param(number, example, marks=[pytest.mark.exhaustive] if example in COSTLY else [])
+        for number, example in enumerate(EXAMPLES, 1)
+    ],
+)
 def test_an_example_on_the_page_is_what_is_computed(number: int, example: audit.Computed) -> None:
     assert audit.told(example(), number) in PAGE
 
