@@ -149,6 +149,7 @@ class Ledger:
         With `again` the same phase is entered once more later, and owners are not asked at its end: for short and
         frequent phases.
         """
+        step, micro_batch = int(step), int(micro_batch)  # numpy's numbers too
         self.begins(step)
         before, module, explicit = self._log.where, self._log.module, self._phases.explicit
         self._phases.explicit = True

@@ -5,15 +5,15 @@ from functools import cached_property
 from pydantic import Field
 
 from harness.ledger.categories import pattern
-from harness.record.fields import Bytes, Difference, Figures, Number, Operations, Part, Text
+from harness.record.fields import Bytes, Difference, Figures, Index, Number, Operations, Part, Text
 
 
 class Place(Part):
     """A phase of a run: its step, its name, its micro-batch."""
 
-    step: Number
+    step: Index
     phase: Text
-    micro_batch: Number
+    micro_batch: Index
 
     def __str__(self) -> str:
         micro_batch = f" of micro-batch {self.micro_batch}" if self.micro_batch else ""
@@ -78,9 +78,9 @@ class Phase(Part):
     operations, `read` and `written` the bytes that its operators move, `passes` the forward calls.
     """
 
-    step: Number = 0
+    step: Index = 0
     phase: Text = ""
-    micro_batch: Number = 0
+    micro_batch: Index = 0
     peak: Bytes | None = None
     end: Bytes | None = None
     categories: dict[Text, Bytes | None]

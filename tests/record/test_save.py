@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -30,6 +31,17 @@ def stepped(model: torch.nn.Module, mode: str = "exact") -> harness.Ledger:
 
 def small() -> torch.nn.Module:
     return torch.nn.Linear(16, 8)
+
+
+def test_a_loop_numbers_its_steps_as_it_likes(tmp_path: Path) -> None:
+    model = small()
+    with harness.Ledger(model=model) as ledger:
+        for step in (-1, np.int64(3)):
+            with ledger.phase("odd", step, micro_batch=step):
+                model(torch.ones(2, 16)).sum().backward()
+    path = harness.save(ledger, tmp_path, model=model)
+    phases = schema.parse(record_file.read(path), str(path)).ranks[0].phases
+    assert [(phase.step, phase.micro_batch) for phase in phases if phase.phase == "odd"] == [(-1, -1), (3, 3)]
 
 
 @pytest.mark.parametrize("mode", ["exact", "phases", "off"])
