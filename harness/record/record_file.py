@@ -156,8 +156,9 @@ def write(directory: Path, record: Record) -> None:
     put(directory / FILE, json.dumps({"schema": SCHEMA, **record.tree()}, indent=1) + "\n")
 
 
-def read(path: Path) -> dict[str, Any]:
+def read(path: str | Path) -> dict[str, Any]:
     """The record in a run's directory, or in a file. Raises ValueError with a sentence if there is none to read."""
+    path = Path(path)
     return tree(path / FILE if path.is_dir() else path, SCHEMA, f"{path} holds no {FILE}")
 
 

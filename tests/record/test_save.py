@@ -1,6 +1,7 @@
 """A record of anybody's loop, and that the tools read it as they read a run's."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,11 +37,12 @@ def small() -> torch.nn.Module:
 def test_a_loop_numbers_its_steps_as_it_likes(tmp_path: Path) -> None:
     model = small()
     with harness.Ledger(model=model) as ledger:
-        for step in (-1, np.int64(3)):
+        steps: list[Any] = [-1, np.int64(3)]
+        for step in steps:
             with ledger.phase("odd", step, micro_batch=step):
                 model(torch.ones(2, 16)).sum().backward()
     path = harness.save(ledger, tmp_path, model=model)
-    phases = schema.parse(record_file.read(path), str(path)).ranks[0].phases
+    phases = schema.parse(harness.read(str(tmp_path)), str(path)).ranks[0].phases
     assert [(phase.step, phase.micro_batch) for phase in phases if phase.phase == "odd"] == [(-1, -1), (3, 3)]
 
 
