@@ -1,7 +1,8 @@
 """Rehearsals: the run's own code on fake tensors, for ranks that do not exist.
 
-It may import all that a run imports. Start at `all_ranks.py`, then `one_rank.py`; `shims.py` lists what a rehearsal
-replaces in torch, transformers and DeepSpeed, each with its reason, and `every_patch.py` what all rooms replace.
+It may import all that a run imports. Start at `all_ranks.py`, then `one_rank.py`; `course.py` says which steps and
+tokens are computed. `shims.py` lists what a rehearsal replaces in torch, transformers and DeepSpeed, each with its
+reason, and `every_patch.py` what all rooms replace.
 """
 
 from dataclasses import replace
