@@ -110,7 +110,8 @@ def test_the_largest_batch_in_inference_is_the_largest_that_fits(capsys: pytest.
 
 def test_offload_is_tried_only_where_nothing_else_fits(capsys: pytest.CaptureFixture[str]) -> None:
     # on a GPU the optimizer's 17.7 MiB a rank are what does not fit
-    gpu = [*SMALL, "hardware=h100-sxm", "zero=2", "checkpointing=none", "train.micro_batch=1", "--json"]
+    deep = [*SMALL, "model.config.num_hidden_layers=4"]
+    gpu = [*deep, "hardware=h100-sxm", "zero=2", "checkpointing=none", "train.micro_batch=1", "--json"]
     assert main(["fit", *gpu, "hardware.memory=30000000"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [trial["fits"] for trial in found["trials"]] == [False, True]

@@ -154,7 +154,9 @@ def without(reason: str) -> tuple[Patch, ...]:
     return tuple(shim for shim in shims.SHIMS if shim.reason != reason)
 
 
-@pytest.mark.parametrize(("size", "ranks"), [(3, (0, 1, 2)), (8, (0, 3, 7))])
+@pytest.mark.parametrize(
+    ("size", "ranks"), [(3, (0, 1, 2)), pytest.param(8, (0, 3, 7), marks=pytest.mark.exhaustive)]
+)
 @pytest.mark.parametrize(
     "words",
     [
