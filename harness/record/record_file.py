@@ -153,7 +153,12 @@ def _place(where: "Where | None") -> memory.Where | None:
 
 def write(directory: Path, record: Record) -> None:
     """Write `record` into `directory`, completely or not at all."""
-    put(directory / FILE, json.dumps({"schema": SCHEMA, **record.tree()}, indent=1) + "\n")
+    put(directory / FILE, text(record))
+
+
+def text(record: Record) -> str:
+    """The file of `record`, as JSON."""
+    return json.dumps({"schema": SCHEMA, **record.tree()}, indent=1) + "\n"
 
 
 def read(path: str | Path) -> dict[str, Any]:

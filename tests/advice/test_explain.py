@@ -17,6 +17,7 @@ from harness.analysis.findings import Finding
 from harness.config import compose
 from harness.config.load import load
 from harness.model.plan import Plan
+from harness.record import record_file
 from harness.record.schema import Record, parse
 from harness.rehearsal import all_ranks
 from harness.rehearsal.one_rank import rehearse
@@ -45,7 +46,7 @@ UNEVEN = f"{INFER} generation.prompt=['a','{'long' * 25}','b','c']"
 def rehearsed(words: str) -> str:
     """The record of a rehearsal, as JSON: what a run of `words` leaves."""
     overrides = [*DECIDED, *words.split(), "world=rehearsed"]
-    return json.dumps(all_ranks.rehearsed(load(compose.compose(overrides)), overrides, parallel=False).tree())
+    return record_file.text(all_ranks.rehearsed(load(compose.compose(overrides)), overrides, parallel=False))
 
 
 def record_of(words: str) -> dict[str, Any]:
