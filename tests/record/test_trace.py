@@ -14,7 +14,8 @@ from harness.record.record_file import read
 from harness.report import points
 
 WORDS = (
-    "mode=train zero=2 model=tiny hardware=cpu train.steps=2 train.sequence=32 world=rehearsed world.size=2"
+    "mode=train precision=bf16 zero=2 model=tiny hardware=cpu train.steps=2 train.sequence=32 "
+    "world=rehearsed world.size=2"
 )
 
 
