@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from harness import __version__
 from harness.config import compose
 from harness.config.load import load, without_hydra
-from harness.config.settings import Refusal, as_typed, knobs
+from harness.config.settings import Refusal, as_typed, described_fields
 from harness.runtime import launcher
 
 TOOLS = {
@@ -106,7 +106,7 @@ def usage() -> str:
         starred = (f"{each}*" if each == defaults.get(group) else each for each in options)
         lines.append(f"  {group:<10} {'  '.join(starred)}")
     lines += ["", "Keys, as train.steps=100, with what they are when nothing is said"]
-    for key, field in knobs().items():
+    for key, field in described_fields().items():
         choices = f" ({', '.join(field.choices)})" if field.choices else ""
         lines.append(f"  {f'{key}={as_typed(field.default)}':<38} {field.meaning}{choices}")
     return "\n".join(lines)
@@ -152,7 +152,7 @@ def _say(text: str) -> int:
 
 def _refuse(sentence: str) -> int:
     """Print one line on stderr, once per node: a file may be missing on one node only."""
-    launcher.tell(sentence)
+    launcher.report(sentence)
     if os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0":
         print(f"harness: {sentence}", file=sys.stderr)
     return 2

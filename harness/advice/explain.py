@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from textwrap import fill
 
 from harness.analysis.args import Parser, refuse
-from harness.analysis.findings import SURPRISES, Finding, Run
+from harness.analysis.findings import FINDINGS, Finding, Run
 from harness.analysis.findings_kv_cache import CACHED
 from harness.analysis.findings_pipeline import STAGES, kept_by
 from harness.record.fields import printable
@@ -71,7 +71,7 @@ def explain(record: Record) -> Iterator[Finding]:
         ranks,
         *STAGES,
         *CACHED,
-        *SURPRISES,
+        *FINDINGS,
         not_in_them,
     ):
         yield from finder(run)

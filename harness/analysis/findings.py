@@ -285,7 +285,7 @@ def offload(run: Run) -> Iterator[Finding]:
         yield Finding("offload", sentence, optimizer)
 
 
-SURPRISES: tuple[Callable[[Run], Iterator[Finding]], ...] = (
+FINDINGS: tuple[Callable[[Run], Iterator[Finding]], ...] = (
     outside_a_step,
     first_step,
     logits,

@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from harness.config.load import nearest, resolved, unresolved
 from harness.config.rules.quantized import KEY, NAME
-from harness.config.settings import Refusal, Settings, knobs
+from harness.config.settings import Refusal, Settings, described_fields
 
 RUN_DIR = "hydra.run.dir"
 
@@ -51,7 +51,7 @@ def compose(arguments: Sequence[str]) -> DictConfig:
     Raises Refusal for an argument that cannot be read, and for an option or a key that does not exist.
     """
     overrides = [_parse(argument) for argument in arguments]
-    ConfigStore.instance().store("knobs", dataclasses.asdict(Settings()))
+    ConfigStore.instance().store("schema", dataclasses.asdict(Settings()))
     with initialize_config_dir(str(directory()), version_base="1.3"):
         try:
             lines = [str(override.input_line) for override in overrides]
@@ -122,7 +122,7 @@ def _quoted(key: str, value: str) -> str | None:
 
     None where the value is not text, or where the user has quoted it already.
     """
-    field = knobs().get(key)
+    field = described_fields().get(key)
     if not (key in groups() or key == RUN_DIR or (field and field.text)):
         return None
     if value == "null" or value.startswith(("'", '"', "[", "${")):
@@ -158,7 +158,7 @@ def _missing_key_remedy(key: str, known: Sequence[str]) -> str:
 
 def _kind_remedy(key: str) -> str:
     """The remedy where the value has the wrong kind."""
-    if isinstance(knobs()[key].default if key in knobs() else "", list):
+    if isinstance(described_fields()[key].default if key in described_fields() else "", list):
         return "should be a valid list, as [a,b]"
     return "should be a valid string" if key == RUN_DIR else "should be a single value"
 

@@ -67,10 +67,10 @@ class Strategy:
         tokens = self.get("eos_token_id")
         return [] if tokens is None else [tokens] if isinstance(tokens, int) else list(tokens)
 
-    def most(self, prompt: int) -> int:
-        """The most new tokens after a prompt of `prompt` tokens; below 1 where `max_length` leaves no room for any."""
+    def max_new_tokens_after(self, prompt_length: int) -> int:
+        """max_new_tokens after a prompt of so many tokens; below 1 where `max_length` leaves no room for any."""
         new = self.get("max_new_tokens")
-        return int(self.get("max_length")) - prompt if new is None else int(new)
+        return int(self.get("max_length")) - prompt_length if new is None else int(new)
 
     @property
     def processed(self) -> dict[str, Any]:

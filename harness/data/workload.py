@@ -15,14 +15,14 @@ _EXPECTED_FORM = 'write {"prompt_length": 64, "max_new_tokens": 8}, or "prompt" 
 
 
 class Request(NamedTuple):
-    """A `text` to continue, or a prompt of `length` tokens from the data, by up to `most` tokens.
+    """A `text` to continue, or a prompt of `length` tokens from the data, by up to `max_new_tokens`.
 
-    `most` None: no limit of its own. `place` is its position in the source.
+    `max_new_tokens` None: no limit of its own. `place` is its position in the source.
     """
 
     text: str | None
     length: int
-    most: int | None
+    max_new_tokens: int | None
     place: str
 
 
@@ -78,8 +78,8 @@ def drawn(generation: Generation, limit: int, seed: int) -> list[Request]:
     """
     count = generation.count
     prompts = lengths(generation.lengths, count, generation.prompt_length, (seed, 0))
-    most = lengths(generation.lengths if limit > 0 else "fixed", count, limit, (seed, 1))
-    pairs = zip(prompts, most, strict=True)
+    new_tokens = lengths(generation.lengths if limit > 0 else "fixed", count, limit, (seed, 1))
+    pairs = zip(prompts, new_tokens, strict=True)
     return [Request(None, *pair, f"prompt {number}") for number, pair in enumerate(pairs, 1)]
 
 

@@ -17,12 +17,12 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from harness.config.errors import first_line
-from harness.config.rules.generation import STATIC, given
+from harness.config.rules.generation import STATIC, has_prompts
 from harness.config.settings import Generation, Refusal, Settings
 from harness.data.prompts import Prompt
 from harness.generation import continuous_batching, decode
 from harness.generation.batch import Requests
-from harness.generation.paged_cache import layers, room
+from harness.generation.paged_cache import layers, limits_of
 from harness.ledger import Ledger
 from harness.model.kv_cache import check_kind
 from harness.model.loader import quiet
@@ -87,7 +87,7 @@ def prove(plan: Plan) -> None:
 
 def _mixed(generation: Generation) -> bool:
     """Whether a batch may contain prompts of several lengths."""
-    return generation.batch > 1 and (given(generation) or generation.lengths != "fixed")
+    return generation.batch > 1 and (has_prompts(generation) or generation.lengths != "fixed")
 
 
 def _refusal(generation: Generation, model: str, reason: str, look: Look) -> Refusal:
@@ -187,8 +187,8 @@ def _batched(model: PreTrainedModel, prompts: Sequence[list[int]], kind: str) ->
 
 def _paged(model: PreTrainedModel, prompts: Sequence[list[int]], generation: Generation) -> list[list[int]]:
     entries = [Prompt("", prompt, NEW, "", "", "") for prompt in prompts]
-    limits = room(generation, model.config, torch.float32, entries)
-    return continuous_batching.generate(model, _requests(prompts), room=limits, ledger=_no_ledger()).tokens
+    limits = limits_of(generation, model.config, torch.float32, entries)
+    return continuous_batching.generate(model, _requests(prompts), limits=limits, ledger=_no_ledger()).tokens
 
 
 def _requests(prompts: Sequence[list[int]]) -> Requests:

@@ -20,7 +20,7 @@ from harness.ledger.modules import Modules
 from harness.ledger.patch import DoesNotFit
 from harness.ledger.patch_table import import_owners
 from harness.ledger.phases import Phases
-from harness.ledger.reconcile import Books
+from harness.ledger.reconcile import Accounting
 from harness.ledger.replay import Category, Peak, Phase
 from harness.ledger.roster import Roster
 from harness.ledger.timer import Times
@@ -291,9 +291,9 @@ class Ledger:
         return most_saved(self._log.events) if measured and not self._unseen.lacks("saved") else None
 
     @property
-    def allocator(self) -> Books:
+    def allocator(self) -> Accounting:
         """The allocator's own peak, and the part of it that is unattributed."""
-        return self.account().books
+        return self.account().accounting
 
     @contextmanager
     def opaque(self, name: str, work: Work | None = None) -> Iterator[None]:
@@ -354,7 +354,7 @@ class Ledger:
         self._instruments.close()
         self.exact = False
         self._account = final_account(self._log, self._allocator, self._kernel)
-        unattributed = self._account.books.unattributed
+        unattributed = self._account.accounting.unattributed
         if unattributed and not self._unseen.lacks("storages"):
             self._unseen.note(
                 "unattributed", "storages", f"{unattributed:,} bytes of the peak were {UNATTRIBUTED}"

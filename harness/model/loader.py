@@ -53,7 +53,7 @@ def model_config(settings: Model) -> PretrainedConfig:
             shape.check_stored(settings, directory)
             config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     else:
-        config = shape.written(settings)
+        config = shape.config_from_settings(settings)
     bidirectional = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", True)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or bidirectional:
         key, value = (
@@ -122,7 +122,7 @@ def build(
     _check_weights(settings.path, report)
     if quantization is not None and not quantization.as_read(loaded).packed:
         vars(loaded).pop("_weight_conversions", None)  # else saving would pack the weights again
-    storages.own(loaded)
+    storages.give_own_storage(loaded)
     return loaded
 
 
@@ -146,13 +146,13 @@ def sizes(
     return results.Model(
         name=settings.name,
         parameters=count(counted),
-        embeddings=looked_up(model),
+        embeddings=embedding_elements(model),
         **packed,
         dtype=str(dtype).removeprefix("torch."),
     )
 
 
-def looked_up(model: torch.nn.Module) -> int:
+def embedding_elements(model: torch.nn.Module) -> int:
     """Elements of embedding tables that are not also the weight of a linear layer: each token reads one row of them."""
     tables = {each.weight for each in model.modules() if isinstance(each, torch.nn.Embedding)}
     linears = (each for each in model.modules() if isinstance(each, torch.nn.Linear))

@@ -52,7 +52,7 @@ HEADLESS = (
 """Endings of architecture names whose head does not predict tokens."""
 
 
-def written(settings: Model) -> PretrainedConfig:
+def config_from_settings(settings: Model) -> PretrainedConfig:
     """The config that `model.config` describes. Raises Refusal."""
     fields = copy.deepcopy(settings.config)  # transformers modifies its arguments
     shape = {key: value for key, value in fields.items() if (key, value) != (quantized.NAME, None)}
@@ -127,7 +127,7 @@ def left_out(settings: Model) -> str | None:
     """
     if settings.path is not None:
         return None
-    names = unread(settings, written(settings))
+    names = unread(settings, config_from_settings(settings))
     kind = settings.config["model_type"]
     return f"{kind}: it has no {', '.join(names)} of model={settings.name}; left out" if names else None
 

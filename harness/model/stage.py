@@ -200,7 +200,7 @@ def build(
     directory = whole_checkpoint(str(settings.path)) if from_checkpoint and read else None
     whole = tensor_parallel.outline(config, dtype, settings.attention, mesh)
     widths.check(settings, whole)
-    direct = directory is not None and init_weights.familiar(whole, directory)
+    direct = directory is not None and init_weights.matches_checkpoint(whole, directory)
     tree = list(init_weights.modules(whole))
     stage = Stage(whole, layers)
     if read:

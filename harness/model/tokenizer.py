@@ -35,14 +35,14 @@ def tokenizer_of(
         with loader.loading(place, key):
             directory = loader.directory_of(place)
             if other is not None or any((directory / name).is_file() for name in FILES):
-                tokenizer = opened(directory)
+                tokenizer = load_tokenizer(directory)
     if tokenizer is None:
         tokenizer = of_bytes()
     _check(settings, config, tokenizer, key, place)
     return tokenizer
 
 
-def opened(directory: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     """The tokenizer in `directory`, of the class that saved it. Raises what transformers raises.
 
     `AutoTokenizer` chooses the class by the model type, and for some types ignores the saved class.

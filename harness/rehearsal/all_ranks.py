@@ -17,7 +17,7 @@ from harness.record.schema import Record, World
 from harness.rehearsal import UNVERIFIED, kernels
 from harness.rehearsal.balance import Task, peak, resolved
 from harness.rehearsal.pool import progress, workers
-from harness.rehearsal.representatives import Role, roles
+from harness.rehearsal.representatives import Representative, representatives_of
 from harness.runtime.progress import Pace, aside
 
 MEASURED = (
@@ -112,7 +112,7 @@ def rehearse(plan: Plan, directory: Path | None = None, parallel: bool = True) -
     Raises Refusal and any other exception as the run itself would, and RuntimeError where a shim does not fit.
     """
     plan = balanced(plan) if parallel else resolved(plan)
-    representatives = roles(plan)
+    representatives = representatives_of(plan)
     by_rank: dict[int, tuple[Rank, Results]] = {}
     with Pace(len(representatives), "role", aside, silent=not parallel) as pace:
         for representative, result in _results(plan, representatives, directory, parallel):
@@ -120,7 +120,7 @@ def rehearse(plan: Plan, directory: Path | None = None, parallel: bool = True) -
             pace.advance()
     ranks = [
         by_rank[representative.rank][0].plus(
-            stands_for=list(representative.stands_for),
+            stands_for=list(representative.equivalent_ranks),
             bounds=list(representative.bounds),
             why=representative.why,
         )
@@ -178,8 +178,8 @@ def _cache_bytes(results: Results) -> int:
 
 
 def _results(
-    plan: Plan, representatives: list[Role], directory: Path | None, parallel: bool
-) -> Iterator[tuple[Role, tuple[Rank, Results]]]:
+    plan: Plan, representatives: list[Representative], directory: Path | None, parallel: bool
+) -> Iterator[tuple[Representative, tuple[Rank, Results]]]:
     """Each representative with its result, as soon as it ends.
 
     A single one, or any without `parallel`, runs in this process; else each runs in a process of its own.

@@ -52,7 +52,7 @@ class Failure:
 
 
 @dataclass(frozen=True)
-class Word:
+class Report:
     """The report of the first rank to end, for all ranks, and the exit code of all."""
 
     rank: int | None
@@ -117,11 +117,11 @@ def _stage(world: World, rank: int) -> int | None:
     return world.layout.stage(rank) if world.stages > 1 else None
 
 
-def claim(directory: Path, word: Word) -> bool:
-    """Whether `word` is the first report of the run's end. Only the first report is printed and recorded."""
+def claim(directory: Path, report: Report) -> bool:
+    """Whether `report` is the first report of the run's end. Only the first report is printed and recorded."""
     try:
         with (directory / CLAIM).open("x") as stream:
-            stream.write(json.dumps(asdict(word)) + "\n")
+            stream.write(json.dumps(asdict(report)) + "\n")
     except (FileExistsError, FileNotFoundError):  # a refused run removes its directory
         return False
     except OSError:
@@ -129,12 +129,12 @@ def claim(directory: Path, word: Word) -> bool:
     return True
 
 
-def first_word(directory: Path) -> Word | None:
+def first_report(directory: Path) -> Report | None:
     """The first report of the run's end. None if there is none, or if the run's directory was removed."""
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         try:
-            return Word(**json.loads((directory / CLAIM).read_text()))
+            return Report(**json.loads((directory / CLAIM).read_text()))
         except OSError:
             return None
         except ValueError:  # not completely written yet
@@ -142,7 +142,7 @@ def first_word(directory: Path) -> Word | None:
     return None
 
 
-def await_word(directory: Path) -> None:
+def await_report(directory: Path) -> None:
     """Wait, for a limited time, until another rank has reported the run's end."""
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline and directory.exists() and not (directory / CLAIM).exists():

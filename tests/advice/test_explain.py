@@ -20,7 +20,7 @@ from harness.model.plan import Plan
 from harness.record.schema import Record, parse
 from harness.rehearsal import all_ranks
 from harness.rehearsal.one_rank import rehearse
-from harness.rehearsal.representatives import roles
+from harness.rehearsal.representatives import representatives_of
 from harness.tables import size
 
 QUICK = "train.steps=2 train.sequence=64"
@@ -65,7 +65,9 @@ def put(directory: Path, record: dict[str, Any]) -> Path:
 
 def peak_of(words: str) -> int:
     plan = Plan.of(load(compose.compose([*DECIDED, *words.split(), "world=rehearsed"])))
-    return max(rehearse(plan, role.rank)[0].peak.bytes or 0 for role in roles(plan))
+    return max(
+        rehearse(plan, representative.rank)[0].peak.bytes or 0 for representative in representatives_of(plan)
+    )
 
 
 # What the peak is

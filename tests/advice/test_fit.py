@@ -260,7 +260,7 @@ def test_sizes_are_read_as_they_are_written() -> None:
 
 def test_a_value_that_is_possible_somewhere_is_not_refused() -> None:
     offloaded = [*SMALL, "hardware.memory=50000000", "zero=0,2", "zero.offload=none,optimizer"]
-    combinations = [climb.words for climb in Fit([*offloaded, "checkpointing=none"]).climbs]
+    combinations = [climb.overrides for climb in Fit([*offloaded, "checkpointing=none"]).climbs]
     assert ("zero=0", "zero.offload=optimizer", "checkpointing=none") not in combinations
     assert len(combinations) == 3
     with pytest.raises(Refusal, match="zero=0 shards nothing"):

@@ -411,7 +411,7 @@ def test_an_update_says_what_it_did_and_leaves_what_is_the_same_alone(gate: Run)
     ("numbers", "text"), [([0], "0"), ([0, 1, 2], "0-2"), ([6, 0, 1, 3, 4], "0-1,3-4,6"), ([10, 9], "9-10")]
 )
 def test_ranks_are_told_as_ranges_and_read_back(numbers: list[int], text: str) -> None:
-    assert baseline.told_ranks(numbers) == text
+    assert baseline.rank_ranges(numbers) == text
     assert baseline.numbers_in(text) == sorted(numbers)
 
 

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from harness.config import compose
 from harness.config.load import Refusal, Settings, Train, load
 from harness.config.rules import check_world
-from harness.config.settings import knobs
+from harness.config.settings import described_fields
 
 MODELS = compose.groups()["model"]
 
@@ -38,7 +38,9 @@ def test_nothing_said_is_a_training_run_of_the_declared_defaults() -> None:
 
 def test_every_key_that_help_lists_can_be_overridden_by_its_own_default() -> None:
     given = [
-        f"{key}={json.dumps(knob.default)}" for key, knob in knobs().items() if not key.startswith("model.")
+        f"{key}={json.dumps(field.default)}"
+        for key, field in described_fields().items()
+        if not key.startswith("model.")
     ]
     written = settings(*given)
     assert dataclasses.replace(written, model=settings().model, hardware=settings().hardware) == settings()
@@ -428,7 +430,7 @@ def test_a_hardware_page_has_the_dense_rate(name: str, intensity: int) -> None:
 
 @pytest.mark.parametrize("group", list(compose.groups()))
 def test_every_option_is_a_page_of_its_group(group: str) -> None:
-    fields = {key.partition(".")[2] for key in knobs() if key.startswith(f"{group}.")}
+    fields = {key.partition(".")[2] for key in described_fields() if key.startswith(f"{group}.")}
     for option in compose.groups()[group]:
         assert set(OmegaConf.load(compose.directory() / group / f"{option}.yaml")) <= fields
 

@@ -140,7 +140,7 @@ def test_a_prompt_that_is_too_long_is_refused_by_line_length_and_limit(
 
 
 def test_what_a_request_says_itself_is_mended_where_it_says_it() -> None:
-    asked = prompt(3, most=100)._replace(key="generation.workload", said=True)
+    asked = prompt(3, most=100)._replace(key="generation.workload", sets_max_new_tokens=True)
     with pytest.raises(Refusal, match=r'; give it "max_new_tokens": 29$'):
         check([asked], LlamaConfig(max_position_embeddings=32))
 

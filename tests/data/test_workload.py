@@ -22,7 +22,7 @@ def test_a_line_is_a_request_with_a_text_or_a_length(tmp_path: Path) -> None:
     generation = asked(tmp_path / "requests.jsonl", text)
     assert read(str(generation.workload)) == [("one", 0, None, "line 1"), (None, 5, 2, "line 3")]
     found = find(Settings(mode="infer", generation=generation), BYTES, lambda length: 9)
-    assert [(len(prompt.tokens), prompt.most) for prompt in found] == [(3, 9), (5, 2)]
+    assert [(len(prompt.tokens), prompt.max_new_tokens) for prompt in found] == [(3, 9), (5, 2)]
     assert found[0].text == "one"
 
 
@@ -81,7 +81,7 @@ def test_half_of_skewed_lengths_are_within_the_root_of_the_longest() -> None:
 
 def test_prompts_and_what_follows_them_are_drawn_apart() -> None:
     requests = drawn(Generation(count=50, prompt_length=64, lengths="uniform"), 64, 3)
-    assert [request.length for request in requests] != [request.most for request in requests]
+    assert [request.length for request in requests] != [request.max_new_tokens for request in requests]
     assert len(requests) == 50
 
 
@@ -89,8 +89,10 @@ def test_sampled_prompts_have_the_lengths_that_were_drawn() -> None:
     generation = Generation(count=6, prompt_length=32, lengths="skewed")
     found = find(Settings(mode="infer", generation=generation), BYTES, lambda length: 16)
     expected = drawn(generation, 16, 0)
-    assert [(len(prompt.tokens), prompt.most) for prompt in found] == [(r.length, r.most) for r in expected]
+    assert [(len(prompt.tokens), prompt.max_new_tokens) for prompt in found] == [
+        (r.length, r.max_new_tokens) for r in expected
+    ]
     rehearsed = find(Settings(mode="infer", generation=generation), BYTES, lambda length: 16, read=False)
-    assert [(len(prompt.tokens), prompt.most) for prompt in rehearsed] == [
-        (r.length, r.most) for r in expected
+    assert [(len(prompt.tokens), prompt.max_new_tokens) for prompt in rehearsed] == [
+        (r.length, r.max_new_tokens) for r in expected
     ]

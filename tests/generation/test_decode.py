@@ -221,7 +221,7 @@ def test_a_sequence_gets_as_many_tokens_as_it_asked_for(cache: str) -> None:
     whole = ours(model, PADDED, cache=cache)
     made = generate(model, Requests(PADDED, most), cache=cache, ledger=Ledger(mode="off"))
     assert made.tokens == [row[:limit] for row, limit in zip(whole, most, strict=True)]
-    assert [len(moments) for moments in made.moments] == most
+    assert [len(timestamps) for timestamps in made.timestamps] == most
     assert made.computed == len(PADDED) * NEW  # all wait for the last
 
 
@@ -237,10 +237,10 @@ def test_a_batch_ends_when_each_has_ended_or_has_all_it_asked_for() -> None:
 
 def test_moments_of_tokens_follow_each_other() -> None:
     made = generate(build(), asked(PADDED), ledger=Ledger(mode="off"))
-    for moments in made.moments:
-        assert list(moments) == sorted(moments)
-        assert moments[0] >= made.began
-    assert made.moments[0][-1] <= made.began + made.prefill_seconds + made.decode_seconds
+    for timestamps in made.timestamps:
+        assert list(timestamps) == sorted(timestamps)
+        assert timestamps[0] >= made.began
+    assert made.timestamps[0][-1] <= made.began + made.prefill_seconds + made.decode_seconds
 
 
 def test_a_batch_without_padding_needs_no_mask() -> None:

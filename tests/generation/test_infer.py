@@ -159,7 +159,7 @@ def test_ranks_share_the_prompts_out_and_change_no_text(
 ) -> None:
     settings = ask(checkpoint, sample=sample)
     strategy = strategy_of(settings, model_config(settings.model))
-    prompts = find(settings, AutoTokenizer.from_pretrained(checkpoint), strategy.most)
+    prompts = find(settings, AutoTokenizer.from_pretrained(checkpoint), strategy.max_new_tokens_after)
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     ledger = Ledger(mode="off")
     shares = [
@@ -221,7 +221,7 @@ def test_a_batch_has_room_for_its_longest_prompt_and_its_longest_answer(
         assert inferred(**crossed, sample=sample, **asked)[1] == alone
     settings = ask(checkpoint, **crossed, sample=sample, cache="static", compile=True)
     strategy = strategy_of(settings, model_config(settings.model))
-    prompts = find(settings, AutoTokenizer.from_pretrained(checkpoint), strategy.most)
+    prompts = find(settings, AutoTokenizer.from_pretrained(checkpoint), strategy.max_new_tokens_after)
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     course = Shortened()  # the step is not compiled, in the cache that a program would have
     share = share_of(settings, ALONE, Ledger(mode="off"), model, prompts, strategy, no_flush, course=course)

@@ -227,10 +227,10 @@ def test_a_wrong_request_is_refused_by_its_key(asked: dict[str, Any], told: str)
 
 
 def test_the_length_counts_the_prompt_where_the_file_says_so() -> None:
-    assert of({"max_length": 30}).most(12) == 18
-    assert of({"max_length": 30}, max_new_tokens=4).most(12) == 4
-    assert of({"max_length": 30, "max_new_tokens": 5}).most(12) == 5
-    assert of({"max_new_tokens": 5}, config={"max_length": 30}).most(12) == 18
+    assert of({"max_length": 30}).max_new_tokens_after(12) == 18
+    assert of({"max_length": 30}, max_new_tokens=4).max_new_tokens_after(12) == 4
+    assert of({"max_length": 30, "max_new_tokens": 5}).max_new_tokens_after(12) == 5
+    assert of({"max_new_tokens": 5}, config={"max_length": 30}).max_new_tokens_after(12) == 18
 
 
 @pytest.fixture

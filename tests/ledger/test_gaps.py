@@ -180,7 +180,7 @@ def test_a_sparse_tensor_holds_its_indices_and_its_values(layout: str) -> None:
 def test_what_is_fake_holds_nothing_and_around_a_ledger_it_is_what_is_counted() -> None:
     with Ledger() as ledger, torch._subclasses.FakeTensorMode():
         kept = torch.ones(1000)
-    assert (ledger.peak.bytes, ledger.allocator.foreign) == (0, 0)
+    assert (ledger.peak.bytes, ledger.allocator.externally_owned) == (0, 0)
     with torch._subclasses.FakeTensorMode(), Ledger() as ledger:
         kept = torch.ones(1000)
     assert ledger.peak.bytes == kept.nbytes

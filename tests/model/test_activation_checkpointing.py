@@ -200,7 +200,7 @@ def kept(mode: Any, layers: int, shape: tuple[int, int, int, int]) -> int:
     with Ledger(model=model) as ledger:
         backward(model, batch, sequence)
     assert ledger.forwards is not None
-    (stash,) = ledger.forwards.stashes
+    (stash,) = ledger.forwards.saved_bytes
     return stash
 
 

@@ -22,7 +22,7 @@ from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 from harness.config.settings import Model, Refusal
 from harness.data.prompts import encode, text_of
 from harness.model.loader import model_config
-from harness.model.tokenizer import SAMPLE, of_bytes, opened, opens_otherwise, tokenizer_of
+from harness.model.tokenizer import SAMPLE, load_tokenizer, of_bytes, opens_otherwise, tokenizer_of
 
 TEXTS = ("abc", "Hello  world\n\tif x:\n    y = 1234567", "źółw 🐢", "  lead", "a\u2028b\x00c\r\n", SAMPLE)
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 384}
@@ -83,7 +83,7 @@ def test_bytes_come_back_beside_every_type_of_causal_model(
 ) -> None:
     expected = [ByT5Tokenizer()(text).input_ids for text in TEXTS]
     for kind in kinds():
-        found = opened(beside(kind, tmp_path / kind, saved))
+        found = load_tokenizer(beside(kind, tmp_path / kind, saved))
         assert [found(text).input_ids for text in TEXTS] == expected, kind
 
 
@@ -110,7 +110,7 @@ def test_a_tokenizer_of_a_library_survives_exports_beside_other_models(name: str
     first = OF_A_LIBRARY[name]()
     found: PreTrainedTokenizerBase = first
     for kind in ("llama", "qwen2", "mistral", "qwen3_5_text"):  # each opens what the one before has saved
-        found = opened(beside(kind, tmp_path / kind, found))
+        found = load_tokenizer(beside(kind, tmp_path / kind, found))
         for text in (*TEXTS, "the <|mine|> cat"):
             assert encode(found, text) == encode(first, text), kind
         for trait in ("padding_side", "chat_template", "bos_token_id", "eos_token_id", "pad_token_id"):
@@ -137,7 +137,7 @@ def test_a_class_that_a_hub_s_file_names_wrongly_is_left_to_transformers(tmp_pat
     del config["backend"]  # as files from before transformers 5 are
     config["tokenizer_class"] = "LlamaTokenizerFast"
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
-    assert opened(directory)(SAMPLE).input_ids == made(SAMPLE).input_ids
+    assert load_tokenizer(directory)(SAMPLE).input_ids == made(SAMPLE).input_ids
 
 
 def emptied(directory: Path) -> None:

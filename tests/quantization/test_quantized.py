@@ -434,7 +434,7 @@ def test_the_command_line_says_over_the_checkpoint_how_weights_are_packed(
     words = ["mode=infer", f"model.path={directory}", "hardware=rtx4090", "world=rehearsed", "world.size=1"]
     changed = load(compose([*words, f"{KEY}.group_size=64"]))
     assert changed.model.config == {"quantization_config": {"group_size": 64}}
-    assert dict(taken(changed)[1].given) == {**AWQ, "group_size": 64}
+    assert dict(taken(changed)[1].quantization_config) == {**AWQ, "group_size": 64}
     asked = load(compose([*words, f"{KEY}=null"]))
     assert method.take(loader.model_config(asked.model), asked, "cuda") is None
     with pytest.raises(Refusal, match="brings a config of its own"):
@@ -877,7 +877,7 @@ def test_what_was_read_has_memory_of_its_own_and_what_was_one_stays_one() -> Non
     layer.weight.data = torch.zeros(100, dtype=torch.uint8)[10:18].view(8, 1)
     layer.alias = layer.weight.data
     before = layer.weight.data_ptr()
-    storages.own(layer)
+    storages.give_own_storage(layer)
     assert layer.weight.data_ptr() == layer.alias.data_ptr() != before
     assert layer.weight.untyped_storage().nbytes() == 8
 

@@ -101,6 +101,6 @@ def _origins(generation: Generation) -> None:
         raise Refusal("generation.lengths", generation.lengths, remedy)
 
 
-def given(generation: Generation) -> bool:
+def has_prompts(generation: Generation) -> bool:
     """Whether the user sets prompts, or a workload with their lengths."""
     return bool(generation.prompts or generation.prompt or generation.workload)
