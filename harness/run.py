@@ -113,7 +113,9 @@ def _make_directory(settings: Settings, cfg: DictConfig) -> Path:
     stamp = datetime.now().strftime("%Y-%m-%d/%H-%M-%S")
     directory = Path(configured or f"outputs/{stamp}-{settings.mode}").absolute()
     if (directory / record_file.FILE).exists():
-        raise Refusal("hydra.run.dir", directory, "it already holds a run's record; name another directory")
+        raise Refusal(
+            "hydra.run.dir", directory, "it already contains a run's record; name another directory"
+        )
     try:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / failure.CLAIM).unlink(missing_ok=True)  # from a refused run

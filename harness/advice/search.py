@@ -59,7 +59,7 @@ class Fit:
         for override in overrides:
             if "=" not in override:
                 raise ValueError(
-                    f"fit: {override}: neither key=value nor an option; --help says what there is"
+                    f"fit: {override}: neither key=value nor an option; --help lists what there is"
                 )
         self.mode = typed.get("mode", "train")
         if self.mode not in AXES:
@@ -67,7 +67,7 @@ class Fit:
         if self.mode == "infer" and {"generation.prompts", "generation.prompt", "generation.workload"} & set(
             typed
         ):
-            raise Refusal("generation.prompts", "...", "fit asks for lengths; give generation.prompt_length=")
+            raise Refusal("generation.prompts", "...", "fit needs lengths; give generation.prompt_length=")
         self.axes = {key: typed.get(key, values) for key, values in AXES[self.mode].items()}
         self.typed, self.reserve = typed, reserve
         managed = {*self.axes, "world", "world.size", "ledger", "ledger.steps", "generation.count"}
@@ -80,7 +80,7 @@ class Fit:
         self.climbs = self._climbs({}, typed)
         memory = self._first().hardware.memory
         if memory is None:
-            remedy = "fit must know what a device has; give hardware=NAME or hardware.memory=BYTES"
+            remedy = "fit must know the memory of a device; give hardware=NAME or hardware.memory=BYTES"
             raise Refusal("hardware.memory", None, remedy)
         self.memory = memory
 

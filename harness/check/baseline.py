@@ -144,7 +144,7 @@ def of(run: Record, source: str) -> Baseline:
     if run.status != "complete":
         reason = run.failure.error if run.failure else None
         raise ValueError(
-            f"{source}: the run failed ({reason or 'its record does not say why'}); only a whole one counts"
+            f"{source}: the run failed ({reason or 'its record does not say why'}); only a complete run counts"
         )
     steps = run.config.get("ledger", {}).get("steps")
     by_memory: dict[str, tuple[Accounting, list[int]]] = {}
@@ -156,7 +156,7 @@ def of(run: Record, source: str) -> Baseline:
             )
         by_memory.setdefault(measured.model_dump_json(), (measured, []))[1].extend(rank.numbers)
     if not by_memory:
-        raise ValueError(f"{source}: it has the books of no rank")
+        raise ValueError(f"{source}: it has the accounting of no rank")
     alike = (Ranks(ranks=rank_ranges(numbers), **dict(measured)) for measured, numbers in by_memory.values())
     return Baseline(
         config=[*_overrides(run)],

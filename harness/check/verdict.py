@@ -263,7 +263,7 @@ def _causes(baseline: Baseline, run: Baseline, tree: Mapping[str, Any]) -> Itera
     if versions:
         yield f"{'' if keys else 'the same config; '}{'; '.join(versions)}"
     if not (keys or versions):
-        yield "neither the config nor a version is another: what changed is the code"
+        yield "neither the config nor a version changed: the code did"
 
 
 def config_changes(overrides: Sequence[str], tree: Mapping[str, Any]) -> Iterator[str]:

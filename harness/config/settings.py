@@ -82,7 +82,7 @@ class Data:
     split: str = "train"
     """data=hub: the split."""
     column: str = "text"
-    """data=hub: the column that holds the text."""
+    """data=hub: the column that has the text."""
     streaming: bool = False
     """data=hub: read the data during the run and store nothing."""
     tokenizer: str | None = None

@@ -141,5 +141,7 @@ def check(prompts: Sequence[Prompt], config: PretrainedConfig) -> None:
                 f"model allows {longest.tokens} ({longest.source}); {' or '.join(remedies) or 'shorten both'}",
             )
         if max(tokens) >= text_config.vocab_size:
-            remedy = f"{place} has token {max(tokens)}, and the model knows {text_config.vocab_size}"
+            remedy = (
+                f"{place} has token {max(tokens)}, and the model's vocabulary has {text_config.vocab_size}"
+            )
             raise Refusal(key, value, f"{remedy}; give the model's own tokenizer with data.tokenizer=")

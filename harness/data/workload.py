@@ -64,11 +64,11 @@ def _parse_line(line: str) -> tuple[_Line | None, str]:
         field, message = " ".join(map(str, first["loc"])), first["msg"]
         for prefix in ("Input ", "Value error, "):
             message = message.removeprefix(prefix)
-        message = "is no field of a request" if first["type"] == "extra_forbidden" else message
+        message = "is not a field of a request" if first["type"] == "extra_forbidden" else message
         return None, printable(f"{field} {message}".strip())
     names = [name for name, _ in json.loads(line, object_pairs_hook=list)]
     duplicate = next((name for name in names if names.count(name) > 1), None)
-    return (request, "") if duplicate is None else (None, f"{duplicate} is said twice")
+    return (request, "") if duplicate is None else (None, f"{duplicate} appears twice")
 
 
 def drawn(generation: Generation, limit: int, seed: int) -> list[Request]:

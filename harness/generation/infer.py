@@ -240,7 +240,7 @@ def check_columns(model: PreTrainedModel, prompts: Sequence[Prompt], batch: int,
     ]
     columns = max(_requests(dict(enumerate(prompts)), row_numbers).shown for row_numbers in every_batch)
     if tables and columns > min(tables):
-        problem = f"padded, a batch comes to {columns} columns, and the model's attention has {min(tables)}"
+        problem = f"with padding a batch has {columns} columns, and the model's attention has {min(tables)}"
         raise Refusal(
             "generation.batch", batch, f"{problem}; use 1, or prompts of more like lengths together"
         )

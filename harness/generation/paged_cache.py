@@ -72,7 +72,9 @@ def limits_of(
     longest_prompt = max(len(prompt.tokens) for prompt in prompts)
     minimum = pages(config, dtype, size, 1, longest)
     if generation.pages is not None and generation.pages < minimum:
-        remedy = f"the longest request comes to {longest} tokens; use {minimum} or more, or larger pages than {size}"
+        remedy = (
+            f"the longest request has {longest} tokens; use {minimum} or more, or larger pages than {size}"
+        )
         raise Refusal("generation.pages", generation.pages, remedy)
     return Limits(
         max_num_seqs,
@@ -102,7 +104,7 @@ def pages(config: PretrainedConfig, dtype: torch.dtype, size: int, requests: int
 def layers(config: PretrainedConfig) -> Mapping[str, Sequence[int]]:
     """The numbers of the layers of `config` by kind of page. Raises Refusal where transformers has no pages for one."""
     if importlib.util.find_spec(f"{CONTINUOUS_BATCHING}.cache_allocators") is None:
-        remedy = "the transformers here has another one; install transformers>=5.23"
+        remedy = "this transformers has another paged cache; install transformers>=5.23"
         raise Refusal("generation.batching", "continuous", remedy)
     from transformers.generation.continuous_batching.cache import group_layers_by_attn_type
 
@@ -111,7 +113,7 @@ def layers(config: PretrainedConfig) -> Mapping[str, Sequence[int]]:
             config.get_text_config(decoder=True)
         )
     except ValueError as error:
-        reason = f"transformers has no pages for a layer of {config.model_type} ({error})"
+        reason = f"transformers' paged cache does not support a layer of {config.model_type} ({error})"
         raise Refusal("generation.batching", "continuous", f"{reason}; use {STATIC}") from error
     return layer_groups
 

@@ -44,7 +44,7 @@ class Choosers:
             try:
                 install(PATCHES[_SAMPLE].by(lambda _: self._sample, runner))
             except DoesNotFit as error:
-                remedy = f"the transformers here chooses tokens in another place; use {STATIC}"
+                remedy = f"this transformers chooses tokens in another place; use {STATIC}"
                 raise Refusal("generation.batching", "continuous", remedy) from error
 
     def leave(self, state: Any) -> None:

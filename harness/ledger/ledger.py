@@ -32,8 +32,8 @@ import_owners()
 MODES = ("exact", "phases", "off")
 
 UNATTRIBUTED = (
-    "made by no operator that the ledger was shown: by code that sets torch's dispatch modes aside, as tracing for a "
-    "compiler does, or that allocates by itself"
+    "allocated by no operator that the ledger saw: by code that disables torch's dispatch modes, as tracing for a "
+    "compiler does, or that allocates directly"
 )
 
 
@@ -341,7 +341,7 @@ class Ledger:
             self._allocator.stop()
         self.exact = False
         self._unseen.leave_out(
-            error, "all", "nothing is measured exactly, as a compiler would see the ledger"
+            error, "all", "nothing is measured exactly, because a compiler would see the ledger"
         )
 
     def _finish(self) -> None:

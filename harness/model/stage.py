@@ -137,7 +137,7 @@ def layers_of(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         if isinstance(module, nn.ModuleList) and len(module) == number
     ]
     if not candidates:
-        raise Uncuttable(f"it has no one list of its {number} layers")
+        raise Uncuttable(f"its {number} layers are not in one list")
     return min(candidates, key=lambda pair: pair[0].count("."))
 
 

@@ -78,14 +78,14 @@ class Quantization:
         try:
             packing.pack(model, self.method, self.quantization_config)
         except Unknown as unknown:
-            reason = f"{unknown.reason}; {rules.KEY}=null has weights whole"
+            reason = f"{unknown.reason}; {rules.KEY}=null leaves them unpacked"
             raise rules.refusal(
                 settings, {**self.quantization_config, unknown.key: unknown.value}, reason, unknown.key
             ) from None
         except KeyError as error:
             raise rules.refusal(settings, self.quantization_config, f"its config has no {error}") from error
         except (ValueError, TypeError, AttributeError, AssertionError) as error:
-            reason = f"its layout cannot be made ({first_line(error)}); {rules.KEY}=null has weights whole"
+            reason = f"its layout cannot be made ({first_line(error)}); {rules.KEY}=null leaves them unpacked"
             raise rules.refusal(
                 settings, self.quantization_config, reason, _field_in_error(self.quantization_config, error)
             ) from error

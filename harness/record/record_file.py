@@ -161,7 +161,7 @@ def write(directory: Path, record: Record) -> None:
 
 def read(path: Path) -> dict[str, Any]:
     """The record in a run's directory, or in a file. Raises ValueError with a sentence if there is none to read."""
-    return tree(path / FILE if path.is_dir() else path, SCHEMA, f"{path} holds no {FILE}")
+    return tree(path / FILE if path.is_dir() else path, SCHEMA, f"{path} contains no {FILE}")
 
 
 def tree(file: Path, schema: str, absent: str) -> dict[str, Any]:

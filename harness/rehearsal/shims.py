@@ -42,14 +42,14 @@ SHIMS = (
     Patch(
         "torch._meta_registrations",
         "_meta_grouped_mm_common",
-        "it takes grouped products of fp32, which run, to be impossible",
+        "it rejects grouped products of fp32, which the kernels support",
         TORCH,
         tensor_shims.grouped_mm_of_any_dtype,
     ),
     Patch(
         "torch",
         "_is_all_true",
-        "what is drawn from has no values that could be valid",
+        "probabilities of fake tensors have no values to check",
         TORCH,
         tensor_shims.is_always_true,
         unchecked=BUILTIN,
@@ -59,7 +59,7 @@ SHIMS = (
     Patch(
         CPU,
         "available_memory",
-        "ZeRO-1 and 2 take another way where this machine has little memory free",
+        "ZeRO-1 and 2 take another branch where this machine has little memory free",
         DEEPSPEED,
         world_shims.unlimited_memory,
     ),
@@ -118,14 +118,14 @@ SHIMS = (
     Patch(
         "deepspeed.runtime.pipe.engine.PipelineEngine",
         "_recv_tensor_meta",
-        "there is no stage before it that would say what it sends",
+        "there is no earlier stage that would send it",
         DEEPSPEED,
         world_shims.receive_hidden_states,
     ),
     Patch("torch.Tensor", "narrow", ONCE_A_RANK, TORCH, zero_shims.narrow, unchecked=BUILTIN),
 )
 
-TWO_DEVICES = "there is a GPU beside the host, which DeepSpeed takes for its accelerator"
+TWO_DEVICES = "DeepSpeed takes the host for its accelerator, and the rehearsal is for a GPU"
 NO_STREAM = "there is no GPU that would have one"
 
 GPU_SHIMS = (

@@ -80,7 +80,9 @@ def _lost_host(error: BaseException, elsewhere: list[int], world: World) -> Fail
     """The failure if all ranks of this host live and no rank `elsewhere` has reported: a whole host may have ended."""
     rank = elsewhere[0] if len(elsewhere) == 1 else None
     hosts = ", ".join(sorted({world.members[member][0] for member in elsewhere}))
-    description = f"it was lost without a word, with its host or its link ({hosts}): {_error_line(error)}"
+    description = (
+        f"it ended without an error message; its host or link may be down ({hosts}): {_error_line(error)}"
+    )
     return Failure(rank, None, description, None if rank is None else _stage(world, rank))
 
 
@@ -107,7 +109,7 @@ def peer_lost(directory: Path, world: World) -> Failure | None:
     while time.monotonic() < deadline and not (directory / CLAIM).exists():
         for rank, (host, pid) in enumerate(world.members):
             if host == socket.gethostname() and not _alive(pid):
-                description = f"its process {pid} is gone without a word; was it killed?"
+                description = f"its process {pid} ended without an error message; was it killed?"
                 return Failure(rank, None, description, _stage(world, rank))
         time.sleep(0.05)
     return None

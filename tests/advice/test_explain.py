@@ -296,7 +296,7 @@ def test_a_failed_run_says_where_and_what_is_known_of_it() -> None:
     assert sentences[0] == "Rank 1 failed in step 1, backward: RuntimeError: no memory"
     assert "1 of 2 ranks" in sentences[1]
     record["ranks"] = []
-    assert "no rank has left its books" in found(record)["failure"].sentence
+    assert "no rank has saved its accounting" in found(record)["failure"].sentence
     assert "failure" not in found(record_of(f"{TRAIN} zero=2"))
 
 
@@ -474,7 +474,7 @@ def broken(change: Callable[[dict[str, Any]], object]) -> str:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (None, "holds no record.json"),
+        (None, "contains no record.json"),
         ('{"schema": "harness.rec', "cannot be read"),
         ('{"schema": "harness.record/9"}', "this version reads"),
         ("", "cannot be read"),

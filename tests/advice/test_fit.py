@@ -218,7 +218,7 @@ def test_less_sent_is_cheaper_and_a_larger_micro_batch_makes_it_less() -> None:
     ("words", "sentence"),
     [
         ("", "world.size=null: world=rehearsed needs world.size="),
-        ("world.size=2", "hardware.memory=null: fit must know what a device has"),
+        ("world.size=2", "hardware.memory=null: fit must know the memory of a device"),
         ("hardware=h100-sxm", "world.size=null: world=rehearsed needs world.size="),
         ("world.size=2 hardware=h100-sxm zero=1,7", "zero=7: no such option; one of 0, 1, 2, 3"),
         (

@@ -201,7 +201,7 @@ def test_beyond_a_context_no_batch_turns_a_decode() -> None:
     assert long.turn is not None
     assert (long.by, long.turn.batch) == ("memory", None)
     assert f"below a context of {short.turn.longest:,.0f} one would" in sentence(long)
-    assert "no batch would turn that, for what each sequence moves for itself gives" in sentence(long)
+    assert "no batch would change that, because what each sequence moves for itself gives" in sentence(long)
 
 
 def test_the_tool_tells_every_phase_of_every_run(told: Told) -> None:
@@ -235,8 +235,8 @@ def test_a_run_is_held_against_another_machine_without_its_seconds(told: Told) -
 def test_a_record_without_counts_or_ceilings_gets_a_sentence(told: Told) -> None:
     old = trained((40, 5, 0))
     old["ranks"][0]["phases"] = [{"step": 0, "phase": "forward", "micro_batch": 0, "categories": {}}]
-    assert "no work counted: a run with ledger=exact of this version counts it" in told(old)
-    assert "no machine is known to hold it against; --hardware NAME gives one" in told(
+    assert "no FLOPs and bytes moved; a run with ledger=exact of this version counts them" in told(old)
+    assert "the record names no machine to compare it with; --hardware NAME gives one" in told(
         trained((4, 5, 0), ceilings=None)
     )
     rateless = {**MACHINE, "source": "h100-sxm", "flops": None, "dtype": "float32"}

@@ -314,7 +314,7 @@ def test_a_dependency_whose_version_moved_is_named(held: Run) -> None:
 
 def test_where_nothing_else_moved_the_code_did(held: Run) -> None:
     out = held(record_of(rank_of([0])), another(record_of(rank_of([0], inputs=1))))[1]
-    assert "neither the config nor a version is another: what changed is the code" in lines(out)
+    assert "neither the config nor a version changed: the code did" in lines(out)
 
 
 def test_another_number_of_parameters_is_said(held: Run) -> None:
@@ -365,7 +365,7 @@ def test_a_tolerance_in_the_file_counts_is_kept_by_an_update_and_yields_to_the_c
         ("inputs=-1%", "--tolerance inputs=-1%: should be a share"),
         ("inputs=nan%", "--tolerance inputs=nan%: should be a share"),
         ("inputs=inf%", "--tolerance inputs=inf%: should be a share"),
-        ("inputs", "--tolerance inputs: give a category and how far it may be off"),
+        ("inputs", "--tolerance inputs: give a category and how much it may differ"),
     ],
 )
 def test_a_tolerance_that_cannot_be_read_is_refused(held: Run, text: str, said: str) -> None:
@@ -445,21 +445,30 @@ def broken(**changes: Any) -> str:
         ),
         (
             lambda: broken(world=0),
-            "b.json is no whole baseline: world=0: should be greater than or equal to 1",
+            "b.json is not a complete baseline: world=0: should be greater than or equal to 1",
         ),
         (
             lambda: broken(toleranse={}),
-            "b.json is no whole baseline: toleranse={}: Extra inputs are not permitted",
+            "b.json is not a complete baseline: toleranse={}: Extra inputs are not permitted",
         ),
         (lambda: broken(tolerance={"input": "1%"}), "b.json: tolerance.input=1%: no such category; one of "),
         (
             lambda: broken(ranks=[{"ranks": "a-b"}]),
-            "b.json is no whole baseline: ranks.0.categories is missing",
+            "b.json is not a complete baseline: ranks.0.categories is missing",
         ),
-        (lambda: broken(ranks=[]), "b.json is no whole baseline: ranks=[]: List should have at least 1 item"),
-        (lambda: broken(ranks=[RANKS, RANKS]), "b.json is no whole baseline: ranks="),
-        (lambda: broken(ranks=[{**RANKS, "ranks": "0-"}]), "b.json is no whole baseline: ranks.0.ranks='0-'"),
-        (lambda: broken(ranks=[{**RANKS, "phases": 5}]), "b.json is no whole baseline: ranks.0.phases=5"),
+        (
+            lambda: broken(ranks=[]),
+            "b.json is not a complete baseline: ranks=[]: List should have at least 1 item",
+        ),
+        (lambda: broken(ranks=[RANKS, RANKS]), "b.json is not a complete baseline: ranks="),
+        (
+            lambda: broken(ranks=[{**RANKS, "ranks": "0-"}]),
+            "b.json is not a complete baseline: ranks.0.ranks='0-'",
+        ),
+        (
+            lambda: broken(ranks=[{**RANKS, "phases": 5}]),
+            "b.json is not a complete baseline: ranks.0.phases=5",
+        ),
     ],
 )
 def test_a_baseline_that_cannot_be_read_is_refused_and_never_written_over(
@@ -508,14 +517,14 @@ def inexact(record: dict[str, Any]) -> dict[str, Any]:
         (changed(record_of(), "world", device="cuda"), "device=cuda: b.json is a baseline of device=cpu; "),
         (record_of(rank_of([0])), "world.size=1: b.json is a baseline of world.size=2; "),
         (record_of(rank_of([2]), size=2), "b.json: it has figures of ranks 0-1, the run of 2 only"),
-        (failed(record_of()), "after: the run failed (out of memory); only a whole one counts"),
+        (failed(record_of()), "after: the run failed (out of memory); only a complete run counts"),
         (inexact(record_of()), "after: nothing of rank 0 was measured exactly; ledger=exact measures it"),
-        ({**record_of(), "ranks": []}, "after: it has the books of no rank"),
+        ({**record_of(), "ranks": []}, "after: it has the accounting of no rank"),
         (
             {**record_of(), "schema": "harness.record/9"},
             "after/record.json has schema 'harness.record/9', and ",
         ),
-        ({**record_of(), "ranks": 5}, "after is no whole record: ranks=5: "),
+        ({**record_of(), "ranks": 5}, "after is not a complete record: ranks=5: "),
     ],
 )
 def test_what_does_not_compare_is_refused_with_a_sentence(held: Run, run: dict[str, Any], said: str) -> None:
@@ -530,14 +539,14 @@ def test_what_does_not_compare_is_refused_with_a_sentence(held: Run, run: dict[s
     [
         ((), "check: give either --baseline FILE or --all"),
         (("--all", "--baseline", "b.json"), "check: give either --baseline FILE or --all"),
-        (("run", "--all"), "check run: --all rehearses; hold a run against one, with --baseline FILE"),
+        (("run", "--all"), "check run: --all rehearses and takes no run; compare a run with --baseline FILE"),
         (("--all",), "--profiles profiles: it has no baseline; RUN --baseline FILE --update makes one"),
         (("--baseline", "none.json"), "none.json: there is no baseline; --update makes one from a run"),
         (
             ("--baseline", "none.json", "--update"),
             "none.json: there is no baseline; --update makes one from a run",
         ),
-        (("norun", "--baseline", "b.json"), "norun holds no record.json"),
+        (("norun", "--baseline", "b.json"), "norun contains no record.json"),
         (("--baselines", "b.json"), "check: unrecognized arguments: --baselines"),
     ],
 )
@@ -724,7 +733,7 @@ def test_a_test_s_baseline_is_pytest_s(gate: Run) -> None:
     Path("b.json").write_text(text := broken(mode="test", config=[]))
     code, out, err = gate("--baseline", "b.json", "--update")
     assert (code, out) == (2, "b   made   b.json\n")
-    assert err.startswith("harness: b.json: it is a test's; pytest holds the test to it")
+    assert err.startswith("harness: b.json: it belongs to a test; pytest checks it")
     assert Path("b.json").read_text() == text
 
 

@@ -163,5 +163,7 @@ def test_a_prompt_without_tokens_is_refused() -> None:
 
 
 def test_a_token_that_the_model_does_not_know_is_refused() -> None:
-    with pytest.raises(Refusal, match=r"line 3 has token 100, and the model knows 100; .*data\.tokenizer="):
+    with pytest.raises(
+        Refusal, match=r"line 3 has token 100, and the model's vocabulary has 100; .*data\.tokenizer="
+    ):
         check([prompt(1)], LlamaConfig(vocab_size=100))

@@ -74,7 +74,7 @@ MIXED: dict[str, Any] = {"lengths": "uniform"}
     [
         (
             asked("gpt_neo", cache="static"),
-            "generation.cache=static: gpt_neo is not the same with it: .*; use generation.cache=dynamic$",
+            "generation.cache=static: gpt_neo gives other results with it: .*; use generation.cache=dynamic$",
         ),
         (asked("moshi"), "generation.cache=dynamic: moshi is .*; use generation.cache=none$"),
         (asked("moshi", cache="offloaded"), "generation.cache=offloaded: .*; use generation.cache=none$"),
@@ -84,7 +84,7 @@ MIXED: dict[str, Any] = {"lengths": "uniform"}
         ),
         (
             asked("recurrent_gemma", **MIXED),
-            "generation.batch=4: recurrent_gemma is not the same where a prompt is padded .*; use 1$",
+            "generation.batch=4: recurrent_gemma gives other results where a prompt is padded .*; use 1$",
         ),
         (
             asked("recurrent_gemma", {"num_hidden_layers": 2}, **MIXED),  # of those that attend it has none
@@ -96,11 +96,11 @@ MIXED: dict[str, Any] = {"lengths": "uniform"}
         ),
         (
             asked("mpt", cache="static", compile=True),
-            "generation.compile=true: .*mpt to be compiled whole; use generation.compile=false$",
+            "generation.compile=true: .*mpt as compilable; use generation.compile=false$",
         ),
         (
             asked("xlnet", cache="none"),
-            "model.config.model_type=xlnet: xlnet is no causal language model: .*",
+            "model.config.model_type=xlnet: xlnet is not a causal language model: .*",
         ),
         (
             asked("bert-generation", mode="train"),

@@ -303,7 +303,7 @@ def test_pages_too_few_for_one_request_are_refused_with_the_number_that_would_do
     with pytest.raises(Refusal) as refused:
         continued(model, pages=1)
     told = str(refused.value)
-    assert told.startswith("generation.pages=1: the longest request comes to 30 tokens; use ")
+    assert told.startswith("generation.pages=1: the longest request has 30 tokens; use ")
     least = int(told.rpartition("use ")[2].split()[0])
     with pytest.raises(Refusal):
         continued(model, pages=least - 1)
@@ -356,7 +356,7 @@ def test_a_model_that_is_not_is_refused_and_how_is_said(narrow: Any, kind: str, 
 @pytest.mark.parametrize("kind", ["mamba", "qwen3_next", "llama4_text"])
 def test_a_layer_that_has_no_pages_is_refused_in_transformers_words(kind: str) -> None:
     with pytest.raises(
-        Refusal, match=f"transformers has no pages for a layer of {kind} \\(Invalid layer type: "
+        Refusal, match=f"transformers' paged cache does not support a layer of {kind} \\(Invalid layer type: "
     ):
         layers(AutoConfig.for_model(kind, num_hidden_layers=4))
 
@@ -369,7 +369,7 @@ CONTINUOUS = ("generation.batching=continuous", "generation.cache=paged")
     [
         (
             ["generation.cache=paged"],
-            "generation.cache=paged: pages go from a request that ends to the next; add",
+            "generation.cache=paged: only continuous batching uses pages; add",
         ),
         (
             ["generation.batching=continuous"],
@@ -383,10 +383,10 @@ CONTINUOUS = ("generation.batching=continuous", "generation.cache=paged")
             [*CONTINUOUS, "generation.batch_tokens=3"],
             "generation.batch_tokens=3: a forward has a token of each of",
         ),
-        ([*CONTINUOUS, "pipeline.stages=2"], "pipeline.stages=2: requests enter and leave on one rank"),
+        ([*CONTINUOUS, "pipeline.stages=2"], "pipeline.stages=2: continuous batching works on whole models"),
         (
             [*CONTINUOUS, "generation.tensor_parallel=2"],
-            "generation.tensor_parallel=2: requests enter and leave",
+            "generation.tensor_parallel=2: continuous batching works on whole models",
         ),
         ([*CONTINUOUS, "generation.compile=true"], "generation.compile=true: generation.cache=paged grows"),
     ],

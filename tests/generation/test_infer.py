@@ -257,7 +257,7 @@ def test_a_batch_with_more_columns_than_attentions_own_table_is_refused(kind: st
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **limits, vocab_size=384))
     prompts = [Prompt("", [7] * length, most, "", "", "") for length, most in CROSSED]
     infer.check_columns(model, prompts, 1)
-    told = "generation.batch=3: padded, a batch comes to 69 columns, and the model's attention has 43; use 1"
+    told = "generation.batch=3: with padding a batch has 69 columns, and the model's attention has 43; use 1"
     with pytest.raises(Refusal, match=told):
         infer.check_columns(model, prompts, 3)
     with pytest.raises(Refusal, match="use 1"):

@@ -325,7 +325,7 @@ def test_a_ledger_that_ends_inside_a_compiled_program_leaves_nothing_behind() ->
 
 
 def test_what_is_made_where_modes_are_set_aside_is_unattributed_and_said() -> None:
-    said = pytest.warns(NotSeen, match="4,000 bytes of the peak were made by no operator")
+    said = pytest.warns(NotSeen, match="4,000 bytes of the peak were allocated by no operator")
     with said, Ledger() as ledger, _disable_current_modes():
         kept = torch.ones(1000)
     assert ledger.allocator.unattributed == kept.nbytes

@@ -145,7 +145,7 @@ APERTUS = Model(name="apertus", config={"model_type": "apertus", **WIDER}, atten
 
 def test_a_model_that_transformers_gives_no_first_values_is_refused() -> None:
     config = loader.model_config(APERTUS)
-    told = r"model=apertus: transformers has no first value for its .*act_fn\.alpha_n"
+    told = r"model=apertus: transformers does not initialise its .*act_fn\.alpha_n"
     with pytest.raises(Refusal, match=told):
         loader.build(APERTUS, config, torch.float32, CPU, 0)
     with pytest.raises(Refusal, match=told):

@@ -236,14 +236,14 @@ def damage_index(directory: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
-        (damage_truncate, "model.safetensors in it is torn"),
+        (damage_truncate, "model.safetensors in it is corrupt"),
         (damage_drop, "3 missing, model.layers.1.mlp.down_proj.weight first"),
         (damage_add, "1 unexpected, model.extra first"),
         (damage_shape, r"of another shape, model.*mlp.down_proj.weight \(\[32, 64\], not \[32, 96\]\) first"),
         (damage_remove, "model.safetensors is missing"),
         (damage_pickle, "pickled.*convert them"),
         (damage_shard, "model-00002-of-0000.*safetensors is missing"),
-        (damage_index, "model.safetensors.index.json in it is torn"),
+        (damage_index, "model.safetensors.index.json in it is corrupt"),
     ],
 )
 def test_a_damaged_checkpoint_is_refused_in_one_line_and_never_random(
@@ -264,12 +264,12 @@ def test_a_damaged_checkpoint_is_refused_in_one_line_and_never_random(
 
 
 def test_a_model_that_generates_nothing_is_refused() -> None:
-    with pytest.raises(Refusal, match="vit is no causal language model"):
+    with pytest.raises(Refusal, match="vit is not a causal language model"):
         loader.model_config(Model(name="test", config={"model_type": "vit"}))
 
 
 def test_a_model_that_reads_ahead_is_refused() -> None:
-    with pytest.raises(Refusal, match=r"model.config.model_type=bert: .*no causal language model"):
+    with pytest.raises(Refusal, match=r"model.config.model_type=bert: .*not a causal language model"):
         loader.model_config(Model(name="test", config={"model_type": "bert"}))
 
 

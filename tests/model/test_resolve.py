@@ -84,7 +84,7 @@ def test_a_config_that_asks_for_its_attention_gets_it_and_a_word_wins_over_it(de
     settings, reasons = plan.settings, plan.reasons
     assert (settings.model.attention, reasons) == (
         "eager",
-        {"model.attention": "eager: the model's config asks for it"},
+        {"model.attention": "eager: the model's config requests it"},
     )
     plan = resolve(of(directory, "model.attention=sdpa"))
     settings, reasons = plan.settings, plan.reasons
@@ -99,7 +99,7 @@ def test_a_config_that_asks_for_what_is_not_run_is_refused_unless_a_word_says_an
     with pytest.raises(Refusal) as refused:
         resolve(of(directory))
     assert str(refused.value) == (
-        f"model.attention=auto: the model's config asks for {wanted}; say model.attention=sdpa or eager"
+        f"model.attention=auto: the model's config requests {wanted}; use model.attention=sdpa or eager"
     )
     assert resolve(of(directory, "model.attention=sdpa")).settings.model.attention == "sdpa"
 
@@ -186,7 +186,7 @@ def test_a_run_that_is_resumed_keeps_its_precision(tmp_path: Path) -> None:
         directory.mkdir(parents=True)
         (directory / "manifest.json").write_text(json.dumps({"identity": {"precision": precision}}))
     (tmp_path / "state/step-00000003").mkdir()
-    (tmp_path / "state/step-00000003/manifest.json").write_text("{")  # torn
+    (tmp_path / "state/step-00000003/manifest.json").write_text("{")  # corrupt
     words = ["mode=train", "hardware=cpu", f"train.resume={tmp_path}", "model.attention=sdpa"]
     plan = resolve(load(compose.compose(words)), "cpu")
     settings, reasons = plan.settings, plan.reasons

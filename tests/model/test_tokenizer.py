@@ -149,7 +149,7 @@ def emptied(directory: Path) -> None:
     )
 
 
-def torn(directory: Path) -> None:
+def without_model(directory: Path) -> None:
     of_bytes().save_pretrained(directory)
     (directory / "tokenizer.json").write_text('{"version": "1.0"}')
 
@@ -172,14 +172,20 @@ def marked(directory: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
-        (emptied, r"its Qwen2Tokenizer makes no tokens of a text; are its files whole\? Give another with "),
-        (torn, r"it cannot be loaded: its tokenizer\.json has no model, as tokenizers writes it; save "),
+        (
+            emptied,
+            r"its Qwen2Tokenizer gives no tokens for a text; are its files complete\? Give another with ",
+        ),
+        (
+            without_model,
+            r"it cannot be loaded: its tokenizer\.json has no model, as tokenizers writes it; save ",
+        ),
         (
             cut,
-            r"it cannot be loaded: its tokenizer\.json is no JSON \(Unterminated .*\); save the tokenizer again",
+            r"it cannot be loaded: its tokenizer\.json is not JSON \(Unterminated .*\); save the tokenizer again",
         ),
-        (listed, r"it cannot be loaded: its tokenizer_config\.json holds no JSON object; save "),
-        (marked, r"it cannot be loaded: its tokenizer_config\.json is no JSON \(.*BOM"),
+        (listed, r"it cannot be loaded: its tokenizer_config\.json is not a JSON object; save "),
+        (marked, r"it cannot be loaded: its tokenizer_config\.json is not JSON \(.*BOM"),
     ],
 )
 def test_a_damaged_tokenizer_is_refused_in_one_line(damage: object, says: str, tmp_path: Path) -> None:
@@ -209,8 +215,12 @@ def test_a_tokenizer_that_is_not_there_is_refused(tmp_path: Path) -> None:
 
 def test_a_tokenizer_with_more_tokens_than_the_model_knows_is_refused(tmp_path: Path) -> None:
     less = Model(name="test", config={**TINY.config, "vocab_size": 300})
-    with pytest.raises(Refusal, match=r"model=test: the tokenizer has 384 tokens, and the model knows 300"):
+    with pytest.raises(
+        Refusal, match=r"model=test: the tokenizer has 384 tokens, and the model's vocabulary has 300"
+    ):
         opened_for(less)
     ByT5Tokenizer(extra_ids=200).save_pretrained(tmp_path)
-    with pytest.raises(Refusal, match=r"data.tokenizer=.* has 459 tokens, and the model knows 384"):
+    with pytest.raises(
+        Refusal, match=r"data.tokenizer=.* has 459 tokens, and the model's vocabulary has 384"
+    ):
         opened_for(TINY, str(tmp_path))

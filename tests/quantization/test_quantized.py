@@ -371,15 +371,16 @@ ASKED = f"{KEY}={{quant_method:awq}}"
         ((f"{KEY}={{bits:4}}",), f"{KEY}.quant_method=null: should name a method, as one of awq, gptq"),
         (
             (f"{KEY}.quant_method=hqq", *REHEARSED),
-            f"{KEY}.quant_method=hqq: its layout is not known here, so neither is its size; {KEY}=null has them whole",
+            f"{KEY}.quant_method=hqq: its layout is not known here, so neither is its size; "
+            f"{KEY}=null leaves them unpacked",
         ),
         (
             (ASKED,),
-            f"{KEY}.quant_method=awq: random weights are not packed; rehearse it, or {KEY}=null has them whole",
+            f"{KEY}.quant_method=awq: random weights are not packed; rehearse it, or {KEY}=null leaves them unpacked",
         ),
         (
             (ASKED, "mode=train"),
-            f"{KEY}.quant_method=awq: packed weights take no gradients; {KEY}=null has them whole",
+            f"{KEY}.quant_method=awq: packed weights take no gradients; {KEY}=null leaves them unpacked",
         ),
         ((ASKED, "mode=train", *REHEARSED), f"{KEY}.quant_method=awq: packed weights take no gradients"),
         (
@@ -396,7 +397,7 @@ ASKED = f"{KEY}={{quant_method:awq}}"
         ),
         (
             (f"{KEY}={{quant_method:awq,dequantize:true}}", *REHEARSED),
-            f"{KEY}.dequantize=true: transformers makes no awq weights whole as it reads them; leave it out",
+            f"{KEY}.dequantize=true: transformers does not unpack awq weights as it reads them; leave it out",
         ),
     ],
     ids=str,
@@ -901,12 +902,10 @@ def test_a_record_tells_of_packed_weights_and_when_they_are_whole(whole: str | N
     line = show(written).splitlines()
     assert line[0] == "infer m: 1,000 parameters, float16, awq 4 bits, 1 x cpu"
     took = ", 1.0 MiB" if whole == AT_FIRST else ""
-    expected = (
-        f"its weights (awq 4 bits{took}) are made whole {whole}: transformers computes with them so here"
-    )
+    expected = f"its weights (awq 4 bits{took}) are unpacked {whole}: transformers computes with them so here"
     assert (expected in line) == (whole is not None)
     found = [each.sentence for each in explain(parse(written, "it")) if each.kind == "packed"]
-    sentence = f"The checkpoint's weights are packed (awq 4 bits), and transformers makes them whole {whole}"
+    sentence = f"The checkpoint's weights are packed (awq 4 bits), and transformers unpacks them {whole}"
     assert [each.startswith(sentence) for each in found] == [True] * (whole is not None)
 
 

@@ -75,18 +75,18 @@ def test_none_is_left_where_none_is_asked_for(tmp_path: Path) -> None:
     assert trace.read(directory, 0) is None
 
 
-@pytest.mark.parametrize("content", [b"", b"PAR1 torn", b"[]"], ids=["empty", "torn", "other"])
+@pytest.mark.parametrize("content", [b"", b"PAR1 corrupt", b"[]"], ids=["empty", "corrupt", "other"])
 def test_what_is_no_trace_is_a_sentence(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / trace.DIRECTORY / "rank-0.parquet"
     file.parent.mkdir()
     file.write_bytes(content)
-    with pytest.raises(ValueError, match=r"rank-0\.parquet is no trace: "):
+    with pytest.raises(ValueError, match=r"rank-0\.parquet is not a trace: "):
         trace.read(tmp_path, 0)
 
 
 def test_a_table_with_other_columns_is_no_trace(tmp_path: Path) -> None:
     trace.write(tmp_path, 0, pa.table({"step": [1]}))
-    with pytest.raises(ValueError, match="is no trace"):
+    with pytest.raises(ValueError, match="is not a trace"):
         trace.read(tmp_path, 0)
 
 

@@ -529,10 +529,13 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     ("words", "said"),
     [
         ((), "world.size=null: world=rehearsed needs world.size=, the ranks to rehearse"),
-        (("world.size=4", "ledger=off"), "ledger=off: a rehearsal is what its ledger sees; use ledger=exact"),
+        (
+            ("world.size=4", "ledger=off"),
+            "ledger=off: a rehearsal measures with the exact ledger; use ledger=exact",
+        ),
         (
             ("world.size=4", "ledger=phases"),
-            "ledger=phases: a rehearsal is what its ledger sees; use ledger=exact",
+            "ledger=phases: a rehearsal measures with the exact ledger; use ledger=exact",
         ),
         (
             ("world.size=4", "train.resume=."),

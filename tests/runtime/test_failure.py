@@ -40,7 +40,7 @@ def test_the_one_rank_of_another_host_is_named_when_its_connection_closes(tmp_pa
     found = failure.of(LOST, WHERE, tmp_path, world((HERE, os.getpid()), ("node-b", 7)))
     assert found is not None
     assert (found.rank, found.where) == (1, None)
-    assert found.sentence().startswith("rank 1 failed: it was lost without a word")
+    assert found.sentence().startswith("rank 1 failed: it ended without an error message")
     assert "(node-b): RuntimeError: [pair.cc:547] Connection closed by peer" in found.error
 
 
@@ -49,7 +49,7 @@ def test_of_several_ranks_on_other_hosts_none_is_accused(tmp_path: Path) -> None
     found = failure.of(LOST, WHERE, tmp_path, world(*members))
     assert found is not None
     assert found.rank is None
-    assert found.sentence().startswith("a rank on another host failed: it was lost without a word")
+    assert found.sentence().startswith("a rank on another host failed: it ended without an error message")
     assert "(node-b, node-c)" in found.error
     assert failure.claim(tmp_path, failure.Report(None, found.sentence(), 3))
 
@@ -67,7 +67,7 @@ def test_a_rank_elsewhere_that_has_told_is_left_its_word(tmp_path: Path) -> None
 
 def test_the_first_word_about_the_end_is_everybody_s(tmp_path: Path) -> None:
     assert failure.first_report(tmp_path) is None
-    first = failure.Report(1, "rank 1: model.path=mine: torn", 2)
+    first = failure.Report(1, "rank 1: model.path=mine: corrupt", 2)
     assert failure.claim(tmp_path, first)
     assert not failure.claim(tmp_path, failure.Report(0, "rank 0 failed", 3))
     assert failure.first_report(tmp_path) == first

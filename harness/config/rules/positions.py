@@ -90,7 +90,7 @@ def limit(config: Mapping[str, Any]) -> Limit | None:
     if kind in AFTER_PADDING:
         padding = shape.get("pad_token_id", 1)
         rows = padding + 1 if isinstance(padding, int) else 0
-        return Limit(tokens - rows, f"{name}={tokens} but for the {rows} of padding")
+        return Limit(tokens - rows, f"{name}={tokens} without the {rows} of padding")
     limits = [Limit(tokens, name)]
     if not kind.startswith(ALREADY):
         limits += _scaled_limits(shape, name)
