@@ -109,7 +109,7 @@ def sizes(model: str) -> tuple[int, int, int]:
 def rehearsed(model: str, stage: int, world: int, more: Sequence[str] = LONG) -> Usage:
     """What a rehearsal sees of the rank that holds most."""
     asked = ["world=rehearsed", f"world.size={world}", *words(model, stage, more)]
-    return held([rank.tree() for rank in rehearse(Plan.of(load(compose(asked))))[0]])
+    return highest_usage([rank.tree() for rank in rehearse(Plan.of(load(compose(asked))))[0]])
 
 
 def real(model: str, stage: int, world: int = 2) -> Usage:
@@ -124,10 +124,10 @@ def real(model: str, stage: int, world: int = 2) -> Usage:
             stdout=subprocess.DEVNULL,
             timeout=600,
         )  # fmt: skip
-        return held(record_file.read(Path(directory) / "run")["ranks"])
+        return highest_usage(record_file.read(Path(directory) / "run")["ranks"])
 
 
-def held(ranks: Sequence[dict[str, Any]]) -> Usage:
+def highest_usage(ranks: Sequence[dict[str, Any]]) -> Usage:
     """From the ranks of a record: of each figure the highest."""
 
     def most(field: str, *phases: str) -> int:

@@ -21,7 +21,7 @@ def words() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
-def given(file: Path) -> list[Prompt]:
+def prompts_of(file: Path) -> list[Prompt]:
     return find(Settings(mode="infer", generation=Generation(prompts=str(file))), BYTES, lambda length: 64)
 
 
@@ -50,7 +50,7 @@ def test_every_line_that_is_not_empty_is_a_prompt_with_its_number(
     file = tmp_path / "prompts.txt"
     file.write_bytes(written)
     assert lines("generation.prompts", str(file)) == expected
-    assert [(prompt.place, prompt.text) for prompt in given(file)] == [
+    assert [(prompt.place, prompt.text) for prompt in prompts_of(file)] == [
         (f"line {number}", text) for number, text in expected
     ]
 
@@ -60,7 +60,7 @@ def test_a_file_without_prompts_is_refused(tmp_path: Path, written: bytes) -> No
     file = tmp_path / "prompts.txt"
     file.write_bytes(written)
     with pytest.raises(Refusal, match=rf"^generation.prompts={file}: there is no prompt in it"):
-        given(file)
+        prompts_of(file)
 
 
 @pytest.mark.parametrize(
@@ -80,15 +80,15 @@ def test_a_file_that_is_no_text_is_refused(tmp_path: Path, written: bytes, said:
     file = tmp_path / "prompts.txt"
     file.write_bytes(written)
     with pytest.raises(Refusal) as refused:
-        given(file)
+        prompts_of(file)
     assert str(refused.value).startswith(f"generation.prompts={file}: {said}")
 
 
 def test_a_missing_file_and_a_directory_are_refused(tmp_path: Path) -> None:
     with pytest.raises(Refusal, match="No such file"):
-        given(tmp_path / "prompts.txt")
+        prompts_of(tmp_path / "prompts.txt")
     with pytest.raises(Refusal, match="directory"):
-        given(tmp_path)
+        prompts_of(tmp_path)
 
 
 def test_prompts_on_the_command_line_keep_their_order() -> None:

@@ -12,14 +12,14 @@ from harness.data.workload import drawn, lengths, read
 BYTES = ByT5Tokenizer()
 
 
-def asked(file: Path, text: str | bytes) -> Generation:
+def generation_with(file: Path, text: str | bytes) -> Generation:
     file.write_bytes(text.encode() if isinstance(text, str) else text)
     return Generation(workload=str(file), max_new_tokens=9)
 
 
 def test_a_line_is_a_request_with_a_text_or_a_length(tmp_path: Path) -> None:
     text = '{"prompt": "one"}\n\n{"prompt_length": 5, "max_new_tokens": 2}\n'
-    generation = asked(tmp_path / "requests.jsonl", text)
+    generation = generation_with(tmp_path / "requests.jsonl", text)
     assert read(str(generation.workload)) == [("one", 0, None, "line 1"), (None, 5, 2, "line 3")]
     found = find(Settings(mode="infer", generation=generation), BYTES, lambda length: 9)
     assert [(len(prompt.tokens), prompt.max_new_tokens) for prompt in found] == [(3, 9), (5, 2)]
@@ -29,7 +29,7 @@ def test_a_line_is_a_request_with_a_text_or_a_length(tmp_path: Path) -> None:
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
 def test_a_workload_is_the_same_however_an_editor_saves_it(tmp_path: Path, encoding: str) -> None:
     text = '{"prompt": "żółw"}\r\n\r\n{"prompt_length": 5}\r\n'
-    generation = asked(tmp_path / "requests.jsonl", text.encode(encoding))
+    generation = generation_with(tmp_path / "requests.jsonl", text.encode(encoding))
     assert read(str(generation.workload)) == [("żółw", 0, None, "line 1"), (None, 5, None, "line 3")]
 
 
@@ -54,7 +54,7 @@ def test_a_workload_is_the_same_however_an_editor_saves_it(tmp_path: Path, encod
     ],
 )
 def test_a_line_that_is_no_request_is_refused_with_its_number(tmp_path: Path, line: str, told: str) -> None:
-    generation = asked(tmp_path / "requests.jsonl", line)
+    generation = generation_with(tmp_path / "requests.jsonl", line)
     with pytest.raises(Refusal) as refused:
         read(str(generation.workload))
     assert told in str(refused.value)

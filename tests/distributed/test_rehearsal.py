@@ -286,18 +286,18 @@ def plan_of(words: Words, size: int, prompts: Path) -> Plan:
     return resolve(load(compose(asked)))
 
 
-def seen(rank: RankRecord, steps: int = 3) -> dict[tuple[int, str, int], RankRecord]:
+def phases_of(rank: RankRecord, steps: int = 3) -> dict[tuple[int, str, int], RankRecord]:
     """The phases of the first steps by place: a rehearsal reads no text, and may first enter them in another order."""
     phases = {(phase["step"], phase["phase"], phase["micro_batch"]): phase for phase in rank["phases"]}
     return {place: phase for place, phase in phases.items() if place[0] < steps}
 
 
-def held(rank: RankRecord) -> dict[tuple[int, str, int], RankRecord]:
-    """What `seen` says but for the bytes moved: of an uneven shard the last rank copies no padding."""
+def phase_memory(rank: RankRecord) -> dict[tuple[int, str, int], RankRecord]:
+    """What `phases_of` says but for the bytes moved: of an uneven shard the last rank copies no padding."""
     moved = ("read", "written")
     return {
         place: {key: figure for key, figure in phase.items() if key not in moved}
-        for place, phase in seen(rank).items()
+        for place, phase in phases_of(rank).items()
     }
 
 
@@ -309,7 +309,7 @@ def differences(real: RankRecord, rehearsed: RankRecord) -> list[tuple[Any, ...]
         for figure, bytes_ in category.items()
         if rehearsed["categories"][name][figure] != bytes_
     ]
-    ours, theirs = seen(real), seen(rehearsed)
+    ours, theirs = phases_of(real), phases_of(rehearsed)
     for place in ours.keys() | theirs.keys():
         left, right = ours.get(place), theirs.get(place)
         if left is None or right is None:
@@ -348,11 +348,11 @@ def test_a_rehearsal_holds_the_bytes_of_the_run(
         rank_record = real["ranks"][rank]
         rehearsed, done = rehearse(plan, rank)
         assert differences(rank_record, rehearsed.tree()) == []
-        assert rehearsed.peak.bytes == max(phase["peak"] for phase in seen(rank_record).values())
+        assert rehearsed.peak.bytes == max(phase["peak"] for phase in phases_of(rank_record).values())
         assert done.tree()["model"] == real["model"]
         for other in alike:
             assert real["ranks"][other]["categories"] == rank_record["categories"]
-            assert held(real["ranks"][other]) == held(rank_record)
+            assert phase_memory(real["ranks"][other]) == phase_memory(rank_record)
 
 
 @pytest.mark.parametrize("cell", cells(3, 4), ids=name)
@@ -361,7 +361,7 @@ def test_a_rank_peaks_no_lower_than_those_it_bounds(
 ) -> None:
     ranks, words = cell
     real = run(ranks, words)["ranks"]
-    peaks = [max(phase["peak"] for phase in seen(rank_record).values()) for rank_record in real]
+    peaks = [max(phase["peak"] for phase in phases_of(rank_record).values()) for rank_record in real]
     found = representatives_of(plan_of(words, ranks, prompts))
     assert sorted(
         rank

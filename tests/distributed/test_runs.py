@@ -128,7 +128,7 @@ def test_a_failing_rank_is_named_with_its_own_error(tmp_path: Path) -> None:
     assert "out of luck" in failed["failure"]["error"]
     sentence = "harness: rank 1 failed in step 1, backward of micro-batch 0: ValueError: out of luck"
     assert [line for line in stderr.splitlines() if line.startswith("harness: ")] == [sentence]
-    assert told(stderr) == [(3, sentence)] * 2
+    assert torchrun_report(stderr) == [(3, sentence)] * 2
     (books,) = failed["ranks"]
     assert books["rank"] == 1
     assert books["peak"]["bytes"] > 0
@@ -147,7 +147,7 @@ def test_what_one_rank_refuses_is_what_every_rank_ends_with(tmp_path: Path) -> N
     stderr = script("refuse_on_rank_1.py", words)
     (sentence,) = [line for line in stderr.splitlines() if line.startswith("harness: ")]
     assert sentence == "harness: rank 1: model.path=mine: it is corrupt here; give a complete one"
-    assert told(stderr) == [(2, sentence)] * 2
+    assert torchrun_report(stderr) == [(2, sentence)] * 2
     assert not (tmp_path / "out").exists()
 
 
@@ -166,7 +166,7 @@ def script(name: str, words: list[str]) -> str:
     return result.stderr
 
 
-def told(stderr: str) -> list[tuple[int, str]]:
+def torchrun_report(stderr: str) -> list[tuple[int, str]]:
     """Each rank's exit code and last words in torchrun's report, which is the end of `stderr`; the cause is last."""
     report = stderr.rpartition("ChildFailedError")[2]
     found = re.findall(r"exitcode  : (\d+) .*\n.*\n  traceback : (.*)\n", report)

@@ -69,7 +69,7 @@ def build(shape: str = "grouped", attention: str = "sdpa") -> Any:
     return AutoModelForCausalLM.from_config(SHAPES[shape], attn_implementation=attention).eval()
 
 
-def asked(**options: Any) -> Generation:
+def settings_with(**options: Any) -> Generation:
     return Generation(
         **{"batch": PLACES, "page_size": PAGE, "cache": "paged", "batching": "continuous", **options}
     )
@@ -80,7 +80,7 @@ def requests(prompts: Sequence[list[int]], most: Sequence[int]) -> list[Prompt]:
 
 
 def continued(model: Any, ledger: Ledger | None = None, eos: Sequence[int] = (), **options: Any) -> Continued:
-    within = limits_of(asked(**options), model.config, model.dtype, requests(PROMPTS, MOST))
+    within = limits_of(settings_with(**options), model.config, model.dtype, requests(PROMPTS, MOST))
     strategy = merged(Generation(), {"eos_token_id": list(eos)})
     asked_for = Requests(PROMPTS, MOST, range(len(PROMPTS)))
     return generate(model, asked_for, strategy, limits=within, ledger=ledger or Ledger(mode="off"))
@@ -285,15 +285,19 @@ def test_every_token_has_its_moment_and_every_request_is_in_one_load() -> None:
 
 def test_room_is_for_the_longest_request_in_every_place_unless_it_is_said() -> None:
     def made(**options: Any) -> Any:
-        return limits_of(asked(**options), SHAPES["grouped"], torch.float32, requests(PROMPTS, MOST))
+        return limits_of(settings_with(**options), SHAPES["grouped"], torch.float32, requests(PROMPTS, MOST))
 
     longest = 11 + 20 - 1
     assert made() == (PLACES, PLACES * ceil(longest / PAGE), PAGE, PLACES * 17)
     assert made(batch=100).max_num_seqs == len(PROMPTS)
     assert made(pages=20, batch_tokens=9, page_size=16) == (PLACES, 20, 16, 9)
-    many = limits_of(asked(batch=64), SHAPES["grouped"], torch.float32, requests([[1] * 60] * 64, [2] * 64))
+    many = limits_of(
+        settings_with(batch=64), SHAPES["grouped"], torch.float32, requests([[1] * 60] * 64, [2] * 64)
+    )
     assert many.max_num_batched_tokens == 512
-    wide = limits_of(asked(batch=64), SHAPES["grouped"], torch.float32, requests([[1] * 900] * 64, [2] * 64))
+    wide = limits_of(
+        settings_with(batch=64), SHAPES["grouped"], torch.float32, requests([[1] * 900] * 64, [2] * 64)
+    )
     assert wide.max_num_batched_tokens == 900 + 63
 
 

@@ -42,12 +42,12 @@ KINDS: dict[str, dict[str, Any]] = {
 WITHOUT_SDPA = set(KINDS) - {"llama", "gpt2", "qwen3_moe"}
 
 
-def asked(*words: str) -> Settings:
+def settings_with(*words: str) -> Settings:
     return load(compose.compose(["hardware=cpu", "world=rehearsed", "world.size=1", *words]))
 
 
 def of(directory: Path, *words: str) -> Settings:
-    return asked("precision=fp32", f"model.path={directory}", "model.random=true", *words)
+    return settings_with("precision=fp32", f"model.path={directory}", "model.random=true", *words)
 
 
 @pytest.fixture
@@ -153,17 +153,17 @@ DECIDE = "from harness.runtime.peak_rates import precision_of_cpu; print(*precis
 
 def test_a_rehearsal_for_a_gpu_is_in_bf16_and_a_word_wins() -> None:
     gpu = ("hardware=h100-sxm", "model.attention=sdpa")
-    plan = resolve(asked(*gpu))
+    plan = resolve(settings_with(*gpu))
     settings, reasons = plan.settings, plan.reasons
     assert (settings.precision, settings.dtype) == ("bf16", "bfloat16")
     assert reasons == {"precision": "bf16: a GPU has units for it"}
-    plan = resolve(asked(*gpu, "precision=fp32"))
+    plan = resolve(settings_with(*gpu, "precision=fp32"))
     settings, reasons = plan.settings, plan.reasons
     assert (settings.precision, settings.dtype, reasons) == ("fp32", "float32", {})
 
 
 def test_a_cpu_decides_the_same_each_time() -> None:
-    chosen = {resolve(asked("model.attention=sdpa")).settings.precision for _ in range(5)}
+    chosen = {resolve(settings_with("model.attention=sdpa")).settings.precision for _ in range(5)}
     assert len(chosen) == 1
     assert chosen <= {"bf16", "fp32"}
 

@@ -90,7 +90,7 @@ def test_a_table_with_other_columns_is_no_trace(tmp_path: Path) -> None:
         trace.read(tmp_path, 0)
 
 
-def made(bytes_: list[int], categories: list[str] | None = None) -> pa.Table:
+def table_of(bytes_: list[int], categories: list[str] | None = None) -> pa.Table:
     """A trace of one storage after another, each a new one."""
     count = len(bytes_)
     return pa.table(
@@ -114,7 +114,7 @@ def made(bytes_: list[int], categories: list[str] | None = None) -> pa.Table:
 def test_thinning_keeps_the_peak_and_both_ends(peak_at: int) -> None:
     deltas = [0] * 10_000
     deltas[peak_at], deltas[peak_at + 1] = 7, -6
-    found = points.drawn(points.of_table(made(deltas)))
+    found = points.drawn(points.of_table(table_of(deltas)))
     assert found["events"] == 10_000
     assert len(found["at"]) <= points.DRAWN + 3
     assert found["categories"]["activations"][found["peak"]] == 7
@@ -124,7 +124,9 @@ def test_thinning_keeps_the_peak_and_both_ends(peak_at: int) -> None:
 
 
 def test_a_point_names_its_largest_holders_and_no_empty_one() -> None:
-    found = points.drawn(points.of_table(made([10, 20, -10], ["activations", "workspace", "activations"])))
+    found = points.drawn(
+        points.of_table(table_of([10, 20, -10], ["activations", "workspace", "activations"]))
+    )
     last = found["holders"][-1]
     assert [found["names"][name] for name in last[::2]] == ["workspace: model: mm"]
     assert last[1::2] == [20]
