@@ -15,13 +15,13 @@ from omegaconf import OmegaConf
 from harness import __version__
 from harness.config import compose
 from harness.config.load import load, without_hydra
-from harness.config.settings import Refusal, as_typed, knobs
+from harness.config.settings import Refusal, as_typed, described_fields
 from harness.runtime import launcher
 
 TOOLS = {
     "check": (
         "check",
-        "[RUN] --baseline FILE | --all   the gate: a run, or rehearsals, must hold what baselines say; --update",
+        "[RUN] --baseline FILE | --all   compare a run, or rehearsals, with baselines, to the byte; --update",
     ),
     "compare": (
         "analysis.compare",
@@ -29,7 +29,7 @@ TOOLS = {
     ),
     "report": (
         "report",
-        "RUN [...] -o DIR  a page of them to look at; --perfetto, --tensorboard, --csv, --parquet, --markdown",
+        "RUN [...] -o DIR  an HTML page that shows them; --perfetto, --tensorboard, --csv, --parquet, --markdown",
     ),
     "contrast": (
         "analysis.sweep_stages",
@@ -37,7 +37,7 @@ TOOLS = {
     ),
     "batching": (
         "analysis.sweep_batch",
-        "RUN RUN [...]  what a larger batch brings in generation and costs, by the context; --json",
+        "RUN RUN [...]  what a larger batch gains and costs in generation, by the context; --json",
     ),
     "caching": (
         "analysis.sweep_cache",
@@ -49,11 +49,11 @@ TOOLS = {
     ),
     "roofline": (
         "analysis.roofline",
-        "RUN [...]      whether computing or moving bounds it, and where that turns; --hardware NAME, --json",
+        "RUN [...]      whether it is compute-bound or memory-bound, and where that changes; --hardware NAME, --json",
     ),
     "explain": (
         "advice.explain",
-        "RUN             what holds its memory, and the change that would save most; --no-rehearsal, --json",
+        "RUN             what uses its memory, and the change that would save most; --no-rehearsal, --json",
     ),
 }
 """Each tool: its module in `harness`, which has a `main`, and its line of help."""
@@ -76,8 +76,8 @@ Train a causal language model or generate with one, and see what every byte on e
   python -m harness --cfg job [key=value ...]     check and print the config, run nothing
   python -m harness --version
 
-A run leaves record.json, config.yaml and what it made in hydra.run.dir=DIR, else in outputs/DATE/TIME-MODE.
-What is wrong is one sentence on stderr; torchrun's own traceback below it ends with the same sentence.
+A run leaves record.json, config.yaml and its results in hydra.run.dir=DIR, else in outputs/DATE/TIME-MODE.
+An error is one sentence on stderr; under torchrun a traceback follows that ends with the same sentence.
 """
 
 
@@ -93,7 +93,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (Absent, Refusal) as refusal:
         return _refuse(str(refusal))
     except BrokenProcessPool:
-        print("harness: a rehearsal's process is gone without a word; was it killed?", file=sys.stderr)
+        print(
+            "harness: a rehearsal's process ended without an error message; was it killed?", file=sys.stderr
+        )
         return 3
 
 
@@ -101,12 +103,12 @@ def usage() -> str:
     """The text of `--help`: the commands, the tools, the groups in `conf/` and every key."""
     defaults = compose.defaults()
     lines = [USAGE, "Tools", *(f"  {name} {line}" for name, (_, line) in TOOLS.items())]
-    lines += ["", "Groups, as zero=2; * is what it is when nothing is said"]
+    lines += ["", "Groups, as zero=2; * marks the default"]
     for group, options in compose.groups().items():
         starred = (f"{each}*" if each == defaults.get(group) else each for each in options)
         lines.append(f"  {group:<10} {'  '.join(starred)}")
-    lines += ["", "Keys, as train.steps=100, with what they are when nothing is said"]
-    for key, field in knobs().items():
+    lines += ["", "Keys, as train.steps=100, with their defaults"]
+    for key, field in described_fields().items():
         choices = f" ({', '.join(field.choices)})" if field.choices else ""
         lines.append(f"  {f'{key}={as_typed(field.default)}':<38} {field.meaning}{choices}")
     return "\n".join(lines)
@@ -152,7 +154,7 @@ def _say(text: str) -> int:
 
 def _refuse(sentence: str) -> int:
     """Print one line on stderr, once per node: a file may be missing on one node only."""
-    launcher.tell(sentence)
+    launcher.report(sentence)
     if os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0":
         print(f"harness: {sentence}", file=sys.stderr)
     return 2

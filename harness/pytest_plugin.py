@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from harness.ledger import Ledger
 
 MARKS = {
-    "memory_budget": "memory_budget(**bytes): the most it may hold, as activations='10 MiB', total='64 MiB', saved=0",
-    "memory_baseline": "memory_baseline: a test must hold, to the byte, what the file next to it says",
+    "memory_budget": "memory_budget(**bytes): the most it may use, as activations='10 MiB', total='64 MiB', saved=0",
+    "memory_baseline": "memory_baseline: the memory of a test must equal, to the byte, the file next to it",
 }
 LEDGER = pytest.StashKey["Ledger"]()
 REFUSED = pytest.StashKey[str]()
@@ -31,9 +31,9 @@ REFUSED = pytest.StashKey[str]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the plugin's options."""
-    group = parser.getgroup("memory", "memory that tests hold")
+    group = parser.getgroup("memory", "memory of tests")
     group.addoption(
-        "--memory-update", action="store_true", help="write what tests marked memory_baseline hold"
+        "--memory-update", action="store_true", help="write the baselines of tests marked memory_baseline"
     )
     group.addoption(
         "--memory-device", choices=("cpu", "cuda"), help="whose memory; a GPU's where one is in use"

@@ -32,21 +32,21 @@ from harness.runtime.world import World
 T = TypeVar("T")
 
 
-def run(settings: Settings, cfg: DictConfig, words: list[str]) -> int:
-    """Carry out `settings` and return the exit code. `words` is the command line, which messages repeat.
+def run(settings: Settings, cfg: DictConfig, overrides: list[str]) -> int:
+    """Carry out `settings` and return the exit code. `overrides` is the command line, which messages repeat.
 
     Raises Refusal for problems that only a joined world can detect.
     """
     if settings.world.kind == "rehearsed":
-        return _rehearse(settings, cfg, words)
+        return _rehearse(settings, cfg, overrides)
     _, size, _ = world.environment()
-    check_world(settings, size, words)
+    check_world(settings, size, overrides)
     group_sizes = settings.pipeline.stages, settings.tensor_parallel
     with world.connected(settings.hardware.device, settings.world.timeout, *group_sizes) as joined_world:
         memory_snapshot.check(settings, joined_world.device)
         plan = _by_rank_0(joined_world, lambda: resolve(settings, joined_world.device.type))
         directory = _by_rank_0(joined_world, lambda: _make_directory(plan.settings, cfg))
-        return _Run(plan, words, joined_world, directory).carry_out()
+        return _Run(plan, overrides, joined_world, directory).carry_out()
 
 
 def _by_rank_0(joined_world: World, decide: Callable[[], T]) -> T:
@@ -113,7 +113,9 @@ def _make_directory(settings: Settings, cfg: DictConfig) -> Path:
     stamp = datetime.now().strftime("%Y-%m-%d/%H-%M-%S")
     directory = Path(configured or f"outputs/{stamp}-{settings.mode}").absolute()
     if (directory / record_file.FILE).exists():
-        raise Refusal("hydra.run.dir", directory, "it already holds a run's record; name another directory")
+        raise Refusal(
+            "hydra.run.dir", directory, "it already contains a run's record; name another directory"
+        )
     try:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / failure.CLAIM).unlink(missing_ok=True)  # from a refused run
@@ -266,9 +268,9 @@ class _Run:
         self.ending.acquire()  # never released: the second thread to notice waits for the exit
         rank = self.world.rank
         if not self.world.leads:
-            failure.await_word(self.directory)  # rank 0 most likely has the same refusal
+            failure.await_report(self.directory)  # rank 0 most likely has the same refusal
         sentence = str(refusal) if self.world.leads else f"rank {rank}: {refusal}"
-        report = failure.Word(rank, sentence, 2)
+        report = failure.Report(rank, sentence, 2)
         is_first = failure.claim(self.directory, report)
         self._end(report if is_first else None)
 
@@ -276,7 +278,9 @@ class _Run:
         """Write a record of the failure, unless the first failed rank has written one. Then exit at once."""
         self.ending.acquire()
         rank_failure = find_failure()  # it waits for other ranks, so it runs inside the lock
-        report = None if rank_failure is None else failure.Word(rank_failure.rank, rank_failure.sentence(), 3)
+        report = (
+            None if rank_failure is None else failure.Report(rank_failure.rank, rank_failure.sentence(), 3)
+        )
         if rank_failure is None or report is None or not failure.claim(self.directory, report):
             self._end(None)
         rank_record = self._rank_record() if rank_failure.rank == self.world.rank else None
@@ -288,16 +292,16 @@ class _Run:
                 self._write_trace()
         self._end(report)
 
-    def _end(self, own_report: failure.Word | None) -> NoReturn:
+    def _end(self, own_report: failure.Report | None) -> NoReturn:
         """Exit at once, with `own_report`, or with the report of the rank that was first.
 
         The other ranks have ended or are ending: an orderly exit would wait for them.
         """
-        report = own_report or failure.first_word(self.directory)
+        report = own_report or failure.first_report(self.directory)
         if own_report:
             print(f"harness: {own_report.sentence}", file=sys.stderr, flush=True)
         if report:
-            launcher.tell(report.sentence)
+            launcher.report(report.sentence)
         code = report.code if report else 2  # a refused run leaves no file
         if code == 2 and self.world.leads:
             _remove(self.directory, failure.end_others(self.world))

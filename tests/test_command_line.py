@@ -15,7 +15,7 @@ import harness
 from harness.__main__ import TOOLS
 from harness.config import compose
 from harness.config.load import load
-from harness.config.settings import knobs
+from harness.config.settings import described_fields
 
 ROOT = Path(__file__).parents[1]
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -52,7 +52,7 @@ def test_help_lists_every_key_every_option_and_the_torchrun_line(door: Door, wor
     result = door(*words)
     assert (result.returncode, result.stderr) == (0, "")
     assert "torchrun --standalone" in result.stdout
-    for key in knobs():
+    for key in described_fields():
         assert f"  {key}=" in result.stdout
     for group, options in compose.groups().items():
         line = next(line for line in result.stdout.splitlines() if line.startswith(f"  {group} "))

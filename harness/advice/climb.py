@@ -9,13 +9,13 @@ HIGHEST = 1024
 
 @dataclass
 class Climb:
-    """Raises the value of `key`, with the overrides `words` fixed.
+    """Raises the value of `key`, with the `overrides` fixed.
 
     It goes up `rungs` where there are some. Else it doubles from 1, then bisects between the last two values. A larger
     value never needs less memory, so nothing above a value that does not fit is tried.
     """
 
-    words: tuple[str, ...]
+    overrides: tuple[str, ...]
     key: str
     rungs: Sequence[int] = ()
     fits: int = 0

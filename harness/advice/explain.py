@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from textwrap import fill
 
 from harness.analysis.args import Parser, refuse
-from harness.analysis.findings import SURPRISES, Finding, Run
+from harness.analysis.findings import FINDINGS, Finding, Run
 from harness.analysis.findings_kv_cache import CACHED
 from harness.analysis.findings_pipeline import STAGES, kept_by
 from harness.record.fields import printable
@@ -19,7 +19,7 @@ LARGEST = 3
 """How many categories, and how many holdings, are named."""
 
 WHY = {
-    "gradients": "its share of the parameters touches larger ones, whose gradients it holds whole",
+    "gradients": "its share of the parameters has parts of larger ones, whose gradients it keeps in full",
     "kv_cache": "its prompts are longer or more",
     "inputs": "its prompts are longer or more",
 }
@@ -48,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
 def _parser() -> Parser:
     parser = Parser(
         "explain",
-        description="Say what holds a run's memory, what surprises in it, and which change would save most.",
+        description="Say what uses a run's memory, what is unexpected in it, and which change would save most.",
         epilog="The change is rehearsed with the run's own config. Exit code 2: there is no record that can be read.",
     )
     parser.takes_runs()
@@ -71,7 +71,7 @@ def explain(record: Record) -> Iterator[Finding]:
         ranks,
         *STAGES,
         *CACHED,
-        *SURPRISES,
+        *FINDINGS,
         not_in_them,
     ):
         yield from finder(run)
@@ -104,9 +104,9 @@ def failure(run: Run) -> Iterator[Finding]:
     rank_count = len(record.peaks)
     if rank_count < run.size:
         coverage = (
-            "no rank has left its books"
+            "no rank has saved its accounting"
             if not rank_count
-            else f"{rank_count} of {run.size} ranks left its books"
+            else f"{rank_count} of {run.size} ranks saved their accounting"
         )
         yield Finding("failure", f"Nothing is known beyond that: {coverage}.", None)
 
@@ -186,7 +186,7 @@ def packed(run: Run) -> Iterator[Finding]:
     quantization = run.record.model.quantization
     if quantization is not None and quantization.whole is not None:
         sentence = (
-            f"The checkpoint's weights are packed ({quantization.short}), and transformers makes them whole "
+            f"The checkpoint's weights are packed ({quantization.short}), and transformers unpacks them "
             f"{quantization.whole}: a parameter takes as much as in {run.record.model.dtype}."
         )
         yield Finding("packed", sentence, None)

@@ -21,15 +21,15 @@ NODE = 8
 RANKING = {
     "train": "ranked by what a rank sends for each sequence (arXiv 1910.02054, section 7); "
     "those that recompute after those, offloaded ones last",
-    "infer": "ranked by the tokens that are held at once, batch x (prompt + new)",
+    "infer": "ranked by the tokens in memory at once, batch x (prompt + new)",
 }
 UNSEEN = (
     "scratch inside kernels and what lies outside the framework (CUDA context, NCCL) is not in these figures"
 )
 
 LEFT_OUT = {
-    "train": "not those that need more than one that does not fit, nor those that recompute what need not be",
-    "infer": "not those that need more than one that does not fit",
+    "train": "left out are those that need more than one that does not fit, and those that recompute without need",
+    "infer": "left out are those that need more than one that does not fit",
 }
 
 PASSED_OVER = (

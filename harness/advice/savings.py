@@ -72,11 +72,11 @@ INFER = (
     Change(
         lambda s: {"generation.batch": s.generation.batch // 2}, "twice the batches, each of half the prompts"
     ),
-    Change(lambda s: _whole_cache(s, "static"), "room for the longest answer from the start"),
+    Change(lambda s: _whole_cache(s, "static"), "space for the longest answer from the start"),
     Change(lambda s: _whole_cache(s, "dynamic"), "a copy of a layer's cache at each token"),
     Change(
         lambda s: {"generation.cache": "quantized"},
-        "keys and values rounded to so few bits that some tokens are others",
+        "keys and values rounded to so few bits that some tokens differ",
     ),
     Change(
         lambda s: _whole_cache(s, "offloaded"),
@@ -115,13 +115,17 @@ def savings(record: Record) -> Iterator[Finding]:
     try:
         base = settings_of(record, {})
     except Refusal as refusal:
-        yield Finding("saving", f"No change was rehearsed, for the run itself cannot be: {refusal}.", None)
+        yield Finding(
+            "saving", f"No change was rehearsed, because the run itself cannot be: {refusal}.", None
+        )
         return
     changes = list(candidates(record, base))
     peaks = rehearse([base, *(settings for settings, _, _ in changes)])
     before = peaks[0]
     if isinstance(before, str):
-        yield Finding("saving", f"No change was rehearsed, for the run itself could not be: {before}", None)
+        yield Finding(
+            "saving", f"No change was rehearsed, because the run itself could not be: {before}", None
+        )
         return
     tried = [
         Rehearsed(values, cost, peak) for (_, values, cost), peak in zip(changes, peaks[1:], strict=True)
@@ -201,7 +205,7 @@ def agreement(record: Record, rehearsed: int) -> Iterator[Finding]:
         more = "more" if difference > 0 else "less"
         sentence = (
             f"A rehearsal of this run gives {size(rehearsed)}; the record has {size(abs(difference))} {more}"
-            f"{without}. Take the saving as near, not exact."
+            f"{without}. The saving is close, not exact."
         )
         yield Finding("agreement", sentence, difference)
 

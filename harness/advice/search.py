@@ -59,7 +59,7 @@ class Fit:
         for override in overrides:
             if "=" not in override:
                 raise ValueError(
-                    f"fit: {override}: neither key=value nor an option; --help says what there is"
+                    f"fit: {override}: neither key=value nor an option; --help lists what there is"
                 )
         self.mode = typed.get("mode", "train")
         if self.mode not in AXES:
@@ -67,7 +67,7 @@ class Fit:
         if self.mode == "infer" and {"generation.prompts", "generation.prompt", "generation.workload"} & set(
             typed
         ):
-            raise Refusal("generation.prompts", "...", "fit asks for lengths; give generation.prompt_length=")
+            raise Refusal("generation.prompts", "...", "fit needs lengths; give generation.prompt_length=")
         self.axes = {key: typed.get(key, values) for key, values in AXES[self.mode].items()}
         self.typed, self.reserve = typed, reserve
         managed = {*self.axes, "world", "world.size", "ledger", "ledger.steps", "generation.count"}
@@ -80,7 +80,7 @@ class Fit:
         self.climbs = self._climbs({}, typed)
         memory = self._first().hardware.memory
         if memory is None:
-            remedy = "fit must know what a device has; give hardware=NAME or hardware.memory=BYTES"
+            remedy = "fit must know the memory of a device; give hardware=NAME or hardware.memory=BYTES"
             raise Refusal("hardware.memory", None, remedy)
         self.memory = memory
 
@@ -89,7 +89,7 @@ class Fit:
         climb = self.climbs[0]
         lowest = climb.wants() or 1
         return self.settings(
-            [*climb.words, f"{climb.key}={lowest}", *self._accumulation(climb.words, lowest)]
+            [*climb.overrides, f"{climb.key}={lowest}", *self._accumulation(climb.overrides, lowest)]
         )
 
     def settings(self, chosen: Sequence[str]) -> Settings:
@@ -149,15 +149,15 @@ class Fit:
         trials: list[Trial] = []
         reached: dict[tuple[str, ...], int] = {}
         for mode_override in [f"checkpointing={mode}" for mode in RECOMPUTED]:
-            same_mode = [climb for climb in climbs if mode_override in climb.words]
+            same_mode = [climb for climb in climbs if mode_override in climb.overrides]
             for climb in same_mode:
-                climb.fits = reached.get(_without(climb.words, mode_override), 0)
+                climb.fits = reached.get(_without(climb.overrides, mode_override), 0)
             try:
                 trials += self._climb(same_mode)
             except Refusal:  # nothing is possible above what less recomputation has reached
                 if not trials:
                     raise
-            reached |= {_without(climb.words, mode_override): climb.fits for climb in same_mode}
+            reached |= {_without(climb.overrides, mode_override): climb.fits for climb in same_mode}
         return trials
 
     def _climbs(self, changed: dict[str, str], requested: Container[str]) -> list[Climb]:
@@ -182,7 +182,7 @@ class Fit:
                 for override in overrides:
                     refused.setdefault(override, refusal)
         for override, reason in refused.items():
-            nowhere = not any(override in climb.words for climb in possible)
+            nowhere = not any(override in climb.overrides for climb in possible)
             if nowhere and override.partition("=")[0] in requested:
                 raise reason
         if not changed and not possible:
@@ -217,7 +217,11 @@ class Fit:
         for climb in climbs:
             while (rung := climb.wants()) is not None:
                 try:
-                    overrides = (*climb.words, f"{climb.key}={rung}", *self._accumulation(climb.words, rung))
+                    overrides = (
+                        *climb.overrides,
+                        f"{climb.key}={rung}",
+                        *self._accumulation(climb.overrides, rung),
+                    )
                     yield climb, overrides, self.settings(overrides)
                     break
                 except Refusal as refusal:

@@ -22,7 +22,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise ValueError for wrong arguments, instead of argparse's exit."""
-        raise ValueError(f"{self._tool}: {printable(message)}; --help says what there is")
+        raise ValueError(f"{self._tool}: {printable(message)}; --help lists what there is")
 
 
 def refuse(error: ValueError) -> int:

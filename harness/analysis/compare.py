@@ -77,7 +77,7 @@ def main(argv: Sequence[str]) -> int:
 def _parser() -> Parser:
     parser = Parser(
         "compare",
-        description="Hold runs, of one mode or of both, side by side: what held the memory at the peak of each.",
+        description="Compare runs, of one mode or of both: what used the memory at the peak of each.",
         epilog="A failed run is compared as far as it came. Exit code 2: a run has no record that can be read.",
     )
     parser.takes_runs("*")
@@ -261,7 +261,7 @@ def _failures(records: Sequence[Record], names: Sequence[str]) -> Iterator[str]:
             where = "" if failure.where is None else f" in step {failure.where.step}, {failure.where.phase}"
             yield f"{name} failed{rank}{where}: {failure.error or 'its record does not say why'}"
             if len(record.peaks) < record.world.size:
-                yield f"{name} has the books of {len(record.peaks)} of its {record.world.size} ranks"
+                yield f"{name} has the accounting of {len(record.peaks)} of its {record.world.size} ranks"
 
 
 def _change_notes(records: Sequence[Record], names: Sequence[str], exact: bool) -> Iterator[str]:

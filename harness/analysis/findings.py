@@ -200,7 +200,9 @@ def checkpointing(run: Run) -> Iterator[Finding]:
         )
     elif layers == 1:
         again = size(run.peak.recomputed)
-        sentence = f"{name} recomputes a single layer: in backward all of it is there again at once, {again}."
+        sentence = (
+            f"{name} recomputes one layer: in backward all its activations are in memory at once, {again}."
+        )
     elif 2 * recomputed <= layers:
         sentence = f"{name} is for {recomputed} of {layers} layers; the others keep their activations."
     else:
@@ -244,7 +246,7 @@ def still_gathered(run: Run) -> Iterator[Finding]:
         after = f", after {last[-1]}" if last else ""
         sentence = (
             f"{size(remaining)} of whole parameters stay gathered at the end{after}: what comes next, as generating "
-            "or saving, begins with so much less room."
+            "or saving, begins with that much less memory."
         )
         yield Finding("gathered", sentence, remaining)
 
@@ -256,7 +258,7 @@ def same_on_more_ranks(run: Run) -> Iterator[Finding]:
     if run.record.mode == "infer":
         whole = run.bytes_of("parameters")
         sentence = (
-            f"Each of the {run.size} ranks holds all {size(whole)} of the parameters: more ranks share out "
+            f"Each of the {run.size} ranks holds all {size(whole)} of the parameters: more ranks divide "
             "prompts, not the model."
         )
         yield Finding("ranks", sentence, whole)
@@ -265,7 +267,7 @@ def same_on_more_ranks(run: Run) -> Iterator[Finding]:
         not_sharded = run.whole - sharded
         if 2 * not_sharded >= run.whole:
             sentence = (
-                f"{size(not_sharded)} of the peak ({not_sharded / run.whole:.0%}) are not shared out under "
+                f"{size(not_sharded)} of the peak ({not_sharded / run.whole:.0%}) are not partitioned under "
                 f"ZeRO-{run.stage}, and stay on each rank however many there are; "
                 f"{size(sharded) + ' are' if sharded else 'nothing is'}."
             )
@@ -285,7 +287,7 @@ def offload(run: Run) -> Iterator[Finding]:
         yield Finding("offload", sentence, optimizer)
 
 
-SURPRISES: tuple[Callable[[Run], Iterator[Finding]], ...] = (
+FINDINGS: tuple[Callable[[Run], Iterator[Finding]], ...] = (
     outside_a_step,
     first_step,
     logits,

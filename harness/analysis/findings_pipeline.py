@@ -61,7 +61,7 @@ def without_zero(run: Run) -> Iterator[Finding]:
     if run.record.pipeline.stages > 1 and run.record.training.optimizer == "BF16_Optimizer":
         sentence = (
             "DeepSpeed gives a bf16 pipeline under ZeRO-0 its BF16_Optimizer: gradients are kept in fp32 too, and "
-            "masters and moments are shared out over the replicas."
+            "masters and moments are partitioned over the replicas."
         )
         yield Finding("without_zero", sentence, None)
 

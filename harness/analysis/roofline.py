@@ -53,13 +53,13 @@ def main(argv: Sequence[str]) -> int:
 def _parser() -> Parser:
     parser = Parser(
         "roofline",
-        description="Hold each phase of a run against what its machine can do: which of computing and moving bounds "
-        "it, by how much, and at which batch and context it would turn.",
+        description="Compare each phase of a run with what its machine can do: whether compute or memory bounds "
+        "it, by how much, and at which batch and context that would change.",
         epilog="Exit code 2: a run has no record that can be read.",
     )
     parser.takes_runs("+")
     parser.add_argument(
-        "--hardware", metavar="NAME", help="hold it against this page of conf/hardware instead"
+        "--hardware", metavar="NAME", help="compare it with this page of conf/hardware instead"
     )
     parser.add_argument(
         "--json", action="store_true", help="the same as JSON; null: not measured, or not known"
@@ -100,7 +100,7 @@ def _lines(run: Against) -> Iterator[str]:
     record = run.record
     yield f"{run.name}: {record.heading}"
     if not run.phases:
-        yield "its record has no work counted: a run with ledger=exact of this version counts it"
+        yield "its record has no FLOPs and bytes moved; a run with ledger=exact of this version counts them"
         return
     yield machine(run.ceilings)
     table = Table(["FLOP"], ["moved"], ["FLOP/B"], ["at best"], ["seconds"], ["MFU"], ["MBU"], ["bound by"])
@@ -116,7 +116,7 @@ def machine(ceilings: Ceilings) -> str:
     """The machine's peak rates, in a line."""
     if ceilings.balance is None:
         if ceilings.bandwidth is None:
-            return "no machine is known to hold it against; --hardware NAME gives one"
+            return "the record names no machine to compare it with; --hardware NAME gives one"
         return (
             f"{ceilings.source}: no rate of {ceilings.dtype} is known, and {count(ceilings.bandwidth, 'B/s')}"
         )
@@ -163,7 +163,7 @@ def _batch(bound: Bound, crossover: Turn) -> str:
     if bound.by == "memory":
         if crossover.batch is None:
             return (
-                "no batch would turn that, for what each sequence moves for itself gives "
+                "no batch would change that, because what each sequence moves for itself gives "
                 f"{crossover.own:,.1f} FLOP/B, and the machine balances at {bound.ceilings.balance:,.0f}"
             )
         return f"it would be compute-bound from a batch of {crossover.batch:,.0f} on"
@@ -179,7 +179,7 @@ def _context(bound: Bound, crossover: Turn) -> str:
     if bound.phase != "decode":
         return ""
     if crossover.batch is not None and crossover.longest is not None:
-        return f" at this context; beyond one of {crossover.longest:,.0f} no batch would turn it"
+        return f" at this context; beyond one of {crossover.longest:,.0f} no batch would change it"
     return f"; below a context of {crossover.longest:,.0f} one would" if crossover.longest else ""
 
 

@@ -29,11 +29,11 @@ COPIES = {"dynamic": 3, "static": 1}
 
 
 class Total(NamedTuple):
-    """A phase's work in one step, summed over its micro-batches; `passes` is the number of forward calls."""
+    """A phase's work in one step, summed over its micro-batches."""
 
     flops: int
     moved: int
-    passes: int
+    forward_calls: int
 
 
 @dataclass(frozen=True)
@@ -170,11 +170,11 @@ def _total(phases: Sequence[Phase]) -> Total | None:
 def _bound(name: str, total: Total, ceilings: Ceilings, seconds: float | None, shape: Shape | None) -> Bound:
     at_best = ceilings.at_best(total.flops, total.moved)
     mbu = crossover = None
-    if shape is not None and total.passes:
+    if shape is not None and total.forward_calls:
         crossover = _crossover(total, ceilings, shape)
         if name == "decode" and seconds and ceilings.bandwidth:
             needed = shape.weights + shape.batch * shape.context * shape.position_bytes
-            mbu = needed * total.passes / seconds / ceilings.bandwidth
+            mbu = needed * total.forward_calls / seconds / ceilings.bandwidth
     return Bound(name, total.flops, total.moved, ceilings, at_best, seconds, mbu, crossover)
 
 
@@ -196,8 +196,8 @@ def _whole(mode: str, phases: Sequence[Bound], ceilings: Ceilings) -> Bound:
 def _crossover(total: Total, ceilings: Ceilings, shape: Shape) -> Turn | None:
     """The crossover of a forward call; None where the counted bytes do not fit the model of such a call."""
     balance = ceilings.balance
-    flops = total.flops / total.passes / shape.batch
-    own = (total.moved / total.passes - shape.weights) / shape.batch
+    flops = total.flops / total.forward_calls / shape.batch
+    own = (total.moved / total.forward_calls - shape.weights) / shape.batch
     if balance is None or own <= 0 or not flops:
         return None
     gain = flops - balance * own
@@ -228,7 +228,7 @@ def _shape(
     if record.mode == "train":
         return Shape(settings.train.micro_batch, weights)
     inference, generation = record.inference, settings.generation
-    groups = totals["prefill"].passes if "prefill" in totals else 0
+    groups = totals["prefill"].forward_calls if "prefill" in totals else 0
     dp_size = settings.layout(record.world.size).dp_size
     if not inference.prompts or inference.prompt_tokens is None or not groups or not dp_size:
         return None
@@ -240,7 +240,7 @@ def _shape(
     flops, position = inference.attention_flops_per_position, inference.kv_bytes_per_token
     if generation.cache not in COPIES or flops is None or position is None:
         return None
-    prompt, tokens = inference.prompt_tokens / inference.prompts, totals["decode"].passes / groups
+    prompt, tokens = inference.prompt_tokens / inference.prompts, totals["decode"].forward_calls / groups
     return Shape(
         batch,
         weights,

@@ -16,7 +16,7 @@ def show(record: Mapping[str, Any]) -> str:
     world, worst = run.world, run.worst
     lines = [title(run), *_made_whole(run)]
     if worst.peak.bytes is None and not worst.seen:
-        lines.append("no memory was measured; ledger=exact does")
+        lines.append("no memory was measured; ledger=exact measures it")
     else:
         table = _table(run)
         lines += [table.text(), *_notes(worst, table)]
@@ -50,7 +50,7 @@ def _made_whole(run: Record) -> Iterator[str]:
     if packed is not None and packed.whole is not None:
         packed_size = f", {size(packed.bytes)}" if packed.whole == AT_FIRST else ""
         why = "transformers computes with them so here"
-        yield f"its weights ({packed.short}{packed_size}) are made whole {packed.whole}: {why}"
+        yield f"its weights ({packed.short}{packed_size}) are unpacked {packed.whole}: {why}"
 
 
 def _table(run: Record) -> Table:
@@ -114,9 +114,7 @@ def _rank_title(run: Record) -> str:
     if ranks == 1:
         return f"rank {run.worst.rank}"
     if any(rank.bounds for rank in run.ranks):
-        return (
-            f"rank {run.worst.rank} of {ranks}, the worst of {len(run.ranks)} rehearsed; no other holds more"
-        )
+        return f"rank {run.worst.rank} of {ranks}, the worst of {len(run.ranks)} rehearsed; no other rank has more"
     alike = len(peaks) == ranks and len(set(peaks.values())) == 1
     return f"rank {run.worst.rank} of {ranks}, {'all alike' if alike else 'the worst'}"
 

@@ -77,7 +77,7 @@ class Point:
 def point(record: Record, source: str) -> Point:
     """`record` as a point. Raises ValueError with a sentence for a run that cannot be one."""
     if record.mode != "infer":
-        raise ValueError(f"{source} is a run of mode={record.mode}, and this is about generation")
+        raise ValueError(f"{source} is a run of mode={record.mode}, and this tool reads runs that generate")
     try:
         settings = typed(record.config)
     except Refusal as refusal:
@@ -85,7 +85,7 @@ def point(record: Record, source: str) -> Point:
     generation = settings.generation
     if generation.prompts or generation.prompt or generation.workload or generation.lengths != "fixed":
         raise ValueError(
-            f"{source} has prompts of its own; a point is made with generation.prompt_length= alone"
+            f"{source} has prompts of its own; this tool needs runs with generation.prompt_length= alone"
         )
     phases = record.ranks[0].phases if record.ranks else []
     decode = [phase for phase in phases if phase.phase == "decode" and phase.step == 0]
@@ -131,7 +131,7 @@ def main_of(
     try:
         options = parser.parse_args(argv)
         if len(options.run) < 2:
-            raise ValueError(f"{tool}: there is nothing to hold side by side; name two runs or more")
+            raise ValueError(f"{tool}: there is nothing to compare; name two runs or more")
         points = [point(parse(read(path), str(path)), str(path)) for path in options.run]
         print(say(points, options.json))
     except ValueError as error:

@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
     return main_of(
         argv,
         "batching",
-        "Hold inference runs side by side by their batch and context: tokens a second, time from one token to "
+        "Compare inference runs by their batch and context: tokens a second, time from one token to "
         "the next, "
         "and KV cache.",
         "launch/batching-study makes such runs.",

@@ -12,7 +12,7 @@ def main(argv: Sequence[str]) -> int:
     return main_of(
         argv,
         "caching",
-        "Hold inference runs with a KV cache beside runs without one, by the tokens they generated: time and "
+        "Compare inference runs with a KV cache with runs without one, by the tokens they generated: time and "
         "operations "
         "a token, and bytes.",
         "launch/caching-study makes such runs.",

@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
 def _parser() -> Parser:
     parser = Parser(
         "contrast",
-        description="Draw what activations the worst rank of each run holds, by its number of pipeline stages.",
+        description="Draw what activations the worst rank of each run keeps, by its number of pipeline stages.",
         epilog="launch/pipeline-contrast makes such runs. Exit code 2: a run has no record that can be read.",
     )
     parser.takes_runs("*")

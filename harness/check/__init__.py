@@ -47,20 +47,28 @@ def main(argv: Sequence[str]) -> int:
 def _parser() -> Parser:
     parser = Parser(
         "check",
-        description="Hold a run against a baseline, category by category, rank by rank and phase by phase.",
+        description="Compare a run with a baseline, category by category, rank by rank and phase by phase.",
         usage="harness check [RUN] --baseline FILE | harness check --all    [--update] [--tolerance NAME=AMOUNT]",
-        epilog="Exit code 0: all hold. 1: a figure is another. 2: there is nothing to compare, or it does not compare.",
+        epilog="Exit code 0: all hold. 1: a figure differs. 2: there is nothing to compare, or it cannot be compared.",
     )
     parser.add_argument(
-        "run", nargs="?", type=Path, metavar="RUN", help="a run; none rehearses the baseline's config"
+        "run",
+        nargs="?",
+        type=Path,
+        metavar="RUN",
+        help="a run; without one, the baseline's config is rehearsed",
     )
-    parser.add_argument("--baseline", type=Path, metavar="FILE", help="what it is held against")
-    parser.add_argument("--all", action="store_true", help="rehearse and check every baseline there is")
+    parser.add_argument("--baseline", type=Path, metavar="FILE", help="the baseline to compare with")
+    parser.add_argument("--all", action="store_true", help="rehearse and check every baseline")
     parser.add_argument(
-        "--profiles", type=Path, default=Path("profiles"), metavar="DIR", help="where --all finds them"
+        "--profiles",
+        type=Path,
+        default=Path("profiles"),
+        metavar="DIR",
+        help="the directory that --all reads",
     )
     parser.add_argument("--update", action="store_true", help="write what was measured as the baseline")
-    more = "let a category be so far off, as activations=1%% or workspace=64KiB; with --update it is kept in the file"
+    more = "let a category differ by this, as activations=1%% or workspace=64KiB; with --update it is kept in the file"
     parser.add_argument("--tolerance", action="append", default=[], metavar="NAME=AMOUNT", help=more)
     parser.add_argument(
         "--junit", type=Path, metavar="FILE", help="write JUnit's XML, a case for each baseline"
@@ -77,7 +85,7 @@ def _files(options: Namespace) -> list[Path]:
         return [options.baseline]
     if options.run:
         raise ValueError(
-            f"check {options.run}: --all rehearses; hold a run against one, with --baseline FILE"
+            f"check {options.run}: --all rehearses and takes no run; compare a run with --baseline FILE"
         )
     files = sorted(options.profiles.glob("*.json"))
     if not files:
@@ -88,7 +96,7 @@ def _files(options: Namespace) -> list[Path]:
 def _pair(text: str) -> tuple[str, str]:
     name, equals, amount = text.partition("=")
     if not equals:
-        raise ValueError(f"{OPTION}{text}: give a category and how far it may be off, as activations=1%")
+        raise ValueError(f"{OPTION}{text}: give a category and how much it may differ, as activations=1%")
     return name, amount
 
 
@@ -124,9 +132,7 @@ def _rehearsed(options: Namespace, files: Sequence[Path], amounts: Mapping[str, 
         try:
             expected = baseline.read(file)
             if expected.mode == baseline.TEST:
-                raise ValueError(
-                    f"{file}: it is a test's; pytest holds the test to it, --memory-update writes it"
-                )
+                raise ValueError(f"{file}: it belongs to a test; pytest checks it, --memory-update writes it")
             baselines[file] = expected
         except ValueError as error:
             yield Verdict(file, failure=str(error))

@@ -10,7 +10,7 @@ from harness.check.verdict import Change, Verdict
 from harness.record.fields import printable
 from harness.tables import Table, difference, size
 
-ACCEPT = "once that is meant, --update makes it the baseline"
+ACCEPT = "if the change is intended, --update makes it the baseline"
 
 
 def tables(verdict: Verdict) -> Iterator[Table]:

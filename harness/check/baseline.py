@@ -47,7 +47,7 @@ def numbers_in(text: str) -> list[int]:
     return numbers
 
 
-def told_ranks(numbers: Iterable[int]) -> str:
+def rank_ranges(numbers: Iterable[int]) -> str:
     """The rank numbers as a text such as `0-3,6`."""
     ordered = sorted(numbers)
     starts = [ordered[0], *(right for left, right in pairwise(ordered) if right != left + 1)]
@@ -84,7 +84,7 @@ class Allocator(_Part):
     unattributed: Difference
 
 
-class Books(_Part):
+class Accounting(_Part):
     """The accounting of one rank: each category's [peak, end], every phase in order, the largest at the peak."""
 
     categories: dict[Text, Annotated[list[Bytes], Field(min_length=2, max_length=2)]]
@@ -99,7 +99,7 @@ class Books(_Part):
         return (top.peak, top.place) if top else (0, None)
 
 
-class Ranks(Books):
+class Ranks(Accounting):
     """Ranks with the same accounting."""
 
     ranks: Annotated[str, AfterValidator(_ranks)]
@@ -144,10 +144,10 @@ def of(run: Record, source: str) -> Baseline:
     if run.status != "complete":
         reason = run.failure.error if run.failure else None
         raise ValueError(
-            f"{source}: the run failed ({reason or 'its record does not say why'}); only a whole one counts"
+            f"{source}: the run failed ({reason or 'its record does not say why'}); only a complete run counts"
         )
     steps = run.config.get("ledger", {}).get("steps")
-    by_memory: dict[str, tuple[Books, list[int]]] = {}
+    by_memory: dict[str, tuple[Accounting, list[int]]] = {}
     for rank in sorted(run.ranks, key=lambda rank: rank.rank):
         measured = accounting_of(rank, steps)
         if not measured.phases or not measured.categories:
@@ -156,8 +156,8 @@ def of(run: Record, source: str) -> Baseline:
             )
         by_memory.setdefault(measured.model_dump_json(), (measured, []))[1].extend(rank.numbers)
     if not by_memory:
-        raise ValueError(f"{source}: it has the books of no rank")
-    alike = (Ranks(ranks=told_ranks(numbers), **dict(measured)) for measured, numbers in by_memory.values())
+        raise ValueError(f"{source}: it has the accounting of no rank")
+    alike = (Ranks(ranks=rank_ranges(numbers), **dict(measured)) for measured, numbers in by_memory.values())
     return Baseline(
         config=[*_overrides(run)],
         mode=run.mode,
@@ -184,13 +184,13 @@ def _overrides(run: Record) -> Iterator[str]:
     yield from (f"{key}={value}" for key, value in resolved.items())
 
 
-def accounting_of(rank: memory.Rank, steps: int | None = None) -> Books:
+def accounting_of(rank: memory.Rank, steps: int | None = None) -> Accounting:
     """What was measured exactly on `rank`; of the phases only those of the first `steps`."""
     allocator, kernel = rank.allocator, rank.peak.categories.get("kernel")
     allocator_figures = None
     if allocator.peak is not None and allocator.unattributed is not None and kernel is not None:
         allocator_figures = Allocator(peak=allocator.peak, kernel=kernel, unattributed=allocator.unattributed)
-    return Books(
+    return Accounting(
         categories={
             name: [figures.peak, figures.end]
             for name, figures in rank.categories.items()

@@ -20,7 +20,7 @@ UNOWNED = ("activations", "workspace", "communication", "inputs")
 """The categories that have no owner: the ledger assigns them by the operator that makes the tensor."""
 LARGEST = 8
 """How many holdings a failed test shows."""
-AGAIN = "once that is meant, --memory-update makes it the baseline"
+AGAIN = "if the change is intended, --memory-update makes it the baseline"
 
 
 class Mark(Protocol):
@@ -95,7 +95,7 @@ def off_baseline(ledger: "Ledger", file: Path, name: str, update: bool, root: Pa
     path = file.relative_to(root) if file.is_relative_to(root) else file
     try:
         if gap := next((gap for gap in ledger.gaps if gap.figures != "allocator"), None):
-            raise ValueError(f"{path}: the test has no baseline to hold: {gap.sentence}")
+            raise ValueError(f"{path}: the test cannot be compared with a baseline: {gap.sentence}")
         measured = _measured(ledger, name)
         if update:
             baseline.update(file, measured, {})

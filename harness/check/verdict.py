@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
 
-from harness.check.baseline import Baseline, Books, told_ranks
+from harness.check.baseline import Accounting, Baseline, rank_ranges
 from harness.check.tolerance import NONE, Tolerance
 from harness.config import compose
 from harness.config.settings import RESOLVED, as_typed
@@ -121,9 +121,9 @@ def judge(
     _comparable(file, baseline, run)
     common = sorted(baseline.by_rank.keys() & run.by_rank.keys())
     if not common:
-        measured = told_ranks(run.by_rank)
+        measured = rank_ranges(run.by_rank)
         raise ValueError(
-            f"{file}: it has figures of ranks {told_ranks(baseline.by_rank)}, the run of {measured} only"
+            f"{file}: it has figures of ranks {rank_ranges(baseline.by_rank)}, the run of {measured} only"
         )
     apart = tuple(_apart(baseline, run, common, tolerances))
     unseen = {*range(baseline.world)}.difference(common)
@@ -150,7 +150,7 @@ def _comparable(file: Path, baseline: Baseline, run: Baseline) -> None:
 
 
 def _ranks(numbers: Sequence[int] | set[int]) -> str:
-    return f"rank{'s' if len(numbers) > 1 else ''} {told_ranks(numbers)}"
+    return f"rank{'s' if len(numbers) > 1 else ''} {rank_ranges(numbers)}"
 
 
 def _apart(
@@ -170,7 +170,7 @@ def _apart(
         yield apart._replace(ranks=_ranks(numbers))
 
 
-def _between(before: Books, after: Books, tolerances: Mapping[str, Tolerance]) -> Apart:
+def _between(before: Accounting, after: Accounting, tolerances: Mapping[str, Tolerance]) -> Apart:
     changes = tuple(_changes(before, after, tolerances))
     # reversed: a category's peak comes before its end, and must win
     grew = {change.name: change.more > 0 for change in reversed(changes)}
@@ -184,7 +184,7 @@ def _between(before: Books, after: Books, tolerances: Mapping[str, Tolerance]) -
     return Apart("", changes, tuple(_phase_differences(before, after)), tuple(holdings), moved)
 
 
-def _changes(before: Books, after: Books, tolerances: Mapping[str, Tolerance]) -> Iterator[Change]:
+def _changes(before: Accounting, after: Accounting, tolerances: Mapping[str, Tolerance]) -> Iterator[Change]:
     """Every figure outside its tolerance, in the order of the categories."""
     phases = (name for side in (before, after) for phase in side.phases for name in phase.categories)
     names = list(dict.fromkeys([*before.categories, *after.categories, *phases]))
@@ -214,7 +214,7 @@ def _changes(before: Books, after: Books, tolerances: Mapping[str, Tolerance]) -
                 yield Change(name, "peak", old, new)
 
 
-def _phase_differences(before: Books, after: Books) -> Iterator[str]:
+def _phase_differences(before: Accounting, after: Accounting) -> Iterator[str]:
     """The phases that only one side has."""
     places_before, places_after = ([phase.place for phase in side.phases] for side in (before, after))
     for subject, places in (
@@ -226,7 +226,7 @@ def _phase_differences(before: Books, after: Books) -> Iterator[str]:
             yield f"{subject}: {places[0]}{more}"
 
 
-def _holdings(before: Books, after: Books, grew: Mapping[str, bool]) -> Iterator[Change]:
+def _holdings(before: Accounting, after: Accounting, grew: Mapping[str, bool]) -> Iterator[Change]:
     """The holdings at the peak that changed in the direction of their category, the largest change first.
 
     `grew` says of each changed category whether it grew or shrank.
@@ -263,7 +263,7 @@ def _causes(baseline: Baseline, run: Baseline, tree: Mapping[str, Any]) -> Itera
     if versions:
         yield f"{'' if keys else 'the same config; '}{'; '.join(versions)}"
     if not (keys or versions):
-        yield "neither the config nor a version is another: what changed is the code"
+        yield "neither the config nor a version changed: the code did"
 
 
 def config_changes(overrides: Sequence[str], tree: Mapping[str, Any]) -> Iterator[str]:

@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from harness.config.load import nearest, resolved, unresolved
 from harness.config.rules.quantized import KEY, NAME
-from harness.config.settings import Refusal, Settings, knobs
+from harness.config.settings import Refusal, Settings, described_fields
 
 RUN_DIR = "hydra.run.dir"
 
@@ -51,7 +51,7 @@ def compose(arguments: Sequence[str]) -> DictConfig:
     Raises Refusal for an argument that cannot be read, and for an option or a key that does not exist.
     """
     overrides = [_parse(argument) for argument in arguments]
-    ConfigStore.instance().store("knobs", dataclasses.asdict(Settings()))
+    ConfigStore.instance().store("schema", dataclasses.asdict(Settings()))
     with initialize_config_dir(str(directory()), version_base="1.3"):
         try:
             lines = [str(override.input_line) for override in overrides]
@@ -100,11 +100,11 @@ def _parse(argument: str) -> Override:
         raise Refusal(key, value, f"cannot be read; put quotes within quotes, as \"{key}='...'\"") from error
     key, options = override.key_or_group, groups().get(override.key_or_group)
     if key.partition(".")[0].partition("/")[0] == "hydra" and key != RUN_DIR:
-        raise Refusal(key, value, f"of Hydra's own keys only {RUN_DIR} means something here; leave it out")
+        raise Refusal(key, value, f"of Hydra's own keys only {RUN_DIR} has an effect here; leave it out")
     if override.is_sweep_override():
-        raise Refusal(key, value, "sweeps are not run; give one value, or a list as [a,b]")
+        raise Refusal(key, value, "sweeps are not supported; give one value, or a list as [a,b]")
     if options and (override.is_add() or override.is_force_add()):
-        raise Refusal(key, value, f"every group is there already; leave out the + of +{key}")
+        raise Refusal(key, value, f"every group exists already; leave out the + of +{key}")
     if override.is_delete() and not key.startswith("model.config."):
         raise Refusal(key, value, "only keys of model.config can be left out")
     if options and override.value() not in options:
@@ -122,7 +122,7 @@ def _quoted(key: str, value: str) -> str | None:
 
     None where the value is not text, or where the user has quoted it already.
     """
-    field = knobs().get(key)
+    field = described_fields().get(key)
     if not (key in groups() or key == RUN_DIR or (field and field.text)):
         return None
     if value == "null" or value.startswith(("'", '"', "[", "${")):
@@ -142,7 +142,7 @@ def _refusal(error: HydraException, overrides: Sequence[Override]) -> Refusal:
             if message.startswith("Error merging override"):  # a dictionary for a list, or a list for a text
                 return Refusal(key, value, _kind_remedy(key))
             if message.startswith("Could not append"):
-                return Refusal(key, value, f"it is there already; leave out the + of +{key}")
+                return Refusal(key, value, f"it exists already; leave out the + of +{key}")
             return Refusal(key, value, message.partition("\n")[0])
     return Refusal("config", "conf/config.yaml", message)
 
@@ -152,13 +152,13 @@ def _missing_key_remedy(key: str, known: Sequence[str]) -> str:
     if not key.startswith("model.config."):
         return nearest(key, known)
     if key in known:
-        return f"the group's shape has not all of it; add what is new as ++{key}="
+        return f"the group's shape does not have all of it; add new keys as ++{key}="
     return f"{nearest(key, known)} Where a model's config has it, ++{key}= adds it"
 
 
 def _kind_remedy(key: str) -> str:
     """The remedy where the value has the wrong kind."""
-    if isinstance(knobs()[key].default if key in knobs() else "", list):
+    if isinstance(described_fields()[key].default if key in described_fields() else "", list):
         return "should be a valid list, as [a,b]"
     return "should be a valid string" if key == RUN_DIR else "should be a single value"
 

@@ -74,8 +74,11 @@ OWN = {
 """The fields that have a key of their own in `generation`."""
 
 _CACHE, _COMPILE = "generation.cache= says how keys and values are kept", "generation.compile= says it"
-_PADDING, _BEAMS = "padding is masked, and no prompt is empty", "it is about beams, and there are none"
-_DRAFTS, _ONLY_TOKENS = "it is about drafts of tokens, and there are none", "nothing but tokens is asked for"
+_PADDING, _BEAMS = (
+    "padding is masked, and no prompt is empty",
+    "it is for beam search, which is not supported",
+)
+_DRAFTS, _ONLY_TOKENS = "it is for assisted decoding, which is not supported", "only tokens are returned"
 
 MOOT = {
     **dict.fromkeys(("use_cache", "cache_implementation", "cache_config", "max_cache_len"), _CACHE),
@@ -88,11 +91,11 @@ MOOT = {
     **dict.fromkeys(("assistant_ensemble_weight", "max_matching_ngram_size", "speculation_type"), _DRAFTS),
     **dict.fromkeys(("output_attentions", "output_hidden_states", "output_scores"), _ONLY_TOKENS),
     **dict.fromkeys(("output_logits", "return_dict_in_generate"), _ONLY_TOKENS),
-    "low_memory": "contrastive search is not done here",
+    "low_memory": "contrastive search is not supported",
 }
 """The fields that change no token here, each with the reason."""
 
-_NO_BEAMS, _NO_DRAFTS = "no beams are searched here", "tokens are made one at a time here, and not drafted"
+_NO_BEAMS, _NO_DRAFTS = "beam search is not supported", "assisted decoding is not supported"
 
 REFUSED: dict[str, tuple[Any, str]] = {
     "num_beams": (1, _NO_BEAMS),
@@ -100,16 +103,16 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "constraints": (None, _NO_BEAMS),
     "force_words_ids": (None, _NO_BEAMS),
     "num_return_sequences": (1, "each prompt is continued once"),
-    "penalty_alpha": (0, "contrastive search is not done here"),
-    "dola_layers": (None, "DoLa decoding is not done here"),
+    "penalty_alpha": (0, "contrastive search is not supported"),
+    "dola_layers": (None, "DoLa decoding is not supported"),
     "use_mtp": (False, _NO_DRAFTS),
     "prompt_lookup_num_tokens": (None, _NO_DRAFTS),
     "assistant_early_exit": (None, _NO_DRAFTS),
-    "guidance_scale": (1, "guidance shows the model each prompt twice, which is not done here"),
-    "watermarking_config": (None, "tokens are not watermarked here"),
+    "guidance_scale": (1, "guidance shows the model each prompt twice, which is not supported"),
+    "watermarking_config": (None, "watermarking is not supported"),
     "token_healing": (False, "a prompt is continued as it is"),
     "stop_strings": (None, "a sequence ends at tokens of eos_token_id alone"),
-    "max_time": (None, "what ends by the clock does not repeat; max_new_tokens ends it"),
+    "max_time": (None, "an end by time is not reproducible; max_new_tokens ends it"),
 }
 """The fields that cannot be honoured here: the value, beside null, that is accepted, and the reason."""
 

@@ -22,7 +22,7 @@ from harness.config.settings import (
     Train,
     World,
     Zero,
-    knobs,
+    described_fields,
 )
 
 __all__ = [
@@ -65,7 +65,7 @@ def resolved(cfg: DictConfig) -> dict[str, Any]:
         tree: Any = OmegaConf.to_container(own_keys, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise unresolved(error, own_keys) from error
-    for key, field in knobs().items():
+    for key, field in described_fields().items():
         if field.text and OmegaConf.select(own_keys, key) == "":
             raise Refusal(key, "", "is empty; give it a value, or leave it out")
     return tree  # type: ignore[no-any-return]
@@ -118,11 +118,11 @@ def _refusal(error: ValidationError, tree: Mapping[str, Any]) -> Refusal:
     if kind == "unexpected_keyword_argument":
         return Refusal(key, value, nearest(key, _keys()))
     if kind == "dataclass_type":
-        names = [name for name in knobs() if name.startswith(f"{key}.")]
+        names = [name for name in described_fields() if name.startswith(f"{key}.")]
         return Refusal(key, value, f"is a group of keys; set one of them, as {names[0]}=")
     expected = _KINDS.get(kind.partition("_")[0])
     if expected is not None:
-        field = knobs().get(key)
+        field = described_fields().get(key)
         limits = f", {field.range}" if field and field.range else ""
         return Refusal(key, value, f"should be {expected.format(key=key)}{limits}")
     text = first["msg"].removeprefix("Input ").removeprefix("Value error, ")
@@ -143,4 +143,4 @@ _KINDS = {
 
 def _keys() -> list[str]:
     """Every key's path, and that of every group of keys."""
-    return list(dict.fromkeys(part for key in knobs() for part in (key.partition(".")[0], key)))
+    return list(dict.fromkeys(part for key in described_fields() for part in (key.partition(".")[0], key)))

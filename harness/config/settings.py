@@ -82,7 +82,7 @@ class Data:
     split: str = "train"
     """data=hub: the split."""
     column: str = "text"
-    """data=hub: the column that holds the text."""
+    """data=hub: the column that has the text."""
     streaming: bool = False
     """data=hub: read the data during the run and store nothing."""
     tokenizer: str | None = None
@@ -298,7 +298,7 @@ RESOLVED = ("precision", "model.attention")
 
 
 @dataclass(frozen=True)
-class Knob:
+class FieldHelp:
     """A field as `--help` prints it. Refusals print its `range`; `text` says whether it accepts any text."""
 
     default: Any
@@ -309,27 +309,29 @@ class Knob:
 
 
 @cache
-def knobs() -> dict[str, Knob]:
+def described_fields() -> dict[str, FieldHelp]:
     """Every field by its path `group.key`, in declaration order."""
     schema = TypeAdapter(Settings).json_schema()
-    fields: dict[str, Knob] = {}
+    fields: dict[str, FieldHelp] = {}
     for name, field in schema["properties"].items():
         group = schema["$defs"].get(field.get("$ref", "").rpartition("/")[2])
         for key, value in group["properties"].items() if group else ():
-            fields[f"{name}.{key}"] = _knob(value)
+            fields[f"{name}.{key}"] = _field_help(value)
         if not group:
-            fields[name] = _knob(field)
+            fields[name] = _field_help(field)
     return fields
 
 
-def _knob(schema: dict[str, Any]) -> Knob:
+def _field_help(schema: dict[str, Any]) -> FieldHelp:
     choices = tuple(map(str, schema.get("enum", ())))
     kinds = [part.get("type") for part in (schema, schema.get("items", {}), *schema.get("anyOf", ()))]
     empty: Any = {"array": [], "object": {}}.get(
         kinds[0] or ""
     )  # a JSON schema has no default for a default_factory
     text = "string" in kinds and not choices
-    return Knob(schema.get("default", empty), choices, text, schema.get("description", ""), _range(schema))
+    return FieldHelp(
+        schema.get("default", empty), choices, text, schema.get("description", ""), _range(schema)
+    )
 
 
 def _range(schema: Mapping[str, Any]) -> str:

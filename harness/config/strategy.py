@@ -67,10 +67,10 @@ class Strategy:
         tokens = self.get("eos_token_id")
         return [] if tokens is None else [tokens] if isinstance(tokens, int) else list(tokens)
 
-    def most(self, prompt: int) -> int:
-        """The most new tokens after a prompt of `prompt` tokens; below 1 where `max_length` leaves no room for any."""
+    def max_new_tokens_after(self, prompt_length: int) -> int:
+        """max_new_tokens after a prompt of so many tokens; below 1 where `max_length` leaves no room for any."""
         new = self.get("max_new_tokens")
-        return int(self.get("max_length")) - prompt if new is None else int(new)
+        return int(self.get("max_length")) - prompt_length if new is None else int(new)
 
     @property
     def processed(self) -> dict[str, Any]:
@@ -92,7 +92,7 @@ class Strategy:
         ]
         do_sample = self.settings.get("do_sample")
         parts = (
-            ["tokens are drawn", *parts]
+            ["tokens are sampled", *parts]
             if do_sample and self.samples and do_sample.source != TYPED
             else parts
         )
@@ -166,7 +166,7 @@ def _check(name: str, setting: Setting, origin: Origin) -> None:
         if setting.value != off:
             raise _refusal(name, setting, origin, why, off)
         return
-    raise _refusal(name, setting, origin, "nothing here knows what it means", None)
+    raise _refusal(name, setting, origin, "it is not known here", None)
 
 
 def _validated(name: str, setting: Setting, settings: Mapping[str, Setting], origin: Origin) -> Setting:
@@ -195,12 +195,12 @@ def _moot(name: str, setting: Setting, settings: Mapping[str, Setting]) -> str:
     if name in MOOT:
         return MOOT[name]
     if name in SAMPLING and not settings["do_sample"].value:
-        return "the likeliest token is taken whatever it is"
+        return "the likeliest token is always taken"
     for total, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
         if name in (total, new):
             other = settings.get(new if name == total else total)
             if other is not None and other.value is not None and _yields(name == total, setting, other):
-                return f"{new if name == total else total} says it"
+                return f"{new if name == total else total} sets the length"
     if name == "max_length" and setting.source != TYPED and setting.value == OLD_DEFAULT:
         return "it is transformers' old default"
     return ""

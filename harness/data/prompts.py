@@ -13,18 +13,18 @@ from harness.data.workload import Request
 
 
 class Prompt(NamedTuple):
-    """A text to continue by up to `most` tokens, and its source: the config key, its value and the place in it.
+    """A text to continue by up to `max_new_tokens`, and its source: the config key, its value and the place in it.
 
-    `said` is whether that place also sets `most`.
+    `sets_max_new_tokens`: whether that place also has the number of new tokens.
     """
 
     text: str
     tokens: list[int]
-    most: int
+    max_new_tokens: int
     key: str
     value: object
     place: str
-    said: bool = False
+    sets_max_new_tokens: bool = False
 
 
 def find(
@@ -58,15 +58,17 @@ def find(
     texts = iter(_sampled(settings, tokenizer, lengths, read))
     prompts = []
     key, value = origin
-    for text, _, max_new_tokens, place in requests:
+    for text, _, own_limit, place in requests:
         tokens = next(texts) if text is None else encode(tokenizer, text)
-        most = limit(len(tokens)) if max_new_tokens is None else max_new_tokens
+        max_new_tokens = limit(len(tokens)) if own_limit is None else own_limit
         prompt_text = text_of(tokenizer, tokens) if text is None else text
-        shown_value, sets_most = (
+        shown_value, sets_max_new_tokens = (
             prompt_text[:40] if value is None else value,
-            max_new_tokens is not None and key == workload.KEY,
+            own_limit is not None and key == workload.KEY,
         )
-        prompts.append(Prompt(prompt_text, tokens, most, key, shown_value, place, sets_most))
+        prompts.append(
+            Prompt(prompt_text, tokens, max_new_tokens, key, shown_value, place, sets_max_new_tokens)
+        )
     return prompts
 
 
@@ -110,27 +112,36 @@ def text_of(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
 def check(prompts: Sequence[Prompt], config: PretrainedConfig) -> None:
     """Refuse a prompt without tokens, with more tokens than the model allows with the new ones, or with unknown ids."""
     text_config, longest = config.get_text_config(decoder=True), limit(config.to_dict())
-    for _, tokens, most, key, value, place, sets_most in prompts:
+    for _, tokens, max_new_tokens, key, value, place, sets_max_new_tokens in prompts:
         if not tokens:
             raise Refusal(key, value, f"{place} has no tokens; give it text")
-        if most < 1:
-            problem = f"{place} is {len(tokens)} tokens, and the generation config's max_length {len(tokens) + most}"
+        if max_new_tokens < 1:
+            max_length = len(tokens) + max_new_tokens
+            problem = (
+                f"{place} has {len(tokens)} tokens, and the generation config's max_length is {max_length}"
+            )
             raise Refusal(key, value, f"{problem}; shorten it, or give generation.max_new_tokens=")
-        if longest is not None and len(tokens) + most > longest.tokens:
-            remedies = [f"shorten it to {longest.tokens - most}"] if most < longest.tokens else []
+        if longest is not None and len(tokens) + max_new_tokens > longest.tokens:
+            remedies = (
+                [f"shorten it to {longest.tokens - max_new_tokens}"]
+                if max_new_tokens < longest.tokens
+                else []
+            )
             available = longest.tokens - len(tokens)
             shorter_answer = (
                 f'give it "max_new_tokens": {available}'
-                if sets_most
+                if sets_max_new_tokens
                 else f"use generation.max_new_tokens={available}"
             )
             remedies += [shorter_answer] if available > 0 else []
             raise Refusal(
                 key,
                 value,
-                f"{place} is {len(tokens)} tokens, {len(tokens) + most} with the new ones, and the "
-                f"model allows {longest.tokens} ({longest.said}); {' or '.join(remedies) or 'shorten both'}",
+                f"{place} is {len(tokens)} tokens, {len(tokens) + max_new_tokens} with the new ones, and the "
+                f"model allows {longest.tokens} ({longest.source}); {' or '.join(remedies) or 'shorten both'}",
             )
         if max(tokens) >= text_config.vocab_size:
-            remedy = f"{place} has token {max(tokens)}, and the model knows {text_config.vocab_size}"
+            remedy = (
+                f"{place} has token {max(tokens)}, and the model's vocabulary has {text_config.vocab_size}"
+            )
             raise Refusal(key, value, f"{remedy}; give the model's own tokenizer with data.tokenizer=")

@@ -82,7 +82,7 @@ def _tokenized(texts: Any, tokenizer: PreTrainedTokenizerBase, column: str) -> A
         texts = [text or "" for text in batch[column]]  # a row may have no text
         if other_types := {type(text).__name__ for text in texts} - {"str"}:
             raise Refusal(
-                "data.column", column, f"it holds {min(other_types)}, and no text; name one that does"
+                "data.column", column, f"it has {min(other_types)}, and not text; name one that has text"
             )
         rows = tokenizer(texts, verbose=False).input_ids
         return {"tokens": [row if end is None or row[-1:] == [end] else [*row, end] for row in rows]}

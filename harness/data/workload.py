@@ -15,14 +15,14 @@ _EXPECTED_FORM = 'write {"prompt_length": 64, "max_new_tokens": 8}, or "prompt" 
 
 
 class Request(NamedTuple):
-    """A `text` to continue, or a prompt of `length` tokens from the data, by up to `most` tokens.
+    """A `text` to continue, or a prompt of `length` tokens from the data, by up to `max_new_tokens`.
 
-    `most` None: no limit of its own. `place` is its position in the source.
+    `max_new_tokens` None: no limit of its own. `place` is its position in the source.
     """
 
     text: str | None
     length: int
-    most: int | None
+    max_new_tokens: int | None
     place: str
 
 
@@ -64,11 +64,11 @@ def _parse_line(line: str) -> tuple[_Line | None, str]:
         field, message = " ".join(map(str, first["loc"])), first["msg"]
         for prefix in ("Input ", "Value error, "):
             message = message.removeprefix(prefix)
-        message = "is no field of a request" if first["type"] == "extra_forbidden" else message
+        message = "is not a field of a request" if first["type"] == "extra_forbidden" else message
         return None, printable(f"{field} {message}".strip())
     names = [name for name, _ in json.loads(line, object_pairs_hook=list)]
     duplicate = next((name for name in names if names.count(name) > 1), None)
-    return (request, "") if duplicate is None else (None, f"{duplicate} is said twice")
+    return (request, "") if duplicate is None else (None, f"{duplicate} appears twice")
 
 
 def drawn(generation: Generation, limit: int, seed: int) -> list[Request]:
@@ -78,8 +78,8 @@ def drawn(generation: Generation, limit: int, seed: int) -> list[Request]:
     """
     count = generation.count
     prompts = lengths(generation.lengths, count, generation.prompt_length, (seed, 0))
-    most = lengths(generation.lengths if limit > 0 else "fixed", count, limit, (seed, 1))
-    pairs = zip(prompts, most, strict=True)
+    new_tokens = lengths(generation.lengths if limit > 0 else "fixed", count, limit, (seed, 1))
+    pairs = zip(prompts, new_tokens, strict=True)
     return [Request(None, *pair, f"prompt {number}") for number, pair in enumerate(pairs, 1)]
 
 

@@ -19,13 +19,13 @@ LOOK_EVERY = 16
 
 @dataclass(frozen=True)
 class Requests:
-    """Prompts (token ids, none empty) that are generated together. `most` has max_new_tokens of each, at least 1.
+    """Prompts (token ids, none empty) that are generated together. `max_new_tokens` of each is at least 1.
 
     `numbers` are the numbers of the prompts in the whole run. They seed the random draws.
     """
 
     prompts: Sequence[Sequence[int]]
-    most: Sequence[int]
+    max_new_tokens: Sequence[int]
     numbers: Sequence[int] = ()
 
     @property
@@ -34,21 +34,24 @@ class Requests:
         return max(map(len, self.prompts))
 
     @property
-    def room(self) -> int:
+    def new_columns(self) -> int:
         """N: the largest max_new_tokens."""
-        return max(self.most)
+        return max(self.max_new_tokens)
 
     @property
     def shown(self) -> int:
         """Columns that the model sees in all: the last token is never an input."""
-        return self.width + self.room - 1
+        return self.width + self.new_columns - 1
 
     @property
     def furthest(self) -> int:
         """Tokens of the longest sequence. They are fewer than P + N where the longest prompt does not have the largest
         max_new_tokens.
         """
-        return max(len(prompt) + most for prompt, most in zip(self.prompts, self.most, strict=True))
+        return max(
+            len(prompt) + max_new_tokens
+            for prompt, max_new_tokens in zip(self.prompts, self.max_new_tokens, strict=True)
+        )
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class Batch:
     mask: Tensor | None  # [B, P + N] int64, 0 on padding; None where nothing is padded
     positions: Tensor  # [B, P + N] int64, counted from each prompt's first token
     ended: Tensor  # [B] bool
-    most: Tensor | None  # [B] int64, max_new_tokens of each; None: no eos, or all are equal
+    max_new_tokens: Tensor | None  # [B] int64, max_new_tokens of each; None: no eos, or all are equal
     eos: Tensor  # [E] int64, empty where nothing ends a sequence
     width: int  # P
 
@@ -68,8 +71,8 @@ class Batch:
         self.tokens[:, column] = token
         if len(self.eos):
             self.ended.logical_or_(torch.isin(token, self.eos))
-        if self.most is not None:
-            self.ended.logical_or_(self.most <= column + 1 - self.width)
+        if self.max_new_tokens is not None:
+            self.ended.logical_or_(self.max_new_tokens <= column + 1 - self.width)
 
     def done(self, column: int) -> bool:
         """Whether every sequence has ended before `column`. On a GPU this checks only every `LOOK_EVERY` columns."""
@@ -84,8 +87,8 @@ def pad_left(requests: Requests, eos: Sequence[int], device: torch.device) -> Ba
     that.
     """
     prompts, width = requests.prompts, requests.width
-    limits = requests.most if eos and len(set(requests.most)) > 1 else []
-    tokens = torch.full((len(prompts), width + requests.room), PADDING)
+    limits = requests.max_new_tokens if eos and len(set(requests.max_new_tokens)) > 1 else []
+    tokens = torch.full((len(prompts), width + requests.new_columns), PADDING)
     mask = torch.ones_like(tokens)
     for row, prompt in enumerate(prompts):
         tokens[row, width - len(prompt) : width] = torch.tensor(prompt)

@@ -17,12 +17,12 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from harness.config.errors import first_line
-from harness.config.rules.generation import STATIC, given
+from harness.config.rules.generation import STATIC, has_prompts
 from harness.config.settings import Generation, Refusal, Settings
 from harness.data.prompts import Prompt
 from harness.generation import continuous_batching, decode
 from harness.generation.batch import Requests
-from harness.generation.paged_cache import layers, room
+from harness.generation.paged_cache import layers, limits_of
 from harness.ledger import Ledger
 from harness.model.kv_cache import check_kind
 from harness.model.loader import quiet
@@ -45,7 +45,7 @@ TOLERANCE = 1e-4
 """Relative to the largest logit. fp32 sums in another order differ far less; a missing part of attention differs more.
 """
 
-AHEAD = "what it says of a token depends on those after it"
+AHEAD = "its output for a token depends on later tokens"
 
 AS = {"quantized": "dynamic", "offloaded": "dynamic"}
 """Kinds of cache that are checked as another kind: they differ from it only in bits or in place."""
@@ -71,7 +71,7 @@ def prove(plan: Plan) -> None:
         return
     check_kind(generation.cache, config, generation.cache_bits, settings.tensor_parallel)
     if generation.compile and not compiles:
-        remedy = f"transformers does not make {config.model_type} to be compiled whole; use generation.compile=false"
+        remedy = f"transformers does not mark {config.model_type} as compilable; use generation.compile=false"
         raise Refusal("generation.compile", True, remedy)
     kind, mixed = AS.get(generation.cache, generation.cache), _mixed(generation)
     if kind == "paged":
@@ -87,31 +87,33 @@ def prove(plan: Plan) -> None:
 
 def _mixed(generation: Generation) -> bool:
     """Whether a batch may contain prompts of several lengths."""
-    return generation.batch > 1 and (given(generation) or generation.lengths != "fixed")
+    return generation.batch > 1 and (has_prompts(generation) or generation.lengths != "fixed")
 
 
 def _refusal(generation: Generation, model: str, reason: str, look: Look) -> Refusal:
     """The Refusal for this `reason`, with settings that pass the check."""
     if generation.cache == "paged":
-        remedy = f"{model} is not the same in pages: {reason}; use {STATIC}"
+        remedy = f"{model} gives other results with a paged cache: {reason}; use {STATIC}"
         return Refusal("generation.batching", "continuous", remedy)
     kind, mixed = AS.get(generation.cache, generation.cache), _mixed(generation)
     kinds = [other for other in ("dynamic", "static", "none") if other != kind]
     others = [other for other in kinds if look(other, mixed) is None]
     if not others and mixed and look(kind, False) is None:
-        remedy = f"{model} is not the same where a prompt is padded beside a longer one: {reason}; use 1"
+        remedy = f"{model} gives other results where a prompt is padded beside a longer one: {reason}; use 1"
         return Refusal("generation.batch", generation.batch, remedy)
     if not others and mixed:
         others = [f"{other} generation.batch=1" for other in kinds if look(other, False) is None]
     use = f"use generation.cache={others[0]}" if others else "no other cache is right either"
-    return Refusal("generation.cache", generation.cache, f"{model} is not the same with it: {reason}; {use}")
+    return Refusal(
+        "generation.cache", generation.cache, f"{model} gives other results with it: {reason}; {use}"
+    )
 
 
 def _not_causal(settings: Settings, config: PretrainedConfig) -> Refusal:
     model = settings.model
     key, value = ("model.path", model.path) if model.path else ("model.config.model_type", config.model_type)
     decodes = "; say is_decoder=true in its config" if getattr(config, "is_decoder", None) is False else ""
-    return Refusal(key, value, f"{config.model_type} is no causal language model: {AHEAD}{decodes}")
+    return Refusal(key, value, f"{config.model_type} is not a causal language model: {AHEAD}{decodes}")
 
 
 @cache
@@ -134,7 +136,7 @@ def _small_difference(shape: str, attention: str, kind: str, mixed: bool, cut: b
     try:
         model, ahead = narrowest(shape, torch.float32, attention, _reads_ahead, cut=cut, **SHARP)
     except NoneRuns as error:
-        unseen = f"none of the small models of it runs, so nothing shows that it is ({error})"
+        unseen = f"no small model of its config runs, so this cannot be checked ({error})"
         return None if kind in ("dynamic", "none") else unseen
     if ahead:
         return AHEAD
@@ -171,7 +173,7 @@ def _compared(model: PreTrainedModel, kind: str, prompts: Sequence[list[int]]) -
         if distance is not None:
             return f"logits differ by up to {distance:.2g} from those without"
     if paged and _paged(model, prompts, Generation(batch=2, batch_tokens=5, page_size=4)) != outputs:
-        return "tokens differ where a prompt is shown in parts"
+        return "tokens differ where a prompt is processed in parts"
     return None
 
 
@@ -187,8 +189,8 @@ def _batched(model: PreTrainedModel, prompts: Sequence[list[int]], kind: str) ->
 
 def _paged(model: PreTrainedModel, prompts: Sequence[list[int]], generation: Generation) -> list[list[int]]:
     entries = [Prompt("", prompt, NEW, "", "", "") for prompt in prompts]
-    limits = room(generation, model.config, torch.float32, entries)
-    return continuous_batching.generate(model, _requests(prompts), room=limits, ledger=_no_ledger()).tokens
+    limits = limits_of(generation, model.config, torch.float32, entries)
+    return continuous_batching.generate(model, _requests(prompts), limits=limits, ledger=_no_ledger()).tokens
 
 
 def _requests(prompts: Sequence[list[int]]) -> Requests:

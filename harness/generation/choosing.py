@@ -55,24 +55,24 @@ def nobody(tokens: int) -> None:
     """A callback that does nothing."""
 
 
-def telling(choose: Choose, tell: Callable[[int], object]) -> Choose:
-    """`choose`, followed by a call of `tell` with the number of chosen tokens."""
+def reporting(choose: Choose, report: Callable[[int], object]) -> Choose:
+    """`choose`, followed by a call of `report` with the number of chosen tokens."""
 
     def choose_and_report(logits: Tensor, number: int) -> Tensor:
         chosen = choose(logits, number)
-        tell(len(chosen))
+        report(len(chosen))
         return chosen
 
     return choose_and_report
 
 
-def draws(seed: int, numbers: Sequence[int], room: int, device: torch.device) -> Tensor:
+def draws(seed: int, numbers: Sequence[int], new_columns: int, device: torch.device) -> Tensor:
     """Uniform numbers in [0, 1) for `drawn`, [B, N] fp32: a row for each sequence, a column for each new token.
 
     `numbers` are the sequences' numbers in the whole run. A row depends only on `seed` and its number, not on
     neighbours, rank or device. A longer row begins with the shorter one.
     """
-    rows = [np.random.default_rng((seed, number)).random(room, np.float32) for number in numbers]
+    rows = [np.random.default_rng((seed, number)).random(new_columns, np.float32) for number in numbers]
     return torch.tensor(np.stack(rows), device=device)
 
 
@@ -93,7 +93,7 @@ def chooser(
         return greedy
     uniform = None
     if strategy.samples:
-        uniform = draws(strategy.seed, requests.numbers, requests.room, tokens.device)
+        uniform = draws(strategy.seed, requests.numbers, requests.new_columns, tokens.device)
         ledger.claim("inputs", "draws", uniform)
     parts = list(_parts(strategy, requests, tokens, config))
     for tensor in (each for part in parts for each in tensors_in((part.rows, *map(vars, part.processors)))):
@@ -126,29 +126,33 @@ def _parts(
     looks = any(name in strategy.processed for name in LOOKING)
     forced = "forced_eos_token_id" in strategy.processed
     alike: dict[tuple[int, int], list[int]] = {}
-    for row, (length, most) in enumerate(zip(lengths, requests.most, strict=True)):
-        key = (length if looks else requests.width, most if forced else requests.room)
+    for row, (length, max_new_tokens) in enumerate(zip(lengths, requests.max_new_tokens, strict=True)):
+        key = (length if looks else requests.width, max_new_tokens if forced else requests.new_columns)
         alike.setdefault(key, []).append(row)
-    for (length, most), rows in alike.items():
+    for (length, max_new_tokens), rows in alike.items():
         begin = requests.width - length
         selected = None if len(alike) == 1 else torch.tensor(rows, device=tokens.device)
         prompts = tokens[:, begin : requests.width]
         prompts = prompts if selected is None else prompts[selected]
-        yield _Part(selected, begin, processors(strategy, config, prompts, most))
+        yield _Part(selected, begin, processors(strategy, config, prompts, max_new_tokens))
 
 
 def processors(
-    strategy: Strategy, config: PretrainedConfig, prompts: Tensor, most: int
+    strategy: Strategy, config: PretrainedConfig, prompts: Tensor, max_new_tokens: int
 ) -> LogitsProcessorList:
-    """transformers' logits processors, as its `generate` builds them for `prompts` [B, P] and `most` new tokens. Raises
-    ValueError.
+    """transformers' logits processors, as its `generate` builds them for `prompts` [B, P] and so many new tokens.
+
+    Raises ValueError.
     """
     fields = {**dict.fromkeys(PROCESSED), **copy.deepcopy(strategy.processed)}
     if fields["min_new_tokens"]:
         fields["min_length"] = None
     length = prompts.shape[1]
     generation_config = GenerationConfig(
-        **fields, do_sample=strategy.samples, max_length=length + most, eos_token_id=strategy.ends or None
+        **fields,
+        do_sample=strategy.samples,
+        max_length=length + max_new_tokens,
+        eos_token_id=strategy.ends or None,
     )
     ends = torch.tensor(strategy.ends, device=prompts.device) if strategy.ends else None
     generation_config._eos_token_tensor = ends
@@ -163,7 +167,7 @@ def processors(
     )
 
 
-def bends(strategy: Strategy, requests: Requests) -> set[int]:
+def stretch_starts(strategy: Strategy, requests: Requests) -> set[int]:
     """The numbers of new tokens at which some processor begins to act differently."""
     fields, lengths = strategy.processed, {len(prompt) for prompt in requests.prompts}
     sequences = [
@@ -181,5 +185,7 @@ def bends(strategy: Strategy, requests: Requests) -> set[int]:
     if "begin_suppress_tokens" in fields:
         numbers |= {1, 2}
     if "forced_eos_token_id" in fields:
-        numbers |= {most - before for most in requests.most for before in (0, 1)}
+        numbers |= {
+            max_new_tokens - before for max_new_tokens in requests.max_new_tokens for before in (0, 1)
+        }
     return {number for number in numbers if number > 0}

@@ -25,7 +25,7 @@ from harness.data.prompts import Prompt
 from harness.generation.batch import Requests
 from harness.generation.course import WHOLE, Decoding
 from harness.generation.metrics import Share, Timing
-from harness.generation.paged_cache import Held, Paged, Room, room
+from harness.generation.paged_cache import Limits, Paged, Usage, limits_of
 from harness.generation.paged_choosing import Choosers
 from harness.generation.timestamps import clock
 from harness.ledger import Ledger
@@ -59,9 +59,9 @@ class Load:
             self.prefill_seconds,
             self.decode_seconds,
             began=self.began,
-            moments=[output.moments[number] for number in self.first],
+            timestamps=[output.timestamps[number] for number in self.first],
             computed=self.new_tokens,
-            first_seconds=[output.moments[number][0] - output.entered[number] for number in self.first],
+            first_seconds=[output.timestamps[number][0] - output.entered[number] for number in self.first],
         )
 
 
@@ -70,7 +70,7 @@ class Continued:
     """Results of all prompts, in order. Timestamps are from `time.perf_counter`, taken when the device was done."""
 
     tokens: list[list[int]]
-    moments: list[list[float]]
+    timestamps: list[list[float]]
     """A timestamp for each of the `tokens`."""
     entered: list[float]
     """When the first forward with a token of the prompt began."""
@@ -87,17 +87,17 @@ def share_of(
     strategy: Strategy,
     ledger: Ledger,
     course: Decoding,
-    tell: Callable[[int], None],
+    report: Callable[[int], None],
 ) -> Share:
     """Generate for a rank's `prompts` (by number in the run); other arguments as for `generate`. Raises Refusal."""
     if not prompts:
         return Share()
     entries = list(prompts.values())
-    limits = room(generation, model.config, model.dtype, entries)
+    limits = limits_of(generation, model.config, model.dtype, entries)
     requests = Requests(
-        [prompt.tokens for prompt in entries], [prompt.most for prompt in entries], [*prompts]
+        [prompt.tokens for prompt in entries], [prompt.max_new_tokens for prompt in entries], [*prompts]
     )
-    output = generate(model, requests, strategy, room=limits, ledger=ledger, course=course, tell=tell)
+    output = generate(model, requests, strategy, limits=limits, ledger=ledger, course=course, report=report)
     tokens = dict(zip(prompts, output.tokens, strict=True))
     kv_sizes = [] if output.kv is None else [output.kv]
     paged = [] if output.paged is None else [output.paged]
@@ -110,25 +110,25 @@ def generate(
     requests: Requests,
     strategy: Strategy = LIKELIEST,
     *,
-    room: Room,
+    limits: Limits,
     ledger: Ledger,
     course: Decoding = WHOLE,
-    tell: Callable[[int], None] = lambda ended: None,
+    report: Callable[[int], None] = lambda ended: None,
 ) -> Continued:
-    """Continue each of `requests` within the limits of `room`, with tokens chosen by `strategy`.
+    """Continue each of `requests` within `limits`, with tokens chosen by `strategy`.
 
     `model` is in eval mode. Each request gets the tokens that it would get alone. `ledger` has a step for each load:
     max_num_seqs ended requests. The phases are `data` (the inputs of the next forward), `prefill` (a forward with any
-    prompt token) and `decode` (all other forwards). After each load, `tell` receives the number of requests that ended
-    in it. `course` decides which forwards are run.
+    prompt token) and `decode` (all other forwards). After each load, `report` receives the number of requests that
+    ended in it. `course` decides which forwards are run.
     """
     prompts, eos = requests.prompts, [*course.ends(strategy)]
     output = Continued([[] for _ in prompts], [[] for _ in prompts], [0.0 for _ in prompts])
-    with _processor(model, room, ledger) as (manager, processor):
-        for number, (prompt, max_new_tokens) in enumerate(zip(prompts, requests.most, strict=True)):
+    with _processor(model, limits, ledger) as (manager, processor):
+        for number, (prompt, max_new_tokens) in enumerate(zip(prompts, requests.max_new_tokens, strict=True)):
             manager.add_request(list(prompt), str(number), max_new_tokens, eos_token_id=eos)
         choosers = Choosers(strategy, requests, model, processor, ledger)
-        run = Run(model, processor, choosers, ledger, output, room, course, tell)
+        run = Run(model, processor, choosers, ledger, output, limits, course, report)
         while run.forward():
             pass
         run.end()
@@ -147,13 +147,13 @@ class Run:
         choosers: Choosers,
         ledger: Ledger,
         output: Continued,
-        room: Room,
+        limits: Limits,
         course: Decoding,
-        tell: Callable[[int], None],
+        report: Callable[[int], None],
     ) -> None:
         self.model, self.processor, self.ledger, self.output = model, processor, ledger, output
-        self.max_num_seqs, self.tell = room.requests, tell
-        self.choosers, self.usage = choosers, Held(processor.cache)
+        self.max_num_seqs, self.report = limits.max_num_seqs, report
+        self.choosers, self.usage = choosers, Usage(processor.cache)
         self.ended = self.reported = self.forwards = self.tokens = self.evicted = 0
         self.phases: set[str] = set()
         self.runner = course.forwards(ledger, choosers, self.usage)
@@ -203,15 +203,15 @@ class Run:
             number = int(each.state.request_id)
             self.output.entered[number] = self.output.entered[number] or start
             if each.has_new_token:
-                moments = self.output.moments[number]
-                load.first += [] if moments else [number]
+                timestamps = self.output.timestamps[number]
+                load.first += [] if timestamps else [number]
                 load.new_tokens += 1
-                moments.append(self.now)
+                timestamps.append(self.now)
 
     def end(self) -> None:
         """Store the final figures."""
         self._close()
-        self.output.kv = self.usage.most
+        self.output.kv = self.usage.peak
         counts = self.forwards, self.tokens, self.evicted
         self.output.paged = Paged(*counts, self.processor.cache.num_blocks, self.usage.used)
 
@@ -223,7 +223,7 @@ class Run:
             with self.ledger.phase(phase, len(self.output.loads) - 1):
                 pass
         self.phases = set()
-        self.tell(self.ended - self.reported)
+        self.report(self.ended - self.reported)
         self.reported = self.ended
 
 
@@ -235,8 +235,8 @@ def _prompt_tokens(future: Any) -> int:
 
 
 @contextmanager
-def _processor(model: PreTrainedModel, room: Room, ledger: Ledger) -> Iterator[tuple[Any, Any]]:
-    """transformers' manager, not started, and its batch processor, with the limits of `room`. Restores
+def _processor(model: PreTrainedModel, limits: Limits, ledger: Ledger) -> Iterator[tuple[Any, Any]]:
+    """transformers' manager, not started, and its batch processor, with `limits`. Restores
     `model` on exit.
     """
     from transformers.generation.continuous_batching.utils import stream_context
@@ -244,7 +244,7 @@ def _processor(model: PreTrainedModel, room: Room, ledger: Ledger) -> Iterator[t
     attention = model.config._attn_implementation
     with ledger.phase("setup"):
         manager = model.init_continuous_batching(
-            GenerationConfig(do_sample=False, eos_token_id=-1), _config(room)
+            GenerationConfig(do_sample=False, eos_token_id=-1), _config(limits)
         )
         processor = manager._create_batch_processor()
         ledger.own(cache=processor.cache)
@@ -262,12 +262,12 @@ def _processor(model: PreTrainedModel, room: Room, ledger: Ledger) -> Iterator[t
             model.set_attn_implementation(attention)
 
 
-def _config(room: Room) -> ContinuousBatchingConfig:
+def _config(limits: Limits) -> ContinuousBatchingConfig:
     return ContinuousBatchingConfig(
-        page_size=room.page_size,
-        num_blocks=room.pages,
-        max_batch_tokens=room.tokens,
-        max_requests_per_batch=min(room.requests, room.tokens),
+        page_size=limits.block_size,
+        num_blocks=limits.num_blocks,
+        max_batch_tokens=limits.max_num_batched_tokens,
+        max_requests_per_batch=min(limits.max_num_seqs, limits.max_num_batched_tokens),
         max_blocks_per_request=0,
         max_memory_percent=PLENTY,
         allow_block_sharing=False,

@@ -8,7 +8,7 @@ from transformers import Cache
 from harness.config.strategy import Strategy
 from harness.generation.batch import Requests
 from harness.generation.compiled_decode import Program, program
-from harness.generation.paged_cache import Held
+from harness.generation.paged_cache import Usage
 from harness.generation.paged_choosing import Choosers
 from harness.ledger import Ledger
 from harness.runtime.course import Course
@@ -35,7 +35,7 @@ class Decoding(Course):
         self, batches: Sequence[tuple[Requests, Cache | None]], strategy: Strategy, ledger: Ledger
     ) -> Turns:
         """The new tokens to compute after the first ones (number 0), for `batches` that take turns."""
-        return ((number, 0) for number in range(1, max(requests.room for requests, _ in batches)))
+        return ((number, 0) for number in range(1, max(requests.new_columns for requests, _ in batches)))
 
     def skip(self, cache: Cache | None, tokens: int, ledger: Ledger) -> None:
         """Make up in `cache` for so many `tokens` that were left out."""
@@ -44,7 +44,7 @@ class Decoding(Course):
         """The tokens that end a request before it has its max_new_tokens."""
         return strategy.ends
 
-    def forwards(self, ledger: Ledger, choosers: Choosers, usage: Held) -> Forwards:
+    def forwards(self, ledger: Ledger, choosers: Choosers, usage: Usage) -> Forwards:
         """What runs the forwards of a continuous batch, whose pages are `usage`."""
         return Forwards()
 

@@ -16,7 +16,7 @@ from transformers import Cache, PretrainedConfig, PreTrainedModel
 
 from harness.config.strategy import LIKELIEST, Strategy
 from harness.generation.batch import Batch, Requests, pad_left
-from harness.generation.choosing import Choose, chooser, nobody, telling
+from harness.generation.choosing import Choose, chooser, nobody, reporting
 from harness.generation.compiled_decode import Compiled
 from harness.generation.course import WHOLE, Decoding
 from harness.generation.timestamps import Marks, clock
@@ -37,8 +37,8 @@ class Generated:
     kv: KvBytes | None
     waited_seconds: float = 0.0  # the part of these that this stage waited for other stages
     compile_seconds: float = 0.0  # not part of the two above
-    began: float = 0.0  # a timestamp, as are all in `moments`
-    moments: Sequence[Sequence[float]] = ()  # for each sequence, when each of its tokens was ready
+    began: float = 0.0  # a timestamp, as are all in `timestamps`
+    timestamps: Sequence[Sequence[float]] = ()  # for each sequence, when each of its tokens was ready
     computed: int = 0  # new tokens of all sequences, with those after their ends
 
 
@@ -94,10 +94,10 @@ def generate(
     ledger: Ledger,
     step: int = 0,
     course: Decoding = WHOLE,
-    tell: Callable[[int], object] = nobody,
+    report: Callable[[int], object] = nobody,
 ) -> Generated:
-    """Continue each of `requests` with tokens chosen by `strategy`. `tell` receives the number of new tokens after each
-    column.
+    """Continue each of `requests` with tokens chosen by `strategy`. `report` receives the number of new tokens after
+    each column.
 
     `model` is in eval mode. `cache` is a kind that `harness.model.kv_cache.make` supports, with so many `bits`; or a
     `Compiled` of `model`, whose static cache is reused by the next batch. Unless tokens are sampled, they are those
@@ -110,7 +110,7 @@ def generate(
             cache_or_kind, compile_seconds = cache.prepare(len(requests.prompts))
     with ledger.phase("prefill", step):
         batch, kv_cache = ready(requests, strategy, cache_or_kind, bits, model.config, model.device, ledger)
-        choose = telling(chooser(strategy, requests, batch.tokens, model.config, ledger), tell)
+        choose = reporting(chooser(strategy, requests, batch.tokens, model.config, ledger), report)
         show = shown_to(model, kv_cache)
         marks = Marks(model.device)
         start_time = clock(model.device)
@@ -125,7 +125,7 @@ def generate(
         end_time = clock(model.device)
         tokens, kv = finish(requests, batch, kv_cache, strategy.ends)
     ledger.disown(kv_cache)
-    timestamps = marks.moments()
+    timestamps = marks.timestamps()
     return Generated(
         tokens,
         first_token_time - start_time,
@@ -133,7 +133,7 @@ def generate(
         kv,
         compile_seconds=compile_seconds,
         began=start_time,
-        moments=[timestamps[: len(row)] for row in tokens],
+        timestamps=[timestamps[: len(row)] for row in tokens],
         computed=len(tokens) * len(timestamps),
     )
 
@@ -160,7 +160,7 @@ def ready(
     with `ledger`.
     """
     batch = pad_left(requests, strategy.ends, device)
-    for name in ("tokens", "mask", "positions", "ended", "most", "eos"):
+    for name in ("tokens", "mask", "positions", "ended", "max_new_tokens", "eos"):
         if (tensor := getattr(batch, name)) is not None:
             ledger.claim("inputs", name, tensor)
     kv_cache = make(cache, config, requests.shown, bits) if isinstance(cache, str) else cache
@@ -174,7 +174,8 @@ def finish(
     """The new tokens of each of `requests` up to its end, and the size of `cache`."""
     rows = batch.tokens[:, batch.width :].tolist()
     tokens = [
-        _until(eos, row[:max_new_tokens]) for row, max_new_tokens in zip(rows, requests.most, strict=True)
+        _until(eos, row[:max_new_tokens])
+        for row, max_new_tokens in zip(rows, requests.max_new_tokens, strict=True)
     ]
     return tokens, None if cache is None else _measure(cache, requests, tokens, batch.tokens.device)
 

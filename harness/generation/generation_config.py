@@ -49,7 +49,9 @@ def _check(strategy: Strategy, config: PretrainedConfig) -> None:
             raise strategy.refusal(name, "this transformers has no such field")
         unknown = [token for token in _tokens(value) if token >= vocabulary] if name in INDEXING else []
         if unknown:
-            raise strategy.refusal(name, f"it has token {max(unknown)}, and the model knows {vocabulary}")
+            raise strategy.refusal(
+                name, f"it has token {max(unknown)}, and the model's vocabulary has {vocabulary}"
+            )
     if "exponential_decay_length_penalty" in fields and not strategy.ends:
         name, reason = "exponential_decay_length_penalty", "it raises an end token, and there is none"
         raise strategy.refusal(name, reason)

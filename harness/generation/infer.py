@@ -32,7 +32,7 @@ from harness.generation.metrics import (
     scheduled,
     unasked,
 )
-from harness.generation.paged_cache import room
+from harness.generation.paged_cache import limits_of
 from harness.generation.pipeline_decode import Relay
 from harness.ledger import Ledger, Work
 from harness.model import init_weights, loader, stage
@@ -62,7 +62,7 @@ def run(plan: Plan, world: World, ledger: Ledger, out: Output, course: Decoding 
     settings, config = plan.settings, plan.config
     tokenizer = tokenizer_of(settings.model, config, settings.data.tokenizer)
     strategy = strategy_of(settings, config)
-    prompts = find(settings, tokenizer, strategy.most, read=course.values)
+    prompts = find(settings, tokenizer, strategy.max_new_tokens_after, read=course.values)
     check(prompts, config)
     generation = settings.generation
     check_device(generation, world.kind)
@@ -74,7 +74,7 @@ def run(plan: Plan, world: World, ledger: Ledger, out: Output, course: Decoding 
     if quantization is not None:
         dtype = quantization.dtype(dtype, world.kind)
     if generation.batching == "continuous":
-        room(generation, config, dtype, prompts)  # raises Refusal before the model is built
+        limits_of(generation, config, dtype, prompts)  # raises Refusal before the model is built
     with ledger.phase("setup"):
         model, out.results.model = _model_of_rank(
             plan, config, dtype, world, ledger, quantization, course.values
@@ -98,7 +98,7 @@ def run(plan: Plan, world: World, ledger: Ledger, out: Output, course: Decoding 
     out.results.inference = inference = Inference(
         prompts=len(prompts),
         prompt_tokens=sum(len(prompt.tokens) for prompt in prompts),
-        max_new_tokens=max(prompt.most for prompt in prompts),
+        max_new_tokens=max(prompt.max_new_tokens for prompt in prompts),
         cache=settings.generation.cache,
         tensor_parallel=world.tp_size,
         kv_bytes_per_token=kv_bytes_per_token(config, dtype),
@@ -167,14 +167,14 @@ def share_of(
     if generation.batching == "continuous" and isinstance(model, PreTrainedModel):
         with Pace(len(own_prompts), "prompt", say, quiet) as pace:
 
-            def tell(ended: int) -> None:
+            def report(ended: int) -> None:
                 pace.advance(ended)
                 flush()
 
             return continuous_batching.share_of(
-                generation, model, own_prompts, strategy, ledger, course, tell
+                generation, model, own_prompts, strategy, ledger, course, report
             )
-    with Pace(sum(prompt.most for prompt in own_prompts.values()), "token", say, quiet) as pace:
+    with Pace(sum(prompt.max_new_tokens for prompt in own_prompts.values()), "token", say, quiet) as pace:
         return _in_batches(settings, world, ledger, model, own_prompts, strategy, pace, flush, course)
 
 
@@ -200,7 +200,7 @@ def _in_batches(
     for step in course.steps(range(len(request_batches)), settings.ledger.steps):
         requests = request_batches[step]
         groups = [requests]
-        options: Any = {"cache": cache, "bits": generation.cache_bits, "step": step, "tell": pace.advance}
+        options: Any = {"cache": cache, "bits": generation.cache_bits, "step": step, "report": pace.advance}
         options["course"] = course
         if relay is not None:
             parts = cut(requests.numbers, settings.pipeline.groups or world.stages)
@@ -211,7 +211,7 @@ def _in_batches(
         share.tokens.update(zip(requests.numbers, output.tokens, strict=True))
         share.timings.append(timing(groups, output))
         share.kv += [] if output.kv is None else [output.kv]
-        done += sum(requests.most)
+        done += sum(requests.max_new_tokens)
         pace.up_to(done)
         flush()
     return share
@@ -240,7 +240,7 @@ def check_columns(model: PreTrainedModel, prompts: Sequence[Prompt], batch: int,
     ]
     columns = max(_requests(dict(enumerate(prompts)), row_numbers).shown for row_numbers in every_batch)
     if tables and columns > min(tables):
-        problem = f"padded, a batch comes to {columns} columns, and the model's attention has {min(tables)}"
+        problem = f"with padding a batch has {columns} columns, and the model's attention has {min(tables)}"
         raise Refusal(
             "generation.batch", batch, f"{problem}; use 1, or prompts of more like lengths together"
         )
@@ -248,7 +248,9 @@ def check_columns(model: PreTrainedModel, prompts: Sequence[Prompt], batch: int,
 
 def _requests(prompts: Mapping[int, Prompt], numbers: Sequence[int]) -> Requests:
     chosen = [prompts[number] for number in numbers]
-    return Requests([prompt.tokens for prompt in chosen], [prompt.most for prompt in chosen], numbers)
+    return Requests(
+        [prompt.tokens for prompt in chosen], [prompt.max_new_tokens for prompt in chosen], numbers
+    )
 
 
 def timing(groups: Sequence[Requests], output: Generated) -> Timing:
@@ -264,7 +266,7 @@ def timing(groups: Sequence[Requests], output: Generated) -> Timing:
         output.waited_seconds,
         output.compile_seconds,
         output.began,
-        output.moments,
+        output.timestamps,
         output.computed,
         padding,
     )

@@ -26,8 +26,8 @@ class Timing(NamedTuple):
     decode_seconds: float
     waited_seconds: float = 0.0
     compile_seconds: float = 0.0  # before the requests start; no other field includes it
-    began: float = 0.0  # a timestamp, as are all in `moments`
-    moments: Sequence[Sequence[float]] = ()  # for each request, when each of its tokens was ready
+    began: float = 0.0  # a timestamp, as are all in `timestamps`
+    timestamps: Sequence[Sequence[float]] = ()  # for each request, when each of its tokens was ready
     computed: int = 0  # new tokens that the model computed, with those after an end
     padding: int = 0  # padding tokens in the prompts' columns
     first_seconds: Sequence[
@@ -107,9 +107,9 @@ def latency(shares: Iterable[Sequence[Timing]]) -> Latency:
     first, between = [], []
     for timings in shares:
         for timing in timings:
-            for moments in timing.moments:
-                first += [moment - timings[0].began for moment in moments[:1]]
-                between += [later - earlier for earlier, later in pairwise(moments)]
+            for timestamps in timing.timestamps:
+                first += [moment - timings[0].began for moment in timestamps[:1]]
+                between += [later - earlier for earlier, later in pairwise(timestamps)]
     return Latency(first_token_seconds=_percentiles(first), between_tokens_seconds=_percentiles(between))
 
 

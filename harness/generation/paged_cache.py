@@ -26,19 +26,20 @@ CHUNK = 512
 ALIGNMENT = 128
 """transformers rounds a sector up to a multiple of so many bytes."""
 
-ROOM = "transformers.generation.continuous_batching"
+CONTINUOUS_BATCHING = "transformers.generation.continuous_batching"
 
 
-class Room(NamedTuple):
+class Limits(NamedTuple):
     """The limits of a paged run, set before it begins: transformers' own defaults would fill the machine's memory."""
 
-    requests: int
-    """max_num_seqs: requests that run at the same time."""
-    pages: int
-    page_size: int
+    max_num_seqs: int
+    """Requests that run at the same time."""
+    num_blocks: int
+    """Pages in all."""
+    block_size: int
     """Tokens in a page."""
-    tokens: int
-    """max_num_batched_tokens: tokens in one forward."""
+    max_num_batched_tokens: int
+    """Tokens in one forward."""
 
 
 class Paged(NamedTuple):
@@ -54,9 +55,9 @@ class Paged(NamedTuple):
     """The largest number of pages in use at one time."""
 
 
-def room(
+def limits_of(
     generation: Generation, config: PretrainedConfig, dtype: torch.dtype, prompts: Sequence[Prompt]
-) -> Room:
+) -> Limits:
     """The limits for these prompts. Without `generation.pages` there are enough pages for the longest request in every
     slot.
 
@@ -67,13 +68,15 @@ def room(
     """
     max_num_seqs, size = min(generation.batch, len(prompts)), generation.page_size
     # minus 1: the last token is never an input
-    longest = max(len(prompt.tokens) + prompt.most - 1 for prompt in prompts)
+    longest = max(len(prompt.tokens) + prompt.max_new_tokens - 1 for prompt in prompts)
     longest_prompt = max(len(prompt.tokens) for prompt in prompts)
     minimum = pages(config, dtype, size, 1, longest)
     if generation.pages is not None and generation.pages < minimum:
-        remedy = f"the longest request comes to {longest} tokens; use {minimum} or more, or larger pages than {size}"
+        remedy = (
+            f"the longest request has {longest} tokens; use {minimum} or more, or larger pages than {size}"
+        )
         raise Refusal("generation.pages", generation.pages, remedy)
-    return Room(
+    return Limits(
         max_num_seqs,
         generation.pages or pages(config, dtype, size, max_num_seqs, longest),
         size,
@@ -100,8 +103,8 @@ def pages(config: PretrainedConfig, dtype: torch.dtype, size: int, requests: int
 
 def layers(config: PretrainedConfig) -> Mapping[str, Sequence[int]]:
     """The numbers of the layers of `config` by kind of page. Raises Refusal where transformers has no pages for one."""
-    if importlib.util.find_spec(f"{ROOM}.cache_allocators") is None:
-        remedy = "the transformers here has another one; install transformers>=5.23"
+    if importlib.util.find_spec(f"{CONTINUOUS_BATCHING}.cache_allocators") is None:
+        remedy = "this transformers has another paged cache; install transformers>=5.23"
         raise Refusal("generation.batching", "continuous", remedy)
     from transformers.generation.continuous_batching.cache import group_layers_by_attn_type
 
@@ -110,17 +113,17 @@ def layers(config: PretrainedConfig) -> Mapping[str, Sequence[int]]:
             config.get_text_config(decoder=True)
         )
     except ValueError as error:
-        reason = f"transformers has no pages for a layer of {config.model_type} ({error})"
+        reason = f"transformers' paged cache does not support a layer of {config.model_type} ({error})"
         raise Refusal("generation.batching", "continuous", f"{reason}; use {STATIC}") from error
     return layer_groups
 
 
 @dataclass
-class Held:
+class Usage:
     """The size of a PagedAttentionCache at the time when most pages were in use."""
 
     cache: Any
-    most: KvBytes | None = None
+    peak: KvBytes | None = None
 
     def look(self, tokens: Iterable[int]) -> None:
         """Measure the cache while requests are in it; `tokens` has the input tokens of each request so far."""
@@ -132,8 +135,8 @@ class Held:
                 sum(token_counts) if window is None else sum(min(count, window) for count in token_counts)
             )
             live += live_tokens * (kind.bytes_per_block // kind.tokens_per_page)
-        if self.most is None or (filled, live) > (self.most.filled, self.most.live):
-            self.most = KvBytes(self.cache.cache_tensor.nbytes, filled, live, sum(token_counts))
+        if self.peak is None or (filled, live) > (self.peak.filled, self.peak.live):
+            self.peak = KvBytes(self.cache.cache_tensor.nbytes, filled, live, sum(token_counts))
 
     @property
     def free(self) -> int:
@@ -143,7 +146,7 @@ class Held:
     @property
     def used(self) -> int:
         """The largest number of pages in use. Pages of layers with a window count by their bytes."""
-        return 0 if self.most is None else ceil(self.most.filled / self._page)
+        return 0 if self.peak is None else ceil(self.peak.filled / self._page)
 
     @property
     def _page(self) -> int:

@@ -12,7 +12,7 @@ from harness.config.rules.generation import STATIC
 from harness.config.settings import Refusal
 from harness.config.strategy import Strategy
 from harness.generation.batch import PADDING, Requests
-from harness.generation.choosing import Choose, bends, chooser
+from harness.generation.choosing import Choose, chooser, stretch_starts
 from harness.ledger import Ledger
 from harness.ledger.patch import TRANSFORMERS, DoesNotFit, Patch, install, table
 
@@ -44,20 +44,23 @@ class Choosers:
             try:
                 install(PATCHES[_SAMPLE].by(lambda _: self._sample, runner))
             except DoesNotFit as error:
-                remedy = f"the transformers here chooses tokens in another place; use {STATIC}"
+                remedy = f"this transformers chooses tokens in another place; use {STATIC}"
                 raise Refusal("generation.batching", "continuous", remedy) from error
 
     def leave(self, state: Any) -> None:
         """Drop the chooser of a request that has ended."""
         self._each.pop(int(state.request_id), None)
 
-    def bends(self, state: Any) -> tuple[bool, bool]:
+    def stretch_boundary(self, state: Any) -> tuple[bool, bool]:
         """Whether a request's next token is the first on which some processor acts differently, and whether it is the
         last before such a token.
         """
         if not self.strategy.processed:
             return False, False
-        numbers, number = bends(self.strategy, self._single(int(state.request_id))), self._number(state)
+        numbers, number = (
+            stretch_starts(self.strategy, self._single(int(state.request_id))),
+            self._number(state),
+        )
         return number in numbers, number + 1 in numbers
 
     def _sample(self, scores: torch.Tensor, output_ids: torch.Tensor) -> None:
@@ -69,13 +72,13 @@ class Choosers:
             tokens, choose = self._chooser_of(int(state.request_id))
             number = self._number(state)
             token = choose(scores[0, row : row + 1], number)
-            tokens[:, number - self.requests.most[int(state.request_id)]] = token
+            tokens[:, number - self.requests.max_new_tokens[int(state.request_id)]] = token
             output_ids[0, row : row + 1] = token
 
     def _chooser_of(self, request_number: int) -> tuple[torch.Tensor, Choose]:
         if request_number not in self._each:
             request = self._single(request_number)
-            row = [*request.prompts[0], *([PADDING] * request.room)]
+            row = [*request.prompts[0], *([PADDING] * request.new_columns)]
             tokens = torch.tensor([row], device=self.model.device)
             self.ledger.claim("inputs", "tokens", tokens)
             choose = chooser(self.strategy, request, tokens, self.model.config, self.ledger)
@@ -87,7 +90,7 @@ class Choosers:
         requests = self.requests
         return Requests(
             [requests.prompts[request_number]],
-            [requests.most[request_number]],
+            [requests.max_new_tokens[request_number]],
             requests.numbers[request_number : request_number + 1],
         )
 

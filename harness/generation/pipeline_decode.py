@@ -19,7 +19,7 @@ from transformers import Cache
 
 from harness.config.strategy import Strategy
 from harness.generation.batch import Batch, Requests
-from harness.generation.choosing import Choose, chooser, greedy, nobody, telling
+from harness.generation.choosing import Choose, chooser, greedy, nobody, reporting
 from harness.generation.course import WHOLE, Decoding
 from harness.generation.decode import Generated, finish, ready
 from harness.generation.timestamps import Marks, clock
@@ -108,7 +108,7 @@ class Relay:
         bits: int = 8,
         step: int = 0,
         course: Decoding = WHOLE,
-        tell: Callable[[int], object] = nobody,
+        report: Callable[[int], object] = nobody,
     ) -> Generated:
         """Generate for each of `groups`, as `decode.generate` does. Every stage must call this with the same arguments.
 
@@ -120,21 +120,21 @@ class Relay:
         for number, requests in enumerate(groups):
             with ledger.phase("prefill", step, number):
                 batch, kv_cache = ready(requests, strategy, cache, bits, self.stage.config, device, ledger)
-                choose = telling(self._chooser(strategy, requests, batch), tell)
+                choose = reporting(self._chooser(strategy, requests, batch), report)
                 in_flight.append(Group(number, requests, batch, kv_cache, choose, Marks(device)))
                 self._next_token(in_flight[-1], 0, batch.width)
         first_token_time = clock(device)
         turns = course.turns([(group.requests, group.cache) for group in in_flight], strategy, ledger)
         for number, skipped in turns:
             for group in in_flight:
-                if number < group.requests.room and not group.ended:
+                if number < group.requests.new_columns and not group.ended:
                     with ledger.phase("decode", step, group.number, again=True):
                         course.skip(group.cache, skipped, ledger)
                         self._decode(group, number)
         tokens, kv = self._finish(in_flight, strategy.ends, step)
         end_time = clock(device)
-        timestamps = [(group.marks.moments(), len(group.requests.prompts)) for group in in_flight]
-        by_sequence = (moments for moments, sequences in timestamps for _ in range(sequences))
+        by_group = [(group.marks.timestamps(), len(group.requests.prompts)) for group in in_flight]
+        by_sequence = (timestamps for timestamps, sequences in by_group for _ in range(sequences))
         return Generated(
             tokens,
             first_token_time - start_time,
@@ -142,8 +142,8 @@ class Relay:
             kv,
             self.link.waited(),
             began=start_time,
-            moments=[moments[: len(row)] for moments, row in zip(by_sequence, tokens, strict=True)],
-            computed=sum(len(moments) * sequences for moments, sequences in timestamps),
+            timestamps=[timestamps[: len(row)] for timestamps, row in zip(by_sequence, tokens, strict=True)],
+            computed=sum(len(timestamps) * sequences for timestamps, sequences in by_group),
         )
 
     def _chooser(self, strategy: Strategy, requests: Requests, batch: Batch) -> Choose:

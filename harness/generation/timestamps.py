@@ -28,7 +28,7 @@ class Marks:
         """Record a timestamp: now on a CPU, on a GPU when the device gets here."""
         self._marks.append(moment(self.gpu))
 
-    def moments(self) -> list[float]:
+    def timestamps(self) -> list[float]:
         """The timestamp of each mark in seconds, on the clock of `clock`. The device must have reached all marks."""
         if self.gpu:
             return [self._began + seconds(True, self._first, mark) for mark in self._marks]

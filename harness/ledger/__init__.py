@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from harness.ledger.events import Where
     from harness.ledger.in_flight import Forwards
     from harness.ledger.ledger import Ledger
-    from harness.ledger.reconcile import Books
+    from harness.ledger.reconcile import Accounting
     from harness.ledger.replay import Category, Peak, Phase
     from harness.ledger.unseen import Gap, NotSeen
     from harness.ledger.work import Work
 
 __all__ = [
     "CATEGORIES",
-    "Books",
+    "Accounting",
     "Category",
     "CpuAllocator",
     "Forwards",
@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 _MODULES = {
-    "Books": "reconcile",
+    "Accounting": "reconcile",
     "Category": "replay",
     "CpuAllocator": "allocator",
     "Forwards": "in_flight",

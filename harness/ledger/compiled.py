@@ -52,8 +52,8 @@ _CALLBACK_SETTERS = ("set_eval_frame", "_maybe_set_eval_frame", "_callback_from_
 _RUNTIME = "torch._functorch._aot_autograd.runtime_wrappers"
 
 NOT_SEEN = (
-    "its operators are not seen one by one. What it makes and lets go of is kernel where the allocator is heard, and "
-    "elsewhere in no figure; its work is not counted"
+    "its operators are not seen one by one. What it allocates and frees inside is kernel where the "
+    "allocator is recorded, and elsewhere in no figure; its work is not counted"
 )
 """The note about a compiled program."""
 

@@ -16,7 +16,7 @@ class Forwards:
     """The most forwards alive at once, and the bytes that each had saved at that moment, the oldest first."""
 
     alive: int = 0
-    stashes: tuple[int, ...] = ()
+    saved_bytes: tuple[int, ...] = ()
     where: Where | None = None
 
 
@@ -50,7 +50,7 @@ def in_flight(events: Iterable[Event]) -> Forwards:
         ):
             if event.saved:
                 saved_bytes[origin] = saved_bytes.get(origin, 0) + storage.nbytes
-                if (len(saved_bytes), sum(saved_bytes.values())) > (most.alive, sum(most.stashes)):
+                if (len(saved_bytes), sum(saved_bytes.values())) > (most.alive, sum(most.saved_bytes)):
                     most = Forwards(len(saved_bytes), tuple(saved_bytes.values()), event.where)
             elif event.delta < 0 and origin in saved_bytes:
                 saved_bytes[origin] -= storage.nbytes

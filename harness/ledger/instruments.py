@@ -19,11 +19,11 @@ from harness.ledger.roster import Roster
 from harness.ledger.saving import Saving
 from harness.ledger.unseen import Figures
 
-NOT_NAMED = "no module is named, and phases are not read off a loop"
+NOT_NAMED = "modules have no names, and phases are not detected"
 NOT_COUNTED = "what autograd saves for backward is not counted, or not all of it"
 NOT_RECOMPUTED = "what a backward recomputes counts as made by the backward"
 NOT_RESIZED = "a storage that is resized without an operator keeps its first size"
-NOT_ELSEWHERE = "work in threads that the program starts is in no figure, and is not named"
+NOT_ELSEWHERE = "work in threads that the program starts is in no figure, and the threads are not named"
 NOT_SHAPES = "tensors that DTensor only learns a shape from are counted"
 """The consequences where an instrument is left out."""
 

@@ -20,7 +20,7 @@ from harness.ledger.modules import Modules
 from harness.ledger.patch import DoesNotFit
 from harness.ledger.patch_table import import_owners
 from harness.ledger.phases import Phases
-from harness.ledger.reconcile import Books
+from harness.ledger.reconcile import Accounting
 from harness.ledger.replay import Category, Peak, Phase
 from harness.ledger.roster import Roster
 from harness.ledger.timer import Times
@@ -32,8 +32,8 @@ import_owners()
 MODES = ("exact", "phases", "off")
 
 UNATTRIBUTED = (
-    "made by no operator that the ledger was shown: by code that sets torch's dispatch modes aside, as tracing for a "
-    "compiler does, or that allocates by itself"
+    "allocated by no operator that the ledger saw: by code that disables torch's dispatch modes, as tracing for a "
+    "compiler does, or that allocates directly"
 )
 
 
@@ -292,9 +292,9 @@ class Ledger:
         return most_saved(self._log.events) if measured and not self._unseen.lacks("saved") else None
 
     @property
-    def allocator(self) -> Books:
+    def allocator(self) -> Accounting:
         """The allocator's own peak, and the part of it that is unattributed."""
-        return self.account().books
+        return self.account().accounting
 
     @contextmanager
     def opaque(self, name: str, work: Work | None = None) -> Iterator[None]:
@@ -342,7 +342,7 @@ class Ledger:
             self._allocator.stop()
         self.exact = False
         self._unseen.leave_out(
-            error, "all", "nothing is measured exactly, as a compiler would see the ledger"
+            error, "all", "nothing is measured exactly, because a compiler would see the ledger"
         )
 
     def _finish(self) -> None:
@@ -355,7 +355,7 @@ class Ledger:
         self._instruments.close()
         self.exact = False
         self._account = final_account(self._log, self._allocator, self._kernel)
-        unattributed = self._account.books.unattributed
+        unattributed = self._account.accounting.unattributed
         if unattributed and not self._unseen.lacks("storages"):
             self._unseen.note(
                 "unattributed", "storages", f"{unattributed:,} bytes of the peak were {UNATTRIBUTED}"

@@ -60,7 +60,7 @@ def module_claims(module: torch.nn.Module) -> Iterator[Claim]:
     for name, buffer in module.named_buffers():
         yield "parameters", name, buffer
     for name, part in module.named_modules():
-        for key, holder, attribute in beside(part):
+        for key, holder, attribute in auxiliary_tensors(part):
             for tensor in tensors_in(holder[attribute]):
                 yield "parameters", f"{name}.{key}".removeprefix("."), tensor
 
@@ -80,7 +80,7 @@ KINDS = (torch.Tensor, torch.nn.Parameter, DTensor, FakeTensor)
 """Tensor classes without data beside their own."""
 
 
-def beside(module: torch.nn.Module) -> Iterator[tuple[str, dict[str, Any], str]]:
+def auxiliary_tensors(module: torch.nn.Module) -> Iterator[tuple[str, dict[str, Any], str]]:
     """What a layer that `packs` stores beside its weight in attributes of itself or of the weight: scales, code tables.
 
     Yields the name, and the dict and key that contain it.

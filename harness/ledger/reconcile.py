@@ -24,14 +24,14 @@ WAIT_OPERATORS = ("wait_tensor.default",)
 
 
 @dataclass
-class Books:
+class Accounting:
     """The allocator's count at its own peak, and the part that no category explains, in bytes. None: not recorded."""
 
     source: str | None = None
     peak: int | None = None
     unattributed: int | None = None
     # externally owned bytes alive at the peak, in no figure here: of mapped files, numpy, or from before the log
-    foreign: int | None = None
+    externally_owned: int | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -126,7 +126,7 @@ class Reconciled:
     events: list[Event]
     operators: Sequence[Operator]
     blocks: list[Block]
-    foreign: list[Storage]  # storages in externally owned memory
+    externally_owned: list[Storage]  # storages in externally owned memory
 
 
 def reconciled(
@@ -198,7 +198,7 @@ def _with_events_of(events: list[Event], storages: Iterable[Storage]) -> list[Ev
     return events
 
 
-def at_allocator_peak(reconciliation: Reconciled, source: str) -> tuple[Peak, Books]:
+def at_allocator_peak(reconciliation: Reconciled, source: str) -> tuple[Peak, Accounting]:
     """The allocator's own peak: categories, `kernel` scratch, and what is unexplained."""
     blocks, operators = reconciliation.blocks, reconciliation.operators
     size_changes = sorted(_size_changes(blocks), key=lambda change: change[0])
@@ -227,14 +227,16 @@ def at_allocator_peak(reconciliation: Reconciled, source: str) -> tuple[Peak, Bo
     recomputed = sum(s.nbytes for s in storages if s.category == "activations" and s.recomputed)
     where, module, op = _place_at(operators, moment)
     unattributed = sum(block.nbytes for block in unassigned) - kernel
-    books = Books(
+    accounting = Accounting(
         source,
         peak,
         unattributed,
-        sum(storage.nbytes for storage in reconciliation.foreign if alive(storage)),
+        sum(storage.nbytes for storage in reconciliation.externally_owned if alive(storage)),
     )
     attributed = sum(nbytes for nbytes in categories.values() if nbytes)
-    return Peak(attributed, where, module, op, categories, saved, recomputed, holdings_of(storages)), books
+    return Peak(
+        attributed, where, module, op, categories, saved, recomputed, holdings_of(storages)
+    ), accounting
 
 
 def _size_changes(blocks: Iterable[Block]) -> Iterator[tuple[float, int]]:

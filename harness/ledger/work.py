@@ -27,7 +27,7 @@ class Work(NamedTuple):
     flops: int
     read: int
     written: int
-    passes: int = 0
+    forward_calls: int = 0
 
 
 class Counter:

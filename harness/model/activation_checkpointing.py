@@ -73,10 +73,12 @@ def _selected_layers(
 
 
 def selective() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """The contexts of a layer's forward and of its recomputation: torch's own, each under an `Only`."""
+    """The contexts of a layer's forward and of its recomputation: torch's own, each under a `KeptOperatorsOnly`."""
     forward, recompute = create_selective_checkpoint_contexts(KEPT)
     changed: WeakSet[Any] = WeakSet()
-    return _nested(forward, Only(changed)), _nested(recompute, Only(changed, again=True))
+    return _nested(forward, KeptOperatorsOnly(changed)), _nested(
+        recompute, KeptOperatorsOnly(changed, recomputing=True)
+    )
 
 
 @contextmanager
@@ -85,7 +87,7 @@ def _nested(below: Any, above: Any) -> Iterator[None]:
         yield
 
 
-class Only(TorchDispatchMode):
+class KeptOperatorsOnly(TorchDispatchMode):
     """Pass only the operators in `KEPT` to the mode below it.
 
     torch's selective checkpointing expects the same operators in both forwards. The operators of ZeRO-3 differ, as it
@@ -94,9 +96,9 @@ class Only(TorchDispatchMode):
     collected in the first forward.
     """
 
-    def __init__(self, changed: WeakSet[Any], again: bool = False) -> None:
+    def __init__(self, changed: WeakSet[Any], recomputing: bool = False) -> None:
         super().__init__()
-        self.changed, self.again = changed, again
+        self.changed, self.recomputing = changed, recomputing
         self._kept: WeakSet[Any] = WeakSet()
         self._read: WeakSet[Any] = WeakSet()
 
@@ -109,12 +111,12 @@ class Only(TorchDispatchMode):
         if func in KEPT:
             out = func(*args, **kwargs)
             self._kept.update(_storages(out))
-        elif self.again and func._schema.is_mutable and self.changed & _storages(args[:1]):
+        elif self.recomputing and func._schema.is_mutable and self.changed & _storages(args[:1]):
             return args[0]
         else:
             with _pop_mode_temporarily():
                 out = func(*args, **kwargs)
-        if not self.again:
+        if not self.recomputing:
             self._note(func, args, kwargs, out)
         return out
 

@@ -173,7 +173,7 @@ def _mark_initialised(tensor: Tensor) -> None:
     tensor._is_hf_initialized = True  # type: ignore[attr-defined]
 
 
-def familiar(model: PreTrainedModel, directory: Path) -> bool:
+def matches_checkpoint(model: PreTrainedModel, directory: Path) -> bool:
     """Whether the tensors in `directory` are exactly the weights of the whole `model`.
 
     Tied tensors must be equal; extra tensors that transformers ignores are allowed.

@@ -169,7 +169,7 @@ def check_bits(bits: int, device: torch.device) -> None:
     if bits == 8:
         if not saturates(device):
             remedy = (
-                "what is larger than all in a prompt would be no number with this torch (pytorch#178817); "
+                "a value larger than all in the prompt becomes NaN with this torch (pytorch#178817); "
                 "use torch 2.13, or generation.cache_bits=4"
             )
             raise Refusal("generation.cache_bits", bits, remedy)

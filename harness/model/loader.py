@@ -53,14 +53,14 @@ def model_config(settings: Model) -> PretrainedConfig:
             shape.check_stored(settings, directory)
             config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     else:
-        config = shape.written(settings)
+        config = shape.config_from_settings(settings)
     bidirectional = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", True)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or bidirectional:
         key, value = (
             ("model.path", settings.path) if settings.path else ("model.config.model_type", config.model_type)
         )
         remedy = (
-            f"{config.model_type} is no causal language model in transformers; give one, as llama or qwen3"
+            f"{config.model_type} is not a causal language model in transformers; give one, as llama or qwen3"
         )
         raise Refusal(key, value, remedy)
     return config
@@ -122,7 +122,7 @@ def build(
     _check_weights(settings.path, report)
     if quantization is not None and not quantization.as_read(loaded).packed:
         vars(loaded).pop("_weight_conversions", None)  # else saving would pack the weights again
-    storages.own(loaded)
+    storages.give_own_storage(loaded)
     return loaded
 
 
@@ -146,13 +146,13 @@ def sizes(
     return results.Model(
         name=settings.name,
         parameters=count(counted),
-        embeddings=looked_up(model),
+        embeddings=embedding_elements(model),
         **packed,
         dtype=str(dtype).removeprefix("torch."),
     )
 
 
-def looked_up(model: torch.nn.Module) -> int:
+def embedding_elements(model: torch.nn.Module) -> int:
     """Elements of embedding tables that are not also the weight of a linear layer: each token reads one row of them."""
     tables = {each.weight for each in model.modules() if isinstance(each, torch.nn.Embedding)}
     linears = (each for each in model.modules() if isinstance(each, torch.nn.Linear))
@@ -201,7 +201,9 @@ def check_values(settings: Model, unset: set[str]) -> None:
     """Raise Refusal for a model with parameters or buffers (`unset`) that nothing initialises."""
     if unset:
         key, value = ("model.path", settings.path) if settings.path else ("model", settings.name)
-        remedy = f"transformers has no first value for its {min(unset)}; only a checkpoint of it, read whole, has one"
+        remedy = (
+            f"transformers does not initialise its {min(unset)}; only a checkpoint of it, read whole, has one"
+        )
         raise Refusal(key, value, remedy)
 
 
@@ -213,7 +215,9 @@ def _check_files(place: str, directory: Path) -> None:
             index = json.loads((directory / SAFE_WEIGHTS_INDEX_NAME).read_text())
             names = sorted(set(index["weight_map"].values()))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise Refusal("model.path", place, f"{SAFE_WEIGHTS_INDEX_NAME} in it is torn: {error}") from error
+            raise Refusal(
+                "model.path", place, f"{SAFE_WEIGHTS_INDEX_NAME} in it is corrupt: {error}"
+            ) from error
     elif not (directory / SAFE_WEIGHTS_NAME).is_file() and any(directory.glob("*.bin")):
         raise Refusal(
             "model.path",
@@ -223,12 +227,12 @@ def _check_files(place: str, directory: Path) -> None:
         )
     for name in names:
         if not (directory / name).is_file():
-            raise Refusal("model.path", place, f"{name} is missing in it; give a whole checkpoint")
+            raise Refusal("model.path", place, f"{name} is missing in it; give a complete checkpoint")
         try:
             with safe_open(directory / name, framework="numpy"):
                 pass
         except SafetensorError as error:
-            raise Refusal("model.path", place, f"{name} in it is torn: {first_line(error)}") from error
+            raise Refusal("model.path", place, f"{name} in it is corrupt: {first_line(error)}") from error
 
 
 def _check_weights(place: str, report: Mapping[str, Any]) -> None:
@@ -254,7 +258,7 @@ def directory_of(place: str, patterns: tuple[str, ...] = TEXTS) -> Path:
     """`place` if it is a directory, else the snapshot of that hub repository, with only the files of `patterns`."""
     path = Path(place).expanduser()
     if path.is_file():
-        raise NotADirectoryError("it is a file; give the directory that holds it")
+        raise NotADirectoryError("it is a file; give the directory that contains it")
     return path if path.is_dir() else Path(snapshot_download(place, allow_patterns=list(patterns)))
 
 
@@ -268,7 +272,7 @@ def loading(place: str, key: str = "model.path") -> Iterator[None]:
         raise
     except (OfflineModeIsEnabled, LocalEntryNotFoundError, HfHubHTTPError, ConnectionError) as error:
         message = " ".join(str(error).split())
-        raise Refusal(key, place, f"no such directory, and the hub did not give it: {message}") from error
+        raise Refusal(key, place, f"no such directory, and the hub did not return it: {message}") from error
     except HFValidationError as error:
         remedy = "no such directory; give one that is there, or a name on the hub, as owner/name"
         raise Refusal(key, place, remedy) from error

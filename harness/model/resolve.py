@@ -58,11 +58,11 @@ def _attention(model: Model, config: PretrainedConfig) -> tuple[str, str]:
     kind, requested = config.model_type, config._attn_implementation
     if model.attention == "auto":
         if requested not in (None, *ATTENTIONS):
-            remedy = f"the model's config asks for {requested}; say model.attention=sdpa or eager"
+            remedy = f"the model's config requests {requested}; use model.attention=sdpa or eager"
             raise Refusal("model.attention", "auto", remedy)
         used = _used_attention(config, requested)
         if requested is not None:
-            return used, "the model's config asks for it"
+            return used, "the model's config requests it"
         if used == "eager":
             return used, f"transformers has no sdpa for {kind}"
         return used, f"transformers' own choice for {kind}"

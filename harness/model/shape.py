@@ -52,7 +52,7 @@ HEADLESS = (
 """Endings of architecture names whose head does not predict tokens."""
 
 
-def written(settings: Model) -> PretrainedConfig:
+def config_from_settings(settings: Model) -> PretrainedConfig:
     """The config that `model.config` describes. Raises Refusal."""
     fields = copy.deepcopy(settings.config)  # transformers modifies its arguments
     shape = {key: value for key, value in fields.items() if (key, value) != (quantized.NAME, None)}
@@ -127,7 +127,7 @@ def left_out(settings: Model) -> str | None:
     """
     if settings.path is not None:
         return None
-    names = unread(settings, written(settings))
+    names = unread(settings, config_from_settings(settings))
     kind = settings.config["model_type"]
     return f"{kind}: it has no {', '.join(names)} of model={settings.name}; left out" if names else None
 
@@ -179,7 +179,7 @@ def check_stored(settings: Model, directory: Path) -> None:
         raise Refusal("model.path", place, f"its config.json: {_no_type(kind)}")
     names = shape.get("architectures") or []
     if names and all(str(name).endswith(HEADLESS) for name in names) and not settings.random:
-        reason = f"its weights are a {names[0]}'s, which has no words to choose from; give a causal model's"
+        reason = f"its weights are a {names[0]}'s, which predicts no tokens; give a causal language model's"
         raise Refusal("model.path", place, f"{reason}, or take its shape alone with model.random=true")
 
 
@@ -207,7 +207,7 @@ def check_whole(model: torch.nn.Module, config: PretrainedConfig) -> None:
     for name, parameter in model.named_parameters():
         if not parameter.numel():
             zero_key = widths.nothing(config.to_dict())
-            remedy = f"it is why nothing would be in {name}; should be 1 or more"
+            remedy = f"with it {name} would have no elements; should be 1 or more"
             place = f"{config._name_or_path}/config.json: " if config._name_or_path else KEY
             raise Refusal(*((place + zero_key, 0) if zero_key else _key(config)), remedy)
 

@@ -137,7 +137,7 @@ def layers_of(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         if isinstance(module, nn.ModuleList) and len(module) == number
     ]
     if not candidates:
-        raise Uncuttable(f"it has no one list of its {number} layers")
+        raise Uncuttable(f"its {number} layers are not in one list")
     return min(candidates, key=lambda pair: pair[0].count("."))
 
 
@@ -200,7 +200,7 @@ def build(
     directory = whole_checkpoint(str(settings.path)) if from_checkpoint and read else None
     whole = tensor_parallel.outline(config, dtype, settings.attention, mesh)
     widths.check(settings, whole)
-    direct = directory is not None and init_weights.familiar(whole, directory)
+    direct = directory is not None and init_weights.matches_checkpoint(whole, directory)
     tree = list(init_weights.modules(whole))
     stage = Stage(whole, layers)
     if read:

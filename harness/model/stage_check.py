@@ -62,7 +62,7 @@ def difference(
                 shape, dtype, attention, lambda model: [_whole(model, case, kept) for case in _cases(kept)]
             )
         except NoneRuns as error:
-            return f"none of the small models of it runs, so nothing shows that it can ({error})"
+            return f"no small model of its config runs, so this cannot be checked ({error})"
         return _compared(whole, split, kept, expected, trains)
 
 
@@ -111,7 +111,7 @@ def _compared(
     except Uncuttable as error:
         return str(error)
     except Exception as error:  # an unknown architecture may raise any type
-        return f"to cut it fails ({first_line(error, named=True)})"
+        return f"cutting it fails ({first_line(error, named=True)})"
 
 
 def _stage(whole: PreTrainedModel, layers: range, weights: Mapping[str, Tensor]) -> Stage:

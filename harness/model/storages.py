@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from harness.ledger.owners import beside, module_claims, packs
+from harness.ledger.owners import auxiliary_tensors, module_claims, packs
 from harness.ledger.tensors import tensors_in
 
 Owned = dict[int, tuple[Tensor, Tensor]]
@@ -22,7 +22,7 @@ def nbytes(model: nn.Module) -> int:
     return sum({part.untyped_storage()._cdata: part.nbytes for part in parts}.values())
 
 
-def own(model: nn.Module) -> None:
+def give_own_storage(model: nn.Module) -> None:
     """Copy tensors out of memory-mapped files and out of storages that are larger than the tensor.
 
     Buffers already have storages of their own unless weights are packed. With packed weights, two names of one tensor
@@ -60,7 +60,7 @@ def _other_tensors(module: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
     buffers = [buffer for buffer in module._buffers.values() if buffer is not None]
     if packs(module) or any(not buffer.is_floating_point() for buffer in buffers):
         yield from ((module._buffers, key) for key in module._buffers)
-    yield from ((holder, key) for _, holder, key in beside(module))
+    yield from ((holder, key) for _, holder, key in auxiliary_tensors(module))
 
 
 def _owned(tensor: Tensor, owned: Owned) -> Tensor:

@@ -101,7 +101,7 @@ def nbytes(module: nn.Module) -> int:
 
 def _check(whole: PreTrainedModel, plan: Mapping[str, str], ranks: int) -> None:
     if not any(part.isdigit() for name in plan for part in name.split(".")):  # no entry for a layer
-        remedy = f"transformers has no plan to share {whole.config.model_type}; use 1, or pipeline.stages="
+        remedy = f"transformers has no tensor-parallel plan for {whole.config.model_type}; use 1, or pipeline.stages="
         raise Refusal(KEY, ranks, remedy)
     text = whole.config.get_text_config(decoder=True)
     heads = {name: getattr(text, name, None) for name in ("num_attention_heads", "num_key_value_heads")}

@@ -35,14 +35,14 @@ def tokenizer_of(
         with loader.loading(place, key):
             directory = loader.directory_of(place)
             if other is not None or any((directory / name).is_file() for name in FILES):
-                tokenizer = opened(directory)
+                tokenizer = load_tokenizer(directory)
     if tokenizer is None:
         tokenizer = of_bytes()
     _check(settings, config, tokenizer, key, place)
     return tokenizer
 
 
-def opened(directory: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     """The tokenizer in `directory`, of the class that saved it. Raises what transformers raises.
 
     `AutoTokenizer` chooses the class by the model type, and for some types ignores the saved class.
@@ -61,9 +61,9 @@ def _check_files(directory: Path) -> None:
         try:
             contents = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ValueError(f"its {name} is no JSON ({error}); save the tokenizer again") from error
+            raise ValueError(f"its {name} is not JSON ({error}); save the tokenizer again") from error
         if not isinstance(contents, dict):
-            raise ValueError(f"its {name} holds no JSON object; save the tokenizer again")
+            raise ValueError(f"its {name} is not a JSON object; save the tokenizer again")
         if name == WHOLE and not isinstance(contents.get("model"), dict):
             raise ValueError(f"its {name} has no model, as tokenizers writes it; save the tokenizer again")
 
@@ -112,7 +112,7 @@ def opens_otherwise(directory: Path, tokenizer: PreTrainedTokenizerBase) -> str 
     except Exception:  # tokenizer classes may raise any type
         problem = "does not open its tokenizer"
     correct_call = f"{type(tokenizer).__name__}.from_pretrained"
-    return f"beside this type of model AutoTokenizer {problem}; {correct_call} opens it as it is"
+    return f"for this type of model AutoTokenizer {problem}; {correct_call} opens it as it is"
 
 
 def _check(
@@ -121,7 +121,7 @@ def _check(
     """Raise Refusal for a tokenizer that gives no tokens for text, or more tokens than the model's vocabulary."""
     text = f"{string.printable} {' '.join(islice(tokenizer.get_vocab(), 1000))}"
     if not {*tokenizer(text, verbose=False).input_ids} - {*tokenizer.all_special_ids}:
-        remedy = f"its {type(tokenizer).__name__} makes no tokens of a text; are its files whole?"
+        remedy = f"its {type(tokenizer).__name__} gives no tokens for a text; are its files complete?"
         raise Refusal(key, place, f"{remedy} Give another with data.tokenizer=")
     vocab_size = config.get_text_config(decoder=True).vocab_size
     if len(tokenizer) > vocab_size:
@@ -129,6 +129,6 @@ def _check(
         raise Refusal(
             key,
             value,
-            f"the tokenizer has {len(tokenizer)} tokens, and the model knows {vocab_size}; give one that fits with "
-            "data.tokenizer=, or a model with a larger vocab_size",
+            f"the tokenizer has {len(tokenizer)} tokens, and the model's vocabulary has {vocab_size}; give one that "
+            "fits with data.tokenizer=, or a model with a larger vocab_size",
         )

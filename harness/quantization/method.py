@@ -25,12 +25,12 @@ from harness.record import results
 class Quantization:
     """How the weights of a model are packed, on the device that it runs on.
 
-    `given` is the `quantization_config`. `stored`: the checkpoint is packed; otherwise weights are packed at load.
+    `stored`: the checkpoint is packed; otherwise weights are packed at load.
     `packed`: weights are packed in memory; otherwise they are unpacked at load.
     """
 
     method: str
-    given: Mapping[str, Any]
+    quantization_config: Mapping[str, Any]
     stored: bool
     packed: bool
 
@@ -63,7 +63,11 @@ class Quantization:
         """Extra arguments for transformers' `from_pretrained`. This modifies `config`."""
         for name in rules.METHODS.get(self.method, rules.Method()).packages:
             logging.getLogger(name).setLevel(logging.ERROR)  # bitsandbytes warns at each matrix product
-        quantization_config = dict(self.given) if self.packed else {**self.given, "dequantize": True}
+        quantization_config = (
+            dict(self.quantization_config)
+            if self.packed
+            else {**self.quantization_config, "dequantize": True}
+        )
         if self.stored:
             config.quantization_config = quantization_config
             return {}
@@ -72,17 +76,19 @@ class Quantization:
     def pack(self, model: PreTrainedModel, settings: Model) -> None:
         """Replace layers of a model on `meta` by the packed layers that it would be loaded with. Raises Refusal."""
         try:
-            packing.pack(model, self.method, self.given)
+            packing.pack(model, self.method, self.quantization_config)
         except Unknown as unknown:
-            reason = f"{unknown.reason}; {rules.KEY}=null has weights whole"
+            reason = f"{unknown.reason}; {rules.KEY}=null leaves them unpacked"
             raise rules.refusal(
-                settings, {**self.given, unknown.key: unknown.value}, reason, unknown.key
+                settings, {**self.quantization_config, unknown.key: unknown.value}, reason, unknown.key
             ) from None
         except KeyError as error:
-            raise rules.refusal(settings, self.given, f"its config has no {error}") from error
+            raise rules.refusal(settings, self.quantization_config, f"its config has no {error}") from error
         except (ValueError, TypeError, AttributeError, AssertionError) as error:
-            reason = f"its layout cannot be made ({first_line(error)}); {rules.KEY}=null has weights whole"
-            raise rules.refusal(settings, self.given, reason, _field_in_error(self.given, error)) from error
+            reason = f"its layout cannot be made ({first_line(error)}); {rules.KEY}=null leaves them unpacked"
+            raise rules.refusal(
+                settings, self.quantization_config, reason, _field_in_error(self.quantization_config, error)
+            ) from error
         if self.whole == AT_FIRST:
             packed.make_whole_at_first(model)
 
@@ -92,7 +98,7 @@ class Quantization:
 
     def as_record(self, nbytes: int) -> results.Quantization:
         """The record's `quantization`, for a model whose weights take `nbytes` in memory."""
-        bits, group = layouts.summary(self.method, self.given)
+        bits, group = layouts.summary(self.method, self.quantization_config)
         return results.Quantization(
             method=self.method, bits=bits, group_size=group, whole=self.whole, bytes=nbytes
         )

@@ -41,7 +41,7 @@ def _(taken: Tensor, packed: list[Tensor], shape: list[int], flops: int) -> Tens
 @torch.library.custom_op("harness::unpacked", mutates_args=())
 def unpacked(packed: list[Tensor], out: int, into: int, dtype: torch.dtype) -> Tensor:
     """The weight in `packed`, unpacked: [out, into]."""
-    raise NotImplementedError("packed weights are made whole by their own library")
+    raise NotImplementedError("packed weights are unpacked by their own library")
 
 
 @unpacked.register_fake

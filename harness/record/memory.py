@@ -75,7 +75,7 @@ class Phase(Part):
     """The live bytes of a phase, at the most and at its end; by category at the most.
 
     `saved` and `recomputed` are parts of the activations at the most, as at a `Peak`. `flops` are floating-point
-    operations, `read` and `written` the bytes that its operators move, `passes` the forward calls.
+    operations, `read` and `written` the bytes that its operators move, `passes` the model's forward calls.
     """
 
     step: Index = 0
@@ -98,7 +98,10 @@ class Phase(Part):
 
 
 class Forwards(Part):
-    """The most forwards that waited for their backward at once. `stashes`: each one's saved bytes, the oldest first."""
+    """The most forwards that waited for their backward at once.
+
+    `stashes` has the bytes of saved activations of each, the oldest first.
+    """
 
     alive: Number
     bytes: Bytes
@@ -107,7 +110,11 @@ class Forwards(Part):
 
 
 class Allocator(Part):
-    """The allocator's own count, its unexplained part, and externally owned bytes outside the ledger's figures."""
+    """The allocator's own count, and its unexplained part.
+
+    `foreign` are externally owned bytes, in no other figure: mapped files, numpy arrays, and what is older than the
+    ledger.
+    """
 
     source: Text | None = None
     peak: Bytes | None
@@ -116,10 +123,10 @@ class Allocator(Part):
 
 
 class Rank(Part):
-    """The record of one rank, of a pipeline `stage` and with a `share` of each of its layers.
+    """The record of one rank, of a pipeline `stage`; `share` is its tensor-parallel rank.
 
-    In a rehearsal it also `stands_for` equal ranks, and `bounds` ranks with no more bytes; `why` says why it was
-    chosen. `unseen` names what the ledger did not see.
+    In a rehearsal `stands_for` are its equivalent ranks, which have the same bytes, itself included; `bounds` are ranks
+    that peak no higher; `why` says why it was chosen. `unseen` names what the ledger did not see.
     """
 
     rank: Number

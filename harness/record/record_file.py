@@ -66,7 +66,7 @@ def rank_record(ledger: "Ledger", rank: int, stage: int = 0, share: int = 0) -> 
     account = ledger.account()
     unknown = memory.Category(peak=None, end=None)
     own = {name: memory.Category(peak=each.peak, end=each.end) for name, each in account.categories.items()}
-    forwards, books = account.forwards, account.books
+    forwards, accounting = account.forwards, account.accounting
     return memory.Rank(
         rank=rank,
         stage=stage,
@@ -77,7 +77,10 @@ def rank_record(ledger: "Ledger", rank: int, stage: int = 0, share: int = 0) -> 
         phases=[_phase(each) for each in account.phases],
         forwards=None if forwards is None else _forwards(forwards),
         allocator=memory.Allocator(
-            source=books.source, peak=books.peak, unattributed=books.unattributed, foreign=books.foreign
+            source=accounting.source,
+            peak=accounting.peak,
+            unattributed=accounting.unattributed,
+            foreign=accounting.externally_owned,
         ),
         unseen=[gap.sentence for gap in ledger.gaps],
     )
@@ -86,8 +89,8 @@ def rank_record(ledger: "Ledger", rank: int, stage: int = 0, share: int = 0) -> 
 def _forwards(forwards: "Forwards") -> memory.Forwards:
     return memory.Forwards(
         alive=forwards.alive,
-        bytes=sum(forwards.stashes),
-        stashes=list(forwards.stashes),
+        bytes=sum(forwards.saved_bytes),
+        stashes=list(forwards.saved_bytes),
         where=_place(forwards.where),
     )
 
@@ -128,7 +131,7 @@ def _phase(phase: "Phase") -> memory.Phase:
         flops=work and work.flops,
         read=work and work.read,
         written=work and work.written,
-        passes=work and work.passes,
+        passes=work and work.forward_calls,
     )
 
 
@@ -164,7 +167,7 @@ def text(record: Record) -> str:
 def read(path: str | Path) -> dict[str, Any]:
     """The record in a run's directory, or in a file. Raises ValueError with a sentence if there is none to read."""
     path = Path(path)
-    return tree(path / FILE if path.is_dir() else path, SCHEMA, f"{path} holds no {FILE}")
+    return tree(path / FILE if path.is_dir() else path, SCHEMA, f"{path} contains no {FILE}")
 
 
 def tree(file: Path, schema: str, absent: str) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def save(ledger: Ledger, directory: str | Path, *, model: torch.nn.Module, mode:
     rank = dist.get_rank() if dist.is_initialized() else 0
     error_sentence = "the ledger is still open: save its record after its block" if ledger.exact else None
     if rank == 0 and file.exists():
-        error_sentence = f"{directory} already holds a run's record; name another directory"
+        error_sentence = f"{directory} already contains a run's record; name another directory"
     _raise_on_all(error_sentence)
     ranks = _gather(record_file.rank_record(ledger, rank))
     if rank == 0:

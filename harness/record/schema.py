@@ -132,8 +132,8 @@ def validated(kind: type[Kind], tree: Mapping[str, Any], source: str, what: str)
         first = error.errors(include_url=False)[0]
         field = printable(".".join(map(str, first["loc"])))
         if first["type"] == "missing":
-            raise ValueError(f"{source} is no whole {what}: {field} is missing") from None
+            raise ValueError(f"{source} is not a complete {what}: {field} is missing") from None
         value = printable(repr(first["input"]))
         value = value if len(value) <= 40 else f"{value[:37]}..."
         problem = first["msg"].removeprefix("Input ")
-        raise ValueError(f"{source} is no whole {what}: {field}={value}: {problem}") from None
+        raise ValueError(f"{source} is not a complete {what}: {field}={value}: {problem}") from None

@@ -93,7 +93,7 @@ def read(directory: Path, rank: int) -> "pa.Table | None":
     try:
         return pq.read_table(file, partitioning=None).select(list(COLUMNS)).cast(schema())
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
-        raise ValueError(f"{file} is no trace: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{file} is not a trace: {str(error).splitlines()[0]}") from None
 
 
 def _file(directory: Path, rank: int) -> Path:

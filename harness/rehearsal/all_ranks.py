@@ -17,7 +17,7 @@ from harness.record.schema import Record, World
 from harness.rehearsal import UNVERIFIED, kernels
 from harness.rehearsal.balance import Task, peak, resolved
 from harness.rehearsal.pool import progress, workers
-from harness.rehearsal.representatives import Role, roles
+from harness.rehearsal.representatives import Representative, representatives_of
 from harness.runtime.progress import Pace, aside
 
 MEASURED = (
@@ -46,19 +46,19 @@ def _differences(plan: Plan) -> Iterator[str]:
     """Sentences about the known differences from a real run of the same config."""
     settings = plan.settings
     if settings.model.path is not None and not settings.model.random:
-        yield "weights are made and not read: while a real run reads them, in setup, it holds one parameter twice"
+        yield "weights are initialised, not read: while a real run reads them, in setup, it has one parameter twice"
     if settings.mode == "infer" and settings.generation.stop_at_eos:
-        yield "no sequence ends early: generation goes on to generation.max_new_tokens"
+        yield "no sequence ends early: generation continues to generation.max_new_tokens"
     if settings.mode == "infer" and _looks_up_ngrams(plan):
         yield "encoder_no_repeat_ngram_size forbids other tokens, and so a few bytes of numbers are more or fewer"
     if settings.mode == "infer" and settings.generation.compile:
-        yield "the decoding step is not compiled: what its program needs beside the cache is its compiler's choice"
+        yield "the decoding step is not compiled: what its program needs besides the cache is the compiler's choice"
     if settings.hardware.device == "cuda" and (kernels_differ := kernels.difference(plan)):
         yield kernels_differ
     if settings.mode == "train" and settings.train.clip and settings.pipeline.stages > 1:
-        yield "no gradient has a norm: where a real one is above train.clip, gradients may be moved once more"
+        yield "gradients have no norm: where a real norm is above train.clip, gradients may be copied once more"
     if settings.mode == "train":
-        yield "no text is read: where a real run's data ends and begins anew, it has no next batch at hand"
+        yield "no text is read: where a real run's data ends and starts again, it has no next batch ready"
 
 
 def _looks_up_ngrams(plan: Plan) -> bool:
@@ -76,13 +76,13 @@ def of_packing(model: Model) -> Iterator[str]:
     if packed is None or packed.whole == AT_LOAD:
         return
     yield (
-        f"weights have the layout of {packed.method}: what its kernels need beside them, or make of them to be "
+        f"weights have the layout of {packed.method}: what its kernels need besides them, or convert them to, to be "
         "faster, is not in these figures"
     )
     if packed.method == "mxfp4":
-        yield "transformers computes in mxfp4 where triton and kernels are installed, and makes weights whole elsewhere"
+        yield "transformers computes in mxfp4 where triton and kernels are installed, and unpacks weights elsewhere"
     if packed.whole == AT_FIRST:
-        yield "weights are made whole in one go: a real run holds a few copies of one layer meanwhile"
+        yield "weights are unpacked all at once: a real run has a few copies of one layer meanwhile"
 
 
 def rehearsed(settings: Settings, overrides: Sequence[str], parallel: bool = True) -> Record:
@@ -112,7 +112,7 @@ def rehearse(plan: Plan, directory: Path | None = None, parallel: bool = True) -
     Raises Refusal and any other exception as the run itself would, and RuntimeError where a shim does not fit.
     """
     plan = balanced(plan) if parallel else resolved(plan)
-    representatives = roles(plan)
+    representatives = representatives_of(plan)
     by_rank: dict[int, tuple[Rank, Results]] = {}
     with Pace(len(representatives), "role", aside, silent=not parallel) as pace:
         for representative, result in _results(plan, representatives, directory, parallel):
@@ -120,7 +120,7 @@ def rehearse(plan: Plan, directory: Path | None = None, parallel: bool = True) -
             pace.advance()
     ranks = [
         by_rank[representative.rank][0].plus(
-            stands_for=list(representative.stands_for),
+            stands_for=list(representative.equivalent_ranks),
             bounds=list(representative.bounds),
             why=representative.why,
         )
@@ -178,8 +178,8 @@ def _cache_bytes(results: Results) -> int:
 
 
 def _results(
-    plan: Plan, representatives: list[Role], directory: Path | None, parallel: bool
-) -> Iterator[tuple[Role, tuple[Rank, Results]]]:
+    plan: Plan, representatives: list[Representative], directory: Path | None, parallel: bool
+) -> Iterator[tuple[Representative, tuple[Rank, Results]]]:
     """Each representative with its result, as soon as it ends.
 
     A single one, or any without `parallel`, runs in this process; else each runs in a process of its own.

@@ -8,7 +8,7 @@ from harness.model.partition import balanced, ranges, uniform
 from harness.model.plan import Plan
 from harness.rehearsal import decisive
 from harness.rehearsal.one_rank import rehearse
-from harness.rehearsal.representatives import roles
+from harness.rehearsal.representatives import representatives_of
 
 ROUNDS = 6
 """The most splits to try after the uniform one. Usually no split after the second is better."""
@@ -34,7 +34,9 @@ def resolved(plan: Plan, measure: Measure | None = None) -> Plan:
 def peak(task: Task) -> int:
     """The highest peak of a stage's ranks, in bytes: that of the representative expected to need the most memory."""
     plan, stage = task
-    representatives = [representative for representative in roles(plan) if representative.stage == stage]
+    representatives = [
+        representative for representative in representatives_of(plan) if representative.stage == stage
+    ]
     rank = max(representatives, key=lambda representative: representative.size).rank
     return rehearse(plan, rank)[0].peak.bytes or 0
 

@@ -78,7 +78,7 @@ def _longer(tensor: torch.Tensor, positions: int) -> torch.Tensor:
     return torch.cat([tensor, tensor.new_empty(1).expand(batch, heads, positions, width)], dim=-2)
 
 
-def bends(cache: Cache | None, width: int, tokens: int) -> set[int]:
+def stretch_starts(cache: Cache | None, width: int, tokens: int) -> set[int]:
     """The numbers of the new tokens, out of `tokens` after prompts of `width` tokens, at which a stretch begins; the
     prefill is 0.
 

@@ -12,7 +12,7 @@ from harness.generation import choosing
 from harness.generation.batch import Requests
 from harness.generation.compiled_decode import Program, Step
 from harness.generation.course import Decoding, Forwards, Turns
-from harness.generation.paged_cache import Held
+from harness.generation.paged_cache import Usage
 from harness.generation.paged_choosing import Choosers
 from harness.ledger import Ledger, Work
 from harness.rehearsal import cache_growth
@@ -42,13 +42,13 @@ class Shortened(Decoding):
         self, batches: Sequence[tuple[Requests, Cache | None]], strategy: Strategy, ledger: Ledger
     ) -> Turns:
         """The first and last tokens of each stretch in which bytes and work grow steadily."""
-        lengths = {requests.room for requests, _ in batches}
+        lengths = {requests.new_columns for requests, _ in batches}
         if len(lengths) > 1 or not all(cache_growth.can_advance(cache) for _, cache in batches):
             return super().turns(batches, strategy, ledger)
         numbers, starts = range(1, max(lengths)), set[int]()
         for requests, cache in batches:
-            starts |= cache_growth.bends(cache, requests.width, max(lengths))
-            starts |= choosing.bends(strategy, requests)
+            starts |= cache_growth.stretch_starts(cache, requests.width, max(lengths))
+            starts |= choosing.stretch_starts(strategy, requests)
         return cache_growth.ends(numbers, starts, ledger)
 
     def skip(self, cache: Cache | None, tokens: int, ledger: Ledger) -> None:
@@ -62,7 +62,7 @@ class Shortened(Decoding):
         """None: no token has a value that could end a request."""
         return ()
 
-    def forwards(self, ledger: Ledger, choosers: Choosers, usage: Held) -> Forwards:
+    def forwards(self, ledger: Ledger, choosers: Choosers, usage: Usage) -> Forwards:
         """What leaves out forwards that differ only in one more token for each request."""
         return _FirstAndLast(ledger, choosers, usage)
 
@@ -72,7 +72,7 @@ class _FirstAndLast(Forwards):
     ledger has seen enough, none is.
     """
 
-    def __init__(self, ledger: Ledger, choosers: Choosers, usage: Held) -> None:
+    def __init__(self, ledger: Ledger, choosers: Choosers, usage: Usage) -> None:
         self.ledger, self.choosers, self.usage = ledger, choosers, usage
         self.alike = Alike(ledger)
         self._previous: list[str] = []  # the requests of the previous decode forward
@@ -93,10 +93,12 @@ class _FirstAndLast(Forwards):
             self._previous,
             [] if prompt_tokens else [each.state.request_id for each in batch],
         )
-        bends = [self.choosers.bends(each.state) for each in batch]
-        similar = not prompt_tokens and self._previous == previous and not any(first for first, _ in bends)
+        boundaries = [self.choosers.stretch_boundary(each.state) for each in batch]
+        similar = (
+            not prompt_tokens and self._previous == previous and not any(first for first, _ in boundaries)
+        )
         self._repeats = self._repeats + 1 if similar else 0
         short = self.usage.free < len(batch)  # a request may lose its pages before the next forward
-        last = short or any(last for _, last in bends)
+        last = short or any(last for _, last in boundaries)
         last = last or any(each.state.generated_len() + 1 == each.state.max_new_tokens for each in batch)
         return self.ledger.exact and (last or self._repeats < 2)

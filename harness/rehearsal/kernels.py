@@ -45,7 +45,7 @@ def difference(plan: Plan) -> str | None:
     packages = sorted({DISTRIBUTIONS.get(each, each.replace("_", "-")) for each in packages_by_name.values()})
     return (
         f"{', '.join(sorted(packages_by_name))} run here as reference code: on a GPU kernels of "
-        f"{', '.join(packages)} run instead, where those are installed, and may hold other bytes"
+        f"{', '.join(packages)} run instead, where those are installed, and may need other bytes"
     )
 
 

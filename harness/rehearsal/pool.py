@@ -16,7 +16,7 @@ from harness.runtime.progress import Pace, aside
 
 if TYPE_CHECKING:
     from harness.record.memory import Rank
-    from harness.rehearsal.representatives import Role
+    from harness.rehearsal.representatives import Representative
 
 MOST = 4
 """The most representatives of a stage to rehearse for a config's worst rank. Offloaded ZeRO-1 and 2 have more."""
@@ -119,15 +119,20 @@ def candidates(settings: Settings) -> Candidates:
     """The ranks to rehearse for `worst`."""
     from harness.model.resolve import resolve
     from harness.rehearsal.balance import resolved
-    from harness.rehearsal.representatives import roles
+    from harness.rehearsal.representatives import representatives_of
 
     try:
         plan = resolved(resolve(settings))
-        ordered = sorted((role for role in roles(plan) if not role.outdone), key=lambda role: -role.size)
+        ordered = sorted(
+            (representative for representative in representatives_of(plan) if not representative.dominated),
+            key=lambda representative: -representative.size,
+        )
     except Exception as error:
         return Candidates(settings, [], failure=_error_text(error))
     ranks = [
-        role.rank for stage in {role.stage for role in ordered} for role in _of_stage(ordered, stage)[:MOST]
+        representative.rank
+        for stage in {representative.stage for representative in ordered}
+        for representative in _of_stage(ordered, stage)[:MOST]
     ]
     return Candidates(plan.settings, ranks, len(ordered) - len(ranks))
 
@@ -157,5 +162,5 @@ def _error_text(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:400]
 
 
-def _of_stage(roles: "Sequence[Role]", stage: int) -> "list[Role]":
-    return [role for role in roles if role.stage == stage]
+def _of_stage(representatives: "Sequence[Representative]", stage: int) -> "list[Representative]":
+    return [representative for representative in representatives if representative.stage == stage]

@@ -16,7 +16,7 @@ no lower.
 With an offloaded optimizer there is no such buffer: pieces of gradients are copied and the whole gradients freed. Then
 a rank surely peaks no lower only if it has at least as much of each of the same parameters.
 
-Only the ranks that no other rank outdoes are rehearsed.
+Only the ranks that no other rank dominates are rehearsed.
 """
 
 from bisect import bisect_left
@@ -46,38 +46,38 @@ ALIGNMENT = 2
 
 
 @dataclass(frozen=True)
-class Role:
+class Representative:
     """The representative `rank`, which is rehearsed.
 
-    `stands_for` are its equivalent ranks, with the same bytes, itself included. The ranks in `bounds` peak no higher.
+    `equivalent_ranks` have the same bytes, itself included. The ranks in `bounds` peak no higher.
     `why` says how it differs from the other representatives; it is empty where it does not.
     """
 
     rank: int
-    stands_for: tuple[int, ...]
+    equivalent_ranks: tuple[int, ...]
     bounds: tuple[int, ...] = ()
     why: str = ""
     size: int = 0
     """Elements of the parameters in its partition, or tokens of its largest batch; more of them means more bytes."""
     stage: int = 0
-    outdone: bool = False
+    dominated: bool = False
     """Whether a representative of an earlier stage peaks at least as high."""
 
-    def at(self, stage: int, ranks_per_stage: int, place: str, outdone: bool) -> "Role":
-        """A copy of this role, which is for stage 0, for a later `stage`: each rank moves up by the ranks before it."""
+    def at(self, stage: int, ranks_per_stage: int, place: str, dominated: bool) -> "Representative":
+        """A copy of this representative of stage 0 for a later `stage`: each rank moves up by the ranks before it."""
         first = stage * ranks_per_stage
-        return Role(
+        return Representative(
             self.rank + first,
-            tuple(rank + first for rank in self.stands_for),
+            tuple(rank + first for rank in self.equivalent_ranks),
             tuple(rank + first for rank in self.bounds),
             "; ".join(part for part in (place, self.why) if part),
             self.size,
             stage,
-            outdone,
+            dominated,
         )
 
 
-def roles(plan: Plan) -> list[Role]:
+def representatives_of(plan: Plan) -> list[Representative]:
     """The representative ranks. Raises Refusal where the model cannot be cut into so many stages."""
     settings, layout = plan.settings, plan.layout
     stages, dp_size = layout.stages, layout.dp_size
@@ -103,7 +103,10 @@ def roles(plan: Plan) -> list[Role]:
         repeated = stage < stages - 1 and any(
             stage_cuts[stage].kinds == each.kinds for each in stage_cuts[1:stage]
         )
-        representatives += [role.at(stage, len(layout.of_stage(stage)), place, repeated) for role in of_stage]
+        representatives += [
+            representative.at(stage, len(layout.of_stage(stage)), place, repeated)
+            for representative in of_stage
+        ]
     return representatives
 
 
@@ -138,14 +141,14 @@ def _cut(plan: Plan) -> list[Cut]:
 
 def _group_equal(
     keys: Sequence[Key], why: Callable[[Key], str], size_of: Callable[[Key], int] = lambda key: 0
-) -> list[Role]:
+) -> list[Representative]:
     """One representative for each distinct key. `keys` has one key a rank; equal keys mean equivalent ranks."""
     ranks: dict[Key, list[int]] = {}
     for rank, key in enumerate(keys):
         ranks.setdefault(key, []).append(rank)
     reason = why if len(ranks) > 1 else lambda key: ""
     return [
-        Role(equivalent[0], tuple(equivalent), why=reason(key), size=size_of(key))
+        Representative(equivalent[0], tuple(equivalent), why=reason(key), size=size_of(key))
         for key, equivalent in ranks.items()
     ]
 
@@ -211,8 +214,8 @@ def _shares(plan: Plan) -> list[Batches]:
     settings, config = plan.settings, plan.config
     tokenizer = tokenizer_of(settings.model, config, settings.data.tokenizer)
     strategy = strategy_of(settings, config)
-    sampled = prompts.find(settings, tokenizer, strategy.most, read=False)
-    lengths = [(len(prompt.tokens), prompt.most) for prompt in sampled]
+    sampled = prompts.find(settings, tokenizer, strategy.max_new_tokens_after, read=False)
+    lengths = [(len(prompt.tokens), prompt.max_new_tokens) for prompt in sampled]
     generation = settings.generation
     seen = settings.ledger.steps if generation.batching == "static" else None
     shares = []
@@ -233,7 +236,7 @@ class Partition:
     pieces: tuple[int, ...]  # the part of each of them that is in the partition
     first: int  # the index of the first of them in the model
 
-    def outdoes(self, other: "Partition", offloaded: bool) -> bool:
+    def dominates(self, other: "Partition", offloaded: bool) -> bool:
         """Whether the rank with this partition surely peaks no lower than the rank with `other`."""
         if offloaded:
             same = (self.first, len(self.pieces)) == (other.first, len(other.pieces))
@@ -268,27 +271,31 @@ def _partitions(sizes: Sequence[int], zero: int, dp_size: int) -> list[Partition
     return partitions
 
 
-def _undominated(partitions: Sequence[Partition], exports_model: bool, offloaded: bool) -> list[Role]:
-    """The ranks that no other outdoes, and rank 0 if it exports the model. Each bounds the ranks that it outdoes."""
+def _undominated(
+    partitions: Sequence[Partition], exports_model: bool, offloaded: bool
+) -> list[Representative]:
+    """The ranks that no other dominates, and rank 0 if it exports the model. Each bounds those that it dominates."""
 
-    def outdoing(rank: int) -> int | None:
-        return next((other for other in kept if partitions[other].outdoes(partitions[rank], offloaded)), None)
+    def dominating(rank: int) -> int | None:
+        return next(
+            (other for other in kept if partitions[other].dominates(partitions[rank], offloaded)), None
+        )
 
     kept: list[int] = []
     for rank in sorted(
         range(len(partitions)), key=lambda rank: (-partitions[rank].elements, partitions[rank].moment)
     ):
-        if outdoing(rank) is None:
+        if dominating(rank) is None:
             kept.append(rank)
     if exports_model and 0 not in kept:
         kept.append(0)
     bounds: dict[int, list[int]] = {rank: [] for rank in kept}
     for rank in range(len(partitions)):
         if rank not in bounds:
-            other = outdoing(rank)
+            other = dominating(rank)
             assert other is not None
             bounds[other].append(rank)
     return [
-        Role(rank, (rank,), tuple(outdone), partitions[rank].reason(), partitions[rank].elements)
-        for rank, outdone in sorted(bounds.items())
+        Representative(rank, (rank,), tuple(dominated), partitions[rank].reason(), partitions[rank].elements)
+        for rank, dominated in sorted(bounds.items())
     ]

@@ -10,7 +10,7 @@ from torch._guards import detect_fake_mode
 from harness.rehearsal.zero_shims import Original
 
 
-def in_place(original: Original) -> Original:
+def apply_in_place(original: Original) -> Original:
     """`Module._apply` that sets `.data`, as torch's own does for real parameters."""
 
     def stand_in(self: torch.nn.Module, fn: Callable[[Any], Any], recurse: bool = True) -> Any:
@@ -31,7 +31,7 @@ def in_place(original: Original) -> Original:
     return stand_in
 
 
-def with_values(original: Original) -> Original:
+def is_never_fake(original: Original) -> Original:
     """transformers' `is_fake_tensor`: always false, because the values of masks are known (`known_values.py`)."""
 
     def stand_in(x: Any) -> bool:
@@ -40,7 +40,7 @@ def with_values(original: Original) -> Original:
     return stand_in
 
 
-def valid(original: Original) -> Original:
+def is_always_true(original: Original) -> Original:
     """`torch._is_all_true`, with which distributions check their parameters: always true, as values are unknown."""
 
     def stand_in(input: torch.Tensor) -> bool:
@@ -50,7 +50,7 @@ def valid(original: Original) -> Original:
     return stand_in
 
 
-def fake_state(original: Original) -> Original:
+def get_fake_rng_state(original: Original) -> Original:
     """`torch.get_rng_state`, whose tensor comes from no operator: it returns a fake one."""
 
     def stand_in() -> torch.Tensor:
@@ -61,7 +61,7 @@ def fake_state(original: Original) -> Original:
     return stand_in
 
 
-def no_state(original: Original) -> Original:
+def ignore_rng_state(original: Original) -> Original:
     """`torch.set_rng_state`: it does nothing, because random numbers have no values here."""
 
     def stand_in(new_state: torch.Tensor) -> None:
@@ -70,7 +70,7 @@ def no_state(original: Original) -> Original:
     return stand_in
 
 
-def packed(original: Original) -> Original:
+def quantize_fake_tensors(original: Original) -> Original:
     """A quantized layer's `_quantize`, which packs only tensors of torch's own class: it packs fake tensors too."""
 
     def stand_in(self: Any, tensor: torch.Tensor, axis: int) -> Any:
@@ -84,7 +84,7 @@ def packed(original: Original) -> Original:
     return stand_in
 
 
-def grouped(original: Original) -> Original:
+def grouped_mm_of_any_dtype(original: Original) -> Original:
     """`_meta_grouped_mm_common`, the shape function of a grouped matrix product: it accepts fp32, as the kernels do."""
 
     def stand_in(

@@ -14,7 +14,7 @@ saves the same tensors as the GPU's: q, k, v, out and log-sum-exp.
 """
 
 
-def same_length(original: Original) -> Original:
+def assume_equal_lengths(original: Original) -> Original:
     """ZeRO-3's check that a list is as long on every rank: it sends its tensor, and assumes that the others agree."""
 
     def stand_in(lst: list[int]) -> None:
@@ -23,7 +23,7 @@ def same_length(original: Original) -> Original:
     return stand_in
 
 
-def same_list(original: Original) -> Original:
+def assume_equal_lists(original: Original) -> Original:
     """ZeRO-3's `get_lst_from_rank0`: it sends its tensor, and assumes that rank 0 has the same list."""
 
     def stand_in(lst: list[int]) -> list[int]:
@@ -41,7 +41,7 @@ def _broadcast(numbers: int | list[int]) -> None:
     comm.broadcast(torch.tensor(numbers, dtype=torch.int64, device=device), src=0)
 
 
-def received(original: Original) -> Original:
+def receive_hidden_states(original: Original) -> Original:
     """The pipeline engine's `_recv_tensor_meta`: the buffer it returns is for hidden states, which all stages send."""
 
     def stand_in(self: Any, send_stage: int) -> torch.Tensor:
@@ -59,7 +59,7 @@ def received(original: Original) -> Original:
     return stand_in
 
 
-def plenty(original: Original) -> Original:
+def unlimited_memory(original: Original) -> Original:
     """The accelerator's `available_memory`: always plenty, because this machine's memory is not that of the run."""
 
     def stand_in(self: Any, device_index: Any = None) -> int:
@@ -68,7 +68,7 @@ def plenty(original: Original) -> Original:
     return stand_in
 
 
-def supported(original: Original) -> Original:
+def is_adamw(original: Original) -> Original:
     """`is_zero_supported_optimizer`: only torch's own AdamW, the optimizer that runs use."""
 
     def stand_in(optimizer: Any) -> bool:
@@ -77,7 +77,7 @@ def supported(original: Original) -> Original:
     return stand_in
 
 
-def on_gpu(original: Original) -> Original:
+def device_name(original: Original) -> Original:
     """The accelerator's name for a device: the fake GPU's."""
 
     def stand_in(self: Any, device_index: Any = None) -> str:
@@ -86,7 +86,7 @@ def on_gpu(original: Original) -> Original:
     return stand_in
 
 
-def on_current_gpu(original: Original) -> Original:
+def current_device_name(original: Original) -> Original:
     """The accelerator's name for the current device: the fake GPU's."""
 
     def stand_in(self: Any) -> str:
@@ -95,7 +95,7 @@ def on_current_gpu(original: Original) -> Original:
     return stand_in
 
 
-def is_on_gpu(original: Original) -> Original:
+def on_accelerator(original: Original) -> Original:
     """The accelerator's `on_accelerator`: true only for tensors on the fake GPU."""
 
     def stand_in(self: Any, tensor: torch.Tensor) -> bool:
@@ -104,7 +104,7 @@ def is_on_gpu(original: Original) -> Original:
     return stand_in
 
 
-def moved(original: Original) -> Original:
+def tensor_on_device(original: Original) -> Original:
     """`torch.tensor`, which would leave the new tensor on the host: it moves it to `device`."""
 
     def stand_in(data: Any, *, device: Any = None, **options: Any) -> torch.Tensor:
@@ -137,12 +137,12 @@ class Stream:
         """Restore nothing."""
 
 
-def streams(original: Original) -> Original:
+def stream_class(original: Original) -> Original:
     """`torch.Stream`: the class of the stand-in."""
     return Stream
 
 
-def no_streams(original: Original) -> Original:
+def default_stream(original: Original) -> Original:
     """`torch.cuda.default_stream`: a stand-in."""
 
     def stand_in(device: Any = None) -> Stream:
@@ -151,12 +151,12 @@ def no_streams(original: Original) -> Original:
     return stand_in
 
 
-def forgotten(original: Any) -> Any:
+def cleared(original: Any) -> Any:
     """A global of this process's world: an empty dict, or None."""
     return {} if isinstance(original, dict) else None
 
 
-def none(original: Any) -> None:
+def no_backend(original: Any) -> None:
     """DeepSpeed's communication backend: none yet."""
 
 
@@ -167,6 +167,6 @@ def new_accelerator(original: Any) -> Any:
     return CPU_Accelerator()
 
 
-def plain_linear(original: Original) -> Original:
+def original_linear(original: Original) -> Original:
     """`torch.nn.functional.linear`: torch's own, whatever ran before."""
     return torch._C._nn.linear

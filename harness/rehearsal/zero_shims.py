@@ -67,7 +67,7 @@ def narrow(original: Original) -> Original:
     return stand_in
 
 
-def gathered(original: Original) -> Original:
+def all_gather_wait(original: Original) -> Original:
     """ZeRO-3's `AllGatherCoalescedHandle.wait`: one copy for each parameter, instead of one from every rank's slice."""
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
@@ -87,7 +87,7 @@ def gathered(original: Original) -> Original:
     return stand_in
 
 
-def reduce_scattered(original: Original) -> Original:
+def reduce_scatter_coalesced(original: Original) -> Original:
     """ZeRO-3's `reduce_scatter_coalesced`: it concatenates gradients and padding, and returns only the own slices."""
     from deepspeed import comm
 
@@ -119,7 +119,7 @@ def reduce_scattered(original: Original) -> Original:
     return stand_in
 
 
-def averaged(original: Original) -> Original:
+def average_tensor(original: Original) -> Original:
     """ZeRO-1 and 2's `average_tensor`, which cuts a bucket for all ranks: the slices are lazy."""
 
     def stand_in(self: Any, tensor: torch.Tensor, communication_data_type: torch.dtype) -> Any:
@@ -128,7 +128,7 @@ def averaged(original: Original) -> Original:
     return stand_in
 
 
-def sent(original: Original) -> Original:
+def allreduce_and_copy(original: Original) -> Original:
     """ZeRO-1 and 2's all-reduce of a group of slices.
 
     Groups with a slice of this rank are all sent. Of the groups with only others' slices, one of each size is sent.
@@ -189,7 +189,7 @@ PARTITIONS = (
 """The attributes in which ZeRO-1 and 2 keep numbers for every rank's partition."""
 
 
-def booked(original: Original) -> Original:
+def gradient_partitioning_structures(original: Original) -> Original:
     """ZeRO-1 and 2's `initialize_gradient_partitioning_data_structures`, with `UserDict` in place of `dict`.
 
     The search for tensors goes through dicts, but not through a UserDict.
@@ -203,7 +203,7 @@ def booked(original: Original) -> Original:
     return stand_in
 
 
-def placed(original: Original) -> Original:
+def initialize_gradient_partition(original: Original) -> Original:
     """ZeRO-1 and 2's `initialize_gradient_partition`: a binary search finds a partition's parameters, not a loop."""
 
     def stand_in(self: Any, i: int, param_group: Sequence[Any], partition_id: int) -> None:
@@ -221,7 +221,7 @@ def placed(original: Original) -> Original:
     return stand_in
 
 
-def first_index(original: Original) -> Original:
+def get_first_param_index(original: Original) -> Original:
     """ZeRO-1 and 2's `get_first_param_index`, with the same binary search."""
 
     def stand_in(self: Any, group_id: int, param_group: Sequence[Any], partition_id: int) -> int | None:

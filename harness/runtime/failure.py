@@ -52,7 +52,7 @@ class Failure:
 
 
 @dataclass(frozen=True)
-class Word:
+class Report:
     """The report of the first rank to end, for all ranks, and the exit code of all."""
 
     rank: int | None
@@ -80,7 +80,9 @@ def _lost_host(error: BaseException, elsewhere: list[int], world: World) -> Fail
     """The failure if all ranks of this host live and no rank `elsewhere` has reported: a whole host may have ended."""
     rank = elsewhere[0] if len(elsewhere) == 1 else None
     hosts = ", ".join(sorted({world.members[member][0] for member in elsewhere}))
-    description = f"it was lost without a word, with its host or its link ({hosts}): {_error_line(error)}"
+    description = (
+        f"it ended without an error message; its host or link may be down ({hosts}): {_error_line(error)}"
+    )
     return Failure(rank, None, description, None if rank is None else _stage(world, rank))
 
 
@@ -107,7 +109,7 @@ def peer_lost(directory: Path, world: World) -> Failure | None:
     while time.monotonic() < deadline and not (directory / CLAIM).exists():
         for rank, (host, pid) in enumerate(world.members):
             if host == socket.gethostname() and not _alive(pid):
-                description = f"its process {pid} is gone without a word; was it killed?"
+                description = f"its process {pid} ended without an error message; was it killed?"
                 return Failure(rank, None, description, _stage(world, rank))
         time.sleep(0.05)
     return None
@@ -117,11 +119,11 @@ def _stage(world: World, rank: int) -> int | None:
     return world.layout.stage(rank) if world.stages > 1 else None
 
 
-def claim(directory: Path, word: Word) -> bool:
-    """Whether `word` is the first report of the run's end. Only the first report is printed and recorded."""
+def claim(directory: Path, report: Report) -> bool:
+    """Whether `report` is the first report of the run's end. Only the first report is printed and recorded."""
     try:
         with (directory / CLAIM).open("x") as stream:
-            stream.write(json.dumps(asdict(word)) + "\n")
+            stream.write(json.dumps(asdict(report)) + "\n")
     except (FileExistsError, FileNotFoundError):  # a refused run removes its directory
         return False
     except OSError:
@@ -129,12 +131,12 @@ def claim(directory: Path, word: Word) -> bool:
     return True
 
 
-def first_word(directory: Path) -> Word | None:
+def first_report(directory: Path) -> Report | None:
     """The first report of the run's end. None if there is none, or if the run's directory was removed."""
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         try:
-            return Word(**json.loads((directory / CLAIM).read_text()))
+            return Report(**json.loads((directory / CLAIM).read_text()))
         except OSError:
             return None
         except ValueError:  # not completely written yet
@@ -142,7 +144,7 @@ def first_word(directory: Path) -> Word | None:
     return None
 
 
-def await_word(directory: Path) -> None:
+def await_report(directory: Path) -> None:
     """Wait, for a limited time, until another rank has reported the run's end."""
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline and directory.exists() and not (directory / CLAIM).exists():

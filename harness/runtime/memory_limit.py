@@ -57,10 +57,10 @@ def allocations(settings: Settings, device: torch.device) -> Iterator[None]:
         _, total = _memory(device)
         if needed is None or needed <= total:
             raise
-        size = "more bytes than there are numbers for" if needed == inf else f"{needed / GIB:,.1f} GiB"
+        size = "more bytes than 64 bits can count" if needed == inf else f"{needed / GIB:,.1f} GiB"
         raise Refusal(
             *_largest_key(settings),
-            f"it asks for a tensor of {size}, and the {device.type} has {total / GIB:.1f} GiB; use less, or a machine "
+            f"it needs a tensor of {size}, and the {device.type} has {total / GIB:.1f} GiB; use less, or a machine "
             "with more",
         ) from error
 

@@ -17,7 +17,7 @@ def check(settings: Settings, device: torch.device) -> None:
     """Refuse a snapshot on a device that is not a GPU."""
     if settings.ledger.snapshot and device.type != "cuda":
         remedy = (
-            f"torch keeps one of CUDA's allocator, and this run is on {device.type}; trace/ has every event"
+            f"torch records CUDA's allocator only, and this run is on {device.type}; trace/ has every event"
         )
         raise Refusal("ledger.snapshot", True, remedy)
 

@@ -119,9 +119,9 @@ def newest_whole(directory: Path, key: str = "train.resume") -> tuple[Path, dict
         try:
             return candidate, _verified_manifest(candidate), skipped
         except (OSError, ValueError, KeyError, TypeError) as reason:
-            skipped.append(f"{candidate.name} is torn: {reason}")
+            skipped.append(f"{candidate.name} is corrupt: {reason}")
     problems = "; ".join(skipped) or "it has no step-* directory; train with train.save_every=N to make them"
-    raise Refusal(key, directory, f"no whole checkpoint is there: {problems}")
+    raise Refusal(key, directory, f"there is no complete checkpoint: {problems}")
 
 
 def _verified_manifest(candidate: Path) -> dict[str, Any]:
@@ -135,7 +135,7 @@ def _verified_manifest(candidate: Path) -> dict[str, Any]:
             or file.stat().st_size != entry["bytes"]
             or _digest(file) != entry["sha256"]
         ):
-            raise ValueError(f"{entry['name']} is not what was written")
+            raise ValueError(f"{entry['name']} differs from what was written")
     return manifest  # type: ignore[no-any-return]
 
 

@@ -21,7 +21,7 @@ from harness.record import record_file
 from harness.record.schema import Record, parse
 from harness.rehearsal import all_ranks
 from harness.rehearsal.one_rank import rehearse
-from harness.rehearsal.representatives import roles
+from harness.rehearsal.representatives import representatives_of
 from harness.tables import size
 
 QUICK = "train.steps=2 train.sequence=64"
@@ -54,7 +54,7 @@ def record_of(words: str) -> dict[str, Any]:
     return record
 
 
-def found(record: dict[str, Any]) -> dict[str, Finding]:
+def findings_by_kind(record: dict[str, Any]) -> dict[str, Finding]:
     """What the record alone shows, by kind."""
     return {finding.kind: finding for finding in explain.explain(parse(record, "it"))}
 
@@ -66,7 +66,9 @@ def put(directory: Path, record: dict[str, Any]) -> Path:
 
 def peak_of(words: str) -> int:
     plan = Plan.of(load(compose.compose([*DECIDED, *words.split(), "world=rehearsed"])))
-    return max(rehearse(plan, role.rank)[0].peak.bytes or 0 for role in roles(plan))
+    return max(
+        rehearse(plan, representative.rank)[0].peak.bytes or 0 for representative in representatives_of(plan)
+    )
 
 
 # What the peak is
@@ -75,7 +77,7 @@ def peak_of(words: str) -> int:
 def test_the_peak_is_said_with_its_parts_and_its_place() -> None:
     record = record_of(f"{TRAIN} zero=2")
     peak = record["ranks"][0]["peak"]
-    finding = found(record)["peak"]
+    finding = findings_by_kind(record)["peak"]
     assert finding.bytes == peak["bytes"]
     name, held = max(peak["categories"].items(), key=lambda pair: pair[1] or 0)
     assert finding.sentence.startswith(f"Each of the 2 ranks holds {size(peak['bytes'])} at its peak: ")
@@ -91,7 +93,7 @@ def test_the_largest_holdings_are_named_those_of_all_layers_as_one() -> None:
     named = [h for h in record["ranks"][0]["peak"]["holdings"] if h["name"].endswith("mlp.act_fn: silu")]
     assert len(named) == 2  # layers
     record["ranks"][0]["peak"]["holdings"] = named
-    finding = found(record)["holdings"]
+    finding = findings_by_kind(record)["holdings"]
     total = sum(holding["bytes"] for holding in named)
     assert finding == ("holdings", f"Largest by name: model.layers.*.mlp.act_fn: silu {size(total)}.", total)
 
@@ -100,33 +102,37 @@ def test_a_run_without_a_peak_says_what_measures_one() -> None:
     record = record_of(f"{TRAIN} zero=2")
     for rank in record["ranks"]:
         rank["peak"] = {"bytes": None, "where": None, "categories": {}}
-    assert "ledger=exact" in found(record)["peak"].sentence
-    assert found(record)["peak"].bytes is None
+    assert "ledger=exact" in findings_by_kind(record)["peak"].sentence
+    assert findings_by_kind(record)["peak"].bytes is None
 
 
 def test_the_worst_rank_is_named_with_the_reason() -> None:
     record = record_of(UNEVEN)
     low, high = (rank["peak"]["bytes"] for rank in record["ranks"])
-    findings = found(record)
+    findings = findings_by_kind(record)
     assert findings["peak"].sentence.startswith("Rank 1 of 2, the highest, holds")
     assert findings["worst_rank"].bytes == high - low
     assert findings["worst_rank"].sentence.endswith(": its batches are 2 x 100 tokens.")
     for rank in record["ranks"]:
         del rank["why"]  # as in the record of a run
-    assert "its prompts are longer" in found(record)["worst_rank"].sentence
+    assert "its prompts are longer" in findings_by_kind(record)["worst_rank"].sentence
 
 
 def test_a_reason_that_the_record_gives_is_told() -> None:
     record = record_of(f"{TRAIN} zero=2")
     for rank in record["ranks"]:
         rank["why"] = "it has the embedding"
-    assert "worst_rank" not in found(record)  # both hold as much
+    assert "worst_rank" not in findings_by_kind(record)  # both hold as much
     record["ranks"] = [{**record["ranks"][0], "stands_for": [0], "bounds": [1]}]
-    assert found(record)["worst_rank"] == ("worst_rank", "Rank 0 is the worst: it has the embedding.", None)
+    assert findings_by_kind(record)["worst_rank"] == (
+        "worst_rank",
+        "Rank 0 is the worst: it has the embedding.",
+        None,
+    )
 
 
 def test_ranks_that_are_alike_are_not_compared() -> None:
-    assert "worst_rank" not in found(record_of(f"{TRAIN} zero=2"))
+    assert "worst_rank" not in findings_by_kind(record_of(f"{TRAIN} zero=2"))
 
 
 # Surprises, each with a run that has it and a run that has not
@@ -150,12 +156,12 @@ SHOWN = {
 
 @pytest.mark.parametrize("kind", SHOWN)
 def test_a_surprise_is_said_where_it_is(kind: str) -> None:
-    assert kind in found(record_of(SHOWN[kind][0]))
+    assert kind in findings_by_kind(record_of(SHOWN[kind][0]))
 
 
 @pytest.mark.parametrize("kind", SHOWN)
 def test_a_surprise_is_not_said_where_it_is_not(kind: str) -> None:
-    assert kind not in found(record_of(SHOWN[kind][1]))
+    assert kind not in findings_by_kind(record_of(SHOWN[kind][1]))
 
 
 def phases(record: dict[str, Any], step: int, name: str) -> dict[str, Any]:
@@ -164,7 +170,7 @@ def phases(record: dict[str, Any], step: int, name: str) -> dict[str, Any]:
 
 def test_the_figures_of_training_are_the_records() -> None:
     record = record_of(GATHERED)
-    findings, rank = found(record), record["ranks"][0]
+    findings, rank = findings_by_kind(record), record["ranks"][0]
     assert findings["bucket"].bytes == 2 * 5_000_000
     assert "ZeRO-3 keeps it" in findings["bucket"].sentence
     assert findings["gathered"].bytes == rank["categories"]["gathered"]["end"]
@@ -175,7 +181,7 @@ def test_the_figures_of_training_are_the_records() -> None:
 
 
 def test_the_logits_are_sequences_by_tokens_by_words() -> None:
-    finding = found(record_of(LOGITS))["logits"]
+    finding = findings_by_kind(record_of(LOGITS))["logits"]
     assert finding.bytes == 3 * 4 * 4 * 256 * 8000
     assert "4 sequences x 256 tokens x 8,000 words" in finding.sentence
 
@@ -183,13 +189,13 @@ def test_the_logits_are_sequences_by_tokens_by_words() -> None:
 def test_the_figures_of_a_cache_are_the_records() -> None:
     record = record_of(UNEVEN)
     kv = record["inference"]
-    assert found(record)["padding"].bytes == kv["kv_reserved"] - kv["kv_live"]
+    assert findings_by_kind(record)["padding"].bytes == kv["kv_reserved"] - kv["kv_live"]
     record = record_of(INFER)
     highest = record["ranks"][0]["categories"]["kv_cache"]["peak"]
-    assert found(record)["cache_copies"].bytes == highest - record["inference"]["kv_reserved"]
+    assert findings_by_kind(record)["cache_copies"].bytes == highest - record["inference"]["kv_reserved"]
     record = record_of(f"{INFER} generation.cache=quantized")
     highest = record["ranks"][0]["categories"]["kv_cache"]["peak"]
-    copies = found(record)["cache_copies"]
+    copies = findings_by_kind(record)["cache_copies"]
     assert copies.bytes == highest - record["inference"]["kv_reserved"]
     assert copies.sentence.startswith("The quantized cache copies a layer")
 
@@ -218,35 +224,37 @@ def test_the_reason_why_checkpointing_has_little_hold_on_a_peak_is_in_its_figure
     words: str, said: str
 ) -> None:
     record = record_of(words)
-    finding = found(record)["checkpointing"]
+    finding = findings_by_kind(record)["checkpointing"]
     assert said in finding.sentence
     assert finding.bytes == record["ranks"][0]["peak"]["categories"]["activations"]
 
 
 def test_activations_that_are_a_small_part_of_the_peak_leave_little_to_save() -> None:
     record = record_of(f"{LARGE} checkpointing=full")
-    assert "checkpointing" not in found(record)
+    assert "checkpointing" not in findings_by_kind(record)
     for rank in record["ranks"]:
         rank["peak"]["bytes"] *= 11
-    assert "has little left to save: activations are " in found(record)["checkpointing"].sentence
+    assert "has little left to save: activations are " in findings_by_kind(record)["checkpointing"].sentence
 
 
 def test_room_that_no_token_came_to_is_said() -> None:
     record = record_of(f"{INFER} generation.cache=static")
     record["inference"] |= {"kv_reserved": 4096, "kv_filled": 1024, "kv_live": 1024}
-    assert found(record)["padding"].bytes == 3072
-    assert "3.0 KiB were never filled" in found(record)["padding"].sentence
+    assert findings_by_kind(record)["padding"].bytes == 3072
+    assert "3.0 KiB were never filled" in findings_by_kind(record)["padding"].sentence
 
 
 def test_optimizer_state_that_is_on_the_host_moved() -> None:
-    assert "offload" not in found(record_of(f"{TRAIN} zero=2 zero.offload=optimizer hardware=a100-80gb"))
+    assert "offload" not in findings_by_kind(
+        record_of(f"{TRAIN} zero=2 zero.offload=optimizer hardware=a100-80gb")
+    )
 
 
 def test_a_record_of_one_step_says_what_the_next_one_begins_with() -> None:
     record = record_of(f"{TRAIN} zero=2 train.steps=1")
     both = record_of(f"{TRAIN} zero=2")
-    finding = found(record)["first_step"]
-    assert finding.bytes == found(both)["first_step"].bytes
+    finding = findings_by_kind(record)["first_step"]
+    assert finding.bytes == findings_by_kind(both)["first_step"].bytes
     assert "the next step would begin" in finding.sentence
 
 
@@ -256,7 +264,7 @@ def test_a_run_that_failed_before_its_optimizer_says_what_is_still_to_come() -> 
     rank["phases"] = [p for p in rank["phases"] if p["step"] == 0 and p["phase"] in ("setup", "forward")]
     rank["categories"]["optimizer"]["end"] = phases(record, 0, "forward")["categories"]["optimizer"]
     record |= {"ranks": [rank], "status": "failed"}
-    finding = found(record)["first_step"]
+    finding = findings_by_kind(record)["first_step"]
     assert finding.bytes == 8 * record["model"]["parameters"] // 2
     assert "not there yet" in finding.sentence
 
@@ -264,12 +272,12 @@ def test_a_run_that_failed_before_its_optimizer_says_what_is_still_to_come() -> 
 @pytest.mark.parametrize("phase", ["setup", "checkpoint"])
 def test_a_peak_outside_the_steps_is_said(phase: str) -> None:
     record = record_of(f"{TRAIN} zero=2")
-    assert "outside" not in found(record)
+    assert "outside" not in findings_by_kind(record)
     for rank in record["ranks"]:
         highest = rank["peak"]["bytes"]
         rank["peak"]["bytes"] += 4096
         rank["peak"]["where"]["phase"] = phase
-    finding = found(record)["outside"]
+    finding = findings_by_kind(record)["outside"]
     assert finding.bytes == 4096
     assert f"in {phase}; no step goes above {size(highest)}" in finding.sentence
 
@@ -278,7 +286,7 @@ def test_bytes_that_nobody_can_name_come_first() -> None:
     record = record_of(f"{TRAIN} zero=2")
     for unattributed in (0, -4):
         record["ranks"][-1]["allocator"]["unattributed"] = unattributed
-        assert "unattributed" not in found(record)
+        assert "unattributed" not in findings_by_kind(record)
     record["ranks"][-1]["allocator"]["unattributed"] = 4096
     first = next(iter(explain.explain(parse(record, "it"))))
     assert first.kind == "unattributed"
@@ -295,23 +303,23 @@ def test_a_failed_run_says_where_and_what_is_known_of_it() -> None:
     assert sentences[0] == "Rank 1 failed in step 1, backward: RuntimeError: no memory"
     assert "1 of 2 ranks" in sentences[1]
     record["ranks"] = []
-    assert "no rank has left its books" in found(record)["failure"].sentence
-    assert "failure" not in found(record_of(f"{TRAIN} zero=2"))
+    assert "no rank has saved its accounting" in findings_by_kind(record)["failure"].sentence
+    assert "failure" not in findings_by_kind(record_of(f"{TRAIN} zero=2"))
 
 
 def test_what_a_rehearsal_does_not_see_is_said_of_rehearsals_alone() -> None:
     record = record_of(f"{TRAIN} zero=2")
-    assert "scratch inside kernels" in found(record)["rehearsed"].sentence
+    assert "scratch inside kernels" in findings_by_kind(record)["rehearsed"].sentence
     record["world"]["kind"] = "torchrun"
-    assert not {"rehearsed", "outside_torch"} & set(found(record))
+    assert not {"rehearsed", "outside_torch"} & set(findings_by_kind(record))
     record["world"]["device"] = "cuda"
-    assert "NCCL" in found(record)["outside_torch"].sentence
+    assert "NCCL" in findings_by_kind(record)["outside_torch"].sentence
 
 
 # Savings
 
 
-def told(path: Path, capsys: pytest.CaptureFixture[str], *options: str) -> list[dict[str, Any]]:
+def json_findings(path: Path, capsys: pytest.CaptureFixture[str], *options: str) -> list[dict[str, Any]]:
     assert explain.main([str(path), "--json", *options]) == 0
     findings: list[dict[str, Any]] = json.loads(capsys.readouterr().out)
     return findings
@@ -320,7 +328,7 @@ def told(path: Path, capsys: pytest.CaptureFixture[str], *options: str) -> list[
 def test_a_saving_is_what_the_two_runs_differ_by(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record = record_of(f"{TRAIN} zero=3 {SHALLOW}")
     record["world"]["kind"] = "torchrun"  # as if it had been measured
-    findings = {each["kind"]: each for each in told(put(tmp_path, record), capsys)}
+    findings = {each["kind"]: each for each in json_findings(put(tmp_path, record), capsys)}
     before = record["ranks"][0]["peak"]["bytes"]
     words = findings["command"]["sentence"].partition(" -m harness ")[2]
     assert findings["saving"]["bytes"] == before - peak_of(words)
@@ -344,7 +352,7 @@ def test_what_checkpointing_saves_is_what_a_run_without_it_takes_more(
     words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     record = record_of(words)
-    findings = {each["kind"]: each for each in told(put(tmp_path, record), capsys)}
+    findings = {each["kind"]: each for each in json_findings(put(tmp_path, record), capsys)}
     saved = peak_of(words.removesuffix(" checkpointing=full")) - record["ranks"][0]["peak"]["bytes"]
     assert findings["recomputation"]["bytes"] == saved
     said = f"saves {size(saved)} here" if saved else "saves nothing here, and computes again for it"
@@ -358,7 +366,7 @@ def test_a_record_that_its_rehearsal_does_not_reach_says_by_how_much(
     for rank in record["ranks"]:
         rank["peak"]["bytes"] += 4096 + 512
         rank["peak"]["categories"]["kernel"] = 512
-    findings = {each["kind"]: each for each in told(put(tmp_path, record), capsys)}
+    findings = {each["kind"]: each for each in json_findings(put(tmp_path, record), capsys)}
     assert findings["agreement"]["bytes"] == 4096
     assert "not exact" in findings["agreement"]["sentence"]
 
@@ -404,17 +412,17 @@ def test_caches_of_which_each_holds_less_are_tried_and_those_that_cannot_be_are_
         values.get("generation.cache") == "offloaded" for values in tried
     )  # the model is on the host
     assert {"generation.cache": "quantized"} in changes(parse(record_of(INFER), "it"))
-    said = told(put(tmp_path, record_of(WINDOW)), capsys)
+    said = json_findings(put(tmp_path, record_of(WINDOW)), capsys)
     assert not [each for each in said if "quantized" in each["sentence"]]  # a window's layers have none
 
 
 def test_a_run_that_cannot_be_rehearsed_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record = record_of(f"{TRAIN} zero=2")
     record["config"]["model"] |= {"path": "/no/such/model"}
-    (saving,) = [each for each in told(put(tmp_path, record), capsys) if each["kind"] == "saving"]
+    (saving,) = [each for each in json_findings(put(tmp_path, record), capsys) if each["kind"] == "saving"]
     assert "/no/such/model" in saving["sentence"]
     record["config"] = {}
-    assert "saving" in {each["kind"] for each in told(put(tmp_path, record), capsys)}
+    assert "saving" in {each["kind"] for each in json_findings(put(tmp_path, record), capsys)}
 
 
 def test_a_command_that_would_be_another_run_is_not_given(
@@ -422,7 +430,9 @@ def test_a_command_that_would_be_another_run_is_not_given(
 ) -> None:
     record = record_of(INFER)
     record["environment"]["command"] = ["mode=infer", "seed=7", "; rm -rf ~"]
-    (line,) = [each["sentence"] for each in told(put(tmp_path, record), capsys) if each["kind"] == "command"]
+    (line,) = [
+        each["sentence"] for each in json_findings(put(tmp_path, record), capsys) if each["kind"] == "command"
+    ]
     assert line == "python -m harness ... generation.batch=2"
 
 
@@ -473,7 +483,7 @@ def broken(change: Callable[[dict[str, Any]], object]) -> str:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (None, "holds no record.json"),
+        (None, "contains no record.json"),
         ('{"schema": "harness.rec', "cannot be read"),
         ('{"schema": "harness.record/9"}', "this version reads"),
         ("", "cannot be read"),

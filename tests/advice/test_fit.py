@@ -219,7 +219,7 @@ def test_less_sent_is_cheaper_and_a_larger_micro_batch_makes_it_less() -> None:
     ("words", "sentence"),
     [
         ("", "world.size=null: world=rehearsed needs world.size="),
-        ("world.size=2", "hardware.memory=null: fit must know what a device has"),
+        ("world.size=2", "hardware.memory=null: fit must know the memory of a device"),
         ("hardware=h100-sxm", "world.size=null: world=rehearsed needs world.size="),
         ("world.size=2 hardware=h100-sxm zero=1,7", "zero=7: no such option; one of 0, 1, 2, 3"),
         (
@@ -261,7 +261,7 @@ def test_sizes_are_read_as_they_are_written() -> None:
 
 def test_a_value_that_is_possible_somewhere_is_not_refused() -> None:
     offloaded = [*SMALL, "hardware.memory=50000000", "zero=0,2", "zero.offload=none,optimizer"]
-    combinations = [climb.words for climb in Fit([*offloaded, "checkpointing=none"]).climbs]
+    combinations = [climb.overrides for climb in Fit([*offloaded, "checkpointing=none"]).climbs]
     assert ("zero=0", "zero.offload=optimizer", "checkpointing=none") not in combinations
     assert len(combinations) == 3
     with pytest.raises(Refusal, match="zero=0 shards nothing"):

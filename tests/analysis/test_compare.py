@@ -359,7 +359,7 @@ def test_a_failed_run_without_books_shows_dashes(compared: Compared) -> None:
     text = compared(train(), broken)
     assert row(text, "total") == ["14.0 KiB", "-", "-"]
     assert (
-        "infer tiny failed: its record does not say why infer tiny has the books of 0 of its 1 ranks"
+        "infer tiny failed: its record does not say why infer tiny has the accounting of 0 of its 1 ranks"
         in notes(text)
     )
     assert "The peak of infer tiny was not measured" in notes(text)
@@ -370,7 +370,7 @@ def test_a_failed_run_without_books_shows_dashes(compared: Compared) -> None:
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (None, "holds no record.json"),
+        (None, "contains no record.json"),
         ("", "cannot be read"),
         ('{"schema": "harness.rec', "cannot be read"),
         ("[" * 100_000, "cannot be read"),
@@ -378,8 +378,8 @@ def test_a_failed_run_without_books_shows_dashes(compared: Compared) -> None:
         (b"\xff\xfe", "cannot be read"),
         ("[]", "has schema None"),
         ('{"schema": "harness.record/9"}', "has schema 'harness.record/9'"),
-        ('{"schema": "harness.record/1"}', "is no whole record: status is missing"),
-        ('{"schema": "harness.record/1", "status": "done"}', "is no whole record: status='done': "),
+        ('{"schema": "harness.record/1"}', "is not a complete record: status is missing"),
+        ('{"schema": "harness.record/1", "status": "done"}', "is not a complete record: status='done': "),
     ],
 )
 def test_what_is_no_record_is_one_sentence_and_exit_code_2(
@@ -416,7 +416,9 @@ def test_a_figure_that_is_no_count_of_bytes_is_named(
     wrong = infer()
     wrong["ranks"][0]["peak"]["categories"]["optimizer"] = value
     paths = [put(tmp_path / "a", train()), put(tmp_path / "b", wrong)]
-    refused(paths, capsys, f"b is no whole record: ranks.0.peak.categories.optimizer={value!r}: should be")
+    refused(
+        paths, capsys, f"b is not a complete record: ranks.0.peak.categories.optimizer={value!r}: should be"
+    )
 
 
 @pytest.mark.parametrize(
@@ -446,7 +448,7 @@ def test_a_field_of_another_type_is_named(
         part = part[key]
     part[path[-1]] = value
     paths = [put(tmp_path / "a", wrong), put(tmp_path / "b", train())]
-    refused(paths, capsys, f"a is no whole record: {'.'.join(map(str, path))}")
+    refused(paths, capsys, f"a is not a complete record: {'.'.join(map(str, path))}")
 
 
 @pytest.mark.parametrize("field", ["status", "mode", "world", "model", "ranks"])
@@ -454,11 +456,11 @@ def test_a_missing_field_is_named(field: str, tmp_path: Path, capsys: pytest.Cap
     wrong = infer()
     del wrong[field]
     paths = [put(tmp_path / "a", train()), put(tmp_path / "b", wrong)]
-    refused(paths, capsys, f"b is no whole record: {field} is missing")
+    refused(paths, capsys, f"b is not a complete record: {field} is missing")
 
 
 def test_a_directory_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    refused([put(tmp_path / "a", train()), tmp_path / "nowhere"], capsys, "nowhere holds no record.json")
+    refused([put(tmp_path / "a", train()), tmp_path / "nowhere"], capsys, "nowhere contains no record.json")
 
 
 @pytest.mark.parametrize(
@@ -466,7 +468,7 @@ def test_a_directory_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.C
     [
         ([], "there is nothing to compare with; name two runs or more"),
         (["a"], "there is nothing to compare with; name two runs or more"),
-        (["a", "b", "--jsn"], "unrecognized arguments: --jsn; --help says what there is"),
+        (["a", "b", "--jsn"], "unrecognized arguments: --jsn; --help lists what there is"),
         (["a", "b", "--json", "--markdown"], "not allowed with argument"),
     ],
 )
@@ -551,7 +553,7 @@ def test_a_run_whose_allocator_was_not_heard_says_so() -> None:
 
 
 def test_a_run_without_a_ledger_says_what_would_measure_it() -> None:
-    assert "no memory was measured; ledger=exact does" in show(unmeasured(train()))
+    assert "no memory was measured; ledger=exact measures it" in show(unmeasured(train()))
 
 
 def test_a_run_under_a_light_ledger_shows_what_its_phases_ended_with() -> None:

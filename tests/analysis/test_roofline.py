@@ -21,7 +21,7 @@ MACHINE = {"source": "measured", "bandwidth": 1e12, "flops": 1e13, "dtype": "bfl
 """It balances at 10 FLOP/B."""
 
 Made = dict[str, Any]
-Told = Callable[..., str]
+ToolOutput = Callable[..., str]
 
 
 def rank_of(phases: list[Made]) -> Made:
@@ -105,7 +105,7 @@ def of(record: Made, name: str) -> Bound:
 
 
 @pytest.fixture
-def told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Told:
+def output_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> ToolOutput:
     """What the tool prints of records."""
 
     def run(*records: Made, options: tuple[str, ...] = (), code: int = 0) -> str:
@@ -201,18 +201,20 @@ def test_beyond_a_context_no_batch_turns_a_decode() -> None:
     assert long.turn is not None
     assert (long.by, long.turn.batch) == ("memory", None)
     assert f"below a context of {short.turn.longest:,.0f} one would" in sentence(long)
-    assert "no batch would turn that, for what each sequence moves for itself gives" in sentence(long)
+    assert "no batch would change that, because what each sequence moves for itself gives" in sentence(long)
 
 
-def test_the_tool_tells_every_phase_of_every_run(told: Told) -> None:
-    said = told(trained((40, 5, 0)), generated(4))
+def test_the_tool_tells_every_phase_of_every_run(output_of: ToolOutput) -> None:
+    said = output_of(trained((40, 5, 0)), generated(4))
     for words in ("forward", "a step", "decode", "a batch", "compute, x 4.0", "memory, x 2.0", "gpt-fast"):
         assert words in said
     assert "measured: 10.00 TFLOP/s of bfloat16, 1.00 TB/s; they balance at 10 FLOP/B" in said
 
 
-def test_json_has_every_figure_and_null_for_what_is_not_known(told: Told) -> None:
-    first, second = json.loads(told(trained((40, 5, 0)), generated(4, ceilings=None), options=("--json",)))
+def test_json_has_every_figure_and_null_for_what_is_not_known(output_of: ToolOutput) -> None:
+    first, second = json.loads(
+        output_of(trained((40, 5, 0)), generated(4, ceilings=None), options=("--json",))
+    )
     assert first["phases"][0]["times"] == 4.0
     assert first["phases"][0]["mfu"] is None
     assert second["ceilings"] is None
@@ -220,27 +222,29 @@ def test_json_has_every_figure_and_null_for_what_is_not_known(told: Told) -> Non
     assert second["phases"][1]["bound"] is None
 
 
-def test_a_run_is_held_against_another_machine_without_its_seconds(told: Told) -> None:
+def test_a_run_is_held_against_another_machine_without_its_seconds(output_of: ToolOutput) -> None:
     took = [{"phase": name, "seconds": 1.0, "steps": 3} for name in ("forward", "backward", "step")]
     record = trained((40, 5, 0), performance={"phases": took})
     options = ("--json", "--hardware", "h100-sxm")
-    (run,) = json.loads(told(record, options=options))
+    (run,) = json.loads(output_of(record, options=options))
     assert run["ceilings"]["source"] == "h100-sxm"
     assert {each["seconds"] for each in run["phases"]} == {None}
     assert run["phases"][0]["balance"] == pytest.approx(989.5 / 3.35)
     record["world"]["device"] = "cuda"
-    assert json.loads(told(record, options=options))[0]["phases"][0]["mfu"] == pytest.approx(40e9 / 989.5e12)
+    assert json.loads(output_of(record, options=options))[0]["phases"][0]["mfu"] == pytest.approx(
+        40e9 / 989.5e12
+    )
 
 
-def test_a_record_without_counts_or_ceilings_gets_a_sentence(told: Told) -> None:
+def test_a_record_without_counts_or_ceilings_gets_a_sentence(output_of: ToolOutput) -> None:
     old = trained((40, 5, 0))
     old["ranks"][0]["phases"] = [{"step": 0, "phase": "forward", "micro_batch": 0, "categories": {}}]
-    assert "no work counted: a run with ledger=exact of this version counts it" in told(old)
-    assert "no machine is known to hold it against; --hardware NAME gives one" in told(
+    assert "no FLOPs and bytes moved; a run with ledger=exact of this version counts them" in output_of(old)
+    assert "the record names no machine to compare it with; --hardware NAME gives one" in output_of(
         trained((4, 5, 0), ceilings=None)
     )
     rateless = {**MACHINE, "source": "h100-sxm", "flops": None, "dtype": "float32"}
-    assert "h100-sxm: no rate of float32 is known, and 1.00 TB/s" in told(
+    assert "h100-sxm: no rate of float32 is known, and 1.00 TB/s" in output_of(
         trained((4, 5, 0), ceilings=rateless)
     )
 
@@ -252,18 +256,20 @@ def test_a_config_of_another_version_loses_only_what_it_would_have_told() -> Non
     assert (decode.by, decode.turn) == ("memory", None)
 
 
-def test_what_is_wrong_is_a_sentence(told: Told, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_wrong_is_a_sentence(
+    output_of: ToolOutput, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["roofline"]) == 2
     assert main(["roofline", str(tmp_path / "nowhere")]) == 2
-    assert "no page with rates has that name; one of" in told(
+    assert "no page with rates has that name; one of" in output_of(
         trained((4, 5, 0)), options=("--hardware", "x"), code=2
     )
     record = trained((4, 5, 0))
     record["ceilings"]["flops"] = -1.0
-    assert "ceilings.flops=-1.0" in told(record, code=2)
+    assert "ceilings.flops=-1.0" in output_of(record, code=2)
     record = trained((4, 5, 0))
     record["ranks"][0]["phases"][0]["flops"] = "many"
-    assert "flops='many'" in told(record, code=2)
+    assert "flops='many'" in output_of(record, code=2)
 
 
 def test_the_end_of_a_run_says_what_bounds_it_where_that_is_known() -> None:

@@ -55,7 +55,7 @@ def main(words: list[str]) -> None:
     config = loader.model_config(asked.model)
     built = loader.build(asked.model, config, dtype, device, 0).eval().requires_grad_(False)
     strategy = strategy_of(asked, config)
-    prompts = find(asked, tokenizer_of(asked.model, config), strategy.most)
+    prompts = find(asked, tokenizer_of(asked.model, config), strategy.max_new_tokens_after)
     alone = World(0, 1, 0, device)
 
     def run(kind: str) -> Share:

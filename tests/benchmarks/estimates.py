@@ -52,7 +52,7 @@ class Estimates(NamedTuple):
     accelerate: int
 
 
-class Held(NamedTuple):
+class Usage(NamedTuple):
     """Bytes of the rank that holds most, in the second step.
 
     `states`: all that is alive when backward is over. `stepping`: the most within the optimizer's step. `peak`: the
@@ -106,13 +106,13 @@ def sizes(model: str) -> tuple[int, int, int]:
     return trained.num_parameters(), layer, calculate_maximum_sizes(seen)[0]
 
 
-def rehearsed(model: str, stage: int, world: int, more: Sequence[str] = LONG) -> Held:
+def rehearsed(model: str, stage: int, world: int, more: Sequence[str] = LONG) -> Usage:
     """What a rehearsal sees of the rank that holds most."""
     asked = ["world=rehearsed", f"world.size={world}", *words(model, stage, more)]
-    return held([rank.tree() for rank in rehearse(Plan.of(load(compose(asked))))[0]])
+    return highest_usage([rank.tree() for rank in rehearse(Plan.of(load(compose(asked))))[0]])
 
 
-def real(model: str, stage: int, world: int = 2) -> Held:
+def real(model: str, stage: int, world: int = 2) -> Usage:
     """What a run on `world` ranks of this machine sees."""
     with tempfile.TemporaryDirectory() as directory:
         run = [f"--nproc-per-node={world}", "-m", "harness", *words(model, stage, SHORT)]
@@ -124,10 +124,10 @@ def real(model: str, stage: int, world: int = 2) -> Held:
             stdout=subprocess.DEVNULL,
             timeout=600,
         )  # fmt: skip
-        return held(record_file.read(Path(directory) / "run")["ranks"])
+        return highest_usage(record_file.read(Path(directory) / "run")["ranks"])
 
 
-def held(ranks: Sequence[dict[str, Any]]) -> Held:
+def highest_usage(ranks: Sequence[dict[str, Any]]) -> Usage:
     """From the ranks of a record: of each figure the highest."""
 
     def most(field: str, *phases: str) -> int:
@@ -139,7 +139,7 @@ def held(ranks: Sequence[dict[str, Any]]) -> Held:
         )
 
     told = [rank["allocator"]["peak"] for rank in ranks]
-    return Held(
+    return Usage(
         most("end", "backward"),
         most("peak", "step"),
         most("peak", "data", "forward", "backward", "step"),

@@ -74,7 +74,7 @@ def one(name: str, stage: str, size: str, *more: str) -> None:
     from harness.model.plan import Plan
     from harness.rehearsal.fake_mode import Fakes
     from harness.rehearsal.one_rank import rehearse
-    from harness.rehearsal.representatives import roles
+    from harness.rehearsal.representatives import representatives_of
     from harness.training import engine
 
     parts = dict.fromkeys(PARTS, 0.0)
@@ -83,7 +83,7 @@ def one(name: str, stage: str, size: str, *more: str) -> None:
     shape = (f"model={name}", f"zero={stage}", f"world.size={size}", f"train.sequence={sequence}", *SHAPE)
     decided = ("precision=bf16", "model.attention=sdpa")
     plan = Plan.of(load(compose(["mode=train", "world=rehearsed", *decided, *shape])))
-    rank = roles(plan)[-1].rank
+    rank = representatives_of(plan)[-1].rank
 
     def timed(owner: Any, attribute: str, part: Callable[..., str]) -> None:
         original = getattr(owner, attribute)

@@ -34,7 +34,7 @@ def main(words: list[str]) -> None:
         **{k: int(v) for k, v in (w.split("=") for w in words)},
     }
     with tempfile.TemporaryDirectory() as home:
-        made(Path(home) / "run", own["ranks"], own["events"])
+        write_run(Path(home) / "run", own["ranks"], own["events"])
         took, opened = [], []
         for _ in range(own["rounds"]):
             began = time.perf_counter()
@@ -62,7 +62,7 @@ def seconds_to_open(page: Path) -> float:
         return float(browser.execute_script("return performance.now()")) / 1000
 
 
-def made(run: Path, ranks: int, events: int) -> None:
+def write_run(run: Path, ranks: int, events: int) -> None:
     """A run of so many ranks, each with a trace of so many random births and deaths."""
     run.mkdir()
     books = []

@@ -450,7 +450,7 @@ def mega(count: int) -> str:
     return f"{count / 1e6:,.0f}"
 
 
-def told(example: Example, number: int) -> str:
+def section_of(example: Example, number: int) -> str:
     """An example as a part of the page."""
     lines = [f"## {number}. {example.title}", "", fill(f"It says: {example.said}", 120), ""]
     lines += [f"| | it says | {' | '.join(example.columns)} |", "| --- | ---: | ---: | ---: |"]
@@ -475,7 +475,7 @@ def page() -> str:
     packages = record_file.environment().packages
     names = ("torch", "transformers", "deepspeed")
     head = PAGE.format(python=platform.python_version(), **{name: packages[name] for name in names})
-    return "\n".join([head, *(told(example(), number) for number, example in enumerate(EXAMPLES, 1))])
+    return "\n".join([head, *(section_of(example(), number) for number, example in enumerate(EXAMPLES, 1))])
 
 
 if __name__ == "__main__":

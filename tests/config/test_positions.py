@@ -104,7 +104,7 @@ def test_a_number_that_counts_nothing_is_no_limit(value: object) -> None:
 def test_what_says_the_limit_is_named(config: dict[str, Any], said: str) -> None:
     found = limit(config)
     assert found is not None
-    assert found.said == said
+    assert found.source == said
 
 
 NARROW = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64}

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from harness.config import compose
 from harness.config.load import Refusal, Settings, Train, load
 from harness.config.rules import check_world
-from harness.config.settings import knobs
+from harness.config.settings import described_fields
 
 MODELS = compose.groups()["model"]
 
@@ -38,7 +38,9 @@ def test_nothing_said_is_a_training_run_of_the_declared_defaults() -> None:
 
 def test_every_key_that_help_lists_can_be_overridden_by_its_own_default() -> None:
     given = [
-        f"{key}={json.dumps(knob.default)}" for key, knob in knobs().items() if not key.startswith("model.")
+        f"{key}={json.dumps(field.default)}"
+        for key, field in described_fields().items()
+        if not key.startswith("model.")
     ]
     written = settings(*given)
     assert dataclasses.replace(written, model=settings().model, hardware=settings().hardware) == settings()
@@ -101,8 +103,8 @@ def test_a_key_of_a_model_config_can_be_changed_or_added() -> None:
         ),
         (
             "model.config.rope_parameters={rope_type:linear,factor:2.0}",
-            "model.config.rope_parameters={rope_type:linear,factor:2.0}: the group's shape has not all of it; "
-            "add what is new as ++model.config.rope_parameters=",
+            "model.config.rope_parameters={rope_type:linear,factor:2.0}: the group's shape does not have all of it; "
+            "add new keys as ++model.config.rope_parameters=",
         ),
         ("train=5", "train=5: is a group of keys; set one of them, as train.steps="),
         ("zero=4", "zero=4: no such option; one of 0, 1, 2, 3"),
@@ -154,11 +156,11 @@ def test_a_key_of_a_model_config_can_be_changed_or_added() -> None:
         ("mode=${x}", "mode=${x}: Interpolation key 'x' not found; give a value"),
         ("hydra.run.dir=${x}", "hydra.run.dir=${x}: Interpolation key 'x' not found; give a value"),
         ("model.path=???", "model.path=???: Missing mandatory value"),
-        ("train.steps=1,2", "train.steps=1,2: sweeps are not run"),
+        ("train.steps=1,2", "train.steps=1,2: sweeps are not supported"),
         ("train.clip=((", "train.clip=((: cannot be read"),
         ("~train", "train=: only keys of model.config can be left out"),
         ("~data=stdlib", "data=stdlib: only keys of model.config can be left out"),
-        ("+model=small", "model=small: every group is there already"),
+        ("+model=small", "model=small: every group exists already"),
     ],
 )
 def test_what_does_not_exist_or_does_not_fit_is_refused(words: str, expected: str) -> None:
@@ -233,7 +235,7 @@ def test_a_number_out_of_its_range_is_refused_by_its_key(words: str) -> None:
         (
             "mode=infer pipeline.stages=2 pipeline.groups=5",
             "pipeline.groups=5",
-            "a prompt or more, and generation.batch=4",
+            "each group needs a prompt, and generation.batch=4",
         ),
         ("mode=infer checkpointing=full", "checkpointing=full", "use checkpointing=none"),
         ("checkpointing.layers=[1]", "checkpointing.layers=[1]", "use checkpointing=selective or full"),
@@ -357,7 +359,7 @@ def test_what_is_no_file_is_refused_before_it_is_opened(tmp_path: Path) -> None:
 def test_a_directory_that_is_no_checkpoint_is_refused_and_the_one_inside_it_named(tmp_path: Path) -> None:
     assert (
         refusal(f"model.path={tmp_path}")
-        == f"model.path={tmp_path}: it holds no config.json; give a directory that holds one"
+        == f"model.path={tmp_path}: it contains no config.json; give a directory that contains one"
     )
     (tmp_path / "checkpoint").mkdir()
     (tmp_path / "checkpoint" / "config.json").write_text("{}")
@@ -378,7 +380,7 @@ def test_a_config_with_a_checkpoint_says_nothing_of_another_shape() -> None:
     assert said.startswith("model.config.num_hidden_layers=2: model.path= brings a config of its own")
 
 
-def test_a_torn_config_of_a_checkpoint_is_refused(tmp_path: Path) -> None:
+def test_a_corrupt_config_of_a_checkpoint_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"hidden_size": 25')
     assert refusal(f"model.path={tmp_path}").startswith(
         f"model.path={tmp_path}: its config.json cannot be read"
@@ -428,7 +430,7 @@ def test_a_hardware_page_has_the_dense_rate(name: str, intensity: int) -> None:
 
 @pytest.mark.parametrize("group", list(compose.groups()))
 def test_every_option_is_a_page_of_its_group(group: str) -> None:
-    fields = {key.partition(".")[2] for key in knobs() if key.startswith(f"{group}.")}
+    fields = {key.partition(".")[2] for key in described_fields() if key.startswith(f"{group}.")}
     for option in compose.groups()[group]:
         assert set(OmegaConf.load(compose.directory() / group / f"{option}.yaml")) <= fields
 

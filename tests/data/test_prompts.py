@@ -21,7 +21,7 @@ def words() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
-def given(file: Path) -> list[Prompt]:
+def prompts_of(file: Path) -> list[Prompt]:
     return find(Settings(mode="infer", generation=Generation(prompts=str(file))), BYTES, lambda length: 64)
 
 
@@ -50,7 +50,7 @@ def test_every_line_that_is_not_empty_is_a_prompt_with_its_number(
     file = tmp_path / "prompts.txt"
     file.write_bytes(written)
     assert lines("generation.prompts", str(file)) == expected
-    assert [(prompt.place, prompt.text) for prompt in given(file)] == [
+    assert [(prompt.place, prompt.text) for prompt in prompts_of(file)] == [
         (f"line {number}", text) for number, text in expected
     ]
 
@@ -60,7 +60,7 @@ def test_a_file_without_prompts_is_refused(tmp_path: Path, written: bytes) -> No
     file = tmp_path / "prompts.txt"
     file.write_bytes(written)
     with pytest.raises(Refusal, match=rf"^generation.prompts={file}: there is no prompt in it"):
-        given(file)
+        prompts_of(file)
 
 
 @pytest.mark.parametrize(
@@ -80,15 +80,15 @@ def test_a_file_that_is_no_text_is_refused(tmp_path: Path, written: bytes, said:
     file = tmp_path / "prompts.txt"
     file.write_bytes(written)
     with pytest.raises(Refusal) as refused:
-        given(file)
+        prompts_of(file)
     assert str(refused.value).startswith(f"generation.prompts={file}: {said}")
 
 
 def test_a_missing_file_and_a_directory_are_refused(tmp_path: Path) -> None:
     with pytest.raises(Refusal, match="No such file"):
-        given(tmp_path / "prompts.txt")
+        prompts_of(tmp_path / "prompts.txt")
     with pytest.raises(Refusal, match="directory"):
-        given(tmp_path)
+        prompts_of(tmp_path)
 
 
 def test_prompts_on_the_command_line_keep_their_order() -> None:
@@ -140,7 +140,7 @@ def test_a_prompt_that_is_too_long_is_refused_by_line_length_and_limit(
 
 
 def test_what_a_request_says_itself_is_mended_where_it_says_it() -> None:
-    asked = prompt(3, most=100)._replace(key="generation.workload", said=True)
+    asked = prompt(3, most=100)._replace(key="generation.workload", sets_max_new_tokens=True)
     with pytest.raises(Refusal, match=r'; give it "max_new_tokens": 29$'):
         check([asked], LlamaConfig(max_position_embeddings=32))
 
@@ -163,5 +163,7 @@ def test_a_prompt_without_tokens_is_refused() -> None:
 
 
 def test_a_token_that_the_model_does_not_know_is_refused() -> None:
-    with pytest.raises(Refusal, match=r"line 3 has token 100, and the model knows 100; .*data\.tokenizer="):
+    with pytest.raises(
+        Refusal, match=r"line 3 has token 100, and the model's vocabulary has 100; .*data\.tokenizer="
+    ):
         check([prompt(1)], LlamaConfig(vocab_size=100))

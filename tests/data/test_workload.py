@@ -12,24 +12,24 @@ from harness.data.workload import drawn, lengths, read
 BYTES = ByT5Tokenizer()
 
 
-def asked(file: Path, text: str | bytes) -> Generation:
+def generation_with(file: Path, text: str | bytes) -> Generation:
     file.write_bytes(text.encode() if isinstance(text, str) else text)
     return Generation(workload=str(file), max_new_tokens=9)
 
 
 def test_a_line_is_a_request_with_a_text_or_a_length(tmp_path: Path) -> None:
     text = '{"prompt": "one"}\n\n{"prompt_length": 5, "max_new_tokens": 2}\n'
-    generation = asked(tmp_path / "requests.jsonl", text)
+    generation = generation_with(tmp_path / "requests.jsonl", text)
     assert read(str(generation.workload)) == [("one", 0, None, "line 1"), (None, 5, 2, "line 3")]
     found = find(Settings(mode="infer", generation=generation), BYTES, lambda length: 9)
-    assert [(len(prompt.tokens), prompt.most) for prompt in found] == [(3, 9), (5, 2)]
+    assert [(len(prompt.tokens), prompt.max_new_tokens) for prompt in found] == [(3, 9), (5, 2)]
     assert found[0].text == "one"
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
 def test_a_workload_is_the_same_however_an_editor_saves_it(tmp_path: Path, encoding: str) -> None:
     text = '{"prompt": "żółw"}\r\n\r\n{"prompt_length": 5}\r\n'
-    generation = asked(tmp_path / "requests.jsonl", text.encode(encoding))
+    generation = generation_with(tmp_path / "requests.jsonl", text.encode(encoding))
     assert read(str(generation.workload)) == [("żółw", 0, None, "line 1"), (None, 5, None, "line 3")]
 
 
@@ -42,16 +42,19 @@ def test_a_workload_is_the_same_however_an_editor_saves_it(tmp_path: Path, encod
         ('{"prompt_length": 0}', "line 1: prompt_length should be greater than or equal to 1"),
         ('{"prompt": "a", "max_new_tokens": "5"}', "line 1: max_new_tokens should be a valid integer"),
         ('{"prompt": "a", "max_new_tokens": true}', "line 1: max_new_tokens should be a number, and no true"),
-        ('{"prompt": "a", "tokens": 5}', "line 1: tokens is no field of a request; write"),
-        ('{"prompt": "a", "prompt": "b"}', "line 1: prompt is said twice; write"),
-        ('{"prompt": "a", "max_new_tokens": 5, "max_new_tokens": 5}', "line 1: max_new_tokens is said twice"),
+        ('{"prompt": "a", "tokens": 5}', "line 1: tokens is not a field of a request; write"),
+        ('{"prompt": "a", "prompt": "b"}', "line 1: prompt appears twice; write"),
+        (
+            '{"prompt": "a", "max_new_tokens": 5, "max_new_tokens": 5}',
+            "line 1: max_new_tokens appears twice",
+        ),
         ('{"max_new_tokens": 5}', "line 1 should have a prompt or its prompt_length"),
         ('{"prompt": "a", "prompt_length": 5}', "line 1 should have a prompt or its prompt_length"),
         ("\n", "there is no request in it"),
     ],
 )
 def test_a_line_that_is_no_request_is_refused_with_its_number(tmp_path: Path, line: str, told: str) -> None:
-    generation = asked(tmp_path / "requests.jsonl", line)
+    generation = generation_with(tmp_path / "requests.jsonl", line)
     with pytest.raises(Refusal) as refused:
         read(str(generation.workload))
     assert told in str(refused.value)
@@ -81,7 +84,7 @@ def test_half_of_skewed_lengths_are_within_the_root_of_the_longest() -> None:
 
 def test_prompts_and_what_follows_them_are_drawn_apart() -> None:
     requests = drawn(Generation(count=50, prompt_length=64, lengths="uniform"), 64, 3)
-    assert [request.length for request in requests] != [request.most for request in requests]
+    assert [request.length for request in requests] != [request.max_new_tokens for request in requests]
     assert len(requests) == 50
 
 
@@ -89,8 +92,10 @@ def test_sampled_prompts_have_the_lengths_that_were_drawn() -> None:
     generation = Generation(count=6, prompt_length=32, lengths="skewed")
     found = find(Settings(mode="infer", generation=generation), BYTES, lambda length: 16)
     expected = drawn(generation, 16, 0)
-    assert [(len(prompt.tokens), prompt.most) for prompt in found] == [(r.length, r.most) for r in expected]
+    assert [(len(prompt.tokens), prompt.max_new_tokens) for prompt in found] == [
+        (r.length, r.max_new_tokens) for r in expected
+    ]
     rehearsed = find(Settings(mode="infer", generation=generation), BYTES, lambda length: 16, read=False)
-    assert [(len(prompt.tokens), prompt.most) for prompt in rehearsed] == [
-        (r.length, r.most) for r in expected
+    assert [(len(prompt.tokens), prompt.max_new_tokens) for prompt in rehearsed] == [
+        (r.length, r.max_new_tokens) for r in expected
     ]

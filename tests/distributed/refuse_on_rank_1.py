@@ -10,7 +10,7 @@ from harness.model import loader
 if os.environ["RANK"] == "1":
 
     def build(*_: object) -> NoReturn:
-        raise Refusal("model.path", "mine", "it is torn here; give a whole one")
+        raise Refusal("model.path", "mine", "it is corrupt here; give a complete one")
 
     loader.build = build  # type: ignore[assignment]
 

@@ -76,7 +76,7 @@ def test_one_record_holds_every_rank_s_books_and_a_second_is_refused_on_every_ra
 ) -> None:
     script, directory = tmp_path / "loop.py", tmp_path / "run"
     script.write_text(LOOP)
-    refused = f"{directory} already holds a run's record; name another directory"
+    refused = f"{directory} already contains a run's record; name another directory"
     said = warm.run([str(script), str(directory)], directory=tmp_path).splitlines()
     assert sorted(line for line in said if line.startswith("rank ")) == [
         f"rank {n}: {refused}" for n in (0, 1)

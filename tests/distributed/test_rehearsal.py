@@ -24,11 +24,11 @@ from harness.model.plan import Plan
 from harness.model.resolve import resolve
 from harness.rehearsal.all_ranks import rehearse as rehearse_all
 from harness.rehearsal.one_rank import rehearse
-from harness.rehearsal.representatives import Role, roles
+from harness.rehearsal.representatives import Representative, representatives_of
 from tests.distributed.conftest import NARROW, PRECISION, Launch, complete
 
 Words = tuple[str, ...]
-Books = dict[str, Any]
+RankRecord = dict[str, Any]
 
 TINY = ("hardware=cpu", *NARROW, "model.config.num_hidden_layers=2")
 TRAIN = (
@@ -271,7 +271,7 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(launch: Launch, prompts: Path) -> Callable[[int, Words], Books]:
+def run(launch: Launch, prompts: Path) -> Callable[[int, Words], RankRecord]:
     """A function of a number of ranks and words to the record of that run."""
     return lambda ranks, words: complete(launch(*_placed(words, prompts), ranks=ranks))
 
@@ -286,22 +286,22 @@ def plan_of(words: Words, size: int, prompts: Path) -> Plan:
     return resolve(load(compose(asked)))
 
 
-def seen(rank: Books, steps: int = 3) -> dict[tuple[int, str, int], Books]:
+def phases_of(rank: RankRecord, steps: int = 3) -> dict[tuple[int, str, int], RankRecord]:
     """The phases of the first steps by place: a rehearsal reads no text, and may first enter them in another order."""
     phases = {(phase["step"], phase["phase"], phase["micro_batch"]): phase for phase in rank["phases"]}
     return {place: phase for place, phase in phases.items() if place[0] < steps}
 
 
-def held(rank: Books) -> dict[tuple[int, str, int], Books]:
-    """What `seen` says but for the bytes moved: of an uneven shard the last rank copies no padding."""
+def phase_memory(rank: RankRecord) -> dict[tuple[int, str, int], RankRecord]:
+    """What `phases_of` says but for the bytes moved: of an uneven shard the last rank copies no padding."""
     moved = ("read", "written")
     return {
         place: {key: figure for key, figure in phase.items() if key not in moved}
-        for place, phase in seen(rank).items()
+        for place, phase in phases_of(rank).items()
     }
 
 
-def differences(real: Books, rehearsed: Books) -> list[tuple[Any, ...]]:
+def differences(real: RankRecord, rehearsed: RankRecord) -> list[tuple[Any, ...]]:
     """Where the two books differ: the place, the figure, the run's bytes and the rehearsal's."""
     found: list[tuple[Any, ...]] = [
         (name, figure, bytes_, rehearsed["categories"][name][figure])
@@ -309,7 +309,7 @@ def differences(real: Books, rehearsed: Books) -> list[tuple[Any, ...]]:
         for figure, bytes_ in category.items()
         if rehearsed["categories"][name][figure] != bytes_
     ]
-    ours, theirs = seen(real), seen(rehearsed)
+    ours, theirs = phases_of(real), phases_of(rehearsed)
     for place in ours.keys() | theirs.keys():
         left, right = ours.get(place), theirs.get(place)
         if left is None or right is None:
@@ -319,11 +319,14 @@ def differences(real: Books, rehearsed: Books) -> list[tuple[Any, ...]]:
     return found
 
 
-def each_rank(found: list[Role]) -> Iterator[tuple[int, list[int]]]:
+def each_rank(found: list[Representative]) -> Iterator[tuple[int, list[int]]]:
     """Every rank that stands for others, with those; and by itself each whose peak another one bounds."""
-    for role in found:
-        yield role.rank, [rank for rank in role.stands_for if rank != role.rank]
-        yield from ((rank, []) for rank in role.bounds)
+    for representative in found:
+        yield (
+            representative.rank,
+            [rank for rank in representative.equivalent_ranks if rank != representative.rank],
+        )
+        yield from ((rank, []) for rank in representative.bounds)
 
 
 def name(cell: tuple[int, Words]) -> str:
@@ -336,33 +339,37 @@ def name(cell: tuple[int, Words]) -> str:
 
 @pytest.mark.parametrize("cell", cells(*CELLS), ids=name)
 def test_a_rehearsal_holds_the_bytes_of_the_run(
-    run: Callable[[int, Words], Books], prompts: Path, cell: tuple[int, Words]
+    run: Callable[[int, Words], RankRecord], prompts: Path, cell: tuple[int, Words]
 ) -> None:
     ranks, words = cell
     real, plan = run(ranks, words), plan_of(words, ranks, prompts)
-    assert [books["rank"] for books in real["ranks"]] == list(range(ranks))
-    for rank, alike in each_rank(roles(plan)):
-        books = real["ranks"][rank]
+    assert [rank_record["rank"] for rank_record in real["ranks"]] == list(range(ranks))
+    for rank, alike in each_rank(representatives_of(plan)):
+        rank_record = real["ranks"][rank]
         rehearsed, done = rehearse(plan, rank)
-        assert differences(books, rehearsed.tree()) == []
-        assert rehearsed.peak.bytes == max(phase["peak"] for phase in seen(books).values())
+        assert differences(rank_record, rehearsed.tree()) == []
+        assert rehearsed.peak.bytes == max(phase["peak"] for phase in phases_of(rank_record).values())
         assert done.tree()["model"] == real["model"]
         for other in alike:
-            assert real["ranks"][other]["categories"] == books["categories"]
-            assert held(real["ranks"][other]) == held(books)
+            assert real["ranks"][other]["categories"] == rank_record["categories"]
+            assert phase_memory(real["ranks"][other]) == phase_memory(rank_record)
 
 
 @pytest.mark.parametrize("cell", cells(3, 4), ids=name)
 def test_a_rank_peaks_no_lower_than_those_it_bounds(
-    run: Callable[[int, Words], Books], prompts: Path, cell: tuple[int, Words]
+    run: Callable[[int, Words], RankRecord], prompts: Path, cell: tuple[int, Words]
 ) -> None:
     ranks, words = cell
     real = run(ranks, words)["ranks"]
-    peaks = [max(phase["peak"] for phase in seen(books).values()) for books in real]
-    found = roles(plan_of(words, ranks, prompts))
-    assert sorted(rank for role in found for rank in {*role.stands_for, *role.bounds}) == list(range(ranks))
-    for role in found:
-        assert all(peaks[rank] <= peaks[role.rank] for rank in role.bounds)
+    peaks = [max(phase["peak"] for phase in phases_of(rank_record).values()) for rank_record in real]
+    found = representatives_of(plan_of(words, ranks, prompts))
+    assert sorted(
+        rank
+        for representative in found
+        for rank in {*representative.equivalent_ranks, *representative.bounds}
+    ) == list(range(ranks))
+    for representative in found:
+        assert all(peaks[rank] <= peaks[representative.rank] for rank in representative.bounds)
 
 
 @pytest.mark.parametrize(
@@ -371,7 +378,7 @@ def test_a_rank_peaks_no_lower_than_those_it_bounds(
     ids=name,
 )
 def test_a_rehearsal_says_of_the_kv_cache_what_the_run_says(
-    run: Callable[[int, Words], Books], prompts: Path, cell: tuple[int, Words]
+    run: Callable[[int, Words], RankRecord], prompts: Path, cell: tuple[int, Words]
 ) -> None:
     ranks, words = cell
     made = {"new_tokens", "unasked_tokens", "padding_tokens"}

@@ -44,8 +44,8 @@ def test_a_resumed_run_goes_on_bitwise_from_the_newest_whole_checkpoint(
     (broken / "state/step-00000003/manifest.json").unlink()
     around = ("hardware=cpu", PRECISION, *RATED)
     said = warm.run([*around, *SAVED, *words, f"train.resume={broken}", f"hydra.run.dir={tmp_path}/resumed"])
-    assert "step-00000004 is torn" in said
-    assert "step-00000003 is torn" in said
+    assert "step-00000004 is corrupt" in said
+    assert "step-00000003 is corrupt" in said
     assert "resuming after step 2" in said
     first, second = record_file.read(whole), record_file.read(tmp_path / "resumed")
     assert second["training"]["losses"] == first["training"]["losses"][2:]
@@ -128,7 +128,7 @@ def test_a_failing_rank_is_named_with_its_own_error(tmp_path: Path) -> None:
     assert "out of luck" in failed["failure"]["error"]
     sentence = "harness: rank 1 failed in step 1, backward of micro-batch 0: ValueError: out of luck"
     assert [line for line in stderr.splitlines() if line.startswith("harness: ")] == [sentence]
-    assert told(stderr) == [(3, sentence)] * 2
+    assert torchrun_report(stderr) == [(3, sentence)] * 2
     (books,) = failed["ranks"]
     assert books["rank"] == 1
     assert books["peak"]["bytes"] > 0
@@ -146,8 +146,8 @@ def test_what_one_rank_refuses_is_what_every_rank_ends_with(tmp_path: Path) -> N
     words = ["mode=infer", "generation.tensor_parallel=2", f"hydra.run.dir={tmp_path}/out"]
     stderr = script("refuse_on_rank_1.py", words)
     (sentence,) = [line for line in stderr.splitlines() if line.startswith("harness: ")]
-    assert sentence == "harness: rank 1: model.path=mine: it is torn here; give a whole one"
-    assert told(stderr) == [(2, sentence)] * 2
+    assert sentence == "harness: rank 1: model.path=mine: it is corrupt here; give a complete one"
+    assert torchrun_report(stderr) == [(2, sentence)] * 2
     assert not (tmp_path / "out").exists()
 
 
@@ -166,7 +166,7 @@ def script(name: str, words: list[str]) -> str:
     return result.stderr
 
 
-def told(stderr: str) -> list[tuple[int, str]]:
+def torchrun_report(stderr: str) -> list[tuple[int, str]]:
     """Each rank's exit code and last words in torchrun's report, which is the end of `stderr`; the cause is last."""
     report = stderr.rpartition("ChildFailedError")[2]
     found = re.findall(r"exitcode  : (\d+) .*\n.*\n  traceback : (.*)\n", report)

@@ -157,10 +157,10 @@ def test_figures_repeat_to_the_byte(launch: Launch, prompts: str) -> None:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (("model=gpt2",), "generation.tensor_parallel=2: transformers has no plan to share gpt2"),
+        (("model=gpt2",), "generation.tensor_parallel=2: transformers has no tensor-parallel plan for gpt2"),
         (  # its plan is of the head alone
             ("model.config.model_type=hunyuan_v1_dense", "+model.config.head_dim=64"),
-            "generation.tensor_parallel=2: transformers has no plan to share hunyuan_v1_dense",
+            "generation.tensor_parallel=2: transformers has no tensor-parallel plan for hunyuan_v1_dense",
         ),
         (
             (

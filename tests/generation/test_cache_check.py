@@ -35,31 +35,31 @@ OTHERS: list[tuple[str, str, bool, dict[str, Any], str]] = [
 ]
 
 
-def told(kind: str, cache: str, mixed: bool, **more: Any) -> str | None:
+def reason_of(kind: str, cache: str, mixed: bool, **more: Any) -> str | None:
     shape = json.dumps(AutoConfig.for_model(kind, **more).to_dict(), sort_keys=True)
     return difference(shape, "eager", cache, mixed)
 
 
 @pytest.mark.parametrize(("kind", "cache", "more"), SAME)
 def test_a_model_that_is_the_same_is_taken(kind: str, cache: str, more: dict[str, Any]) -> None:
-    assert told(kind, cache, True, **more) is None
+    assert reason_of(kind, cache, True, **more) is None
 
 
 @pytest.mark.parametrize(("kind", "cache", "mixed", "more", "reason"), OTHERS)
 def test_a_model_that_is_not_is_found_and_how_it_differs_is_said(
     kind: str, cache: str, mixed: bool, more: dict[str, Any], reason: str
 ) -> None:
-    found = told(kind, cache, mixed, **more)
+    found = reason_of(kind, cache, mixed, **more)
     assert found is not None
     assert found.startswith(reason)
 
 
 def test_what_only_padding_changes_is_the_same_without() -> None:
-    assert told("bloom", "static", False) is None
-    assert told("recurrent_gemma", "dynamic", False) is None
+    assert reason_of("bloom", "static", False) is None
+    assert reason_of("recurrent_gemma", "dynamic", False) is None
 
 
-def asked(
+def settings_of(
     kind: str, shape: Mapping[str, Any] | None = None, mode: Any = "infer", **generation: Any
 ) -> Settings:
     model = Model(name="mine", attention="eager", config={"model_type": kind, **(shape or {})})
@@ -73,41 +73,46 @@ MIXED: dict[str, Any] = {"lengths": "uniform"}
     ("settings", "sentence"),
     [
         (
-            asked("gpt_neo", cache="static"),
-            "generation.cache=static: gpt_neo is not the same with it: .*; use generation.cache=dynamic$",
+            settings_of("gpt_neo", cache="static"),
+            "generation.cache=static: gpt_neo gives other results with it: .*; use generation.cache=dynamic$",
         ),
-        (asked("moshi"), "generation.cache=dynamic: moshi is .*; use generation.cache=none$"),
-        (asked("moshi", cache="offloaded"), "generation.cache=offloaded: .*; use generation.cache=none$"),
+        (settings_of("moshi"), "generation.cache=dynamic: moshi is .*; use generation.cache=none$"),
         (
-            asked("bloom", cache="static", **MIXED),
+            settings_of("moshi", cache="offloaded"),
+            "generation.cache=offloaded: .*; use generation.cache=none$",
+        ),
+        (
+            settings_of("bloom", cache="static", **MIXED),
             "generation.cache=static: .*; use generation.cache=dynamic$",
         ),
         (
-            asked("recurrent_gemma", **MIXED),
-            "generation.batch=4: recurrent_gemma is not the same where a prompt is padded .*; use 1$",
+            settings_of("recurrent_gemma", **MIXED),
+            "generation.batch=4: recurrent_gemma gives other results where a prompt is padded .*; use 1$",
         ),
         (
-            asked("recurrent_gemma", {"num_hidden_layers": 2}, **MIXED),  # of those that attend it has none
+            settings_of(
+                "recurrent_gemma", {"num_hidden_layers": 2}, **MIXED
+            ),  # of those that attend it has none
             "generation.cache=dynamic: recurrent_gemma .*; use generation.cache=none generation.batch=1$",
         ),
         (
-            asked("mpt", cache="paged", batching="continuous"),
+            settings_of("mpt", cache="paged", batching="continuous"),
             "generation.batching=continuous: .* use generation.batching=static generation.cache=dynamic$",
         ),
         (
-            asked("mpt", cache="static", compile=True),
-            "generation.compile=true: .*mpt to be compiled whole; use generation.compile=false$",
+            settings_of("mpt", cache="static", compile=True),
+            "generation.compile=true: .*mpt as compilable; use generation.compile=false$",
         ),
         (
-            asked("xlnet", cache="none"),
-            "model.config.model_type=xlnet: xlnet is no causal language model: .*",
+            settings_of("xlnet", cache="none"),
+            "model.config.model_type=xlnet: xlnet is not a causal language model: .*",
         ),
         (
-            asked("bert-generation", mode="train"),
+            settings_of("bert-generation", mode="train"),
             "model.config.model_type=bert-generation: .*; say is_decoder=true in its config$",
         ),
         (
-            asked("deepseek_v4", cache="static"),
+            settings_of("deepseek_v4", cache="static"),
             "generation.cache=static: transformers makes none for deepseek_v4",
         ),
     ],
@@ -123,13 +128,13 @@ def test_what_differs_is_refused_by_its_key_with_what_would_do(settings: Setting
 @pytest.mark.parametrize(
     "settings",
     [
-        asked("gpt_neo"),
-        asked("bloom", cache="static"),  # all prompts are of one length
-        asked("bloom", cache="static", batch=1, **MIXED),
-        asked("recurrent_gemma", batch=1, **MIXED),
-        asked("mpt", cache="static"),
-        asked("llama", cache="static", compile=True, **MIXED),
-        asked("llama", mode="train"),
+        settings_of("gpt_neo"),
+        settings_of("bloom", cache="static"),  # all prompts are of one length
+        settings_of("bloom", cache="static", batch=1, **MIXED),
+        settings_of("recurrent_gemma", batch=1, **MIXED),
+        settings_of("mpt", cache="static"),
+        settings_of("llama", cache="static", compile=True, **MIXED),
+        settings_of("llama", mode="train"),
     ],
 )
 def test_what_is_right_is_allowed(settings: Settings) -> None:

@@ -299,7 +299,7 @@ def test_stages_may_offload_their_caches() -> None:
 
 
 def test_an_offloaded_cache_is_refused_where_the_model_is_in_the_hosts_memory() -> None:
-    with pytest.raises(Refusal, match=r"generation\.cache=offloaded: the host's memory is where it would go"):
+    with pytest.raises(Refusal, match=r"generation\.cache=offloaded: it would move to the host's memory"):
         rehearsed("model=tiny", "hardware=auto", "generation.cache=offloaded")
 
 

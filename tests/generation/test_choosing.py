@@ -16,7 +16,7 @@ from harness.generation import continuous_batching, infer
 from harness.generation.batch import Requests
 from harness.generation.choosing import draws, processors
 from harness.generation.decode import generate
-from harness.generation.paged_cache import room
+from harness.generation.paged_cache import limits_of
 from harness.ledger import Ledger
 from harness.model.plan import Plan
 from harness.record.record_file import Output, rank_record
@@ -106,12 +106,12 @@ def ours(model: Any, strategy: Strategy, requests: Requests = REQUESTS, **option
     return generate(model, requests, strategy, ledger=Ledger(mode="off"), **options).tokens
 
 
-def paged(model: Any, strategy: Strategy, **knobs: Any) -> list[list[int]]:
-    asked = Generation(batch=3, page_size=4, cache="paged", batching="continuous", **knobs)
+def paged(model: Any, strategy: Strategy, **options: Any) -> list[list[int]]:
+    asked = Generation(batch=3, page_size=4, cache="paged", batching="continuous", **options)
     given = [Prompt("", prompt, new, "", "", "") for prompt, new in zip(PROMPTS, MOST, strict=True)]
-    within = room(asked, model.config, model.dtype, given)
+    within = limits_of(asked, model.config, model.dtype, given)
     return continuous_batching.generate(
-        model, REQUESTS, strategy, room=within, ledger=Ledger(mode="off")
+        model, REQUESTS, strategy, limits=within, ledger=Ledger(mode="off")
     ).tokens
 
 

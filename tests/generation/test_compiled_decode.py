@@ -92,7 +92,7 @@ def test_a_compiled_decode_counts_as_the_operators_of_its_eager_step(model: Any,
             run(model, Compiled(model, LENGTH, ledger, make_program), ledger, prompts)
         found.append({phase.where.phase: phase.work for phase in ledger.phases})
     assert found[0]["decode"] == found[1]["decode"]
-    assert found[0]["decode"].passes == NEW - 1  # type: ignore[union-attr]
+    assert found[0]["decode"].forward_calls == NEW - 1  # type: ignore[union-attr]
 
 
 def test_the_cache_is_told_as_reserved_filled_and_live(model: Any, program: Compiled) -> None:

@@ -25,7 +25,7 @@ from harness.data.prompts import Prompt
 from harness.generation import cache_check, decode
 from harness.generation.batch import Requests
 from harness.generation.continuous_batching import Continued, generate
-from harness.generation.paged_cache import layers, room
+from harness.generation.paged_cache import layers, limits_of
 from harness.ledger import Ledger
 from harness.model.kv_cache import layer_bytes_per_token
 
@@ -69,9 +69,9 @@ def build(shape: str = "grouped", attention: str = "sdpa") -> Any:
     return AutoModelForCausalLM.from_config(SHAPES[shape], attn_implementation=attention).eval()
 
 
-def asked(**knobs: Any) -> Generation:
+def settings_with(**options: Any) -> Generation:
     return Generation(
-        **{"batch": PLACES, "page_size": PAGE, "cache": "paged", "batching": "continuous", **knobs}
+        **{"batch": PLACES, "page_size": PAGE, "cache": "paged", "batching": "continuous", **options}
     )
 
 
@@ -79,11 +79,11 @@ def requests(prompts: Sequence[list[int]], most: Sequence[int]) -> list[Prompt]:
     return [Prompt("", prompt, new, "", "", "") for prompt, new in zip(prompts, most, strict=True)]
 
 
-def continued(model: Any, ledger: Ledger | None = None, eos: Sequence[int] = (), **knobs: Any) -> Continued:
-    within = room(asked(**knobs), model.config, model.dtype, requests(PROMPTS, MOST))
+def continued(model: Any, ledger: Ledger | None = None, eos: Sequence[int] = (), **options: Any) -> Continued:
+    within = limits_of(settings_with(**options), model.config, model.dtype, requests(PROMPTS, MOST))
     strategy = merged(Generation(), {"eos_token_id": list(eos)})
     asked_for = Requests(PROMPTS, MOST, range(len(PROMPTS)))
-    return generate(model, asked_for, strategy, room=within, ledger=ledger or Ledger(mode="off"))
+    return generate(model, asked_for, strategy, limits=within, ledger=ledger or Ledger(mode="off"))
 
 
 def alone(model: Any) -> list[list[int]]:
@@ -206,7 +206,7 @@ def test_with_fewer_pages_requests_give_theirs_up_and_lose_nothing() -> None:
     assert made.paged.pages == made.paged.pages_used == 8
     assert max(map(sum, watch.tables)) == 8
     assert made.paged.tokens == sum(watch.rows) > sum(map(len, PROMPTS)) + sum(MOST) - len(MOST)
-    assert [len(moments) for moments in made.moments] == MOST
+    assert [len(timestamps) for timestamps in made.timestamps] == MOST
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -267,11 +267,13 @@ def test_a_step_is_as_many_requests_ended_as_there_are_places() -> None:
 
 def test_every_token_has_its_moment_and_every_request_is_in_one_load() -> None:
     made = continued(build())
-    assert [len(moments) for moments in made.moments] == [len(tokens) for tokens in made.tokens]
-    assert all(moments == sorted(moments) for moments in made.moments)
-    assert all(entered < moments[0] for entered, moments in zip(made.entered, made.moments, strict=True))
-    assert made.moments[3][0] >= min(
-        moments[-1] for moments in made.moments[:PLACES]
+    assert [len(timestamps) for timestamps in made.timestamps] == [len(tokens) for tokens in made.tokens]
+    assert all(timestamps == sorted(timestamps) for timestamps in made.timestamps)
+    assert all(
+        entered < timestamps[0] for entered, timestamps in zip(made.entered, made.timestamps, strict=True)
+    )
+    assert made.timestamps[3][0] >= min(
+        timestamps[-1] for timestamps in made.timestamps[:PLACES]
     )  # it waited for a place
     assert sorted(number for load in made.loads for number in load.first) == list(range(len(PROMPTS)))
     assert sum(load.new_tokens for load in made.loads) == sum(MOST)
@@ -282,17 +284,21 @@ def test_every_token_has_its_moment_and_every_request_is_in_one_load() -> None:
 
 
 def test_room_is_for_the_longest_request_in_every_place_unless_it_is_said() -> None:
-    def made(**knobs: Any) -> Any:
-        return room(asked(**knobs), SHAPES["grouped"], torch.float32, requests(PROMPTS, MOST))
+    def made(**options: Any) -> Any:
+        return limits_of(settings_with(**options), SHAPES["grouped"], torch.float32, requests(PROMPTS, MOST))
 
     longest = 11 + 20 - 1
     assert made() == (PLACES, PLACES * ceil(longest / PAGE), PAGE, PLACES * 17)
-    assert made(batch=100).requests == len(PROMPTS)
+    assert made(batch=100).max_num_seqs == len(PROMPTS)
     assert made(pages=20, batch_tokens=9, page_size=16) == (PLACES, 20, 16, 9)
-    many = room(asked(batch=64), SHAPES["grouped"], torch.float32, requests([[1] * 60] * 64, [2] * 64))
-    assert many.tokens == 512
-    wide = room(asked(batch=64), SHAPES["grouped"], torch.float32, requests([[1] * 900] * 64, [2] * 64))
-    assert wide.tokens == 900 + 63
+    many = limits_of(
+        settings_with(batch=64), SHAPES["grouped"], torch.float32, requests([[1] * 60] * 64, [2] * 64)
+    )
+    assert many.max_num_batched_tokens == 512
+    wide = limits_of(
+        settings_with(batch=64), SHAPES["grouped"], torch.float32, requests([[1] * 900] * 64, [2] * 64)
+    )
+    assert wide.max_num_batched_tokens == 900 + 63
 
 
 @pytest.mark.parametrize("shape", KINDS_OF_PAGES)
@@ -301,7 +307,7 @@ def test_pages_too_few_for_one_request_are_refused_with_the_number_that_would_do
     with pytest.raises(Refusal) as refused:
         continued(model, pages=1)
     told = str(refused.value)
-    assert told.startswith("generation.pages=1: the longest request comes to 30 tokens; use ")
+    assert told.startswith("generation.pages=1: the longest request has 30 tokens; use ")
     least = int(told.rpartition("use ")[2].split()[0])
     with pytest.raises(Refusal):
         continued(model, pages=least - 1)
@@ -354,7 +360,7 @@ def test_a_model_that_is_not_is_refused_and_how_is_said(narrow: Any, kind: str, 
 @pytest.mark.parametrize("kind", ["mamba", "qwen3_next", "llama4_text"])
 def test_a_layer_that_has_no_pages_is_refused_in_transformers_words(kind: str) -> None:
     with pytest.raises(
-        Refusal, match=f"transformers has no pages for a layer of {kind} \\(Invalid layer type: "
+        Refusal, match=f"transformers' paged cache does not support a layer of {kind} \\(Invalid layer type: "
     ):
         layers(AutoConfig.for_model(kind, num_hidden_layers=4))
 
@@ -367,7 +373,7 @@ CONTINUOUS = ("generation.batching=continuous", "generation.cache=paged")
     [
         (
             ["generation.cache=paged"],
-            "generation.cache=paged: pages go from a request that ends to the next; add",
+            "generation.cache=paged: only continuous batching uses pages; add",
         ),
         (
             ["generation.batching=continuous"],
@@ -381,10 +387,10 @@ CONTINUOUS = ("generation.batching=continuous", "generation.cache=paged")
             [*CONTINUOUS, "generation.batch_tokens=3"],
             "generation.batch_tokens=3: a forward has a token of each of",
         ),
-        ([*CONTINUOUS, "pipeline.stages=2"], "pipeline.stages=2: requests enter and leave on one rank"),
+        ([*CONTINUOUS, "pipeline.stages=2"], "pipeline.stages=2: continuous batching works on whole models"),
         (
             [*CONTINUOUS, "generation.tensor_parallel=2"],
-            "generation.tensor_parallel=2: requests enter and leave",
+            "generation.tensor_parallel=2: continuous batching works on whole models",
         ),
         ([*CONTINUOUS, "generation.compile=true"], "generation.compile=true: generation.cache=paged grows"),
     ],

@@ -48,7 +48,7 @@ def build(shape: str = "grouped", attention: str = "sdpa", dtype: torch.dtype = 
     return model.eval()
 
 
-def asked(prompts: Sequence[Sequence[int]], most: int = NEW, first: int = 0) -> Requests:
+def requests_of(prompts: Sequence[Sequence[int]], most: int = NEW, first: int = 0) -> Requests:
     return Requests(prompts, [most] * len(prompts), range(first, first + len(prompts)))
 
 
@@ -63,7 +63,7 @@ def sampled(**options: Any) -> Strategy:
 def ours(
     model: Any, prompts: Sequence[Sequence[int]], strategy: Strategy = LIKELIEST, **options: Any
 ) -> list[list[int]]:
-    return generate(model, asked(prompts), strategy, ledger=Ledger(mode="off"), **options).tokens
+    return generate(model, requests_of(prompts), strategy, ledger=Ledger(mode="off"), **options).tokens
 
 
 def theirs(model: Any, prompts: Sequence[list[int]], cache: str, **options: Any) -> list[list[int]]:
@@ -132,7 +132,7 @@ def test_without_end_tokens_every_sequence_fills_its_room() -> None:
 @pytest.mark.parametrize("cache", CACHES)
 def test_one_new_token_is_prefill_alone(cache: str) -> None:
     model = build()
-    one = generate(model, asked(PADDED, 1), cache=cache, ledger=Ledger(mode="off")).tokens
+    one = generate(model, requests_of(PADDED, 1), cache=cache, ledger=Ledger(mode="off")).tokens
     assert one == [row[:1] for row in theirs(model, PADDED, cache)]
 
 
@@ -162,7 +162,7 @@ def test_tokens_are_chosen_in_fp32() -> None:
         seen.add(logits.dtype)
         return greedy(logits, number)
 
-    prefill(shown_to(build(dtype=torch.bfloat16), None), pad_left(asked(PADDED), (), CPU), choose)
+    prefill(shown_to(build(dtype=torch.bfloat16), None), pad_left(requests_of(PADDED), (), CPU), choose)
     assert seen == {torch.float32}
 
 
@@ -180,7 +180,7 @@ class Waits(TorchDispatchMode):
 @torch.no_grad()
 def test_decoding_reads_no_value_back(cache: str, prompts: list[list[int]]) -> None:
     model = build()
-    batch, held = pad_left(asked(prompts), (), CPU), make(cache, model.config, 11 + NEW)
+    batch, held = pad_left(requests_of(prompts), (), CPU), make(cache, model.config, 11 + NEW)
     show = shown_to(model, held)
     prefill(show, batch, greedy)
     with Waits() as waits:
@@ -199,7 +199,7 @@ def places(cache: Any) -> list[int]:
 @torch.no_grad()
 def test_a_static_cache_stays_where_it_is() -> None:
     model = build()
-    batch, held = pad_left(asked(PADDED), (), CPU), make("static", model.config, 11 + NEW)
+    batch, held = pad_left(requests_of(PADDED), (), CPU), make("static", model.config, 11 + NEW)
     show = shown_to(model, held)
     prefill(show, batch, greedy)
     before = places(held)
@@ -208,7 +208,7 @@ def test_a_static_cache_stays_where_it_is() -> None:
 
 
 def test_prompts_are_padded_on_the_left_and_positions_count_real_tokens() -> None:
-    batch = pad_left(asked([[7, 8, 9], [5]], 2), (), CPU)
+    batch = pad_left(requests_of([[7, 8, 9], [5]], 2), (), CPU)
     assert batch.tokens.tolist() == [[7, 8, 9, 0, 0], [0, 0, 5, 0, 0]]
     assert batch.mask is not None
     assert batch.mask.tolist() == [[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]]
@@ -221,7 +221,7 @@ def test_a_sequence_gets_as_many_tokens_as_it_asked_for(cache: str) -> None:
     whole = ours(model, PADDED, cache=cache)
     made = generate(model, Requests(PADDED, most), cache=cache, ledger=Ledger(mode="off"))
     assert made.tokens == [row[:limit] for row, limit in zip(whole, most, strict=True)]
-    assert [len(moments) for moments in made.moments] == most
+    assert [len(timestamps) for timestamps in made.timestamps] == most
     assert made.computed == len(PADDED) * NEW  # all wait for the last
 
 
@@ -236,15 +236,15 @@ def test_a_batch_ends_when_each_has_ended_or_has_all_it_asked_for() -> None:
 
 
 def test_moments_of_tokens_follow_each_other() -> None:
-    made = generate(build(), asked(PADDED), ledger=Ledger(mode="off"))
-    for moments in made.moments:
-        assert list(moments) == sorted(moments)
-        assert moments[0] >= made.began
-    assert made.moments[0][-1] <= made.began + made.prefill_seconds + made.decode_seconds
+    made = generate(build(), requests_of(PADDED), ledger=Ledger(mode="off"))
+    for timestamps in made.timestamps:
+        assert list(timestamps) == sorted(timestamps)
+        assert timestamps[0] >= made.began
+    assert made.timestamps[0][-1] <= made.began + made.prefill_seconds + made.decode_seconds
 
 
 def test_a_batch_without_padding_needs_no_mask() -> None:
-    assert pad_left(asked(EVEN, 2), (), CPU).mask is None
+    assert pad_left(requests_of(EVEN, 2), (), CPU).mask is None
 
 
 THIRDS = torch.tensor([0.5, 0.0, 0.25, 0.125, 0.125]).log()
@@ -277,7 +277,9 @@ def test_a_sampled_text_does_not_depend_on_its_neighbours() -> None:
     strategy = sampled(temperature=0.8, top_k=50)
     together = ours(model, PADDED, strategy)
     for number, prompt in enumerate(PADDED):
-        alone = generate(model, asked([prompt], first=number), strategy, ledger=Ledger(mode="off")).tokens
+        alone = generate(
+            model, requests_of([prompt], first=number), strategy, ledger=Ledger(mode="off")
+        ).tokens
         assert alone == [together[number]]
     assert together != ours(model, PADDED)
 
@@ -292,7 +294,7 @@ def test_only_the_likeliest_is_greedy() -> None:
 def test_the_books_of_generation_close_and_its_cache_is_named(cache: str, dtype: torch.dtype) -> None:
     model = build(dtype=dtype)
     with Ledger(model=model) as ledger:
-        made = generate(model, asked(PADDED), cache=cache, ledger=ledger, step=0)
+        made = generate(model, requests_of(PADDED), cache=cache, ledger=ledger, step=0)
     assert ledger.allocator.unattributed == 0
     assert ledger.peak.bytes == ledger.allocator.peak
     assert ledger.peak.saved == 0
@@ -321,7 +323,7 @@ def test_the_books_of_generation_close_and_its_cache_is_named(cache: str, dtype:
 def test_a_ledger_changes_no_token() -> None:
     model = build()
     with Ledger(model=model) as ledger:
-        watched = generate(model, asked(PADDED), ledger=ledger).tokens
+        watched = generate(model, requests_of(PADDED), ledger=ledger).tokens
     assert watched == ours(model, PADDED)
 
 
@@ -329,7 +331,7 @@ def test_a_ledger_changes_no_token() -> None:
 def test_live_bytes_leave_out_padding_and_what_follows_an_end(cache: str) -> None:
     model = build()
     ends = [ours(model, PADDED)[0][4]]
-    made = generate(model, asked(PADDED), ending(*ends), cache=cache, ledger=Ledger(mode="off"))
+    made = generate(model, requests_of(PADDED), ending(*ends), cache=cache, ledger=Ledger(mode="off"))
     per_token = model.config.num_hidden_layers * layer_bytes_per_token(model.config, torch.float32)
     kept = [
         len(prompt) + len(new) - (len(new) == NEW)  # the last of a full row is never shown to the model

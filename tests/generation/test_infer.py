@@ -159,7 +159,7 @@ def test_ranks_share_the_prompts_out_and_change_no_text(
 ) -> None:
     settings = ask(checkpoint, sample=sample)
     strategy = strategy_of(settings, model_config(settings.model))
-    prompts = find(settings, AutoTokenizer.from_pretrained(checkpoint), strategy.most)
+    prompts = find(settings, AutoTokenizer.from_pretrained(checkpoint), strategy.max_new_tokens_after)
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     ledger = Ledger(mode="off")
     shares = [
@@ -221,7 +221,7 @@ def test_a_batch_has_room_for_its_longest_prompt_and_its_longest_answer(
         assert inferred(**crossed, sample=sample, **asked)[1] == alone
     settings = ask(checkpoint, **crossed, sample=sample, cache="static", compile=True)
     strategy = strategy_of(settings, model_config(settings.model))
-    prompts = find(settings, AutoTokenizer.from_pretrained(checkpoint), strategy.most)
+    prompts = find(settings, AutoTokenizer.from_pretrained(checkpoint), strategy.max_new_tokens_after)
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     course = Shortened()  # the step is not compiled, in the cache that a program would have
     share = share_of(settings, ALONE, Ledger(mode="off"), model, prompts, strategy, no_flush, course=course)
@@ -257,7 +257,7 @@ def test_a_batch_with_more_columns_than_attentions_own_table_is_refused(kind: st
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **limits, vocab_size=384))
     prompts = [Prompt("", [7] * length, most, "", "", "") for length, most in CROSSED]
     infer.check_columns(model, prompts, 1)
-    told = "generation.batch=3: padded, a batch comes to 69 columns, and the model's attention has 43; use 1"
+    told = "generation.batch=3: with padding a batch has 69 columns, and the model's attention has 43; use 1"
     with pytest.raises(Refusal, match=told):
         infer.check_columns(model, prompts, 3)
     with pytest.raises(Refusal, match="use 1"):

@@ -127,7 +127,7 @@ def test_what_is_moot_is_told_with_the_reason() -> None:
         "source": "checkpoint",
         "moot": "generation.cache= says how keys and values are kept",
     }
-    assert record["temperature"].moot == "the likeliest token is taken whatever it is"
+    assert record["temperature"].moot == "the likeliest token is always taken"
     assert "num_beams" not in record
 
 
@@ -152,7 +152,7 @@ def test_what_cannot_be_honoured_is_refused_with_the_override_that_then_works(na
     [
         (
             {"own_setting": 3},
-            "has own_setting=3: nothing here knows what it means; add generation.config.own_setting=null",
+            "has own_setting=3: it is not known here; add generation.config.own_setting=null",
         ),
         (
             {"do_sample": True, "temperature": 0.0},
@@ -191,10 +191,10 @@ def test_a_value_of_the_file_that_cannot_be_is_refused(file: dict[str, Any], tol
             "generation.config.temperature=0.5: it has a key of its own; use generation.temperature=",
         ),
         ({"config": {"use_cache": False}}, "generation.config.use_cache=false: generation.cache= says"),
-        ({"config": {"length_penalty": 2}}, "generation.config.length_penalty=2: it is about beams"),
+        ({"config": {"length_penalty": 2}}, "generation.config.length_penalty=2: it is for beam search"),
         (
             {"config": {"min_p": 0.1}},
-            "generation.config.min_p=0.1: the likeliest token is taken whatever it is; add generation.sample=true",
+            "generation.config.min_p=0.1: the likeliest token is always taken; add generation.sample=true",
         ),
         ({"temperature": 0.5, "sample": False}, "generation.temperature=0.5: the likeliest token is taken"),
         (
@@ -227,10 +227,10 @@ def test_a_wrong_request_is_refused_by_its_key(asked: dict[str, Any], told: str)
 
 
 def test_the_length_counts_the_prompt_where_the_file_says_so() -> None:
-    assert of({"max_length": 30}).most(12) == 18
-    assert of({"max_length": 30}, max_new_tokens=4).most(12) == 4
-    assert of({"max_length": 30, "max_new_tokens": 5}).most(12) == 5
-    assert of({"max_new_tokens": 5}, config={"max_length": 30}).most(12) == 18
+    assert of({"max_length": 30}).max_new_tokens_after(12) == 18
+    assert of({"max_length": 30}, max_new_tokens=4).max_new_tokens_after(12) == 4
+    assert of({"max_length": 30, "max_new_tokens": 5}).max_new_tokens_after(12) == 5
+    assert of({"max_new_tokens": 5}, config={"max_length": 30}).max_new_tokens_after(12) == 18
 
 
 @pytest.fixture
@@ -288,8 +288,14 @@ def test_random_weights_keep_the_generation_config_of_the_path_and_a_shape_has_i
 @pytest.mark.parametrize(
     ("fields", "told"),
     [
-        ({"bad_words_ids": [[3, 64]]}, "bad_words_ids=[[3,64]]: it has token 64, and the model knows 64"),
-        ({"forced_eos_token_id": 99}, "forced_eos_token_id=99: it has token 99, and the model knows 64"),
+        (
+            {"bad_words_ids": [[3, 64]]},
+            "bad_words_ids=[[3,64]]: it has token 64, and the model's vocabulary has 64",
+        ),
+        (
+            {"forced_eos_token_id": 99},
+            "forced_eos_token_id=99: it has token 99, and the model's vocabulary has 64",
+        ),
         (
             {"exponential_decay_length_penalty": [3, 1.5]},
             "exponential_decay_length_penalty=[3,1.5]: it raises an end token",
@@ -312,7 +318,7 @@ def test_what_the_model_cannot_do_is_refused(checkpoint: Path, fields: dict[str,
 
 
 @pytest.mark.parametrize("text", ["[1]", '{"a":', ""])
-def test_a_torn_file_is_refused(checkpoint: Path, text: str) -> None:
+def test_a_corrupt_file_is_refused(checkpoint: Path, text: str) -> None:
     (checkpoint / "generation_config.json").write_text(text)
     with pytest.raises(Refusal, match=r"generation.config"):
         read(checkpoint)

@@ -51,10 +51,12 @@ def test_a_program_comes_to_the_same_and_the_books_close_or_say_what_they_lack(n
     told = [str(each.message) for each in said if each.category is NotSeen]
     assert told == [gap.sentence for gap in ledger.gaps]
     assert {gap.figures for gap in ledger.gaps} == LACKS.get(name, set())
-    books = ledger.allocator
+    accounting = ledger.allocator
     expected = (None, None) if name == "profiled" else (ledger.peak.bytes, 0)
-    assert (books.peak, books.unattributed) == expected
-    assert rank_record(ledger, 0).allocator.peak == books.peak  # every figure is one that a record can have
+    assert (accounting.peak, accounting.unattributed) == expected
+    assert (
+        rank_record(ledger, 0).allocator.peak == accounting.peak
+    )  # every figure is one that a record can have
 
 
 @pytest.mark.parametrize("name", [name for name in PROGRAMS if name not in COMPILED])

@@ -180,7 +180,7 @@ def test_a_sparse_tensor_holds_its_indices_and_its_values(layout: str) -> None:
 def test_what_is_fake_holds_nothing_and_around_a_ledger_it_is_what_is_counted() -> None:
     with Ledger() as ledger, torch._subclasses.FakeTensorMode():
         kept = torch.ones(1000)
-    assert (ledger.peak.bytes, ledger.allocator.foreign) == (0, 0)
+    assert (ledger.peak.bytes, ledger.allocator.externally_owned) == (0, 0)
     with torch._subclasses.FakeTensorMode(), Ledger() as ledger:
         kept = torch.ones(1000)
     assert ledger.peak.bytes == kept.nbytes
@@ -325,7 +325,7 @@ def test_a_ledger_that_ends_inside_a_compiled_program_leaves_nothing_behind() ->
 
 
 def test_what_is_made_where_modes_are_set_aside_is_unattributed_and_said() -> None:
-    said = pytest.warns(NotSeen, match="4,000 bytes of the peak were made by no operator")
+    said = pytest.warns(NotSeen, match="4,000 bytes of the peak were allocated by no operator")
     with said, Ledger() as ledger, _disable_current_modes():
         kept = torch.ones(1000)
     assert ledger.allocator.unattributed == kept.nbytes

@@ -29,7 +29,7 @@ def test_one_after_another_there_is_one() -> None:
         for _ in range(3):
             loss_of(net).backward()
     assert ledger.forwards is not None
-    assert (ledger.forwards.alive, ledger.forwards.stashes) == (1, (STASH,))
+    assert (ledger.forwards.alive, ledger.forwards.saved_bytes) == (1, (STASH,))
 
 
 def test_all_forwards_before_any_backward_are_all_alive() -> None:
@@ -43,7 +43,7 @@ def test_all_forwards_before_any_backward_are_all_alive() -> None:
             with ledger.phase("backward", 0, number):
                 loss.backward()
     assert ledger.forwards is not None
-    assert ledger.forwards.stashes == (STASH,) * 4
+    assert ledger.forwards.saved_bytes == (STASH,) * 4
     assert ledger.forwards.where == (0, "forward", 3)
 
 
@@ -66,7 +66,7 @@ def test_without_gradients_there_is_none() -> None:
     with Ledger(model=net) as ledger, torch.no_grad():
         loss_of(net)
     assert ledger.forwards is not None
-    assert (ledger.forwards.alive, ledger.forwards.stashes, ledger.forwards.where) == (0, (), None)
+    assert (ledger.forwards.alive, ledger.forwards.saved_bytes, ledger.forwards.where) == (0, (), None)
 
 
 def test_where_nothing_is_seen_the_number_is_not_known() -> None:
@@ -114,7 +114,7 @@ def test_each_keeps_what_autograd_saved_whatever_the_schedule(
                 else:
                     waiting[number] = net(given)
     assert ledger.forwards is not None
-    assert ledger.forwards.stashes == tuple(saved(net, number + 3) for number in alive)
+    assert ledger.forwards.saved_bytes == tuple(saved(net, number + 3) for number in alive)
     assert ledger.forwards.where == (0, "forward", alive[-1])
 
 
@@ -126,4 +126,4 @@ def test_parts_that_are_called_one_by_one_are_not_alive_after_their_backward() -
             second(first(torch.ones(BATCH, WIDTH))).sum().backward()
     assert ledger.forwards is not None
     assert ledger.forwards.alive == 2
-    assert min(ledger.forwards.stashes) > 0
+    assert min(ledger.forwards.saved_bytes) > 0

@@ -122,7 +122,7 @@ def test_memory_of_another_allocator_is_foreign() -> None:
         tensor = torch.from_numpy(array)
         ledger.claim("inputs", "array", tensor)
         torch.ones(10)
-    assert ledger.allocator.foreign == ledger.categories["inputs"].peak == 4000
+    assert ledger.allocator.externally_owned == ledger.categories["inputs"].peak == 4000
     assert ledger.allocator.peak == ledger.peak.bytes == 40
 
 
@@ -135,7 +135,7 @@ def test_a_mapped_file_is_foreign_and_not_the_allocators(tmp_path: Path) -> None
         copies = {name: tensor.clone() for name, tensor in held.items()}
     assert ledger.allocator.unattributed == 0
     assert ledger.allocator.peak == ledger.peak.bytes == sum(tensor.nbytes for tensor in copies.values())
-    assert ledger.allocator.foreign == 6000
+    assert ledger.allocator.externally_owned == 6000
 
 
 def test_a_gradient_is_a_gradient_from_its_birth_though_it_is_claimed_later() -> None:
@@ -317,8 +317,8 @@ def test_a_ledger_that_is_off_accepts_everything_and_measures_nothing() -> None:
 def test_beside_somebody_elses_profiler_the_allocator_is_not_measured() -> None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]), Ledger() as ledger:
         torch.ones(10)
-    books = ledger.allocator
-    assert (books.source, books.peak, books.unattributed) == (None, None, None)
+    accounting = ledger.allocator
+    assert (accounting.source, accounting.peak, accounting.unattributed) == (None, None, None)
     assert ledger.peak.bytes == 40
     assert ledger.peak.categories["kernel"] is None
 

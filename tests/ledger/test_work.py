@@ -51,7 +51,7 @@ def test_a_linear_layer_is_two_operations_for_each_weight_and_row_and_twice_that
             made = layer(rows)
         with ledger.phase("backward"):
             made.backward(torch.ones_like(made))
-    assert worked(ledger, "forward") == Work(2 * 3 * 5 * 7, F32 * (15 + 35 + 7), F32 * 21, passes=1)
+    assert worked(ledger, "forward") == Work(2 * 3 * 5 * 7, F32 * (15 + 35 + 7), F32 * 21, forward_calls=1)
     assert worked(ledger, "backward").flops == 2 * worked(ledger, "forward").flops
 
 

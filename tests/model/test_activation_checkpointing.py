@@ -40,7 +40,7 @@ ASKED = {
 }
 
 
-def made(
+def built_model(
     kind: str, attention: str = "sdpa", dtype: torch.dtype = torch.bfloat16, **more: Any
 ) -> PreTrainedModel:
     torch.manual_seed(0)
@@ -81,7 +81,7 @@ def gradients(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 def test_gradients_are_bit_for_bit_those_without(
     kind: str, attention: str, dtype: torch.dtype, asked: Checkpointing
 ) -> None:
-    plain, recomputed = made(kind, attention, dtype), made(kind, attention, dtype)
+    plain, recomputed = built_model(kind, attention, dtype), built_model(kind, attention, dtype)
     apply(recomputed, asked)
     with Ledger(model=recomputed) as ledger:
         again = backward(recomputed)
@@ -164,7 +164,7 @@ def test_what_is_not_kept_need_not_be_done_alike_both_times() -> None:
 def test_layers_are_counted_over_the_whole_model(
     asked: Checkpointing, first: int, expected: list[int]
 ) -> None:
-    model = made("llama")
+    model = built_model("llama")
     apply(model, asked, first)
     with Ledger(model=model) as ledger:
         backward(model)
@@ -176,7 +176,7 @@ def test_layers_are_counted_over_the_whole_model(
 
 
 def test_a_model_that_evaluates_recomputes_nothing() -> None:
-    model = made("gpt2").eval()
+    model = built_model("gpt2").eval()
     apply(model, Checkpointing("full"))
     with Ledger(model=model) as ledger:
         backward(model)
@@ -185,7 +185,7 @@ def test_a_model_that_evaluates_recomputes_nothing() -> None:
 
 def test_a_model_whose_layers_cannot_be_recomputed_is_refused() -> None:
     with pytest.raises(Refusal, match=r"checkpointing=full: the layers of openai-gpt cannot be recomputed"):
-        apply(made("openai-gpt", "eager"), Checkpointing("full"))
+        apply(built_model("openai-gpt", "eager"), Checkpointing("full"))
 
 
 # What is held
@@ -195,12 +195,12 @@ def kept(mode: Any, layers: int, shape: tuple[int, int, int, int]) -> int:
     """Bytes kept for backward by a GPT of so many `layers` and of `shape` (b, s, h, a), in eager attention and bf16."""
     batch, sequence, hidden, heads = shape
     gpt: dict[str, Any] = {"n_embd": hidden, "n_layer": layers, "n_head": heads, "n_positions": sequence}
-    model = made("gpt2", "eager", **gpt, activation_function="gelu")
+    model = built_model("gpt2", "eager", **gpt, activation_function="gelu")
     apply(model, Checkpointing(mode))
     with Ledger(model=model) as ledger:
         backward(model, batch, sequence)
     assert ledger.forwards is not None
-    (stash,) = ledger.forwards.stashes
+    (stash,) = ledger.forwards.saved_bytes
     return stash
 
 
@@ -228,7 +228,7 @@ def test_a_layer_of_a_gpt_keeps_what_the_published_formulas_say(shape: tuple[int
 
 
 def peaks(mode: Any, layers: int = 4) -> Ledger:
-    model = made("gpt2", "eager", n_layer=layers)
+    model = built_model("gpt2", "eager", n_layer=layers)
     with Ledger(model=model) as ledger:
         apply(model, Checkpointing(mode))
         backward(model, 4, 32)

@@ -52,7 +52,7 @@ def config_of(kind: str, **more: Any) -> PretrainedConfig:
     return AutoConfig.for_model(kind, **{**SHAPES[kind], **more})
 
 
-def made(kind: str, seed: int = 0, **more: Any) -> PreTrainedModel:
+def built_model(kind: str, seed: int = 0, **more: Any) -> PreTrainedModel:
     return loader.build(settings_of(kind, **more), config_of(kind, **more), torch.float32, CPU, seed)
 
 
@@ -62,7 +62,7 @@ def tensors(built: torch.nn.Module) -> dict[str, Tensor]:
 
 def save(kind: str, directory: Path, **more: Any) -> PreTrainedModel:
     """A checkpoint no part of which is what a seed would give."""
-    built = made(kind, seed=5, **more)
+    built = built_model(kind, seed=5, **more)
     with torch.no_grad():
         for name in built.state_dict():
             tensor = tensors(built)[name]
@@ -100,9 +100,9 @@ def change(directory: Path, by: Callable[[dict[str, Tensor]], None]) -> None:
 @pytest.mark.parametrize("kind", SHAPES)
 def test_a_seed_alone_decides_whatever_was_drawn_before(kind: str) -> None:
     torch.manual_seed(1)
-    first = tensors(made(kind))
+    first = tensors(built_model(kind))
     torch.rand(3)
-    again, other = tensors(made(kind)), tensors(made(kind, seed=1))
+    again, other = tensors(built_model(kind)), tensors(built_model(kind, seed=1))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert any(not torch.equal(first[name], other[name]) for name in first)
 
@@ -110,7 +110,7 @@ def test_a_seed_alone_decides_whatever_was_drawn_before(kind: str) -> None:
 @pytest.mark.parametrize("kind", SHAPES)
 def test_weights_are_spread_as_transformers_spreads_them(kind: str) -> None:
     torch.manual_seed(0)
-    mine, theirs = tensors(made(kind)), tensors(AutoModelForCausalLM.from_config(config_of(kind)))
+    mine, theirs = tensors(built_model(kind)), tensors(AutoModelForCausalLM.from_config(config_of(kind)))
     for name, tensor in theirs.items():
         if bool((tensor == tensor.flatten()[0]).all()):
             assert torch.equal(mine[name], tensor), name
@@ -130,11 +130,11 @@ def test_all_that_a_model_has_gets_a_value(monkeypatch: pytest.MonkeyPatch) -> N
         tensor = plain(*shape, **kind)
         return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
 
-    expected = {kind: made(kind) for kind in SHAPES}
+    expected = {kind: built_model(kind) for kind in SHAPES}
     monkeypatch.setattr(torch, "empty_strided", poisoned)
     for kind, whole in expected.items():
         before = poisonings
-        again = tensors(made(kind))
+        again = tensors(built_model(kind))
         assert poisonings - before >= len(again)
         for name, tensor in again.items():
             assert torch.equal(tensor, tensors(whole)[name]), (kind, name)
@@ -145,7 +145,7 @@ APERTUS = Model(name="apertus", config={"model_type": "apertus", **WIDER}, atten
 
 def test_a_model_that_transformers_gives_no_first_values_is_refused() -> None:
     config = loader.model_config(APERTUS)
-    told = r"model=apertus: transformers has no first value for its .*act_fn\.alpha_n"
+    told = r"model=apertus: transformers does not initialise its .*act_fn\.alpha_n"
     with pytest.raises(Refusal, match=told):
         loader.build(APERTUS, config, torch.float32, CPU, 0)
     with pytest.raises(Refusal, match=told):

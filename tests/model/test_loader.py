@@ -35,7 +35,7 @@ def settings(**more: object) -> Model:
     return Model(name="test", config={**SHAPE, **more})
 
 
-def made(given: Model, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.nn.Module:
+def built_model(given: Model, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.nn.Module:
     decided = replace(given, attention="sdpa")
     built: torch.nn.Module = loader.build(decided, loader.model_config(given), dtype, CPU, seed)
     return built
@@ -43,13 +43,13 @@ def made(given: Model, dtype: torch.dtype = torch.float32, seed: int = 0) -> tor
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def exported(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[torch.nn.Module, Path]:
-    built = made(settings(), request.param)
+    built = built_model(settings(), request.param)
     loader.export(built, None, ByT5Tokenizer(), {}, tmp_path / "checkpoint")
     return built, tmp_path / "checkpoint"
 
 
 def test_the_seed_alone_decides_the_weights() -> None:
-    first, again, other = made(settings()), made(settings()), made(settings(), seed=1)
+    first, again, other = built_model(settings()), built_model(settings()), built_model(settings(), seed=1)
     pairs = zip(first.parameters(), again.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
     assert not torch.equal(first.get_input_embeddings().weight, other.get_input_embeddings().weight)  # type: ignore[operator]
@@ -58,7 +58,7 @@ def test_the_seed_alone_decides_the_weights() -> None:
 def test_an_export_comes_back_bit_for_bit_with_its_tokenizer(exported: tuple[torch.nn.Module, Path]) -> None:
     built, directory = exported
     dtype = next(built.parameters()).dtype
-    loaded = made(Model(name="test", path=str(directory)), dtype)
+    loaded = built_model(Model(name="test", path=str(directory)), dtype)
     for (name, a), (other, b) in zip(built.named_parameters(), loaded.named_parameters(), strict=True):
         assert name == other
         assert torch.equal(a, b), name
@@ -72,7 +72,7 @@ def test_what_ended_the_texts_that_were_trained_on_ends_what_the_export_generate
 ) -> None:
     shape = settings(eos_token_id=asked)
     fields = fields_of(shape, loader.model_config(shape))
-    loader.export(made(shape), None, of_bytes(), fields, tmp_path / "checkpoint")
+    loader.export(built_model(shape), None, of_bytes(), fields, tmp_path / "checkpoint")
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint")
     assert exported.generation_config.eos_token_id == expected
 
@@ -81,7 +81,7 @@ def test_every_loaded_parameter_has_memory_of_its_own_and_of_its_size(
     exported: tuple[torch.nn.Module, Path],
 ) -> None:
     built, directory = exported
-    loaded = made(Model(name="test", path=str(directory)), next(built.parameters()).dtype)
+    loaded = built_model(Model(name="test", path=str(directory)), next(built.parameters()).dtype)
     file = directory / "model.safetensors"
     with file.open("r+b") as mapped:  # what is still a view of the file changes with it
         mapped.write(bytes(file.stat().st_size))
@@ -93,15 +93,15 @@ def test_every_loaded_parameter_has_memory_of_its_own_and_of_its_size(
 
 def test_loaded_buffers_have_their_values(exported: tuple[torch.nn.Module, Path]) -> None:
     built, directory = exported
-    loaded = made(Model(name="test", path=str(directory)), next(built.parameters()).dtype)
+    loaded = built_model(Model(name="test", path=str(directory)), next(built.parameters()).dtype)
     for (name, a), (_, b) in zip(built.named_buffers(), loaded.named_buffers(), strict=True):
         assert torch.equal(a, b), name
 
 
 def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:
-    built = made(settings(tie_word_embeddings=True))
+    built = built_model(settings(tie_word_embeddings=True))
     loader.export(built, dict(built.named_parameters()), ByT5Tokenizer(), {}, tmp_path / "tied")
-    loaded = made(Model(name="test", path=str(tmp_path / "tied")))
+    loaded = built_model(Model(name="test", path=str(tmp_path / "tied")))
     assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight  # type: ignore[operator]
     assert loader.count(loaded) == loader.count(built)
 
@@ -114,10 +114,10 @@ def test_every_architecture_comes_back_from_its_state_with_the_same_logits(
     shape = (
         settings().config if kind != "gpt2" else {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 384}
     )
-    built = made(Model(name="test", config={**shape, "model_type": kind, "tie_word_embeddings": tied}))
+    built = built_model(Model(name="test", config={**shape, "model_type": kind, "tie_word_embeddings": tied}))
     state = {name: parameter.detach().clone() for name, parameter in built.named_parameters()}
     loader.export(built, state, ByT5Tokenizer(), {}, tmp_path / "checkpoint")
-    loaded = made(Model(name="test", path=str(tmp_path / "checkpoint")), seed=1)
+    loaded = built_model(Model(name="test", path=str(tmp_path / "checkpoint")), seed=1)
     tokens = torch.tensor([[5, 6, 7]])
     assert torch.equal(loaded(tokens).logits, built.eval()(tokens).logits)
     assert loader.count(loaded) == loader.count(built)
@@ -126,7 +126,7 @@ def test_every_architecture_comes_back_from_its_state_with_the_same_logits(
 def test_a_checkpoint_in_shards_is_the_same_checkpoint(exported: tuple[torch.nn.Module, Path]) -> None:
     built, directory = exported
     reshard(directory)
-    loaded = made(Model(name="test", path=str(directory)), next(built.parameters()).dtype)
+    loaded = built_model(Model(name="test", path=str(directory)), next(built.parameters()).dtype)
     for (name, a), (_, b) in zip(built.named_parameters(), loaded.named_parameters(), strict=True):
         assert torch.equal(a, b), name
 
@@ -141,7 +141,7 @@ def test_a_name_on_the_hub_is_loaded_from_its_safetensors(
     shutil.copytree(directory, home / "snapshots" / ("0" * 40))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     given = Model(name="test", path="owner/name")
-    loaded = made(given, next(built.parameters()).dtype)
+    loaded = built_model(given, next(built.parameters()).dtype)
     assert torch.equal(next(loaded.parameters()), next(built.parameters()))
     assert (
         tokenizer_of(given, loader.model_config(given))("abc").input_ids == ByT5Tokenizer()("abc").input_ids
@@ -158,14 +158,14 @@ def test_a_name_that_the_hub_does_not_give_is_one_sentence() -> None:
 
 def test_random_takes_only_the_config(exported: tuple[torch.nn.Module, Path]) -> None:
     built, directory = exported
-    other = made(Model(name="test", path=str(directory), random=True), seed=5)
+    other = built_model(Model(name="test", path=str(directory), random=True), seed=5)
     assert loader.count(other) == loader.count(built)
     assert not torch.equal(next(other.parameters()).float(), next(built.parameters()).float())
 
 
 def test_a_failed_export_leaves_nothing_at_its_place(tmp_path: Path) -> None:
     with pytest.raises(AttributeError):
-        loader.export(made(settings()), None, None, {}, tmp_path / "checkpoint")
+        loader.export(built_model(settings()), None, None, {}, tmp_path / "checkpoint")
     assert not (tmp_path / "checkpoint").exists()
 
 
@@ -174,7 +174,7 @@ def test_sizes_are_counted_without_making_anything() -> None:
     config = loader.model_config(given)
     outline = init_weights.outline(config, torch.bfloat16)
     buffers = sum(buffer.nbytes for buffer in outline.buffers())
-    assert tensor_parallel.nbytes(outline) == 2 * loader.count(made(given)) + buffers
+    assert tensor_parallel.nbytes(outline) == 2 * loader.count(built_model(given)) + buffers
 
 
 def test_a_model_larger_than_the_memory_is_refused() -> None:
@@ -182,7 +182,7 @@ def test_a_model_larger_than_the_memory_is_refused() -> None:
     with pytest.raises(
         Refusal, match=r"model=test: its parameters are [\d.,]+ GiB in bfloat16, and .* are free"
     ):
-        made(given, torch.bfloat16)
+        built_model(given, torch.bfloat16)
 
 
 def damage_truncate(directory: Path) -> None:
@@ -236,14 +236,14 @@ def damage_index(directory: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
-        (damage_truncate, "model.safetensors in it is torn"),
+        (damage_truncate, "model.safetensors in it is corrupt"),
         (damage_drop, "3 missing, model.layers.1.mlp.down_proj.weight first"),
         (damage_add, "1 unexpected, model.extra first"),
         (damage_shape, r"of another shape, model.*mlp.down_proj.weight \(\[32, 64\], not \[32, 96\]\) first"),
         (damage_remove, "model.safetensors is missing"),
         (damage_pickle, "pickled.*convert them"),
         (damage_shard, "model-00002-of-0000.*safetensors is missing"),
-        (damage_index, "model.safetensors.index.json in it is torn"),
+        (damage_index, "model.safetensors.index.json in it is corrupt"),
     ],
 )
 def test_a_damaged_checkpoint_is_refused_in_one_line_and_never_random(
@@ -253,23 +253,23 @@ def test_a_damaged_checkpoint_is_refused_in_one_line_and_never_random(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    loader.export(made(settings()), None, ByT5Tokenizer(), {}, tmp_path / "checkpoint")
+    loader.export(built_model(settings()), None, ByT5Tokenizer(), {}, tmp_path / "checkpoint")
     damage(tmp_path / "checkpoint")
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     caplog.clear()
     with pytest.raises(Refusal, match=f"model.path=.*{says}") as refusal:
-        made(Model(name="test", path=str(tmp_path / "checkpoint")))
+        built_model(Model(name="test", path=str(tmp_path / "checkpoint")))
     assert "\n" not in str(refusal.value)
     assert not caplog.records
 
 
 def test_a_model_that_generates_nothing_is_refused() -> None:
-    with pytest.raises(Refusal, match="vit is no causal language model"):
+    with pytest.raises(Refusal, match="vit is not a causal language model"):
         loader.model_config(Model(name="test", config={"model_type": "vit"}))
 
 
 def test_a_model_that_reads_ahead_is_refused() -> None:
-    with pytest.raises(Refusal, match=r"model.config.model_type=bert: .*no causal language model"):
+    with pytest.raises(Refusal, match=r"model.config.model_type=bert: .*not a causal language model"):
         loader.model_config(Model(name="test", config={"model_type": "bert"}))
 
 

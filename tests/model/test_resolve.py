@@ -42,12 +42,12 @@ KINDS: dict[str, dict[str, Any]] = {
 WITHOUT_SDPA = set(KINDS) - {"llama", "gpt2", "qwen3_moe"}
 
 
-def asked(*words: str) -> Settings:
+def settings_with(*words: str) -> Settings:
     return load(compose.compose(["hardware=cpu", "world=rehearsed", "world.size=1", *words]))
 
 
 def of(directory: Path, *words: str) -> Settings:
-    return asked("precision=fp32", f"model.path={directory}", "model.random=true", *words)
+    return settings_with("precision=fp32", f"model.path={directory}", "model.random=true", *words)
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_a_config_that_asks_for_its_attention_gets_it_and_a_word_wins_over_it(de
     settings, reasons = plan.settings, plan.reasons
     assert (settings.model.attention, reasons) == (
         "eager",
-        {"model.attention": "eager: the model's config asks for it"},
+        {"model.attention": "eager: the model's config requests it"},
     )
     plan = resolve(of(directory, "model.attention=sdpa"))
     settings, reasons = plan.settings, plan.reasons
@@ -99,7 +99,7 @@ def test_a_config_that_asks_for_what_is_not_run_is_refused_unless_a_word_says_an
     with pytest.raises(Refusal) as refused:
         resolve(of(directory))
     assert str(refused.value) == (
-        f"model.attention=auto: the model's config asks for {wanted}; say model.attention=sdpa or eager"
+        f"model.attention=auto: the model's config requests {wanted}; use model.attention=sdpa or eager"
     )
     assert resolve(of(directory, "model.attention=sdpa")).settings.model.attention == "sdpa"
 
@@ -153,17 +153,17 @@ DECIDE = "from harness.runtime.peak_rates import precision_of_cpu; print(*precis
 
 def test_a_rehearsal_for_a_gpu_is_in_bf16_and_a_word_wins() -> None:
     gpu = ("hardware=h100-sxm", "model.attention=sdpa")
-    plan = resolve(asked(*gpu))
+    plan = resolve(settings_with(*gpu))
     settings, reasons = plan.settings, plan.reasons
     assert (settings.precision, settings.dtype) == ("bf16", "bfloat16")
     assert reasons == {"precision": "bf16: a GPU has units for it"}
-    plan = resolve(asked(*gpu, "precision=fp32"))
+    plan = resolve(settings_with(*gpu, "precision=fp32"))
     settings, reasons = plan.settings, plan.reasons
     assert (settings.precision, settings.dtype, reasons) == ("fp32", "float32", {})
 
 
 def test_a_cpu_decides_the_same_each_time() -> None:
-    chosen = {resolve(asked("model.attention=sdpa")).settings.precision for _ in range(5)}
+    chosen = {resolve(settings_with("model.attention=sdpa")).settings.precision for _ in range(5)}
     assert len(chosen) == 1
     assert chosen <= {"bf16", "fp32"}
 
@@ -186,7 +186,7 @@ def test_a_run_that_is_resumed_keeps_its_precision(tmp_path: Path) -> None:
         directory.mkdir(parents=True)
         (directory / "manifest.json").write_text(json.dumps({"identity": {"precision": precision}}))
     (tmp_path / "state/step-00000003").mkdir()
-    (tmp_path / "state/step-00000003/manifest.json").write_text("{")  # torn
+    (tmp_path / "state/step-00000003/manifest.json").write_text("{")  # corrupt
     words = ["mode=train", "hardware=cpu", f"train.resume={tmp_path}", "model.attention=sdpa"]
     plan = resolve(load(compose.compose(words)), "cpu")
     settings, reasons = plan.settings, plan.reasons

@@ -54,11 +54,11 @@ WHOLE, SOME = "should be a whole number, 0 or more", "should be a whole number, 
         (f"{MOE} +model.config.num_experts=4 +model.config.num_experts_per_tok=8", "there are num_experts=4"),
         (
             f"{MOE} +model.config.moe_intermediate_size=0",
-            "it is why nothing would be in model.layers.0.mlp.experts",
+            "with it model.layers.0.mlp.experts",
         ),
         (
             "model=gpt2 +model.config.n_inner=0",
-            "it is why nothing would be in transformer.h.0.mlp.c_fc.weight",
+            "with it transformer.h.0.mlp.c_fc.weight would have no elements",
         ),
         ("+model.config.head_dim=7", "rotary positions turn pairs, and a head has 7"),
         ("model.config.hidden_size=12", "rotary positions turn pairs, and a head has 3"),
@@ -91,7 +91,10 @@ WHOLE, SOME = "should be a whole number, 0 or more", "should be a whole number, 
         ("+model.config.temperature=0.5", "llama has no such key; use generation.temperature="),
         ("model.config.model_type=null", 'there is no model_type; say which it is, as "llama"'),
         ("model.config.model_type=lama", "this transformers has no model_type lama; did you mean llama?"),
-        ("model.config.model_type=t5", "t5 is no causal language model in transformers; give one, as llama"),
+        (
+            "model.config.model_type=t5",
+            "t5 is not a causal language model in transformers; give one, as llama",
+        ),
     ],
 )
 def test_what_makes_no_model_is_refused_by_its_key(words: str, expected: str) -> None:
@@ -154,9 +157,9 @@ def test_no_type_of_causal_model_has_a_config_that_is_refused() -> None:
         ),
         (
             {"architectures": ["LlamaForSequenceClassification"]},
-            ": its weights are a LlamaForSequenceClassification's, which has no words to choose from; give a causal",
+            ": its weights are a LlamaForSequenceClassification's, which predicts no tokens; give a causal",
         ),
-        ({"model_type": "vit"}, ": vit is no causal language model in transformers; give one"),
+        ({"model_type": "vit"}, ": vit is not a causal language model in transformers; give one"),
         ({"hidden_size": -4}, "/config.json: hidden_size=-4: should be a whole number, 1 or more"),
     ],
 )

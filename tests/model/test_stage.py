@@ -135,7 +135,7 @@ def test_layers_of_one_kind_are_known_as_such() -> None:
 def test_a_model_without_a_list_of_layers_is_no_model_to_cut() -> None:
     whole = init_weights.outline(config_of("llama"), torch.float32)
     whole.config.num_hidden_layers = 5
-    with pytest.raises(Uncuttable, match="no one list of its 5 layers"):
+    with pytest.raises(Uncuttable, match="its 5 layers are not in one list"):
         stage.layers_of(whole)
 
 

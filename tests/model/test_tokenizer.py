@@ -22,7 +22,7 @@ from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 from harness.config.settings import Model, Refusal
 from harness.data.prompts import encode, text_of
 from harness.model.loader import model_config
-from harness.model.tokenizer import SAMPLE, of_bytes, opened, opens_otherwise, tokenizer_of
+from harness.model.tokenizer import SAMPLE, load_tokenizer, of_bytes, opens_otherwise, tokenizer_of
 
 TEXTS = ("abc", "Hello  world\n\tif x:\n    y = 1234567", "źółw 🐢", "  lead", "a\u2028b\x00c\r\n", SAMPLE)
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 384}
@@ -83,7 +83,7 @@ def test_bytes_come_back_beside_every_type_of_causal_model(
 ) -> None:
     expected = [ByT5Tokenizer()(text).input_ids for text in TEXTS]
     for kind in kinds():
-        found = opened(beside(kind, tmp_path / kind, saved))
+        found = load_tokenizer(beside(kind, tmp_path / kind, saved))
         assert [found(text).input_ids for text in TEXTS] == expected, kind
 
 
@@ -110,7 +110,7 @@ def test_a_tokenizer_of_a_library_survives_exports_beside_other_models(name: str
     first = OF_A_LIBRARY[name]()
     found: PreTrainedTokenizerBase = first
     for kind in ("llama", "qwen2", "mistral", "qwen3_5_text"):  # each opens what the one before has saved
-        found = opened(beside(kind, tmp_path / kind, found))
+        found = load_tokenizer(beside(kind, tmp_path / kind, found))
         for text in (*TEXTS, "the <|mine|> cat"):
             assert encode(found, text) == encode(first, text), kind
         for trait in ("padding_side", "chat_template", "bos_token_id", "eos_token_id", "pad_token_id"):
@@ -137,7 +137,7 @@ def test_a_class_that_a_hub_s_file_names_wrongly_is_left_to_transformers(tmp_pat
     del config["backend"]  # as files from before transformers 5 are
     config["tokenizer_class"] = "LlamaTokenizerFast"
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
-    assert opened(directory)(SAMPLE).input_ids == made(SAMPLE).input_ids
+    assert load_tokenizer(directory)(SAMPLE).input_ids == made(SAMPLE).input_ids
 
 
 def emptied(directory: Path) -> None:
@@ -149,7 +149,7 @@ def emptied(directory: Path) -> None:
     )
 
 
-def torn(directory: Path) -> None:
+def without_model(directory: Path) -> None:
     of_bytes().save_pretrained(directory)
     (directory / "tokenizer.json").write_text('{"version": "1.0"}')
 
@@ -172,14 +172,20 @@ def marked(directory: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
-        (emptied, r"its Qwen2Tokenizer makes no tokens of a text; are its files whole\? Give another with "),
-        (torn, r"it cannot be loaded: its tokenizer\.json has no model, as tokenizers writes it; save "),
+        (
+            emptied,
+            r"its Qwen2Tokenizer gives no tokens for a text; are its files complete\? Give another with ",
+        ),
+        (
+            without_model,
+            r"it cannot be loaded: its tokenizer\.json has no model, as tokenizers writes it; save ",
+        ),
         (
             cut,
-            r"it cannot be loaded: its tokenizer\.json is no JSON \(Unterminated .*\); save the tokenizer again",
+            r"it cannot be loaded: its tokenizer\.json is not JSON \(Unterminated .*\); save the tokenizer again",
         ),
-        (listed, r"it cannot be loaded: its tokenizer_config\.json holds no JSON object; save "),
-        (marked, r"it cannot be loaded: its tokenizer_config\.json is no JSON \(.*BOM"),
+        (listed, r"it cannot be loaded: its tokenizer_config\.json is not a JSON object; save "),
+        (marked, r"it cannot be loaded: its tokenizer_config\.json is not JSON \(.*BOM"),
     ],
 )
 def test_a_damaged_tokenizer_is_refused_in_one_line(damage: object, says: str, tmp_path: Path) -> None:
@@ -209,8 +215,12 @@ def test_a_tokenizer_that_is_not_there_is_refused(tmp_path: Path) -> None:
 
 def test_a_tokenizer_with_more_tokens_than_the_model_knows_is_refused(tmp_path: Path) -> None:
     less = Model(name="test", config={**TINY.config, "vocab_size": 300})
-    with pytest.raises(Refusal, match=r"model=test: the tokenizer has 384 tokens, and the model knows 300"):
+    with pytest.raises(
+        Refusal, match=r"model=test: the tokenizer has 384 tokens, and the model's vocabulary has 300"
+    ):
         opened_for(less)
     ByT5Tokenizer(extra_ids=200).save_pretrained(tmp_path)
-    with pytest.raises(Refusal, match=r"data.tokenizer=.* has 459 tokens, and the model knows 384"):
+    with pytest.raises(
+        Refusal, match=r"data.tokenizer=.* has 459 tokens, and the model's vocabulary has 384"
+    ):
         opened_for(TINY, str(tmp_path))

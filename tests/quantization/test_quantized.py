@@ -121,7 +121,7 @@ ENDS = 2 * (2 * 128256 * 4096 + 65 * 4096)
 """Bytes of both tables and all norms in bf16."""
 
 
-def held(shape: dict[str, Any], given: dict[str, Any]) -> int:
+def packed_bytes(shape: dict[str, Any], given: dict[str, Any]) -> int:
     """Bytes of the packed model of `shape`, but for the frequencies of its positions."""
     made = outlined({**shape, "quantization_config": given})
     frequencies = sum(buffer.nbytes for name, buffer in made.named_buffers() if "inv_freq" in name)
@@ -131,7 +131,11 @@ def held(shape: dict[str, Any], given: dict[str, Any]) -> int:
 def test_an_8b_in_awq_is_half_a_byte_a_weight_and_ends_that_are_whole() -> None:
     groups = LLAMA_LAYER // 128  # a scale in fp16 and a zero in half a byte
     expected = ENDS + 32 * (LLAMA_LAYER // 2 + groups * 2 + groups // 2)
-    assert held(LLAMA_8B, {"quant_method": "awq", "bits": 4, "group_size": 128}) == expected == 5_727_854_592
+    assert (
+        packed_bytes(LLAMA_8B, {"quant_method": "awq", "bits": 4, "group_size": 128})
+        == expected
+        == 5_727_854_592
+    )
 
 
 def test_an_8b_in_nf4_with_double_quantization_has_a_byte_for_64_weights_and_tables_for_each_layer() -> None:
@@ -139,14 +143,14 @@ def test_an_8b_in_nf4_with_double_quantization_has_a_byte_for_64_weights_and_tab
     tables = 7 * (16 * 4 + 256 * 4 + 4)
     expected = ENDS + 32 * (LLAMA_LAYER // 2 + blocks + blocks // 256 * 4 + tables)
     given = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-    assert held(LLAMA_8B, given) == expected
+    assert packed_bytes(LLAMA_8B, given) == expected
 
 
 def test_an_8b_in_fp8_is_a_byte_a_weight_and_a_scale_for_128_by_128() -> None:
     expected = ENDS + 32 * (LLAMA_LAYER + LLAMA_LAYER // 128**2 * 4)
     given = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
-    assert held(LLAMA_8B, given) == expected
-    static = held(LLAMA_8B, {**given, "activation_scheme": "static"})
+    assert packed_bytes(LLAMA_8B, given) == expected
+    static = packed_bytes(LLAMA_8B, {**given, "activation_scheme": "static"})
     assert static == expected + 32 * 7 * 4  # and one for what each layer is given
 
 
@@ -165,7 +169,7 @@ def test_gpt_oss_20b_is_as_large_as_its_file_but_for_biases_that_are_loaded_in_f
         "tie_word_embeddings": False,
     }
     biases = 24 * 32 * (5760 + 2880)
-    assert held(shape, MXFP4) == 13_761_264_768 + 2 * biases
+    assert packed_bytes(shape, MXFP4) == 13_761_264_768 + 2 * biases
 
 
 def test_qwen_7b_in_gptq_has_an_index_for_each_input_and_biases_in_fp16() -> None:
@@ -184,7 +188,10 @@ def test_qwen_7b_in_gptq_has_an_index_for_each_input_and_biases_in_fp16() -> Non
     groups = layer // 128
     expected = 2 * (2 * 152064 * 3584 + 57 * 3584)
     expected += 28 * (layer // 2 + groups * 2 + groups // 2 + inputs * 4 + biases * 2)
-    assert held(shape, {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False}) == expected
+    assert (
+        packed_bytes(shape, {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False})
+        == expected
+    )
 
 
 def test_experts_in_fp8_are_packed_and_what_routes_to_them_is_not() -> None:
@@ -371,15 +378,16 @@ ASKED = f"{KEY}={{quant_method:awq}}"
         ((f"{KEY}={{bits:4}}",), f"{KEY}.quant_method=null: should name a method, as one of awq, gptq"),
         (
             (f"{KEY}.quant_method=hqq", *REHEARSED),
-            f"{KEY}.quant_method=hqq: its layout is not known here, so neither is its size; {KEY}=null has them whole",
+            f"{KEY}.quant_method=hqq: its layout is not known here, so neither is its size; "
+            f"{KEY}=null leaves them unpacked",
         ),
         (
             (ASKED,),
-            f"{KEY}.quant_method=awq: random weights are not packed; rehearse it, or {KEY}=null has them whole",
+            f"{KEY}.quant_method=awq: random weights are not packed; rehearse it, or {KEY}=null leaves them unpacked",
         ),
         (
             (ASKED, "mode=train"),
-            f"{KEY}.quant_method=awq: packed weights take no gradients; {KEY}=null has them whole",
+            f"{KEY}.quant_method=awq: packed weights take no gradients; {KEY}=null leaves them unpacked",
         ),
         ((ASKED, "mode=train", *REHEARSED), f"{KEY}.quant_method=awq: packed weights take no gradients"),
         (
@@ -396,7 +404,7 @@ ASKED = f"{KEY}={{quant_method:awq}}"
         ),
         (
             (f"{KEY}={{quant_method:awq,dequantize:true}}", *REHEARSED),
-            f"{KEY}.dequantize=true: transformers makes no awq weights whole as it reads them; leave it out",
+            f"{KEY}.dequantize=true: transformers does not unpack awq weights as it reads them; leave it out",
         ),
     ],
     ids=str,
@@ -434,7 +442,7 @@ def test_the_command_line_says_over_the_checkpoint_how_weights_are_packed(
     words = ["mode=infer", f"model.path={directory}", "hardware=rtx4090", "world=rehearsed", "world.size=1"]
     changed = load(compose([*words, f"{KEY}.group_size=64"]))
     assert changed.model.config == {"quantization_config": {"group_size": 64}}
-    assert dict(taken(changed)[1].given) == {**AWQ, "group_size": 64}
+    assert dict(taken(changed)[1].quantization_config) == {**AWQ, "group_size": 64}
     asked = load(compose([*words, f"{KEY}=null"]))
     assert method.take(loader.model_config(asked.model), asked, "cuda") is None
     with pytest.raises(Refusal, match="brings a config of its own"):
@@ -877,7 +885,7 @@ def test_what_was_read_has_memory_of_its_own_and_what_was_one_stays_one() -> Non
     layer.weight.data = torch.zeros(100, dtype=torch.uint8)[10:18].view(8, 1)
     layer.alias = layer.weight.data
     before = layer.weight.data_ptr()
-    storages.own(layer)
+    storages.give_own_storage(layer)
     assert layer.weight.data_ptr() == layer.alias.data_ptr() != before
     assert layer.weight.untyped_storage().nbytes() == 8
 
@@ -901,12 +909,10 @@ def test_a_record_tells_of_packed_weights_and_when_they_are_whole(whole: str | N
     line = show(written).splitlines()
     assert line[0] == "infer m: 1,000 parameters, float16, awq 4 bits, 1 x cpu"
     took = ", 1.0 MiB" if whole == AT_FIRST else ""
-    expected = (
-        f"its weights (awq 4 bits{took}) are made whole {whole}: transformers computes with them so here"
-    )
+    expected = f"its weights (awq 4 bits{took}) are unpacked {whole}: transformers computes with them so here"
     assert (expected in line) == (whole is not None)
     found = [each.sentence for each in explain(parse(written, "it")) if each.kind == "packed"]
-    sentence = f"The checkpoint's weights are packed (awq 4 bits), and transformers makes them whole {whole}"
+    sentence = f"The checkpoint's weights are packed (awq 4 bits), and transformers unpacks them {whole}"
     assert [each.startswith(sentence) for each in found] == [True] * (whole is not None)
 
 

@@ -111,7 +111,7 @@ def test_a_record_is_never_overwritten(tmp_path: Path) -> None:
     model = small()
     path = harness.save(stepped(model), tmp_path, model=model)
     before = path.read_bytes()
-    with pytest.raises(ValueError, match="already holds a run's record; name another directory"):
+    with pytest.raises(ValueError, match="already contains a run's record; name another directory"):
         harness.save(stepped(model), tmp_path, model=model)
     assert path.read_bytes() == before
 

@@ -76,22 +76,22 @@ def test_none_is_left_where_none_is_asked_for(tmp_path: Path) -> None:
     assert trace.read(directory, 0) is None
 
 
-@pytest.mark.parametrize("content", [b"", b"PAR1 torn", b"[]"], ids=["empty", "torn", "other"])
+@pytest.mark.parametrize("content", [b"", b"PAR1 corrupt", b"[]"], ids=["empty", "corrupt", "other"])
 def test_what_is_no_trace_is_a_sentence(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / trace.DIRECTORY / "rank-0.parquet"
     file.parent.mkdir()
     file.write_bytes(content)
-    with pytest.raises(ValueError, match=r"rank-0\.parquet is no trace: "):
+    with pytest.raises(ValueError, match=r"rank-0\.parquet is not a trace: "):
         trace.read(tmp_path, 0)
 
 
 def test_a_table_with_other_columns_is_no_trace(tmp_path: Path) -> None:
     trace.write(tmp_path, 0, pa.table({"step": [1]}))
-    with pytest.raises(ValueError, match="is no trace"):
+    with pytest.raises(ValueError, match="is not a trace"):
         trace.read(tmp_path, 0)
 
 
-def made(bytes_: list[int], categories: list[str] | None = None) -> pa.Table:
+def table_of(bytes_: list[int], categories: list[str] | None = None) -> pa.Table:
     """A trace of one storage after another, each a new one."""
     count = len(bytes_)
     return pa.table(
@@ -115,7 +115,7 @@ def made(bytes_: list[int], categories: list[str] | None = None) -> pa.Table:
 def test_thinning_keeps_the_peak_and_both_ends(peak_at: int) -> None:
     deltas = [0] * 10_000
     deltas[peak_at], deltas[peak_at + 1] = 7, -6
-    found = points.drawn(points.of_table(made(deltas)))
+    found = points.drawn(points.of_table(table_of(deltas)))
     assert found["events"] == 10_000
     assert len(found["at"]) <= points.DRAWN + 3
     assert found["categories"]["activations"][found["peak"]] == 7
@@ -125,7 +125,9 @@ def test_thinning_keeps_the_peak_and_both_ends(peak_at: int) -> None:
 
 
 def test_a_point_names_its_largest_holders_and_no_empty_one() -> None:
-    found = points.drawn(points.of_table(made([10, 20, -10], ["activations", "workspace", "activations"])))
+    found = points.drawn(
+        points.of_table(table_of([10, 20, -10], ["activations", "workspace", "activations"]))
+    )
     last = found["holders"][-1]
     assert [found["names"][name] for name in last[::2]] == ["workspace: model: mm"]
     assert last[1::2] == [20]

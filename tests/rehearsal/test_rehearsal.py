@@ -27,7 +27,7 @@ from harness.rehearsal import UNVERIFIED, one_rank, shims, zero_shims
 from harness.rehearsal.fake_mode import Fakes
 from harness.rehearsal.known_values import UNKNOWN, Values
 from harness.rehearsal.one_rank import GPU_BLOCK, rehearse
-from harness.rehearsal.representatives import roles
+from harness.rehearsal.representatives import representatives_of
 from harness.rehearsal.shims import ONCE_A_RANK, shimmed
 from harness.training import engine, pipeline_engine
 
@@ -74,11 +74,11 @@ def test_every_rank_is_stood_for_or_bounded_by_one_that_peaks_no_lower(
 ) -> None:
     asked = plan(*words, size=size)
     books = [rehearse(asked, rank)[0].tree() for rank in range(size)]
-    named = [rank for each in roles(asked) for rank in (*each.stands_for, *each.bounds)]
+    named = [rank for each in representatives_of(asked) for rank in (*each.equivalent_ranks, *each.bounds)]
     assert sorted(named) == list(range(size))
-    for each in roles(asked):
-        assert each.rank in each.stands_for
-        for rank in each.stands_for:
+    for each in representatives_of(asked):
+        assert each.rank in each.equivalent_ranks
+        for rank in each.equivalent_ranks:
             assert {**books[rank], "rank": 0, "stands_for": []} == {
                 **books[each.rank],
                 "rank": 0,
@@ -91,8 +91,8 @@ def test_every_rank_is_stood_for_or_bounded_by_one_that_peaks_no_lower(
 @pytest.mark.parametrize("words", [("zero=0",), ("zero=3", *UNEVEN)], ids=",".join)
 def test_ranks_that_one_stands_for_hold_what_it_holds(words: tuple[str, ...]) -> None:
     asked = plan(*words, size=5)
-    (alone,) = roles(asked)
-    assert alone.stands_for == tuple(range(5))
+    (alone,) = representatives_of(asked)
+    assert alone.equivalent_ranks == tuple(range(5))
     first = rehearse(asked, 0)[0].tree()
     for rank in (1, 4):
         other = rehearse(asked, rank)[0].tree()
@@ -107,7 +107,7 @@ def test_ranks_that_one_stands_for_hold_what_it_holds(words: tuple[str, ...]) ->
 def test_rank_0_is_rehearsed_by_itself_where_it_alone_exports() -> None:
     for zero in (0, 1, 2, 3):
         asked = plan(f"zero={zero}", "train.export=true", size=4)
-        assert next(each for each in roles(asked) if each.rank == 0).stands_for == (0,)
+        assert next(each for each in representatives_of(asked) if each.rank == 0).equivalent_ranks == (0,)
     lead, other = (rehearse(plan("zero=3", "train.export=true"), rank)[0].tree() for rank in (0, 1))
     whole = [
         {phase["phase"]: phase["peak"] for phase in each["phases"]}["checkpoint"] for each in (lead, other)
@@ -117,9 +117,9 @@ def test_rank_0_is_rehearsed_by_itself_where_it_alone_exports() -> None:
 
 def test_ranks_that_share_layers_are_alike_but_for_what_cannot_be_cut_evenly() -> None:
     shared = ("mode=infer", "generation.tensor_parallel=2", "generation.max_new_tokens=2")
-    assert [each.stands_for for each in roles(plan(*shared, size=4))] == [(0, 1, 2, 3)]
+    assert [each.equivalent_ranks for each in representatives_of(plan(*shared, size=4))] == [(0, 1, 2, 3)]
     uneven = plan(*shared, *UNEVEN, size=4)
-    assert [each.stands_for for each in roles(uneven)] == [(0, 2), (1, 3)]
+    assert [each.equivalent_ranks for each in representatives_of(uneven)] == [(0, 2), (1, 3)]
     held = [rehearse(uneven, rank)[0].categories["parameters"].end or 0 for rank in range(4)]
     assert held[0] == held[2] == held[1] + 3 * 2 * 256 * 2  # of three matrices of two layers, a row in bf16
     assert held[1] == held[3]
@@ -142,7 +142,7 @@ def test_ranks_with_prompts_of_other_lengths_are_rehearsed_apart(tmp_path: Path)
     file = tmp_path / "prompts.txt"
     file.write_text("\n".join(["a", "a", "a longer one", "a"] * 2))
     asked = plan("mode=infer", f"generation.prompts={file}", "generation.max_new_tokens=2", size=4)
-    assert [each.stands_for for each in roles(asked)] == [(0, 1, 3), (2,)]
+    assert [each.equivalent_ranks for each in representatives_of(asked)] == [(0, 1, 3), (2,)]
     books = [rehearse(asked, rank)[0].categories for rank in range(4)]
     assert books[0] == books[1] == books[3] != books[2]
 
@@ -212,7 +212,7 @@ def test_parameters_are_placed_in_partitions_as_deepspeed_places_them(seed: int)
     theirs, ours = Partitions(sizes, paddings, count), Partitions(sizes, paddings, count)
     for part in range(count):
         place(theirs, 0, theirs.parameters, part)
-        zero_shims.placed(place)(ours, 0, ours.parameters, part)
+        zero_shims.initialize_gradient_partition(place)(ours, 0, ours.parameters, part)
     for name in (
         "param_to_partition_ids",
         "total_grads_in_partition",
@@ -223,7 +223,7 @@ def test_parameters_are_placed_in_partitions_as_deepspeed_places_them(seed: int)
         assert getattr(ours, name) == getattr(theirs, name), name
     assert theirs.param_to_partition_ids[0]
     for part in range(count):
-        assert zero_shims.first_index(first)(ours, 0, ours.parameters, part) == first(
+        assert zero_shims.get_first_param_index(first)(ours, 0, ours.parameters, part) == first(
             theirs, 0, theirs.parameters, part
         )
 
@@ -531,10 +531,13 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     ("words", "said"),
     [
         ((), "world.size=null: world=rehearsed needs world.size=, the ranks to rehearse"),
-        (("world.size=4", "ledger=off"), "ledger=off: a rehearsal is what its ledger sees; use ledger=exact"),
+        (
+            ("world.size=4", "ledger=off"),
+            "ledger=off: a rehearsal measures with the exact ledger; use ledger=exact",
+        ),
         (
             ("world.size=4", "ledger=phases"),
-            "ledger=phases: a rehearsal is what its ledger sees; use ledger=exact",
+            "ledger=phases: a rehearsal measures with the exact ledger; use ledger=exact",
         ),
         (
             ("world.size=4", "train.resume=."),

@@ -58,7 +58,7 @@ def test_the_page_is_of_the_versions_that_the_tests_run_on() -> None:
     ],
 )
 def test_an_example_on_the_page_is_what_is_computed(number: int, example: audit.Computed) -> None:
-    assert audit.told(example(), number) in PAGE
+    assert audit.section_of(example(), number) in PAGE
 
 
 def test_the_page_has_every_example() -> None:

@@ -223,7 +223,7 @@ def test_a_torn_trace_is_a_sentence(
     (run / trace.DIRECTORY).mkdir()
     (run / trace.DIRECTORY / "rank-0.parquet").write_bytes(b"PAR1")
     assert main(["report", str(run), "-o", str(tmp_path / "report")]) == 2
-    assert "rank-0.parquet is no trace" in capsys.readouterr().err
+    assert "rank-0.parquet is not a trace" in capsys.readouterr().err
 
 
 def test_a_directory_that_cannot_be_written_is_a_sentence(

@@ -40,7 +40,7 @@ def test_the_one_rank_of_another_host_is_named_when_its_connection_closes(tmp_pa
     found = failure.of(LOST, WHERE, tmp_path, world((HERE, os.getpid()), ("node-b", 7)))
     assert found is not None
     assert (found.rank, found.where) == (1, None)
-    assert found.sentence().startswith("rank 1 failed: it was lost without a word")
+    assert found.sentence().startswith("rank 1 failed: it ended without an error message")
     assert "(node-b): RuntimeError: [pair.cc:547] Connection closed by peer" in found.error
 
 
@@ -49,9 +49,9 @@ def test_of_several_ranks_on_other_hosts_none_is_accused(tmp_path: Path) -> None
     found = failure.of(LOST, WHERE, tmp_path, world(*members))
     assert found is not None
     assert found.rank is None
-    assert found.sentence().startswith("a rank on another host failed: it was lost without a word")
+    assert found.sentence().startswith("a rank on another host failed: it ended without an error message")
     assert "(node-b, node-c)" in found.error
-    assert failure.claim(tmp_path, failure.Word(None, found.sentence(), 3))
+    assert failure.claim(tmp_path, failure.Report(None, found.sentence(), 3))
 
 
 def test_a_rank_of_this_host_that_is_gone_is_named_before_any_other_host_s(tmp_path: Path) -> None:
@@ -61,23 +61,23 @@ def test_a_rank_of_this_host_that_is_gone_is_named_before_any_other_host_s(tmp_p
 
 
 def test_a_rank_elsewhere_that_has_told_is_left_its_word(tmp_path: Path) -> None:
-    assert failure.claim(tmp_path, failure.Word(1, "rank 1 failed: out of luck", 3))
+    assert failure.claim(tmp_path, failure.Report(1, "rank 1 failed: out of luck", 3))
     assert failure.of(LOST, WHERE, tmp_path, world((HERE, os.getpid()), ("node-b", 7))) is None
 
 
 def test_the_first_word_about_the_end_is_everybody_s(tmp_path: Path) -> None:
-    assert failure.first_word(tmp_path) is None
-    first = failure.Word(1, "rank 1: model.path=mine: torn", 2)
+    assert failure.first_report(tmp_path) is None
+    first = failure.Report(1, "rank 1: model.path=mine: corrupt", 2)
     assert failure.claim(tmp_path, first)
-    assert not failure.claim(tmp_path, failure.Word(0, "rank 0 failed", 3))
-    assert failure.first_word(tmp_path) == first
+    assert not failure.claim(tmp_path, failure.Report(0, "rank 0 failed", 3))
+    assert failure.first_report(tmp_path) == first
 
 
 def test_where_nothing_is_left_of_a_run_nobody_has_a_word(tmp_path: Path) -> None:
-    assert not failure.claim(tmp_path / "removed", failure.Word(0, "rank 0 failed", 3))
-    assert failure.first_word(tmp_path / "removed") is None
+    assert not failure.claim(tmp_path / "removed", failure.Report(0, "rank 0 failed", 3))
+    assert failure.first_report(tmp_path / "removed") is None
     (tmp_path / failure.CLAIM).write_text('{"rank": 0, "sente')  # and is never finished
-    assert failure.first_word(tmp_path) is None
+    assert failure.first_report(tmp_path) is None
 
 
 def test_other_ranks_of_this_host_are_ended_and_those_elsewhere_are_not_known_to_be() -> None:

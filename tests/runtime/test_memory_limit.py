@@ -35,7 +35,7 @@ def test_a_tensor_larger_than_the_machine_is_a_wrong_request(
     with pytest.raises(Refusal) as refused, allocations(settings(mode=mode, **given), CPU):
         torch.empty(LARGER, dtype=torch.uint8)
     assert refused.value.key == key
-    assert f"it asks for a tensor of {LARGER / 2**30:,.1f} GiB" in str(refused.value)
+    assert f"it needs a tensor of {LARGER / 2**30:,.1f} GiB" in str(refused.value)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("you tried to allocate 4096 bytes"), RuntimeError("other")])
@@ -79,5 +79,5 @@ def test_parameters_larger_than_what_is_free_are_refused_by_the_size_that_asks(
 def test_a_tensor_of_more_bytes_than_can_be_counted_is_refused_too() -> None:
     asking = settings(mode="infer", generation={"pages": 2**53 - 1})
     for size in ((2**53 - 1) * 2**20, (2**40, 2**40)):
-        with pytest.raises(Refusal, match="more bytes than there are numbers for"), allocations(asking, CPU):
+        with pytest.raises(Refusal, match="more bytes than 64 bits can count"), allocations(asking, CPU):
             torch.zeros(size)

@@ -94,7 +94,7 @@ def _pipeline(settings: Settings) -> None:
         return
     if settings.mode == "infer" and pipeline.groups is not None and pipeline.groups > batch:
         raise Refusal(
-            "pipeline.groups", pipeline.groups, f"each has a prompt or more, and generation.batch={batch}"
+            "pipeline.groups", pipeline.groups, f"each group needs a prompt, and generation.batch={batch}"
         )
     _, layers = read(shape_of(settings.model), "num_hidden_layers")
     if isinstance(layers, int):
@@ -122,7 +122,9 @@ def _rehearsal(settings: Settings) -> None:
     if settings.world.size is None:
         raise Refusal("world.size", None, "world=rehearsed needs world.size=, the ranks to rehearse")
     if settings.ledger.mode != "exact":
-        raise Refusal("ledger", settings.ledger.mode, "a rehearsal is what its ledger sees; use ledger=exact")
+        raise Refusal(
+            "ledger", settings.ledger.mode, "a rehearsal measures with the exact ledger; use ledger=exact"
+        )
     if settings.ledger.snapshot:
         raise Refusal("ledger.snapshot", True, "a rehearsal allocates nothing; leave it out")
     if settings.train.resume is not None:
@@ -185,7 +187,7 @@ def _train(settings: Settings) -> None:
             )
         return
     if train.sequence < 2:
-        raise Refusal("train.sequence", train.sequence, "a next token to predict takes 2 or more")
+        raise Refusal("train.sequence", train.sequence, "to predict a next token takes 2 or more")
     if train.warmup_steps >= train.steps and train.warmup_steps > 0:
         raise Refusal(
             "train.warmup_steps", train.warmup_steps, f"must be fewer than train.steps={train.steps}"

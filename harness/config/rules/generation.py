@@ -26,7 +26,7 @@ def generation(settings: Settings) -> None:
     check_device(generation, settings.hardware.device)
     _tensor_parallel(settings)
     if generation.compile and generation.cache != "static":
-        remedy = f"generation.cache={generation.cache} grows, and a program has one shape; add generation.cache=static"
+        remedy = f"generation.cache={generation.cache} grows, and a compiled step cannot; add generation.cache=static"
         raise Refusal("generation.compile", True, remedy)
     if generation.compile and settings.pipeline.stages > 1:
         remedy = "stages are not compiled; use pipeline.stages=1, or leave it out"
@@ -46,7 +46,7 @@ def _checkpoint(model: Model) -> tuple[Mapping[str, Any], Origin]:
 def check_device(generation: Generation, device: str) -> None:
     """Refuse a cache that this kind of `device` cannot have. For "auto" nothing is refused: it is not resolved yet."""
     if generation.cache == "offloaded" and device == "cpu":
-        remedy = "the host's memory is where it would go, and the model is there; use dynamic, or a GPU"
+        remedy = "it would move to the host's memory, where the model is already; use dynamic, or a GPU"
         raise Refusal("generation.cache", "offloaded", remedy)
 
 
@@ -54,7 +54,7 @@ def _batching(settings: Settings) -> None:
     generation, key = settings.generation, "generation.batching"
     if generation.batching == "static":
         if generation.cache == "paged":
-            remedy = "pages go from a request that ends to the next; add generation.batching=continuous"
+            remedy = "only continuous batching uses pages; add generation.batching=continuous"
             raise Refusal("generation.cache", "paged", remedy)
         for name, value, off in (
             ("page_size", generation.page_size, 16),
@@ -66,14 +66,14 @@ def _batching(settings: Settings) -> None:
                 raise Refusal(f"generation.{name}", value, remedy)
         return
     if generation.cache != "paged":
-        remedy = f"generation.cache={generation.cache} holds a batch that begins together; add generation.cache=paged"
+        remedy = f"generation.cache={generation.cache} is for requests that start together; add generation.cache=paged"
         raise Refusal(key, generation.batching, remedy)
     for name, count in (
         ("pipeline.stages", settings.pipeline.stages),
         ("generation.tensor_parallel", generation.tensor_parallel),
     ):
         if count > 1:
-            remedy = f"requests enter and leave on one rank at a time; use 1, or {STATIC}"
+            remedy = f"continuous batching works on whole models; use 1, or {STATIC}"
             raise Refusal(name, count, remedy)
     if generation.batch_tokens is not None and generation.batch_tokens < generation.batch:
         remedy = f"a forward has a token of each of generation.batch={generation.batch} requests; use as many or more"
@@ -83,7 +83,7 @@ def _batching(settings: Settings) -> None:
 def _tensor_parallel(settings: Settings) -> None:
     ranks = settings.generation.tensor_parallel
     if ranks > 1 and settings.generation.compile:
-        remedy = "ranks that share a layer take it as it is; use generation.compile=false, or 1"
+        remedy = "layers that ranks share are not compiled; use generation.compile=false, or 1"
         raise Refusal("generation.tensor_parallel", ranks, remedy)
 
 
@@ -97,10 +97,10 @@ def _origins(generation: Generation) -> None:
         if name in sources:
             files(f"generation.{name}", str(sources[name]))
     if generation.lengths != "fixed" and sources:
-        remedy = f"prompts that are sampled have such lengths; leave out generation.{next(iter(sources))}="
+        remedy = f"it is for prompts sampled from the data; leave out generation.{next(iter(sources))}="
         raise Refusal("generation.lengths", generation.lengths, remedy)
 
 
-def given(generation: Generation) -> bool:
+def has_prompts(generation: Generation) -> bool:
     """Whether the user sets prompts, or a workload with their lengths."""
     return bool(generation.prompts or generation.prompt or generation.workload)

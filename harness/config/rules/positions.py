@@ -7,7 +7,7 @@ that were written, and later on the config's `to_dict`, which has all keys.
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, TypeGuard
 
-from harness.config.rules.generation import given
+from harness.config.rules.generation import has_prompts
 from harness.config.rules.sources import text_of
 from harness.config.settings import NEW_TOKENS, Refusal, Settings
 
@@ -47,10 +47,10 @@ ALREADY = ("gemma3",)
 
 
 class Limit(NamedTuple):
-    """The most `tokens` of a sequence, and the config attributes that say so."""
+    """The most `tokens` of a sequence, and `source`, the config attributes that say so."""
 
     tokens: int
-    said: str
+    source: str
 
 
 def check(settings: Settings, config: Mapping[str, Any]) -> None:
@@ -58,11 +58,11 @@ def check(settings: Settings, config: Mapping[str, Any]) -> None:
     model_limit, train, generation = limit(config), settings.train, settings.generation
     if model_limit is None:
         return
-    allows = f"the model allows {model_limit.tokens} tokens ({model_limit.said})"
+    allows = f"the model allows {model_limit.tokens} tokens ({model_limit.source})"
     if settings.mode == "train" and train.sequence > model_limit.tokens:
         raise Refusal("train.sequence", train.sequence, allows)
     new = generation.max_new_tokens or (NEW_TOKENS if settings.model.path is None else 1)
-    tokens = new + (1 if given(generation) else generation.prompt_length)
+    tokens = new + (1 if has_prompts(generation) else generation.prompt_length)
     if settings.mode == "infer" and tokens > model_limit.tokens:
         key, value = "generation.max_new_tokens", new
         if tokens - value >= model_limit.tokens:
@@ -90,7 +90,7 @@ def limit(config: Mapping[str, Any]) -> Limit | None:
     if kind in AFTER_PADDING:
         padding = shape.get("pad_token_id", 1)
         rows = padding + 1 if isinstance(padding, int) else 0
-        return Limit(tokens - rows, f"{name}={tokens} but for the {rows} of padding")
+        return Limit(tokens - rows, f"{name}={tokens} without the {rows} of padding")
     limits = [Limit(tokens, name)]
     if not kind.startswith(ALREADY):
         limits += _scaled_limits(shape, name)

@@ -19,14 +19,14 @@ LISTS = ("ignore", "llm_int8_skip_modules", "modules_to_convert", "modules_to_no
 
 AT_LOAD = "as they are read"
 AT_FIRST = "at the first forward"
-"""When transformers makes packed weights whole; the record has these texts."""
+"""When transformers unpacks weights; the record has these texts."""
 
 
 class Method(NamedTuple):
     """What a method needs. `packages` are the pip packages that, beside transformers, read its weights.
 
-    `dequantizes` says whether transformers can make its weights whole while it reads them. `capability` is the least
-    compute capability of a GPU whose kernels compute with packed weights; where it is set, a CPU makes them whole.
+    `dequantizes` says whether transformers can unpack its weights while it reads them. `capability` is the least
+    compute capability of a GPU whose kernels compute with packed weights; where it is set, a CPU unpacks them.
     `layout` says whether the packed layout is known here. A method of unknown layout runs, but cannot be rehearsed.
     """
 
@@ -126,7 +126,7 @@ def check_given(settings: Settings, config: Mapping[str, Any], packs: bool | Non
         reason = f"its layout is not known here, so neither is its size; {remedy(settings)}"
         raise refusal(settings.model, config, reason)
     if config.get("dequantize") and method and not method.dequantizes:
-        reason = f"transformers makes no {name} weights whole as it reads them; leave it out"
+        reason = f"transformers does not unpack {name} weights as it reads them; leave it out"
         raise refusal(settings.model, config, reason, "dequantize")
     if settings.mode == "train" and not (method and method.dequantizes):
         raise refusal(settings.model, config, f"packed weights take no gradients; {remedy(settings)}")
@@ -203,5 +203,5 @@ def remedy(settings: Settings) -> str:
     """How the user gets whole weights, in the run's precision."""
     model = settings.model
     if model.path is None or model.random or settings.world.kind == "rehearsed":
-        return f"{KEY}=null has them whole"
+        return f"{KEY}=null leaves them unpacked"
     return f"give a checkpoint that is whole, or model.random=true {KEY}=null"

@@ -25,12 +25,12 @@ def shape_of(model: Model) -> Mapping[str, Any]:
     if not os.path.isdir(path):
         if path.count("/") == 1 and path[0] not in "./~" and not os.path.isdir(os.path.dirname(path)):
             return {}  # an owner/name on a hub
-        raise Refusal("model.path", model.path, "no such directory; give one that holds config.json")
+        raise Refusal("model.path", model.path, "no such directory; give one that contains config.json")
     if not os.path.isfile(config):
         inside = os.path.join(model.path, "checkpoint")
         exists = os.path.isfile(os.path.join(os.path.expanduser(inside), "config.json"))
-        remedy = f"did you mean model.path={inside}?" if exists else "give a directory that holds one"
-        raise Refusal("model.path", model.path, f"it holds no config.json; {remedy}")
+        remedy = f"did you mean model.path={inside}?" if exists else "give a directory that contains one"
+        raise Refusal("model.path", model.path, f"it contains no config.json; {remedy}")
     try:
         with open(config, encoding="utf-8") as file:
             shape = json.load(file)
