@@ -239,7 +239,7 @@ def test_less_sent_is_cheaper_and_a_larger_micro_batch_makes_it_less() -> None:
         ("world.size=2 hardware=h100-sxm train.batch=7", "train.batch=7: "),
         (
             "mode=infer world.size=1 hardware=h100-sxm generation.prompts=a.txt",
-            "generation.prompts=...: fit asks",
+            "generation.prompts=...: fit needs",
         ),
         ("mode=fly", "mode=fly: no such mode; one of train, infer"),
         ("world.size=2 bar", "fit: bar: neither key=value nor an option"),

@@ -564,7 +564,7 @@ def test_a_run_under_a_light_ledger_shows_what_its_phases_ended_with() -> None:
 
 
 def test_what_is_no_record_is_not_shown() -> None:
-    with pytest.raises(ValueError, match=r"no whole record: ranks is missing"):
+    with pytest.raises(ValueError, match=r"not a complete record: ranks is missing"):
         show({key: value for key, value in train().items() if key != "ranks"})
 
 

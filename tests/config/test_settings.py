@@ -141,13 +141,13 @@ def test_a_key_of_a_model_config_can_be_changed_or_added() -> None:
         ("hydra.run.dir=null", "hydra.run.dir=null: should be a valid string"),
         (
             "hydra.job.name=mine",
-            "hydra.job.name=mine: of Hydra's own keys only hydra.run.dir means something here",
+            "hydra.job.name=mine: of Hydra's own keys only hydra.run.dir has an effect here",
         ),
-        ("hydra=null", "hydra=null: of Hydra's own keys only hydra.run.dir means something here"),
-        ("+hydra.sweep.dir=x", "hydra.sweep.dir=x: of Hydra's own keys only hydra.run.dir means something"),
+        ("hydra=null", "hydra=null: of Hydra's own keys only hydra.run.dir has an effect here"),
+        ("+hydra.sweep.dir=x", "hydra.sweep.dir=x: of Hydra's own keys only hydra.run.dir has an effect"),
         (
             "hydra/launcher=joblib",
-            "hydra/launcher=joblib: of Hydra's own keys only hydra.run.dir means something",
+            "hydra/launcher=joblib: of Hydra's own keys only hydra.run.dir has an effect",
         ),
         (
             "seed=${x}",

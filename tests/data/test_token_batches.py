@@ -177,7 +177,7 @@ def test_a_column_that_holds_no_text_is_refused(tmp_path: Path) -> None:
     rows = str(tmp_path / "rows")
     given = Data(kind="hub", name=rows, cache_dir=str(tmp_path / "cache"), validation=0)
     assert blocks(token_batches.corpus(given, BYTES, 5).train) == [[1, *BYTES("abc").input_ids]]
-    with pytest.raises(Refusal, match=r"^data.column=n: it holds int, and no text"):
+    with pytest.raises(Refusal, match=r"^data.column=n: it has int, and not text"):
         token_batches.corpus(dataclasses.replace(given, column="n"), BYTES, 5)
 
 

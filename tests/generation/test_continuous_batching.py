@@ -377,7 +377,7 @@ CONTINUOUS = ("generation.batching=continuous", "generation.cache=paged")
         ),
         (
             ["generation.batching=continuous"],
-            "generation.batching=continuous: generation.cache=dynamic holds a batch",
+            "generation.batching=continuous: generation.cache=dynamic is for requests",
         ),
         (["generation.page_size=8"], "generation.page_size=8: static batching has none; add"),
         (["generation.pages=8"], "generation.pages=8: static batching has none; add"),

@@ -196,7 +196,7 @@ def test_a_value_of_the_file_that_cannot_be_is_refused(file: dict[str, Any], tol
             {"config": {"min_p": 0.1}},
             "generation.config.min_p=0.1: the likeliest token is always taken; add generation.sample=true",
         ),
-        ({"temperature": 0.5, "sample": False}, "generation.temperature=0.5: the likeliest token is taken"),
+        ({"temperature": 0.5, "sample": False}, "generation.temperature=0.5: the likeliest token is always"),
         (
             {"sample": True, "config": {"min_p": 2}},
             "generation.config.min_p=2: should be less than or equal to 1",
