@@ -217,7 +217,7 @@ def test_the_figures_of_a_cache_are_the_records() -> None:
             f"{LARGE} checkpointing=full checkpointing.every=2 model.config.num_hidden_layers=4",
             "is for 2 of 4 layers; the others keep",
         ),
-        (f"{LARGE} checkpointing=full model.config.num_hidden_layers=1", "recomputes a single layer: "),
+        (f"{LARGE} checkpointing=full model.config.num_hidden_layers=1", "recomputes one layer: "),
     ],
 )
 def test_the_reason_why_checkpointing_has_little_hold_on_a_peak_is_in_its_figures(

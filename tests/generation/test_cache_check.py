@@ -76,7 +76,7 @@ MIXED: dict[str, Any] = {"lengths": "uniform"}
             settings_of("gpt_neo", cache="static"),
             "generation.cache=static: gpt_neo gives other results with it: .*; use generation.cache=dynamic$",
         ),
-        (settings_of("moshi"), "generation.cache=dynamic: moshi is .*; use generation.cache=none$"),
+        (settings_of("moshi"), "generation.cache=dynamic: moshi gives .*; use generation.cache=none$"),
         (
             settings_of("moshi", cache="offloaded"),
             "generation.cache=offloaded: .*; use generation.cache=none$",

@@ -208,11 +208,11 @@ def test_a_value_of_the_file_that_cannot_be_is_refused(file: dict[str, Any], tol
         ),
         (
             {"config": {"min_length": 5, "min_new_tokens": 3}},
-            "generation.config.min_length=5: min_new_tokens says it",
+            "generation.config.min_length=5: min_new_tokens sets the length",
         ),
         (
             {"max_new_tokens": 5, "config": {"max_length": 9}},
-            "generation.config.max_length=9: max_new_tokens says it",
+            "generation.config.max_length=9: max_new_tokens sets the length",
         ),
         (
             {"stop_at_eos": False, "config": {"eos_token_id": 3}},

@@ -216,7 +216,7 @@ def test_what_is_no_record_is_a_sentence(
     assert not (tmp_path / "report").exists()
 
 
-def test_a_torn_trace_is_a_sentence(
+def test_a_corrupt_trace_is_a_sentence(
     runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = changed(runs["train"], tmp_path / "run", lambda record: None)
