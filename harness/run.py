@@ -283,8 +283,10 @@ class _Run:
         )
         if rank_failure is None or report is None or not failure.claim(self.directory, report):
             self._end(None)
-        rank_record = self._rank_record() if rank_failure.rank == self.world.rank else None
-        with suppress(OSError):
+        with suppress(
+            OSError, ValueError
+        ):  # neither a full disk nor a figure that cannot be may hide the failure
+            rank_record = self._rank_record() if rank_failure.rank == self.world.rank else None
             self._write(
                 [rank_record] if rank_record else [], failure=record_file.failure_record(rank_failure)
             )

@@ -1,6 +1,7 @@
 """What is replaced in other packages: all of it by patches in one list, which fit what is installed."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -31,7 +32,8 @@ def test_a_patch_has_a_reason_and_the_releases_that_the_tests_run_on(patch: Patc
 @pytest.mark.parametrize("patch", EVERY.values(), ids=EVERY)
 def test_a_patch_finds_its_original_and_says_whether_its_arguments_are_compared(patch: Patch) -> None:
     place = patch.place()
-    if patch.optional and patch.attribute not in vars(place):
+    names = place if isinstance(place, dict) else vars(place)
+    if patch.optional and patch.attribute not in names:
         return
     original = place[patch.attribute] if isinstance(place, dict) else getattr(place, patch.attribute)
     assert patch.unchecked or arguments(original) is not None
@@ -168,9 +170,24 @@ from dataclasses import replace
 from harness.training import engine
 from harness.__main__ import main
 name = "deepspeed.ops.__compatible_ops__.deepspeed_shm_comm"
-engine.PATCHES[name] = replace(engine.PATCHES[name], attribute="_gone")
+engine.PATCHES[name] = replace(engine.PATCHES[name], attribute="_gone", optional=False)
 sys.exit(main(sys.argv[1:]))
 """
+
+
+ON_A_GPU = """
+import deepspeed
+from harness.ledger.patch import install
+from harness.training import engine
+assert deepspeed.accelerator.get_accelerator().device_name() == "cuda"
+for patch in engine.PATCHES.values():
+    install(patch.by(lambda original: False))
+"""
+
+
+def test_the_engine_s_patches_fit_where_deepspeed_is_for_gpus() -> None:
+    environment = {**os.environ, "DS_ACCELERATOR": "cuda"}
+    subprocess.run([sys.executable, "-c", ON_A_GPU], env=environment, check=True, timeout=240)
 
 
 def test_a_run_whose_engine_does_not_fit_ends_with_the_patch_by_name(tmp_path: Path) -> None:

@@ -163,7 +163,7 @@ def _batch(bound: Bound, crossover: Turn) -> str:
     if bound.by == "memory":
         if crossover.batch is None:
             return (
-                "no batch would change that, because what each sequence moves for itself gives "
+                "no batch would change that, because each sequence moves its own KV cache, which gives "
                 f"{crossover.own:,.1f} FLOP/B, and the machine balances at {bound.ceilings.balance:,.0f}"
             )
         return f"it would be compute-bound from a batch of {crossover.batch:,.0f} on"

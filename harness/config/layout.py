@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Layout:
-    """`size` ranks in `stages` pipeline stages. The ranks of a stage are consecutive, as in DeepSpeed's topology; among
-    them the `tp_size` ranks that share each layer are.
+    """`size` ranks in `stages` pipeline stages. The ranks of a stage are consecutive, as in DeepSpeed's topology.
+    Within a stage, the `tp_size` ranks that share each layer are consecutive too.
     """
 
     size: int = 1

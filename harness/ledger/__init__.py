@@ -5,8 +5,8 @@
     ledger.peak.bytes, ledger.peak.categories, ledger.peak.where
 
 It knows nothing about training, inference, Hydra or DeepSpeed: owners name their storages. It may import torch
-and no other room. Start reading at `ledger.py`, then `log.py`. `patch_table.py` has all that it replaces in torch, and
-`patch.py` replaces it; that file is for every room.
+and no other room. Start reading at `ledger.py`, then `log.py`. `patch_table.py` has all that it replaces in other
+packages, and `patch.py` replaces it; that file is for every room.
 """
 
 from typing import TYPE_CHECKING, Any

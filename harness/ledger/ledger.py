@@ -138,7 +138,7 @@ class Ledger:
         """Set the category of `tensor`'s storage. Raises ValueError for an unknown category."""
         if category not in CATEGORIES:
             raise ValueError(f"category={category!r}: a storage is one of {', '.join(CATEGORIES)}")
-        self._roster.claim(category, name, tensor)
+        self._roster.claim(category, str(name), tensor)
 
     # -- phases ------------------------------------------------------------------------------------------------
 
@@ -149,7 +149,7 @@ class Ledger:
         With `again` the same phase is entered once more later, and owners are not asked at its end: for short and
         frequent phases.
         """
-        step, micro_batch = int(step), int(micro_batch)  # numpy's numbers too
+        name, step, micro_batch = str(name), int(step), int(micro_batch)  # numpy's numbers too
         self.begins(step)
         before, module, explicit = self._log.where, self._log.module, self._phases.explicit
         self._phases.explicit = True

@@ -35,7 +35,8 @@ class Patch:
 
     `owner` is the path of a module, a class, a function or a dict. `checked` are the releases of its package on which
     the patch was checked. `unchecked` says why its arguments cannot be compared, and `stays` until when it stays where
-    it is not undone. `optional`: some of the releases have no such attribute, and then there is nothing to replace.
+    it is not undone. `optional`: some of the releases, or some devices, have no such attribute, and then nothing is
+    replaced.
     """
 
     owner: str

@@ -1,4 +1,6 @@
-"""All that the ledger replaces in torch: while it is exact, and not while a compiler looks."""
+"""All that the ledger replaces in torch, transformers and Python. Most of it is replaced only while the ledger is exact
+and no compiler runs.
+"""
 
 from harness.ledger.patch import BUILTIN, DATA, PYTHON, TORCH, TRANSFORMERS, Patch, table
 
@@ -9,12 +11,19 @@ _PROFILER = "the program's own profiler must find none that runs already"
 PATCHES = table(
     Patch(_DYNAMO, "set_eval_frame", _CALLBACK, TORCH, unchecked=BUILTIN),
     Patch(_DYNAMO, "_maybe_set_eval_frame", _CALLBACK, TORCH, unchecked=BUILTIN, optional=True),
-    Patch(_DYNAMO, "_callback_from_stance", "it is called just before a compiled program runs", TORCH),
+    Patch(
+        _DYNAMO,
+        "_callback_from_stance",
+        "it is called just before a compiled program runs",
+        TORCH,
+        optional=True,
+    ),
     Patch(
         "torch._functorch._aot_autograd.runtime_wrappers",
         "call_func_at_runtime_with_args",
         "it calls the compiled graph of a backward",
         TORCH,
+        optional=True,
     ),
     Patch(
         "torch._C._dynamo.compiled_autograd",
@@ -22,9 +31,10 @@ PATCHES = table(
         "a compiler of backward would compile the ledger's hooks too",
         TORCH,
         unchecked=BUILTIN,
+        optional=True,
     ),
-    Patch("torch._dynamo.convert_frame", "fullgraph_capture", _CALLBACK, TORCH),
-    Patch("torch.export._trace", "_export", _CALLBACK, TORCH),
+    Patch("torch._dynamo.convert_frame", "fullgraph_capture", _CALLBACK, TORCH, optional=True),
+    Patch("torch.export._trace", "_export", _CALLBACK, TORCH, optional=True),
     Patch(
         "torch.autograd.graph.saved_tensors_hooks",
         "__enter__",

@@ -1,5 +1,5 @@
 """The transformers model of a run: with loaded or random weights, cut into stages, split over ranks, with its KV cache.
 
-It may import config, ledger, runtime and quantization. Start at `loader.py`. `stage.py` cuts a model into stages,
-`kv_cache.py` has every kind of cache, `resolve.py` replaces `auto` in the settings and makes the `Plan` that goes down.
+It may import config, ledger, runtime, record and quantization. Start at `loader.py`. `stage.py` cuts a model into
+stages, `kv_cache.py` has every kind of cache, `resolve.py` replaces `auto` in the settings and makes a run's `Plan`.
 """

@@ -22,7 +22,7 @@ PATCHES = table(
         "forward",
         "its products need kernels for packed weights",
         TRANSFORMERS,
-        stays="as long as the layer, which is of a rehearsal",
+        stays="as long as the layer lives; only a rehearsal has such layers",
     )
 )
 

@@ -22,8 +22,8 @@ Bytes = Annotated[int, Field(ge=0, lt=2**63)]
 Difference = Annotated[int, Field(gt=-(2**63), lt=2**63)]
 """Bytes that may be below 0."""
 Number = Annotated[int, Field(ge=0, lt=2**31)]
-Index = Annotated[int, Field(gt=-(2**31), lt=2**31)]
-"""The number that a loop gives its step or micro-batch: any."""
+Index = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+"""The number that a loop gives its step or micro-batch."""
 Operations = Annotated[int, Field(ge=0, lt=2**100)]
 """Floating-point operations, or bytes moved by all of a phase's operators. They have no natural limit."""
 Seconds = Annotated[float, Field(ge=0)]

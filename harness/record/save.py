@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from harness.config.errors import first_line
 from harness.ledger import Ledger
 from harness.record import record_file, trace
 from harness.record.memory import Rank
@@ -36,8 +37,14 @@ def save(ledger: Ledger, directory: str | Path, *, model: torch.nn.Module, mode:
     error_sentence = "the ledger is still open: save its record after its block" if ledger.exact else None
     if rank == 0 and file.exists():
         error_sentence = f"{directory} already contains a run's record; name another directory"
+    own_record = None
+    try:
+        own_record = record_file.rank_record(ledger, rank)
+    except ValueError as error:
+        error_sentence = error_sentence or f"the ledger's figures make no record: {first_line(error)}"
     _raise_on_all(error_sentence)
-    ranks = _gather(record_file.rank_record(ledger, rank))
+    assert own_record is not None
+    ranks = _gather(own_record)
     if rank == 0:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 DIRECTORY = "trace"
 COLUMNS = {
-    "step": "int32",
+    "step": "int64",
     "phase": "text",
-    "micro_batch": "int32",
+    "micro_batch": "int64",
     "module": "text",  # the running module
     "op": "text",  # that allocated the storage; empty if an owner named it first
     "category": "text",  # null: a phase begins

@@ -114,7 +114,7 @@ def rehearse(plan: Plan, directory: Path | None = None, parallel: bool = True) -
     plan = balanced(plan) if parallel else resolved(plan)
     representatives = representatives_of(plan)
     by_rank: dict[int, tuple[Rank, Results]] = {}
-    with Pace(len(representatives), "role", aside, silent=not parallel) as pace:
+    with Pace(len(representatives), "rank", aside, silent=not parallel) as pace:
         for representative, result in _results(plan, representatives, directory, parallel):
             by_rank[representative.rank] = result
             pace.advance()

@@ -24,6 +24,7 @@ PATCHES = table(
         DEEPSPEED,
         unchecked=DATA,
         stays="for the life of the process",
+        optional=True,
     )
 )
 

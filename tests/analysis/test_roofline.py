@@ -201,7 +201,10 @@ def test_beyond_a_context_no_batch_turns_a_decode() -> None:
     assert long.turn is not None
     assert (long.by, long.turn.batch) == ("memory", None)
     assert f"below a context of {short.turn.longest:,.0f} one would" in sentence(long)
-    assert "no batch would change that, because what each sequence moves for itself gives" in sentence(long)
+    assert (
+        "no batch would change that, because each sequence moves its own KV cache, which gives"
+        in sentence(long)
+    )
 
 
 def test_the_tool_tells_every_phase_of_every_run(output_of: ToolOutput) -> None:

@@ -1,7 +1,7 @@
 """A record of anybody's loop, and that the tools read it as they read a run's."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ import torch
 import harness
 from harness.__main__ import main
 from harness.analysis import compare
-from harness.record import record_file, schema
+from harness.record import record_file, schema, trace
 
 
 class Wrapper(torch.nn.Module):
@@ -37,13 +37,31 @@ def small() -> torch.nn.Module:
 def test_a_loop_numbers_its_steps_as_it_likes(tmp_path: Path) -> None:
     model = small()
     with harness.Ledger(model=model) as ledger:
-        steps: list[Any] = [-1, np.int64(3)]
+        steps: list[Any] = [-1, np.int64(3), 3 * 10**9]
         for step in steps:
             with ledger.phase("odd", step, micro_batch=step):
                 model(torch.ones(2, 16)).sum().backward()
     path = harness.save(ledger, tmp_path, model=model)
     phases = schema.parse(harness.read(str(tmp_path)), str(path)).ranks[0].phases
-    assert [(phase.step, phase.micro_batch) for phase in phases if phase.phase == "odd"] == [(-1, -1), (3, 3)]
+    assert [(phase.step, phase.micro_batch) for phase in phases if phase.phase == "odd"] == [
+        (-1, -1),
+        (3, 3),
+        (3 * 10**9, 3 * 10**9),
+    ]
+    assert trace.read(tmp_path, 0) is not None
+
+
+def test_names_are_texts(tmp_path: Path) -> None:
+    model, epoch, name = small(), cast(str, 7), cast(str, 3)
+    with harness.Ledger(model=model) as ledger, ledger.phase(epoch):
+        tokens = torch.ones(2, 16)
+        ledger.claim("inputs", name, tokens)
+        model(tokens)
+    path = harness.save(ledger, tmp_path, model=model)
+    rank = schema.parse(harness.read(path), str(path)).ranks[0]
+    assert "7" in {phase.phase for phase in rank.phases}
+    assert rank.peak.holdings is not None
+    assert ("inputs", "3") in {(each.category, each.name) for each in rank.peak.holdings}
 
 
 @pytest.mark.parametrize("mode", ["exact", "phases", "off"])
