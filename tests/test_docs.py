@@ -63,8 +63,8 @@ def job() -> dict[str, Any]:
     (workflow,) = blocks("github-actions", "yaml")
     read = yaml.safe_load(workflow)
     assert read.keys() == {"name", True, "jobs"}  # YAML 1.1 takes `on` for a boolean, and GitHub does not
-    (found,) = read["jobs"].values()
-    return found  # type: ignore[no-any-return]
+    (actual,) = read["jobs"].values()
+    return actual  # type: ignore[no-any-return]
 
 
 def test_the_workflow_is_a_job_of_steps_that_use_or_run(job: dict[str, Any]) -> None:

@@ -68,12 +68,12 @@ def test_there_are_no_more_rooms_than_a_newcomer_can_learn() -> None:
 
 def test_a_room_imports_only_those_below_it() -> None:
     face = {"Ledger": "ledger", "save": "record", "read": "record", "show": "analysis", "compare": "analysis"}
-    found = [
+    actual = [
         (file, room, face.get(name, name if name in ROOMS else "__init__")) for file, room, name in imports()
     ]
-    assert len(found) > 500
+    assert len(actual) > 500
     upward = [
-        f"{file} imports {other}" for file, room, other in found if ROOMS.index(other) > ROOMS.index(room)
+        f"{file} imports {other}" for file, room, other in actual if ROOMS.index(other) > ROOMS.index(room)
     ]
     assert upward == []
 

@@ -78,9 +78,9 @@ def test_an_installed_wheel_composes_its_own_config_away_from_the_checkout(
 def test_the_console_script_is_the_door_and_pytest_finds_its_plugin(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         (entry_points,) = (name for name in archive.namelist() if name.endswith("entry_points.txt"))
-        told = archive.read(entry_points).decode()
-    assert "[console_scripts]\nharness = harness.__main__:console\n" in told
-    assert "[pytest11]\nharness = harness.pytest_plugin\n" in told
+        reported = archive.read(entry_points).decode()
+    assert "[console_scripts]\nharness = harness.__main__:console\n" in reported
+    assert "[pytest11]\nharness = harness.pytest_plugin\n" in reported
 
 
 def test_every_requirement_has_an_exact_version_in_the_constraints() -> None:

@@ -79,9 +79,9 @@ def test_the_peak_is_said_with_its_parts_and_its_place() -> None:
     peak = record["ranks"][0]["peak"]
     finding = findings_by_kind(record)["peak"]
     assert finding.bytes == peak["bytes"]
-    name, held = max(peak["categories"].items(), key=lambda pair: pair[1] or 0)
+    name, measured = max(peak["categories"].items(), key=lambda pair: pair[1] or 0)
     assert finding.sentence.startswith(f"Each of the 2 ranks holds {size(peak['bytes'])} at its peak: ")
-    assert f"{size(held)} {name} ({held / peak['bytes']:.0%})" in finding.sentence
+    assert f"{size(measured)} {name} ({measured / peak['bytes']:.0%})" in finding.sentence
     assert (
         f"in step {peak['where']['step']}, {peak['where']['phase']}, in {peak['where']['module']}."
         in finding.sentence

@@ -32,11 +32,11 @@ SMALL = [
 
 def climbed(limit: int, exactly: bool = False, rungs: tuple[int, ...] = ()) -> tuple[list[int], int]:
     """What a climb asks for where all up to `limit` fits, and the highest that it finds."""
-    climb, asked = Climb((), "key", rungs), []
+    climb, requested = Climb((), "key", rungs), []
     while (wanted := climb.wants()) is not None:
-        asked.append(wanted)
+        requested.append(wanted)
         climb.learn(wanted <= limit, exactly)
-    return asked, climb.fits
+    return requested, climb.fits
 
 
 def test_a_climb_doubles_until_something_does_not_fit() -> None:
@@ -47,9 +47,9 @@ def test_a_climb_doubles_until_something_does_not_fit() -> None:
 
 @pytest.mark.parametrize("limit", [0, 1, 2, 3, 5, 6, 7, 11, 100, 1023])
 def test_an_exact_climb_finds_the_highest_of_all(limit: int) -> None:
-    asked, highest = climbed(limit, exactly=True)
+    requested, highest = climbed(limit, exactly=True)
     assert highest == limit
-    assert len(asked) <= 2 * HIGHEST.bit_length()
+    assert len(requested) <= 2 * HIGHEST.bit_length()
 
 
 def test_given_rungs_are_climbed_in_order_and_no_further_than_needed() -> None:
@@ -61,8 +61,8 @@ def test_pruning_gives_what_trying_everything_gives(capsys: pytest.CaptureFixtur
     limit = 33_100_000  # what ZeRO-3 comes to with four sequences lies around it
     words = [*few, f"hardware.memory={limit}", "zero=0,3", "train.micro_batch=1,4"]
     assert main(["fit", *words, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    verdicts = {tuple(trial["words"]): trial for trial in found["trials"]}
+    actual = json.loads(capsys.readouterr().out)
+    verdicts = {tuple(trial["words"]): trial for trial in actual["trials"]}
     for zero, mode, micro_batch in product((0, 3), RECOMPUTED, (1, 4)):
         words = [
             f"zero={zero}",
@@ -77,31 +77,31 @@ def test_pruning_gives_what_trying_everything_gives(capsys: pytest.CaptureFixtur
         if trial is None:
             less = [f"checkpointing={each}" for each in RECOMPUTED[: RECOMPUTED.index(mode)]]
             instead = [verdicts.get((*words[:3], each, words[4])) for each in less]
-            assert itself.bytes > limit or any(found and found["fits"] for found in instead)
+            assert itself.bytes > limit or any(actual and actual["fits"] for actual in instead)
         else:
             assert (trial["peak"], trial["rank"]) == (itself.bytes, itself.rank)
             assert trial["fits"] == (itself.bytes <= limit)
     assert 0 < len(verdicts) < 12
-    assert len({trial["fits"] for trial in found["trials"]}) == 2
+    assert len({trial["fits"] for trial in actual["trials"]}) == 2
 
 
 def test_the_last_line_is_a_command_that_the_harness_takes(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fit", *SMALL, "hardware.memory=50000000", "train.batch=8", "zero=2"]) == 0
-    told = capsys.readouterr().out.rstrip().splitlines()
-    start, _, words = told[-1].partition(" -m harness ")
+    reported = capsys.readouterr().out.rstrip().splitlines()
+    start, _, words = reported[-1].partition(" -m harness ")
     assert start == "torchrun --standalone --nproc-per-node 2"
     settings = load(compose.compose(shlex.split(words)))
     assert (settings.zero.stage, settings.model.name) == (2, "tiny")
     assert settings.train.micro_batch * settings.train.accumulation * 2 == 8
-    assert any(line.startswith("  zero=2") for line in told)
+    assert any(line.startswith("  zero=2") for line in reported)
 
 
 def test_the_largest_batch_in_inference_is_the_largest_that_fits(capsys: pytest.CaptureFixture[str]) -> None:
     words = [*DECIDED, "mode=infer", "model=tiny", "world.size=1", "generation.prompt_length=32"]
     given = [*words, "generation.max_new_tokens=16", "hardware.memory=8000000"]
     assert main(["fit", *given, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    batch = int(found["ranked"][0][-1].partition("=")[2])
+    actual = json.loads(capsys.readouterr().out)
+    batch = int(actual["ranked"][0][-1].partition("=")[2])
     for tried, fits in ((batch, True), (batch + 1, False)):
         more = [f"generation.batch={tried}", f"generation.count={tried}", "world=rehearsed"]
         settings = load(compose.compose([*given, *more]))
@@ -113,9 +113,9 @@ def test_offload_is_tried_only_where_nothing_else_fits(capsys: pytest.CaptureFix
     deep = [*SMALL, "model.config.num_hidden_layers=4"]
     gpu = [*deep, "hardware=h100-sxm", "zero=2", "checkpointing=none", "train.micro_batch=1", "--json"]
     assert main(["fit", *gpu, "hardware.memory=30000000"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert [trial["fits"] for trial in found["trials"]] == [False, True]
-    assert "zero.offload=optimizer" in found["command"]
+    actual = json.loads(capsys.readouterr().out)
+    assert [trial["fits"] for trial in actual["trials"]] == [False, True]
+    assert "zero.offload=optimizer" in actual["command"]
     assert main(["fit", *gpu, "hardware.memory=60000000"]) == 0
     assert len(json.loads(capsys.readouterr().out)["trials"]) == 1
 
@@ -123,13 +123,16 @@ def test_offload_is_tried_only_where_nothing_else_fits(capsys: pytest.CaptureFix
 def test_nothing_that_fits_is_said_with_the_nearest_miss(capsys: pytest.CaptureFixture[str]) -> None:
     few = [*SMALL, "zero.offload=none"]
     assert main(["fit", *few, "hardware.memory=1000000", "zero=2"]) == 1
-    told = capsys.readouterr().out.rstrip().splitlines()
-    assert told[-1].startswith("nothing fits; zero=2 train.micro_batch=1 comes nearest")
+    reported = capsys.readouterr().out.rstrip().splitlines()
+    assert reported[-1].startswith("nothing fits; zero=2 train.micro_batch=1 comes nearest")
 
 
-def trial(fit: Fit, words: list[str], held: int, failure: str = "") -> Trial:
+def trial(fit: Fit, words: list[str], measured: int, failure: str = "") -> Trial:
     return Trial(
-        tuple(words), fit._first(), Worst(held, 0, {"activations": held}, failure), fit.memory - held
+        tuple(words),
+        fit._first(),
+        Worst(measured, 0, {"activations": measured}, failure),
+        fit.memory - measured,
     )
 
 
@@ -141,20 +144,20 @@ def test_what_could_not_be_rehearsed_is_told_apart_from_what_does_not_fit() -> N
         for zero in (0, 2)
     ]
     refused = trial(fit, ["zero=3", "train.micro_batch=1"], 0, "Refusal: zero=3: it has none; use 2")
-    told = text(fit, [large, *broken, refused]).splitlines()
-    parts = told.index("could not be rehearsed, because RuntimeError: no such kernel")
-    assert told[parts + 1 : parts + 3] == ["  zero=0 train.micro_batch=1", "  zero=2 train.micro_batch=1"]
-    assert told[parts + 3 : parts + 5] == [
+    reported = text(fit, [large, *broken, refused]).splitlines()
+    parts = reported.index("could not be rehearsed, because RuntimeError: no such kernel")
+    assert reported[parts + 1 : parts + 3] == ["  zero=0 train.micro_batch=1", "  zero=2 train.micro_batch=1"]
+    assert reported[parts + 3 : parts + 5] == [
         "could not be rehearsed, because zero=3: it has none; use 2",
         "  zero=3 train.micro_batch=1",
     ]
-    assert told.index("does not fit") < parts
-    assert told[-1] == (
+    assert reported.index("does not fit") < parts
+    assert reported[-1] == (
         "nothing that could be rehearsed fits; zero=1 train.micro_batch=4 comes nearest, 1.0 MiB too much"
     )
-    assert any(line.startswith("1 configs rehearsed; ") for line in told)
-    found: Any = data(fit, [large, *broken])
-    assert [each["peak"] for each in found["trials"]] == [2_048_576, None, None]
+    assert any(line.startswith("1 configs rehearsed; ") for line in reported)
+    actual: Any = data(fit, [large, *broken])
+    assert [each["peak"] for each in actual["trials"]] == [2_048_576, None, None]
 
     nothing = text(fit, broken).splitlines()
     assert nothing[-1] == "none of the 2 configs could be rehearsed: whether one fits is not known"
@@ -166,9 +169,9 @@ def test_what_could_not_be_rehearsed_is_told_apart_from_what_does_not_fit() -> N
 def test_a_climb_ends_where_a_rehearsal_does_not(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["mode=infer", "model=tiny", "model.config.model_type=mamba", "world.size=1"]
     assert main(["fit", *words, "hardware.memory=50000000"]) == 2
-    told = capsys.readouterr()
-    assert told.err.startswith("harness: generation.cache=dynamic: mamba keeps a state of another kind; ")
-    assert (told.err.count("\n"), told.out) == (1, "")
+    reported = capsys.readouterr()
+    assert reported.err.startswith("harness: generation.cache=dynamic: mamba keeps a state of another kind; ")
+    assert (reported.err.count("\n"), reported.out) == (1, "")
 
 
 def test_a_model_without_sdpa_is_searched_and_what_was_decided_is_said(
@@ -183,10 +186,10 @@ def test_a_model_without_sdpa_is_searched_and_what_was_decided_is_said(
     ]
     words = [*SMALL[len(DECIDED) :], "model.config.model_type=bloom", *gpu]
     assert main(["fit", *words]) == 0
-    told = capsys.readouterr().out.splitlines()
-    assert "precision=bf16: a GPU has units for it" in told
-    assert "model.attention=eager: transformers has no sdpa for bloom" in told
-    assert "model.attention" not in told[-1]  # as it was typed
+    reported = capsys.readouterr().out.splitlines()
+    assert "precision=bf16: a GPU has units for it" in reported
+    assert "model.attention=eager: transformers has no sdpa for bloom" in reported
+    assert "model.attention" not in reported[-1]  # as it was typed
 
 
 def test_what_is_kept_free_is_not_given_away(capsys: pytest.CaptureFixture[str]) -> None:
@@ -248,9 +251,9 @@ def test_less_sent_is_cheaper_and_a_larger_micro_batch_makes_it_less() -> None:
 )
 def test_bad_input_is_one_sentence(words: str, sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fit", *words.split()]) == 2
-    told = capsys.readouterr()
-    assert told.err.startswith(f"harness: {sentence}")
-    assert (told.err.count("\n"), told.out) == (1, "")
+    reported = capsys.readouterr()
+    assert reported.err.startswith(f"harness: {sentence}")
+    assert (reported.err.count("\n"), reported.out) == (1, "")
 
 
 def test_sizes_are_read_as_they_are_written() -> None:
@@ -282,9 +285,9 @@ def test_stages_are_an_axis_that_is_ranked_by_how_long_they_wait(capsys: pytest.
         *("train.micro_batch=1", "train.batch=16"),
     ]
     assert main(["fit", *words, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    told = [dict(word.partition("=")[::2] for word in words) for words in found["ranked"]]
-    ranked = [(each["zero"], each["pipeline.stages"], each["train.accumulation"]) for each in told]
+    actual = json.loads(capsys.readouterr().out)
+    reported = [dict(word.partition("=")[::2] for word in words) for words in actual["ranked"]]
+    ranked = [(each["zero"], each["pipeline.stages"], each["train.accumulation"]) for each in reported]
     assert ranked == [
         ("1", "1", "4"),
         ("2", "1", "4"),

@@ -20,10 +20,10 @@ Compared = Callable[..., str]
 
 
 def rank_of(
-    number: int, kernel: int | None, saved: int | None, held: dict[str, int | None]
+    number: int, kernel: int | None, saved: int | None, measured: dict[str, int | None]
 ) -> dict[str, Any]:
     """A rank whose activations are `number` bytes more than `held` says."""
-    categories: dict[str, int | None] = {**dict.fromkeys(CATEGORIES, 0), **held, "kernel": kernel}
+    categories: dict[str, int | None] = {**dict.fromkeys(CATEGORIES, 0), **measured, "kernel": kernel}
     if categories["activations"] is not None:
         categories["activations"] += number
     total = sum(filter(None, categories.values()))
@@ -40,7 +40,7 @@ def rank_of(
 
 
 def record_of(
-    mode: str = "train", ranks: int = 1, kernel: int | None = 0, saved: int | None = 0, **held: int | None
+    mode: str = "train", ranks: int = 1, kernel: int | None = 0, saved: int | None = 0, **measured: int | None
 ) -> dict[str, Any]:
     """A record as a run leaves it."""
     return {
@@ -51,7 +51,7 @@ def record_of(
         "model": {"name": "tiny", "parameters": 3098880, "dtype": "bfloat16"},
         "config": {},
         "environment": {},
-        "ranks": [rank_of(number, kernel, saved, held) for number in range(ranks)],
+        "ranks": [rank_of(number, kernel, saved, measured) for number in range(ranks)],
     }
 
 
@@ -108,8 +108,8 @@ def section(text: str, title: str) -> list[list[str]]:
 
 
 def row(text: str, name: str, title: str = "at the peak of the worst rank") -> list[str]:
-    (found,) = [cells for cells in section(text, title) if cells[0] == name]
-    return found[1:]
+    (actual,) = [cells for cells in section(text, title) if cells[0] == name]
+    return actual[1:]
 
 
 def notes(text: str) -> str:
@@ -265,8 +265,8 @@ def test_where_peaks_were_not_watched_what_a_phase_ended_with_is_a_lower_bound(c
     watched, loose = train(), unmeasured(record_of("infer"))
     phase = {"step": 0, "phase": "decode", "micro_batch": 0, "peak": None, "end": None, "saved": None}
     loose["ranks"][0]["phases"] = [
-        {**phase, "categories": {"parameters": 2 * KIB, "kv_cache": held, "activations": None}}
-        for held in (KIB, 3 * KIB, 0)
+        {**phase, "categories": {"parameters": 2 * KIB, "kv_cache": measured, "activations": None}}
+        for measured in (KIB, 3 * KIB, 0)
     ]
     text = compared(watched, loose)
     title = "each category's own peak, whenever that was"
@@ -363,8 +363,8 @@ def test_a_failed_run_without_books_shows_dashes(compared: Compared) -> None:
         in notes(text)
     )
     assert "The peak of infer tiny was not measured" in notes(text)
-    told = json.loads(compared(train(), broken, options=("--json",)))["runs"][1]
-    assert (told["worst_rank"], told["peak"]["bytes"], told["ranks"]) == (None, None, [])
+    reported = json.loads(compared(train(), broken, options=("--json",)))["runs"][1]
+    assert (reported["worst_rank"], reported["peak"]["bytes"], reported["ranks"]) == (None, None, [])
 
 
 @pytest.mark.parametrize(

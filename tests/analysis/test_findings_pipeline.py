@@ -74,14 +74,14 @@ def test_a_stage_that_generates_keeps_nothing_however_many_there_are(stages: int
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], Path]:
     """Rehearsed runs by mode and stages."""
-    made = {}
+    result = {}
     for mode, words in {"train": (*TRAIN, "train.accumulation=6", "zero=1"), "infer": INFER}.items():
         for stages in (1, 3):
             place = tmp_path_factory.mktemp("run") / f"{mode}-{stages}"
             shape = (f"pipeline.stages={stages}", "model.config.num_hidden_layers=3", f"world.size={stages}")
             assert main([*NARROW, *words, *shape, "world=rehearsed", f"hydra.run.dir={place}"]) == 0
-            made[mode, stages] = place
-    return made
+            result[mode, stages] = place
+    return result
 
 
 def figures(path: Path) -> tuple[int, int]:
@@ -96,11 +96,11 @@ def test_contrast_gives_the_records_own_figures(
     runs: dict[tuple[str, int], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["contrast", "--json", *map(str, runs.values())]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert [(each["mode"], each["stages"]) for each in found] == [
+    actual = json.loads(capsys.readouterr().out)
+    assert [(each["mode"], each["stages"]) for each in actual] == [
         (m, s) for m in ("train", "infer") for s in (1, 3)
     ]
-    for each in found:
+    for each in actual:
         assert (each["kept"], each["activations"]) == figures(runs[each["mode"], each["stages"]])
         assert each["alive"] == (each["stages"] if each["mode"] == "train" else 0)
 
@@ -148,10 +148,10 @@ def test_explain_says_what_stages_do(
     runs: dict[tuple[str, int], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["explain", "--json", "--no-rehearsal", str(runs["train", 3])]) == 0
-    found = {each["kind"]: each for each in json.loads(capsys.readouterr().out)}
-    assert found["stash"]["bytes"] == figures(runs["train", 3])[0]
-    assert "by stage they are 3, 2, 1" in found["stash"]["sentence"]
-    assert "for 25% of a step" in found["bubble"]["sentence"]  # (3 - 1) / (6 + 3 - 1)
-    assert "ranks" not in found
+    actual = {each["kind"]: each for each in json.loads(capsys.readouterr().out)}
+    assert actual["stash"]["bytes"] == figures(runs["train", 3])[0]
+    assert "by stage they are 3, 2, 1" in actual["stash"]["sentence"]
+    assert "for 25% of a step" in actual["bubble"]["sentence"]  # (3 - 1) / (6 + 3 - 1)
+    assert "ranks" not in actual
     main(["explain", "--json", "--no-rehearsal", str(runs["train", 1])])
     assert not {"stash", "bubble", "ends"} & {each["kind"] for each in json.loads(capsys.readouterr().out)}

@@ -100,8 +100,8 @@ def generated(batch: float, cache: str = "dynamic", prompt: int = PROMPT, **more
 
 def of(record: Made, name: str) -> Bound:
     """What bounds that phase of it."""
-    (found,) = [each for each in bounds(parse(record, "it")) if each.phase == name]
-    return found
+    (actual,) = [each for each in bounds(parse(record, "it")) if each.phase == name]
+    return actual
 
 
 @pytest.fixture

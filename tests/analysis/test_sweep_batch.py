@@ -86,19 +86,19 @@ MACHINE = {"source": "measured", "bandwidth": 100.0, "flops": 500.0, "dtype": "b
 
 
 def test_a_point_is_what_was_asked_and_what_a_decode_took() -> None:
-    found = point(parse(record(batch=2, new=5, ceilings=MACHINE), "it"), "it")
-    assert (found.batch, found.context, found.steps, found.kv) == (2, 13, 4, 2000)
-    assert found.each(found.flops) == 100
-    assert found.intensity == 0.5
-    assert found.balance == 5
-    assert found.bound == 8.0  # 800 bytes at 100 a second
-    assert found.decode_seconds == pytest.approx(0.04)
+    actual = point(parse(record(batch=2, new=5, ceilings=MACHINE), "it"), "it")
+    assert (actual.batch, actual.context, actual.steps, actual.kv) == (2, 13, 4, 2000)
+    assert actual.each(actual.flops) == 100
+    assert actual.intensity == 0.5
+    assert actual.balance == 5
+    assert actual.bound == 8.0  # 800 bytes at 100 a second
+    assert actual.decode_seconds == pytest.approx(0.04)
 
 
 def test_what_was_not_measured_is_null() -> None:
-    found = point(parse(record(step=None, flops=None, moved=None), "it"), "it")
-    assert (found.step_seconds, found.decode_seconds, found.tokens_per_second) == (None, None, None)
-    assert (found.intensity, found.balance, found.bound) == (None, None, None)
+    actual = point(parse(record(step=None, flops=None, moved=None), "it"), "it")
+    assert (actual.step_seconds, actual.decode_seconds, actual.tokens_per_second) == (None, None, None)
+    assert (actual.intensity, actual.balance, actual.bound) == (None, None, None)
 
 
 def test_a_step_is_compute_bound_from_where_its_intensity_is_the_machines_balance() -> None:
@@ -120,14 +120,14 @@ def test_batching_tells_what_a_batch_brings_and_what_the_context_takes(written: 
         record(batch=8, prompt=64, step=0.03, flops=3500, moved=2300, ceilings=MACHINE),
     )
     assert sweep_batch.main(runs) == 0
-    told = capsys.readouterr().out
+    reported = capsys.readouterr().out
     assert (
         "At 13 tokens of context a step of 8 sequences takes 2.00 times one of 1, for 8 times the tokens."
-        in told
+        in reported
     )
-    assert "What the longer context adds grows x 10.00" in told
-    assert "Predicted at 13 tokens: no batch is compute-bound" in told
-    lines = told.splitlines()
+    assert "What the longer context adds grows x 10.00" in reported
+    assert "Predicted at 13 tokens: no batch is compute-bound" in reported
+    lines = reported.splitlines()
     assert next(line.split()[:3] for line in lines if "batch 8 " in line) == ["batch", "8", "400"]
 
 
@@ -139,12 +139,14 @@ def test_caching_tells_what_a_cache_saves_for_its_bytes(written: Any, capsys: An
         record(cache="static", new=9, flops=800),
     )
     assert sweep_cache.main(runs) == 0
-    told = capsys.readouterr().out
-    assert "Without a cache, from 5 to 9 new tokens, a token takes x 2.00 and computes x 2.00." in told
-    assert "With a static cache, from 5 to 9 new tokens, a token takes as long and computes as much." in told
+    reported = capsys.readouterr().out
+    assert "Without a cache, from 5 to 9 new tokens, a token takes x 2.00 and computes x 2.00." in reported
+    assert (
+        "With a static cache, from 5 to 9 new tokens, a token takes as long and computes as much." in reported
+    )
     assert (
         "At 9 new tokens the static cache of 1,000 B saves 15.20 kFLOP: 15.20 FLOP for each of its bytes."
-        in told
+        in reported
     )
     points = [
         point(parse(record(cache=cache, flops=flops), "it"), "it")
@@ -164,7 +166,7 @@ def test_json_has_every_figure_and_null_for_what_was_not_measured(
 
 
 @pytest.mark.parametrize(
-    ("tool", "records", "told"),
+    ("tool", "records", "reported"),
     [
         (sweep_batch, [record()], "name two runs or more"),
         (sweep_batch, [record(), record()], "two runs have one batch and one context"),
@@ -185,10 +187,10 @@ def test_json_has_every_figure_and_null_for_what_was_not_measured(
     ],
 )
 def test_runs_that_are_no_study_are_one_sentence(
-    tool: Any, records: list[dict[str, Any]], told: str, written: Any, capsys: Any
+    tool: Any, records: list[dict[str, Any]], reported: str, written: Any, capsys: Any
 ) -> None:
     assert tool.main(written(*records)) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert told in err
+    assert reported in err
     assert err.count("\n") == 1

@@ -50,31 +50,31 @@ def main(words: list[str]) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     asked_for = {kind: load(compose([*given, *more])) for kind, more in KINDS.items()}
     settings = {kind: resolve(each, device.type).settings for kind, each in asked_for.items()}
-    asked = settings["static"]
-    dtype = getattr(torch, asked.dtype)
-    config = loader.model_config(asked.model)
-    built = loader.build(asked.model, config, dtype, device, 0).eval().requires_grad_(False)
-    strategy = strategy_of(asked, config)
-    prompts = find(asked, tokenizer_of(asked.model, config), strategy.max_new_tokens_after)
+    requested = settings["static"]
+    dtype = getattr(torch, requested.dtype)
+    config = loader.model_config(requested.model)
+    built = loader.build(requested.model, config, dtype, device, 0).eval().requires_grad_(False)
+    strategy = strategy_of(requested, config)
+    prompts = find(requested, tokenizer_of(requested.model, config), strategy.max_new_tokens_after)
     alone = World(0, 1, 0, device)
 
     def run(kind: str) -> Share:
         off = Ledger(mode="off")
         return infer.share_of(settings[kind], alone, off, built, prompts, strategy, lambda: None)
 
-    made = {kind: [run(kind)] for kind in KINDS}  # the first is a warm-up
-    same = made["static"][0].tokens == made["continuous"][0].tokens
+    result = {kind: [run(kind)] for kind in KINDS}  # the first is a warm-up
+    same = result["static"][0].tokens == result["continuous"][0].tokens
     for number in range(rounds):
         for kind in [*KINDS][:: 1 if number % 2 else -1]:
-            made[kind].append(run(kind))
+            result[kind].append(run(kind))
     machine = record_file.environment()
     packages = ", ".join(f"{package} {machine.packages[package]}" for package in ("torch", "transformers"))
     print(f"{' '.join(given)} rounds={rounds}; {machine.processor}, {machine.threads} threads")
     print(f"python {platform.python_version()}, {packages}; tokens {'are the same' if same else 'differ'}")
-    tell({kind: shares[1:] for kind, shares in made.items()})
+    tell({kind: shares[1:] for kind, shares in result.items()})
 
 
-def tell(made: dict[str, list[Share]]) -> None:
+def tell(result: dict[str, list[Share]]) -> None:
     """A line for each way: rate, ratio, waits, and what was computed or reserved for nobody."""
     print(
         f"{'batching':<12}{'tokens/s':>9}{'ratio':>22}{'first p50':>11}{'p99':>8}{'between p50':>13}{'p99':>8}"
@@ -82,9 +82,9 @@ def tell(made: dict[str, list[Share]]) -> None:
     )
     rates: dict[str, list[float]] = {
         kind: [performance([share], 0).tokens_per_second or 0 for share in shares]
-        for kind, shares in made.items()
+        for kind, shares in result.items()
     }
-    for kind, shares in made.items():
+    for kind, shares in result.items():
         ratios = sorted(mine / other for mine, other in zip(rates[kind], rates["static"], strict=True))
         middle = sorted(shares, key=lambda share: performance([share], 0).tokens_per_second or 0)[
             len(shares) // 2

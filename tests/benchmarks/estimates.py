@@ -108,8 +108,8 @@ def sizes(model: str) -> tuple[int, int, int]:
 
 def rehearsed(model: str, stage: int, world: int, more: Sequence[str] = LONG) -> Usage:
     """What a rehearsal sees of the rank that holds most."""
-    asked = ["world=rehearsed", f"world.size={world}", *words(model, stage, more)]
-    return highest_usage([rank.tree() for rank in rehearse(Plan.of(load(compose(asked))))[0]])
+    requested = ["world=rehearsed", f"world.size={world}", *words(model, stage, more)]
+    return highest_usage([rank.tree() for rank in rehearse(Plan.of(load(compose(requested))))[0]])
 
 
 def real(model: str, stage: int, world: int = 2) -> Usage:
@@ -138,12 +138,12 @@ def highest_usage(ranks: Sequence[dict[str, Any]]) -> Usage:
             if phase["step"] == 1 and phase["phase"] in phases
         )
 
-    told = [rank["allocator"]["peak"] for rank in ranks]
+    reported = [rank["allocator"]["peak"] for rank in ranks]
     return Usage(
         most("end", "backward"),
         most("peak", "step"),
         most("peak", "data", "forward", "backward", "step"),
-        None if None in told else max(told),
+        None if None in reported else max(reported),
     )
 
 
@@ -169,8 +169,8 @@ def exact(count: int | None) -> str:
 
 def large(model: str, world: int, stage: int) -> str:
     """A row of the large models."""
-    others, found = estimates(model, stage, world), rehearsed(model, stage, world)
-    return row(model, world, stage, *map(gigabytes, (*others, found.states, found.stepping, found.peak)))
+    others, actual = estimates(model, stage, world), rehearsed(model, stage, world)
+    return row(model, world, stage, *map(gigabytes, (*others, actual.states, actual.stepping, actual.peak)))
 
 
 def small(model: str, stage: int) -> str:
@@ -182,9 +182,9 @@ def small(model: str, stage: int) -> str:
 
 def bucket(name: str) -> str:
     """A row of LLaMA-2-70B under ZeRO-3 on 64 ranks, by whose reduce bucket it has."""
-    found = rehearsed("llama2-70b", 3, 64, (*LONG, f"zero.reduce_bucket_size={BUCKETS[name]}"))
+    actual = rehearsed("llama2-70b", 3, 64, (*LONG, f"zero.reduce_bucket_size={BUCKETS[name]}"))
     others = estimates("llama2-70b", 3, 64)
-    return row(f"{name}, {BUCKETS[name]:,}", *map(gigabytes, (others.paper, found.states, others.deepspeed)))
+    return row(f"{name}, {BUCKETS[name]:,}", *map(gigabytes, (others.paper, actual.states, others.deepspeed)))
 
 
 PAGE = """\

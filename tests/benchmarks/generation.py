@@ -77,14 +77,14 @@ def _kinds(built: Any, settings: Settings, batch: int) -> tuple[dict[str, Callab
     fixed = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None, "disable_compile": True}
 
     def theirs(cache: str) -> list[list[int]]:
-        made = built.generate(
+        result = built.generate(
             given,
             attention_mask=torch.ones_like(given),
             max_new_tokens=new,
             cache_implementation=cache,
             **fixed,
         )
-        return made[:, length:].tolist()  # type: ignore[no-any-return]
+        return result[:, length:].tolist()  # type: ignore[no-any-return]
 
     def ours(cache: str | Compiled) -> list[list[int]]:
         requests = Requests(prompts.tolist(), [new] * batch)

@@ -29,8 +29,8 @@ PARTS = ("import", "model", "set-up", "step 0", "step 1", "rest")
 Case = tuple[str, int, int]
 
 
-def main(asked: list[str]) -> None:
-    rounds = next((int(word.removeprefix("rounds=")) for word in asked if word.startswith("rounds=")), 5)
+def main(requested: list[str]) -> None:
+    rounds = next((int(word.removeprefix("rounds=")) for word in requested if word.startswith("rounds=")), 5)
     taken: dict[Case, list[dict[str, Any]]] = {case: [] for case in dict.fromkeys((*LARGE, *GROWING))}
     for _ in range(rounds):
         for case in taken:
@@ -38,7 +38,7 @@ def main(asked: list[str]) -> None:
     from harness.record import record_file
 
     machine = record_file.environment()
-    print(f"$ python tests/benchmarks/rehearsal.py {' '.join(asked)}".rstrip())
+    print(f"$ python tests/benchmarks/rehearsal.py {' '.join(requested)}".rstrip())
     busy = ", ".join(f"{load:.1f}" for load in os.getloadavg())
     print(f"{machine.processor}, {os.cpu_count()} cores, one thread; other work ran beside it: load {busy}")
     print(f"python {platform.python_version()}, {json.dumps(machine.packages)}\n")
@@ -60,8 +60,8 @@ def measured(case: Case, *more: str) -> dict[str, Any]:
     done = subprocess.run(
         [sys.executable, *words], check=True, stdout=subprocess.PIPE, text=True, timeout=600
     )
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    actual: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return actual
 
 
 def one(name: str, stage: str, size: str, *more: str) -> None:
@@ -107,14 +107,14 @@ def one(name: str, stage: str, size: str, *more: str) -> None:
     seconds, processor = time.perf_counter() - began, clock()
     parts["rest"] = processor - sum(parts.values())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    found = {
+    actual = {
         "seconds": seconds,
         "processor": processor,
         "parts": parts,
         "bytes": peak,
         "operators": operators,
     }
-    print(json.dumps(found), flush=True)
+    print(json.dumps(actual), flush=True)
     os._exit(0)  # as the harness does: what Python's end takes is no part of a run
 
 
@@ -152,9 +152,9 @@ def tell_large(taken: dict[Case, list[dict[str, Any]]]) -> None:
         )
 
 
-def tell_operators(case: Case, found: dict[str, Any]) -> None:
+def tell_operators(case: Case, actual: dict[str, Any]) -> None:
     """The operators that took most, and their share of the whole."""
-    operators, seconds = found["operators"], found["processor"]
+    operators, seconds = actual["operators"], actual["processor"]
     count, inside = (sum(each[index] for each in operators.values()) for index in (0, 1))
     print(
         f"\n{case[0]}: {count:,} operators dispatched, {inside / seconds:.0%} of {seconds:.1f} s with their timing"

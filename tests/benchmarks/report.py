@@ -74,7 +74,7 @@ def write_run(run: Path, ranks: int, events: int) -> None:
                 "rank": rank,
                 "stands_for": [rank],
                 "peak": {"bytes": sum(peak.values()), "where": None, "categories": peak},
-                "categories": {name: {"peak": held, "end": 0} for name, held in peak.items()},
+                "categories": {name: {"peak": measured, "end": 0} for name, measured in peak.items()},
                 "allocator": {"source": None, "peak": None, "unattributed": None},
             }
         )

@@ -56,8 +56,8 @@ AROUND = ("world=rehearsed", "hardware=cpu", "precision=bf16", "model.attention=
 @cache
 def seen(*words: str) -> Seen:
     """What a rehearsal of these sees on its one rank."""
-    asked = (*AROUND, "world.size=1", "ledger.steps=1", *words)
-    ranks, done = rehearse(Plan.of(load(compose(asked))))
+    requested = (*AROUND, "world.size=1", "ledger.steps=1", *words)
+    ranks, done = rehearse(Plan.of(load(compose(requested))))
     work: dict[str, tuple[int, int, int]] = {}
     for phase in ranks[0].phases:
         if phase.flops is not None:
@@ -72,11 +72,17 @@ def generated(
     heads: int, prompt: int, new: int = 2, batch: int = 1, kind: str = "static", layers: int = LAYERS
 ) -> Seen:
     """LLaMA-2-70B with so many heads of keys and values, or a cut of it, generating `new` tokens after `prompt`."""
-    asked = {"batch": batch, "count": batch, "prompt_length": prompt, "max_new_tokens": new, "cache": kind}
+    requested = {
+        "batch": batch,
+        "count": batch,
+        "prompt_length": prompt,
+        "max_new_tokens": new,
+        "cache": kind,
+    }
     shape = {"num_key_value_heads": heads, "num_hidden_layers": layers, "max_position_embeddings": 2 * TOKENS}
     return seen(
         *("mode=infer", "model=llama2-70b", "generation.stop_at_eos=false"),
-        *(f"generation.{key}={value}" for key, value in asked.items()),
+        *(f"generation.{key}={value}" for key, value in requested.items()),
         *(f"model.config.{key}={value}" for key, value in shape.items()),
     )
 
@@ -151,9 +157,9 @@ def training() -> Example:
         "train.export=false",
         "zero=2",
     )
-    asked = {"batch": 1, "count": 1, "prompt_length": 4032, "max_new_tokens": 64, "stop_at_eos": "false"}
+    requested = {"batch": 1, "count": 1, "prompt_length": 4032, "max_new_tokens": 64, "stop_at_eos": "false"}
     infer = peaks(
-        "mode=infer", "model=llama2-7b", *(f"generation.{key}={value}" for key, value in asked.items())
+        "mode=infer", "model=llama2-7b", *(f"generation.{key}={value}" for key, value in requested.items())
     )
     train = peaks("mode=train", "model=llama2-7b", "train.steps=2", *long)
     kept = {
@@ -393,8 +399,8 @@ def turning(context: int, balance: float) -> float:
 
 def waiting() -> Example:
     batch, longest = 32, 512
-    asked = lengths("skewed", batch, longest, (0, 1))
-    idle = 1 - sum(asked) / (batch * max(asked))
+    requested = lengths("skewed", batch, longest, (0, 1))
+    idle = 1 - sum(requested) / (batch * max(requested))
     return Example(
         "Sequences that end early wait for the others",
         f"a batch puts out one token of each sequence in a round, and so some computation is wasted. Here "
@@ -409,15 +415,19 @@ def waiting() -> Example:
 
 def prompts() -> Example:
     one = {heads: kv(heads, 1) for heads in (ASSUMED, REAL)}
-    held = 2 * PARAMETERS
+    measured = 2 * PARAMETERS
     return Example(
         "When the cache outgrows the parameters",
         "a prompt takes 5 GB of it; 32 take 160 GB, more than the parameters' 140 GB. In GiB:",
         [
             ("a sequence of 4,096 tokens", "5", *(f"{each / GIB:.2f}" for each in one.values())),
             ("32 of them", "160", *(gib(32 * each) for each in one.values())),
-            ("parameters", "140", gib(held), gib(held)),
-            ("sequences that take more than those", "29", *(f"{held // each + 1}" for each in one.values())),
+            ("parameters", "140", gib(measured), gib(measured)),
+            (
+                "sequences that take more than those",
+                "29",
+                *(f"{measured // each + 1}" for each in one.values()),
+            ),
         ],
         "Wrong, and it does happen",
         "By its own product a sequence takes 10 GiB and 13 are enough. With 8 heads of keys and values it takes "

@@ -44,9 +44,9 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def rank_of(numbers: list[int], **held: int) -> dict[str, Any]:
+def rank_of(numbers: list[int], **measured: int) -> dict[str, Any]:
     """A rank that holds the same in every phase; its activations also by name."""
-    categories = {**dict.fromkeys(CATEGORIES, 0), "parameters": 2 * KIB, "activations": 4 * KIB, **held}
+    categories = {**dict.fromkeys(CATEGORIES, 0), "parameters": 2 * KIB, "activations": 4 * KIB, **measured}
     total = sum(categories.values())
     where = {"step": 0, "phase": "forward", "micro_batch": 0, "module": "layers.3", "op": "mm.default"}
     layers = [
@@ -117,8 +117,8 @@ def gate(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, st
 
     def run(*words: str) -> tuple[int, str, str]:
         code = main(["check", *words])
-        told = capsys.readouterr()
-        return code, told.out, told.err
+        reported = capsys.readouterr()
+        return code, reported.out, reported.err
 
     return run
 
@@ -204,11 +204,13 @@ def test_one_byte_more_fails_naming_the_category_the_ranks_the_phase_and_the_mod
     grown["peak"]["holdings"][1]["bytes"] += 1
     code, out, err = check_records(record_of(), record_of(grown))
     assert (code, err) == (1, "")
-    told = lines(out)
-    assert told[0] == "b NO ranks 0-1: activations +1 B (+0.02%), since step 1, forward (1 of 5 phases)"
-    assert "activations, peak 4.0 KiB 4.0 KiB +1 B +0.02% step 1, forward (1 of 5 phases)" in told
-    assert "ranks 0-1: at the peak the furthest from the baseline are layers.*.mlp: mm +1 B (+0.02%)" in told
-    assert told[-1] == announce.ACCEPT
+    reported = lines(out)
+    assert reported[0] == "b NO ranks 0-1: activations +1 B (+0.02%), since step 1, forward (1 of 5 phases)"
+    assert "activations, peak 4.0 KiB 4.0 KiB +1 B +0.02% step 1, forward (1 of 5 phases)" in reported
+    assert (
+        "ranks 0-1: at the peak the furthest from the baseline are layers.*.mlp: mm +1 B (+0.02%)" in reported
+    )
+    assert reported[-1] == announce.ACCEPT
 
 
 def test_one_byte_less_fails_too(check_records: Run) -> None:
@@ -392,8 +394,8 @@ def test_the_file_has_a_figure_s_row_on_a_line_and_the_words_without_world_and_d
     assert '    "activations": [4096, 2048],\n' in text
     assert '    {"category": "activations", "name": "layers.*.mlp: mm", "bytes": 4096}\n' in text
     row = {"step": 1, "phase": "forward", "micro_batch": 1, "peak": 6144}
-    held = {"parameters": 2048, "activations": 4096}
-    assert f"    {json.dumps({**row, 'categories': held})}\n" in text
+    measured = {"parameters": 2048, "activations": 4096}
+    assert f"    {json.dumps({**row, 'categories': measured})}\n" in text
     tree = json.loads(text)
     assert tree["schema"] == "harness.baseline/1"
     assert tree["config"] == WORDS
@@ -618,9 +620,9 @@ def several() -> list[Any]:
 
 def test_json_has_every_change_in_bytes(check_records: Run) -> None:
     code, out, _ = check_records(record_of(), record_of(rank_of([0, 1], inputs=6)), "--json")
-    (told,) = json.loads(out)["baselines"]
-    assert (code, told["verdict"], told["baseline"]) == (1, "does not hold", "b.json")
-    (ranks,) = told["ranks"]
+    (reported,) = json.loads(out)["baselines"]
+    assert (code, reported["verdict"], reported["baseline"]) == (1, "does not hold", "b.json")
+    (ranks,) = reported["ranks"]
     assert ranks["ranks"] == "0-1"
     changes = {(each["name"], each["figure"]): (each["before"], each["after"]) for each in ranks["changes"]}
     assert changes == {("inputs", "peak"): (0, 6), ("inputs", "end"): (0, 3)}
@@ -634,8 +636,8 @@ def test_junit_has_a_case_for_each_with_its_failure_or_error() -> None:
         "failures": "1",
         "errors": "1",
     }
-    held, other, lost = suite
-    assert (held.get("name"), [*held]) == ("same", [])
+    measured, other, lost = suite
+    assert (measured.get("name"), [*measured]) == ("same", [])
     (failure,), (error,) = other, lost
     assert failure.tag == "failure"
     assert failure.get("message", "").startswith("rank 0: inputs +1 B")

@@ -91,11 +91,11 @@ def test_step():
     net(torch.ones(64, 256)).sum().backward()
     optimizer.step()
 """
-    held = (
+    measured = (
         2 * 64 * 1024 * 4
     )  # what is hidden, before ReLU and after it; the output comes when the first is gone
-    outcome(tests.format(most=held)).assert_outcomes(passed=1)
-    outcome(tests.format(most=held - 1)).assert_outcomes(failed=1)
+    outcome(tests.format(most=measured)).assert_outcomes(passed=1)
+    outcome(tests.format(most=measured - 1)).assert_outcomes(failed=1)
 
 
 def test_what_is_saved_for_backward_has_a_budget_of_its_own(outcome: Outcome) -> None:
@@ -281,8 +281,8 @@ def test_a_baseline_is_asked_for_made_held_and_missed_by_a_row(
     )
     outcome(STEP.format(rows=4), "--memory-update").assert_outcomes(passed=1)
     (file,) = (pytester.path / "memory_baselines" / "test_it").iterdir()
-    made = file.read_text()
-    assert json.loads(made)["model"]["name"] == "test_step[a b]"
+    output = file.read_text()
+    assert json.loads(output)["model"]["name"] == "test_step[a b]"
     for _ in range(2):
         outcome(STEP.format(rows=4)).assert_outcomes(passed=1)
     grown = outcome(STEP.format(rows=5))
@@ -295,9 +295,9 @@ def test_a_baseline_is_asked_for_made_held_and_missed_by_a_row(
             "*memory*",
         ]
     )
-    assert file.read_text() == made
+    assert file.read_text() == output
     outcome(STEP.format(rows=5), "--memory-update").assert_outcomes(passed=1)
-    assert file.read_text() != made
+    assert file.read_text() != output
 
 
 def test_a_tolerance_in_the_file_counts_and_an_update_keeps_it(

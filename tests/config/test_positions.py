@@ -13,8 +13,8 @@ from harness.config.settings import Refusal, Settings, Train
 
 
 def rope(kind: str, factor: float, before: int | None = None, **more: Any) -> dict[str, Any]:
-    told = {} if before is None else {"original_max_position_embeddings": before}
-    return {"rope_type": kind, "factor": factor, **told, **more}
+    reported = {} if before is None else {"original_max_position_embeddings": before}
+    return {"rope_type": kind, "factor": factor, **reported, **more}
 
 
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 500000.0}
@@ -72,8 +72,8 @@ def test_the_limit_is_what_the_config_comes_to_as_it_is_written_and_as_it_is_rea
 ) -> None:
     written = {"model_type": kind, **config}
     for shape in (written, AutoConfig.for_model(**written).to_dict()):
-        found = limit(shape)
-        assert (None if found is None else found.tokens) == expected
+        actual = limit(shape)
+        assert (None if actual is None else actual.tokens) == expected
 
 
 def test_a_model_is_not_held_to_what_a_group_says_for_others() -> None:
@@ -102,9 +102,9 @@ def test_a_number_that_counts_nothing_is_no_limit(value: object) -> None:
     ],
 )
 def test_what_says_the_limit_is_named(config: dict[str, Any], said: str) -> None:
-    found = limit(config)
-    assert found is not None
-    assert found.source == said
+    actual = limit(config)
+    assert actual is not None
+    assert actual.source == said
 
 
 NARROW = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64}
@@ -120,9 +120,9 @@ TABLES = {
 def test_a_model_with_a_table_takes_as_many_and_no_more(kind: str) -> None:
     config = AutoConfig.for_model(kind, **NARROW, **TABLES[kind])
     model = AutoModelForCausalLM.from_config(config).eval()
-    found = limit(config.to_dict())
-    assert found is not None
-    assert found.tokens == 12
+    actual = limit(config.to_dict())
+    assert actual is not None
+    assert actual.tokens == 12
     model(torch.ones(1, 12, dtype=torch.int64) * 5)
     with pytest.raises((IndexError, RuntimeError)):
         model(torch.ones(1, 13, dtype=torch.int64) * 5)
@@ -148,6 +148,6 @@ def test_training_is_held_to_what_the_config_leaves_out_too() -> None:
 def test_layers_are_counted_under_whichever_name_a_config_has_for_them(
     kind: str, config: dict[str, Any], layers: int
 ) -> None:
-    made = AutoConfig.for_model(kind, **config)
-    assert read(config, "num_hidden_layers")[1] == read(made.to_dict(), "num_hidden_layers")[1] == layers
-    assert made.get_text_config(decoder=True).num_hidden_layers == layers
+    result = AutoConfig.for_model(kind, **config)
+    assert read(config, "num_hidden_layers")[1] == read(result.to_dict(), "num_hidden_layers")[1] == layers
+    assert result.get_text_config(decoder=True).num_hidden_layers == layers

@@ -92,12 +92,12 @@ def test_a_missing_file_and_a_directory_are_refused(tmp_path: Path) -> None:
 
 
 def test_prompts_on_the_command_line_keep_their_order() -> None:
-    found = find(
+    actual = find(
         Settings(mode="infer", generation=Generation(prompt=["b\n", "a", "b\n"])), BYTES, lambda length: 64
     )
-    assert [prompt.text for prompt in found] == ["b\n", "a", "b\n"]
-    assert [prompt.tokens for prompt in found] == [[101, 13], [100], [101, 13]]
-    assert [prompt.place for prompt in found] == ["prompt 1", "prompt 2", "prompt 3"]
+    assert [prompt.text for prompt in actual] == ["b\n", "a", "b\n"]
+    assert [prompt.tokens for prompt in actual] == [[101, 13], [100], [101, 13]]
+    assert [prompt.place for prompt in actual] == ["prompt 1", "prompt 2", "prompt 3"]
 
 
 def test_a_prompt_is_left_open_and_keeps_the_beginning_its_tokenizer_gives() -> None:
@@ -140,9 +140,9 @@ def test_a_prompt_that_is_too_long_is_refused_by_line_length_and_limit(
 
 
 def test_what_a_request_says_itself_is_mended_where_it_says_it() -> None:
-    asked = prompt(3, most=100)._replace(key="generation.workload", sets_max_new_tokens=True)
+    requested = prompt(3, most=100)._replace(key="generation.workload", sets_max_new_tokens=True)
     with pytest.raises(Refusal, match=r'; give it "max_new_tokens": 29$'):
-        check([asked], LlamaConfig(max_position_embeddings=32))
+        check([requested], LlamaConfig(max_position_embeddings=32))
 
 
 def test_the_prompt_that_is_too_long_is_the_one_named() -> None:

@@ -21,9 +21,9 @@ def test_a_line_is_a_request_with_a_text_or_a_length(tmp_path: Path) -> None:
     text = '{"prompt": "one"}\n\n{"prompt_length": 5, "max_new_tokens": 2}\n'
     generation = generation_with(tmp_path / "requests.jsonl", text)
     assert read(str(generation.workload)) == [("one", 0, None, "line 1"), (None, 5, 2, "line 3")]
-    found = find(Settings(mode="infer", generation=generation), BYTES, lambda length: 9)
-    assert [(len(prompt.tokens), prompt.max_new_tokens) for prompt in found] == [(3, 9), (5, 2)]
-    assert found[0].text == "one"
+    actual = find(Settings(mode="infer", generation=generation), BYTES, lambda length: 9)
+    assert [(len(prompt.tokens), prompt.max_new_tokens) for prompt in actual] == [(3, 9), (5, 2)]
+    assert actual[0].text == "one"
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
@@ -34,7 +34,7 @@ def test_a_workload_is_the_same_however_an_editor_saves_it(tmp_path: Path, encod
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "reported"),
     [
         ("{", "line 1: Invalid JSON"),
         ("[1]", "line 1: should be an object"),
@@ -53,11 +53,13 @@ def test_a_workload_is_the_same_however_an_editor_saves_it(tmp_path: Path, encod
         ("\n", "there is no request in it"),
     ],
 )
-def test_a_line_that_is_no_request_is_refused_with_its_number(tmp_path: Path, line: str, told: str) -> None:
+def test_a_line_that_is_no_request_is_refused_with_its_number(
+    tmp_path: Path, line: str, reported: str
+) -> None:
     generation = generation_with(tmp_path / "requests.jsonl", line)
     with pytest.raises(Refusal) as refused:
         read(str(generation.workload))
-    assert told in str(refused.value)
+    assert reported in str(refused.value)
     assert 'write {"prompt_length": 64' in str(refused.value)
 
 
@@ -68,16 +70,16 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
 
 def test_lengths_are_drawn_by_seed_within_their_range() -> None:
     for kind in ("uniform", "skewed"):
-        found = lengths(kind, 2000, 100, (0, 0))
-        assert found == lengths(kind, 2000, 100, (0, 0)) != lengths(kind, 2000, 100, (1, 0))
-        assert (min(found), max(found)) == (1, 100)
+        actual = lengths(kind, 2000, 100, (0, 0))
+        assert actual == lengths(kind, 2000, 100, (0, 0)) != lengths(kind, 2000, 100, (1, 0))
+        assert (min(actual), max(actual)) == (1, 100)
     assert lengths("fixed", 3, 7, (0, 0)) == [7, 7, 7]
     assert lengths("skewed", 5, 1, (0, 0)) == [1] * 5
 
 
 def test_half_of_skewed_lengths_are_within_the_root_of_the_longest() -> None:
-    found = sorted(lengths("skewed", 4001, 100, (0, 0)))
-    assert 9 <= found[2000] <= 11  # the median of 4,001 draws has a standard error of 4%
+    actual = sorted(lengths("skewed", 4001, 100, (0, 0)))
+    assert 9 <= actual[2000] <= 11  # the median of 4,001 draws has a standard error of 4%
     even = sorted(lengths("uniform", 4001, 100, (0, 0)))
     assert 47 <= even[2000] <= 53
 
@@ -90,9 +92,9 @@ def test_prompts_and_what_follows_them_are_drawn_apart() -> None:
 
 def test_sampled_prompts_have_the_lengths_that_were_drawn() -> None:
     generation = Generation(count=6, prompt_length=32, lengths="skewed")
-    found = find(Settings(mode="infer", generation=generation), BYTES, lambda length: 16)
+    actual = find(Settings(mode="infer", generation=generation), BYTES, lambda length: 16)
     expected = drawn(generation, 16, 0)
-    assert [(len(prompt.tokens), prompt.max_new_tokens) for prompt in found] == [
+    assert [(len(prompt.tokens), prompt.max_new_tokens) for prompt in actual] == [
         (r.length, r.max_new_tokens) for r in expected
     ]
     rehearsed = find(Settings(mode="infer", generation=generation), BYTES, lambda length: 16, read=False)

@@ -125,9 +125,9 @@ def launch(warm: Warm, tmp_path_factory: pytest.TempPathFactory, request: pytest
 
 def complete(directory: Path) -> dict[str, Any]:
     """The record of a run that must not have failed."""
-    found = record_file.read(directory)
-    assert found["status"] == "complete", found["failure"]
-    return found
+    actual = record_file.read(directory)
+    assert actual["status"] == "complete", actual["failure"]
+    return actual
 
 
 @pytest.fixture(scope="session")

@@ -36,8 +36,8 @@ def test_a_real_run_holds_the_baseline_of_its_rehearsal_to_the_byte(
     launch: Launch, rehearsed: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["check", str(launch(*WORDS)), "--baseline", str(rehearsed)]) == 0
-    told = capsys.readouterr().out
-    assert told.startswith("zero2   holds   ranks 0-1: ")
+    reported = capsys.readouterr().out
+    assert reported.startswith("zero2   holds   ranks 0-1: ")
 
 
 def test_a_rehearsal_holds_the_baseline_of_a_real_run(launch: Launch, tmp_path: Path) -> None:
@@ -54,7 +54,7 @@ def test_a_run_with_one_knob_changed_fails_and_the_category_and_the_knob_are_nam
 ) -> None:
     run = launch(*WORDS, "zero.reduce_bucket_size=1000000")
     assert main(["check", str(run), "--baseline", str(rehearsed)]) == 1
-    told = " ".join(capsys.readouterr().out.split())
-    assert "communication, peak" in told
-    assert "another config: zero.reduce_bucket_size=1000000, the baseline's 5000000" in told
-    assert "activations, peak" not in told
+    reported = " ".join(capsys.readouterr().out.split())
+    assert "communication, peak" in reported
+    assert "another config: zero.reduce_bucket_size=1000000, the baseline's 5000000" in reported
+    assert "activations, peak" not in reported

@@ -28,9 +28,9 @@ def test_the_deepspeed_page_shows_what_two_ranks_print_and_its_books_close(
     (shown,) = blocks("deepspeed", "text")
     assert shown in next(iter(said.values()))
     for stage in (0, 2):
-        found = record_file.read(tmp_path / f"runs/zero-{stage}")
-        assert found["world"]["size"] == len(found["ranks"]) == 2
-        for rank in found["ranks"]:
+        actual = record_file.read(tmp_path / f"runs/zero-{stage}")
+        assert actual["world"]["size"] == len(actual["ranks"]) == 2
+        for rank in actual["ranks"]:
             assert rank["allocator"]["unattributed"] == 0
             assert sum(rank["peak"]["categories"].values()) == rank["allocator"]["peak"]
     (compared,) = (printed for line, printed in said.items() if "compare" in line)
@@ -41,7 +41,7 @@ def test_the_deepspeed_page_shows_what_two_ranks_print_and_its_books_close(
 def test_the_code_of_a_page_is_the_same_on_two_ranks(page: str, warm: Warm, tmp_path: Path) -> None:
     said = run(code(page, tmp_path), warm, tmp_path)
     assert "rank 0 of 2" in said
-    found = record_file.read(tmp_path / "runs" / page)
-    assert (found["world"]["size"], [rank["rank"] for rank in found["ranks"]]) == (2, [0, 1])
-    for rank in found["ranks"]:
+    actual = record_file.read(tmp_path / "runs" / page)
+    assert (actual["world"]["size"], [rank["rank"] for rank in actual["ranks"]]) == (2, [0, 1])
+    for rank in actual["ranks"]:
         assert rank["allocator"]["unattributed"] == 0

@@ -41,7 +41,7 @@ def expected(checkpoint: Path, dtype: torch.dtype, **options: Any) -> list[list[
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, padding_side="left")
     ends = model.generation_config.eos_token_id
-    made: dict[int, list[int]] = {}
+    result: dict[int, list[int]] = {}
     for rank in range(RANKS):
         mine = range(rank, len(PROMPTS), RANKS)
         for first in range(0, len(mine), BATCH):
@@ -51,8 +51,8 @@ def expected(checkpoint: Path, dtype: torch.dtype, **options: Any) -> list[list[
             rows = model.generate(**batch, max_new_tokens=NEW, do_sample=False, **options)
             for number, row in zip(numbers, rows[:, batch.input_ids.shape[1] :].tolist(), strict=True):
                 stop = row.index(ends) + 1 if ends in row else NEW
-                made[number] = row[:stop]
-    return [made[number] for number in range(len(PROMPTS))]
+                result[number] = row[:stop]
+    return [result[number] for number in range(len(PROMPTS))]
 
 
 @pytest.mark.parametrize(
@@ -65,11 +65,11 @@ def test_two_ranks_give_transformers_tokens_and_their_books_close(
     kind = {"use_cache": False} if cache == "none" else {"cache_implementation": cache}
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    found = lines(directory)
-    assert [line["prompt"] for line in found] == PROMPTS
-    assert [line["tokens"] for line in found] == expected(checkpoint, dtype, **kind)
-    assert [line["text"] for line in found] == [
-        tokenizer.decode(line["tokens"], skip_special_tokens=True) for line in found
+    actual = lines(directory)
+    assert [line["prompt"] for line in actual] == PROMPTS
+    assert [line["tokens"] for line in actual] == expected(checkpoint, dtype, **kind)
+    assert [line["text"] for line in actual] == [
+        tokenizer.decode(line["tokens"], skip_special_tokens=True) for line in actual
     ]
     for rank in record_file.read(directory)["ranks"]:
         assert rank["allocator"]["unattributed"] == 0
@@ -83,12 +83,24 @@ def test_the_kv_bytes_told_are_the_formulas_and_a_static_cache_reserves_more(
 ) -> None:
     config = AutoModelForCausalLM.from_pretrained(checkpoint).config
     per_token = kv_bytes_per_token(config, torch.bfloat16)
-    told = {}
+    reported = {}
     for cache in ("dynamic", "static"):
-        told[cache] = record_file.read(generated(f"generation.cache={cache}", "precision=bf16"))["inference"]
-        assert told[cache]["kv_bytes_per_token"] == told[cache]["kv_bytes_per_token_measured"] == per_token
-    assert told["dynamic"]["kv_reserved"] == told["dynamic"]["kv_filled"] > told["dynamic"]["kv_live"]
-    assert told["static"]["kv_reserved"] - told["dynamic"]["kv_reserved"] == 8 * config.num_hidden_layers
+        reported[cache] = record_file.read(generated(f"generation.cache={cache}", "precision=bf16"))[
+            "inference"
+        ]
+        assert (
+            reported[cache]["kv_bytes_per_token"]
+            == reported[cache]["kv_bytes_per_token_measured"]
+            == per_token
+        )
+    assert (
+        reported["dynamic"]["kv_reserved"]
+        == reported["dynamic"]["kv_filled"]
+        > reported["dynamic"]["kv_live"]
+    )
+    assert (
+        reported["static"]["kv_reserved"] - reported["dynamic"]["kv_reserved"] == 8 * config.num_hidden_layers
+    )
 
 
 def test_two_runs_of_one_config_generate_the_same_and_give_the_same_books(generated: Launch) -> None:
@@ -136,11 +148,11 @@ def test_requests_that_enter_and_leave_get_the_tokens_of_static_batches_and_book
     directory = generated(*paged, "precision=fp32")
     static = generated("generation.cache=dynamic", "precision=fp32")
     assert lines(directory) == lines(static)
-    found = record_file.read(directory)
-    assert found["inference"]["unasked_tokens"] == 0
-    assert found["performance"]["forwards"] > 0
-    assert found["performance"]["evicted"] == 0
-    for rank in found["ranks"]:
+    actual = record_file.read(directory)
+    assert actual["inference"]["unasked_tokens"] == 0
+    assert actual["performance"]["forwards"] > 0
+    assert actual["performance"]["evicted"] == 0
+    for rank in actual["ranks"]:
         assert rank["allocator"]["unattributed"] == 0
         assert rank["categories"]["kv_cache"]["peak"] > 0
         assert rank["categories"]["kv_cache"]["end"] == 0
@@ -149,6 +161,6 @@ def test_requests_that_enter_and_leave_get_the_tokens_of_static_batches_and_book
 @pytest.mark.parametrize("batching", [(), ("generation.batching=continuous", "generation.cache=paged")])
 def test_ranks_with_other_numbers_of_batches_end_together(launch: Launch, batching: tuple[str, ...]) -> None:
     sizes = ("generation.count=3", "generation.batch=1", "generation.max_new_tokens=2", "ledger.steps=1")
-    found = record_file.read(launch("mode=infer", "model.config.num_hidden_layers=1", *sizes, *batching))
-    assert found["status"] == "complete"
-    assert found["inference"]["prompts"] == 3
+    actual = record_file.read(launch("mode=infer", "model.config.num_hidden_layers=1", *sizes, *batching))
+    assert actual["status"] == "complete"
+    assert actual["inference"]["prompts"] == 3

@@ -81,9 +81,9 @@ def test_one_record_holds_every_rank_s_books_and_a_second_is_refused_on_every_ra
     assert sorted(line for line in said if line.startswith("rank ")) == [
         f"rank {n}: {refused}" for n in (0, 1)
     ]
-    found = schema.parse(record_file.read(directory), "the record")
-    assert (found.world.kind, found.world.size) == ("loop", 2)
-    first, second = found.ranks
+    actual = schema.parse(record_file.read(directory), "the record")
+    assert (actual.world.kind, actual.world.size) == ("loop", 2)
+    first, second = actual.ranks
     assert (first.rank, second.rank) == (0, 1)
     assert (second.peak.bytes or 0) > (first.peak.bytes or 0) > 0  # of twice as many rows
 

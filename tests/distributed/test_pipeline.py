@@ -72,8 +72,8 @@ def run(launch: Launch) -> Callable[..., Path]:
 
 
 def losses(directory: Path) -> list[float]:
-    found = complete(directory)["training"]
-    return [*found["losses"], *(each["loss"] for each in found["validation"])]
+    actual = complete(directory)["training"]
+    return [*actual["losses"], *(each["loss"] for each in actual["validation"])]
 
 
 PIPELINED = [
@@ -127,9 +127,9 @@ def test_the_first_step_without_zero_is_adams_first(run: Callable[..., Path]) ->
 
 @pytest.mark.parametrize(("ranks", "words"), cells(PIPELINED), ids=str)
 def test_every_rank_closes_its_books(run: Callable[..., Path], ranks: int, words: Words) -> None:
-    found = complete(run(ranks, *words))
-    assert len(found["ranks"]) == ranks
-    for rank in found["ranks"]:
+    actual = complete(run(ranks, *words))
+    assert len(actual["ranks"]) == ranks
+    for rank in actual["ranks"]:
         assert rank["allocator"]["unattributed"] == 0
         assert sum(rank["peak"]["categories"].values()) == rank["peak"]["bytes"] == rank["allocator"]["peak"]
 
@@ -138,9 +138,9 @@ def test_every_rank_closes_its_books(run: Callable[..., Path], ranks: int, words
 def test_a_stage_keeps_a_forward_for_each_stage_from_it_on(
     run: Callable[..., Path], ranks: int, words: Words
 ) -> None:
-    found = complete(run(ranks, *words))
-    stages, micro_batches = found["pipeline"]["stages"], found["pipeline"]["micro_batches"]
-    for rank in found["ranks"]:
+    actual = complete(run(ranks, *words))
+    stages, micro_batches = actual["pipeline"]["stages"], actual["pipeline"]["micro_batches"]
+    for rank in actual["ranks"]:
         assert rank["stage"] == rank["rank"] * stages // ranks
         assert rank["forwards"]["alive"] == min(stages - rank["stage"], micro_batches)
         assert rank["forwards"]["bytes"] == sum(rank["forwards"]["stashes"]) > 0
@@ -172,9 +172,9 @@ def test_an_export_of_two_stages_opens_whole_and_in_four(run: Callable[..., Path
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
     assert model.num_parameters() == complete(run(2, *words))["model"]["parameters"]
     again = ("zero=1", "precision=fp32", f"model.path={checkpoint}", "train.export=false")
-    found = {ranks: losses(run(ranks, *again, f"pipeline.stages={ranks}")) for ranks in (1, 4)}
-    assert found[4] == pytest.approx(found[1], abs=FP32)
-    assert found[4][0] < losses(run(2, *words))[0]
+    actual = {ranks: losses(run(ranks, *again, f"pipeline.stages={ranks}")) for ranks in (1, 4)}
+    assert actual[4] == pytest.approx(actual[1], abs=FP32)
+    assert actual[4][0] < losses(run(2, *words))[0]
 
 
 def test_an_export_has_the_buffers_of_every_stage_and_the_generation_config(

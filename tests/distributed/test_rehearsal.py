@@ -282,8 +282,8 @@ def _placed(words: Words, prompts: Path) -> list[str]:
 
 def plan_of(words: Words, size: int, prompts: Path) -> Plan:
     """The plan of a rehearsal of `words` on `size` ranks."""
-    asked = [PRECISION, *_placed(words, prompts), "world=rehearsed", f"world.size={size}"]
-    return resolve(load(compose(asked)))
+    requested = [PRECISION, *_placed(words, prompts), "world=rehearsed", f"world.size={size}"]
+    return resolve(load(compose(requested)))
 
 
 def phases_of(rank: RankRecord, steps: int = 3) -> dict[tuple[int, str, int], RankRecord]:
@@ -303,7 +303,7 @@ def phase_memory(rank: RankRecord) -> dict[tuple[int, str, int], RankRecord]:
 
 def differences(real: RankRecord, rehearsed: RankRecord) -> list[tuple[Any, ...]]:
     """Where the two books differ: the place, the figure, the run's bytes and the rehearsal's."""
-    found: list[tuple[Any, ...]] = [
+    actual: list[tuple[Any, ...]] = [
         (name, figure, bytes_, rehearsed["categories"][name][figure])
         for name, category in real["categories"].items()
         for figure, bytes_ in category.items()
@@ -313,15 +313,15 @@ def differences(real: RankRecord, rehearsed: RankRecord) -> list[tuple[Any, ...]
     for place in ours.keys() | theirs.keys():
         left, right = ours.get(place), theirs.get(place)
         if left is None or right is None:
-            found.append((place, "is there", left is not None, right is not None))
+            actual.append((place, "is there", left is not None, right is not None))
         else:
-            found += [(place, key, left[key], right[key]) for key in left if left[key] != right[key]]
-    return found
+            actual += [(place, key, left[key], right[key]) for key in left if left[key] != right[key]]
+    return actual
 
 
-def each_rank(found: list[Representative]) -> Iterator[tuple[int, list[int]]]:
+def each_rank(actual: list[Representative]) -> Iterator[tuple[int, list[int]]]:
     """Every rank that stands for others, with those; and by itself each whose peak another one bounds."""
-    for representative in found:
+    for representative in actual:
         yield (
             representative.rank,
             [rank for rank in representative.equivalent_ranks if rank != representative.rank],
@@ -362,13 +362,13 @@ def test_a_rank_peaks_no_lower_than_those_it_bounds(
     ranks, words = cell
     real = run(ranks, words)["ranks"]
     peaks = [max(phase["peak"] for phase in phases_of(rank_record).values()) for rank_record in real]
-    found = representatives_of(plan_of(words, ranks, prompts))
+    actual = representatives_of(plan_of(words, ranks, prompts))
     assert sorted(
         rank
-        for representative in found
+        for representative in actual
         for rank in {*representative.equivalent_ranks, *representative.bounds}
     ) == list(range(ranks))
-    for representative in found:
+    for representative in actual:
         assert all(peaks[rank] <= peaks[representative.rank] for rank in representative.bounds)
 
 
@@ -381,6 +381,6 @@ def test_a_rehearsal_says_of_the_kv_cache_what_the_run_says(
     run: Callable[[int, Words], RankRecord], prompts: Path, cell: tuple[int, Words]
 ) -> None:
     ranks, words = cell
-    made = {"new_tokens", "unasked_tokens", "padding_tokens"}
-    real = {key: figure for key, figure in run(ranks, words)["inference"].items() if key not in made}
+    result = {"new_tokens", "unasked_tokens", "padding_tokens"}
+    real = {key: figure for key, figure in run(ranks, words)["inference"].items() if key not in result}
     assert rehearse_all(plan_of(words, ranks, prompts), parallel=False)[1].tree()["inference"] == real

@@ -142,9 +142,9 @@ def expected(checkpoint: Path) -> list[list[int]]:
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, padding_side="left")
     batch = tokenizer(PROMPTS, add_special_tokens=False, padding=True, return_tensors="pt")
-    made = model.generate(**batch, max_new_tokens=NEW, do_sample=False, pad_token_id=0)
+    result = model.generate(**batch, max_new_tokens=NEW, do_sample=False, pad_token_id=0)
     rows = []
-    for row in made[:, batch.input_ids.shape[1] :].tolist():
+    for row in result[:, batch.input_ids.shape[1] :].tolist():
         ends = [place + 1 for place, token in enumerate(row) if token in model.generation_config.eos_token_id]
         rows.append(row[: min([*ends, NEW])])
     assert len({len(row) for row in rows}) > 1  # some end early
@@ -193,9 +193,9 @@ def test_a_replica_without_a_prompt_waits_for_the_other(
 def test_every_stage_closes_its_books_and_saves_nothing(
     run: Callable[..., Path], ranks: int, words: Words
 ) -> None:
-    found = complete(run(ranks, words))["ranks"]
-    assert len(found) == ranks
-    for rank in found:
+    actual = complete(run(ranks, words))["ranks"]
+    assert len(actual) == ranks
+    for rank in actual:
         assert rank["allocator"]["unattributed"] == 0
         assert sum(rank["peak"]["categories"].values()) == rank["peak"]["bytes"] == rank["allocator"]["peak"]
         assert rank["peak"]["saved"] == rank["forwards"]["alive"] == rank["forwards"]["bytes"] == 0
@@ -231,12 +231,12 @@ def test_what_a_stage_receives_is_an_activation_and_no_communication(run: Callab
 def test_a_stage_keeps_one_group_of_what_it_sent_however_many_follow(run: Callable[..., Path]) -> None:
     *senders, _ = complete(run(4, (FOUR, *LONG)))["ranks"]
     for rank in senders:
-        held = {
+        measured = {
             phase["micro_batch"]: phase["categories"]["activations"]
             for phase in rank["phases"]
             if phase["phase"] == "prefill"
         }
-        assert held == {0: held[0], **dict.fromkeys((1, 2, 3), held[0] + BOUNDARY)}
+        assert measured == {0: measured[0], **dict.fromkeys((1, 2, 3), measured[0] + BOUNDARY)}
         assert rank["categories"]["activations"]["end"] == 0
 
 
@@ -253,8 +253,8 @@ def test_the_caches_of_all_stages_hold_what_one_would(run: Callable[..., Path]) 
 
 @pytest.mark.parametrize(("ranks", "words"), cells(RUNS), ids=str)
 def test_the_record_says_how_idle_each_stage_was(run: Callable[..., Path], ranks: int, words: Words) -> None:
-    found = complete(run(ranks, words))
-    stages = found["pipeline"]["stages"]
-    idle = found["performance"]["stages"]
+    actual = complete(run(ranks, words))
+    stages = actual["pipeline"]["stages"]
+    idle = actual["performance"]["stages"]
     assert [each["stage"] for each in idle] == list(range(stages))
     assert all(0 < each["idle"] < 1 and each["busy_seconds"] > 0 for each in idle)

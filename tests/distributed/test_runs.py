@@ -169,9 +169,9 @@ def script(name: str, words: list[str]) -> str:
 def torchrun_report(stderr: str) -> list[tuple[int, str]]:
     """Each rank's exit code and last words in torchrun's report, which is the end of `stderr`; the cause is last."""
     report = stderr.rpartition("ChildFailedError")[2]
-    found = re.findall(r"exitcode  : (\d+) .*\n.*\n  traceback : (.*)\n", report)
-    assert report.rstrip().splitlines()[-2] == f"  traceback : {found[-1][1]}"
-    return [(int(code), sentence) for code, sentence in found]
+    actual = re.findall(r"exitcode  : (\d+) .*\n.*\n  traceback : (.*)\n", report)
+    assert report.rstrip().splitlines()[-2] == f"  traceback : {actual[-1][1]}"
+    return [(int(code), sentence) for code, sentence in actual]
 
 
 def _batch(tokenizer: Any, texts: list[str]) -> dict[str, torch.Tensor]:
@@ -186,10 +186,10 @@ def test_all_ranks_run_in_the_precision_and_the_attention_that_rank_0_decides(la
         "model.config.num_hidden_layers=1",
         "precision=auto",
     )
-    found = record_file.read(launch(*words, "generation.count=2", "generation.max_new_tokens=2"))
-    precision, dtype = found["config"]["precision"], getattr(torch, found["model"]["dtype"])
+    actual = record_file.read(launch(*words, "generation.count=2", "generation.max_new_tokens=2"))
+    precision, dtype = actual["config"]["precision"], getattr(torch, actual["model"]["dtype"])
     assert {"bf16": torch.bfloat16, "fp32": torch.float32}[precision] == dtype
-    assert found["resolved"]["precision"].startswith(f"{precision}: a core here makes ")
-    assert found["resolved"]["model.attention"] == "eager: transformers has no sdpa for bloom"
-    held = {rank["categories"]["parameters"]["end"] for rank in found["ranks"]}
-    assert held == {found["model"]["parameters"] * dtype.itemsize}
+    assert actual["resolved"]["precision"].startswith(f"{precision}: a core here makes ")
+    assert actual["resolved"]["model.attention"] == "eager: transformers has no sdpa for bloom"
+    measured = {rank["categories"]["parameters"]["end"] for rank in actual["ranks"]}
+    assert measured == {actual["model"]["parameters"] * dtype.itemsize}

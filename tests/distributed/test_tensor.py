@@ -87,12 +87,12 @@ def test_each_rank_holds_its_part_of_parameters_and_cache_and_its_books_close(
     assert kv == alone["inference"]["kv_reserved"] + counters
     for rank in shared["ranks"]:
         assert rank["allocator"]["unattributed"] == 0
-        held = rank["categories"]
-        assert held["kv_cache"]["peak"] == kv // batches
+        measured = rank["categories"]
+        assert measured["kv_cache"]["peak"] == kv // batches
         whole = alone["ranks"][0]["categories"]["parameters"]["end"]
         norms_and_positions = 5 * 256 * 4 + 2 * 32 * 4
-        assert held["parameters"]["end"] == (whole - norms_and_positions) // 2 + norms_and_positions
-        assert held["communication"]["peak"] > 0
+        assert measured["parameters"]["end"] == (whole - norms_and_positions) // 2 + norms_and_positions
+        assert measured["communication"]["peak"] > 0
 
 
 def test_tied_weights_are_cut_once_and_stay_tied(launch: Launch, prompts: str) -> None:
@@ -102,8 +102,8 @@ def test_tied_weights_are_cut_once_and_stay_tied(launch: Launch, prompts: str) -
     whole = complete(alone)["ranks"][0]["categories"]["parameters"]["end"]
     norms_and_positions = 5 * 256 * 4 + 2 * 32 * 4
     for rank in complete(shared)["ranks"]:
-        held = rank["categories"]["parameters"]["end"]
-        assert held == (whole - norms_and_positions) // 2 + norms_and_positions
+        measured = rank["categories"]["parameters"]["end"]
+        assert measured == (whole - norms_and_positions) // 2 + norms_and_positions
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_figures_repeat_to_the_byte(launch: Launch, prompts: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "reported"),
     [
         (("model=gpt2",), "generation.tensor_parallel=2: transformers has no tensor-parallel plan for gpt2"),
         (  # its plan is of the head alone
@@ -176,5 +176,5 @@ def test_figures_repeat_to_the_byte(launch: Launch, prompts: str) -> None:
         ),
     ],
 )
-def test_what_cannot_be_shared_is_one_sentence(warm: Warm, words: tuple[str, ...], told: str) -> None:
-    assert told in warm.refused(["mode=infer", "generation.tensor_parallel=2", *words])
+def test_what_cannot_be_shared_is_one_sentence(warm: Warm, words: tuple[str, ...], reported: str) -> None:
+    assert reported in warm.refused(["mode=infer", "generation.tensor_parallel=2", *words])

@@ -91,9 +91,9 @@ def test_tied_weights_and_experts_that_a_checkpoint_has_apart_are_shared_too(
 
 @pytest.mark.parametrize("words", PLACES, ids=str)
 def test_every_rank_closes_its_books(run: Callable[..., Path], words: Words) -> None:
-    found = complete(run(4, (*BOTH, *words)))["ranks"]
-    assert [(rank["stage"], rank["share"]) for rank in found] == [(0, 0), (0, 1), (1, 0), (1, 1)]
-    for rank in found:
+    actual = complete(run(4, (*BOTH, *words)))["ranks"]
+    assert [(rank["stage"], rank["share"]) for rank in actual] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    for rank in actual:
         assert (rank["allocator"]["unattributed"], rank["allocator"]["foreign"]) == (0, 0)
         assert sum(rank["peak"]["categories"].values()) == rank["peak"]["bytes"] == rank["allocator"]["peak"]
         assert rank["peak"]["saved"] == 0

@@ -49,9 +49,9 @@ def test_a_model_that_is_the_same_is_taken(kind: str, cache: str, more: dict[str
 def test_a_model_that_is_not_is_found_and_how_it_differs_is_said(
     kind: str, cache: str, mixed: bool, more: dict[str, Any], reason: str
 ) -> None:
-    found = reason_of(kind, cache, mixed, **more)
-    assert found is not None
-    assert found.startswith(reason)
+    actual = reason_of(kind, cache, mixed, **more)
+    assert actual is not None
+    assert actual.startswith(reason)
 
 
 def test_what_only_padding_changes_is_the_same_without() -> None:

@@ -110,9 +110,9 @@ def theirs(model: Any, prompts: Any = PROMPTS, new: int = NEW, **cache: Any) -> 
 @pytest.mark.parametrize("kind", SHAPES)
 def test_models_of_every_kind_of_layer_give_transformers_own_tokens(kind: str, cache: str) -> None:
     model = build(kind)
-    made = ours(model, cache)
-    assert made.tokens == theirs(model, cache_implementation=cache)
-    kv = made.kv
+    result = ours(model, cache)
+    assert result.tokens == theirs(model, cache_implementation=cache)
+    kv = result.kv
     assert kv is not None
     assert kv.live <= kv.filled <= kv.reserved - kv.state - kv.pinned
 
@@ -167,13 +167,13 @@ def test_a_model_with_a_state_of_another_kind_is_refused_a_cache() -> None:
 def test_a_quantized_cache_gives_transformers_own_tokens(bits: int, backend: dict[str, Any]) -> None:
     model, prompts = build("llama", head_dim=64), [[5, 6, 7] * 40, [9] * 100]
     expected = theirs(model, prompts, 40, past_key_values=QuantizedCache(config=model.config, **backend))
-    made = ours(model, "quantized", prompts, 40, bits)
-    assert made.tokens == expected
-    assert made.kv is not None
+    result = ours(model, "quantized", prompts, 40, bits)
+    assert result.tokens == expected
+    assert result.kv is not None
     plain = ours(model, "dynamic", prompts, 40).kv
     assert plain is not None
-    assert made.kv.positions == plain.positions
-    assert made.kv.reserved < plain.reserved / 2  # a quarter, and what is not quantized yet
+    assert result.kv.positions == plain.positions
+    assert result.kv.reserved < plain.reserved / 2  # a quarter, and what is not quantized yet
 
 
 def test_eight_bits_take_a_byte_an_element_and_a_scale_a_tensor() -> None:
@@ -193,10 +193,10 @@ def test_four_bits_take_half_a_byte_an_element_and_a_scale_and_a_shift_for_sixty
     with torch.no_grad():
         model(torch.ones(2, 64, dtype=torch.int64), past_key_values=cache)
     assert cache is not None
-    held = kv_bytes(cache)
+    measured = kv_bytes(cache)
     elements = 2 * 64 * 2 * 64
-    assert held.reserved == 2 * 2 * (elements // 2 + elements // 64 * (4 + 4))
-    assert held.filled == held.live == held.reserved
+    assert measured.reserved == 2 * 2 * (elements // 2 + elements // 64 * (4 + 4))
+    assert measured.filled == measured.live == measured.reserved
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -246,7 +246,7 @@ def test_a_quantized_cache_is_refused_where_layers_do_not_attend_to_all() -> Non
 
 
 def rehearsed(*words: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    asked = [
+    requested = [
         "mode=infer",
         "world=rehearsed",
         "world.size=1",
@@ -255,7 +255,7 @@ def rehearsed(*words: str) -> tuple[dict[str, Any], dict[str, Any]]:
         *("precision=bf16", "model.attention=sdpa"),
         *words,
     ]
-    ranks, done = rehearse(Plan.of(load(compose(asked))))
+    ranks, done = rehearse(Plan.of(load(compose(requested))))
     return ranks[0].tree(), done.tree()["inference"]
 
 
@@ -343,8 +343,8 @@ def test_keys_that_are_values_too_are_counted_once() -> None:
     for number in range(2):
         cache.update(both, both, number)
         cache.layers[number].values = cache.layers[number].keys
-    held = kv_bytes(cache)
-    assert (held.reserved, held.filled, held.pinned) == (2 * both.nbytes, 2 * both.nbytes, 0)
+    measured = kv_bytes(cache)
+    assert (measured.reserved, measured.filled, measured.pinned) == (2 * both.nbytes, 2 * both.nbytes, 0)
 
 
 @pytest.mark.parametrize(

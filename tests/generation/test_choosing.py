@@ -107,9 +107,9 @@ def ours(model: Any, strategy: Strategy, requests: Requests = REQUESTS, **option
 
 
 def paged(model: Any, strategy: Strategy, **options: Any) -> list[list[int]]:
-    asked = Generation(batch=3, page_size=4, cache="paged", batching="continuous", **options)
+    requested = Generation(batch=3, page_size=4, cache="paged", batching="continuous", **options)
     given = [Prompt("", prompt, new, "", "", "") for prompt, new in zip(PROMPTS, MOST, strict=True)]
-    within = limits_of(asked, model.config, model.dtype, given)
+    within = limits_of(requested, model.config, model.dtype, given)
     return continuous_batching.generate(
         model, REQUESTS, strategy, limits=within, ledger=Ledger(mode="off")
     ).tokens
@@ -117,7 +117,7 @@ def paged(model: Any, strategy: Strategy, **options: Any) -> list[list[int]]:
 
 def theirs(model: Any, fields: dict[str, Any], *eos: int) -> list[list[int]]:
     """transformers' `generate`, a prompt at a time."""
-    made = []
+    result = []
     for prompt, new in zip(PROMPTS, MOST, strict=True):
         options = {
             "max_new_tokens": new,
@@ -127,8 +127,8 @@ def theirs(model: Any, fields: dict[str, Any], *eos: int) -> list[list[int]]:
         }
         given = torch.tensor([prompt])
         row = model.generate(given, attention_mask=torch.ones_like(given), **{**options, **fields})[0]
-        made.append(row[len(prompt) :].tolist())
-    return made
+        result.append(row[len(prompt) :].tolist())
+    return result
 
 
 @pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
@@ -182,7 +182,7 @@ def test_what_is_drawn_from_is_what_transformers_draws_from(model: Any, fields: 
     strategy = strategy_of({"do_sample": True, **fields})
     prompt = torch.tensor([PROMPTS[0]])
     hook = model.register_forward_hook(see, with_kwargs=True)
-    made = model.generate(
+    result = model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
         max_new_tokens=1,
@@ -194,7 +194,7 @@ def test_what_is_drawn_from_is_what_transformers_draws_from(model: Any, fields: 
     )
     hook.remove()
     scores = processors(strategy, model.config, prompt, 1)(prompt, seen[0])
-    assert scores.equal(made.scores[0])
+    assert scores.equal(result.scores[0])
     uniform = draws(0, [0], 1, prompt.device)
     drawn = ours(model, strategy, Requests([PROMPTS[0]], [1], [0]))[0][0]
     up_to = scores.softmax(-1).cumsum(-1)[0]
@@ -242,16 +242,16 @@ def test_a_rehearsal_holds_and_does_what_the_run_does(words: tuple[str, ...], tm
     )
     file.write_text("\n".join(map(json.dumps, lines)))
     every = (f"generation.config.{each}" for each in EVERY)
-    asked = (*SMALL, *DRAWN, *every, *words, f"generation.workload={file}")
-    settings, done = load(compose(asked)), Results()
+    requested = (*SMALL, *DRAWN, *every, *words, f"generation.workload={file}")
+    settings, done = load(compose(requested)), Results()
     with Ledger(steps=settings.ledger.steps, device="cpu") as ledger:
         out = Output(tmp_path, lambda line: None, done, lambda: None)
         infer.run(Plan.of(settings), World(0, 1, 0, torch.device("cpu")), ledger, out)
     assert ledger.allocator.unattributed == 0
     real = rank_record(ledger, 0, 0, 0)
-    rehearsed, told = rehearse(Plan.of(load(compose([*asked, "world=rehearsed", "world.size=1"]))), 0)
+    rehearsed, reported = rehearse(Plan.of(load(compose([*requested, "world=rehearsed", "world.size=1"]))), 0)
     assert rehearsed.categories == real.categories
     assert rehearsed.phases == [phase for phase in real.phases if phase.step < settings.ledger.steps]
-    assert told.inference is not None
+    assert reported.inference is not None
     assert done.inference is not None
-    assert told.inference.generation_config == done.inference.generation_config
+    assert reported.inference.generation_config == done.inference.generation_config

@@ -63,10 +63,10 @@ def test_what_looks_at_tokens_is_outside_of_the_program(model: Any, program: Com
     fields = {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2, "min_new_tokens": 4, "eos_token_id": 3}
     strategy = merged(Generation(), fields)
     requests = Requests(PROMPTS, [NEW] * 2)
-    made = [
+    result = [
         generate(model, requests, strategy, cache=each, ledger=OFF).tokens for each in (program, "static")
     ]
-    assert made[0] == made[1] != run(model, None).tokens
+    assert result[0] == result[1] != run(model, None).tokens
 
 
 def test_the_books_close_and_the_program_is_the_same_under_an_exact_ledger(
@@ -86,13 +86,13 @@ def test_the_books_close_and_the_program_is_the_same_under_an_exact_ledger(
 
 @pytest.mark.parametrize("prompts", [PROMPTS, [[1, 2], [3, 4]]])
 def test_a_compiled_decode_counts_as_the_operators_of_its_eager_step(model: Any, prompts: Any) -> None:
-    found = []
+    actual = []
     for make_program in (program_of, uncompiled):
         with Ledger(model=model) as ledger:
             run(model, Compiled(model, LENGTH, ledger, make_program), ledger, prompts)
-        found.append({phase.where.phase: phase.work for phase in ledger.phases})
-    assert found[0]["decode"] == found[1]["decode"]
-    assert found[0]["decode"].forward_calls == NEW - 1  # type: ignore[union-attr]
+        actual.append({phase.where.phase: phase.work for phase in ledger.phases})
+    assert actual[0]["decode"] == actual[1]["decode"]
+    assert actual[0]["decode"].forward_calls == NEW - 1  # type: ignore[union-attr]
 
 
 def test_the_cache_is_told_as_reserved_filled_and_live(model: Any, program: Compiled) -> None:

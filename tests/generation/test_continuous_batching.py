@@ -306,9 +306,9 @@ def test_pages_too_few_for_one_request_are_refused_with_the_number_that_would_do
     model = build(shape)
     with pytest.raises(Refusal) as refused:
         continued(model, pages=1)
-    told = str(refused.value)
-    assert told.startswith("generation.pages=1: the longest request has 30 tokens; use ")
-    least = int(told.rpartition("use ")[2].split()[0])
+    reported = str(refused.value)
+    assert reported.startswith("generation.pages=1: the longest request has 30 tokens; use ")
+    least = int(reported.rpartition("use ")[2].split()[0])
     with pytest.raises(Refusal):
         continued(model, pages=least - 1)
     made = continued(model, pages=least)
@@ -352,9 +352,9 @@ def test_a_model_that_is_the_same_in_pages_is_batched(narrow: Any, kind: str) ->
     ],
 )
 def test_a_model_that_is_not_is_refused_and_how_is_said(narrow: Any, kind: str, reason: str) -> None:
-    told = narrow(kind)
-    assert told is not None
-    assert told.startswith(reason)
+    reported = narrow(kind)
+    assert reported is not None
+    assert reported.startswith(reason)
 
 
 @pytest.mark.parametrize("kind", ["mamba", "qwen3_next", "llama4_text"])
@@ -369,7 +369,7 @@ CONTINUOUS = ("generation.batching=continuous", "generation.cache=paged")
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "reported"),
     [
         (
             ["generation.cache=paged"],
@@ -395,10 +395,12 @@ CONTINUOUS = ("generation.batching=continuous", "generation.cache=paged")
         ([*CONTINUOUS, "generation.compile=true"], "generation.compile=true: generation.cache=paged grows"),
     ],
 )
-def test_what_cannot_be_batched_so_is_refused_before_anything_is_made(words: list[str], told: str) -> None:
+def test_what_cannot_be_batched_so_is_refused_before_anything_is_made(
+    words: list[str], reported: str
+) -> None:
     with pytest.raises(Refusal) as refused:
         load(compose(["mode=infer", *words]))
-    assert str(refused.value).startswith(told)
+    assert str(refused.value).startswith(reported)
 
 
 def test_paged_and_continuous_go_together() -> None:

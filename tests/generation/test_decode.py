@@ -73,8 +73,8 @@ def theirs(model: Any, prompts: Sequence[list[int]], cache: str, **options: Any)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     kind = {"use_cache": False} if cache == "none" else {"cache_implementation": cache}
     options = {"do_sample": False, "max_new_tokens": NEW, "pad_token_id": 0, **kind, **options}
-    made = model.generate(tokens, attention_mask=mask, **options)
-    return made[:, width:].tolist()  # type: ignore[no-any-return]
+    result = model.generate(tokens, attention_mask=mask, **options)
+    return result[:, width:].tolist()  # type: ignore[no-any-return]
 
 
 def watch(model: Any, see: Callable[[dict[str, Any], torch.Tensor], None]) -> None:
@@ -140,18 +140,18 @@ def test_one_new_token_is_prefill_alone(cache: str) -> None:
 def test_the_model_is_shown_each_token_once_and_asked_for_last_logits_only(cache: str) -> None:
     model = build()
     shown: list[int] = []
-    asked: set[int] = set()
+    requested: set[int] = set()
 
     def see(given: dict[str, Any], logits: torch.Tensor) -> None:
         shown.append(given["input_ids"].shape[1])
-        asked.add(logits.shape[1])
+        requested.add(logits.shape[1])
 
     watch(model, see)
     ours(model, PADDED, cache=cache)
     width = max(map(len, PADDED))
     again = [width + number if cache == "none" else 1 for number in range(1, NEW)]
     assert shown == [width, *again]
-    assert asked == {1}
+    assert requested == {1}
 
 
 @torch.no_grad()
@@ -180,11 +180,11 @@ class Waits(TorchDispatchMode):
 @torch.no_grad()
 def test_decoding_reads_no_value_back(cache: str, prompts: list[list[int]]) -> None:
     model = build()
-    batch, held = pad_left(requests_of(prompts), (), CPU), make(cache, model.config, 11 + NEW)
-    show = shown_to(model, held)
+    batch, measured = pad_left(requests_of(prompts), (), CPU), make(cache, model.config, 11 + NEW)
+    show = shown_to(model, measured)
     prefill(show, batch, greedy)
     with Waits() as waits:
-        decode_n_tokens(show, batch, rest(batch), held is not None, greedy, Marks(CPU))
+        decode_n_tokens(show, batch, rest(batch), measured is not None, greedy, Marks(CPU))
     assert waits.count == 0
 
 
@@ -199,12 +199,12 @@ def places(cache: Any) -> list[int]:
 @torch.no_grad()
 def test_a_static_cache_stays_where_it_is() -> None:
     model = build()
-    batch, held = pad_left(requests_of(PADDED), (), CPU), make("static", model.config, 11 + NEW)
-    show = shown_to(model, held)
+    batch, measured = pad_left(requests_of(PADDED), (), CPU), make("static", model.config, 11 + NEW)
+    show = shown_to(model, measured)
     prefill(show, batch, greedy)
-    before = places(held)
+    before = places(measured)
     decode_n_tokens(show, batch, rest(batch), True, greedy, Marks(CPU))
-    assert places(held) == before != []
+    assert places(measured) == before != []
 
 
 def test_prompts_are_padded_on_the_left_and_positions_count_real_tokens() -> None:
@@ -219,10 +219,10 @@ def test_prompts_are_padded_on_the_left_and_positions_count_real_tokens() -> Non
 def test_a_sequence_gets_as_many_tokens_as_it_asked_for(cache: str) -> None:
     model, most = build(), [3, NEW, 1, 7]
     whole = ours(model, PADDED, cache=cache)
-    made = generate(model, Requests(PADDED, most), cache=cache, ledger=Ledger(mode="off"))
-    assert made.tokens == [row[:limit] for row, limit in zip(whole, most, strict=True)]
-    assert [len(timestamps) for timestamps in made.timestamps] == most
-    assert made.computed == len(PADDED) * NEW  # all wait for the last
+    result = generate(model, Requests(PADDED, most), cache=cache, ledger=Ledger(mode="off"))
+    assert result.tokens == [row[:limit] for row, limit in zip(whole, most, strict=True)]
+    assert [len(timestamps) for timestamps in result.timestamps] == most
+    assert result.computed == len(PADDED) * NEW  # all wait for the last
 
 
 def test_a_batch_ends_when_each_has_ended_or_has_all_it_asked_for() -> None:
@@ -230,17 +230,17 @@ def test_a_batch_ends_when_each_has_ended_or_has_all_it_asked_for() -> None:
     (long, _), most = ours(model, EVEN), [NEW, 4]
     end = long[8]
     assert end not in long[:8]
-    made = generate(model, Requests(EVEN, most), ending(end), ledger=Ledger(mode="off"))
-    assert [len(row) for row in made.tokens] == [9, 4]
-    assert made.computed == 2 * 9
+    result = generate(model, Requests(EVEN, most), ending(end), ledger=Ledger(mode="off"))
+    assert [len(row) for row in result.tokens] == [9, 4]
+    assert result.computed == 2 * 9
 
 
 def test_moments_of_tokens_follow_each_other() -> None:
-    made = generate(build(), requests_of(PADDED), ledger=Ledger(mode="off"))
-    for timestamps in made.timestamps:
+    result = generate(build(), requests_of(PADDED), ledger=Ledger(mode="off"))
+    for timestamps in result.timestamps:
         assert list(timestamps) == sorted(timestamps)
-        assert timestamps[0] >= made.began
-    assert made.timestamps[0][-1] <= made.began + made.prefill_seconds + made.decode_seconds
+        assert timestamps[0] >= result.began
+    assert result.timestamps[0][-1] <= result.began + result.prefill_seconds + result.decode_seconds
 
 
 def test_a_batch_without_padding_needs_no_mask() -> None:
@@ -252,8 +252,8 @@ EVENLY = (torch.arange(1000) + 0.5) / 1000
 
 
 def test_tokens_are_drawn_in_proportion_to_their_probability() -> None:
-    found = drawn(THIRDS.expand(1000, -1), EVENLY)
-    assert found.bincount(minlength=5).tolist() == [500, 0, 250, 125, 125]
+    actual = drawn(THIRDS.expand(1000, -1), EVENLY)
+    assert actual.bincount(minlength=5).tolist() == [500, 0, 250, 125, 125]
 
 
 @pytest.mark.parametrize(("number", "expected"), [(0.0, 1), (1 - 2**-24, 3)])
@@ -294,30 +294,30 @@ def test_only_the_likeliest_is_greedy() -> None:
 def test_the_books_of_generation_close_and_its_cache_is_named(cache: str, dtype: torch.dtype) -> None:
     model = build(dtype=dtype)
     with Ledger(model=model) as ledger:
-        made = generate(model, requests_of(PADDED), cache=cache, ledger=ledger, step=0)
+        result = generate(model, requests_of(PADDED), cache=cache, ledger=ledger, step=0)
     assert ledger.allocator.unattributed == 0
     assert ledger.peak.bytes == ledger.allocator.peak
     assert ledger.peak.saved == 0
     assert ledger.categories["kv_cache"].end == 0
     if cache == "none":
-        assert made.kv is None
+        assert result.kv is None
         assert ledger.categories["kv_cache"].peak == 0
         return
-    assert made.kv is not None
+    assert result.kv is not None
     layers, per_token = (
         model.config.num_hidden_layers,
         model.config.num_hidden_layers * layer_bytes_per_token(model.config, dtype),
     )
     shown = max(map(len, PADDED)) + NEW - 1
     if cache == "static":
-        assert made.kv.reserved == len(PADDED) * shown * per_token + 8 * layers
-        assert ledger.categories["kv_cache"].peak == made.kv.reserved
+        assert result.kv.reserved == len(PADDED) * shown * per_token + 8 * layers
+        assert ledger.categories["kv_cache"].peak == result.kv.reserved
     else:
-        assert made.kv.reserved == len(PADDED) * shown * per_token
+        assert result.kv.reserved == len(PADDED) * shown * per_token
         replaced = (
             len(PADDED) * (shown - 1) * per_token // (2 * layers)
         )  # the last layer's values, copied to grow
-        assert ledger.categories["kv_cache"].peak == made.kv.reserved + replaced
+        assert ledger.categories["kv_cache"].peak == result.kv.reserved + replaced
 
 
 def test_a_ledger_changes_no_token() -> None:
@@ -331,12 +331,12 @@ def test_a_ledger_changes_no_token() -> None:
 def test_live_bytes_leave_out_padding_and_what_follows_an_end(cache: str) -> None:
     model = build()
     ends = [ours(model, PADDED)[0][4]]
-    made = generate(model, requests_of(PADDED), ending(*ends), cache=cache, ledger=Ledger(mode="off"))
+    result = generate(model, requests_of(PADDED), ending(*ends), cache=cache, ledger=Ledger(mode="off"))
     per_token = model.config.num_hidden_layers * layer_bytes_per_token(model.config, torch.float32)
     kept = [
         len(prompt) + len(new) - (len(new) == NEW)  # the last of a full row is never shown to the model
-        for prompt, new in zip(PADDED, made.tokens, strict=True)
+        for prompt, new in zip(PADDED, result.tokens, strict=True)
     ]
-    assert made.kv is not None
-    assert made.kv.live == sum(kept) * per_token
-    assert made.kv.filled == len(PADDED) * (max(map(len, PADDED)) + NEW - 1) * per_token
+    assert result.kv is not None
+    assert result.kv.live == sum(kept) * per_token
+    assert result.kv.filled == len(PADDED) * (max(map(len, PADDED)) + NEW - 1) * per_token

@@ -73,9 +73,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ask(
     checkpoint: Path, precision: str = "fp32", seed: int = 0, place: Path | None = None, **generation: Any
 ) -> Settings:
-    asked = Generation(**{"prompt": PROMPTS, "batch": 2, "max_new_tokens": NEW, **generation})
+    requested = Generation(**{"prompt": PROMPTS, "batch": 2, "max_new_tokens": NEW, **generation})
     model = Model(name="test", path=str(place or checkpoint), attention="sdpa")
-    return Settings(mode="infer", precision=precision, seed=seed, model=model, generation=asked)  # type: ignore[arg-type]
+    return Settings(mode="infer", precision=precision, seed=seed, model=model, generation=requested)  # type: ignore[arg-type]
 
 
 def no_flush() -> None:
@@ -106,10 +106,10 @@ def reference(checkpoint: Path, precision: str, prompts: list[str], **options: A
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, padding_side="left")
     batch = tokenizer(prompts, add_special_tokens=False, padding=True, return_tensors="pt")
-    made = model.generate(**batch, max_new_tokens=NEW, do_sample=False, pad_token_id=0, **options)
+    result = model.generate(**batch, max_new_tokens=NEW, do_sample=False, pad_token_id=0, **options)
     ends = model.generation_config.eos_token_id
     rows = []
-    for row in made[:, batch.input_ids.shape[1] :].tolist():
+    for row in result[:, batch.input_ids.shape[1] :].tolist():
         stop = next((place + 1 for place, token in enumerate(row) if token in ends), NEW)
         rows.append(row[:stop])
     return rows
@@ -178,10 +178,10 @@ OWN = {"repetition_penalty": 1.4, "no_repeat_ngram_size": 3, "min_new_tokens": 6
 
 
 @pytest.mark.parametrize(
-    "asked", [{}, {"cache": "static"}, {"cache": "paged", "batching": "continuous"}], ids=str
+    "requested", [{}, {"cache": "static"}, {"cache": "paged", "batching": "continuous"}], ids=str
 )
 def test_a_checkpoints_generation_config_gives_each_prompt_what_it_gives_it_in_transformers(
-    inferred: Infer, checkpoint: Path, tmp_path: Path, asked: dict[str, Any]
+    inferred: Infer, checkpoint: Path, tmp_path: Path, requested: dict[str, Any]
 ) -> None:
     place = shutil.copytree(checkpoint, tmp_path / "own")
     ends = json.loads((place / "generation_config.json").read_text())["eos_token_id"]
@@ -190,13 +190,13 @@ def test_a_checkpoints_generation_config_gives_each_prompt_what_it_gives_it_in_t
     expected = []
     for prompt in PROMPTS:
         given = torch.tensor([[byte + 3 for byte in prompt.encode()]])
-        made = model.generate(given, attention_mask=torch.ones_like(given), pad_token_id=0)
-        expected.append(made[0, given.shape[1] :].tolist())
-    done, lines = inferred(place=place, max_new_tokens=None, **asked)
+        result = model.generate(given, attention_mask=torch.ones_like(given), pad_token_id=0)
+        expected.append(result[0, given.shape[1] :].tolist())
+    done, lines = inferred(place=place, max_new_tokens=None, **requested)
     assert [line["tokens"] for line in lines] == expected
     assert done["inference"]["generation_config"]["min_new_tokens"] == {"value": 6, "source": "checkpoint"}
-    told = inferred(place=place, max_new_tokens=None, config={"repetition_penalty": None}, **asked)[1]
-    assert told != lines
+    reported = inferred(place=place, max_new_tokens=None, config={"repetition_penalty": None}, **requested)[1]
+    assert reported != lines
 
 
 CROSSED = [(30, 2), (3, 40), (9, 20)]
@@ -217,8 +217,8 @@ def test_a_batch_has_room_for_its_longest_prompt_and_its_longest_answer(
 ) -> None:
     alone = inferred(**{**crossed, "batch": 1}, sample=sample)[1]
     assert [len(line["tokens"]) for line in alone] == [most for _, most in CROSSED]
-    for asked in ({}, {"cache": "static"}, {"cache": "paged", "batching": "continuous"}):
-        assert inferred(**crossed, sample=sample, **asked)[1] == alone
+    for requested in ({}, {"cache": "static"}, {"cache": "paged", "batching": "continuous"}):
+        assert inferred(**crossed, sample=sample, **requested)[1] == alone
     settings = ask(checkpoint, **crossed, sample=sample, cache="static", compile=True)
     strategy = strategy_of(settings, model_config(settings.model))
     prompts = find(settings, AutoTokenizer.from_pretrained(checkpoint), strategy.max_new_tokens_after)
@@ -257,8 +257,10 @@ def test_a_batch_with_more_columns_than_attentions_own_table_is_refused(kind: st
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **limits, vocab_size=384))
     prompts = [Prompt("", [7] * length, most, "", "", "") for length, most in CROSSED]
     infer.check_columns(model, prompts, 1)
-    told = "generation.batch=3: with padding a batch has 69 columns, and the model's attention has 43; use 1"
-    with pytest.raises(Refusal, match=told):
+    reported = (
+        "generation.batch=3: with padding a batch has 69 columns, and the model's attention has 43; use 1"
+    )
+    with pytest.raises(Refusal, match=reported):
         infer.check_columns(model, prompts, 3)
     with pytest.raises(Refusal, match="use 1"):
         infer.check_columns(
@@ -320,8 +322,8 @@ def test_the_record_gets_counts_and_kv_bytes(inferred: Infer) -> None:
     }
     speed = done["performance"]
     assert speed.pop("compile_seconds") is None
-    for told in speed.pop("latency").values():
-        assert 0 < told["p50"] <= told["p95"] <= told["p99"]
+    for reported in speed.pop("latency").values():
+        assert 0 < reported["p50"] <= reported["p95"] <= reported["p99"]
     assert all(figure > 0 for figure in speed.values())
 
 

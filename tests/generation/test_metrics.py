@@ -36,9 +36,9 @@ def test_the_largest_cache_is_the_one_told() -> None:
 def test_latency_counts_from_when_the_first_batch_began() -> None:
     first = Timing(2, 2, 3, 1.0, 1.0, began=10.0, timestamps=[[11.0, 12.0], [11.0]])
     second = Timing(1, 1, 2, 1.0, 3.0, began=12.0, timestamps=[[13.0, 16.0]])
-    found = latency([[first, second]]).tree()
-    assert found["first_token_seconds"] == {"p50": 1.0, "p95": 2.8, "p99": 2.96}
-    assert found["between_tokens_seconds"] == {"p50": 2.0, "p95": 2.9, "p99": 2.98}
+    actual = latency([[first, second]]).tree()
+    assert actual["first_token_seconds"] == {"p50": 1.0, "p95": 2.8, "p99": 2.96}
+    assert actual["between_tokens_seconds"] == {"p50": 2.0, "p95": 2.9, "p99": 2.98}
     assert latency([[second]]).tree()["first_token_seconds"] == {"p50": 1.0, "p95": 1.0, "p99": 1.0}
 
 

@@ -14,11 +14,11 @@ from harness.record.results import Idleness, Inference, Performance
 @pytest.mark.parametrize("prompts", range(1, 8))
 def test_groups_are_even_none_is_empty_and_no_prompt_is_lost(prompts: int, groups: int) -> None:
     numbers = range(3, 3 + 2 * prompts, 2)
-    made = cut(numbers, groups)
-    assert [number for group in made for number in group] == list(numbers)
-    assert len(made) == min(groups, prompts)
-    assert max(map(len, made)) - min(map(len, made)) <= 1
-    assert min(map(len, made)) > 0
+    result = cut(numbers, groups)
+    assert [number for group in result for number in group] == list(numbers)
+    assert len(result) == min(groups, prompts)
+    assert max(map(len, result)) - min(map(len, result)) <= 1
+    assert min(map(len, result)) > 0
 
 
 def test_caches_of_groups_have_more_positions_and_those_of_stages_more_bytes_in_each() -> None:

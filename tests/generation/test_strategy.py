@@ -28,8 +28,8 @@ SHAPE: dict[str, Any] = {
 }
 
 
-def of(file: dict[str, Any], **asked: Any) -> Strategy:
-    return merged(Generation(**asked), file, PATH)
+def of(file: dict[str, Any], **requested: Any) -> Strategy:
+    return merged(Generation(**requested), file, PATH)
 
 
 def in_force(strategy: Strategy) -> dict[str, tuple[Any, str]]:
@@ -45,7 +45,7 @@ CHECKPOINT, TYPED, DEFAULT = "checkpoint", "command line", "default"
 
 
 @pytest.mark.parametrize(
-    ("file", "asked", "holds"),
+    ("file", "requested", "holds"),
     [
         ({}, {}, {"do_sample": (False, DEFAULT), "max_new_tokens": (64, DEFAULT)}),
         (
@@ -115,9 +115,9 @@ CHECKPOINT, TYPED, DEFAULT = "checkpoint", "command line", "default"
     ],
 )
 def test_the_command_line_wins_over_the_file_and_each_source_is_told(
-    file: dict[str, Any], asked: dict[str, Any], holds: dict[str, Any]
+    file: dict[str, Any], requested: dict[str, Any], holds: dict[str, Any]
 ) -> None:
-    assert in_force(of(file, **asked)) == holds
+    assert in_force(of(file, **requested)) == holds
 
 
 def test_what_is_moot_is_told_with_the_reason() -> None:
@@ -137,9 +137,9 @@ def test_what_cannot_be_honoured_is_refused_with_the_override_that_then_works(na
     file = {name: value.get(name, 3)}
     with pytest.raises(Refusal) as refused:
         of(file)
-    told = str(refused.value)
-    assert told.startswith(f"model.path=DIR: its generation config has {name}=")
-    override = told.rpartition("; add ")[2]
+    reported = str(refused.value)
+    assert reported.startswith(f"model.path=DIR: its generation config has {name}=")
+    override = reported.rpartition("; add ")[2]
     key, _, instead = override.partition("=")
     assert key == f"generation.config.{name}"
     of(file, config={name: json.loads(instead)})
@@ -148,7 +148,7 @@ def test_what_cannot_be_honoured_is_refused_with_the_override_that_then_works(na
 
 
 @pytest.mark.parametrize(
-    ("file", "told"),
+    ("file", "reported"),
     [
         (
             {"own_setting": 3},
@@ -168,15 +168,15 @@ def test_what_cannot_be_honoured_is_refused_with_the_override_that_then_works(na
         ({"suppress_tokens": 3}, "has suppress_tokens=3: it should be a valid array"),
     ],
 )
-def test_a_value_of_the_file_that_cannot_be_is_refused(file: dict[str, Any], told: str) -> None:
+def test_a_value_of_the_file_that_cannot_be_is_refused(file: dict[str, Any], reported: str) -> None:
     with pytest.raises(Refusal) as refused:
         of(file)
     assert str(refused.value).startswith("model.path=DIR: its generation config has ")
-    assert told in str(refused.value)
+    assert reported in str(refused.value)
 
 
 @pytest.mark.parametrize(
-    ("asked", "told"),
+    ("requested", "reported"),
     [
         (
             {"config": {"num_beam": 1}},
@@ -220,10 +220,10 @@ def test_a_value_of_the_file_that_cannot_be_is_refused(file: dict[str, Any], tol
         ),
     ],
 )
-def test_a_wrong_request_is_refused_by_its_key(asked: dict[str, Any], told: str) -> None:
+def test_a_wrong_request_is_refused_by_its_key(requested: dict[str, Any], reported: str) -> None:
     with pytest.raises(Refusal) as refused:
-        of({}, **asked)
-    assert str(refused.value).startswith(told)
+        of({}, **requested)
+    assert str(refused.value).startswith(reported)
 
 
 def test_the_length_counts_the_prompt_where_the_file_says_so() -> None:
@@ -240,9 +240,9 @@ def checkpoint(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def read(place: Path | None, random: bool = False, **asked: Any) -> Strategy:
+def read(place: Path | None, random: bool = False, **requested: Any) -> Strategy:
     shape = Model(name="test", config=SHAPE) if place is None else Model(path=str(place), random=random)
-    settings = Settings(mode="infer", model=shape, generation=Generation(**asked))
+    settings = Settings(mode="infer", model=shape, generation=Generation(**requested))
     return strategy_of(settings, loader.model_config(shape))
 
 
@@ -286,7 +286,7 @@ def test_random_weights_keep_the_generation_config_of_the_path_and_a_shape_has_i
 
 
 @pytest.mark.parametrize(
-    ("fields", "told"),
+    ("fields", "reported"),
     [
         (
             {"bad_words_ids": [[3, 64]]},
@@ -306,15 +306,15 @@ def test_random_weights_keep_the_generation_config_of_the_path_and_a_shape_has_i
         ),
     ],
 )
-def test_what_the_model_cannot_do_is_refused(checkpoint: Path, fields: dict[str, Any], told: str) -> None:
+def test_what_the_model_cannot_do_is_refused(checkpoint: Path, fields: dict[str, Any], reported: str) -> None:
     (checkpoint / "generation_config.json").write_text(json.dumps(fields))
     with pytest.raises(Refusal) as refused:
         read(checkpoint)
-    assert told in str(refused.value)
+    assert reported in str(refused.value)
     (checkpoint / "generation_config.json").write_text("{}")
     with pytest.raises(Refusal) as refused:
         read(checkpoint, config=fields)
-    assert str(refused.value).startswith(f"generation.config.{told}")
+    assert str(refused.value).startswith(f"generation.config.{reported}")
 
 
 @pytest.mark.parametrize("text", ["[1]", '{"a":', ""])
@@ -330,8 +330,8 @@ def test_a_trained_model_takes_the_fields_along_even_those_that_are_refused(tmp_
     end = ByT5Tokenizer().eos_token_id
     fields = {"num_return_sequences": 3, "temperature": 0.6, "own_setting": [1], "eos_token_id": [end, 6]}
     (tmp_path / "first" / "generation_config.json").write_text(json.dumps(fields))
-    asked = Model(path=str(tmp_path / "first"), attention="sdpa")
-    config = loader.model_config(asked)
-    loaded = loader.build(asked, config, built.dtype, built.device, 0)
-    loader.export(loaded, None, ByT5Tokenizer(), fields_of(asked, config), tmp_path / "second")
+    requested = Model(path=str(tmp_path / "first"), attention="sdpa")
+    config = loader.model_config(requested)
+    loaded = loader.build(requested, config, built.dtype, built.device, 0)
+    loader.export(loaded, None, ByT5Tokenizer(), fields_of(requested, config), tmp_path / "second")
     assert json.loads((tmp_path / "second" / "generation_config.json").read_text()) == fields

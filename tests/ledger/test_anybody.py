@@ -48,8 +48,8 @@ def test_a_program_comes_to_the_same_and_the_books_close_or_say_what_they_lack(n
         warnings.simplefilter("always")
         watched = PROGRAMS[name](ledger)
     assert alike(before, watched)
-    told = [str(each.message) for each in said if each.category is NotSeen]
-    assert told == [gap.sentence for gap in ledger.gaps]
+    reported = [str(each.message) for each in said if each.category is NotSeen]
+    assert reported == [gap.sentence for gap in ledger.gaps]
     assert {gap.figures for gap in ledger.gaps} == LACKS.get(name, set())
     accounting = ledger.allocator
     expected = (None, None) if name == "profiled" else (ledger.peak.bytes, 0)

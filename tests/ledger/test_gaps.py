@@ -123,7 +123,7 @@ def test_what_was_there_before_counts_from_the_beginning_whenever_its_owner_is_n
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     train(Ledger(mode="off"), model, optimizer=optimizer)
-    held: list[Any] = []
+    measured: list[Any] = []
     for late in (False, True):
         with Ledger(allocator=allocator) as ledger:
             if not late:
@@ -133,9 +133,9 @@ def test_what_was_there_before_counts_from_the_beginning_whenever_its_owner_is_n
             model(data())
             if late:
                 ledger.own(model=model, optimizer=optimizer)
-        held.append((ledger.peak.categories, ledger.peak.bytes, ledger.allocator, ledger.categories))
-    assert held[0] == held[1]
-    assert held[0][0]["parameters"] == held[0][0]["optimizer"] == PARAMETERS
+        measured.append((ledger.peak.categories, ledger.peak.bytes, ledger.allocator, ledger.categories))
+    assert measured[0] == measured[1]
+    assert measured[0][0]["parameters"] == measured[0][0]["optimizer"] == PARAMETERS
 
 
 def test_what_is_made_within_counts_from_its_birth_though_its_owner_is_named_late() -> None:
@@ -170,8 +170,8 @@ def test_a_storage_that_lets_go_of_its_memory_is_smaller_from_then_on() -> None:
 def test_a_sparse_tensor_holds_its_indices_and_its_values(layout: str) -> None:
     rows = torch.eye(10)
     with Ledger() as ledger:
-        made = rows.to_sparse() if layout == "sparse" else rows.to_sparse_csr()
-        ledger.claim("inputs", "rows", made)
+        result = rows.to_sparse() if layout == "sparse" else rows.to_sparse_csr()
+        ledger.claim("inputs", "rows", result)
     indices = {"sparse": 2 * 10 * 8, "csr": 11 * 8 + 2 * 10 * 8}[layout]  # columns are a view of pairs
     assert ledger.categories["inputs"].end == indices + 10 * 4
     assert ledger.allocator.unattributed == 0
@@ -238,8 +238,8 @@ def test_a_profiler_of_the_program_s_is_whole_and_the_allocator_is_not_measured(
         kept = torch.ones(10)
         with torch.profiler.profile(profile_memory=True) as run:
             torch.ones(100)
-    (made,) = [each for each in run.key_averages() if each.key == "aten::ones"]
-    assert made.count == 2  # the program's call, and the ledger's under it
+    (result,) = [each for each in run.key_averages() if each.key == "aten::ones"]
+    assert result.count == 2  # the program's call, and the ledger's under it
     assert ledger.peak.bytes == kept.nbytes + 400
     assert ledger.peak.categories["kernel"] is None
     assert (ledger.allocator.source, ledger.allocator.peak, ledger.allocator.unattributed) == (None,) * 3
@@ -309,14 +309,14 @@ def test_a_ledger_that_ends_inside_a_compiled_program_leaves_nothing_behind() ->
         ledger.__exit__(None, None, None)
 
     def forward(rows: Tensor) -> Tensor:
-        made: Tensor = model(rows)
+        result: Tensor = model(rows)
         ends()
-        return made.exp()
+        return result.exp()
 
     compiled = torch.compile(forward, backend="eager")
     ledger.__enter__()
-    made = compiled(data())
-    assert torch.equal(made, model(data()).exp())
+    result = compiled(data())
+    assert torch.equal(result, model(data()).exp())
     assert _get_current_dispatch_mode_stack() == []
     with ledger:
         model(data()).sum().backward()
@@ -375,8 +375,8 @@ def test_a_record_says_what_was_not_seen_and_so_does_what_shows_it(tmp_path: Pat
 def test_ledgers_in_each_other_see_the_same_and_only_one_hears_the_allocator() -> None:
     model = mlp()
     with Ledger(model=model) as outer, Ledger(model=model) as inner:
-        made = torch.compile(model, backend="eager")(data())
-        made.sum().backward()
+        result = torch.compile(model, backend="eager")(data())
+        result.sum().backward()
     assert outer.allocator.peak is not None
     assert outer.allocator.unattributed == 0
     assert inner.allocator.peak is None
@@ -414,9 +414,9 @@ def test_a_generator_that_is_closed_closes_its_ledger() -> None:
             while True:
                 yield data()
 
-    made: Any = batches()
-    next(made)
-    made.close()
+    result: Any = batches()
+    next(result)
+    result.close()
     assert _get_current_dispatch_mode_stack() == []
 
 

@@ -19,8 +19,8 @@ STASH = BATCH * WIDTH * 4
 
 
 def loss_of(net: torch.nn.Module) -> torch.Tensor:
-    made: torch.Tensor = net(torch.ones(BATCH, WIDTH)).sum()
-    return made
+    result: torch.Tensor = net(torch.ones(BATCH, WIDTH)).sum()
+    return result
 
 
 def test_one_after_another_there_is_one() -> None:

@@ -129,10 +129,10 @@ def test_memory_of_another_allocator_is_foreign() -> None:
 def test_a_mapped_file_is_foreign_and_not_the_allocators(tmp_path: Path) -> None:
     save_file({"a": torch.ones(1000), "b": torch.ones(500)}, tmp_path / "weights.safetensors")
     with Ledger() as ledger:
-        held = load_file(tmp_path / "weights.safetensors")
-        for name, tensor in held.items():
+        measured = load_file(tmp_path / "weights.safetensors")
+        for name, tensor in measured.items():
             ledger.claim("parameters", name, tensor)
-        copies = {name: tensor.clone() for name, tensor in held.items()}
+        copies = {name: tensor.clone() for name, tensor in measured.items()}
     assert ledger.allocator.unattributed == 0
     assert ledger.allocator.peak == ledger.peak.bytes == sum(tensor.nbytes for tensor in copies.values())
     assert ledger.allocator.externally_owned == 6000

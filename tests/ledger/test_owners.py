@@ -40,8 +40,8 @@ def test_an_owner_that_is_found_is_named_and_not_kept_alive() -> None:
             model(torch.ones(1, 8)).sum().backward()
             optimizer.step()
             del model, optimizer
-    held = {name: (category.peak, category.end) for name, category in ledger.categories.items()}
-    assert held["parameters"] == held["gradients"] == held["optimizer"] == (256, 0)
+    measured = {name: (category.peak, category.end) for name, category in ledger.categories.items()}
+    assert measured["parameters"] == measured["gradients"] == measured["optimizer"] == (256, 0)
 
 
 def test_without_a_word_nobody_is_found() -> None:
@@ -57,12 +57,14 @@ def test_the_line_that_made_a_storage_is_its_caller_s_and_only_on_request() -> N
             kept = torch.nn.functional.normalize(torch.ones(8), dim=0)
         return ledger, kept
 
-    asked, _ = made(lines=True)
+    requested, _ = made(lines=True)
     number = made.__code__.co_firstlineno + 2
-    assert {holding.line for holding in asked.peak.holdings} == {f"{Path(__file__)}:{number}"}
+    assert {holding.line for holding in requested.peak.holdings} == {f"{Path(__file__)}:{number}"}
     unasked, _ = made(lines=False)
     assert {holding.line for holding in unasked.peak.holdings} == {""}
-    assert all("line" in holding for holding in record_file.rank_record(asked, 0).tree()["peak"]["holdings"])
+    assert all(
+        "line" in holding for holding in record_file.rank_record(requested, 0).tree()["peak"]["holdings"]
+    )
     assert not any(
         "line" in holding for holding in record_file.rank_record(unasked, 0).tree()["peak"]["holdings"]
     )

@@ -27,9 +27,9 @@ def done(act: Callable[[], object]) -> Work:
 
 def worked(ledger: Ledger, phase: str) -> Work:
     """What was done in the one phase of that name."""
-    (found,) = [each.work for each in ledger.phases if each.where.phase == phase]
-    assert found is not None
-    return found
+    (actual,) = [each.work for each in ledger.phases if each.where.phase == phase]
+    assert actual is not None
+    return actual
 
 
 def small_model() -> LlamaForCausalLM:
@@ -48,9 +48,9 @@ def test_a_linear_layer_is_two_operations_for_each_weight_and_row_and_twice_that
     layer, rows = torch.nn.Linear(5, 7), torch.randn(3, 5, requires_grad=True)
     with Ledger(device="cpu") as ledger:
         with ledger.phase("forward"):
-            made = layer(rows)
+            result = layer(rows)
         with ledger.phase("backward"):
-            made.backward(torch.ones_like(made))
+            result.backward(torch.ones_like(result))
     assert worked(ledger, "forward") == Work(2 * 3 * 5 * 7, F32 * (15 + 35 + 7), F32 * 21, forward_calls=1)
     assert worked(ledger, "backward").flops == 2 * worked(ledger, "forward").flops
 
@@ -97,8 +97,8 @@ def test_attention_counts_every_head_of_queries_in_kernel_and_by_hand(kv_heads: 
 
 def test_backward_of_attention_is_five_products_to_the_forwards_two() -> None:
     query, key, value = (torch.randn(1, 2, 6, 16, requires_grad=True) for _ in range(3))
-    made = torch.nn.functional.scaled_dot_product_attention(query, key, value)
-    assert done(lambda: made.backward(torch.ones_like(made))).flops == 5 * 2 * 2 * 6 * 6 * 16
+    result = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+    assert done(lambda: result.backward(torch.ones_like(result))).flops == 5 * 2 * 2 * 6 * 6 * 16
 
 
 def test_inference_mode_does_what_no_grad_does() -> None:
@@ -122,15 +122,15 @@ def test_a_forward_of_a_model_is_two_operations_for_each_weight_and_token_and_at
 
 
 def test_what_backward_computes_again_counts_in_backward() -> None:
-    found = {}
+    actual = {}
     for again in (False, True):
         model, tokens = small_model().train(), torch.ones(2, 9, dtype=torch.int64)
         if again:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         with Ledger(model=model) as ledger:
             model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
-        found[again] = worked(ledger, "forward").flops, worked(ledger, "backward").flops
-    (forward, backward), (same, more) = found[False], found[True]
+        actual[again] = worked(ledger, "forward").flops, worked(ledger, "backward").flops
+    (forward, backward), (same, more) = actual[False], actual[True]
     assert same == forward
     layers = forward - 2 * HIDDEN * WORDS * 18
     assert backward < more <= backward + layers
@@ -196,8 +196,8 @@ def test_forwards_left_out_between_alike_ones_take_what_the_line_through_those_s
                 alike.leave_out()
             else:
                 alike.make(lambda size=size: torch.ones(size), number)  # type: ignore[misc]
-    found = [each.work for each in ledger.phases if each.where.phase == "decode"]
-    assert found == [Work(0, 0, F32 * sum(sizes)) if whole else None]
+    actual = [each.work for each in ledger.phases if each.where.phase == "decode"]
+    assert actual == [Work(0, 0, F32 * sum(sizes)) if whole else None]
 
 
 def test_forwards_left_out_before_others_are_not_counted_as_none() -> None:

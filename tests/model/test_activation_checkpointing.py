@@ -67,7 +67,7 @@ def gradients(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 # Gradients
 
 
-@pytest.mark.parametrize("asked", ASKED.values(), ids=ASKED)
+@pytest.mark.parametrize("requested", ASKED.values(), ids=ASKED)
 @pytest.mark.parametrize(
     ("kind", "attention", "dtype"),
     [
@@ -79,10 +79,10 @@ def gradients(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     ],
 )
 def test_gradients_are_bit_for_bit_those_without(
-    kind: str, attention: str, dtype: torch.dtype, asked: Checkpointing
+    kind: str, attention: str, dtype: torch.dtype, requested: Checkpointing
 ) -> None:
     plain, recomputed = built_model(kind, attention, dtype), built_model(kind, attention, dtype)
-    apply(recomputed, asked)
+    apply(recomputed, requested)
     with Ledger(model=recomputed) as ledger:
         again = backward(recomputed)
     assert again == backward(plain)
@@ -114,8 +114,8 @@ def test_a_product_that_is_changed_in_place_is_not_changed_twice() -> None:
         product += bias  # as DeepSpeed's linear of ZeRO-3 does
         return product.tanh().exp()
 
-    for expected, found in zip(summed(layer), summed(layer, selective), strict=True):
-        assert torch.equal(found, expected)
+    for expected, actual in zip(summed(layer), summed(layer, selective), strict=True):
+        assert torch.equal(actual, expected)
 
 
 def test_a_product_that_is_changed_after_it_was_used_is_an_error() -> None:
@@ -140,8 +140,8 @@ def test_what_is_not_kept_need_not_be_done_alike_both_times() -> None:
 
     expected = summed(layer)
     done.clear()
-    for found, wanted in zip(summed(layer, selective), expected, strict=True):
-        assert torch.equal(found, wanted)
+    for actual, wanted in zip(summed(layer, selective), expected, strict=True):
+        assert torch.equal(actual, wanted)
     assert done == [0, 1]
 
 
@@ -149,7 +149,7 @@ def test_what_is_not_kept_need_not_be_done_alike_both_times() -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "first", "expected"),
+    ("requested", "first", "expected"),
     [
         (Checkpointing("none"), 0, []),
         (Checkpointing("full"), 0, [0, 1, 2, 3]),
@@ -162,10 +162,10 @@ def test_what_is_not_kept_need_not_be_done_alike_both_times() -> None:
     ],
 )
 def test_layers_are_counted_over_the_whole_model(
-    asked: Checkpointing, first: int, expected: list[int]
+    requested: Checkpointing, first: int, expected: list[int]
 ) -> None:
     model = built_model("llama")
-    apply(model, asked, first)
+    apply(model, requested, first)
     with Ledger(model=model) as ledger:
         backward(model)
     events = [event for event in ledger._log.events if event.storage and event.storage.recomputed]
@@ -259,8 +259,8 @@ def test_a_layer_of_its_own_operators_is_named_where_it_is_recomputed() -> None:
 
 def test_the_state_of_the_random_numbers_is_an_activation_by_name() -> None:
     ledger, state = peaks("full"), torch.get_rng_state()
-    made = [event.storage for event in ledger._log.events if event.delta > 0 and event.storage]
-    states = [storage for storage in made if storage.op == "get_rng_state"]
+    result = [event.storage for event in ledger._log.events if event.delta > 0 and event.storage]
+    states = [storage for storage in result if storage.op == "get_rng_state"]
     for number in range(4):
         mine = [s for s in states if s.module == f"transformer.h.{number}" and s.saved_at is not None]
         assert [(s.nbytes, s.category, s.where.phase) for s in mine] == [

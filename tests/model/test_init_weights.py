@@ -73,11 +73,12 @@ def save(kind: str, directory: Path, **more: Any) -> PreTrainedModel:
 
 def read(directory: Path, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, list[Stage]]:
     """It as a whole, and in a stage for each layer."""
-    asked = Model(name="saved", path=str(directory), attention="eager")
-    whole = loader.build(asked, loader.model_config(asked), dtype, CPU, 0)
+    requested = Model(name="saved", path=str(directory), attention="eager")
+    whole = loader.build(requested, loader.model_config(requested), dtype, CPU, 0)
     layers = whole.config.num_hidden_layers
     return whole, [
-        stage.build(asked, loader.model_config(asked), dtype, CPU, 0, each) for each in ranges([1] * layers)
+        stage.build(requested, loader.model_config(requested), dtype, CPU, 0, each)
+        for each in ranges([1] * layers)
     ]
 
 
@@ -92,9 +93,9 @@ def assert_same(stages: list[Stage], whole: PreTrainedModel) -> None:
 
 def change(directory: Path, by: Callable[[dict[str, Tensor]], None]) -> None:
     """Rewrite the checkpoint's tensors."""
-    found = load_file(directory / "model.safetensors")
-    by(found)
-    save_file(found, directory / "model.safetensors", metadata={"format": "pt"})
+    actual = load_file(directory / "model.safetensors")
+    by(actual)
+    save_file(actual, directory / "model.safetensors", metadata={"format": "pt"})
 
 
 @pytest.mark.parametrize("kind", SHAPES)
@@ -145,10 +146,10 @@ APERTUS = Model(name="apertus", config={"model_type": "apertus", **WIDER}, atten
 
 def test_a_model_that_transformers_gives_no_first_values_is_refused() -> None:
     config = loader.model_config(APERTUS)
-    told = r"model=apertus: transformers does not initialise its .*act_fn\.alpha_n"
-    with pytest.raises(Refusal, match=told):
+    reported = r"model=apertus: transformers does not initialise its .*act_fn\.alpha_n"
+    with pytest.raises(Refusal, match=reported):
         loader.build(APERTUS, config, torch.float32, CPU, 0)
-    with pytest.raises(Refusal, match=told):
+    with pytest.raises(Refusal, match=reported):
         stage.build(APERTUS, config, torch.float32, CPU, 0, range(1, 2))
 
 
@@ -173,16 +174,16 @@ def test_a_checkpoint_comes_into_stages_in_transformers_values_and_types(
 @pytest.mark.parametrize("kind", ["llama", "glm4_moe", "bloom"])
 def test_what_is_asked_of_each_stage_for_a_checkpoint_is_what_it_has(kind: str) -> None:
     whole = init_weights.outline(config_of(kind), torch.float32, "eager")
-    asked = stage.parts(whole, [1, 2], buffers=True)
+    requested = stage.parts(whole, [1, 2], buffers=True)
     stages = [
         stage.build(settings_of(kind), config_of(kind), torch.float32, CPU, 0, each)
         for each in ranges([1, 2])
     ]
     first = {other: name for each in stages for name, others in each.tied.items() for other in others}
-    assert [{first.get(name, name) for name in part} for part in asked] == [
+    assert [{first.get(name, name) for name in part} for part in requested] == [
         set(each.stored()) for each in stages
     ]
-    assert set().union(*asked) == set(whole.state_dict())
+    assert set().union(*requested) == set(whole.state_dict())
 
 
 def test_a_tied_head_that_is_not_in_the_file_is_read_at_both_ends(tmp_path: Path) -> None:
@@ -196,7 +197,9 @@ def test_a_tied_head_that_is_not_in_the_file_is_read_at_both_ends(tmp_path: Path
 
 def test_a_head_that_is_not_the_embedding_that_its_config_ties_it_to_is_refused(tmp_path: Path) -> None:
     save("llama", tmp_path, tie_word_embeddings=True)
-    change(tmp_path, lambda found: found.update({"lm_head.weight": found["model.embed_tokens.weight"] + 1}))
+    change(
+        tmp_path, lambda actual: actual.update({"lm_head.weight": actual["model.embed_tokens.weight"] + 1})
+    )
     with pytest.raises(Refusal, match=r"lm_head\.weight differ in it, .* tie_word_embeddings=false"):
         read(tmp_path)
 
@@ -204,9 +207,9 @@ def test_a_head_that_is_not_the_embedding_that_its_config_ties_it_to_is_refused(
 def test_names_of_old_are_read_as_transformers_reads_them(tmp_path: Path) -> None:
     save("bloom", tmp_path)
 
-    def shorten(found: dict[str, Tensor]) -> None:
-        for name in [name for name in found if name.startswith("transformer.")]:
-            found[name.removeprefix("transformer.")] = found.pop(name)
+    def shorten(actual: dict[str, Tensor]) -> None:
+        for name in [name for name in actual if name.startswith("transformer.")]:
+            actual[name.removeprefix("transformer.")] = actual.pop(name)
 
     change(tmp_path, shorten)
     whole, stages = read(tmp_path)
@@ -218,36 +221,36 @@ def test_tensors_that_transformers_passes_over_do_not_have_the_whole_read(
 ) -> None:
     save("llama", tmp_path)
     old = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.ones(4) for layer in range(3)}
-    change(tmp_path, lambda found: found.update(old))
-    asked = Model(name="saved", path=str(tmp_path), attention="eager")
+    change(tmp_path, lambda actual: actual.update(old))
+    requested = Model(name="saved", path=str(tmp_path), attention="eager")
     monkeypatch.delattr(loader, "build")
-    stage.build(asked, loader.model_config(asked), torch.float32, CPU, 0, range(1))
+    stage.build(requested, loader.model_config(requested), torch.float32, CPU, 0, range(1))
 
 
 @pytest.mark.parametrize(
-    ("by", "told"),
+    ("by", "reported"),
     [
-        (lambda found: found.pop("model.norm.weight"), r"1 missing, model\.norm\.weight first"),
+        (lambda actual: actual.pop("model.norm.weight"), r"1 missing, model\.norm\.weight first"),
         (
-            lambda found: found.update({"model.layers.3.mlp.up_proj.weight": torch.ones(48, 32)}),
+            lambda actual: actual.update({"model.layers.3.mlp.up_proj.weight": torch.ones(48, 32)}),
             r"1 unexpected, model\.layers\.3\.mlp\.up_proj\.weight first",
         ),
         (
-            lambda found: found.update({"model.norm.weight": torch.ones(31)}),
+            lambda actual: actual.update({"model.norm.weight": torch.ones(31)}),
             r"1 of another shape, model\.norm\.weight \(\[31\], not \[32\]\) first",
         ),
     ],
     ids=["missing", "unexpected", "shape"],
 )
 def test_what_is_refused_as_a_whole_is_refused_in_the_stage_that_has_it(
-    by: Callable[[dict[str, Tensor]], None], told: str, tmp_path: Path
+    by: Callable[[dict[str, Tensor]], None], reported: str, tmp_path: Path
 ) -> None:
     save("llama", tmp_path / "whole")
     broken = shutil.copytree(tmp_path / "whole", tmp_path / "broken")
     change(broken, by)
-    asked = Model(name="saved", path=str(broken), attention="eager")
-    config = loader.model_config(asked)
-    with pytest.raises(Refusal, match=told):
-        loader.build(asked, config, torch.float32, CPU, 0)
-    with pytest.raises(Refusal, match=told):
-        stage.build(asked, config, torch.float32, CPU, 0, range(2, 3))
+    requested = Model(name="saved", path=str(broken), attention="eager")
+    config = loader.model_config(requested)
+    with pytest.raises(Refusal, match=reported):
+        loader.build(requested, config, torch.float32, CPU, 0)
+    with pytest.raises(Refusal, match=reported):
+        stage.build(requested, config, torch.float32, CPU, 0, range(2, 3))

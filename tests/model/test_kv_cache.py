@@ -52,9 +52,9 @@ def test_a_dynamic_cache_holds_what_the_formula_says(shape: str, dtype: torch.dt
     config = SHAPES[shape]
     token = kv_bytes_per_token(config, dtype)
     assert token is not None
-    held = kv_bytes(show(config, "dynamic", dtype))
-    assert held.reserved == held.filled == held.live == BATCH * SHOWN * token
-    assert held.per_token == kv_bytes_per_token(config, dtype)
+    measured = kv_bytes(show(config, "dynamic", dtype))
+    assert measured.reserved == measured.filled == measured.live == BATCH * SHOWN * token
+    assert measured.per_token == kv_bytes_per_token(config, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -63,11 +63,11 @@ def test_a_static_cache_reserves_its_whole_length_and_fills_what_was_shown(
     shape: str, dtype: torch.dtype
 ) -> None:
     config = SHAPES[shape]
-    held = kv_bytes(show(config, "static", dtype))
+    measured = kv_bytes(show(config, "static", dtype))
     layers = config.num_hidden_layers
     per_token, counters = layers * layer_bytes_per_token(config, dtype), 8 * layers
-    assert held.reserved == BATCH * ROOM * per_token + counters
-    assert held.filled == held.live == BATCH * SHOWN * per_token
+    assert measured.reserved == BATCH * ROOM * per_token + counters
+    assert measured.filled == measured.live == BATCH * SHOWN * per_token
 
 
 @pytest.mark.parametrize(
@@ -94,10 +94,10 @@ def test_the_formula_gives_published_figures(config: PretrainedConfig, expected:
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 def test_padding_is_filled_but_not_live(kind: str) -> None:
     config = SHAPES["grouped"]
-    held = kv_bytes(show(config, kind, torch.float32), rows=[SHOWN, 3])
+    measured = kv_bytes(show(config, kind, torch.float32), rows=[SHOWN, 3])
     per_token = config.num_hidden_layers * layer_bytes_per_token(config, torch.float32)
-    assert held.filled == BATCH * SHOWN * per_token
-    assert held.live == (SHOWN + 3) * per_token
+    assert measured.filled == BATCH * SHOWN * per_token
+    assert measured.live == (SHOWN + 3) * per_token
 
 
 def test_keys_and_values_that_are_views_reserve_all_that_they_pin() -> None:
@@ -115,21 +115,21 @@ def test_keys_and_values_that_are_views_reserve_all_that_they_pin() -> None:
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 def test_a_sliding_window_keeps_less_than_was_shown(kind: str) -> None:
     config = MistralConfig(num_key_value_heads=2, sliding_window=4, **SIZES)
-    held = kv_bytes(show(config, kind, torch.float32), rows=[SHOWN, 2])
+    measured = kv_bytes(show(config, kind, torch.float32), rows=[SHOWN, 2])
     kept = {"dynamic": 3, "static": 4}[kind]  # beside the newest, or with it
     per_token = config.num_hidden_layers * layer_bytes_per_token(config, torch.float32)
     assert kv_bytes_per_token(config, torch.float32) is None  # no token takes so much for good
-    assert held.positions == BATCH * SHOWN
-    assert held.filled == BATCH * kept * per_token
-    assert held.live == (kept + 2) * per_token
+    assert measured.positions == BATCH * SHOWN
+    assert measured.filled == BATCH * kept * per_token
+    assert measured.live == (kept + 2) * per_token
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 def test_a_cache_that_was_shown_nothing_has_no_figure_per_token(kind: str) -> None:
     cache = make(kind, SHAPES["grouped"], ROOM)
     assert cache is not None
-    held = kv_bytes(cache)
-    assert (held.filled, held.live, held.per_token) == (0, 0, None)
+    measured = kv_bytes(cache)
+    assert (measured.filled, measured.live, measured.per_token) == (0, 0, None)
 
 
 def test_no_cache_is_none_and_an_unknown_kind_is_an_error() -> None:

@@ -66,11 +66,11 @@ def test_an_export_comes_back_bit_for_bit_with_its_tokenizer(exported: tuple[tor
     assert AutoTokenizer.from_pretrained(directory)("abc").input_ids == ByT5Tokenizer()("abc").input_ids
 
 
-@pytest.mark.parametrize(("asked", "expected"), [(None, [1]), (1, 1), (7, [1, 7]), ([7, 8], [1, 7, 8])])
+@pytest.mark.parametrize(("requested", "expected"), [(None, [1]), (1, 1), (7, [1, 7]), ([7, 8], [1, 7, 8])])
 def test_what_ended_the_texts_that_were_trained_on_ends_what_the_export_generates(
-    asked: object, expected: object, tmp_path: Path
+    requested: object, expected: object, tmp_path: Path
 ) -> None:
-    shape = settings(eos_token_id=asked)
+    shape = settings(eos_token_id=requested)
     fields = fields_of(shape, loader.model_config(shape))
     loader.export(built_model(shape), None, of_bytes(), fields, tmp_path / "checkpoint")
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint")

@@ -16,11 +16,11 @@ from harness.rehearsal.balance import peak, resolved
 
 def every_split(layers: int, stages: int) -> list[list[int]]:
     """All ways to give each of the stages a layer or more."""
-    found = []
+    actual = []
     for ends in combinations(range(1, layers), stages - 1):
         bounds = [0, *ends, layers]
-        found.append([end - begin for begin, end in pairwise(bounds)])
-    return found
+        actual.append([end - begin for begin, end in pairwise(bounds)])
+    return actual
 
 
 DECIDED = ("precision=bf16", "model.attention=sdpa")
@@ -47,18 +47,18 @@ def test_a_balanced_split_is_the_best_of_all(seed: int) -> None:
     random = Random(seed)
     layers, stages = random.randint(2, 8), random.randint(1, 4)
     stages = min(layers, stages)
-    held = {
+    measured = {
         (stage, begin, end): random.randint(1, 30) + (end - begin) * random.randint(1, 9)
         for stage, begin, end in product(range(stages), range(layers), range(1, layers + 1))
         if begin < end
     }
 
     def worst(split: list[int]) -> int:
-        return max(held[stage, each.start, each.stop] for stage, each in enumerate(ranges(split)))
+        return max(measured[stage, each.start, each.stop] for stage, each in enumerate(ranges(split)))
 
-    found = balanced(layers, stages, lambda stage, begin, end: held[stage, begin, end])
-    assert found in every_split(layers, stages)
-    assert worst(found) == min(map(worst, every_split(layers, stages)))
+    actual = balanced(layers, stages, lambda stage, begin, end: measured[stage, begin, end])
+    assert actual in every_split(layers, stages)
+    assert worst(actual) == min(map(worst, every_split(layers, stages)))
 
 
 def test_a_split_by_parameters_makes_room_for_the_embedding_and_the_head() -> None:
@@ -70,10 +70,10 @@ def test_a_split_by_parameters_makes_room_for_the_embedding_and_the_head() -> No
     assert max(first, last) < min(middle)
 
 
-@pytest.mark.parametrize("asked", [[5], [1, 2], [1, 1, 2]])
-def test_a_list_that_is_not_the_models_is_refused_where_only_the_model_tells(asked: list[int]) -> None:
+@pytest.mark.parametrize("requested", [[5], [1, 2], [1, 1, 2]])
+def test_a_list_that_is_not_the_models_is_refused_where_only_the_model_tells(requested: list[int]) -> None:
     given = settings("world.size=2", "pipeline.stages=2")
-    cut = dataclasses.replace(given, pipeline=dataclasses.replace(given.pipeline, split=asked))
+    cut = dataclasses.replace(given, pipeline=dataclasses.replace(given.pipeline, split=requested))
     with pytest.raises(Refusal, match=r"pipeline\.split="):
         split_of(cut, model_config(given.model))
 
@@ -105,12 +105,12 @@ def test_a_split_by_memory_is_the_best_of_all_that_can_be_rehearsed(words: tuple
     )
     given = settings(*shape, "ledger.steps=2", "train.export=false", "pipeline.split=memory", *words)
     plan = Plan.of(given)
-    found = resolved(plan).split
+    actual = resolved(plan).split
 
     def worst(split: list[int]) -> int:
         cut = plan.with_settings(pipeline=dataclasses.replace(given.pipeline, split=split))
         return max(peak((cut, stage)) for stage in range(2))
 
     peaks = {tuple(split): worst(split) for split in every_split(5, 2)}
-    assert peaks[tuple(found)] == min(peaks.values())
+    assert peaks[tuple(actual)] == min(peaks.values())
     assert len(set(peaks.values())) == len(peaks)

@@ -211,23 +211,23 @@ def test_a_record_and_its_config_have_what_ran_and_the_reasons(
     ]
     assert main([*words, f"hydra.run.dir={tmp_path}/auto"]) == 0
     said = capsys.readouterr().out
-    found = record_file.read(tmp_path / "auto")
-    precision = found["config"]["precision"]
-    assert found["model"]["dtype"] == {"bf16": "bfloat16", "fp32": "float32"}[precision]
-    assert found["config"]["model"]["attention"] == "sdpa"
-    assert {key: why.partition(":")[0] for key, why in found["resolved"].items()} == {
+    actual = record_file.read(tmp_path / "auto")
+    precision = actual["config"]["precision"]
+    assert actual["model"]["dtype"] == {"bf16": "bfloat16", "fp32": "float32"}[precision]
+    assert actual["config"]["model"]["attention"] == "sdpa"
+    assert {key: why.partition(":")[0] for key, why in actual["resolved"].items()} == {
         "precision": precision,
         "model.attention": "sdpa",
     }
-    assert said.startswith(f"precision={found['resolved']['precision']}\n")
-    assert yaml.safe_load((tmp_path / "auto/config.yaml").read_text("utf-8")) == found["config"]
+    assert said.startswith(f"precision={actual['resolved']['precision']}\n")
+    assert yaml.safe_load((tmp_path / "auto/config.yaml").read_text("utf-8")) == actual["config"]
 
-    read = parse(found, "it")
+    read = parse(actual, "it")
     again = settings_of(read, {})  # as `explain` rehearses it, wherever that is
     assert (again.precision, again.model.attention) == (precision, "sdpa")
-    assert (read.resolved, read.value("model.attention")) == (found["resolved"], "sdpa")
+    assert (read.resolved, read.value("model.attention")) == (actual["resolved"], "sdpa")
     assert main([*words, f"precision={precision}", f"hydra.run.dir={tmp_path}/said"]) == 0
     said_so = record_file.read(tmp_path / "said")
     assert said_so["resolved"].keys() == {"model.attention"}
-    assert (said_so["config"], said_so["ranks"]) == (found["config"], found["ranks"])
+    assert (said_so["config"], said_so["ranks"]) == (actual["config"], actual["ranks"])
     assert not capsys.readouterr().out.startswith("precision=")

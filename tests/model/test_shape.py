@@ -28,9 +28,9 @@ def refusal(*words: str) -> str:
 
 
 def built(*words: str) -> Model:
-    asked = load(compose.compose(words)).model
-    init_weights.outline(model_config(asked), torch.float32)
-    return asked
+    requested = load(compose.compose(words)).model
+    init_weights.outline(model_config(requested), torch.float32)
+    return requested
 
 
 WHOLE, SOME = "should be a whole number, 0 or more", "should be a whole number, 1 or more"
@@ -125,12 +125,12 @@ def test_a_key_that_the_type_of_model_has_is_taken(more: str) -> None:
 def test_what_a_page_says_to_another_type_of_model_is_left_out_and_told() -> None:
     assert shape.left_out(built("model=tiny")) is None
     assert shape.left_out(built("model.config.model_type=mistral")) is None
-    told = shape.left_out(built("model.config.model_type=gpt2"))
-    assert told is not None
-    assert told.startswith(
+    reported = shape.left_out(built("model.config.model_type=gpt2"))
+    assert reported is not None
+    assert reported.startswith(
         "gpt2: it has no intermediate_size, num_key_value_heads, rms_norm_eps, rope_parameters "
     )
-    assert told.endswith("of model=tiny; left out")
+    assert reported.endswith("of model=tiny; left out")
 
 
 @pytest.mark.parametrize("name", compose.groups()["model"])

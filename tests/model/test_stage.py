@@ -82,9 +82,9 @@ def test_every_weight_is_in_one_stage_and_a_tied_one_in_the_first_and_the_last(
     tied = {key for key in every if sum(key in part for part in owned) > 1}
     assert tied == (set(stages[0].tied) if len(split) > 1 else set())
     assert tied <= owned[0] & owned[-1]
-    found = [[(tuple(p.shape)) for p in part.values()] for part in stage.parts(whole, split)]
+    actual = [[(tuple(p.shape)) for p in part.values()] for part in stage.parts(whole, split)]
     if len(split) > 1:
-        assert found == [[tuple(p.shape) for p in each.parameters()] for each in stages]
+        assert actual == [[tuple(p.shape) for p in each.parameters()] for each in stages]
 
 
 KEPT = [(name, kept) for name in SHAPES for kept in ("none", "dynamic", "static")]
@@ -104,9 +104,9 @@ def test_stages_in_a_row_give_what_the_whole_gives(name: str, kept: str) -> None
     with torch.no_grad():
         for begin, end in spans:
             given = tokens[:, begin:end]
-            told = {"attention_mask": mask[:, :end], "position_ids": positions[:, begin:end]}
+            reported = {"attention_mask": mask[:, :end], "position_ids": positions[:, begin:end]}
             expected = whole(
-                input_ids=given, past_key_values=whole_cache, use_cache=whole_cache is not None, **told
+                input_ids=given, past_key_values=whole_cache, use_cache=whole_cache is not None, **reported
             ).logits
             for each, cache in zip(stages, caches, strict=True):
                 given = each(given, mask[:, :end], positions[:, begin:end], cache)
@@ -157,9 +157,9 @@ def saved(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, PreTrai
 
 
 def read(directory: Path, split: list[int]) -> list[Stage]:
-    asked = Model(name="saved", path=str(directory), attention="eager")
-    config = loader.model_config(asked)
-    return [stage.build(asked, config, torch.float32, CPU, 0, each) for each in ranges(split)]
+    requested = Model(name="saved", path=str(directory), attention="eager")
+    config = loader.model_config(requested)
+    return [stage.build(requested, config, torch.float32, CPU, 0, each) for each in ranges(split)]
 
 
 @pytest.mark.parametrize("split", [[2, 2], [1, 2, 1]], ids=str)
@@ -176,13 +176,13 @@ def test_a_checkpoint_comes_into_stages_as_into_the_whole(
 def test_a_checkpoints_file_is_no_memory_of_the_stage_that_reads_it(tmp_path: Path) -> None:
     whole_of("llama").save_pretrained(tmp_path / "whole")
     file = (tmp_path / "whole/model.safetensors").stat().st_size
-    asked = Model(name="saved", path=str(tmp_path / "whole"), attention="eager")
+    requested = Model(name="saved", path=str(tmp_path / "whole"), attention="eager")
     with Ledger(device="cpu") as ledger:
-        part = stage.build(asked, loader.model_config(asked), torch.float32, CPU, 0, range(1))
+        part = stage.build(requested, loader.model_config(requested), torch.float32, CPU, 0, range(1))
         ledger.own(model=part.model)
-    held = sum(parameter.nbytes for parameter in part.parameters())
+    measured = sum(parameter.nbytes for parameter in part.parameters())
     assert ledger.allocator.unattributed == 0
-    assert ledger.peak.bytes < held + file // 2
+    assert ledger.peak.bytes < measured + file // 2
 
 
 def test_a_checkpoint_without_a_tensor_of_a_stage_is_refused(tmp_path: Path) -> None:

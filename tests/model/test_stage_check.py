@@ -83,9 +83,9 @@ def test_a_model_that_only_passes_hidden_states_on_is_cut(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", kinds(REFUSED))
 def test_a_model_that_does_more_is_not_and_what_it_does_is_said(kind: str) -> None:
-    told = difference(kind)
-    assert told is not None
-    assert told.startswith(REFUSED[kind])
+    reported = difference(kind)
+    assert reported is not None
+    assert reported.startswith(REFUSED[kind])
 
 
 @pytest.mark.parametrize(
@@ -105,16 +105,16 @@ def test_a_scale_in_its_config_decides_whether_granite_is_cut() -> None:
     assert (
         difference("granite", logits_scaling=2.0, residual_multiplier=0.5) is None
     )  # by the layers and the head
-    told = difference("granite", embedding_multiplier=1.5)
-    assert told is not None
-    assert told.startswith("its own forward changes the hidden states before stage 1's first layer")
+    reported = difference("granite", embedding_multiplier=1.5)
+    assert reported is not None
+    assert reported.startswith("its own forward changes the hidden states before stage 1's first layer")
 
 
 def test_a_loss_that_needs_every_stage_is_refused() -> None:
     assert difference("mixtral") is None
-    told = difference("mixtral", kept="none", output_router_logits=True)
-    assert told is not None
-    assert told.startswith("the loss of its stages differ from those of the whole by")
+    reported = difference("mixtral", kept="none", output_router_logits=True)
+    assert reported is not None
+    assert reported.startswith("the loss of its stages differ from those of the whole by")
 
 
 @pytest.mark.parametrize(
@@ -124,9 +124,11 @@ def test_dropout_beside_the_layers_is_refused_in_training_alone(kind: str, key: 
     dropped: Any = {key: 0.1}
     assert difference(kind, kept="none", **dropped) is None
     assert difference(kind, kept="none", trains=True) is None
-    told = difference(kind, kept="none", trains=True, **dropped)
-    assert told is not None
-    assert told.startswith("in training its own forward changes the hidden states before stage 1's layers")
+    reported = difference(kind, kept="none", trains=True, **dropped)
+    assert reported is not None
+    assert reported.startswith(
+        "in training its own forward changes the hidden states before stage 1's layers"
+    )
 
 
 def test_dropout_within_the_layers_is_not() -> None:
@@ -151,9 +153,9 @@ def _shifted(module: Any, args: Any, kwargs: Any) -> Any:
 
 def test_what_does_nothing_before_it_is_trained_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(AutoModelForCausalLM._model_mapping._extra_content, LlamaConfig, Gated)
-    told = difference("llama", rms_norm_eps=1e-4)  # not a config that was proven before
-    assert told is not None
-    assert told.startswith("its own forward changes the hidden states before stage 1's first layer")
+    reported = difference("llama", rms_norm_eps=1e-4)  # not a config that was proven before
+    assert reported is not None
+    assert reported.startswith("its own forward changes the hidden states before stage 1's first layer")
 
 
 @pytest.mark.parametrize(("words", "reason"), [(["model=gpt2"], "fails where it is given hidden states")])

@@ -49,14 +49,14 @@ def trained(model: models.Model, trainer: trainers.Trainer) -> PreTrainedTokeniz
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.train_from_iterator([string.printable, "the cat sat on the mat " * 5], trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    made = PreTrainedTokenizerFast(
+    result = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         **dict(zip(("unk_token", "bos_token", "eos_token"), SPECIAL, strict=True)),
         padding_side="left",
         chat_template="{{ messages[0].content }}</s>",
     )
-    made.add_tokens(["<|mine|>"])
-    return made
+    result.add_tokens(["<|mine|>"])
+    return result
 
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
@@ -83,15 +83,15 @@ def test_bytes_come_back_beside_every_type_of_causal_model(
 ) -> None:
     expected = [ByT5Tokenizer()(text).input_ids for text in TEXTS]
     for kind in kinds():
-        found = load_tokenizer(beside(kind, tmp_path / kind, saved))
-        assert [found(text).input_ids for text in TEXTS] == expected, kind
+        actual = load_tokenizer(beside(kind, tmp_path / kind, saved))
+        assert [actual(text).input_ids for text in TEXTS] == expected, kind
 
 
 def test_anybody_opens_exported_bytes_beside_every_type_of_causal_model(tmp_path: Path) -> None:
     for kind in kinds():
-        found = AutoTokenizer.from_pretrained(beside(kind, tmp_path / kind, of_bytes()))
-        assert all(found(text).input_ids == ByT5Tokenizer()(text).input_ids for text in TEXTS[:-1]), kind
-        assert found.decode([100, 101, 1], skip_special_tokens=True) == "ab", kind
+        actual = AutoTokenizer.from_pretrained(beside(kind, tmp_path / kind, of_bytes()))
+        assert all(actual(text).input_ids == ByT5Tokenizer()(text).input_ids for text in TEXTS[:-1]), kind
+        assert actual.decode([100, 101, 1], skip_special_tokens=True) == "ab", kind
 
 
 def test_bytes_are_the_tokens_of_byt5() -> None:
@@ -108,13 +108,13 @@ def test_bytes_are_the_tokens_of_byt5() -> None:
 @pytest.mark.parametrize("name", OF_A_LIBRARY)
 def test_a_tokenizer_of_a_library_survives_exports_beside_other_models(name: str, tmp_path: Path) -> None:
     first = OF_A_LIBRARY[name]()
-    found: PreTrainedTokenizerBase = first
+    actual: PreTrainedTokenizerBase = first
     for kind in ("llama", "qwen2", "mistral", "qwen3_5_text"):  # each opens what the one before has saved
-        found = load_tokenizer(beside(kind, tmp_path / kind, found))
+        actual = load_tokenizer(beside(kind, tmp_path / kind, actual))
         for text in (*TEXTS, "the <|mine|> cat"):
-            assert encode(found, text) == encode(first, text), kind
+            assert encode(actual, text) == encode(first, text), kind
         for trait in ("padding_side", "chat_template", "bos_token_id", "eos_token_id", "pad_token_id"):
-            assert getattr(found, trait) == getattr(first, trait), kind
+            assert getattr(actual, trait) == getattr(first, trait), kind
 
 
 def test_what_autotokenizer_reads_otherwise_is_said(tmp_path: Path) -> None:
@@ -131,13 +131,13 @@ def test_what_autotokenizer_reads_otherwise_is_said(tmp_path: Path) -> None:
 
 
 def test_a_class_that_a_hub_s_file_names_wrongly_is_left_to_transformers(tmp_path: Path) -> None:
-    made = OF_A_LIBRARY["gpt2"]()
-    directory = beside("llama", tmp_path / "saved", made)
+    result = OF_A_LIBRARY["gpt2"]()
+    directory = beside("llama", tmp_path / "saved", result)
     config = json.loads((directory / "tokenizer_config.json").read_text())
     del config["backend"]  # as files from before transformers 5 are
     config["tokenizer_class"] = "LlamaTokenizerFast"
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
-    assert load_tokenizer(directory)(SAMPLE).input_ids == made(SAMPLE).input_ids
+    assert load_tokenizer(directory)(SAMPLE).input_ids == result(SAMPLE).input_ids
 
 
 def emptied(directory: Path) -> None:

@@ -32,7 +32,7 @@ def outline(kind: str, dtype: torch.dtype, **more: int) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("kind", "more", "told"),
+    ("kind", "more", "reported"),
     [
         (
             "qwen3_moe",
@@ -46,9 +46,9 @@ def outline(kind: str, dtype: torch.dtype, **more: int) -> Any:
     ],
 )
 def test_rows_that_a_grouped_product_does_not_take_are_refused_by_their_key(
-    kind: str, more: dict[str, int], told: str
+    kind: str, more: dict[str, int], reported: str
 ) -> None:
-    with pytest.raises(Refusal, match=told):
+    with pytest.raises(Refusal, match=reported):
         widths.check(Model(), outline(kind, torch.bfloat16, **more))
 
 
@@ -86,8 +86,8 @@ def settings(**more: Any) -> Settings:
 
 def test_a_failure_that_the_widths_come_to_by_themselves_is_refused() -> None:
     odd = settings(hidden_size=60)
-    told = r"model.config=mine: its widths do not fit together \(RuntimeError: .*\); give others"
-    with pytest.raises(Refusal, match=told), misfits(Plan.of(odd)):
+    reported = r"model.config=mine: its widths do not fit together \(RuntimeError: .*\); give others"
+    with pytest.raises(Refusal, match=reported), misfits(Plan.of(odd)):
         raise RuntimeError("The size of tensor a (15) must match the size of tensor b (16)")
 
 

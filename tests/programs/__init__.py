@@ -16,10 +16,10 @@ PROGRAMS: dict[str, Program] = {}
 """All of them by name, once their modules are imported."""
 
 
-def program(made: Program) -> Program:
+def program(result: Program) -> Program:
     """Add it to them."""
-    PROGRAMS[made.__name__] = made
-    return made
+    PROGRAMS[result.__name__] = result
+    return result
 
 
 def mlp() -> nn.Sequential:
@@ -33,9 +33,9 @@ def data(rows: int = 8, seed: int = 0) -> Tensor:
     return torch.randn(rows, 16, generator=torch.Generator().manual_seed(seed))
 
 
-def squared(made: Tensor) -> Tensor:
+def squared(result: Tensor) -> Tensor:
     """A loss."""
-    return made.pow(2).mean()
+    return result.pow(2).mean()
 
 
 def train(

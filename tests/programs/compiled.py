@@ -30,8 +30,8 @@ def aot(function: Callable[..., Any]) -> Any:
 def compiled(ledger: Ledger, rows: Sequence[int] = ROWS, **how: Any) -> Any:
     counters.clear()
     model = mlp()
-    made = train(ledger, model, torch.compile(model, **how), rows=rows)
-    return made, counters["stats"]["unique_graphs"], dict(counters["graph_break"])
+    result = train(ledger, model, torch.compile(model, **how), rows=rows)
+    return result, counters["stats"]["unique_graphs"], dict(counters["graph_break"])
 
 
 PROGRAMS["compiled_eager"] = partial(compiled, backend="eager")
@@ -55,8 +55,8 @@ class Breaks(nn.Module):
     def forward(self, rows: Tensor) -> Tensor:
         self.seen += 1
         torch._dynamo.graph_break()
-        made: Tensor = self.layers(torch.compiler.disable(torch.sin)(rows))
-        return made * 2
+        result: Tensor = self.layers(torch.compiler.disable(torch.sin)(rows))
+        return result * 2
 
 
 @program
@@ -82,7 +82,7 @@ def compiled_optimizer(ledger: Ledger) -> Any:
 
 @program
 def compiled_loss(ledger: Ledger) -> Any:
-    return train(ledger, mlp(), loss=aot(lambda made: made.pow(2).mean()), rows=ROWS)
+    return train(ledger, mlp(), loss=aot(lambda result: result.pow(2).mean()), rows=ROWS)
 
 
 @program
@@ -119,11 +119,11 @@ def compiled_without_gradients(ledger: Ledger) -> Any:
 
 @program
 def compiled_under_stances(ledger: Ledger) -> Any:
-    forward, made = torch.compile(mlp(), backend="eager"), list[Tensor]()
+    forward, result = torch.compile(mlp(), backend="eager"), list[Tensor]()
     for stance in ("force_eager", "default", "eager_on_recompile"):
         with torch.compiler.set_stance(stance):
-            made += [forward(data(count)).detach() for count in (8, 5)]
-    return made
+            result += [forward(data(count)).detach() for count in (8, 5)]
+    return result
 
 
 @program
@@ -156,8 +156,8 @@ def compiled_functions_of_functions(ledger: Ledger) -> Any:
     model = mlp()
 
     def total(rows: Tensor) -> Tensor:
-        made: Tensor = model(rows).sum()
-        return made
+        result: Tensor = model(rows).sum()
+        return result
 
     return aot(torch.func.grad(total))(data()), torch.func.grad(aot(total))(data())
 
@@ -169,33 +169,35 @@ def compiled_and_raising(ledger: Ledger) -> Any:
             raise ValueError("five")
         return rows.sin()
 
-    made: list[Any] = []
+    result: list[Any] = []
     for count in (8, 5, 8):
         try:
-            made.append(aot(fails)(data(count)))
+            result.append(aot(fails)(data(count)))
         except ValueError as error:
-            made.append(str(error))
-    return [*made, *train(ledger, mlp())]
+            result.append(str(error))
+    return [*result, *train(ledger, mlp())]
 
 
 @program
 def compiled_in_a_thread(ledger: Ledger) -> Any:
     """Nothing of a ledger is among what a compiler traces there."""
     model, counted = mlp(), CompileCounter()
-    made: list[Any] = []
+    result: list[Any] = []
 
     def forward(rows: Tensor) -> Tensor:
         out: Tensor = checkpoint(model, rows, use_reentrant=False)
         return out
 
     def run() -> None:
-        made.append(train(Ledger(mode="off"), model, torch.compile(forward, backend=counted, fullgraph=True)))
+        result.append(
+            train(Ledger(mode="off"), model, torch.compile(forward, backend=counted, fullgraph=True))
+        )
 
     ledger.own(model=model)
     thread = threading.Thread(target=run, name="loop")
     thread.start()
     thread.join()
-    return made, counted.frame_count, counted.op_count
+    return result, counted.frame_count, counted.op_count
 
 
 @program

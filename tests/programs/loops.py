@@ -102,33 +102,33 @@ def asynchronous(ledger: Ledger) -> Any:
     ledger.own(model=model)
 
     async def run() -> list[Tensor]:
-        made = []
+        result = []
         for _ in range(2):
             model(data()).sum().backward()
             await asyncio.sleep(0)
-            made += [*gradients(model)]
-        return made  # type: ignore[return-value]
+            result += [*gradients(model)]
+        return result  # type: ignore[return-value]
 
     return asyncio.run(run())
 
 
 @program
 def in_threads(ledger: Ledger) -> Any:
-    made: list[Any] = []
+    result: list[Any] = []
     threads = [
-        threading.Thread(target=lambda: made.append(train(Ledger(mode="off"), mlp())), name="loop"),
-        threading.Thread(target=lambda: made.append(torch.ones(1000) * 2), name="raw"),
+        threading.Thread(target=lambda: result.append(train(Ledger(mode="off"), mlp())), name="loop"),
+        threading.Thread(target=lambda: result.append(torch.ones(1000) * 2), name="raw"),
     ]
     for thread in threads:
         thread.start()
         thread.join()
-    return made
+    return result
 
 
 def profiled(ledger: Ledger) -> Any:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as run:
-        made = train(ledger, mlp())
-    return made, {event.key for event in run.key_averages() if event.key.startswith("aten::")}
+        result = train(ledger, mlp())
+    return result, {event.key for event in run.key_averages() if event.key.startswith("aten::")}
 
 
 PROGRAMS["profiled"] = profiled

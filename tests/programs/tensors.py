@@ -79,11 +79,11 @@ class Wrapper(Tensor):
 
     @staticmethod
     def __new__(cls, whole: Tensor) -> Any:
-        made: Any = Tensor._make_wrapper_subclass(
+        result: Any = Tensor._make_wrapper_subclass(
             cls, whole.shape, dtype=whole.dtype, requires_grad=whole.requires_grad
         )
-        made.whole = whole
-        return made
+        result.whole = whole
+        return result
 
     def __init__(self, whole: Tensor) -> None:
         pass
@@ -93,8 +93,8 @@ class Wrapper(Tensor):
         def unwrapped(each: Any) -> Any:
             return each.whole if isinstance(each, Wrapper) else each
 
-        made = func(*tree_map(unwrapped, args), **tree_map(unwrapped, kwargs or {}))
-        return tree_map(lambda each: cls(each) if isinstance(each, Tensor) else each, made)
+        result = func(*tree_map(unwrapped, args), **tree_map(unwrapped, kwargs or {}))
+        return tree_map(lambda each: cls(each) if isinstance(each, Tensor) else each, result)
 
 
 class Flat(Wrapper):
@@ -151,8 +151,8 @@ def tensors_that_hear_what_is_asked(ledger: Ledger) -> Any:
 def masked(ledger: Ledger) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it is a prototype
-        made: Any = torch.masked.masked_tensor(data(), data() > 0)
-        return (made * 2).sum().get_data()
+        result: Any = torch.masked.masked_tensor(data(), data() > 0)
+        return (result * 2).sum().get_data()
 
 
 @program

@@ -83,25 +83,25 @@ def asks(shape: dict[str, Any] | None = None, path: Path | None = None, **more: 
         name="test", path=None if path is None else str(path), config=shape or {}, attention="eager"
     )
     here = Hardware(device="cpu") if "world" in more else Hardware(device="cuda", capability=9.0)
-    asked = {"mode": "infer", "world": Asked(kind="rehearsed", size=1), "hardware": here, "model": given}
-    return Settings(**{"precision": "bf16", **asked, **more})
+    requested = {"mode": "infer", "world": Asked(kind="rehearsed", size=1), "hardware": here, "model": given}
+    return Settings(**{"precision": "bf16", **requested, **more})
 
 
-def taken(asked: Settings) -> tuple[Any, method.Quantization]:
+def taken(requested: Settings) -> tuple[Any, method.Quantization]:
     """The config without its quantization, and that."""
-    config = loader.model_config(asked.model)
-    found = method.take(config, asked, asked.hardware.device)
-    assert found is not None
-    return config, found
+    config = loader.model_config(requested.model)
+    actual = method.take(config, requested, requested.hardware.device)
+    assert actual is not None
+    return config, actual
 
 
 def outlined(shape: dict[str, Any], **more: Any) -> PreTrainedModel:
     """The packed model of `shape` on meta."""
-    asked = asks(shape, **more)
-    config, found = taken(asked)
-    made = init_weights.outline(config, torch.bfloat16, "eager")
-    found.pack(made, asked.model)
-    return made
+    requested = asks(shape, **more)
+    config, actual = taken(requested)
+    result = init_weights.outline(config, torch.bfloat16, "eager")
+    actual.pack(result, requested.model)
+    return result
 
 
 # -- what is known of published checkpoints ----------------------------------------------------------------------------
@@ -123,9 +123,9 @@ ENDS = 2 * (2 * 128256 * 4096 + 65 * 4096)
 
 def packed_bytes(shape: dict[str, Any], given: dict[str, Any]) -> int:
     """Bytes of the packed model of `shape`, but for the frequencies of its positions."""
-    made = outlined({**shape, "quantization_config": given})
-    frequencies = sum(buffer.nbytes for name, buffer in made.named_buffers() if "inv_freq" in name)
-    return int(tensor_parallel.nbytes(made) - frequencies)
+    result = outlined({**shape, "quantization_config": given})
+    frequencies = sum(buffer.nbytes for name, buffer in result.named_buffers() if "inv_freq" in name)
+    return int(tensor_parallel.nbytes(result) - frequencies)
 
 
 def test_an_8b_in_awq_is_half_a_byte_a_weight_and_ends_that_are_whole() -> None:
@@ -215,14 +215,14 @@ def test_experts_in_fp8_are_packed_and_what_routes_to_them_is_not() -> None:
         "qk_nope_head_dim": 32,
         "v_head_dim": 32,
     }
-    made = outlined({**shape, "quantization_config": {**FP8, "weight_block_size": [64, 64]}})
-    experts = made.get_submodule("model.layers.1.mlp.experts")
+    result = outlined({**shape, "quantization_config": {**FP8, "weight_block_size": [64, 64]}})
+    experts = result.get_submodule("model.layers.1.mlp.experts")
     assert experts.gate_up_proj.shape == (8, 128, 128)
     assert experts.gate_up_proj.dtype == torch.float8_e4m3fn
     assert experts.gate_up_proj_scale_inv.shape == (8, 2, 2)
     assert experts.gate_up_proj_scale_inv.dtype == torch.float32
-    assert made.get_parameter("model.layers.1.mlp.gate.weight").dtype == torch.bfloat16
-    assert made.get_parameter("lm_head.weight").dtype == torch.bfloat16
+    assert result.get_parameter("model.layers.1.mlp.gate.weight").dtype == torch.bfloat16
+    assert result.get_parameter("lm_head.weight").dtype == torch.bfloat16
 
 
 # -- what stays whole --------------------------------------------------------------------------------------------------
@@ -230,8 +230,8 @@ def test_experts_in_fp8_are_packed_and_what_routes_to_them_is_not() -> None:
 
 def whole(shape: dict[str, Any], given: dict[str, Any]) -> set[str]:
     """The layers that are not packed, by their last names."""
-    made = outlined({**shape, "quantization_config": given})
-    return {name.rpartition(".")[2] for name, module in made.named_modules() if type(module) is nn.Linear}
+    result = outlined({**shape, "quantization_config": given})
+    return {name.rpartition(".")[2] for name, module in result.named_modules() if type(module) is nn.Linear}
 
 
 @pytest.mark.parametrize(
@@ -279,10 +279,10 @@ def test_what_a_method_leaves_whole_is_whole(given: dict[str, Any], expected: se
 
 def test_a_tied_head_is_neither_packed_nor_counted_twice() -> None:
     tied = {**LLAMA, "tie_word_embeddings": True, "quantization_config": AWQ}
-    made = outlined(tied)
-    assert made.get_parameter("lm_head.weight") is made.get_parameter("model.embed_tokens.weight")
+    result = outlined(tied)
+    assert result.get_parameter("lm_head.weight") is result.get_parameter("model.embed_tokens.weight")
     apart = outlined({**tied, "tie_word_embeddings": False})
-    assert tensor_parallel.nbytes(apart) - tensor_parallel.nbytes(made) == 384 * 64 * 2
+    assert tensor_parallel.nbytes(apart) - tensor_parallel.nbytes(result) == 384 * 64 * 2
 
 
 def test_groups_of_layers_have_each_its_own_scheme() -> None:
@@ -292,9 +292,9 @@ def test_groups_of_layers_have_each_its_own_scheme() -> None:
         "format": "int-quantized",
     }
     mixed = {**COMPRESSED, "config_groups": {"a": attention, **COMPRESSED["config_groups"]}}  # type: ignore[dict-item]
-    made = outlined({**LLAMA, "quantization_config": mixed})
-    assert made.get_submodule("model.layers.0.self_attn.q_proj").weight.dtype == torch.int8
-    assert made.get_submodule("model.layers.0.mlp.up_proj").weight_packed.dtype == torch.int32
+    result = outlined({**LLAMA, "quantization_config": mixed})
+    assert result.get_submodule("model.layers.0.self_attn.q_proj").weight.dtype == torch.int8
+    assert result.get_submodule("model.layers.0.mlp.up_proj").weight_packed.dtype == torch.int32
 
 
 # -- what is asked for -------------------------------------------------------------------------------------------------
@@ -342,8 +342,8 @@ def mxfp4(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint whose experts are in mxfp4."""
     bare = tmp_path_factory.mktemp("bare") / "checkpoint"
     given = Model(name="test", config={**GPT_OSS, "quantization_config": None}, attention="eager")
-    made = loader.build(given, loader.model_config(given), torch.bfloat16, CPU, 0)
-    loader.export(made, None, of_bytes(), {}, bare)
+    result = loader.build(given, loader.model_config(given), torch.bfloat16, CPU, 0)
+    loader.export(result, None, of_bytes(), {}, bare)
 
     def pack(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
@@ -423,16 +423,16 @@ def test_a_checkpoint_that_is_packed_is_named_and_what_reads_it(plain: Path, tmp
             "torchao must be there to read them; pip install torchao"
         )
     if importlib.util.find_spec("gptqmodel") is None:
-        told = f"{path}: its weights are packed (awq): gptqmodel must be there to read them; pip install gptqmodel"
-        assert refused(path) == told
+        reported = f"{path}: its weights are packed (awq): gptqmodel must be there to read them; pip install gptqmodel"
+        assert refused(path) == reported
     remedy = (
         f"packed weights take no gradients; give a checkpoint that is whole, or model.random=true {KEY}=null"
     )
     assert refused(path, "mode=train") == f"{path}: its weights are packed (awq): {remedy}"
-    told = f"{KEY}=null: the checkpoint is packed (awq), and its weights are read; add model.random=true"
-    assert refused(path, f"{KEY}=null") == told
-    told = f"{KEY}.quant_method=gptq: the checkpoint is packed by awq, and cannot be read as another; leave it out"
-    assert refused(path, f"{KEY}.quant_method=gptq") == told
+    reported = f"{KEY}=null: the checkpoint is packed (awq), and its weights are read; add model.random=true"
+    assert refused(path, f"{KEY}=null") == reported
+    reported = f"{KEY}.quant_method=gptq: the checkpoint is packed by awq, and cannot be read as another; leave it out"
+    assert refused(path, f"{KEY}.quant_method=gptq") == reported
 
 
 def test_the_command_line_says_over_the_checkpoint_how_weights_are_packed(
@@ -443,14 +443,14 @@ def test_the_command_line_says_over_the_checkpoint_how_weights_are_packed(
     changed = load(compose([*words, f"{KEY}.group_size=64"]))
     assert changed.model.config == {"quantization_config": {"group_size": 64}}
     assert dict(taken(changed)[1].quantization_config) == {**AWQ, "group_size": 64}
-    asked = load(compose([*words, f"{KEY}=null"]))
-    assert method.take(loader.model_config(asked.model), asked, "cuda") is None
+    requested = load(compose([*words, f"{KEY}=null"]))
+    assert method.take(loader.model_config(requested.model), requested, "cuda") is None
     with pytest.raises(Refusal, match="brings a config of its own"):
         compose([*words, "model.config.hidden_size=32"])
 
 
 @pytest.mark.parametrize(
-    ("given", "more", "method", "told"),
+    ("given", "more", "method", "reported"),
     [
         (
             {"quant_method": "awq", "group_size": 48},
@@ -475,15 +475,15 @@ def test_the_command_line_says_over_the_checkpoint_how_weights_are_packed(
     ],
     ids=str,
 )
-def test_a_layout_that_is_not_known_is_refused(given: Any, more: Any, method: str, told: str) -> None:
+def test_a_layout_that_is_not_known_is_refused(given: Any, more: Any, method: str, reported: str) -> None:
     given = {"quant_method": "mxfp4"} if method == "mxfp4" else given
     with pytest.raises(Refusal) as refusal:
         outlined({**LLAMA, **more, "quantization_config": given})
-    assert told in str(refusal.value)
+    assert reported in str(refusal.value)
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "reported"),
     [
         (
             {"load_in_8bit": True, "load_in_4bit": True},
@@ -534,10 +534,10 @@ def test_a_layout_that_is_not_known_is_refused(given: Any, more: Any, method: st
     ],
     ids=str,
 )
-def test_a_field_that_no_method_can_have_is_named_with_what_would_do(given: Any, told: str) -> None:
+def test_a_field_that_no_method_can_have_is_named_with_what_would_do(given: Any, reported: str) -> None:
     with pytest.raises(Refusal) as refusal:
         outlined({**LLAMA, "quantization_config": given})
-    assert told in str(refusal.value)
+    assert reported in str(refusal.value)
     assert "\n" not in str(refusal.value)
 
 
@@ -546,18 +546,18 @@ def test_a_checkpoint_read_by_fields_that_no_method_can_have_is_refused_before_i
 ) -> None:
     for mode in ("infer", "train"):
         config = {"quantization_config": {"quant_method": "fp8", "activation_scheme": "odd"}}
-        asked = asks(config, plain, mode=mode, world=Asked(), hardware=Hardware(device="cpu"))
+        requested = asks(config, plain, mode=mode, world=Asked(), hardware=Hardware(device="cpu"))
         with pytest.raises(Refusal, match=r"activation_scheme=odd: transformers does not take it \("):
-            method.take(loader.model_config(asked.model), asked, "cpu")
+            method.take(loader.model_config(requested.model), requested, "cpu")
 
 
 def test_a_method_that_transformers_does_not_know_is_not_read_as_if_weights_were_whole(plain: Path) -> None:
     config = {"quantization_config": {"quant_method": "of-tomorrow"}}
-    asked = asks(
+    requested = asks(
         path=plain, world=Asked(), model=Model(name="test", path=str(plain), config=config, attention="eager")
     )
     with pytest.raises(Refusal, match="this transformers knows no such method"):
-        method.take(loader.model_config(asked.model), asked, "cpu")
+        method.take(loader.model_config(requested.model), requested, "cpu")
 
 
 @pytest.mark.parametrize(
@@ -580,26 +580,26 @@ def test_weights_are_whole_where_nothing_computes_with_packed_ones(
     given: Any, device: Any, capability: float | None, expected: str | None
 ) -> None:
     here = Hardware(device=device, capability=capability)
-    _, found = taken(asks({**LLAMA, "quantization_config": given}, hardware=here))
-    assert found.whole == expected
+    _, actual = taken(asks({**LLAMA, "quantization_config": given}, hardware=here))
+    assert actual.whole == expected
 
 
 def test_every_page_of_a_gpu_says_which_kernels_it_has() -> None:
     pages = ["rtx4090", "a100-40gb", "a100-80gb", "h100-sxm", "h200", "b200", "l40s", "mi300x"]
-    found = [load(compose(["mode=infer", f"hardware={page}"])).hardware.capability for page in pages]
-    assert found == [8.9, 8.0, 8.0, 9.0, 9.0, 10.0, 8.9, 9.4]
+    actual = [load(compose(["mode=infer", f"hardware={page}"])).hardware.capability for page in pages]
+    assert actual == [8.9, 8.0, 8.0, 9.0, 9.0, 10.0, 8.9, 9.4]
 
 
 # -- what runs ---------------------------------------------------------------------------------------------------------
 
 
-def ran(asked: Settings, directory: Path) -> tuple[Ledger, Results]:
+def ran(requested: Settings, directory: Path) -> tuple[Ledger, Results]:
     """A real run of `asked` in this process: its ledger and its results."""
     done = Results()
-    ledger = Ledger(device="cpu", steps=asked.ledger.steps)
+    ledger = Ledger(device="cpu", steps=requested.ledger.steps)
     with ledger:
         infer.run(
-            Plan.of(asked),
+            Plan.of(requested),
             World(0, 1, 0, CPU),
             ledger,
             Output(directory, lambda line: None, done, lambda: None),
@@ -610,16 +610,16 @@ def ran(asked: Settings, directory: Path) -> tuple[Ledger, Results]:
 def on_cpu(path: Path, **more: Any) -> Settings:
     """Two prompts on the CPU."""
     here = Hardware(device="cpu")
-    asked = Generation(prompt=["def run(", "x"], max_new_tokens=3, stop_at_eos=False)
-    return asks(path=path, hardware=here, generation=asked, **more)
+    requested = Generation(prompt=["def run(", "x"], max_new_tokens=3, stop_at_eos=False)
+    return asks(path=path, hardware=here, generation=requested, **more)
 
 
-def same_as_rehearsed(asked: Settings, directory: Path) -> dict[str, Any]:
+def same_as_rehearsed(requested: Settings, directory: Path) -> dict[str, Any]:
     """Hold a real run of `asked` against its rehearsal, after the weights are read; the record's model."""
-    ledger, done = ran(Settings(**{**vars(asked), "world": Asked()}), directory)
-    books, told = rehearse(Plan.of(asked), 0)
+    ledger, done = ran(Settings(**{**vars(requested), "world": Asked()}), directory)
+    books, reported = rehearse(Plan.of(requested), 0)
     assert done.model is not None
-    assert done.model == told.model
+    assert done.model == reported.model
     assert ledger.allocator.unattributed == 0
     rehearsed = {(each["phase"], each["step"], each["micro_batch"]): each for each in books.tree()["phases"]}
     phases = [each for each in ledger.account().phases if each.where.phase in ("prefill", "decode")]
@@ -637,24 +637,26 @@ def same_as_rehearsed(asked: Settings, directory: Path) -> dict[str, Any]:
 def test_what_a_cpu_makes_whole_is_rehearsed_so(
     kind: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    told = same_as_rehearsed(on_cpu(request.getfixturevalue(kind)), tmp_path)
-    assert told["quantization"]["method"] == kind
-    assert told["quantization"]["whole"] == AT_LOAD
-    assert told["quantization"]["bytes"] == pytest.approx(2 * told["parameters"], abs=256)  # and frequencies
+    reported = same_as_rehearsed(on_cpu(request.getfixturevalue(kind)), tmp_path)
+    assert reported["quantization"]["method"] == kind
+    assert reported["quantization"]["whole"] == AT_LOAD
+    assert reported["quantization"]["bytes"] == pytest.approx(
+        2 * reported["parameters"], abs=256
+    )  # and frequencies
 
 
 def test_weights_that_are_packed_as_they_are_read_are_rehearsed_so(plain: Path, tmp_path: Path) -> None:
     pytest.importorskip("optimum.quanto", reason="quanto packs by optimum-quanto")
     given = Model(name="test", path=str(plain), config={"quantization_config": QUANTO}, attention="eager")
-    asked = on_cpu(plain, model=given)
-    config, found = taken(asked)
-    loader.build(given, config, torch.bfloat16, CPU, 0, quantization=found)  # it makes tables once a process
-    told = same_as_rehearsed(asked, tmp_path)
+    requested = on_cpu(plain, model=given)
+    config, actual = taken(requested)
+    loader.build(given, config, torch.bfloat16, CPU, 0, quantization=actual)  # it makes tables once a process
+    reported = same_as_rehearsed(requested, tmp_path)
     layer = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128
     outputs = 3 * 64 + 2 * 32 + 2 * 128
     frequencies = 2 * 8 * 4
-    assert told["parameters"] == 2 * layer + 2 * 384 * 64 + 5 * 64
-    assert told["quantization"] == {
+    assert reported["parameters"] == 2 * layer + 2 * 384 * 64 + 5 * 64
+    assert reported["quantization"] == {
         "method": "quanto",
         "bits": 8,
         "group_size": None,
@@ -681,32 +683,34 @@ def test_tokens_are_those_that_transformers_generates(
     for line in (tmp_path / "generations.jsonl").read_text().splitlines():
         written = json.loads(line)
         tokens = torch.tensor([written["prompt_tokens"]])
-        made = reference.generate(tokens, max_new_tokens=3, min_new_tokens=3, do_sample=False, pad_token_id=0)
-        assert made[0, tokens.shape[1] :].tolist() == written["tokens"]
+        result = reference.generate(
+            tokens, max_new_tokens=3, min_new_tokens=3, do_sample=False, pad_token_id=0
+        )
+        assert result[0, tokens.shape[1] :].tolist() == written["tokens"]
 
 
 def test_what_is_trained_from_packed_weights_is_saved_whole(fp8: Path, tmp_path: Path) -> None:
-    asked = asks(path=fp8, mode="train", world=Asked())
-    config, found = taken(asked)
-    assert not found.packed
-    made = loader.build(asked.model, config, torch.bfloat16, CPU, 0, quantization=found)
-    loader.export(made, None, of_bytes(), {}, tmp_path / "checkpoint")
+    requested = asks(path=fp8, mode="train", world=Asked())
+    config, actual = taken(requested)
+    assert not actual.packed
+    result = loader.build(requested.model, config, torch.bfloat16, CPU, 0, quantization=actual)
+    loader.export(result, None, of_bytes(), {}, tmp_path / "checkpoint")
     stored = load_file(tmp_path / "checkpoint" / "model.safetensors")
     assert {weight.dtype for weight in stored.values()} == {torch.bfloat16}
     again = Model(name="test", path=str(tmp_path / "checkpoint"), attention="eager")
     config = loader.model_config(again)
     assert not hasattr(config, "quantization_config")
     loaded = loader.build(again, config, torch.bfloat16, CPU, 0)
-    for one, other in zip(made.parameters(), loaded.parameters(), strict=True):
+    for one, other in zip(result.parameters(), loaded.parameters(), strict=True):
         assert torch.equal(one, other)
 
 
 def test_random_weights_of_a_shape_that_a_cpu_makes_whole_are_whole() -> None:
-    asked = asks(GPT_OSS, hardware=Hardware(device="cpu"), world=Asked())
-    config, found = taken(asked)
-    made = loader.build(asked.model, config, torch.float32, CPU, 0, quantization=found)
-    assert {each.dtype for each in made.parameters()} == {torch.float32}
-    assert not hasattr(made.config, "quantization_config")  # an export would say that it is packed
+    requested = asks(GPT_OSS, hardware=Hardware(device="cpu"), world=Asked())
+    config, actual = taken(requested)
+    result = loader.build(requested.model, config, torch.float32, CPU, 0, quantization=actual)
+    assert {each.dtype for each in result.parameters()} == {torch.float32}
+    assert not hasattr(result.config, "quantization_config")  # an export would say that it is packed
 
 
 def test_a_model_that_fits_packed_is_not_refused_for_what_it_would_be_whole(
@@ -719,11 +723,11 @@ def test_a_model_that_fits_packed_is_not_refused_for_what_it_would_be_whole(
     monkeypatch.setattr(loader, "whole_checkpoint", lambda place: (_ for _ in ()).throw(InterruptedError))
     directory = repacked(plain, tmp_path / "awq", lambda name, weight: {name: weight}, AWQ)
     for given in (AWQ, COMPRESSED):
-        found = method.Quantization(str(given["quant_method"]), given, stored=True, packed=True)
-        asked = asks(path=directory)
-        config, _ = taken(asked)
+        actual = method.Quantization(str(given["quant_method"]), given, stored=True, packed=True)
+        requested = asks(path=directory)
+        config, _ = taken(requested)
         with pytest.raises(InterruptedError):
-            loader.build(asked.model, config, torch.bfloat16, CPU, 0, quantization=found)
+            loader.build(requested.model, config, torch.bfloat16, CPU, 0, quantization=actual)
     packed = tensor_parallel.nbytes(outlined({**LLAMA, "quantization_config": AWQ}))
     config, _ = taken(asks({**LLAMA, "quantization_config": AWQ}))
     assert needed == [
@@ -733,21 +737,21 @@ def test_a_model_that_fits_packed_is_not_refused_for_what_it_would_be_whole(
 
 
 def test_packed_weights_that_are_made_whole_at_the_first_forward_are_rehearsed_so() -> None:
-    asked = asks(
+    requested = asks(
         {**LLAMA, "quantization_config": COMPRESSED},
         hardware=Hardware(device="cpu"),
         generation=Generation(count=1, max_new_tokens=2),
     )
-    books, done = rehearse(Plan.of(asked), 0)
-    held = {each.phase: each.categories["parameters"] for each in books.phases}
+    books, done = rehearse(Plan.of(requested), 0)
+    measured = {each.phase: each.categories["parameters"] for each in books.phases}
     layer = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128
     scales = 2 * (layer // 32 * 2 + 7 * 16)  # and shapes
     ends = 2 * (2 * 384 * 64 + 5 * 64) + 2 * 8 * 4
     assert done.model is not None
     assert done.model.quantization is not None
     assert done.model.quantization.whole == AT_FIRST
-    assert done.model.quantization.bytes == held["setup"] == 2 * layer // 2 + scales + ends
-    assert held["decode"] == 2 * layer * 2 + scales + ends
+    assert done.model.quantization.bytes == measured["setup"] == 2 * layer // 2 + scales + ends
+    assert measured["decode"] == 2 * layer * 2 + scales + ends
 
 
 # -- against the libraries themselves, where they are ------------------------------------------------------------------
@@ -767,13 +771,13 @@ NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 )
 def test_a_library_packs_into_as_many_bytes(package: str, given: dict[str, Any], plain: Path) -> None:
     pytest.importorskip(package, reason=f"{package} is not in the test environment: it was compared by hand")
-    asked = asks(
+    requested = asks(
         path=plain,
         world=Asked(),
         model=Model("test", str(plain), attention="eager", config={"quantization_config": given}),
     )
-    config, found = taken(asked)
-    loaded = loader.build(asked.model, config, torch.bfloat16, CPU, 0, quantization=found)
+    config, actual = taken(requested)
+    loaded = loader.build(requested.model, config, torch.bfloat16, CPU, 0, quantization=actual)
     assert storages.nbytes(loaded) == tensor_parallel.nbytes(
         outlined({**LLAMA, "quantization_config": given})
     )
@@ -803,12 +807,12 @@ def test_a_library_reads_a_checkpoint_of_its_layout(
         return {f"{name.removesuffix('weight')}{key}": each for key, each in tensors.items()}
 
     directory = repacked(plain, tmp_path / "packed", pack, given)
-    asked = asks(path=directory, world=Asked())
-    config, found = taken(asked)
-    loaded = loader.build(asked.model, config, torch.bfloat16, CPU, 0, quantization=found)
+    requested = asks(path=directory, world=Asked())
+    config, actual = taken(requested)
+    loaded = loader.build(requested.model, config, torch.bfloat16, CPU, 0, quantization=actual)
     kernels = sum(each.nbytes for name, each in loaded.named_buffers() if "wf_unsqueeze" in name)
-    made = outlined({**LLAMA, "quantization_config": given})
-    assert storages.nbytes(loaded) == tensor_parallel.nbytes(made) + kernels
+    result = outlined({**LLAMA, "quantization_config": given})
+    assert storages.nbytes(loaded) == tensor_parallel.nbytes(result) + kernels
 
 
 # -- what the ledger sees of them --------------------------------------------------------------------------------------
@@ -835,7 +839,7 @@ class Hiding(nn.Linear):
 def test_scales_in_attributes_of_a_packed_layer_are_parameters() -> None:
     layer = nn.Sequential(Hiding(), nn.Linear(4, 4, bias=False))
     layer[1].last = torch.ones(100)
-    claims = {name: held.numel() for _, name, held in module_claims(layer)}
+    claims = {name: measured.numel() for _, name, measured in module_claims(layer)}
     assert claims == {"0.weight": 8, "1.weight": 16, "0.weight.state.scales": 7, "0.table": 3, "0.alias": 8}
     assert storages.nbytes(layer) == 8 + 16 * 4 + 7 * 4 + 3 * 4
     with Ledger(model=layer) as ledger:
@@ -854,7 +858,7 @@ class Kernels(nn.Module):
 def test_what_transformers_keeps_in_objects_of_its_kernels_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [*module_claims(Kernels())] == []
     monkeypatch.setattr(Kernels, "__module__", "transformers.integrations.mxfp4")
-    claims = [(name, held.numel()) for _, name, held in module_claims(Kernels())]
+    claims = [(name, measured.numel()) for _, name, measured in module_claims(Kernels())]
     assert claims == [("weight.storage.data", 5)]
 
 
@@ -865,9 +869,9 @@ class Wrapping(torch.Tensor):
 
     @staticmethod
     def __new__(cls, inner: torch.Tensor) -> "Wrapping":
-        made: Wrapping = torch.Tensor._make_wrapper_subclass(cls, (8, 8))
-        made.within = inner
-        return made
+        result: Wrapping = torch.Tensor._make_wrapper_subclass(cls, (8, 8))
+        result.within = inner
+        return result
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
@@ -896,28 +900,28 @@ def test_what_was_read_has_memory_of_its_own_and_what_was_one_stays_one() -> Non
 @pytest.mark.parametrize(("whole", "expected"), [(None, 700 - 20), (AT_FIRST, 2 * 990), (AT_LOAD, 2 * 990)])
 def test_a_token_reads_packed_weights_and_no_more(whole: str | None, expected: int) -> None:
     packed = {"method": "awq", "bits": 4, "whole": whole, "bytes": 700}
-    told = {"name": "m", "parameters": 1000, "embeddings": 10, "dtype": "float16", "quantization": packed}
-    assert Told.model_validate(told).matrices == expected
+    reported = {"name": "m", "parameters": 1000, "embeddings": 10, "dtype": "float16", "quantization": packed}
+    assert Told.model_validate(reported).matrices == expected
 
 
 @pytest.mark.parametrize("whole", [None, AT_FIRST, AT_LOAD])
 def test_a_record_tells_of_packed_weights_and_when_they_are_whole(whole: str | None) -> None:
     packed = {"method": "awq", "bits": 4, "group_size": 128, "whole": whole, "bytes": 2**20}
-    told = {"name": "m", "parameters": 1000, "dtype": "float16", "quantization": packed}
+    reported = {"name": "m", "parameters": 1000, "dtype": "float16", "quantization": packed}
     around = {"size": 1, "device": "cpu"}
-    written = {"status": "complete", "mode": "infer", "world": around, "model": told, "ranks": []}
+    written = {"status": "complete", "mode": "infer", "world": around, "model": reported, "ranks": []}
     line = show(written).splitlines()
     assert line[0] == "infer m: 1,000 parameters, float16, awq 4 bits, 1 x cpu"
     took = ", 1.0 MiB" if whole == AT_FIRST else ""
     expected = f"its weights (awq 4 bits{took}) are unpacked {whole}: transformers computes with them so here"
     assert (expected in line) == (whole is not None)
-    found = [each.sentence for each in explain(parse(written, "it")) if each.kind == "packed"]
+    actual = [each.sentence for each in explain(parse(written, "it")) if each.kind == "packed"]
     sentence = f"The checkpoint's weights are packed (awq 4 bits), and transformers unpacks them {whole}"
-    assert [each.startswith(sentence) for each in found] == [True] * (whole is not None)
+    assert [each.startswith(sentence) for each in actual] == [True] * (whole is not None)
 
 
 def test_awq_on_a_gpu_computes_in_fp16() -> None:
-    _, found = taken(asks({**LLAMA, "quantization_config": AWQ}))
-    asked = [(dtype, device) for dtype in (torch.bfloat16, torch.float32) for device in ("cuda", "cpu")]
+    _, actual = taken(asks({**LLAMA, "quantization_config": AWQ}))
+    requested = [(dtype, device) for dtype in (torch.bfloat16, torch.float32) for device in ("cuda", "cpu")]
     expected = [torch.float16, torch.bfloat16, torch.float32, torch.float32]
-    assert [found.dtype(*each) for each in asked] == expected
+    assert [actual.dtype(*each) for each in requested] == expected

@@ -70,9 +70,14 @@ def test_the_record_is_whole_and_holds_the_ledger_s_own_figures(tmp_path: Path, 
     ledger = stepped(model, mode)
     path = harness.save(ledger, tmp_path / "new/run", model=model)
     assert path == tmp_path / "new/run/record.json"
-    found = schema.parse(record_file.read(path), str(path))
-    assert (found.status, found.mode, found.world.kind, found.world.size) == ("complete", "train", "loop", 1)
-    (rank,) = found.ranks
+    actual = schema.parse(record_file.read(path), str(path))
+    assert (actual.status, actual.mode, actual.world.kind, actual.world.size) == (
+        "complete",
+        "train",
+        "loop",
+        1,
+    )
+    (rank,) = actual.ranks
     if mode == "exact":
         assert (rank.peak.bytes, rank.peak.categories) == (ledger.peak.bytes, ledger.peak.categories)
         assert rank.allocator.unattributed == 0
@@ -84,9 +89,9 @@ def test_the_record_is_whole_and_holds_the_ledger_s_own_figures(tmp_path: Path, 
 def test_the_model_is_the_one_inside_its_wrappers(tmp_path: Path, dtype: torch.dtype) -> None:
     model = small().to(dtype)
     harness.save(stepped(model), tmp_path, model=Wrapper(Wrapper(model)), mode="infer")
-    found = record_file.read(tmp_path)
-    assert found["mode"] == "infer"
-    assert found["model"] == {"name": "Linear", "parameters": 16 * 8 + 8, "dtype": str(dtype)[6:]}
+    actual = record_file.read(tmp_path)
+    assert actual["mode"] == "infer"
+    assert actual["model"] == {"name": "Linear", "parameters": 16 * 8 + 8, "dtype": str(dtype)[6:]}
 
 
 def test_a_model_without_parameters_has_no_dtype(tmp_path: Path) -> None:

@@ -28,35 +28,39 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def table(run: Path) -> pa.Table:
-    found = trace.read(run, 0)
-    assert found is not None
-    return found
+    actual = trace.read(run, 0)
+    assert actual is not None
+    return actual
 
 
 def test_what_is_alive_at_the_end_is_what_the_record_says(run: Path) -> None:
-    ends = {name: held["end"] for name, held in read(run)["ranks"][0]["categories"].items() if held["end"]}
+    ends = {
+        name: measured["end"]
+        for name, measured in read(run)["ranks"][0]["categories"].items()
+        if measured["end"]
+    }
     grown = table(run).group_by("category").aggregate([("bytes", "sum")]).to_pylist()
     assert {row["category"]: row["bytes_sum"] for row in grown if row["bytes_sum"]} == ends
 
 
 def test_its_highest_point_is_the_peak_by_category(run: Path) -> None:
     peak = read(run)["ranks"][0]["peak"]
-    found = points.drawn(points.of_table(table(run)))
-    at_peak = {name: held[found["peak"]] for name, held in found["categories"].items()}
-    assert {name: held for name, held in at_peak.items() if held} == {
-        name: held for name, held in peak["categories"].items() if held
+    actual = points.drawn(points.of_table(table(run)))
+    at_peak = {name: measured[actual["peak"]] for name, measured in actual["categories"].items()}
+    assert {name: measured for name, measured in at_peak.items() if measured} == {
+        name: measured for name, measured in peak["categories"].items() if measured
     }
-    assert found["saved"][found["peak"]] == peak["saved"]
+    assert actual["saved"][actual["peak"]] == peak["saved"]
 
 
 def test_parameters_in_one_buffer_are_told_one_by_one(run: Path) -> None:
     rows = table(run).filter(pc.field("category") == "parameters")
     names = set(rows.column("name").to_pylist())
     assert {"model.embed_tokens.weight", "model.layers.3.mlp.down_proj.weight", "model.norm.weight"} <= names
-    held = points.at_peak(points.of_table(table(run)))["model.layers.3.mlp.down_proj"]["parameters"]
-    assert held == 2 * 128 * 1376  # bfloat16, hidden and intermediate size
+    measured = points.at_peak(points.of_table(table(run)))["model.layers.3.mlp.down_proj"]["parameters"]
+    assert measured == 2 * 128 * 1376  # bfloat16, hidden and intermediate size
     by_name = {each["name"]: each for each in read(run)["ranks"][0]["peak"]["holdings"]}
-    assert by_name["model.layers.3.mlp.down_proj.weight"]["bytes"] == held
+    assert by_name["model.layers.3.mlp.down_proj.weight"]["bytes"] == measured
 
 
 def test_a_rehearsal_has_no_time_and_a_real_run_has(run: Path) -> None:
@@ -115,19 +119,19 @@ def table_of(bytes_: list[int], categories: list[str] | None = None) -> pa.Table
 def test_thinning_keeps_the_peak_and_both_ends(peak_at: int) -> None:
     deltas = [0] * 10_000
     deltas[peak_at], deltas[peak_at + 1] = 7, -6
-    found = points.drawn(points.of_table(table_of(deltas)))
-    assert found["events"] == 10_000
-    assert len(found["at"]) <= points.DRAWN + 3
-    assert found["categories"]["activations"][found["peak"]] == 7
-    assert found["at"][found["peak"]] == peak_at
-    assert (found["at"][0], found["at"][-1]) == (0, 9_999)
-    assert found["categories"]["activations"][-1] == 1
+    actual = points.drawn(points.of_table(table_of(deltas)))
+    assert actual["events"] == 10_000
+    assert len(actual["at"]) <= points.DRAWN + 3
+    assert actual["categories"]["activations"][actual["peak"]] == 7
+    assert actual["at"][actual["peak"]] == peak_at
+    assert (actual["at"][0], actual["at"][-1]) == (0, 9_999)
+    assert actual["categories"]["activations"][-1] == 1
 
 
 def test_a_point_names_its_largest_holders_and_no_empty_one() -> None:
-    found = points.drawn(
+    actual = points.drawn(
         points.of_table(table_of([10, 20, -10], ["activations", "workspace", "activations"]))
     )
-    last = found["holders"][-1]
-    assert [found["names"][name] for name in last[::2]] == ["workspace: model: mm"]
+    last = actual["holders"][-1]
+    assert [actual["names"][name] for name in last[::2]] == ["workspace: model: mm"]
     assert last[1::2] == [20]

@@ -30,8 +30,8 @@ def test_the_page_is_of_the_versions_that_the_tests_run_on() -> None:
 def cells(*first: object) -> list[str]:
     """The cells of the page's row that begins with these, without them."""
     start = estimates.row(*first).removesuffix("|")
-    (found,) = [line for line in PAGE.splitlines() if line.startswith(start)]
-    return found.removeprefix(start).strip(" |").split(" | ")
+    (actual,) = [line for line in PAGE.splitlines() if line.startswith(start)]
+    return actual.removeprefix(start).strip(" |").split(" | ")
 
 
 @pytest.mark.parametrize("case", list(estimates.cases()), ids=str)
@@ -48,13 +48,13 @@ def test_a_large_rehearsal_gives_the_row_on_the_page(case: tuple[str, int, int])
 
 @pytest.mark.parametrize("stage", estimates.STAGES)
 def test_a_tiny_rehearsal_gives_the_bytes_on_the_page(stage: int) -> None:
-    others, found = (
+    others, actual = (
         estimates.estimates("tiny", stage, 2),
         estimates.rehearsed("tiny", stage, 2, estimates.SHORT),
     )
     row = cells("tiny", stage)
-    assert row[:4] == [*map(estimates.exact, (*others, found.states))]
-    assert row[5] == estimates.exact(found.peak)
+    assert row[:4] == [*map(estimates.exact, (*others, actual.states))]
+    assert row[5] == estimates.exact(actual.peak)
 
 
 def test_the_sentences_are_those_of_the_command() -> None:

@@ -27,10 +27,10 @@ CONV = {**HEADS, "layer_types": ["conv", "full_attention"], "num_key_value_heads
 def differences(kind: str, device: Any, **more: Any) -> str:
     model = Model(name="mine", attention="eager", config={"model_type": kind, **SIZES, **more})
     hardware, world = Hardware(name="page", device=device), World(kind="rehearsed", size=1)
-    told = described(
+    reported = described(
         Plan.of(Settings(mode="infer", precision="bf16", model=model, hardware=hardware, world=world))
     )
-    return "\n".join(told.differences)
+    return "\n".join(reported.differences)
 
 
 @pytest.mark.parametrize(
@@ -47,9 +47,9 @@ def differences(kind: str, device: Any, **more: Any) -> str:
 def test_what_a_gpu_has_kernels_for_is_named(
     kind: str, more: dict[str, Any], functions: list[str], package: str
 ) -> None:
-    told = differences(kind, "cuda", **more)
+    reported = differences(kind, "cuda", **more)
     for name in [*functions, "run here as reference code", package]:
-        assert name in told
+        assert name in reported
     assert "reference code" not in differences(kind, "cpu", **more)  # there it is what runs
 
 

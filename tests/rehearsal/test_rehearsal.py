@@ -72,11 +72,13 @@ def plan(*words: str, size: int = 2) -> Plan:
 def test_every_rank_is_stood_for_or_bounded_by_one_that_peaks_no_lower(
     size: int, words: tuple[str, ...]
 ) -> None:
-    asked = plan(*words, size=size)
-    books = [rehearse(asked, rank)[0].tree() for rank in range(size)]
-    named = [rank for each in representatives_of(asked) for rank in (*each.equivalent_ranks, *each.bounds)]
+    requested = plan(*words, size=size)
+    books = [rehearse(requested, rank)[0].tree() for rank in range(size)]
+    named = [
+        rank for each in representatives_of(requested) for rank in (*each.equivalent_ranks, *each.bounds)
+    ]
     assert sorted(named) == list(range(size))
-    for each in representatives_of(asked):
+    for each in representatives_of(requested):
         assert each.rank in each.equivalent_ranks
         for rank in each.equivalent_ranks:
             assert {**books[rank], "rank": 0, "stands_for": []} == {
@@ -90,12 +92,12 @@ def test_every_rank_is_stood_for_or_bounded_by_one_that_peaks_no_lower(
 
 @pytest.mark.parametrize("words", [("zero=0",), ("zero=3", *UNEVEN)], ids=",".join)
 def test_ranks_that_one_stands_for_hold_what_it_holds(words: tuple[str, ...]) -> None:
-    asked = plan(*words, size=5)
-    (alone,) = representatives_of(asked)
+    requested = plan(*words, size=5)
+    (alone,) = representatives_of(requested)
     assert alone.equivalent_ranks == tuple(range(5))
-    first = rehearse(asked, 0)[0].tree()
+    first = rehearse(requested, 0)[0].tree()
     for rank in (1, 4):
-        other = rehearse(asked, rank)[0].tree()
+        other = rehearse(requested, rank)[0].tree()
         for books in (first, other):
             for phase in books["phases"]:  # the last partition is padded, and less is copied into it
                 phase |= {"read": None, "written": None}
@@ -106,8 +108,8 @@ def test_ranks_that_one_stands_for_hold_what_it_holds(words: tuple[str, ...]) ->
 
 def test_rank_0_is_rehearsed_by_itself_where_it_alone_exports() -> None:
     for zero in (0, 1, 2, 3):
-        asked = plan(f"zero={zero}", "train.export=true", size=4)
-        assert next(each for each in representatives_of(asked) if each.rank == 0).equivalent_ranks == (0,)
+        requested = plan(f"zero={zero}", "train.export=true", size=4)
+        assert next(each for each in representatives_of(requested) if each.rank == 0).equivalent_ranks == (0,)
     lead, other = (rehearse(plan("zero=3", "train.export=true"), rank)[0].tree() for rank in (0, 1))
     whole = [
         {phase["phase"]: phase["peak"] for phase in each["phases"]}["checkpoint"] for each in (lead, other)
@@ -120,9 +122,11 @@ def test_ranks_that_share_layers_are_alike_but_for_what_cannot_be_cut_evenly() -
     assert [each.equivalent_ranks for each in representatives_of(plan(*shared, size=4))] == [(0, 1, 2, 3)]
     uneven = plan(*shared, *UNEVEN, size=4)
     assert [each.equivalent_ranks for each in representatives_of(uneven)] == [(0, 2), (1, 3)]
-    held = [rehearse(uneven, rank)[0].categories["parameters"].end or 0 for rank in range(4)]
-    assert held[0] == held[2] == held[1] + 3 * 2 * 256 * 2  # of three matrices of two layers, a row in bf16
-    assert held[1] == held[3]
+    measured = [rehearse(uneven, rank)[0].categories["parameters"].end or 0 for rank in range(4)]
+    assert (
+        measured[0] == measured[2] == measured[1] + 3 * 2 * 256 * 2
+    )  # of three matrices of two layers, a row in bf16
+    assert measured[1] == measured[3]
 
 
 def test_a_gpu_that_shares_layers_holds_its_part_alone() -> None:
@@ -141,9 +145,9 @@ def test_a_gpu_that_shares_layers_holds_its_part_alone() -> None:
 def test_ranks_with_prompts_of_other_lengths_are_rehearsed_apart(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("\n".join(["a", "a", "a longer one", "a"] * 2))
-    asked = plan("mode=infer", f"generation.prompts={file}", "generation.max_new_tokens=2", size=4)
-    assert [each.equivalent_ranks for each in representatives_of(asked)] == [(0, 1, 3), (2,)]
-    books = [rehearse(asked, rank)[0].categories for rank in range(4)]
+    requested = plan("mode=infer", f"generation.prompts={file}", "generation.max_new_tokens=2", size=4)
+    assert [each.equivalent_ranks for each in representatives_of(requested)] == [(0, 1, 3), (2,)]
+    books = [rehearse(requested, rank)[0].categories for rank in range(4)]
     assert books[0] == books[1] == books[3] != books[2]
 
 
@@ -174,10 +178,10 @@ def without(reason: str) -> tuple[Patch, ...]:
 def test_doing_it_for_one_rank_changes_no_byte(
     monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], size: int, ranks: tuple[int, ...]
 ) -> None:
-    asked = plan(*words, size=size)
-    quick = [rehearse(asked, rank)[0].tree() for rank in ranks]
+    requested = plan(*words, size=size)
+    quick = [rehearse(requested, rank)[0].tree() for rank in ranks]
     monkeypatch.setattr(shims, "SHIMS", without(ONCE_A_RANK))
-    whole = [rehearse(asked, rank)[0].tree() for rank in ranks]
+    whole = [rehearse(requested, rank)[0].tree() for rank in ranks]
     for key in ("peak", "categories", "phases"):
         assert [each[key] for each in quick] == [each[key] for each in whole]
 
@@ -244,8 +248,8 @@ def operators(monkeypatch: pytest.MonkeyPatch) -> Callable[[Plan, int], int]:
     monkeypatch.setattr(one_rank, "Ledger", Counted)
     monkeypatch.setattr(Counted, "made", [])
 
-    def count(asked: Plan, rank: int) -> int:
-        rehearse(asked, rank)
+    def count(requested: Plan, rank: int) -> int:
+        rehearse(requested, rank)
         return len(Counted.made.pop()._log.operators)
 
     return count
@@ -326,16 +330,16 @@ def test_a_patch_of_the_engine_that_does_not_fit_is_named(
 
 def callables() -> dict[tuple[str, str], Any]:
     """Every function and class of the libraries that a rehearsal touches, and of their classes that it may patch."""
-    found: dict[tuple[str, str], Any] = {}
+    actual: dict[tuple[str, str], Any] = {}
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] in ("torch", "deepspeed", "transformers", "accelerate"):
-            found |= {(name, key): each for key, each in list(vars(module).items()) if _patched(each)}
-    classes = {each for each in found.values() if inspect.isclass(each)}
+            actual |= {(name, key): each for key, each in list(vars(module).items()) if _patched(each)}
+    classes = {each for each in actual.values() if inspect.isclass(each)}
     for each in classes:
         if issubclass(each, (torch.nn.Module, torch.Tensor)) or each.__module__.startswith("deepspeed"):
             name = f"{each.__module__}.{each.__qualname__}"
-            found |= {(name, key): value for key, value in vars(each).items() if _patched(value)}
-    return found
+            actual |= {(name, key): value for key, value in vars(each).items() if _patched(value)}
+    return actual
 
 
 def _patched(value: Any) -> bool:

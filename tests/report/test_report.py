@@ -53,9 +53,9 @@ def changed(run: Path, directory: Path, change: Callable[[dict[str, Any]], objec
 def test_the_page_has_every_run_and_asks_the_network_for_nothing(
     runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made = report(tmp_path / "report", runs["train"], runs["infer"])
-    assert capsys.readouterr().out == f"{made / PAGE}\n"
-    text = (made / PAGE).read_text()
+    result = report(tmp_path / "report", runs["train"], runs["infer"])
+    assert capsys.readouterr().out == f"{result / PAGE}\n"
+    text = (result / PAGE).read_text()
     assert '<option value="0">train tiny</option>' in text
     assert "default-src &#39;none&#39;" in text or "default-src 'none'" in text
     for tag in ("<link", "<img", "<iframe", " src=", "@import"):
@@ -79,44 +79,44 @@ def test_a_record_runs_nothing_in_the_page(runs: dict[str, Path], tmp_path: Path
         record["ranks"][0]["peak"]["where"]["module"] = HOSTILE
         record["config"][HOSTILE] = HOSTILE
 
-    made = report(tmp_path / "report", changed(runs["train"], tmp_path / "run", change))
-    text = (made / PAGE).read_text()
+    result = report(tmp_path / "report", changed(runs["train"], tmp_path / "run", change))
+    text = (result / PAGE).read_text()
     assert HOSTILE not in text
     assert xml.sax.saxutils.escape(HOSTILE) in text
 
 
 def test_all_of_it_needs_no_trace(runs: dict[str, Path], tmp_path: Path) -> None:
     bare = changed(runs["train"], tmp_path / "run", lambda record: None)
-    made = report(tmp_path / "report", bare, "--csv", "--perfetto", "--markdown")
-    assert (made / "phases.csv").exists()
-    assert not (made / "events.csv").exists()
-    assert json.loads((made / "perfetto.json").read_text())["traceEvents"] == []
+    result = report(tmp_path / "report", bare, "--csv", "--perfetto", "--markdown")
+    assert (result / "phases.csv").exists()
+    assert not (result / "events.csv").exists()
+    assert json.loads((result / "perfetto.json").read_text())["traceEvents"] == []
 
 
 def test_perfetto_has_the_bytes_of_each_category_and_every_phase(
     runs: dict[str, Path], tmp_path: Path
 ) -> None:
-    made = report(tmp_path / "report", runs["train"], "--perfetto")
-    events = json.loads((made / "perfetto.json").read_text())["traceEvents"]
+    result = report(tmp_path / "report", runs["train"], "--perfetto")
+    events = json.loads((result / "perfetto.json").read_text())["traceEvents"]
     counters = [event["args"] for event in events if event["ph"] == "C" and event["pid"] == 0]
     record = read(runs["train"])["ranks"][0]
     assert max(sum(each.values()) for each in counters) == record["peak"]["bytes"]
-    assert counters[-1] == {name: held["end"] for name, held in record["categories"].items()}
+    assert counters[-1] == {name: measured["end"] for name, measured in record["categories"].items()}
     slices = {(event["args"]["step"], event["name"]) for event in events if event["ph"] == "X"}
     assert {(step, name) for step in (0, 1) for name in ("forward", "backward", "step")} <= slices
     assert all(event["dur"] >= 0 for event in events if event["ph"] == "X")
 
 
 def test_tables_have_a_row_for_each_phase_and_each_event(runs: dict[str, Path], tmp_path: Path) -> None:
-    made = report(tmp_path / "report", runs["train"], runs["infer"], "--csv", "--parquet")
-    phases = pyarrow.parquet.read_table(made / "phases.parquet")
+    result = report(tmp_path / "report", runs["train"], runs["infer"], "--csv", "--parquet")
+    phases = pyarrow.parquet.read_table(result / "phases.parquet")
     records = [read(run) for run in runs.values()]
     assert phases.num_rows == sum(len(rank["phases"]) for record in records for rank in record["ranks"])
     assert (
-        pyarrow.csv.read_csv(made / "phases.csv").column("peak").to_pylist()
+        pyarrow.csv.read_csv(result / "phases.csv").column("peak").to_pylist()
         == phases.column("peak").to_pylist()
     )
-    events = pyarrow.parquet.read_table(made / "events.parquet")
+    events = pyarrow.parquet.read_table(result / "events.parquet")
     kept = [trace.read(run, rank["rank"]) for run in runs.values() for rank in read(run)["ranks"]]
     assert events.num_rows == sum(table.num_rows for table in kept if table is not None)
     assert set(events.column("run").to_pylist()) == {"train tiny", "infer tiny"}
@@ -137,25 +137,25 @@ def test_a_category_that_this_version_does_not_know_is_dropped_nowhere(
     )
     renamed = table.set_column(table.column_names.index("category"), "category", names)
     trace.write(run, 0, renamed)
-    made = report(tmp_path / "report", run, "--csv", "--perfetto")
-    assert pyarrow.csv.read_csv(made / "phases.csv").column("antimatter").to_pylist()[0] == 7
+    result = report(tmp_path / "report", run, "--csv", "--perfetto")
+    assert pyarrow.csv.read_csv(result / "phases.csv").column("antimatter").to_pylist()[0] == 7
     ends = [
         event["args"]
-        for event in json.loads((made / "perfetto.json").read_text())["traceEvents"]
+        for event in json.loads((result / "perfetto.json").read_text())["traceEvents"]
         if event["ph"] == "C"
     ]
     assert ends[-1]["antimatter"] > 0
-    found = points.drawn(points.of_table(renamed))["categories"]
-    assert found["antimatter"] == points.drawn(points.of_table(table))["categories"]["optimizer"]
-    text = (made / PAGE).read_text()
+    actual = points.drawn(points.of_table(renamed))["categories"]
+    assert actual["antimatter"] == points.drawn(points.of_table(table))["categories"]["optimizer"]
+    text = (result / PAGE).read_text()
     assert '"antimatter":7' in text
 
 
 def test_tensorboard_reads_the_most_of_each_step(runs: dict[str, Path], tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    made = report(tmp_path / "report", runs["train"], "--tensorboard")
-    seen = EventAccumulator(str(made / "tensorboard"))
+    result = report(tmp_path / "report", runs["train"], "--tensorboard")
+    seen = EventAccumulator(str(result / "tensorboard"))
     seen.Reload()
     rank = read(runs["train"])["ranks"][0]
     most = max(phase["peak"] for phase in rank["phases"] if phase["step"] == 1)
@@ -168,10 +168,10 @@ def test_markdown_says_what_explain_says_and_breaks_no_page(runs: dict[str, Path
     def change(record: dict[str, Any]) -> None:
         record["model"]["name"] = HOSTILE
 
-    made = report(
+    result = report(
         tmp_path / "report", changed(runs["train"], tmp_path / "run", change), runs["infer"], "--markdown"
     )
-    text = (made / "report.md").read_text()
+    text = (result / "report.md").read_text()
     assert "<script>" not in text.replace("\\<script>", "")
     assert "at its peak" in text
     assert "| parameters |" in text.replace("&emsp;", "")

@@ -101,13 +101,13 @@ def test_a_run_that_was_timed_is_under_its_machines_roof(
 def test_pointing_says_what_lives_there_and_names_the_module(browser: Browser, page: Path) -> None:
     opened(browser, page)
     chart = browser.find_element(By.CSS_SELECTOR, "#timeline .nsewdrag")
-    told = [cursor(browser)]
+    reported = [cursor(browser)]
     for across in (-200, 100):
         ActionChains(browser).move_to_element_with_offset(chart, across, 0).perform()
-        WebDriverWait(browser, 20).until(lambda each: cursor(each) not in told)
-        told.append(cursor(browser))
-        assert re.search(r" alive: step \d, \w+, micro-batch \d, \w", told[-1].splitlines()[0])
-        assert re.search(r"\n  \w+: \S.*  [\d.]+ [KM]iB$", told[-1])
+        WebDriverWait(browser, 20).until(lambda each: cursor(each) not in reported)
+        reported.append(cursor(browser))
+        assert re.search(r" alive: step \d, \w+, micro-batch \d, \w", reported[-1].splitlines()[0])
+        assert re.search(r"\n  \w+: \S.*  [\d.]+ [KM]iB$", reported[-1])
 
 
 def test_keys_walk_the_timeline(browser: Browser, page: Path) -> None:

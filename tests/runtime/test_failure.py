@@ -37,27 +37,27 @@ def gone() -> int:
 
 
 def test_the_one_rank_of_another_host_is_named_when_its_connection_closes(tmp_path: Path) -> None:
-    found = failure.of(LOST, WHERE, tmp_path, world((HERE, os.getpid()), ("node-b", 7)))
-    assert found is not None
-    assert (found.rank, found.where) == (1, None)
-    assert found.sentence().startswith("rank 1 failed: it ended without an error message")
-    assert "(node-b): RuntimeError: [pair.cc:547] Connection closed by peer" in found.error
+    actual = failure.of(LOST, WHERE, tmp_path, world((HERE, os.getpid()), ("node-b", 7)))
+    assert actual is not None
+    assert (actual.rank, actual.where) == (1, None)
+    assert actual.sentence().startswith("rank 1 failed: it ended without an error message")
+    assert "(node-b): RuntimeError: [pair.cc:547] Connection closed by peer" in actual.error
 
 
 def test_of_several_ranks_on_other_hosts_none_is_accused(tmp_path: Path) -> None:
     members = (HERE, os.getpid()), ("node-b", 7), ("node-b", 8), ("node-c", 7)
-    found = failure.of(LOST, WHERE, tmp_path, world(*members))
-    assert found is not None
-    assert found.rank is None
-    assert found.sentence().startswith("a rank on another host failed: it ended without an error message")
-    assert "(node-b, node-c)" in found.error
-    assert failure.claim(tmp_path, failure.Report(None, found.sentence(), 3))
+    actual = failure.of(LOST, WHERE, tmp_path, world(*members))
+    assert actual is not None
+    assert actual.rank is None
+    assert actual.sentence().startswith("a rank on another host failed: it ended without an error message")
+    assert "(node-b, node-c)" in actual.error
+    assert failure.claim(tmp_path, failure.Report(None, actual.sentence(), 3))
 
 
 def test_a_rank_of_this_host_that_is_gone_is_named_before_any_other_host_s(tmp_path: Path) -> None:
-    found = failure.of(LOST, WHERE, tmp_path, world((HERE, os.getpid()), ("node-b", 7), (HERE, gone())))
-    assert found is not None
-    assert found.rank == 2
+    actual = failure.of(LOST, WHERE, tmp_path, world((HERE, os.getpid()), ("node-b", 7), (HERE, gone())))
+    assert actual is not None
+    assert actual.rank == 2
 
 
 def test_a_rank_elsewhere_that_has_told_is_left_its_word(tmp_path: Path) -> None:
@@ -89,5 +89,5 @@ def test_other_ranks_of_this_host_are_ended_and_those_elsewhere_are_not_known_to
 
 
 def test_an_error_of_its_own_is_this_rank_s(tmp_path: Path) -> None:
-    found = failure.of(ValueError("out of luck"), WHERE, tmp_path, world((HERE, os.getpid()), ("node-b", 7)))
-    assert found == failure.Failure(0, WHERE, "ValueError: out of luck")
+    actual = failure.of(ValueError("out of luck"), WHERE, tmp_path, world((HERE, os.getpid()), ("node-b", 7)))
+    assert actual == failure.Failure(0, WHERE, "ValueError: out of luck")

@@ -30,8 +30,8 @@ def test_every_dtype_that_runs_has_both_rates(dtype: torch.dtype) -> None:
 
 
 def test_the_slowest_rank_is_the_ceiling_and_one_that_could_not_measure_leaves_none() -> None:
-    told = ceilings.of_ranks([(3.0, 70.0), (2.0, 80.0)], "bfloat16")
-    assert told == Ceilings(source="measured", bandwidth=2.0, flops=70.0, dtype="bfloat16")
+    reported = ceilings.of_ranks([(3.0, 70.0), (2.0, 80.0)], "bfloat16")
+    assert reported == Ceilings(source="measured", bandwidth=2.0, flops=70.0, dtype="bfloat16")
     assert ceilings.of_ranks([(3.0, None), (2.0, 80.0)], "float32").flops is None
 
 
@@ -44,17 +44,17 @@ def test_what_cannot_be_tried_is_not_measured() -> None:
 @pytest.mark.parametrize("name", RATED)
 def test_a_page_gives_its_dense_rate_and_keeps_the_others_apart(name: str) -> None:
     hardware = hardware_page.named(name)
-    told = ceilings.of_page(hardware, "bfloat16")
-    assert told is not None
-    assert (told.source, told.flops) == (name, hardware.flops_bf16)
+    reported = ceilings.of_page(hardware, "bfloat16")
+    assert reported is not None
+    assert (reported.source, reported.flops) == (name, hardware.flops_bf16)
     assert hardware.flops_bf16 is not None
     assert hardware.flops_bf16_sparse is not None
     assert hardware.flops_bf16_sparse == pytest.approx(2 * hardware.flops_bf16, rel=0.02)  # as vendors round
 
 
 def test_a_page_has_no_rate_of_what_it_does_not_say() -> None:
-    told = ceilings.of_page(hardware_page.named("h100-sxm"), "float32")
-    assert told == Ceilings(source="h100-sxm", bandwidth=3.35e12, flops=None, dtype="float32")
+    reported = ceilings.of_page(hardware_page.named("h100-sxm"), "float32")
+    assert reported == Ceilings(source="h100-sxm", bandwidth=3.35e12, flops=None, dtype="float32")
     assert hardware_page.named("rtx4090").flops_fp16_accumulate == 3.303e14
 
 
