@@ -319,7 +319,8 @@ def test_a_patch_of_the_engine_that_does_not_fit_is_named(
     monkeypatch: pytest.MonkeyPatch, room: Any, attribute: str, words: tuple[str, ...]
 ) -> None:
     (name,) = (name for name in room.PATCHES if name.endswith(attribute))
-    monkeypatch.setitem(room.PATCHES, name, replace(room.PATCHES[name], attribute="_gone"))
+    gone = replace(room.PATCHES[name], attribute="_gone", optional=False)
+    monkeypatch.setitem(room.PATCHES, name, gone)
     before = places()
     with pytest.raises(
         DoesNotFit, match=f"_gone is replaced because {room.PATCHES[name].reason}; in deepspeed"
