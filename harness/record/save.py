@@ -37,14 +37,8 @@ def save(ledger: Ledger, directory: str | Path, *, model: torch.nn.Module, mode:
     error_sentence = "the ledger is still open: save its record after its block" if ledger.exact else None
     if rank == 0 and file.exists():
         error_sentence = f"{directory} already contains a run's record; name another directory"
-    own_record = None
-    try:
-        own_record = record_file.rank_record(ledger, rank)
-    except ValueError as error:
-        error_sentence = error_sentence or f"the ledger's figures make no record: {first_line(error)}"
     _raise_on_all(error_sentence)
-    assert own_record is not None
-    ranks = _gather(own_record)
+    ranks = _gather_records(ledger, rank)
     if rank == 0:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -62,6 +56,21 @@ def _raise_on_all(error_sentence: str | None) -> None:
     for sentence in _gather(error_sentence):
         if sentence is not None:
             raise ValueError(sentence)
+
+
+def _gather_records(ledger: Ledger, rank: int) -> list[Rank]:
+    """The record of every rank. Raises ValueError on every rank if the figures of any rank are no record."""
+    own: Rank | str
+    try:
+        own = record_file.rank_record(ledger, rank)
+    except ValueError as error:
+        own = f"the ledger's figures make no record: {first_line(error)}"
+    records: list[Rank] = []
+    for each in _gather(own):
+        if isinstance(each, str):
+            raise ValueError(each)
+        records.append(each)
+    return records
 
 
 def _gather(value: T) -> list[T]:
