@@ -19,6 +19,7 @@ ROOMS = (
         "tables",
         "config",
         "ledger",
+        "device",
         "runtime",
         "record",
         "data",
@@ -41,6 +42,12 @@ WITHOUT_TORCH = (
     "record.ceilings",
     "record.phase_times",
     "tables",
+    "device.allocator_settings",
+    "device.blocks",
+    "device.caching_allocator",
+    "device.expandable_segments",
+    "device.replay",
+    "device.snapshot",
 )
 
 
