@@ -18,6 +18,19 @@ def named(name: str) -> Hardware:
     return rated[name]
 
 
+def gpu(name: str) -> Hardware:
+    """The page of that GPU. Raises ValueError if there is none."""
+    pages = {each: page for each in groups()["hardware"] if (page := _read(each)).device == "cuda"}
+    if name not in pages:
+        raise ValueError(f"hardware={name}: no page of a GPU has that name; one of {', '.join(pages)}")
+    return pages[name]
+
+
+def capacity(page: Hardware) -> int | None:
+    """What PyTorch can allocate on such a device, in bytes. None: not known."""
+    return page.memory
+
+
 def _read(name: str) -> Hardware:
     page: Any = OmegaConf.to_container(OmegaConf.load(directory() / "hardware" / f"{name}.yaml"))
     return TypeAdapter(Hardware).validate_python(page)

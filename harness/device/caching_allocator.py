@@ -195,6 +195,10 @@ class CachingAllocator:
                 elif not block.split:
                     self._release(block)
 
+    def reset_peaks(self) -> None:
+        """From now on the peaks are those of what follows."""
+        self.peak_allocated, self.device.peak_reserved = self.allocated, self.reserved
+
     def rounded(self, nbytes: int) -> int:
         """The size of the block for a request of `nbytes`, 1 or more."""
         if self._rounds and nbytes >= SMALLEST:

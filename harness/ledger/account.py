@@ -50,7 +50,7 @@ def final_account(log: Log, allocator: CpuAllocator | CudaAllocator | None, kern
 
 
 def _of(log: Log, events: list[Event], accounting: Accounting, allocator_peak: Peak | None = None) -> Account:
-    peak, categories, phases = replay(events)
+    peak, categories, phases = replay(events, log.kernels is not None)
     peak = allocator_peak or peak
     for phase in phases:
         phase.work = log.work.of(phase.where)

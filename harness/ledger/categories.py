@@ -15,6 +15,9 @@ CATEGORIES = (
 )
 """Each live storage is in exactly one category."""
 
+KERNEL = "kernel"
+"""Beside them: memory that kernels take and no operator returns. Known from an allocator, or from rules for a device."""
+
 
 def pattern(name: str) -> str:
     """`name` with every layer number replaced by `*`: `model.layers.*.mlp`."""

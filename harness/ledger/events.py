@@ -78,6 +78,14 @@ class Event(NamedTuple):
         return 0
 
 
+class KernelMemory(NamedTuple):
+    """Memory that a kernel takes and no operator returns: its name and bytes, and whether it stays until the end."""
+
+    name: str
+    nbytes: int
+    kept: bool = False
+
+
 class Operator(NamedTuple):
     """One dispatched operator, from `began` to `ended` in nanoseconds."""
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from harness.ledger.categories import CATEGORIES, pattern
+from harness.ledger.categories import CATEGORIES, KERNEL, pattern
 from harness.ledger.events import Storage
 
 LARGEST = 40
@@ -44,7 +44,7 @@ def holdings_of(storages: Iterable[Storage]) -> list[Holding]:
     return [
         *holdings[:LARGEST],
         *layers[:LARGEST],
-        *sorted(rest, key=lambda holding: CATEGORIES.index(holding.category)),
+        *sorted(rest, key=lambda holding: (*CATEGORIES, KERNEL).index(holding.category)),
     ]
 
 

@@ -5,7 +5,12 @@ from pathlib import Path
 
 import torch
 
-PASSED_OVER = (str(Path(torch.__file__).parent), str(Path(__file__).parent), "<")
+_HARNESS = Path(__file__).parents[1]
+PASSED_OVER = (
+    str(Path(torch.__file__).parent),
+    *(str(_HARNESS / room) for room in ("ledger", "rehearsal", "device")),
+    "<",
+)
 """Prefixes of file names that are skipped. `<` marks generated code, which has no file."""
 
 

@@ -8,7 +8,7 @@ when the storage object is freed. Operators of other threads are not seen, nor o
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from time import time_ns
 from typing import Any, TypeVar
@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import (
     _push_mode,
 )
 
-from harness.ledger.events import Event, Operator, Storage, Where
+from harness.ledger.events import KernelMemory, Event, Operator, Storage, Where
 from harness.ledger.lines import calling_line
 from harness.ledger.tensors import (
     is_wrapper,
@@ -55,7 +55,6 @@ POINT_TO_POINT = ("send", "recv_", "recv_any_source_", "wait_tensor")
 NOT_OPERATORS = ("", "saved")
 """Not operators, but how the log first meets an existing storage: an owner names it, or autograd saves it."""
 
-_DEVICE = torch.ops.prim.device.default
 _FAKE, _FUNCTIONAL, _PROXY = (
     getattr(torch._C._TorchDispatchModeKey, name) for name in ("FAKE", "FUNCTIONAL", "PROXY")
 )
@@ -63,6 +62,8 @@ _mode: Any = torch._C._get_dispatch_mode
 _function_modes: Any = torch._C._len_torch_function_stack
 
 Result = TypeVar("Result")
+Kernels = Callable[[Any, Sequence[Any], dict[str, Any], Any], Iterable[KernelMemory]]
+"""From an operator, its arguments and its result to the memory that its kernel takes beside these."""
 
 
 class _Death(weakref.ref):  # type: ignore[type-arg]
@@ -89,6 +90,7 @@ class Log(TorchDispatchMode):
         self.recomputing = False
         self.follow: Callable[[], None] | None = None  # called before each operator
         self.settle: Callable[[Any], None] | None = None  # called after each collective, with its arguments
+        self.kernels: Kernels | None = None  # called after each operator, with it, its arguments and its result
         self.events: list[Event] = []
         self.operators: list[Operator] = []
         self.recording = False
@@ -224,8 +226,6 @@ class Log(TorchDispatchMode):
                     return NotImplemented  # the log then sees the operators on the wrapped tensors
         if self._paused:
             return func(*args, **kwargs) if kwargs else func(*args)
-        if func is _DEVICE and (fake_device := getattr(args[0], "fake_device", None)) is not None:
-            return fake_device
         space = func.namespace
         if space == "prim":  # a question about a tensor, such as its device
             return func(*args)
@@ -256,6 +256,19 @@ class Log(TorchDispatchMode):
                 self.see(tensor, name, ended)
         if collective:
             self._communicated((args, out), name, ended)
+        if self.kernels is not None:
+            self._scratch(name, self.kernels(func, args, kwargs or {}, out), ended)
+
+    def _scratch(self, op: str, blocks: Iterable[KernelMemory], now: int) -> None:
+        """Log the memory of a kernel. What it does not keep is freed at its end."""
+        scratch = []
+        for name, nbytes, kept in blocks:
+            record = Storage(self._rounded(nbytes), 0, now, self.where, self.module, op, "kernel", name)
+            self.events.append(Event(now, record.nbytes, record, self.where, self.module))
+            if not kept:
+                scratch.append(record)
+        for record in reversed(scratch):
+            self._end(record, now)
 
     def _is_wrapper_type(self, tensor_type: type, args: Any, kwargs: Any) -> bool:
         self._wrapper_types[tensor_type] = without_torch_function(is_wrapper)(tensor_type, (args, kwargs))
@@ -341,7 +354,15 @@ class Log(TorchDispatchMode):
         return "activations" if self.recomputing else CATEGORY_BY_PHASE.get(self.where.phase, "activations")
 
     def _size(self, storage: torch.UntypedStorage) -> int:
-        return -(-storage.nbytes() // self.block) * self.block
+        return self._rounded(storage.nbytes())
+
+    def _rounded(self, nbytes: int) -> int:
+        return -(-nbytes // self.block) * self.block
+
+    def alive(self, key: int) -> Storage | None:
+        """The record of the storage with this `_cdata`. None if it has not been seen."""
+        death = self._alive.get(key)
+        return None if death is None else death.storage
 
     def _storage_freed(self, death: _Death) -> None:
         if self._alive.get(death.key) is death:

@@ -196,7 +196,10 @@ def arguments(function: Any) -> Arguments | None:
 
 @cache
 def _of_code(code: CodeType, bound: bool) -> Arguments:
-    names = code.co_varnames[bound : code.co_argcount + code.co_kwonlyargcount]
+    all_names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    # what is passed by position alone has a name that nobody uses
+    names = ("/",) * code.co_posonlyargcount + all_names[code.co_posonlyargcount :]
+    names = names[bound:]
     return Arguments(names, bool(code.co_flags & CO_VARARGS), bool(code.co_flags & CO_VARKEYWORDS))
 
 

@@ -4,7 +4,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from harness.ledger.categories import CATEGORIES
+from harness.ledger.categories import CATEGORIES, KERNEL
 from harness.ledger.events import Event, Storage, Where
 from harness.ledger.holdings import Holding, holdings_of
 from harness.ledger.work import Work
@@ -12,7 +12,11 @@ from harness.ledger.work import Work
 
 @dataclass
 class Peak:
-    """The moment with the most live bytes. `categories` has every category, and `kernel`. None: not measured."""
+    """The moment with the most live bytes. `categories` has every category, and `kernel`. None: not measured.
+
+    `allocated` and `reserved` are the most bytes that a GPU's caching allocator had in blocks and in segments, each at
+    its own moment.
+    """
 
     bytes: int
     where: Where
@@ -22,6 +26,8 @@ class Peak:
     saved: int | None
     recomputed: int
     holdings: list[Holding] = field(default_factory=list)  # largest first; small ones merged per category
+    allocated: int | None = None
+    reserved: int | None = None
 
 
 @dataclass
@@ -52,7 +58,7 @@ class Category:
 class Live:
     """Running totals by category."""
 
-    totals: dict[str, int] = field(default_factory=lambda: dict.fromkeys(CATEGORIES, 0))
+    totals: dict[str, int]
     saved: int = 0
     recomputed: int = 0
 
@@ -89,12 +95,19 @@ def backdated(events: Iterable[Event], opened: int) -> list[Event]:
     return [*other_events[:index], *first_events, *other_events[index:]]
 
 
-def replay(events: Sequence[Event]) -> tuple[Peak, dict[str, Category], list[Phase]]:
-    """The peak, each category's peak and end, and every phase in order of first entry, from storages alone."""
-    live = Live()
-    highest = dict.fromkeys(CATEGORIES, 0)
+def replay(
+    events: Sequence[Event], kernels: bool = False
+) -> tuple[Peak, dict[str, Category], list[Phase]]:
+    """The peak, each category's peak and end, and every phase in order of first entry, from storages alone.
+
+    `kernels`: the events have the memory of kernels too.
+    """
+    names = (*CATEGORIES, KERNEL) if kernels else CATEGORIES
+    unknown: dict[str, int | None] = {} if kernels else {KERNEL: None}
+    live = Live(dict.fromkeys(names, 0))
+    highest = dict.fromkeys(names, 0)
     phases: dict[Where, Phase] = {}
-    peak = Peak(0, Where(0, "idle", 0), "", "", {**live.totals, "kernel": None}, 0, 0)
+    peak = Peak(0, Where(0, "idle", 0), "", "", {**live.totals, **unknown}, 0, 0)
     total = highest_at = 0
     for index, event in enumerate(events):
         live.apply(event)
@@ -109,7 +122,7 @@ def replay(events: Sequence[Event]) -> tuple[Peak, dict[str, Category], list[Pha
             category = event.storage.category
             highest[category] = max(highest[category], live.totals[category])
             if total > peak.bytes:
-                categories = {**live.totals, "kernel": None}
+                categories = {**live.totals, **unknown}
                 peak = Peak(
                     total,
                     event.where,
@@ -123,7 +136,7 @@ def replay(events: Sequence[Event]) -> tuple[Peak, dict[str, Category], list[Pha
     peak.holdings = holdings_of(_alive(events[: highest_at + 1]))
     return (
         peak,
-        {name: Category(highest[name], live.totals[name]) for name in CATEGORIES},
+        {name: Category(highest[name], live.totals[name]) for name in names},
         list(phases.values()),
     )
 

@@ -54,9 +54,13 @@ class Peak(Part):
     """The moment with the most live bytes, and their categories.
 
     `saved` is the part of the activations that autograd keeps for backward, `recomputed` the part that is there again.
+    `allocated` and `reserved` are the most bytes that a GPU's caching allocator had in blocks and in segments, each at
+    its own moment.
     """
 
     bytes: Bytes | None
+    allocated: Bytes | None = None
+    reserved: Bytes | None = None
     where: Where | None
     categories: dict[Text, Bytes | None]
     saved: Bytes | None = None

@@ -73,7 +73,7 @@ def rank_record(ledger: "Ledger", rank: int, stage: int = 0, share: int = 0) -> 
         share=share,
         stands_for=[rank],
         peak=_peak(account.peak),
-        categories={name: own.get(name, unknown) for name in CATEGORIES},
+        categories={**dict.fromkeys(CATEGORIES, unknown), **own},
         phases=[_phase(each) for each in account.phases],
         forwards=None if forwards is None else _forwards(forwards),
         allocator=memory.Allocator(
@@ -103,6 +103,8 @@ def _peak(peak: "Peak | None") -> memory.Peak:
         )
     return memory.Peak(
         bytes=peak.bytes,
+        allocated=peak.allocated,
+        reserved=peak.reserved,
         where=memory.Where(**peak.where._asdict(), module=peak.module, op=peak.op),
         categories=peak.categories,
         saved=peak.saved,

@@ -7,6 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 
 from harness.ledger.tensors import shared, tensors_in
+from harness.rehearsal.card import in_cpp, in_python
 
 _aten = torch.ops.aten
 
@@ -37,6 +38,10 @@ _REMEMBERED = frozenset(
 Their `meta` kernels are slow Python code, so the resulting layouts are cached.
 """
 
+_DEVICE = torch.ops.prim.device.default
+
+_ITEM = torch.ops.aten._local_scalar_dense.default
+
 _WAIT = torch.ops._c10d_functional.wait_tensor.default
 """The real operator returns its argument; its `meta` kernel returns another tensor."""
 
@@ -49,6 +54,11 @@ class Fakes(FakeTensorMode):
         # from an operator and its arguments' layouts to its output's size, stride and dtype
         self._layouts: dict[Any, tuple[Any, Any, torch.dtype]] = {}
 
+    @property
+    def avoid_device_init(self) -> bool:
+        """Make torch create a tensor from data on the host first: there is no device that it could be created on."""
+        return True
+
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False
@@ -57,6 +67,12 @@ class Fakes(FakeTensorMode):
         kwargs = kwargs or {}
         if types and shared(types):
             return NotImplemented
+        if func is _DEVICE:
+            return in_cpp(args[0].fake_device)
+        if func is _ITEM:  # inside of an operator: a program's own is answered by `Values`
+            return 1.0 if args[0].dtype.is_floating_point else 1
+        if "device" in kwargs:
+            kwargs = {**kwargs, "device": in_python(kwargs["device"])}
         if func.namespace == "c10d":  # these operators return their arguments
             with in_kernel_invocation_manager(self):
                 return func(*args, **kwargs)
@@ -73,6 +89,8 @@ class Fakes(FakeTensorMode):
             return output
         if func in _REMEMBERED:
             return self._remembered(func, types, args, kwargs, device)
+        if func is _ITEM:  # inside of an operator: a program's own is answered by `Values`
+            return 1.0 if args[0].dtype.is_floating_point else 1
         if "device" in kwargs:
             kwargs = {**kwargs, "device": "meta", "pin_memory": False}
         with in_kernel_invocation_manager(self):

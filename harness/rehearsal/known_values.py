@@ -5,18 +5,25 @@ start again from 0? The value decides which branch runs, and so the bytes. Posit
 shapes alone, so they are computed. Values that depend on weights are unknown; reading one gives a value of `UNKNOWN`.
 """
 
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import (
+    DynamicOutputShapeException,
+    FakeTensor,
+)
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.weak import WeakIdKeyDictionary
 
+from harness.ledger.lines import PASSED_OVER, calling_line
 from harness.ledger.log import COLLECTIVES
 from harness.ledger.tensors import shared, tensors_in
+from harness.rehearsal.card import in_cpp
 
 LARGEST = 2**20
 """The most elements of a tensor that is computed. [B, T] masks are far smaller; nobody reads values of [T, T] ones."""
@@ -24,16 +31,36 @@ LARGEST = 2**20
 UNKNOWN: dict[bool, Any] = {True: 1.0, False: 0}
 """The value of an unknown number (a loss, a norm, a sampled token), by whether its dtype is floating point."""
 
+READ_BY_TORCH = {
+    "optim": 1.0,  # a number of steps, which only scales
+    "amp/grad_scaler.py": 0.0,  # no gradient has overflowed
+    "nn/utils/clip_grad.py": 0.0,  # no norm is infinite
+}
+"""Where torch itself reads a value that changes no shape, by a prefix of the file, and what it is taken to be."""
+
+REMEDY = (
+    "and a rehearsal computes none: leave that out of what is rehearsed, or say what to take for every unknown value, "
+    "as rehearse(..., assume=1.0)"
+)
+
 _DEVICE = torch.ops.prim.device.default
 _ITEM = torch.ops.aten._local_scalar_dense.default
 _EQUAL = torch.ops.aten.equal.default
 
 
-class Values(TorchDispatchMode):
-    """A dispatch mode outside the FakeTensorMode: it computes known values, and answers reads of a value."""
+class NeedsValue(RuntimeError):
+    """The program reads a value of a fake tensor that is not known."""
 
-    def __init__(self) -> None:
+
+class Values(TorchDispatchMode):
+    """A dispatch mode outside the FakeTensorMode: it computes known values, and answers reads of a value.
+
+    An unknown value is `assumed`; without that it is 0 or 1, or with `strict` refused by NeedsValue.
+    """
+
+    def __init__(self, assumed: float | None = None, strict: bool = False) -> None:
         super().__init__()
+        self._assumed, self._strict = assumed, strict
         self._known: Any = WeakIdKeyDictionary()  # from a fake tensor to a real one with its values
 
     @classmethod
@@ -45,12 +72,15 @@ class Values(TorchDispatchMode):
         if types and shared(types):
             return NotImplemented
         if func is _DEVICE:
-            return args[0].fake_device
+            return in_cpp(args[0].fake_device)
         if func is _ITEM:
             return self._item(args[0])
         if func is _EQUAL:
             return self._equal(*args)
-        out = func(*args, **kwargs)
+        try:
+            out = func(*args, **kwargs)
+        except DynamicOutputShapeException:
+            return self._with_known_shape(func, args, kwargs)
         if func.namespace in COLLECTIVES:
             self._forget(args)  # the other ranks' values are unknown
         elif not self._compute(func, args, kwargs, out) and func._schema.is_mutable:
@@ -67,6 +97,13 @@ class Values(TorchDispatchMode):
         if real is not None:
             with no_dispatch():
                 return real.item()
+        value = _read_by_torch()
+        value = self._assumed if value is None else value
+        if value is not None:
+            with no_dispatch():
+                return torch.tensor(value, dtype=tensor.dtype).item()
+        if self._strict:
+            raise NeedsValue(f"{calling_line()}: a value of a tensor is read, {REMEDY}")
         return False if tensor.dtype == torch.bool else UNKNOWN[tensor.dtype.is_floating_point]
 
     def _equal(self, left: torch.Tensor, right: torch.Tensor) -> bool:
@@ -85,17 +122,41 @@ class Values(TorchDispatchMode):
             return False
         if torch.Tag.nondeterministic_seeded in func.tags:
             return False
-        leaves, spec = tree_flatten((args, kwargs))
-        for index, leaf in enumerate(leaves):
-            if isinstance(leaf, torch.Tensor):
-                leaves[index] = self.value(leaf)
-                if leaves[index] is None or leaf.numel() > LARGEST:
-                    return False
-        real_args, real_kwargs = tree_unflatten(leaves, spec)
-        with no_dispatch():
-            computed = func(*real_args, **real_kwargs)
+        computed = self._computed(func, args, kwargs)
+        if computed is None:
+            return False
         self._known.update(zip(outputs, tensors_in(computed), strict=True))
         return True
+
+    def _computed(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """The result of `func` for the real values of its arguments, on the host. None where one is unknown."""
+        leaves, spec = tree_flatten((args, kwargs))
+        for index, leaf in enumerate(leaves):
+            if isinstance(leaf, torch.device):
+                leaves[index] = torch.device("cpu")
+            elif isinstance(leaf, torch.Tensor):
+                leaves[index] = self.value(leaf)
+                if leaves[index] is None or leaf.numel() > LARGEST:
+                    return None
+        real_args, real_kwargs = tree_unflatten(leaves, spec)
+        with no_dispatch():
+            return func(*real_args, **real_kwargs)
+
+    def _with_known_shape(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """The result of an operator whose shape depends on values. Raises NeedsValue where these are not known."""
+        real = self._computed(func, args, kwargs)
+        if real is None:
+            raise NeedsValue(
+                f"{calling_line()}: the shape of the result of {func.__name__.partition('.')[0]} depends on values, "
+                "and a rehearsal computes none: leave that out of what is rehearsed"
+            )
+        device = next(tensors_in([*args, *kwargs.values()])).device
+        computed, spec = tree_flatten(real)
+        fakes = [torch.empty_like(each, device=device) if isinstance(each, torch.Tensor) else each for each in computed]
+        for fake, real in zip(fakes, computed, strict=True):
+            if isinstance(fake, FakeTensor) and _worth_knowing(fake):
+                self._known[fake] = real
+        return tree_unflatten(fakes, spec)
 
     def _forget(self, tensors: Any) -> None:
         """Mark `tensors`, and all tensors that share their storage, as unknown."""
@@ -106,6 +167,22 @@ class Values(TorchDispatchMode):
                 for fake, other in list(self._known.items()):
                     if other.untyped_storage()._cdata == storage:
                         del self._known[fake]
+
+
+def _read_by_torch() -> float | None:
+    """What a value is taken to be that one of `READ_BY_TORCH` reads now. None if none does."""
+    frame, torch_files = sys._getframe(1), f"{Path(torch.__file__).parent}/"
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if not name.startswith(torch_files):
+            if not name.startswith(PASSED_OVER):
+                return None
+        else:
+            for prefix, value in READ_BY_TORCH.items():
+                if name.startswith(torch_files + prefix):
+                    return value
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
 
 
 def _worth_knowing(tensor: torch.Tensor) -> bool:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 from harness.ledger.patch import ACCELERATE, BUILTIN, DATA, DEEPSPEED, TORCH, TRANSFORMERS, Patch, patched
 from harness.rehearsal import tensor_shims, world_shims, zero_shims
+from harness.rehearsal.cuda_shims import CUDA_SHIMS
 
 CPU = "deepspeed.accelerator.cpu_accelerator.CPU_Accelerator"
 ZERO12 = "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer"
@@ -17,14 +18,18 @@ NOT_FAKE = "a real tensor becomes a second, fake one where an operator takes it"
 ALONE = "there is no rank 0 to ask"
 ONCE_A_RANK = "it works once for every rank, and its time would grow with the world"
 
+APPLY = Patch(
+    "torch.nn.Module",
+    "_apply",
+    "torch swaps fake parameters, which fails where anything refers to them weakly",
+    TORCH,
+    tensor_shims.apply_in_place,
+)
+
+SLICES = Patch("torch.Tensor", "narrow", ONCE_A_RANK, TORCH, zero_shims.narrow, unchecked=BUILTIN)
+
 SHIMS = (
-    Patch(
-        "torch.nn.Module",
-        "_apply",
-        "torch swaps fake parameters, which fails where anything refers to them weakly",
-        TORCH,
-        tensor_shims.apply_in_place,
-    ),
+    APPLY,
     Patch(
         "transformers.utils.import_utils",
         "is_fake_tensor",
@@ -122,27 +127,15 @@ SHIMS = (
         DEEPSPEED,
         world_shims.receive_hidden_states,
     ),
-    Patch("torch.Tensor", "narrow", ONCE_A_RANK, TORCH, zero_shims.narrow, unchecked=BUILTIN),
+    SLICES,
 )
 
 TWO_DEVICES = "DeepSpeed takes the host for its accelerator, and the rehearsal is for a GPU"
-NO_STREAM = "there is no GPU that would have one"
 
 GPU_SHIMS = (
     Patch(CPU, "device_name", TWO_DEVICES, DEEPSPEED, world_shims.device_name),
     Patch(CPU, "current_device_name", TWO_DEVICES, DEEPSPEED, world_shims.current_device_name),
     Patch(CPU, "on_accelerator", TWO_DEVICES, DEEPSPEED, world_shims.on_accelerator),
-    Patch("torch", "tensor", TWO_DEVICES, TORCH, world_shims.tensor_on_device, unchecked=BUILTIN),
-    Patch("torch", "Stream", NO_STREAM, TORCH, world_shims.stream_class, unchecked=BUILTIN),
-    Patch("torch.cuda", "default_stream", NO_STREAM, TORCH, world_shims.default_stream),
-    Patch(
-        "torch._subclasses.fake_tensor.FakeTensor",
-        "data",
-        TWO_DEVICES,
-        TORCH,
-        world_shims.data_with_device,
-        unchecked="it is a property",
-    ),
 )
 
 ONE_WORLD = "it is kept from the first world of a process, and a rehearsal has another"
@@ -192,5 +185,11 @@ def process_world() -> tuple[Patch, ...]:
 @contextmanager
 def shimmed(gpu: bool = False) -> Iterator[None]:
     """Install every shim in this context; with `gpu` also those for a GPU. Raises DoesNotFit."""
-    with patched(*SHIMS, *(GPU_SHIMS if gpu else ()), *process_world()):
+    with patched(*SHIMS, *((*CUDA_SHIMS, *GPU_SHIMS) if gpu else ()), *process_world()):
         yield
+
+
+PROGRAM_SHIMS = tuple(
+    patch for patch in SHIMS if patch.package in ("torch", "transformers") and patch not in (APPLY, SLICES)
+)
+"""The shims for any program: those for fake tensors."""

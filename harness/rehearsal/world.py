@@ -10,10 +10,10 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from harness.config.layout import Layout
+from harness.rehearsal.card import CARD
 from harness.rehearsal.fake_mode import Fakes
 from harness.rehearsal.known_values import Values
 from harness.rehearsal.shims import shimmed
-from harness.rehearsal.world_shims import GPU
 from harness.runtime.world import World, group_of, variables
 
 
@@ -24,7 +24,7 @@ def rehearsed(rank: int, layout: Layout, target: str = "cpu") -> Iterator[World]
     If `target` is "cuda" there are two fake devices: the world's own, and the host.
     """
     gpu = target == "cuda"
-    device = GPU if gpu else torch.device("cpu")
+    device = CARD if gpu else torch.device("cpu")
     environment = variables(
         RANK=rank, WORLD_SIZE=layout.size, LOCAL_RANK=0, LOCAL_SIZE=1, DS_ACCELERATOR="cpu"
     )

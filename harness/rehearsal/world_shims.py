@@ -4,15 +4,8 @@ from typing import Any
 
 import torch
 
+from harness.rehearsal.card import CARD
 from harness.rehearsal.zero_shims import Original
-
-GPU = torch.device("cpu", 0)
-"""The fake GPU; the host is `torch.device("cpu")`, without an index.
-
-A fake "cuda" device cannot have gradients where torch has no CUDA. This device uses the CPU's attention kernel, which
-saves the same tensors as the GPU's: q, k, v, out and log-sum-exp.
-"""
-
 
 def assume_equal_lengths(original: Original) -> Original:
     """ZeRO-3's check that a list is as long on every rank: it sends its tensor, and assumes that the others agree."""
@@ -81,7 +74,7 @@ def device_name(original: Original) -> Original:
     """The accelerator's name for a device: the fake GPU's."""
 
     def stand_in(self: Any, device_index: Any = None) -> str:
-        return str(GPU)
+        return str(CARD)
 
     return stand_in
 
@@ -90,7 +83,7 @@ def current_device_name(original: Original) -> Original:
     """The accelerator's name for the current device: the fake GPU's."""
 
     def stand_in(self: Any) -> str:
-        return str(GPU)
+        return str(CARD)
 
     return stand_in
 
@@ -99,54 +92,7 @@ def on_accelerator(original: Original) -> Original:
     """The accelerator's `on_accelerator`: true only for tensors on the fake GPU."""
 
     def stand_in(self: Any, tensor: torch.Tensor) -> bool:
-        return tensor.device == GPU
-
-    return stand_in
-
-
-def tensor_on_device(original: Original) -> Original:
-    """`torch.tensor`, which would leave the new tensor on the host: it moves it to `device`."""
-
-    def stand_in(data: Any, *, device: Any = None, **options: Any) -> torch.Tensor:
-        tensor: torch.Tensor = original(data, **options)
-        return tensor if device is None else tensor.to(device)
-
-    return stand_in
-
-
-def data_with_device(original: Any) -> Any:
-    """`FakeTensor.data`, whose setter would not copy the device: it sets that too."""
-
-    def put(self: Any, value: Any) -> None:
-        original.__set__(self, value)
-        self.fake_device = value.fake_device
-
-    return property(original.__get__, put)
-
-
-class Stream:
-    """A stand-in for the stream in which an offloaded cache copies layers: here everything runs in order."""
-
-    def wait_stream(self, stream: Any) -> None:
-        """Return at once: earlier work is already done."""
-
-    def __enter__(self) -> "Stream":
-        return self
-
-    def __exit__(self, *exc: Any) -> None:
-        """Restore nothing."""
-
-
-def stream_class(original: Original) -> Original:
-    """`torch.Stream`: the class of the stand-in."""
-    return Stream
-
-
-def default_stream(original: Original) -> Original:
-    """`torch.cuda.default_stream`: a stand-in."""
-
-    def stand_in(device: Any = None) -> Stream:
-        return Stream()
+        return tensor.device == CARD
 
     return stand_in
 

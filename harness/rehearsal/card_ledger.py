@@ -1,0 +1,54 @@
+"""The ledger of a card that is rehearsed, and beside it the ledger of its host."""
+
+from typing import Any, Self
+
+from harness.ledger import Ledger
+from harness.ledger.account import Account
+from harness.ledger.log import Kernels
+from harness.rehearsal.card import CARD
+from harness.rehearsal.card_memory import CardMemory, Exhausted
+
+BLOCK = 512
+"""CUDA's caching allocator rounds sizes up to multiples of this: kMinBlockSize in c10/cuda/CUDACachingAllocator.cpp."""
+
+
+class CardLedger(Ledger):
+    """A ledger of the card with this `memory`, in which `kernels` says what kernels take. `host` is its host's."""
+
+    def __init__(self, memory: CardMemory, kernels: Kernels, **options: Any) -> None:
+        super().__init__(device=str(CARD), allocator=False, block=BLOCK, **options)
+        self.memory, self.host = memory, Ledger(device="cpu", allocator=False, **options)
+        self._log.kernels = kernels
+        memory.events, memory.storage_of = lambda: self._log.events, self._log.alive
+
+    def __enter__(self) -> Self:
+        self.host.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *exc: object) -> None:
+        super().__exit__(*exc)
+        self.host.__exit__(*exc)
+
+    def enough(self) -> None:
+        """From now on see only what `"phases"` sees."""
+        self.memory.catch_up()
+        super().enough()
+
+    def account(self) -> Account:
+        """What was seen so far, with what the card's allocator allocated and reserved."""
+        account = super().account()
+        if account.peak is not None:
+            account.peak.allocated = self.memory.peak_allocated
+            account.peak.reserved = self.memory.peak_reserved
+        return account
+
+    @property
+    def exhausted(self) -> Exhausted | None:
+        """The first allocation that the card has no room for. None: all fits, or its memory is not known."""
+        self.memory.catch_up()
+        return self.memory.exhausted
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether everything fits into the card. None: its memory is not known."""
+        return None if self.memory.capacity is None else self.exhausted is None

@@ -1,0 +1,95 @@
+"""Tensors from before a rehearsal: what is only read counts as the host's, and nothing of them is changed.
+
+A module from before may be moved to the card: inside the rehearsal it then has fake parameters, and afterwards its own
+again.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+from harness.ledger.lines import calling_line
+from harness.ledger.patch import TORCH, Patch, Use
+from harness.rehearsal.fake_mode import Fakes
+from harness.rehearsal.shims import APPLY
+from harness.rehearsal.tensor_shims import apply_in_place
+from harness.rehearsal.zero_shims import Original
+
+
+class FromOutside(RuntimeError):
+    """The program would change a tensor from before the rehearsal."""
+
+
+class ProgramFakes(Fakes):
+    """Fakes of a program that may have tensors from before the rehearsal."""
+
+    def validate_and_convert_non_fake_tensors(self, func: Any, converter: Any, flat_args: Any, args_spec: Any) -> Any:
+        """torch's own, after a refusal of what would change a real tensor. Raises FromOutside."""
+        for tensor in flat_args:
+            if isinstance(tensor, torch.Tensor) and not isinstance(tensor, FakeTensor):
+                _check(func, tensor)
+        return super().validate_and_convert_non_fake_tensors(func, converter, flat_args, args_spec)
+
+
+def _check(func: Any, tensor: torch.Tensor) -> None:
+    trained = tensor.is_leaf and tensor.requires_grad and torch.is_grad_enabled()
+    if trained:
+        reason = "a backward would leave a fake gradient in it"
+    elif func._schema.is_mutable:
+        reason = f"{func.__name__.partition('.')[0]} would change it"
+    else:
+        return
+    raise FromOutside(
+        f"{calling_line()}: a tensor of shape {tuple(tensor.shape)} is from before the rehearsal, and {reason}; make "
+        "the model and its optimizer inside the rehearsal's with block, or move the model there with .to('cuda') first"
+    )
+
+
+class Outside:
+    """The parameters and buffers of modules from before, which are put back at the end."""
+
+    def __init__(self) -> None:
+        self._before: list[tuple[dict[str, Any], str, Any]] = []
+        self._fakes: dict[int, Any] = {}
+
+    def __enter__(self) -> "Outside":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for tensors, name, tensor in reversed(self._before):
+            tensors[name] = tensor
+        self._fakes.clear()
+
+    def shim(self) -> Use:
+        """`Module._apply`, which replaces real tensors of a module by fake ones, and moves these."""
+        return APPLY.by(self._applying)
+
+    def _applying(self, original: Original) -> Original:
+        in_place, replace = apply_in_place(original), self._replace
+
+        def stand_in(self: torch.nn.Module, fn: Callable[[Any], Any], recurse: bool = True) -> Any:
+            for module in self.modules() if recurse else (self,):
+                replace(module._parameters)
+                replace(module._buffers)
+            return in_place(self, fn, recurse)
+
+        return stand_in
+
+    def _replace(self, tensors: dict[str, Any]) -> None:
+        """Replace real ones among a module's `tensors`."""
+        for name, tensor in tensors.items():
+            if tensor is not None and not isinstance(tensor, FakeTensor):
+                self._before.append((tensors, name, tensor))
+                tensors[name] = self._fake(tensor)
+
+    def _fake(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A fake tensor like `tensor`: the same one for a shared parameter."""
+        if id(tensor) not in self._fakes:
+            with torch.no_grad():
+                fake = tensor.detach().clone()
+            if isinstance(tensor, torch.nn.Parameter):
+                fake = torch.nn.Parameter(fake, tensor.requires_grad)
+            self._fakes[id(tensor)] = fake
+        return self._fakes[id(tensor)]
