@@ -37,6 +37,7 @@ WITHOUT_TORCH = (
     "analysis",
     "check",
     "advice.explain",
+    "device.outside",
     "record.schema",
     "record.record_file",
     "record.ceilings",

@@ -23,9 +23,7 @@ RANKING = {
     "those that recompute after those, offloaded ones last",
     "infer": "ranked by the tokens in memory at once, batch x (prompt + new)",
 }
-UNSEEN = (
-    "scratch inside kernels and what lies outside the framework (CUDA context, NCCL) is not in these figures"
-)
+UNSEEN = "scratch inside kernels and what lies outside the framework (CUDA context, NCCL) is in no peak here"
 
 LEFT_OUT = {
     "train": "left out are those that need more than one that does not fit, and those that recompute without need",
@@ -96,7 +94,15 @@ def text(fit: Fit, trials: Sequence[Trial]) -> str:
     if not rehearsed:
         unknown = f"none of the {len(trials)} configs could be rehearsed: whether one fits is not known"
         return "\n".join([*failed, "", unknown])
-    lines = [table.text(), *failed, "", *decided(fit.reasons), RANKING[fit.mode], UNSEEN]
+    lines = [
+        table.text(),
+        *failed,
+        "",
+        *decided(fit.reasons),
+        fit.budget.sentence(),
+        RANKING[fit.mode],
+        UNSEEN,
+    ]
     if any(trial.worst.passed_over for trial in trials):
         lines.append(PASSED_OVER)
     lines.append(f"{len(rehearsed)} configs rehearsed; {LEFT_OUT[fit.mode]}")
@@ -155,6 +161,7 @@ def data(fit: Fit, trials: Sequence[Trial]) -> dict[str, object]:
     fitting = fit.ranked(trials)
     return {
         "memory": fit.memory,
+        "budget": _formed(fit),
         "reserve": fit.reserve,
         "world_size": fit.world,
         "resolved": fit.reasons,
@@ -173,4 +180,18 @@ def data(fit: Fit, trials: Sequence[Trial]) -> dict[str, object]:
         ],
         "ranked": [list(trial.overrides) for trial in fitting],
         "command": command(fit, fitting[0]) if fitting else None,
+    }
+
+
+def _formed(fit: Fit) -> dict[str, object]:
+    """How `memory` was formed, for `--json`; null is what is not known, and was not subtracted."""
+    beside = fit.budget.outside
+    parts = {} if beside is None else beside._asdict()
+    return {
+        "total": fit.budget.total,
+        "source": fit.budget.source,
+        "context": None,
+        "nccl": None,
+        **{name: each and each._asdict() for name, each in parts.items()},
+        "sentence": fit.budget.sentence(),
     }

@@ -10,8 +10,10 @@ from harness.config import compose
 from harness.config.load import load
 from harness.config.rules import check_world
 from harness.config.settings import NEW_TOKENS, RESOLVED, Refusal, Settings
+from harness.device.outside import budget
 from harness.rehearsal import decisive
 from harness.rehearsal.pool import Worst, decided, progress, rehearse_all, workers
+from harness.tables import size
 
 AXES = {
     "train": {
@@ -78,11 +80,14 @@ class Fit:
         self.reasons: dict[str, str] = {}
         """The reasons for the resolved values of keys at `auto`; empty until a search begins."""
         self.climbs = self._climbs({}, typed)
-        memory = self._first().hardware.memory
-        if memory is None:
+        formed = budget(self._first().hardware, self.world)
+        if formed is None:
             remedy = "fit must know the memory of a device; give hardware=NAME or hardware.memory=BYTES"
             raise Refusal("hardware.memory", None, remedy)
-        self.memory = memory
+        if formed.bytes <= reserve:
+            kept = f"--reserve keeps {size(reserve)}"
+            raise ValueError(f"fit: nothing is left for a config: {formed.sentence()}; {kept}")
+        self.budget, self.memory = formed, formed.bytes
 
     def _first(self) -> Settings:
         """The settings of the first climb's lowest value."""

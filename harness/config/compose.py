@@ -69,6 +69,7 @@ def compose(arguments: Sequence[str]) -> DictConfig:
         cfg.hydra = {"run": {"dir": run_dir}}
         if cfg.model.path is not None:
             _take_shape_from_path(cfg, overrides)
+        _take_memory_from_user(cfg, overrides)
     return cfg
 
 
@@ -88,6 +89,15 @@ def _take_shape_from_path(cfg: DictConfig, overrides: Sequence[Override]) -> Non
     cfg.model.config = {NAME: cfg.model.config.get(NAME)} if packing else {}
     if not any(override.key_or_group == "model.name" for override in overrides):
         cfg.model.name = cfg.model.path
+
+
+def _take_memory_from_user(cfg: DictConfig, overrides: Sequence[Override]) -> None:
+    """Drop the page's other figures where the user has set `hardware.memory`, so that the config says what counts."""
+    typed = {override.key_or_group for override in overrides}
+    if "hardware.memory" in typed:
+        for name in {"memory_driver", "memory_torch"}:
+            if f"hardware.{name}" not in typed:
+                cfg.hardware[name] = None
 
 
 def _parse(argument: str) -> Override:

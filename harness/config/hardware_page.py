@@ -26,11 +26,6 @@ def gpu(name: str) -> Hardware:
     return pages[name]
 
 
-def capacity(page: Hardware) -> int | None:
-    """What PyTorch can allocate on such a device, in bytes. None: not known."""
-    return page.memory
-
-
 def _read(name: str) -> Hardware:
     page: Any = OmegaConf.to_container(OmegaConf.load(directory() / "hardware" / f"{name}.yaml"))
     return TypeAdapter(Hardware).validate_python(page)

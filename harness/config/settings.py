@@ -244,7 +244,11 @@ class Hardware:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Auto is a GPU where there is one."""
     memory: Positive | None = None
-    """Bytes of memory on a device."""
+    """Bytes of memory on a device: the vendor's, in powers of 1000; if you set it, the whole budget."""
+    memory_driver: Positive | None = None
+    """Bytes that nvidia-smi prints as the total, exact to a MiB; null: no source."""
+    memory_torch: Positive | None = None
+    """Bytes of torch's total_memory, to a MiB; with another driver up to 1% more or less; null: no source."""
     bandwidth: PositiveFloat | None = None
     """Bytes a second from the device's memory."""
     flops_bf16: PositiveFloat | None = None
@@ -257,6 +261,8 @@ class Hardware:
     """Bytes a second between devices, sum of both directions."""
     capability: PositiveFloat | None = None
     """A GPU's compute capability, as 8.9: it decides which kernels for packed weights exist."""
+    sources: dict[str, str] = Field(default_factory=dict)
+    """Where a page's figures were read, by their keys."""
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -1,6 +1,5 @@
-"""What is special about a device: what its allocator reserves, what it keeps outside torch, where its operators differ.
+"""What is special about a GPU's memory: its allocator, its kernels, its libraries, and what lies outside PyTorch.
 
-It may import tables, config and ledger; what twins PyTorch's allocator needs no torch. Start reading at
-`caching_allocator.py`, a twin of PyTorch's CUDA caching allocator, and `replay.py`, which runs a sequence of births and
-deaths through it.
+It may import `config`, `ledger` and `tables`. The allocator and the tables of cards need no torch. Start at
+`caching_allocator.py`, the twin of PyTorch's; `replay.py` has what a sequence of births and deaths reserves.
 """

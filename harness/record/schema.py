@@ -12,8 +12,8 @@ from harness.record.results import Ceilings, Inference, Model, Performance, Pipe
 
 
 class World(Part):
-    """The ranks and devices of a run. A rehearsal also has the `memory` of a device in bytes, whether its figures are
-    `verified`, and its known `differences` from a real run.
+    """The ranks and devices of a run. A rehearsal also has the `memory` of a device that torch can allocate, in bytes,
+    whether its figures are `verified`, and its known `differences` from a real run.
     """
 
     kind: Text | None = None

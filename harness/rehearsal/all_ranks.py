@@ -7,6 +7,7 @@ from pathlib import Path
 
 from harness.config.load import Refusal, Settings
 from harness.config.rules.quantized import AT_FIRST, AT_LOAD
+from harness.device.outside import budget
 from harness.generation.generation_config import strategy_of
 from harness.model.plan import Plan
 from harness.model.resolve import resolve
@@ -31,12 +32,13 @@ def described(plan: Plan) -> World:
     """The record's `world` for a rehearsal of `plan`."""
     settings = plan.settings
     gpu = settings.hardware.device == "cuda"
+    formed = budget(settings.hardware, plan.layout.size)
     return World(
         kind="rehearsed",
         size=plan.layout.size,
         device="cuda" if gpu else "cpu",
         device_name=settings.hardware.name if settings.hardware.device != "auto" else None,
-        memory=settings.hardware.memory,
+        memory=None if formed is None else max(0, formed.bytes),
         verified=UNVERIFIED if gpu else None,
         differences=list(_differences(plan)),
     )

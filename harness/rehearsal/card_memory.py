@@ -29,7 +29,7 @@ class CardMemory:
 
     def __init__(self, page: Hardware, settings: Settings, capacity: int | None) -> None:
         self.page, self.settings, self.capacity = page, settings, capacity
-        self.allocator = CachingAllocator(settings, capacity, page.memory)
+        self.allocator = CachingAllocator(settings, capacity, self.total or None)
         self.events: Callable[[], Sequence[Event]] = tuple
         self.storage_of: Callable[[int], Storage | None] = lambda key: None
         self.stream = 0
@@ -46,7 +46,7 @@ class CardMemory:
     @property
     def total(self) -> int:
         """What the card says it has, in bytes; 0 where its page has no figure."""
-        return self.page.memory or 0
+        return self.page.memory_torch or self.page.memory_driver or self.page.memory or 0
 
     @property
     def free(self) -> int:

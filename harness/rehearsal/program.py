@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 
 from harness.config import hardware_page
 from harness.device import allocator_settings
+from harness.device.outside import budget
 from harness.ledger.patch import patched
 from harness.rehearsal import card_memory, card_operators
 from harness.rehearsal.card_kernels import CardKernels
@@ -37,7 +38,8 @@ def rehearse(
     """
     page = hardware_page.gpu(hardware)
     settings = allocator_settings.parse(_settings() if allocator is None else allocator)
-    memory = CardMemory(page, settings, hardware_page.capacity(page))
+    formed = budget(page, 1)
+    memory = CardMemory(page, settings, None if formed is None else formed.bytes)
     outside = Outside()
     with ExitStack() as context:
         context.enter_context(warnings.catch_warnings())
