@@ -1,12 +1,14 @@
 """The memory of the card that is rehearsed, at every moment: what a program learns from `torch.cuda`."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from harness.config.settings import Hardware
-from harness.device.allocator_settings import Settings
+from harness.device.allocator_settings import Settings, parse
 from harness.device.caching_allocator import CachingAllocator, OutOfMemory
+from harness.device.outside import budget
 from harness.ledger.events import Event, Storage, Where
 
 
@@ -136,6 +138,22 @@ class CardMemory:
         }
         counts = {"num_alloc_retries": twin.retries, "num_ooms": twin.ooms}
         return {**{name: {"all": figures} for name, figures in current_and_peak.items()}, **counts}
+
+
+VARIABLES = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
+"""Environment variables with the settings of PyTorch's allocator. The first that is set counts."""
+
+
+def of(page: Hardware, world_size: int, allocator: str | None = None) -> CardMemory:
+    """The memory of a card of `page` in a world of `world_size` ranks.
+
+    `allocator` are the settings of the caching allocator, by default those in the environment. Raises ValueError for a
+    setting that is none.
+    """
+    if allocator is None:
+        allocator = next((os.environ[name] for name in VARIABLES if name in os.environ), "")
+    formed = budget(page, world_size)
+    return CardMemory(page, parse(allocator), None if formed is None else formed.bytes)
 
 
 _memory: CardMemory | None = None

@@ -4,6 +4,7 @@ Memory figures are the card's. Everything else does as little as it can: there i
 and its random numbers have no values.
 """
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -58,7 +59,7 @@ class Stream:
 
 
 class Event:
-    """An event of the card. It has always happened, and no time passes between two."""
+    """An event of the card. It has always happened."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Take any options of the original."""
@@ -76,8 +77,8 @@ class Event:
         return True
 
     def elapsed_time(self, end_event: Any) -> float:
-        """Raise RuntimeError: a rehearsal measures no time."""
-        raise RuntimeError("Event.elapsed_time: a rehearsal computes nothing, so that no time was measured")
+        """Not a number: a rehearsal measures no time."""
+        return math.nan
 
 
 def _stream(stream_id: int) -> Stream:
@@ -273,6 +274,11 @@ def data_with_device(original: Any) -> Any:
     return property(original.__get__, put)
 
 
+def device_of_part(original: Any) -> Any:
+    """`DTensor.device`, which would ask C++: the device of this rank's part."""
+    return property(lambda self: self._local_tensor.device)
+
+
 def is_cuda(original: Any) -> Any:
     """`FakeTensor.is_cuda`, which would ask C++: by the device that Python sees."""
     return property(lambda self: self.fake_device.type == "cuda")
@@ -363,6 +369,14 @@ CUDA_SHIMS = (
     Patch(f"{_FAKE}.FakeTensor", "is_cpu", "C++ has another name for the card", TORCH, is_cpu, unchecked=_PROPERTY),
     Patch(f"{_FAKE}.FakeTensor", "data", "it keeps its device", TORCH, data_with_device, unchecked=_PROPERTY),
     Patch("torch", "clear_autocast_cache", "the card has casts of its own", TORCH, clearing, unchecked=BUILTIN),
+    Patch(
+        "torch.distributed.tensor.DTensor",
+        "device",
+        "C++ has another name for the card",
+        TORCH,
+        device_of_part,
+        unchecked=_PROPERTY,
+    ),
     Patch(_FAKE, "init_gpu_context", "it would use a GPU that is there", TORCH, _by(context_of_no_device)),
     Patch(
         "torch.optim.optimizer",

@@ -15,13 +15,12 @@ from harness.model.stage_check import prove
 from harness.record import record_file, trace
 from harness.record.memory import Rank
 from harness.record.results import Results
+from harness.rehearsal import card_memory
+from harness.rehearsal.card_kernels import CardKernels
+from harness.rehearsal.card_ledger import CardLedger
 from harness.rehearsal.course import Shortened
 from harness.rehearsal.world import rehearsed
 from harness.training import train
-
-GPU_BLOCK = 512
-"""CUDA's caching allocator rounds sizes up to multiples of this: kMinBlockSize in c10/cuda/CUDACachingAllocator."""
-
 
 def rehearse(plan: Plan, rank: int, directory: Path | None = None) -> tuple[Rank, Results]:
     """Rehearse rank `rank` of the world of `plan`: its record, and the run's results.
@@ -30,20 +29,21 @@ def rehearse(plan: Plan, rank: int, directory: Path | None = None) -> tuple[Rank
     a shim does not fit.
     """
     settings = plan.settings
-    target = "cuda" if settings.hardware.device == "cuda" else "cpu"
+    memory = None
+    if settings.hardware.device == "cuda":
+        memory = card_memory.of(settings.hardware, plan.layout.size)
     mode = train if settings.mode == "train" else infer
     results = Results()
     if settings.pipeline.stages > 1:
         prove(plan)
         results.pipeline = as_record(settings, plan.split)
     cache_check.prove(plan)
-    with misfits(plan), warnings.catch_warnings(), rehearsed(rank, plan.layout, target) as world:
+    with misfits(plan), warnings.catch_warnings(), rehearsed(rank, plan.layout, memory) as world:
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
-        ledger = Ledger(
-            steps=settings.ledger.steps,
-            device=str(world.device),
-            allocator=False,
-            block=GPU_BLOCK if target == "cuda" else 1,
+        ledger = (
+            Ledger(steps=settings.ledger.steps, device="cpu", allocator=False)
+            if memory is None
+            else CardLedger(memory, CardKernels(memory.capability), steps=settings.ledger.steps)
         )
         try:
             with _existing_objects_frozen(), ledger:

@@ -34,7 +34,6 @@ class World:
     device: torch.device
     members: tuple[tuple[str, int], ...] = ()  # every rank's host name and process id
     fake: bool = False  # the other ranks do not exist
-    target: str = ""  # the device type to account for, if it is not this one
     stages: int = 1  # pipeline stages
     tp_size: int = 1  # ranks that share each layer
     # the ranks that share this rank's layers; None: there is no such group
@@ -83,7 +82,7 @@ class World:
     @property
     def kind(self) -> str:
         """The device type of the run: "cpu" or "cuda"."""
-        return self.target or self.device.type
+        return self.device.type
 
     @property
     def alone(self) -> bool:

@@ -26,7 +26,8 @@ from harness.record import record_file
 from harness.rehearsal import UNVERIFIED, one_rank, shims, zero_shims
 from harness.rehearsal.fake_mode import Fakes
 from harness.rehearsal.known_values import UNKNOWN, Values
-from harness.rehearsal.one_rank import GPU_BLOCK, rehearse
+from harness.rehearsal.card_ledger import BLOCK
+from harness.rehearsal.one_rank import rehearse
 from harness.rehearsal.representatives import representatives_of
 from harness.rehearsal.shims import ONCE_A_RANK, shimmed
 from harness.training import engine, pipeline_engine
@@ -137,7 +138,7 @@ def test_a_gpu_that_shares_layers_holds_its_part_alone() -> None:
     norms = 5 * 4096 * 2
     (setup,) = [phase for phase in shared["phases"] if phase["phase"] == "setup"]
     whole = alone["categories"]["parameters"]["end"]
-    assert abs(shared["categories"]["parameters"]["end"] - (whole + norms) // 2) <= GPU_BLOCK
+    assert abs(shared["categories"]["parameters"]["end"] - (whole + norms) // 2) <= BLOCK
     assert setup["peak"] == setup["end"]
     assert shared["categories"]["kv_cache"]["end"] * 2 == alone["categories"]["kv_cache"]["end"]
 
@@ -603,9 +604,9 @@ def test_a_rehearsal_for_a_gpu_is_unverified_and_in_its_allocators_blocks(
     sizes += [sum(holding["bytes"] for holding in holdings)]
     sizes += [size for category in books["categories"].values() for size in category.values()]
     sizes += [phase[key] for phase in books["phases"] for key in ("peak", "end", "saved")]
-    assert GPU_BLOCK == 512
+    assert BLOCK == 512
     assert sum(sizes) > 0
-    assert [size for size in sizes if size % GPU_BLOCK] == []
+    assert [size for size in sizes if size % BLOCK] == []
 
 
 @pytest.mark.parametrize(
