@@ -19,6 +19,7 @@ ROOMS = (
         "tables",
         "config",
         "ledger",
+        "device",
         "runtime",
         "record",
         "data",
