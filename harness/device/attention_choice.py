@@ -1,9 +1,9 @@
 """Which kernel `scaled_dot_product_attention` runs on CUDA.
 
-From aten/src/ATen/native/transformers/cuda/sdp_utils.cpp and sdp_utils_cpp.h of PyTorch 2.13, for dense tensors; 2.11 and
-2.12 are taken to be the same. From 2.14 on, the efficient kernel shares heads and checks offsets, and cuDNN takes 256
-features; it does neither here. What cuDNN can do with 129 to 256 features is not derived: it is passed over, but for
-192 with values of 128.
+From aten/src/ATen/native/transformers/cuda/sdp_utils.cpp and sdp_utils_cpp.h of PyTorch 2.13, for dense tensors; 2.11
+and 2.12 are taken to be the same. From 2.14 on, the efficient kernel shares heads and checks offsets, and cuDNN takes
+256 features; neither is here. What cuDNN does with 129 to 256 features before that is not derived: it is passed over,
+but for 192 with values of 128.
 """
 
 import os

@@ -40,8 +40,10 @@ NOT_COVERED = {
     "linalg_svd, linalg_eigh": "cuSOLVER's workspaces are asked from cuSOLVER (linalg/BatchLinearAlgebraLib.cpp)",
     "sparse and nested tensors": "cuSPARSE and per-sample kernels; a rehearsal has dense tensors",
 }
-"""Composite operators whose CUDA branch is not here, and why. Found by reading the sources, not by an exhaustive search:
-others may ask a build for what it has."""
+"""Composite operators whose CUDA branch is not here, and why.
+
+The list is from reading the sources, not from an exhaustive search: others may ask a build for what it has.
+"""
 
 
 def rms_norm_outputs(
@@ -72,24 +74,44 @@ def attention(
     call = Attention(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
     backend = choose_backend(call, card)
     mask = _additive(attn_mask, query.dtype)
-    tensors = (query, key, value)
-    if backend == "flash":
-        padded = (_padded(each) for each in tensors)
-        scale = scale if scale is not None else 1 / sqrt(query.shape[-1])
-        out = _aten._scaled_dot_product_flash_attention(*padded, dropout_p, is_causal, False, scale=scale)[0]
-        return out if out.shape[-1] == query.shape[-1] else out[..., : query.shape[-1]]
-    if backend == "cudnn":
-        return _aten._scaled_dot_product_cudnn_attention(
-            *tensors, mask, call.trained, dropout_p, is_causal, False, scale=scale
-        )[0]
-    if backend == "efficient":
-        bias = None if mask is None else _expanded(mask, query, key)
-        return _aten._scaled_dot_product_efficient_attention(
-            *tensors, bias, call.trained, dropout_p, is_causal, scale=scale
-        )[0]
-    return _aten._scaled_dot_product_attention_math(
-        *tensors, mask, dropout_p, is_causal, None, scale=scale, enable_gqa=enable_gqa
-    )[0]
+    run = {"flash": _flash, "efficient": _efficient, "cudnn": _cudnn, "math": _math}[backend]
+    return run(call, mask, scale)
+
+
+def _flash(call: Attention, mask: Tensor | None, scale: float | None) -> Tensor:
+    features = call.query.shape[-1]
+    padded = (_padded(each) for each in call.tensors)
+    scale = scale if scale is not None else 1 / sqrt(features)
+    outputs = _aten._scaled_dot_product_flash_attention(
+        *padded, call.dropout, call.causal, False, scale=scale
+    )
+    out: Tensor = outputs[0]
+    return out if out.shape[-1] == features else out.narrow(-1, 0, features)
+
+
+def _efficient(call: Attention, mask: Tensor | None, scale: float | None) -> Tensor:
+    bias = None if mask is None else _expanded(mask, call.query, call.key)
+    outputs = _aten._scaled_dot_product_efficient_attention(
+        *call.tensors, bias, call.trained, call.dropout, call.causal, scale=scale
+    )
+    out: Tensor = outputs[0]
+    return out
+
+
+def _cudnn(call: Attention, mask: Tensor | None, scale: float | None) -> Tensor:
+    outputs = _aten._scaled_dot_product_cudnn_attention(
+        *call.tensors, mask, call.trained, call.dropout, call.causal, False, scale=scale
+    )
+    out: Tensor = outputs[0]
+    return out
+
+
+def _math(call: Attention, mask: Tensor | None, scale: float | None) -> Tensor:
+    outputs = _aten._scaled_dot_product_attention_math(
+        *call.tensors, mask, call.dropout, call.causal, None, scale=scale, enable_gqa=call.shares_heads
+    )
+    out: Tensor = outputs[0]
+    return out
 
 
 def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -109,7 +131,7 @@ def _expanded(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
     aligned = mask.stride(-1) == 1 and all(stride % 8 == 0 for stride in mask.stride()[:-1])
     if not aligned:
         last = mask.shape[-1]
-        mask = F.pad(mask, (0, 8 - last % 8))[..., :last]
+        mask = F.pad(mask, (0, 8 - last % 8)).narrow(-1, 0, last)
     return mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
 
 

@@ -128,7 +128,7 @@ def efficient_backward(call: Call) -> Moments:
     kernel = _kernel(max(shape.features, shape.value_features), half, call.card)
     if kernel is None:
         return None
-    copied = _turned(call["grad_out"])
+    copied = _turned(call["grad_out_"])
     delta = shape.batch * shape.heads * shape.queries * 4
     tiles = -(-shape.queries // kernel.queries) * -(-shape.features // kernel.keys)
     workspace = shape.batch * shape.heads * tiles * (kernel.queries * kernel.keys + 4) * 4

@@ -106,8 +106,8 @@ _MULTIBLOCK = ((20, 20_000), (40, 10_000), (80, 8_000), (199, 5_000), (799, 3_00
 def topk(call: Call) -> Moments:
     """A block per slice needs nothing; where several share one, each keeps the counts of 256 digits.
 
-    ATen/native/cuda/TensorTopK.cu (mbtopk), from PyTorch 2.12 on also a cumulative sum of digits per slice. Results
-    of more than 4,096 are sorted afterwards (TensorTopK.cpp), which is not worked out here.
+    ATen/native/cuda/TensorTopK.cu (mbtopk), as it was in 2026; before, no slice had a cumulative sum of its digits.
+    Results of more than 4,096 are sorted afterwards (TensorTopK.cpp), which is not worked out here.
     """
     values, k = call["self"], call["k"]
     if values.dim() == 0 or values.numel() == 0:
@@ -208,4 +208,6 @@ def cumsum(call: Call) -> Moments:
 def repeat_interleave(call: Call) -> Moments:
     """The cumulative sum of the repeats: ATen/native/Repeat.h."""
     repeats = call["repeats"]
+    if not isinstance(repeats, torch.Tensor):
+        return ()
     return once(repeats.numel() * 8, cub.scan_at_most(repeats.numel()))
