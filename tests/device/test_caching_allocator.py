@@ -332,8 +332,30 @@ def test_with_a_largest_split_the_largest_blocks_go_before_the_whole_cache(text:
     assert (twin.retries, twin.reserved) == (retries, (50 if retries else 52) * MIB)
 
 
+def test_no_more_of_the_largest_blocks_go_than_are_needed() -> None:
+    """40 and 30 have the 50; 24 stays."""
+    twin = allocator("max_split_size_mb:20", limit=100)
+    for key, size in (("a", 24), ("b", 30), ("c", 40)):
+        twin.malloc(key, size * MIB)
+    for key in "abc":
+        twin.free(key)
+    twin.malloc("d", 50 * MIB)
+    assert (twin.retries, twin.reserved) == (0, (24 + 50) * MIB)
+
+
+def test_where_the_largest_blocks_do_not_suffice_the_whole_cache_goes() -> None:
+    """24 is given back and less than 50: the small segment goes too, though 60 - 2 would do."""
+    twin = allocator("max_split_size_mb:20", limit=60)
+    for key, size in (("a", 24), ("b", 1)):
+        twin.malloc(key, size * MIB)
+    for key in "ab":
+        twin.free(key)
+    twin.malloc("c", 50 * MIB)
+    assert (twin.retries, twin.reserved) == (1, 50 * MIB)
+
+
 def test_of_blocks_that_may_not_be_split_only_one_goes_where_it_suffices() -> None:
-    """A request of 12 wants 20 MiB, the setting: 24 is the smallest block that has it, and 30 stays."""
+    """A request of 12 is below the setting, so it may take neither: 24 is the smallest that has it, and 30 stays."""
     twin = allocator("max_split_size_mb:20", limit=60)
     for key, size in (("a", 24), ("b", 30)):
         twin.malloc(key, size * MIB)
@@ -349,7 +371,7 @@ def test_of_blocks_that_may_not_be_split_only_one_goes_where_it_suffices() -> No
         ("", 9000, 9216),
         ("roundup_power2_divisions:4", 9000, 10240),
         ("roundup_power2_divisions:4", 8192, 8192),
-        ("roundup_power2_divisions:4", 2000, 2048),
+        ("roundup_power2_divisions:4", 700, 1024),
         ("roundup_power2_divisions:4", 33 * MIB, 40 * MIB),
         ("roundup_power2_divisions:[32:2,64:0]", 33 * MIB, 48 * MIB),
         ("roundup_power2_divisions:[32:2,64:0]", 65 * MIB, 65 * MIB),
@@ -389,6 +411,12 @@ def test_expandable_segments_are_mapped_by_pages() -> None:
     twin.malloc("c", 10 * MIB)
     twin.malloc("d", 512)
     assert (twin.reserved, twin.segments, twin.inactive_split) == ((40 + 2) * MIB, 2, 0)
+
+
+def test_in_an_expandable_segment_a_rest_of_512_bytes_is_a_block() -> None:
+    twin = allocator("expandable_segments:True")
+    twin.malloc("a", 20 * MIB - 512)
+    assert (twin.allocated, twin.reserved) == (20 * MIB - 512, 20 * MIB)
 
 
 def test_whole_pages_that_nothing_is_in_are_unmapped_and_mapped_again() -> None:
@@ -459,6 +487,8 @@ def test_peaks_stay() -> None:
     twin.free("a")
     twin.empty_cache()
     assert (twin.allocated, twin.peak_allocated, twin.reserved, twin.peak_reserved) == (0, 30 * MIB) * 2
+    twin.malloc("b", 512)
+    assert (twin.peak_allocated, twin.peak_reserved) == (30 * MIB, 30 * MIB)
 
 
 def test_what_is_not_allocated_cannot_be_freed() -> None:

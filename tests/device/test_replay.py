@@ -23,6 +23,7 @@ def test_each_peak_is_at_its_own_step() -> None:
     later = replay(life(30, 40, -30, 34), Settings())
     assert (later.most_allocated.index, later.most_allocated.slack) == (3, 30 * MIB)
     assert later.most_reserved == Moment(3, 74 * MIB, 104 * MIB, 74 * MIB, 0, 3)
+    assert replay(life(30, -30, 30), Settings()).most_allocated.index == 0
     apart = replay(life(30, -30, 40, -40, 34, 26), Settings())
     assert (apart.most_reserved.index, apart.most_allocated.index) == (2, 5)
 

@@ -113,6 +113,23 @@ def test_a_history_ends_where_memory_is_out() -> None:
     assert [each["total_size"] for each in taken["segments"]] == [20 * MIB]
 
 
+def test_a_part_that_is_mapped_is_a_segment() -> None:
+    """50, 30 and 10 map 100. A small request needs 2 more: of the 30 that are free, the page from 60 to 80 goes."""
+    first, freed, last, small = storage(50), storage(30), storage(10), storage(1)
+    events = [
+        *(Event(0, each.nbytes, each, WHERE, "") for each in (first, freed, last)),
+        Event(1, -freed.nbytes, freed, WHERE, ""),
+        Event(2, small.nbytes, small, WHERE, ""),
+    ]
+    segments = snapshot(events, parse("expandable_segments:True"), limit=100 * MIB)["segments"]
+    assert [(each["total_size"] // MIB, each["segment_type"]) for each in segments] == [
+        (60, "large"),
+        (20, "large"),
+        (2, "small"),
+    ]
+    assert segments[1]["address"] == segments[0]["address"] + 80 * MIB
+
+
 def test_the_page_finds_the_category_that_it_looks_for() -> None:
     """MemoryViz.js colours by category, and calls a list that is not there where no entry is `unknown`."""
     categories = {each["category"] for each in snapshot([], parse(""))["device_traces"][0]}
