@@ -23,8 +23,8 @@ What is not known without the card:
 Not modelled: the private pools of CUDA graphs and of `torch.cuda.MemPool`. `throw_on_cudamalloc_oom` is newer than the
 source that was read, and is taken to change nothing but the moment of the error.
 
-Other releases: until 2025 a block that is never split could exceed its request by 20 MiB, whatever the settings, and
-garbage collection also began where a memory fraction of 1 was set.
+In 2024's source, a block that is never split may exceed its request by 20 MiB, whatever the settings; garbage collection
+also runs where the memory fraction was set to 1.
 """
 
 import sys
@@ -293,18 +293,18 @@ class CachingAllocator:
         """Give back blocks that are too large to be split, until `size` is free. Whether it is."""
         if self.settings.max_split_size is None:
             return False
-        wanted, released = max(size, self._max_split), 0
-        ordered, index = pool.from_size(stream, wanted)
+        ordered, index = pool.from_size(stream, size)
         if index < len(ordered) and pool.at(ordered, index).range is None:
             self._release(pool.at(ordered, index))
             return True
+        released = 0
         for block in [pool.at(ordered, each) for each in range(index - 1, -1, -1)]:
-            if released >= wanted or block.size < self._max_split:
+            if released >= size or block.size < self._max_split:
                 break
             if block.range is None:
                 released += block.size
                 self._release(block)
-        return released >= wanted
+        return released >= size
 
     def _collect_garbage(self, allowed: int) -> None:
         """Give back the segments of the large pool that lie unused for longest, until enough is free."""

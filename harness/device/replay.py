@@ -93,7 +93,7 @@ def replay(
             try:
                 allocator.malloc(key, delta, stream)
             except OutOfMemory as missing:
-                index, error = index - 1, missing
+                index, error = index - 1, missing.with_traceback(None)
                 break
             if allocator.allocated > allocated:
                 most_allocated, allocated = _moment(index, allocator), allocator.allocated
