@@ -261,6 +261,8 @@ class Hardware:
     """Bytes a second between devices, sum of both directions."""
     capability: PositiveFloat | None = None
     """A GPU's compute capability, as 8.9: it decides which kernels for packed weights exist."""
+    multiprocessors: Positive | None = None
+    """A GPU's streaming multiprocessors: some kernels take scratch for each."""
     sources: dict[str, str] = Field(default_factory=dict)
     """Where a page's figures were read, by their keys."""
 

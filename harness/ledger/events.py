@@ -79,11 +79,16 @@ class Event(NamedTuple):
 
 
 class KernelMemory(NamedTuple):
-    """Memory that a kernel takes and no operator returns: its name and bytes, and whether it stays until the end."""
+    """Memory that a kernel takes and no operator returns, under a name.
+
+    `moment` numbers what is alive together, from 0; None: it stays until the end. With `first` it is freed before the
+    operator's results are allocated.
+    """
 
     name: str
     nbytes: int
-    kept: bool = False
+    moment: int | None = 0
+    first: bool = False
 
 
 class Operator(NamedTuple):

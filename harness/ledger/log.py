@@ -23,7 +23,8 @@ from torch.utils._python_dispatch import (
     _push_mode,
 )
 
-from harness.ledger.events import KernelMemory, Event, Operator, Storage, Where
+from harness.ledger.categories import KERNEL
+from harness.ledger.events import Event, KernelMemory, Operator, Storage, Where
 from harness.ledger.lines import calling_line
 from harness.ledger.tensors import (
     is_wrapper,
@@ -249,6 +250,8 @@ class Log(TorchDispatchMode):
         name, ended = func.__name__, time_ns()
         self.operators.append(Operator(began, ended, self.where, self.module, name))
         self.work.count(func, args, kwargs, out)
+        kernel = [*self.kernels(func, args, kwargs or {}, out)] if self.kernels is not None else []
+        self._scratch(name, [memory for memory in kernel if memory.first], ended)
         if type(out) is torch.Tensor:
             self.see(out, name, ended)
         elif out is not None:
@@ -256,19 +259,21 @@ class Log(TorchDispatchMode):
                 self.see(tensor, name, ended)
         if collective:
             self._communicated((args, out), name, ended)
-        if self.kernels is not None:
-            self._scratch(name, self.kernels(func, args, kwargs or {}, out), ended)
+        self._scratch(name, [memory for memory in kernel if not memory.first], ended)
 
-    def _scratch(self, op: str, blocks: Iterable[KernelMemory], now: int) -> None:
-        """Log the memory of a kernel. What it does not keep is freed at its end."""
-        scratch = []
-        for name, nbytes, kept in blocks:
-            record = Storage(self._rounded(nbytes), 0, now, self.where, self.module, op, "kernel", name)
-            self.events.append(Event(now, record.nbytes, record, self.where, self.module))
-            if not kept:
-                scratch.append(record)
-        for record in reversed(scratch):
-            self._end(record, now)
+    def _scratch(self, op: str, kernel: Sequence[KernelMemory], now: int) -> None:
+        """Log the memory of a kernel, one moment after the other."""
+        for moment in dict.fromkeys(memory.moment for memory in kernel):
+            records = [
+                Storage(self._rounded(memory.nbytes), 0, now, self.where, self.module, op, KERNEL, memory.name)
+                for memory in kernel
+                if memory.moment == moment
+            ]
+            for record in records:
+                self.events.append(Event(now, record.nbytes, record, self.where, self.module))
+            if moment is not None:
+                for record in reversed(records):
+                    self._end(record, now)
 
     def _is_wrapper_type(self, tensor_type: type, args: Any, kwargs: Any) -> bool:
         self._wrapper_types[tensor_type] = without_torch_function(is_wrapper)(tensor_type, (args, kwargs))

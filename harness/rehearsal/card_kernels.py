@@ -1,19 +1,63 @@
 """What kernels on the card take beside their results: scratch, and the workspaces of libraries."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
+from harness.config.settings import Hardware
+from harness.device.operators import SCRATCH, Card, scratch
+from harness.device.workspaces import CUBLAS, Workspaces, addmm_on_lt
 from harness.ledger.events import KernelMemory
+from harness.ledger.modules import in_backward
+from harness.ledger.tensors import tensors_in
+from harness.ledger.unseen import Unseen
+from harness.rehearsal.card import CARD
+
+FORWARD, BACKWARD = 0, 1
+"""Threads: the program's own, and the one in which autograd runs what is on a GPU. Each has handles of its own."""
 
 
 class CardKernels:
-    """For a ledger's log: the memory of each kernel on a card of this compute capability."""
+    """The memory of each kernel on a card of `page`, for a ledger's log. What no rule knows becomes a gap of `unseen`.
 
-    def __init__(self, capability: float) -> None:
-        self.capability = capability
+    `stream` is called for the stream that is used now.
+    """
+
+    def __init__(self, page: Hardware, stream: Callable[[], int], unseen: Unseen) -> None:
+        self._card = Card(page.capability or 0, page.multiprocessors)
+        self._workspaces = Workspaces(self._card.capability, os.environ, _release())
+        self._stream, self._unseen = stream, unseen
 
     def __call__(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Iterator[KernelMemory]:
-        yield from ()
+        name = func.__name__.partition(".")[0]
+        cublas = name in CUBLAS
+        if not (cublas or name in SCRATCH) or func.namespace != "aten" or not _on_card(args, out):
+            return
+        if cublas:
+            yield from self._workspace(name, args, kwargs)
+        moments = scratch(func, args, kwargs, out, self._card)
+        if moments is None:
+            what = "its scratch on a GPU is not known and in no figure"
+            self._unseen.note(name, "storages", f"{name}: {what}; {SCRATCH[name].source}")
+        for number, moment in enumerate(moments or ()):
+            for nbytes in moment.blocks:
+                yield KernelMemory(f"scratch of {name}", nbytes, number, not moment.outputs)
+
+    def _workspace(self, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[KernelMemory]:
+        thread = BACKWARD if in_backward() else FORWARD
+        lt = name == "addmm" and addmm_on_lt(*args[:3], kwargs.get("beta", 1), os.environ)
+        for nbytes in self._workspaces.take(thread=thread, stream=self._stream(), lt=lt):
+            yield KernelMemory(f"cuBLAS workspace of the {('forward', 'backward')[thread]}'s thread", nbytes, None)
+
+
+def _on_card(*trees: Any) -> bool:
+    tensor = next((each for tree in trees for each in tensors_in(tree)), None)
+    return tensor is not None and getattr(tensor, "fake_device", None) == CARD
+
+
+def _release() -> tuple[int, int]:
+    """torch's release, as (2, 13)."""
+    major, minor = torch.__version__.split(".")[:2]
+    return int(major), int(minor)

@@ -4,8 +4,8 @@ from typing import Any, Self
 
 from harness.ledger import Ledger
 from harness.ledger.account import Account
-from harness.ledger.log import Kernels
 from harness.rehearsal.card import CARD
+from harness.rehearsal.card_kernels import CardKernels
 from harness.rehearsal.card_memory import CardMemory, Exhausted
 
 BLOCK = 512
@@ -13,12 +13,12 @@ BLOCK = 512
 
 
 class CardLedger(Ledger):
-    """A ledger of the card with this `memory`, in which `kernels` says what kernels take. `host` is its host's."""
+    """A ledger of the card with this `memory`. `host` is the ledger of its host."""
 
-    def __init__(self, memory: CardMemory, kernels: Kernels, **options: Any) -> None:
+    def __init__(self, memory: CardMemory, **options: Any) -> None:
         super().__init__(device=str(CARD), allocator=False, block=BLOCK, **options)
         self.memory, self.host = memory, Ledger(device="cpu", allocator=False, **options)
-        self._log.kernels = kernels
+        self._log.kernels = CardKernels(memory.page, lambda: memory.stream, self._unseen)
         memory.events, memory.storage_of = lambda: self._log.events, self._log.alive
 
     def __enter__(self) -> Self:

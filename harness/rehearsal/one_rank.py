@@ -16,7 +16,6 @@ from harness.record import record_file, trace
 from harness.record.memory import Rank
 from harness.record.results import Results
 from harness.rehearsal import card_memory
-from harness.rehearsal.card_kernels import CardKernels
 from harness.rehearsal.card_ledger import CardLedger
 from harness.rehearsal.course import Shortened
 from harness.rehearsal.world import rehearsed
@@ -43,7 +42,7 @@ def rehearse(plan: Plan, rank: int, directory: Path | None = None) -> tuple[Rank
         ledger = (
             Ledger(steps=settings.ledger.steps, device="cpu", allocator=False)
             if memory is None
-            else CardLedger(memory, CardKernels(memory.capability), steps=settings.ledger.steps)
+            else CardLedger(memory, steps=settings.ledger.steps)
         )
         try:
             with _existing_objects_frozen(), ledger:

@@ -8,7 +8,6 @@ from contextlib import ExitStack, contextmanager
 from harness.config import hardware_page
 from harness.ledger.patch import patched
 from harness.rehearsal import card_memory, card_operators
-from harness.rehearsal.card_kernels import CardKernels
 from harness.rehearsal.card_ledger import CardLedger
 from harness.rehearsal.cuda_shims import CUDA_SHIMS
 from harness.rehearsal.from_outside import Outside, ProgramFakes
@@ -39,7 +38,7 @@ def rehearse(
         context.enter_context(outside)
         for mode in (ProgramFakes(), Values(assume, strict=True)):
             context.enter_context(mode)
-        ledger = CardLedger(memory, CardKernels(memory.capability), discover=True, lines=lines)
+        ledger = CardLedger(memory, discover=True, lines=lines)
         context.enter_context(_garbage_collected())
         context.enter_context(ledger)
         yield ledger
