@@ -6,13 +6,11 @@ from typing import Any
 
 import torch
 
-from harness.config.settings import Hardware
 from harness.device.operators import SCRATCH, Card, scratch
 from harness.device.workspaces import CUBLAS, Workspaces, addmm_on_lt
 from harness.ledger.events import KernelMemory
 from harness.ledger.modules import in_backward
 from harness.ledger.tensors import tensors_in
-from harness.ledger.unseen import Unseen
 from harness.rehearsal.card import CARD
 
 FORWARD, BACKWARD = 0, 1
@@ -20,15 +18,13 @@ FORWARD, BACKWARD = 0, 1
 
 
 class CardKernels:
-    """The memory of each kernel on a card of `page`, for a ledger's log. What no rule knows becomes a gap of `unseen`.
+    """The memory of each kernel on `card`, for a ledger's log. `stream` is called for the stream that is used now."""
 
-    `stream` is called for the stream that is used now.
-    """
-
-    def __init__(self, page: Hardware, stream: Callable[[], int], unseen: Unseen) -> None:
-        self._card = Card(page.capability or 0, page.multiprocessors)
+    def __init__(self, card: Card, stream: Callable[[], int]) -> None:
+        self._card = card
+        self._unknown: dict[str, None] = {}
         self._workspaces = Workspaces(self._card.capability, os.environ, _release())
-        self._stream, self._unseen = stream, unseen
+        self._stream = stream
 
     def __call__(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Iterator[KernelMemory]:
         name = func.__name__.partition(".")[0]
@@ -39,11 +35,15 @@ class CardKernels:
             yield from self._workspace(name, args, kwargs)
         moments = scratch(func, args, kwargs, out, self._card)
         if moments is None:
-            what = "its scratch on a GPU is not known and in no figure"
-            self._unseen.note(name, "storages", f"{name}: {what}; {SCRATCH[name].source}")
+            self._unknown[name] = None
         for number, moment in enumerate(moments or ()):
             for nbytes in moment.blocks:
                 yield KernelMemory(f"scratch of {name}", nbytes, number, not moment.outputs)
+
+    def unknown(self) -> str | None:
+        """A sentence with the operators that ran and whose scratch no rule knows. None: there was none."""
+        names = ", ".join(self._unknown)
+        return f"what {names} take beside their results on a GPU is not known and in no figure" if names else None
 
     def _workspace(self, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[KernelMemory]:
         thread = BACKWARD if in_backward() else FORWARD

@@ -18,7 +18,7 @@ class CardLedger(Ledger):
     def __init__(self, memory: CardMemory, **options: Any) -> None:
         super().__init__(device=str(CARD), allocator=False, block=BLOCK, **options)
         self.memory, self.host = memory, Ledger(device="cpu", allocator=False, **options)
-        self._log.kernels = CardKernels(memory.page, lambda: memory.stream, self._unseen)
+        self._log.kernels = self._kernels = CardKernels(memory.card, lambda: memory.stream)
         memory.events, memory.storage_of = lambda: self._log.events, self._log.alive
 
     def __enter__(self) -> Self:
@@ -32,6 +32,8 @@ class CardLedger(Ledger):
     def enough(self) -> None:
         """From now on see only what `"phases"` sees."""
         self.memory.catch_up()
+        if unknown := self._kernels.unknown():
+            self._unseen.note("scratch", "storages", unknown)
         super().enough()
 
     def account(self) -> Account:

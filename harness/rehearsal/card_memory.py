@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from harness.config.settings import Hardware
 from harness.device.allocator_settings import Settings, parse
+from harness.device.call import Card
 from harness.device.caching_allocator import CachingAllocator, OutOfMemory
 from harness.device.outside import budget
 from harness.ledger.events import Event, Storage, Where
@@ -41,9 +42,9 @@ class CardMemory:
         self._highest = 0, 0
 
     @property
-    def capability(self) -> float:
-        """The compute capability; 0 where the page has none."""
-        return self.page.capability or 0
+    def card(self) -> Card:
+        """The card, as rules for its kernels take it."""
+        return Card(self.page.capability or 0, self.page.multiprocessors)
 
     @property
     def total(self) -> int:

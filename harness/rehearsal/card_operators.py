@@ -1,6 +1,7 @@
 """Operators that PyTorch computes otherwise on a GPU: registered for the card while it is rehearsed.
 
-`Tensor.to` is among them, as C++ would compare the device with its own name for the card.
+`harness.device.kernels` has those of a build with CUDA. Here are those for which C++ would ask a tensor for its device,
+and get its own name for the card.
 """
 
 import warnings
@@ -10,10 +11,12 @@ from typing import Any
 
 import torch
 
-from harness.device.kernels import KERNELS
+from harness.device.call import Card
+from harness.device.kernels import installed
 from harness.rehearsal import card_autocast
 from harness.rehearsal.card import in_python
 
+_aten = torch.ops.aten
 _ON_CARD = "AutogradCUDA", "CUDA"
 _ON_HOST = "AutogradCPU", "CPU"
 
@@ -31,18 +34,55 @@ def _to(
 ) -> torch.Tensor:
     """`Tensor.to`: the tensor itself where nothing changes, as in aten/src/ATen/native/TensorConversions.cpp."""
     device = self.device if device is None else in_python(device)
-    kept = memory_format in (None, torch.preserve_format) or self.is_contiguous(memory_format=memory_format)
-    if dtype in (None, self.dtype) and layout in (None, self.layout) and device == self.device and kept and not copy:
+    same_format = memory_format in (None, torch.preserve_format) or self.is_contiguous(
+        memory_format=memory_format
+    )
+    same = dtype in (None, self.dtype) and layout in (None, self.layout) and device == self.device
+    if same and same_format and not copy:
         return self
     options = {"layout": layout, "pin_memory": pin_memory, "non_blocking": non_blocking}
-    return torch.ops.aten._to_copy(
+    copied: torch.Tensor = _aten._to_copy(
         self, dtype=dtype or self.dtype, device=device, memory_format=memory_format, **options
     )
+    return copied
+
+
+def _dropout(input: torch.Tensor, p: float, train: bool) -> torch.Tensor:
+    """One kernel that returns its mask as booleans: is_fused_kernel_acceptable of aten/src/ATen/native/Dropout.cpp."""
+    if not train or p == 0 or not input.numel():
+        return input
+    result: torch.Tensor = (
+        input * torch.zeros((), dtype=input.dtype, device=input.device) if p == 1 else _aten.native_dropout(input, p, train)[0]
+    )
+    return result
+
+
+def _softmax(self: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """One kernel from fp16 to fp32: softmax of aten/src/ATen/native/SoftMax.cpp."""
+    result: torch.Tensor
+    if self.dtype == torch.float16 and dtype == torch.float32:
+        result = _aten._softmax(self, dim, True)
+    else:
+        result = _aten._softmax(self if dtype is None else self.to(dtype), dim, False)
+    return result
+
+
+def _log_softmax(self: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """As `_softmax`."""
+    result: torch.Tensor
+    if self.dtype == torch.float16 and dtype == torch.float32:
+        result = _aten._log_softmax(self, dim, True)
+    else:
+        result = _aten._log_softmax(self if dtype is None else self.to(dtype), dim, False)
+    return result
+
+
+_BY_DEVICE = {"dropout": _dropout, "softmax.int": _softmax, "log_softmax.int": _log_softmax}
 
 
 @contextmanager
-def registered() -> Iterator[None]:
-    """Register them in this context."""
+def registered(card: Card) -> Iterator[None]:
+    """Register them for `card` in this context."""
     library = torch.library.Library("aten", "IMPL")
     try:
         with warnings.catch_warnings():
@@ -51,10 +91,11 @@ def registered() -> Iterator[None]:
                 library.impl(name, kernel, card_autocast.KEY, allow_override=True)
         for key in (*_ON_CARD, *_ON_HOST):
             library.impl("to.dtype_layout", _to, key)
-        for name, kernel in KERNELS.items():
-            for key in _ON_CARD:
+        for key in _ON_CARD:
+            for name, kernel in _BY_DEVICE.items():
                 library.impl(name, kernel, key)
-        yield
+        with installed(card):
+            yield
     finally:
         library._destroy()
         card_autocast.clear()

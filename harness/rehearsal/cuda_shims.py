@@ -118,19 +118,23 @@ def get_device_name(device: Any = None) -> str:
 
 
 def get_device_capability(device: Any = None) -> tuple[int, int]:
-    major, minor = f"{current().capability:.1f}".split(".")
-    return int(major), int(minor)
+    return current().card.version
 
 
 def get_device_properties(device: Any = None) -> Any:
     major, minor = get_device_capability()
     return SimpleNamespace(
-        name=current().page.name, major=major, minor=minor, total_memory=current().total, warp_size=32
+        name=current().page.name,
+        major=major,
+        minor=minor,
+        total_memory=current().total,
+        multi_processor_count=current().card.multiprocessors,
+        warp_size=32,
     )
 
 
 def is_bf16_supported(including_emulation: bool = True) -> bool:
-    return including_emulation or current().capability >= 8
+    return including_emulation or current().card.capability >= 8
 
 
 def current_stream(device: Any = None) -> Stream:

@@ -6,8 +6,10 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 
+from harness.device.call import Card
+from harness.device.kernels import KERNELS
 from harness.ledger.tensors import shared, tensors_in
-from harness.rehearsal.card import in_cpp, in_python
+from harness.rehearsal.card import CARD, in_cpp, in_python
 
 _aten = torch.ops.aten
 
@@ -47,10 +49,14 @@ _WAIT = torch.ops._c10d_functional.wait_tensor.default
 
 
 class Fakes(FakeTensorMode):
-    """A FakeTensorMode with shortcuts: most operators take a fraction of the time of torch's own dispatch."""
+    """A FakeTensorMode with shortcuts: most operators take a fraction of the time of torch's own dispatch.
 
-    def __init__(self) -> None:
+    With `card` its CUDA device is that one.
+    """
+
+    def __init__(self, card: Card | None = None) -> None:
         super().__init__(allow_non_fake_inputs=True)
+        self._card = card
         # from an operator and its arguments' layouts to its output's size, stride and dtype
         self._layouts: dict[Any, tuple[Any, Any, torch.dtype]] = {}
 
@@ -71,6 +77,9 @@ class Fakes(FakeTensorMode):
             return in_cpp(args[0].fake_device)
         if func is _ITEM:  # inside of an operator: a program's own is answered by `Values`
             return 1.0 if args[0].dtype.is_floating_point else 1
+        if func in KERNELS and self._card is not None and self._device(args, {}) == CARD:
+            with self:  # under torch.inference_mode an operator arrives here before it is decomposed
+                return KERNELS[func](*args, **kwargs, card=self._card)
         if "device" in kwargs:
             kwargs = {**kwargs, "device": in_python(kwargs["device"])}
         if func.namespace == "c10d":  # these operators return their arguments
@@ -91,6 +100,9 @@ class Fakes(FakeTensorMode):
             return self._remembered(func, types, args, kwargs, device)
         if func is _ITEM:  # inside of an operator: a program's own is answered by `Values`
             return 1.0 if args[0].dtype.is_floating_point else 1
+        if func in KERNELS and self._card is not None and self._device(args, {}) == CARD:
+            with self:  # under torch.inference_mode an operator arrives here before it is decomposed
+                return KERNELS[func](*args, **kwargs, card=self._card)
         if "device" in kwargs:
             kwargs = {**kwargs, "device": "meta", "pin_memory": False}
         with in_kernel_invocation_manager(self):

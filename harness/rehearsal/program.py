@@ -34,9 +34,9 @@ def rehearse(
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         context.enter_context(card_memory.being(memory))
         context.enter_context(patched(*CUDA_SHIMS, *PROGRAM_SHIMS, outside.shim()))
-        context.enter_context(card_operators.registered())
+        context.enter_context(card_operators.registered(memory.card))
         context.enter_context(outside)
-        for mode in (ProgramFakes(), Values(assume, strict=True)):
+        for mode in (ProgramFakes(memory.card), Values(assume, strict=True)):
             context.enter_context(mode)
         ledger = CardLedger(memory, discover=True, lines=lines)
         context.enter_context(_garbage_collected())
