@@ -1,12 +1,11 @@
-"""The programs whose memory Liger-Kernel's benchmarks measured, in plain PyTorch and transformers.
+"""Layers of `measured_operators.csv`: what each benchmark's script built, and the call whose peak it printed.
 
-Each function takes a row and `measure`: it builds what that benchmark's script built at the time of the row (shapes,
-dtypes, modules, what its frame keeps alive), and hands `measure` the call whose peak the script printed. A name that
-begins with `_` is alive in the script and used by the other provider alone. `tests/benchmarks/measured.py` runs them.
+Each function takes a row and `measure`. It builds what the script built at the time of the row (shapes, dtypes,
+modules, what its frame keeps alive) and hands `measure` the call. A name that begins with `_` is alive in the script,
+for the other provider.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,60 +13,7 @@ from torch.nn import functional
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
 
-
-
-Measure = Callable[[Callable[[], object]], int]
-"""Bytes: the most that was allocated within a call."""
-CUDA = "cuda"
-
-
-class Row(NamedTuple):
-    """A line of `measured_operators.csv`; `config` are the sizes that are the same for all of `x_name`'s values."""
-
-    kernel: str
-    provider: str
-    mode: str
-    x_name: str
-    x_value: int
-    peak_mib: float
-    config: dict[str, Any]
-    gpu: str
-    date: str
-    version: str
-
-    def size(self, name: str) -> int:
-        """The size `name` of the benchmark's configuration, which may be the one that the rows vary."""
-        return self.x_value if name == self.x_name else int(self.config[name])
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Raises KeyError where the benchmark has no such setting."""
-        return {"torch.float32": torch.float32, "torch.bfloat16": torch.bfloat16}[self.config["dtype"]]
-
-
-def in_mode(row: Row, measure: Measure, forward: Callable[[], Tensor]) -> int:
-    """Of `forward`, of the backward of a forward done before, or of both; each backward keeps its graph."""
-    if row.mode == "forward":
-        return measure(forward)
-    if row.mode == "backward":
-        output = forward()
-        gradient = torch.randn_like(output)
-        return measure(lambda: output.backward(gradient, retain_graph=True))
-
-    def full() -> None:
-        output = forward()
-        output.backward(torch.randn_like(output), retain_graph=True)
-
-    return measure(full)
-
-
-def cross_entropy(row: Row, measure: Measure) -> int:
-    """`CrossEntropyLoss` of float32 logits."""
-    tokens, vocabulary = row.size("B") * row.size("T"), row.size("V")
-    loss = nn.CrossEntropyLoss()
-    logits = torch.randn(tokens, vocabulary, requires_grad=True, device=CUDA)
-    target = torch.randint(vocabulary, (tokens, 1), device=CUDA).squeeze(1)
-    return measure(lambda: loss(logits, target).backward())
+from tests.benchmarks.measured_rows import CUDA, Measure, Row, in_mode
 
 
 def embedding(row: Row, measure: Measure) -> int:
@@ -111,22 +57,6 @@ def left_by_compile(row: Row) -> list[nn.Embedding]:
                 layer.weight.grad = torch.empty_like(layer.weight)
             left.append(layer)
     return left
-
-
-def fused_linear_cross_entropy(row: Row, measure: Measure) -> int:
-    """A head of the vocabulary's width and `CrossEntropyLoss`, one after the other."""
-    hidden, vocabulary, tokens = row.size("H"), row.size("V"), row.size("BT")
-    head = nn.Linear(hidden, vocabulary, bias=False, dtype=row.dtype).to(CUDA)
-    _liger = nn.Linear(hidden, vocabulary, bias=False, dtype=row.dtype).to(CUDA)
-    loss = nn.CrossEntropyLoss()
-    hidden_states = torch.randn(tokens, hidden, requires_grad=True, dtype=row.dtype, device=CUDA)
-    target = torch.randint(vocabulary, (tokens, 1), device=CUDA).squeeze(1)
-
-    def forward() -> Tensor:
-        logits = head(hidden_states)
-        return loss(logits, target)  # type: ignore[no-any-return]
-
-    return measure(lambda: forward().backward())
 
 
 def gated_mlp(row: Row, measure: Measure) -> int:
@@ -213,140 +143,6 @@ def angles(frequencies: Tensor, positions: Tensor, dtype: torch.dtype) -> tuple[
     products = (frequencies[None, :, None] @ positions[:, None, :].float()).transpose(1, 2)
     both = torch.cat((products, products), dim=-1)
     return both.cos().to(dtype), both.sin().to(dtype)
-
-
-def kl_div(row: Row, measure: Measure) -> int:
-    """`nn.KLDivLoss` of a log-softmax whose own graph is kept."""
-    shape = (row.size("B") * row.size("T"), row.size("V"))
-    loss = nn.KLDivLoss(reduction="batchmean")
-    predicted = torch.randn(shape, requires_grad=True, device=CUDA).log_softmax(dim=-1)
-    target = torch.randn(shape, device=CUDA).softmax(dim=-1)
-
-    def full() -> None:
-        divergence = loss(predicted, target)
-        divergence.backward(retain_graph=True)
-
-    return measure(full)
-
-
-def fused_linear_jsd(row: Row, measure: Measure) -> int:
-    """A student's and a teacher's head and the Jensen-Shannon divergence between them, in float32."""
-    hidden, vocabulary, tokens = row.size("H"), row.size("V"), row.size("BT")
-    student, teacher = (
-        nn.Linear(hidden, vocabulary, bias=False, dtype=row.dtype, device=CUDA) for _ in range(2)
-    )
-    divergence = nn.KLDivLoss(reduction="batchmean", log_target=True)
-    states = torch.rand(tokens, hidden, requires_grad=True, dtype=row.dtype, device=CUDA)
-    teacher_states = torch.rand(tokens, hidden, dtype=row.dtype, device=CUDA)
-
-    def forward() -> Tensor:
-        student_logits = student(states)
-        teacher_logits = teacher(teacher_states)
-        log_q = torch.log_softmax(student_logits / 1.0, dim=-1)
-        log_p = torch.log_softmax(teacher_logits / 1.0, dim=-1)
-        return jensen_shannon(divergence, log_q, log_p).to(row.dtype)
-
-    def full() -> None:
-        loss = forward()
-        loss.backward()
-
-    return measure(full)
-
-
-def jensen_shannon(divergence: nn.KLDivLoss, log_q_low: Tensor, log_p_low: Tensor) -> Tensor:
-    """Of two log-probabilities (N, V), whose lower precision the caller keeps alive."""
-    log_p, log_q = log_p_low.to(torch.float), log_q_low.to(torch.float)
-    mean = torch.lerp(torch.exp(log_p), torch.exp(log_q), 0.5)
-    halves = 0.5 * divergence(torch.log(mean), log_p) + 0.5 * divergence(torch.log(mean), log_q)
-    return halves  # type: ignore[no-any-return]
-
-
-def token_log_probabilities(logits: Tensor, labels: Tensor, ignored: int) -> Tensor:
-    """The mean log-probability of each sequence's labels: (B, T, V) and (B, T) to (B,)."""
-    mask = labels != ignored
-    indices = torch.where(labels == ignored, 0, labels)
-    chosen = torch.gather(logits.log_softmax(-1), dim=2, index=indices.unsqueeze(2)).squeeze(2)
-    return (chosen * mask).sum(-1) / mask.sum(-1)
-
-
-def fused_linear_orpo_loss(row: Row, measure: Measure) -> int:
-    """TRL's ORPO loss from a head's logits: the first half of the batch is chosen, the second rejected."""
-    batch, length, hidden, vocabulary = (row.size(name) for name in ("B", "T", "H", "V"))
-    head = nn.Linear(hidden, vocabulary, bias=False, dtype=row.dtype).to(CUDA)
-    _liger = nn.Linear(hidden, vocabulary, bias=False, dtype=row.dtype).to(CUDA)
-    states = torch.randn(batch, length, hidden, requires_grad=True, dtype=row.dtype, device=CUDA)
-    target = torch.randint(vocabulary, (batch, length), device=CUDA)
-
-    def forward() -> Tensor:
-        output = states @ head.weight.t()
-        logits = output.float()
-        half = batch // 2
-        likelihood = functional.cross_entropy(logits[:half].view(-1, vocabulary), target[:half].view(-1))
-        log_probabilities = token_log_probabilities(logits, target, -100)
-        del output, logits
-        chosen, rejected = log_probabilities[:half], log_probabilities[half:]
-        odds = (chosen - rejected) - (torch.log1p(-torch.exp(chosen)) - torch.log1p(-torch.exp(rejected)))
-        return likelihood - (0.1 * functional.logsigmoid(odds)).mean()
-
-    def full() -> None:
-        loss = forward()
-        loss.backward()
-
-    return measure(full)
-
-
-def kto_loss(row: Row, measure: Measure) -> int:
-    """TRL's KTO loss from the logits of a policy's and a reference's head, with biases.
-
-    Which sequences are desired is random and has no seed: here it is half of them. No size depends on it but of a few
-    hundred bytes, as the chosen and the rejected are the whole batch together.
-    """
-    batch, length, hidden, vocabulary = (row.size(name) for name in ("B", "T", "H", "V"))
-    head, reference, _liger, _liger_reference = (
-        nn.Linear(hidden, vocabulary, dtype=row.dtype).to(CUDA) for _ in range(4)
-    )
-    states = torch.randn(batch, length, hidden, device=CUDA, dtype=row.dtype)
-    target = torch.randint(vocabulary, (batch, length), device=CUDA)
-    _labels = torch.randint(2, (batch,), device=CUDA).bool()
-    divergence = torch.randn(1, device=CUDA, dtype=row.dtype)
-    reference_states = torch.randn(batch, length, hidden, device=CUDA, dtype=row.dtype)
-    desired, undesired = torch.arange(batch, device=CUDA).chunk(2)
-    ignored, beta = int(row.config["ignore_index"]), float(row.config["beta"])
-
-    def log_probabilities_of(logits: Tensor) -> tuple[Tensor, Tensor]:
-        every = token_log_probabilities(logits, target, ignored)
-        return every[desired], every[undesired]
-
-    @torch.no_grad()
-    def of_reference() -> tuple[Tensor, Tensor]:
-        logits = reference_states @ reference.weight.t()
-        logits = logits + reference.bias
-        return log_probabilities_of(logits)
-
-    def policy() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        output = states @ head.weight.t()
-        output = output + head.bias
-        logits = output.float()
-        return *log_probabilities_of(logits), logits[desired], logits[undesired]
-
-    def forward() -> Tensor:
-        chosen, rejected, *logits = policy()
-        reference_chosen, reference_rejected = of_reference()
-        gain, loss = chosen - reference_chosen, rejected - reference_rejected
-        losses = torch.cat(
-            (
-                1 - functional.sigmoid(beta * (gain - divergence)),
-                1 - functional.sigmoid(beta * (divergence - loss)),
-            )
-        )
-        _sums = [each.detach().sum() for each in logits]
-        return losses.mean()
-
-    def full() -> None:
-        loss = forward()
-        loss.backward()
-
-    return measure(full)
 
 
 def softmax(row: Row, measure: Measure) -> int:
