@@ -18,6 +18,7 @@ import torch
 import harness
 from harness.record import record_file
 from tests.benchmarks import measured_experts, measured_kernels, measured_losses
+from tests.benchmarks.measured_models import MODELS, UNEXPRESSED, Model
 from tests.benchmarks.measured_rows import HARDWARE, Measure, Row, read
 
 PROGRAMS: dict[str, Callable[[Row, Measure], int]] = {
@@ -192,7 +193,22 @@ def totals(results: Sequence[Result]) -> str:
     )
 
 
+def model_line(model: Model, rehearsed: int) -> str:
+    """A whole model as a line of the table."""
+    difference = (rehearsed - model.published) / model.published
+    figures = (f"{model.published:,}", f"{rehearsed:,}", f"{difference:+.2%}")
+    return cells(model.source, model.case, *figures, model.assumed)
+
+
+def unexpressed() -> str:
+    """What has no program, as a list."""
+    return "\n".join(
+        fill(f"- **{source}**: {why}.", 120, subsequent_indent="  ") for source, why in UNEXPRESSED.items()
+    )
+
+
 COLUMNS = ("case", "settings", "hardware", "published", "+-", "rehearsed", "difference")
+MODEL_COLUMNS = ("source", "case", "published", "rehearsed", "difference", "assumed")
 SUMMARY = ("kernel", "rows", "exact", "largest difference")
 
 PAGE = """\
@@ -216,6 +232,16 @@ No figure here is fitted to a row. A rule comes from PyTorch's source or NVIDIA'
 {summary}
 
 {sections}
+
+## Whole models
+
+Bytes; published figures are rounded to a hundredth of a GiB, or a tenth.
+
+{models}
+
+Without a program here:
+
+{unexpressed}
 """
 
 
@@ -233,6 +259,10 @@ def main() -> None:
                 [heading(*SUMMARY), *(summary_line(name, group) for name, group in groups.items())]
             ),
             sections="\n\n".join(kernel_section(name, group) for name, group in groups.items()),
+            models="\n".join(
+                [heading(*MODEL_COLUMNS), *(model_line(each, each.program()) for each in MODELS)]
+            ),
+            unexpressed=unexpressed(),
         ),
         end="",
     )

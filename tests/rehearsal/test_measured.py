@@ -8,6 +8,7 @@ import pytest
 
 from tests.benchmarks import measured
 from tests.benchmarks.measured_experts import tokens_of_experts
+from tests.benchmarks.measured_models import MODELS, Model
 from tests.benchmarks.measured_rows import Row, read
 from tests.benchmarks.philox import Generator, philox
 from tests.pages import installed_as_pinned, pinned
@@ -69,6 +70,20 @@ def test_the_summary_counts_the_rows() -> None:
         for summary in (measured.summary_line(*each) for each in measured.by_kernel(results()))
         if summary not in lines()
     ] == []
+
+
+@on_the_page
+@pytest.mark.parametrize("model", MODELS[:2], ids=lambda model: model.case)
+def test_a_rehearsal_gives_the_whole_model_on_the_page(model: Model) -> None:
+    assert measured.model_line(model, model.program()) in lines()
+
+
+def test_every_whole_model_is_on_the_page_with_the_difference_of_its_figures() -> None:
+    for model in MODELS:
+        start = measured.cells(model.source, model.case, f"{model.published:,}").removesuffix("|")
+        (line,) = [each for each in lines() if each.startswith(start)]
+        assert line == measured.model_line(model, int(line.split(" | ")[3].replace(",", "")))
+    assert measured.unexpressed() in PAGE.read_text()
 
 
 def test_the_sentences_are_those_of_the_command() -> None:
