@@ -243,7 +243,8 @@ MODELS = (
 
 UNEXPRESSED = {
     "torchtune README, the other rows": (
-        "padded batches depend on a dataset's lengths, and the rows after packed are compiled: a rehearsal compiles nothing"
+        "padded batches depend on a dataset's lengths; the rows after packed are compiled, and a rehearsal compiles "
+        "nothing"
     ),
     "torchtitan, Llama-3.1-8B and 405B; torchtitan#773, #191": (
         "the harness trains with DeepSpeed's ZeRO and in pipelines, and has neither FSDP nor tensor parallelism there"
