@@ -105,11 +105,25 @@ class Result(NamedTuple):
         return least <= self.rehearsed <= most
 
 
-def rehearse(row: Row) -> int:
-    """Bytes at the peak of the row's program, after one run of all of it: the benchmarks measure speed first."""
-    with harness.rehearse(hardware=HARDWARE[row.gpu]):
-        PROGRAMS[row.kernel](row._replace(mode="full"), call_once)
-        return PROGRAMS[row.kernel](row, median_peak)
+def rehearse(rows: Sequence[Row]) -> list[Result]:
+    """The rows of one benchmark on one GPU, in one process, as they were measured.
+
+    All of it runs once before anything is measured, as the benchmarks measure speed first: threads have their
+    workspaces then, and the allocator the blocks of the largest size.
+    """
+    (hardware,) = {HARDWARE[row.gpu] for row in rows}
+    with harness.rehearse(hardware=hardware):
+        for row in {row.x_value: row for row in rows}.values():
+            PROGRAMS[row.kernel](row._replace(mode="full"), call_once)
+        return [Result(row, PROGRAMS[row.kernel](row, median_peak)) for row in rows]
+
+
+def processes(rows: Sequence[Row]) -> list[list[Row]]:
+    """The rows of each benchmark, whose modes and sizes ran one after another."""
+    grouped: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        grouped.setdefault((row.kernel, row.gpu, row.x_name, str(row.config)), []).append(row)
+    return list(grouped.values())
 
 
 def call_once(call: Callable[[], object]) -> int:
@@ -247,7 +261,7 @@ Without a program here:
 
 def main() -> None:
     machine = record_file.environment()
-    results = [Result(row, rehearse(row)) for row in read()]
+    results = [result for rows in processes(read()) for result in rehearse(rows)]
     groups = dict(by_kernel(results))
     print(
         PAGE.format(
