@@ -65,7 +65,7 @@ CAUSES = {
         f"{BLOCK} The rows whose experts' tensors have at most 1 MiB are exact: such blocks are split to the 512 bytes."
     ),
     "kto_loss": (
-        f"{COMPILED}, but for 1 MiB with a batch of 2 and of 4. By the sizes it is four weights and biases, a fifth "
+        f"{COMPILED}, but for blocks that are not split. By the sizes it is four weights and biases, a fifth "
         "weight, and six batch entries of both states and of targets."
     ),
     "megatron_rms_norm": (
@@ -97,6 +97,11 @@ class Result(NamedTuple):
 
     row: Row
     rehearsed: int
+
+    @property
+    def difference(self) -> int:
+        """Bytes above the published figure."""
+        return self.rehearsed - self.row.published
 
     @property
     def exact(self) -> bool:
@@ -165,7 +170,7 @@ def case(row: Row) -> tuple[str, str, str]:
 def line(result: Result) -> str:
     """A result as a line of its kernel's table."""
     row, (least, most) = result.row, result.row.interval
-    difference = "exact" if result.exact else f"{result.rehearsed - row.published:+,}"
+    difference = "exact" if result.exact else f"{result.difference:+,}"
     figures = (f"{row.published:,}", f"{(most - least) // 2}", f"{result.rehearsed:,}", difference)
     return cells(*case(row), *figures)
 
@@ -184,9 +189,10 @@ def kernel_section(kernel: str, results: Sequence[Result]) -> str:
 
 def summary_line(kernel: str, results: Sequence[Result]) -> str:
     """A kernel's line in the summary."""
-    exact = sum(result.exact for result in results)
-    worst = max(abs(result.rehearsed - result.row.published) / result.row.published for result in results)
-    return cells(kernel, len(results), exact, "-" if exact == len(results) else f"{worst:.3%}")
+    missed = [each for each in results if not each.exact]
+    worst = max(missed, key=lambda each: abs(each.difference) / each.row.published, default=None)
+    largest = f"{worst.difference:+,}, {worst.difference / worst.row.published:+.2%}" if worst else "-"
+    return cells(kernel, len(results), len(results) - len(missed), largest)
 
 
 def by_kernel(results: Sequence[Result]) -> Iterator[tuple[str, list[Result]]]:
@@ -237,7 +243,7 @@ and checked by `tests/rehearsal/test_measured.py`.
 Peaks in bytes: what Liger-Kernel's benchmarks measured of plain PyTorch and transformers, not of its own kernels
 (github.com/linkedin/Liger-Kernel, `benchmark/data/all_benchmark_data.csv`, commit ead96b6), beside a rehearsal of
 what their scripts did at that time. They print `max_memory_allocated()` in MiB as float32, so that a published figure
-may be +- some bytes; exact is a rehearsal within those. PyTorch was older then: 2.4 in 2024 at the earliest.
+may be +- some bytes; exact is a rehearsal within those. PyTorch was older then: 2.4 or later.
 
 No figure here is fitted to a row. A rule comes from PyTorch's source or NVIDIA's documentation.
 
