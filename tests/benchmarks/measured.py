@@ -48,8 +48,9 @@ BLOCK = (
     "that ran before in that process, and Liger's own kernels ran there, which a rehearsal has not."
 )
 COMPILED = (
-    "Liger's own loss ran before in that process under `torch.compile`, once with a batch of 2 and once, for any size, "
-    "with 4, and what it was called with then stayed alive: the difference is the same for every batch"
+    "Liger's own loss ran before in that process. It compiles a function that is made anew in each call, and whose "
+    "closure has weights, their gradient, targets and the loss: such tensors stayed alive, as the difference is the same "
+    "for every batch"
 )
 CAUSES = {
     "embedding": f"{BLOCK} Here 8,177,664 bytes of scratch lie in a block of 8 MiB, 210,944 bytes more.",
@@ -58,15 +59,15 @@ CAUSES = {
         "part, one for 131,072 elements, and a counter (`setReduceConfig` in PyTorch's Reduce.cuh)."
     ),
     "fused_linear_orpo_loss": (
-        f"{COMPILED}. By the sizes it is two weights of the head, ten batch entries of bfloat16 states, six of int64 "
-        "targets and 512 bytes, for sequences of 1,024 tokens and of 4,096 alike."
+        f"{COMPILED}. By their sizes they are two weights of the head, states of ten sequences, targets of six and "
+        "512 bytes, for sequences of 1,024 tokens and of 4,096 alike."
     ),
     "fused_moe": (
         f"{BLOCK} The rows whose experts' tensors have at most 1 MiB are exact: such blocks are split to the 512 bytes."
     ),
     "kto_loss": (
-        f"{COMPILED}, but for blocks that are not split. By the sizes it is four weights and biases, a fifth "
-        "weight, and six batch entries of both states and of targets."
+        f"{COMPILED}, but for blocks that are not split. By their sizes they are five weights, four biases, both "
+        "states and the targets of six sequences, and 4,608 bytes."
     ),
     "megatron_rms_norm": (
         "On CUDA `nn.RMSNorm` is one kernel that saves its input and one number a row; elsewhere it is many operators."
