@@ -49,8 +49,8 @@ BLOCK = (
 )
 COMPILED = (
     "Liger's own loss ran before in that process. It compiles a function that is made anew in each call, and whose "
-    "closure has weights, their gradient, targets and the loss: such tensors stayed alive, as the difference is the same "
-    "for every batch"
+    "closure has weights, their gradient, targets and the loss: such tensors stayed alive, as the difference is the "
+    "same for every batch"
 )
 CAUSES = {
     "embedding": f"{BLOCK} Here 8,177,664 bytes of scratch lie in a block of 8 MiB, 210,944 bytes more.",
