@@ -1,0 +1,293 @@
+"""What others measured on GPUs, beside a rehearsal of the same program on a machine without one.
+
+    python -m tests.benchmarks.measured > profiles/measured.md
+
+Prints a page: every row of `measured_operators.csv`, and the whole models of `measured_models.py`. Takes some minutes.
+`tests/rehearsal/test_measured.py` holds the committed page against what is computed anew.
+"""
+
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from statistics import median
+from textwrap import fill
+from typing import NamedTuple
+
+import torch
+
+import harness
+from harness.record import record_file
+from tests.benchmarks import measured_experts, measured_kernels, measured_losses
+from tests.benchmarks.measured_models import MODELS, UNEXPRESSED, Model
+from tests.benchmarks.measured_rows import HARDWARE, Measure, Row, read
+
+PROGRAMS: dict[str, Callable[[Row, Measure], int]] = {
+    "cross_entropy": measured_losses.cross_entropy,
+    "embedding": measured_kernels.embedding,
+    "fused_linear_cross_entropy": measured_losses.fused_linear_cross_entropy,
+    "fused_linear_jsd": measured_losses.fused_linear_jsd,
+    "fused_linear_orpo_loss": measured_losses.fused_linear_orpo_loss,
+    "fused_moe": measured_experts.fused_moe,
+    "geglu": measured_kernels.gated_mlp,
+    "kl_div": measured_losses.kl_div,
+    "kto_loss": measured_losses.kto_loss,
+    "layer_norm": measured_kernels.layer_norm,
+    "megatron_rms_norm": measured_kernels.megatron_rms_norm,
+    "relu_squared": measured_kernels.relu_squared,
+    "rms_norm": measured_kernels.rms_norm,
+    "rope": measured_kernels.rope,
+    "softmax": measured_kernels.softmax,
+    "swiglu": measured_kernels.gated_mlp,
+}
+CALLS = 3
+"""Of each program; the benchmarks make ten, of which those after the second are like the second."""
+
+BLOCK = (
+    "A request of more than 1 MiB gets a free block whole if no more than 1 MiB of it would be left, and all of it "
+    "counts as allocated (`should_split` in PyTorch's CUDACachingAllocator.cpp). Which blocks are free depends on all "
+    "that ran before in that process, and Liger's own kernels ran there, which a rehearsal has not."
+)
+COMPILED = (
+    "Liger's own loss ran before in that process. It compiles a function that is made anew in each call, and whose "
+    "closure has weights, their gradient, targets and the loss: such tensors stayed alive, as the difference is the "
+    "same for every batch"
+)
+CAUSES = {
+    "embedding": f"{BLOCK} Here 8,177,664 bytes of scratch lie in a block of 8 MiB, 210,944 bytes more.",
+    "fused_linear_jsd": (
+        "The sum of all elements of a tensor takes scratch on CUDA: 4 bytes for each block of threads that adds up a "
+        "part, one for 131,072 elements, and a counter (`setReduceConfig` in PyTorch's Reduce.cuh)."
+    ),
+    "fused_linear_orpo_loss": (
+        f"{COMPILED}. By their sizes they are two weights of the head, states of ten sequences, targets of six and "
+        "512 bytes, for sequences of 1,024 tokens and of 4,096 alike."
+    ),
+    "fused_moe": (
+        f"{BLOCK} The rows whose experts' tensors have at most 1 MiB are exact: such blocks are split to the 512 bytes."
+    ),
+    "kto_loss": (
+        f"{COMPILED}, but for blocks that are not split. By their sizes they are five weights, four biases, both "
+        "states and the targets of six sequences, and 4,608 bytes."
+    ),
+    "megatron_rms_norm": (
+        "On CUDA `nn.RMSNorm` is one kernel that saves its input and one number a row; elsewhere it is many operators."
+    ),
+    "softmax": (
+        "Softmax's backward on CUDA makes a tensor of gradient times output first (`softmax_backward_cuda_out` in "
+        "PyTorch's SoftMax.cu); on a CPU it does not."
+    ),
+}
+"""Why a kernel's rows that are not exact are not. None of these sizes is used in any figure."""
+
+ASSUMED = {
+    "embedding": (
+        "What ran under `torch.compile` before is kept alive: LLaMA's embeddings of both speed tests, the second with "
+        "gradients, then BERT's of the memory test. The sizes say which: 12,240 MiB and 1,530 MiB, in the rows of "
+        "Liger's own kernel too, and the rows of `torch.compile` fall by exactly both where it gave up compiling."
+    ),
+    "fused_linear_orpo_loss": (
+        "Where sequences have 4,096 tokens the logits are in bfloat16, as half the bytes of each say. The one version "
+        "of that script which is in the repository has 1,024 tokens, and float32."
+    ),
+}
+"""What a program has from the rows that it is held against, because no script says it."""
+
+
+class Result(NamedTuple):
+    """A row, and the bytes that its rehearsal has at its peak."""
+
+    row: Row
+    rehearsed: int
+
+    @property
+    def difference(self) -> int:
+        """Bytes above the published figure."""
+        return self.rehearsed - self.row.published
+
+    @property
+    def exact(self) -> bool:
+        """Whether the published figure can be these bytes."""
+        least, most = self.row.interval
+        return least <= self.rehearsed <= most
+
+
+def rehearse(rows: Sequence[Row]) -> list[Result]:
+    """The rows of one benchmark on one GPU, in one process, as they were measured.
+
+    All of it runs once before anything is measured, as the benchmarks measure speed first: threads have their
+    workspaces then, and the allocator the blocks of the largest size.
+    """
+    (hardware,) = {HARDWARE[row.gpu] for row in rows}
+    with harness.rehearse(hardware=hardware):
+        for row in {row.x_value: row for row in rows}.values():
+            PROGRAMS[row.kernel](row._replace(mode="full"), call_once)
+        return [Result(row, PROGRAMS[row.kernel](row, median_peak)) for row in rows]
+
+
+def processes(rows: Sequence[Row]) -> list[list[Row]]:
+    """The rows of each benchmark, whose modes and sizes ran one after another."""
+    grouped: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        grouped.setdefault((row.kernel, row.gpu, row.x_name, str(row.config)), []).append(row)
+    return list(grouped.values())
+
+
+def call_once(call: Callable[[], object]) -> int:
+    """No figure: what `call` does is of use to what is measured after it."""
+    call()
+    return 0
+
+
+def median_peak(call: Callable[[], object]) -> int:
+    """The median of the bytes at the peak of several calls."""
+    peaks = []
+    for _ in range(CALLS):
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        peaks.append(torch.cuda.max_memory_allocated())
+    return int(median(peaks))
+
+
+def cells(*values: object) -> str:
+    """A line of a table."""
+    return f"| {' | '.join(str(value) for value in values)} |"
+
+
+def heading(*names: str) -> str:
+    """The first lines of a table."""
+    return f"{cells(*names)}\n{cells(*('---' for _ in names))}"
+
+
+def case(row: Row) -> tuple[str, str, str]:
+    """What tells a row from the others of its kernel: mode and size, settings, hardware."""
+    settings = (
+        f"{name} {str(value).removeprefix('torch.')}"
+        for name, value in row.config.items()
+        if value is not None and name not in ("mode", "sweep_dim")
+    )
+    return f"{row.mode}, {row.x_name} {row.x_value}", ", ".join(settings), HARDWARE[row.gpu]
+
+
+def line(result: Result) -> str:
+    """A result as a line of its kernel's table."""
+    row, (least, most) = result.row, result.row.interval
+    difference = "exact" if result.exact else f"{result.difference:+,}"
+    figures = (f"{row.published:,}", f"{(most - least) // 2}", f"{result.rehearsed:,}", difference)
+    return cells(*case(row), *figures)
+
+
+def kernel_section(kernel: str, results: Sequence[Result]) -> str:
+    """A kernel's table, what its program assumes, and why what is not exact is not. Raises KeyError for no cause."""
+    table = [heading(*COLUMNS), *map(line, results)]
+    first = results[0].row
+    said = [f"Measured {first.date}, liger-kernel {first.version}, {first.provider}."]
+    if kernel in ASSUMED:
+        said.append(f"Assumed: {ASSUMED[kernel]}")
+    if not all(result.exact for result in results):
+        said.append(f"Not exact: {CAUSES[kernel]}")
+    return "\n\n".join([f"### {kernel}", *(fill(text, 120) for text in said), "\n".join(table)])
+
+
+def summary_line(kernel: str, results: Sequence[Result]) -> str:
+    """A kernel's line in the summary."""
+    missed = [each for each in results if not each.exact]
+    worst = max(missed, key=lambda each: abs(each.difference) / each.row.published, default=None)
+    largest = f"{worst.difference:+,}, {worst.difference / worst.row.published:+.2%}" if worst else "-"
+    return cells(kernel, len(results), len(results) - len(missed), largest)
+
+
+def by_kernel(results: Sequence[Result]) -> Iterator[tuple[str, list[Result]]]:
+    """The results of each kernel, by its name."""
+    for kernel, group in groupby(
+        sorted(results, key=lambda each: each.row.kernel), lambda each: each.row.kernel
+    ):
+        yield kernel, list(group)
+
+
+def totals(results: Sequence[Result]) -> str:
+    """The sentence over the summary."""
+    exact = [result for result in results if result.exact]
+    assumed = sum(result.row.kernel in ASSUMED for result in exact)
+    return (
+        f"{len(exact)} of {len(results)} rows are exact; {assumed} of these are of a kernel whose program assumes "
+        "something that only the rows say."
+    )
+
+
+def model_line(model: Model, rehearsed: int) -> str:
+    """A whole model as a line of the table."""
+    difference = (rehearsed - model.published) / model.published
+    figures = (f"{model.published:,}", f"{rehearsed:,}", f"{difference:+.2%}")
+    return cells(model.source, model.case, *figures, model.assumed)
+
+
+def unexpressed() -> str:
+    """What has no program, as a list."""
+    return "\n".join(
+        fill(f"- **{source}**: {why}.", 120, subsequent_indent="  ") for source, why in UNEXPRESSED.items()
+    )
+
+
+COLUMNS = ("case", "settings", "hardware", "published", "+-", "rehearsed", "difference")
+MODEL_COLUMNS = ("source", "case", "published", "rehearsed", "difference", "assumed")
+SUMMARY = ("kernel", "rows", "exact", "largest difference")
+
+PAGE = """\
+# Measured on GPUs, rehearsed without one
+
+Made by `python -m tests.benchmarks.measured > profiles/measured.md`,
+and checked by `tests/rehearsal/test_measured.py`.
+{processor}, python {python}, {packages}.
+
+## Operators and losses
+
+Peaks in bytes: what Liger-Kernel's benchmarks measured of plain PyTorch and transformers, not of its own kernels
+(github.com/linkedin/Liger-Kernel, `benchmark/data/all_benchmark_data.csv`, commit ead96b6), beside a rehearsal of
+what their scripts did at that time. They print `max_memory_allocated()` in MiB as float32, so that a published figure
+may be +- some bytes; exact is a rehearsal within those. PyTorch was older then: 2.4 or later.
+
+No figure here is fitted to a row. A rule comes from PyTorch's source or NVIDIA's documentation.
+
+{totals}
+
+{summary}
+
+{sections}
+
+## Whole models
+
+Bytes; published figures are rounded to a hundredth of a GiB, or a tenth.
+
+{models}
+
+Without a program here:
+
+{unexpressed}
+"""
+
+
+def main() -> None:
+    machine = record_file.environment()
+    results = [result for rows in processes(read()) for result in rehearse(rows)]
+    groups = dict(by_kernel(results))
+    print(
+        PAGE.format(
+            processor=machine.processor,
+            python=platform.python_version(),
+            packages=", ".join(f"{name} {machine.packages[name]}" for name in ("torch", "transformers")),
+            totals=totals(results),
+            summary="\n".join(
+                [heading(*SUMMARY), *(summary_line(name, group) for name, group in groups.items())]
+            ),
+            sections="\n\n".join(kernel_section(name, group) for name, group in groups.items()),
+            models="\n".join(
+                [heading(*MODEL_COLUMNS), *(model_line(each, each.program()) for each in MODELS)]
+            ),
+            unexpressed=unexpressed(),
+        ),
+        end="",
+    )
+
+
+if __name__ == "__main__":
+    main()
