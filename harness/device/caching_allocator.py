@@ -23,8 +23,8 @@ What is not known without the card:
 Not modelled: the private pools of CUDA graphs and of `torch.cuda.MemPool`. `throw_on_cudamalloc_oom` is newer than the
 source that was read, and is taken to change nothing but the moment of the error.
 
-In 2024's source, a block that is never split may exceed its request by 20 MiB, whatever the settings; garbage collection
-also runs where the memory fraction was set to 1.
+In 2024's source, a block that is never split may exceed its request by 20 MiB, whatever the settings; garbage
+collection also runs where the memory fraction was set to 1.
 """
 
 import sys
