@@ -24,7 +24,7 @@ _OPTION = re.compile(r"([^:,\[\]]+):(\[[^\[\]]*\]|[^:,\[\]]+)(?:,|$)")
 
 @dataclass(frozen=True)
 class Settings:
-    """What the native allocator was told. Sizes in bytes."""
+    """The options of the native allocator. Sizes in bytes."""
 
     expandable_segments: bool = False
     max_split_size: int | None = None
