@@ -95,7 +95,7 @@ class CachingAllocator:
         self.active = 0
         """Allocated, or waiting for another stream."""
         self.requested = 0
-        """What was asked for, before rounding, of all that is active."""
+        """What was requested, before rounding, of all that is active."""
         self.inactive_split = 0
         """In free blocks whose segment is partly in use. Expandable segments are left out, as in torch."""
         self.retries = self.ooms = 0
