@@ -6,7 +6,7 @@ torch 2.13.0's own parser. Where releases differ:
 
 - `large_segment_size_mb` exists since about 2.10. Before, the size was always 20 MiB.
 - `>` in `roundup_power2_divisions` begins behind the last interval; earlier it also replaced that interval.
-- `garbage_collection_threshold` needs a memory fraction below 1; earlier, any fraction that was set, also 1, was enough.
+- `garbage_collection_threshold` needs a memory fraction below 1; earlier it was enough to set any, also 1.
 
 This parser is stricter than torch's in one way: torch reads `32x` as 32 and does not look at every separator.
 """
@@ -24,7 +24,7 @@ _OPTION = re.compile(r"([^:,\[\]]+):(\[[^\[\]]*\]|[^:,\[\]]+)(?:,|$)")
 
 @dataclass(frozen=True)
 class Settings:
-    """What the native allocator was told. Sizes in bytes."""
+    """The options of the native allocator. Sizes in bytes."""
 
     expandable_segments: bool = False
     max_split_size: int | None = None

@@ -23,8 +23,8 @@ What is not known without the card:
 Not modelled: the private pools of CUDA graphs and of `torch.cuda.MemPool`. `throw_on_cudamalloc_oom` is newer than the
 source that was read, and is taken to change nothing but the moment of the error.
 
-In 2024's source, a block that is never split may exceed its request by 20 MiB, whatever the settings; garbage collection
-also runs where the memory fraction was set to 1.
+In 2024's source, a block that is never split may exceed its request by 20 MiB, whatever the settings; garbage
+collection also runs where the memory fraction was set to 1.
 """
 
 import sys
@@ -95,7 +95,7 @@ class CachingAllocator:
         self.active = 0
         """Allocated, or waiting for another stream."""
         self.requested = 0
-        """What was asked for, before rounding, of all that is active."""
+        """What was requested, before rounding, of all that is active."""
         self.inactive_split = 0
         """In free blocks whose segment is partly in use. Expandable segments are left out, as in torch."""
         self.retries = self.ooms = 0

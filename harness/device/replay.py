@@ -34,7 +34,7 @@ class Moment:
     allocated: int = 0
     reserved: int = 0
     requested: int = 0
-    """What was asked for, before rounding."""
+    """What was requested, before rounding."""
     inactive_split: int = 0
     """Free, in segments that are partly in use; of expandable segments nothing, as in torch."""
     segments: int = 0

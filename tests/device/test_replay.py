@@ -1,9 +1,11 @@
 """Replays: where the peaks are, where memory is out, and which settings would help."""
 
 import pytest
+import torch
 
 from harness.device.allocator_settings import MIB, Settings, parse
 from harness.device.replay import Moment, Step, advise, allocations, replay, steps_of
+from harness.ledger import Ledger
 from harness.ledger.events import Event, Storage, Where
 
 WHERE = Where(0, "forward", 0)
@@ -62,6 +64,19 @@ def test_the_ledger_s_events_are_steps_and_marks_of_phases_are_not() -> None:
     result = replay(steps_of(known), Settings())
     assert known[result.most_allocated.index] is born
     assert (result.most_allocated.allocated, result.end.allocated) == (3 * MIB, 0)
+
+
+def test_a_program_under_a_ledger_can_be_replayed() -> None:
+    """40 MiB have a segment of their own; 5 are a part of 20, of which 12 then takes what is left, as 40 is larger."""
+    with Ledger(device="cpu") as ledger:
+        first = torch.empty(40 * MIB, dtype=torch.uint8)
+        second = torch.empty(5 * MIB, dtype=torch.uint8)
+        del first
+        third = torch.empty(12 * MIB, dtype=torch.uint8)
+    assert second.nbytes + third.nbytes == 17 * MIB
+    result = replay(steps_of(allocations(ledger.events)), Settings())
+    assert (result.most_allocated.allocated, ledger.peak.bytes) == (45 * MIB, 45 * MIB)
+    assert (result.most_reserved.reserved, result.end.segments) == (60 * MIB, 2)
 
 
 def growing() -> list[Step]:
