@@ -246,9 +246,9 @@ class Hardware:
     memory: Positive | None = None
     """Bytes of memory on a device: the vendor's, in powers of 1000; if you set it, the whole budget."""
     memory_driver: Positive | None = None
-    """Bytes that nvidia-smi prints as the total, exact to a MiB; null: no source."""
+    """Bytes that nvidia-smi prints as the total, exact to a MiB; null: unknown."""
     memory_torch: Positive | None = None
-    """Bytes of torch's total_memory, to a MiB; with another driver up to 1% more or less; null: no source."""
+    """Bytes of torch's total_memory, to a MiB for one driver, about 1% apart between drivers; null: unknown."""
     bandwidth: PositiveFloat | None = None
     """Bytes a second from the device's memory."""
     flops_bf16: PositiveFloat | None = None

@@ -25,7 +25,8 @@ class Measured(NamedTuple):
 A100_CONTEXT = Measured(
     int(0.47 * 2**30) - 2 * MIB,  # torch's own allocator has the first 2 MiB segment
     "https://github.com/stas00/ml-engineering/blob/master/training/performance/README.md",
-    "0.01 GiB; torch 2.1.1, CUDA 12.1, one kernel loaded; 0.92 GiB with all of torch's kernels",
+    "0.01 GiB; torch 2.1.1, CUDA 12.1, one kernel loaded, and 0.92 GiB with all of torch's; the text names an A100, "
+    "and the total that it prints, 79.15 GiB, is that of the 80 GB card",
 )
 RTX3090_CONTEXT = Measured(
     256 * MIB,

@@ -14,9 +14,10 @@ from harness.advice.search import RECOMPUTED, Fit, Trial, cost
 from harness.config import compose
 from harness.config.load import load
 from harness.config.settings import Refusal
+from harness.device.outside import budget
 from harness.rehearsal import decisive
 from harness.rehearsal.pool import Worst, worst
-from harness.tables import parse_size
+from harness.tables import parse_size, size
 
 DECIDED = ["precision=bf16", "model.attention=sdpa"]
 """What their `auto` comes to on a CPU with units for it: the limits below are of its bytes."""
@@ -208,6 +209,39 @@ def test_what_is_kept_free_is_not_given_away(capsys: pytest.CaptureFixture[str])
     assert whole["trials"][0]["left"] - kept["trials"][0]["left"] == 6 * 2**20
 
 
+def test_the_budget_is_what_torch_sees_less_what_is_known_to_lie_outside(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = [*SMALL, "hardware=a100-80gb", "zero=2", "checkpointing=none", "train.micro_batch=1"]
+    expected = budget(load(compose.compose(["hardware=a100-80gb"])).hardware, 2)
+    assert expected is not None
+    assert main(["fit", *words, "--json"]) == 0
+    actual = json.loads(capsys.readouterr().out)
+    assert actual["memory"] == expected.bytes < actual["budget"]["total"]
+    assert actual["trials"][0]["left"] == expected.bytes - actual["trials"][0]["peak"]
+    subtracted = [actual["budget"][name] for name in ("context", "nccl")]
+    assert sum(each["bytes"] for each in subtracted) == actual["budget"]["total"] - actual["memory"]
+    assert all(each["source"].startswith("https://") for each in subtracted)
+
+    assert main(["fit", *words]) == 0
+    reported = capsys.readouterr().out.splitlines()
+    assert expected.sentence() in reported
+    assert reported[2].startswith(f"fits {size(expected.bytes)} a device")
+
+
+def test_what_is_not_known_is_null_and_a_memory_that_is_typed_is_the_budget(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = [*SMALL, "hardware=h100-sxm", "zero=2", "checkpointing=none", "train.micro_batch=1", "--json"]
+    assert main(["fit", *words]) == 0
+    actual = json.loads(capsys.readouterr().out)["budget"]
+    assert (actual["source"], actual["context"], actual["nccl"]) == ("torch", None, None)
+    assert "not known here and not subtracted; --reserve is for it" in actual["sentence"]
+    assert main(["fit", *words, "hardware.memory=80000000000"]) == 0
+    actual = json.loads(capsys.readouterr().out)
+    assert (actual["memory"], actual["budget"]["source"]) == (80_000_000_000, "hardware.memory")
+
+
 def test_less_sent_is_cheaper_and_a_larger_micro_batch_makes_it_less() -> None:
     def of(*words: str) -> tuple[float, ...]:
         return cost(load(compose.compose(["mode=train", *words])))
@@ -247,6 +281,17 @@ def test_less_sent_is_cheaper_and_a_larger_micro_batch_makes_it_less() -> None:
         ("mode=fly", "mode=fly: no such mode; one of train, infer"),
         ("world.size=2 bar", "fit: bar: neither key=value nor an option"),
         ("world.size=2 --reserve 3furlongs", "--reserve=3furlongs: not a size"),
+        ("world.size=2 hardware=h200x", "hardware=h200x: no such option; one of a100-40gb"),
+        ("world.size=2 hardware.memory=-5", "hardware.memory=-5: should be greater than or equal to 1"),
+        (
+            "world.size=2 hardware.memory=1048576 --reserve 1MiB",
+            "fit: nothing is left for a config: 1.0 MiB a device: hardware.memory, and nothing is subtracted; "
+            "--reserve keeps 1.0 MiB",
+        ),
+        (
+            "world.size=2 hardware=a100-80gb hardware.memory_torch=1048576",
+            "fit: nothing is left for a config: -1,022.3 MiB a device: 1.0 MiB that torch sees, less 479.3 MiB",
+        ),
     ],
 )
 def test_bad_input_is_one_sentence(words: str, sentence: str, capsys: pytest.CaptureFixture[str]) -> None:

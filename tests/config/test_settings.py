@@ -201,6 +201,9 @@ def test_what_does_not_exist_or_does_not_fit_is_refused(words: str, expected: st
         "seed=-1",
         "seed=4294967296",
         "hardware.memory=0",
+        "hardware.memory=-1",
+        "hardware.memory_torch=-1",
+        "hardware.memory_driver=0",
     ],
 )
 def test_a_number_out_of_its_range_is_refused_by_its_key(words: str) -> None:
@@ -418,6 +421,9 @@ def test_a_model_page_has_as_many_parameters_as_it_says(name: str) -> None:
         ("b200", 281),
         ("l40s", 419),
         ("mi300x", 247),
+        ("rtx3090", 76),
+        ("rtx5090", 117),
+        ("l4", 403),
     ],
 )
 def test_a_hardware_page_has_the_dense_rate(name: str, intensity: int) -> None:
@@ -426,6 +432,17 @@ def test_a_hardware_page_has_the_dense_rate(name: str, intensity: int) -> None:
     assert page.flops_bf16 is not None
     assert page.bandwidth is not None
     assert round(page.flops_bf16 / page.bandwidth) == intensity
+
+
+def test_an_unknown_card_is_refused_with_those_that_have_a_page() -> None:
+    assert refusal("hardware=rtx6090").startswith("hardware=rtx6090: no such option; one of a100-40gb, ")
+
+
+def test_a_memory_from_the_user_replaces_every_figure_of_the_page() -> None:
+    page = settings("hardware=h100-sxm", "hardware.memory=80000000000").hardware
+    assert (page.memory, page.memory_driver, page.memory_torch) == (80_000_000_000, None, None)
+    assert page.bandwidth == settings("hardware=h100-sxm").hardware.bandwidth
+    assert settings("hardware=h100-sxm").hardware.memory_torch == 81_089 * 2**20
 
 
 @pytest.mark.parametrize("group", list(compose.groups()))

@@ -148,7 +148,7 @@ def sources(*links: str | None) -> str:
 
 def test_the_table_of_cards_is_that_of_the_pages() -> None:
     text = (DOCS / "rehearse.md").read_text()
-    rows = re.findall(r"^\| (?:%s) \|.*$" % "|".join(CARDS), text, re.MULTILINE)
+    rows = re.findall(rf"^\| (?:{'|'.join(CARDS)}) \|.*$", text, re.MULTILINE)
     assert rows == [*shown()], "\n".join(["docs/rehearse.md should have", *shown()])
 
 

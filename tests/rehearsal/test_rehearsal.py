@@ -598,6 +598,7 @@ def test_a_rehearsal_for_a_gpu_is_unverified_and_in_its_allocators_blocks(
     left = record_file.read(tmp_path / "out")
     assert (left["world"]["device"], left["world"]["device_name"]) == ("cuda", "h100-sxm")
     assert left["world"]["verified"] == UNVERIFIED == "not verified on this hardware"
+    assert left["world"]["memory"] == 81_089 * 2**20  # what torch sees on it, and not the vendor's 80 GB
     (books,) = left["ranks"]
     holdings = books["peak"]["holdings"]  # parameters have parts of a block that they share
     sizes = [holding["bytes"] for holding in holdings if holding["category"] != "parameters"]
