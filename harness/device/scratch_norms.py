@@ -127,14 +127,10 @@ def _reduction(call: Call, *, pair: int = 0, vector: int = 4, casts: bool = True
 def summed(call: Call) -> Moments:
     """A sum over rows is split over blocks that meet in global memory; integers and masks are first copied to int64.
 
-    ATen/native/cuda/Reduce.cuh, ATen/native/ReduceOpsUtils.h (make_reduction_from_out_ty).
+    A mean and a norm are alike. ATen/native/cuda/Reduce.cuh, ReduceSumProdKernel.cu and ReduceMomentKernel.cu;
+    ATen/native/ReduceOpsUtils.h (make_reduction_from_out_ty).
     """
     return _reduction(call, vector=_vector(call["self"].dtype))
-
-
-def averaged(call: Call) -> Moments:
-    """As a sum: ATen/native/cuda/ReduceMomentKernel.cu."""
-    return _reduction(call)
 
 
 def largest(call: Call) -> Moments:

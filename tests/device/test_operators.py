@@ -48,9 +48,9 @@ def test_an_operator_outside_the_table_has_none() -> None:
 
 def test_a_size_that_depends_on_values_is_unknown() -> None:
     with FakeTensorMode(shape_env=ShapeEnv()):
-        found = aten.nonzero.default(torch.empty(4))
-        assert scratch(aten.mm.default, (found.float(), found.float().t()), {}, found, HOPPER) is None
-        assert scratch(aten.add.Tensor, (found, found), {}, found, HOPPER) == ()
+        places = aten.nonzero.default(torch.empty(4))
+        assert scratch(aten.mm.default, (places.float(), places.float().t()), {}, places, HOPPER) is None
+        assert scratch(aten.add.Tensor, (places, places), {}, places, HOPPER) == ()
 
 
 def test_cub_sorts_out_of_place_with_a_spare_buffer_and_counts_of_256_digits() -> None:
@@ -150,6 +150,7 @@ def test_accumulating_into_indices_sorts_them() -> None:
 def test_drawing_keeps_noise_or_three_copies_of_the_distribution() -> None:
     assert blocks(aten.multinomial.default, of(4, 1000), 1) == (16_000,)
     assert blocks(aten.multinomial.default, of(4, 1000), 5, True) == (16_000, 16_000, 16_000)
+    assert blocks(aten.multinomial.default, of(4, 1000), 5) == (16_000, 4 * 5 * 4)
 
 
 def test_only_a_single_row_is_scanned_with_cub() -> None:
@@ -213,6 +214,21 @@ def test_a_sum_of_all_is_staged_once_for_each_of_its_blocks() -> None:
     # 512 threads: 195,313 values each, at most 256: 763 blocks
     assert blocks(aten.sum.default, of(10**8)) == (763 * 4, 4)
     assert blocks(aten.linalg_vector_norm.default, of(10**8)) == (763 * 4, 4)
+
+
+def test_a_mean_is_staged_like_a_sum_and_the_largest_in_the_input_s_own_type() -> None:
+    x = of(16_384, 4096, dtype=bf16)
+    (staged, semaphores) = blocks(aten.sum.dim_IntList, x, [0])
+    assert blocks(aten.mean.dim, x, [0]) == (staged, semaphores)
+    assert blocks(aten.amax.default, x, [0]) == (staged // 2, semaphores)
+
+
+def test_a_softmax_copies_what_is_not_contiguous() -> None:
+    turned, straight = of(64, 32).t(), of(32, 64)
+    assert blocks(aten._softmax.default, turned, -1, False) == (32 * 64 * 4,)
+    assert moments(aten._log_softmax.default, straight, -1, False) == ()
+    backward = aten._log_softmax_backward_data.default
+    assert blocks(backward, turned, straight, -1, fp32) == (32 * 64 * 4,)
 
 
 def test_a_mask_is_copied_to_integers_before_it_is_summed() -> None:
@@ -332,7 +348,10 @@ def test_the_backward_of_efficient_attention_stages_the_gradient_of_the_queries(
         Moment((delta, workspace)),
     )
     assert efficient_backward(128, bf16, AMPERE) == (Moment((delta, 16 * (128 * 128 + 4) * 4)),)
+    assert efficient_backward(96, bf16, ADA) == (Moment((delta, 16 * 2 * (128 * 64 + 4) * 4)),)
     assert efficient_backward(128, bf16, ADA) is None
+    assert efficient_backward(128, fp32, ADA) is None
+    assert efficient_backward(256, fp32, AMPERE)[1].blocks == (delta, 16 * 4 * (128 * 64 + 4) * 4)
     assert efficient_backward(256, bf16, AMPERE) is None
 
 
