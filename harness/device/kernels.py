@@ -37,7 +37,7 @@ NOT_COVERED = {
     "ctc_loss": "cuDNN where targets are on the host and short (LossCTC.cpp, _use_cudnn_ctc_loss)",
     "grid_sampler": "cuDNN for bilinear sampling with aligned corners (GridSampler.cpp, cond_cudnn_grid_sampler)",
     "conv1d, conv2d, conv3d": "`convolution` is one operator on both; cuDNN's workspace is a gap of its scratch",
-    "linalg_svd, linalg_eigh": "cuSOLVER's workspaces are asked from cuSOLVER (linalg/BatchLinearAlgebraLib.cpp)",
+    "linalg_svd, linalg_eigh": "cuSOLVER alone knows the size of its workspaces (linalg/BatchLinearAlgebraLib.cpp)",
     "sparse and nested tensors": "cuSPARSE and per-sample kernels; a rehearsal has dense tensors",
 }
 """Composite operators whose CUDA branch is not here, and why.

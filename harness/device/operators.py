@@ -143,10 +143,7 @@ _NORMS = {
 _REDUCTIONS = {
     **_same(
         Scratch("stages a reduction over few outputs in global memory", f"{_CUDA}Reduce.cuh", norms.summed),
-        *("sum", "linalg_vector_norm"),
-    ),
-    "mean": Scratch(
-        "stages a reduction over few outputs in global memory", f"{_CUDA}Reduce.cuh", norms.averaged
+        *("sum", "mean", "linalg_vector_norm"),
     ),
     **_same(
         Scratch("stages a reduction over few outputs in global memory", f"{_CUDA}Reduce.cuh", norms.largest),

@@ -63,14 +63,12 @@ def staging(
     accumulated: int,
     card: Card,
     offset: int = 0,
-    vector: int = 4,
 ) -> tuple[int, ...] | None:
     """The blocks of one reduction: the staging buffer and its semaphores, or none where it is not split.
 
     element: bytes of an input element; accumulated: of the type that is reduced, as 4 for the sum of bf16 and 16 for
-    argmax; offset: the input's storage offset, in elements; vector: elements that a thread loads at once along a
-    reduced axis. None where the input needs 64-bit indices, so that ATen cuts it up, and where the card's number of
-    multiprocessors is unknown.
+    argmax; offset: the input's storage offset, in elements. None where the input needs 64-bit indices, so that ATen
+    cuts it up, and where the card's number of multiprocessors is unknown.
     """
     if prod(axis.size for axis in each) == 0 or not each:
         return ()
@@ -82,10 +80,8 @@ def staging(
     along = reduced == len(each) or (reduced > 0 and each[0].stride < each[reduced].stride)
     fastest = each[0 if along else reduced].stride
     width, height = (inputs, outputs) if along else (outputs, inputs)
-    lanes = 1
-    if fastest == 1 and along and width >= 128 and reduced == 1:
-        width //= vector
-    elif fastest == 1 and not along:
+    lanes = 1  # how much a thread loads at once along a reduced axis matters only where nothing is split
+    if fastest == 1 and not along:
         lanes = _output_vector(each, reduced, offset)
         width //= lanes
     return _split(

@@ -120,8 +120,9 @@ def efficient_backward(call: Call) -> Moments:
     """A sum for each query, and a staging area for the queries' gradient, a tile at a time; in fp32.
 
     ATen/native/transformers/cuda/attention_backward.cu, mem_eff_attention/kernel_backward.h (workspace_size). In single
-    precision the sum is of a product as large as the output. Unknown in half precision over 128 features, and over 96
-    on cards whose shared memory may not fit the largest tile: the keys' gradient is staged there too.
+    precision the sum is of a product as large as the output. Unknown over 64 features, or 96 in half precision, on
+    cards whose shared memory may not fit the tile for more, and over 128 in half precision on all: there the keys'
+    gradient is staged too.
     """
     shape, query = _shape(call), call["query"]
     half = query.dtype in _HALF
@@ -149,11 +150,11 @@ def _kernel(features: int, half: bool, card: Card) -> Kernel | None:
 def _kernels(half: bool, card: Card) -> Iterator[Kernel]:
     yield Kernel(64, 64, 32)
     yield Kernel(64, 64, 64)
-    if not half:
+    large = card.version in ((8, 0), (9, 0), (10, 0), (10, 3))
+    if half and card.version in ((8, 6), (8, 9)):
+        yield Kernel(128, 64, 96)
+    if half and large:
+        yield Kernel(128, 128, 128)
+    if not half and large:
         yield Kernel(128, 64, 128)
         yield Kernel(128, 64, 65536)
-        return
-    if card.version in ((8, 6), (8, 9)):
-        yield Kernel(128, 64, 96)
-    if card.version in ((8, 0), (9, 0), (10, 0), (10, 3)):
-        yield Kernel(128, 128, 128)

@@ -41,7 +41,6 @@ def layer_norm_backward(call: Call) -> Moments:
         element=size,
         accumulated=accumulated(x.dtype),
         card=call.card,
-        vector=_vector(x.dtype),
     )
     if reduced is None:
         return None
@@ -93,11 +92,6 @@ def logsumexp(call: Call) -> Moments:
     return once(call["self"].numel() * out.element_size(), out.numel() * out.element_size())
 
 
-def _vector(dtype: torch.dtype) -> int:
-    """Elements that a sum loads at once: ATen/native/cuda/ReduceSumProdKernel.cu."""
-    return 8 if dtype.itemsize == 2 else 4
-
-
 def _dims(call: Call) -> tuple[int, ...]:
     x = call["self"]
     given = call.get("dim")
@@ -106,7 +100,7 @@ def _dims(call: Call) -> tuple[int, ...]:
     return tuple(each % max(x.dim(), 1) for each in ([given] if isinstance(given, int) else given))
 
 
-def _reduction(call: Call, *, pair: int = 0, vector: int = 4, casts: bool = True) -> Moments:
+def _reduction(call: Call, *, pair: int = 0, casts: bool = True) -> Moments:
     """A copy in the type of the result where they differ, and what Reduce.cuh stages in global memory."""
     x, out = call["self"], call.outs[0]
     if x.dim() == 0 or x.numel() == 0:
@@ -119,7 +113,6 @@ def _reduction(call: Call, *, pair: int = 0, vector: int = 4, casts: bool = True
         accumulated=pair or accumulated(read),
         card=call.card,
         offset=0 if cast else int(x.storage_offset()),
-        vector=vector,
     )
     return None if blocks is None else once(x.numel() * read.itemsize if cast else 0, *blocks)
 
@@ -127,13 +120,9 @@ def _reduction(call: Call, *, pair: int = 0, vector: int = 4, casts: bool = True
 def summed(call: Call) -> Moments:
     """A sum over rows is split over blocks that meet in global memory; integers and masks are first copied to int64.
 
-    ATen/native/cuda/Reduce.cuh, ATen/native/ReduceOpsUtils.h (make_reduction_from_out_ty).
+    A mean and a norm are alike. ATen/native/cuda/Reduce.cuh, ReduceSumProdKernel.cu and ReduceMomentKernel.cu;
+    ATen/native/ReduceOpsUtils.h (make_reduction_from_out_ty).
     """
-    return _reduction(call, vector=_vector(call["self"].dtype))
-
-
-def averaged(call: Call) -> Moments:
-    """As a sum: ATen/native/cuda/ReduceMomentKernel.cu."""
     return _reduction(call)
 
 

@@ -182,13 +182,16 @@ def _inner(target: torch.Tensor, indices: Any) -> int:
 def multinomial(call: Call) -> Moments:
     """One sample, or without replacement: noise of the input's size. Else three copies of the input.
 
-    ATen/native/Distributions.cpp divides by exponential noise; ATen/native/cuda/MultinomialKernel.cu keeps the
-    distribution, its normalised form and its cumulative sum.
+    ATen/native/Distributions.cpp divides by exponential noise, of which it takes the largest, or the largest few with
+    their values; ATen/native/cuda/MultinomialKernel.cu keeps the distribution, its normalised form and its cumulative
+    sum.
     """
-    weights = nbytes(call["self"])
-    if call["num_samples"] == 1 or not call["replacement"]:
-        return once(weights)
-    return once(weights, weights, weights)
+    weights = call["self"]
+    if call["num_samples"] == 1:
+        return once(nbytes(weights))
+    if not call["replacement"]:
+        return once(nbytes(weights), call.outs[0].numel() * weights.element_size())
+    return once(*(3 * (nbytes(weights),)))
 
 
 def cumsum(call: Call) -> Moments:

@@ -9,7 +9,7 @@ allocator at the first call that takes the handle. By release of PyTorch:
 | 32 MiB at capability | 9.0 | 9.x, 10.x, 12.x (pytorch#175344; #182669, which would have undone it, was closed) |
 | cublasLt's workspace | its own, beside cuBLAS's | cuBLAS's (pytorch#168175, #175879) |
 
-Which release has a change is told from its date, not from a release's own source. From 2.14 on, 11.0 has 32 MiB too.
+Which release has a change follows from dates, not from a release's own source. From 2.14 on, 11.0 has 32 MiB too.
 No card bears any of this out here: unverified.
 """
 

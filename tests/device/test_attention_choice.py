@@ -133,6 +133,23 @@ def test_what_cudnn_cannot_do_is_flash(given: Attention) -> None:
     assert choose_backend(given, HOPPER) == "flash"
 
 
+def test_nothing_to_attend_to_and_other_batches_are_math() -> None:
+    for dtype in (torch.bfloat16, torch.float32):
+        assert choose_backend(call(length=0, dtype=dtype), ADA) == "math"
+        other = tensor(1, 8, 64, 64, dtype=dtype)
+        assert choose_backend(call(dtype=dtype)._replace(key=other, value=other), ADA) == "math"
+
+
+def test_cudnn_is_passed_over_where_results_must_repeat() -> None:
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert choose_backend(call(), HOPPER) == "flash"
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        assert choose_backend(call(), HOPPER) == "cudnn"
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_a_mask_for_cudnn_spans_each_axis_or_has_one_row_there() -> None:
     fits, other = (tensor(*shape, dtype=torch.bool) for shape in ((2, 1, 64, 64), (2, 64, 64)))
     assert choose_backend(call(mask=fits), HOPPER) == "cudnn"

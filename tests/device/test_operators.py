@@ -48,9 +48,9 @@ def test_an_operator_outside_the_table_has_none() -> None:
 
 def test_a_size_that_depends_on_values_is_unknown() -> None:
     with FakeTensorMode(shape_env=ShapeEnv()):
-        found = aten.nonzero.default(torch.empty(4))
-        assert scratch(aten.mm.default, (found.float(), found.float().t()), {}, found, HOPPER) is None
-        assert scratch(aten.add.Tensor, (found, found), {}, found, HOPPER) == ()
+        places = aten.nonzero.default(torch.empty(4))
+        assert scratch(aten.mm.default, (places.float(), places.float().t()), {}, places, HOPPER) is None
+        assert scratch(aten.add.Tensor, (places, places), {}, places, HOPPER) == ()
 
 
 def test_cub_sorts_out_of_place_with_a_spare_buffer_and_counts_of_256_digits() -> None:
@@ -61,6 +61,8 @@ def test_cub_sorts_out_of_place_with_a_spare_buffer_and_counts_of_256_digits() -
     assert cub.radix_sort(2304, 8, 8, HOPPER) == 1
     assert cub.radix_sort(2305, 8, 8, HOPPER) != 1
     assert cub.radix_sort(100_000, 2, 8, ADA) is None
+    # keys alone: 18 tiles of 15 x 384 items
+    assert cub.radix_sort(100_000, 8, 0, HOPPER) == 16_384 + 18 * 1024 + 800_000 + 0 + 256 + 255
     # one pass needs no spare buffers: 1 x 2 KiB, 2 tiles, a counter
     assert cub.radix_sort(8192, 8, 8, HOPPER, bits=8) == 2048 + 2048 + 0 + 0 + 256 + 255
 
@@ -113,6 +115,7 @@ def test_long_rows_are_sorted_one_by_one_all_at_once_or_by_segments() -> None:
     # 27 tiles of 8 x 384 items
     at_once = 8192 + 27_648 + 327_680 + 655_360 + 256 + 255
     assert blocks(aten.sort.default, of(10, 8192), card=ADA) == (655_360, 655_360, 327_680, at_once)
+    assert blocks(aten.sort.default, of(127, 8192))[:2] == 2 * (127 * 8192 * 8,)
     count = 256 * 8192
     assert blocks(aten.sort.default, of(256, 8192)) == (count * 8, count * 4 + count * 8 + 255)
     assert moments(aten.sort.default, of(10, 8192, dtype=bf16), card=ADA) is None
@@ -150,6 +153,7 @@ def test_accumulating_into_indices_sorts_them() -> None:
 def test_drawing_keeps_noise_or_three_copies_of_the_distribution() -> None:
     assert blocks(aten.multinomial.default, of(4, 1000), 1) == (16_000,)
     assert blocks(aten.multinomial.default, of(4, 1000), 5, True) == (16_000, 16_000, 16_000)
+    assert blocks(aten.multinomial.default, of(4, 1000), 5) == (16_000, 4 * 5 * 4)
 
 
 def test_only_a_single_row_is_scanned_with_cub() -> None:
@@ -168,6 +172,8 @@ def test_the_gradient_of_a_norm_is_summed_in_parts_over_many_rows_of_few_feature
     assert moments(*layer, [True, False, False]) == ()
     rms = (aten._fused_rms_norm_backward.default, x, x, [64], rows, weight)
     assert blocks(*rms, [True, True]) == (table, 256, *staged)
+    few = of(65_536, 64)
+    assert moments(rms[0], few, few, [64], of(65_536, 1), weight, [True, True]) == ()
     wide = of(100_000, 4096)
     assert (
         moments(aten._fused_rms_norm_backward.default, wide, wide, [4096], rows, of(4096), [True, True]) == ()
@@ -209,10 +215,31 @@ def test_a_sum_over_rows_is_staged_for_every_lane_of_every_block() -> None:
     assert moments(aten.sum.dim_IntList, of(4096, 4096), [1]) == ()
 
 
+def test_a_matrix_that_starts_at_an_odd_element_is_summed_one_column_a_lane() -> None:
+    odd = of(16_384 * 4096 + 1, dtype=bf16)[1:].view(16_384, 4096)
+    # 32 lanes, 16 rows a block: 128 blocks of columns, 132 x 4 // 128 = 5 blocks a column
+    assert blocks(aten.sum.dim_IntList, odd, [0]) == (4 * 4096 * 5 * 32, 4 * 128)
+
+
 def test_a_sum_of_all_is_staged_once_for_each_of_its_blocks() -> None:
     # 512 threads: 195,313 values each, at most 256: 763 blocks
     assert blocks(aten.sum.default, of(10**8)) == (763 * 4, 4)
     assert blocks(aten.linalg_vector_norm.default, of(10**8)) == (763 * 4, 4)
+
+
+def test_a_mean_is_staged_like_a_sum_and_the_largest_in_the_input_s_own_type() -> None:
+    x = of(16_384, 4096, dtype=bf16)
+    (staged, semaphores) = blocks(aten.sum.dim_IntList, x, [0])
+    assert blocks(aten.mean.dim, x, [0]) == (staged, semaphores)
+    assert blocks(aten.amax.default, x, [0]) == (staged // 2, semaphores)
+
+
+def test_a_softmax_copies_what_is_not_contiguous() -> None:
+    turned, straight = of(64, 32).t(), of(32, 64)
+    assert blocks(aten._softmax.default, turned, -1, False) == (32 * 64 * 4,)
+    assert moments(aten._log_softmax.default, straight, -1, False) == ()
+    backward = aten._log_softmax_backward_data.default
+    assert blocks(backward, turned, straight, -1, fp32) == (32 * 64 * 4,)
 
 
 def test_a_mask_is_copied_to_integers_before_it_is_summed() -> None:
@@ -332,7 +359,10 @@ def test_the_backward_of_efficient_attention_stages_the_gradient_of_the_queries(
         Moment((delta, workspace)),
     )
     assert efficient_backward(128, bf16, AMPERE) == (Moment((delta, 16 * (128 * 128 + 4) * 4)),)
+    assert efficient_backward(96, bf16, ADA) == (Moment((delta, 16 * 2 * (128 * 64 + 4) * 4)),)
     assert efficient_backward(128, bf16, ADA) is None
+    assert efficient_backward(128, fp32, ADA) is None
+    assert efficient_backward(256, fp32, AMPERE)[1].blocks == (delta, 16 * 4 * (128 * 64 + 4) * 4)
     assert efficient_backward(256, bf16, AMPERE) is None
 
 
