@@ -190,7 +190,14 @@ GPT = (
 )
 DEEPSPEED = (
     *("mode=train", "world=rehearsed", "world.size=4", "zero=3", "checkpointing=full", "precision=bf16"),
-    *("hardware=h100-sxm", "model=gpt2", f"model.config={GPT}", "train.micro_batch=1", "train.sequence=512"),
+    *(
+        "model.attention=sdpa",
+        "hardware=h100-sxm",
+        "model=gpt2",
+        f"model.config={GPT}",
+        "train.micro_batch=1",
+        "train.sequence=512",
+    ),
     *("train.steps=2", "ledger.steps=2", "train.validate_every=0", "train.export=false"),
 )
 
