@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -135,10 +134,8 @@ def activations(name: str, sequence_parallel: bool) -> int:
                 alive.append(torch.cuda.memory_allocated())
         finally:
             torch.set_default_dtype(torch.float32)
-    first, second = (after - before for before, after in pairwise(alive))
-    assert first == second, (first, second)
     extra = (paper.stages - 1) / (paper.stages * paper.interleave) if paper.interleave > 1 else 0
-    return round(second * paper.layers * (1 + extra))
+    return round((alive[-1] - alive[-2]) * paper.layers * (1 + extra))
 
 
 LLAMA_3B = LlamaConfig(
