@@ -139,6 +139,15 @@ KERNELS: dict[OpOverload, Callable[..., Any]] = {_aten.scaled_dot_product_attent
 """What runs on CUDA in place of an operator's own decomposition; each takes the operator's arguments and `card=`."""
 
 
+WHOLE = ("silu_backward", "mish_backward")
+"""Operators with a kernel on CPU and on CUDA, which a build without CUDA takes apart for a tensor on `cuda`
+(CompositeImplicitAutograd in native_functions.yaml)."""
+
+
+def _like_input(grad: Tensor, input: Tensor) -> Tensor:
+    return torch.empty_like(input)
+
+
 @contextmanager
 def installed(card: Card) -> Iterator[None]:
     """Run CUDA's kernels for tensors on `cuda`, as `card` would choose them."""
@@ -148,6 +157,8 @@ def installed(card: Card) -> Iterator[None]:
             library.impl(func, _on(kernel, card), "AutogradCUDA")
             library.impl(func, _on(kernel, card), "CUDA")
         library.impl("_fused_rms_norm", rms_norm_outputs, "CUDA")
+        for name in WHOLE:
+            library.impl(name, _like_input, "CUDA")
         yield
     finally:
         library._destroy()
