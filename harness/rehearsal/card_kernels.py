@@ -26,7 +26,9 @@ class CardKernels:
         self._workspaces = Workspaces(self._card.capability, os.environ, _release())
         self._stream = stream
 
-    def __call__(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Iterator[KernelMemory]:
+    def __call__(
+        self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any
+    ) -> Iterator[KernelMemory]:
         name = func.__name__.partition(".")[0]
         cublas = name in CUBLAS
         if not (cublas or name in SCRATCH) or func.namespace != "aten" or not _on_card(args, out):
@@ -43,13 +45,19 @@ class CardKernels:
     def unknown(self) -> str | None:
         """A sentence with the operators that ran and whose scratch no rule knows. None: there was none."""
         names = ", ".join(self._unknown)
-        return f"what {names} take beside their results on a GPU is not known and in no figure" if names else None
+        return (
+            f"what {names} take beside their results on a GPU is not known and in no figure"
+            if names
+            else None
+        )
 
     def _workspace(self, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[KernelMemory]:
         thread = BACKWARD if in_backward() else FORWARD
-        lt = name == "addmm" and addmm_on_lt(*args[:3], kwargs.get("beta", 1), os.environ)
+        lt = name == "addmm" and addmm_on_lt(args[0], args[1], args[2], kwargs.get("beta", 1), os.environ)
         for nbytes in self._workspaces.take(thread=thread, stream=self._stream(), lt=lt):
-            yield KernelMemory(f"cuBLAS workspace of the {('forward', 'backward')[thread]}'s thread", nbytes, None)
+            yield KernelMemory(
+                f"cuBLAS workspace of the {('forward', 'backward')[thread]}'s thread", nbytes, None
+            )
 
 
 def _on_card(*trees: Any) -> bool:

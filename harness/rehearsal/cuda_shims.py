@@ -17,7 +17,6 @@ from harness.ledger.patch import BUILTIN, DATA, TORCH, Patch
 from harness.rehearsal.card import CARD
 from harness.rehearsal.card_autocast import clearing
 from harness.rehearsal.card_memory import current
-from harness.rehearsal.zero_shims import Original
 
 NO_CARD = "there is no such device here, and a program means the card that is rehearsed"
 
@@ -106,7 +105,9 @@ def current_device() -> int:
 def set_device(device: Any) -> None:
     index = device if isinstance(device, int) else torch.device(device or CARD).index
     if index not in (None, 0, -1):
-        raise RuntimeError(f"cuda:{index} is not there: a rehearsal has one card, cuda:0; rehearse each by itself")
+        raise RuntimeError(
+            f"cuda:{index} is not there: a rehearsal has one card, cuda:0; rehearse each by itself"
+        )
 
 
 def synchronize(device: Any = None) -> None:
@@ -250,9 +251,11 @@ def _by(stand_in: Any) -> Callable[[Any], Any]:
 def generator_class(original: Any) -> Any:
     """`torch.Generator`: for the card, one of the host; nothing that it generates has a value."""
 
-    class Generator(original):  # type: ignore[misc]
+    class Generator(original):
         def __new__(cls, device: Any = None) -> Any:
-            return original.__new__(original, "cpu" if torch.device(device or "cpu").type == "cuda" else device)
+            return original.__new__(
+                original, "cpu" if torch.device(device or "cpu").type == "cuda" else device
+            )
 
     return Generator
 
@@ -366,13 +369,36 @@ CUDA_SHIMS = (
     Patch("torch.cuda.memory", "_record_memory_history", NO_CARD, TORCH, _by(_record_memory_history)),
     Patch("torch.cuda", "Stream", NO_CARD, TORCH, _by(Stream), unchecked="it is a class with other options"),
     Patch("torch.cuda", "Event", NO_CARD, TORCH, _by(Event), unchecked="it is a class with other options"),
-    Patch("torch.cuda", "CUDAGraph", "a captured graph has memory of its own", TORCH, graph_class, unchecked=BUILTIN),
+    Patch(
+        "torch.cuda",
+        "CUDAGraph",
+        "a captured graph has memory of its own",
+        TORCH,
+        graph_class,
+        unchecked=BUILTIN,
+    ),
     Patch("torch", "Generator", NO_CARD, TORCH, generator_class, unchecked=BUILTIN),
     Patch("torch.Tensor", "record_stream", NO_CARD, TORCH, _by(record_stream), unchecked=BUILTIN),
-    Patch(f"{_FAKE}.FakeTensor", "is_cuda", "C++ has another name for the card", TORCH, is_cuda, unchecked=_PROPERTY),
-    Patch(f"{_FAKE}.FakeTensor", "is_cpu", "C++ has another name for the card", TORCH, is_cpu, unchecked=_PROPERTY),
+    Patch(
+        f"{_FAKE}.FakeTensor",
+        "is_cuda",
+        "C++ has another name for the card",
+        TORCH,
+        is_cuda,
+        unchecked=_PROPERTY,
+    ),
+    Patch(
+        f"{_FAKE}.FakeTensor",
+        "is_cpu",
+        "C++ has another name for the card",
+        TORCH,
+        is_cpu,
+        unchecked=_PROPERTY,
+    ),
     Patch(f"{_FAKE}.FakeTensor", "data", "it keeps its device", TORCH, data_with_device, unchecked=_PROPERTY),
-    Patch("torch", "clear_autocast_cache", "the card has casts of its own", TORCH, clearing, unchecked=BUILTIN),
+    Patch(
+        "torch", "clear_autocast_cache", "the card has casts of its own", TORCH, clearing, unchecked=BUILTIN
+    ),
     Patch(
         "torch.distributed.tensor.DTensor",
         "device",

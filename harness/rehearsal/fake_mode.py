@@ -1,6 +1,9 @@
 """A faster FakeTensorMode: a rehearsal dispatches a hundred thousand operators, most of them equal to earlier ones."""
 
+import gc
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -140,3 +143,13 @@ def _layout(argument: Any) -> Any:
     if isinstance(argument, torch.Tensor):
         return argument.size(), argument.stride(), argument.dtype
     return tuple(argument) if isinstance(argument, list) else (type(argument), argument)
+
+
+@contextmanager
+def existing_objects_frozen() -> Iterator[None]:
+    """Exclude existing objects from garbage collection in this context: most objects are those of imported modules."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()

@@ -8,6 +8,7 @@ shapes alone, so they are computed. Values that depend on weights are unknown; r
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -156,7 +157,10 @@ class Values(TorchDispatchMode):
             )
         device = next(tensors_in([*args, *kwargs.values()])).device
         computed, spec = tree_flatten(real)
-        fakes = [torch.empty_like(each, device=device) if isinstance(each, torch.Tensor) else each for each in computed]
+        fakes = [
+            torch.empty_like(each, device=device) if isinstance(each, torch.Tensor) else each
+            for each in computed
+        ]
         for fake, real in zip(fakes, computed, strict=True):
             if isinstance(fake, FakeTensor) and _worth_knowing(fake):
                 self._known[fake] = real
@@ -175,17 +179,14 @@ class Values(TorchDispatchMode):
 
 def _read_by_torch() -> float | None:
     """What a value is taken to be that one of `READ_BY_TORCH` reads now. None if none does."""
-    frame, torch_files = sys._getframe(1), f"{Path(torch.__file__).parent}/"
-    while frame is not None:
-        name = frame.f_code.co_filename
-        if not name.startswith(torch_files):
-            if not name.startswith(PASSED_OVER):
-                return None
-        else:
-            for prefix, value in READ_BY_TORCH.items():
-                if name.startswith(torch_files + prefix):
-                    return value
-        frame = frame.f_back  # type: ignore[assignment]
+    frame: FrameType | None = sys._getframe(1)
+    torch_files = f"{Path(torch.__file__).parent}/"
+    while frame is not None and frame.f_code.co_filename.startswith(PASSED_OVER):
+        name = frame.f_code.co_filename.removeprefix(torch_files)
+        for prefix, value in READ_BY_TORCH.items():
+            if name.startswith(prefix):
+                return value
+        frame = frame.f_back
     return None
 
 

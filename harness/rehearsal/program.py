@@ -1,6 +1,5 @@
 """`harness.rehearse`: rehearses any PyTorch program for a GPU that is not there. Nothing is computed or allocated."""
 
-import gc
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -10,9 +9,11 @@ from harness.ledger.patch import patched
 from harness.rehearsal import card_memory, card_operators
 from harness.rehearsal.card_ledger import CardLedger
 from harness.rehearsal.cuda_shims import CUDA_SHIMS
+from harness.rehearsal.fake_mode import existing_objects_frozen
 from harness.rehearsal.from_outside import Outside, ProgramFakes
 from harness.rehearsal.known_values import Values
-from harness.rehearsal.shims import PROGRAM_SHIMS
+from harness.rehearsal.shims import program_shims
+
 
 @contextmanager
 def rehearse(
@@ -33,23 +34,12 @@ def rehearse(
         context.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         context.enter_context(card_memory.being(memory))
-        context.enter_context(patched(*CUDA_SHIMS, *PROGRAM_SHIMS, outside.shim()))
+        context.enter_context(patched(*CUDA_SHIMS, *program_shims(), outside.shim()))
         context.enter_context(card_operators.registered(memory.card))
         context.enter_context(outside)
         for mode in (ProgramFakes(memory.card), Values(assume, strict=True, gpu=True)):
             context.enter_context(mode)
         ledger = CardLedger(memory, discover=True, lines=lines)
-        context.enter_context(_garbage_collected())
+        context.enter_context(existing_objects_frozen())
         context.enter_context(ledger)
         yield ledger
-
-
-@contextmanager
-def _garbage_collected() -> Iterator[None]:
-    """Collect what others left, so that it is freed at no moment of this context."""
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()

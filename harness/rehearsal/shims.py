@@ -6,6 +6,7 @@ other arguments, the error names it. If only its bytes change, the equality test
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 from harness.ledger.patch import ACCELERATE, BUILTIN, DATA, DEEPSPEED, TORCH, TRANSFORMERS, Patch, patched
 from harness.rehearsal import tensor_shims, world_shims, zero_shims
@@ -189,7 +190,7 @@ def shimmed(gpu: bool = False) -> Iterator[None]:
         yield
 
 
-PROGRAM_SHIMS = tuple(
-    patch for patch in SHIMS if patch.package in ("torch", "transformers") and patch not in (APPLY, SLICES)
-)
-"""The shims for any program: those for fake tensors."""
+def program_shims() -> tuple[Patch, ...]:
+    """The shims for any program: those for fake tensors, in torch and, if it is installed, in transformers."""
+    packages = ("torch", "transformers") if find_spec("transformers") else ("torch",)
+    return tuple(patch for patch in SHIMS if patch.package in packages and patch not in (APPLY, SLICES))
