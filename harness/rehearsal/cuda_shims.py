@@ -19,6 +19,7 @@ from harness.rehearsal.card_autocast import clearing
 from harness.rehearsal.card_memory import current
 
 NO_CARD = "there is no such device here, and a program means the card that is rehearsed"
+STAND_IN = f"{NO_CARD}; it does nothing, or answers for the card"
 
 
 class Stream:
@@ -358,7 +359,7 @@ _PROPERTY = "it is a property"
 
 CUDA_SHIMS = (
     *(
-        Patch(owner, name, NO_CARD, TORCH, _by(stand_in), optional=True)
+        Patch(owner, name, STAND_IN, TORCH, _by(stand_in), optional=True)
         for owner, stand_ins in (
             ("torch.cuda", {**_CUDA, **_MEMORY}),
             ("torch.cuda.memory", {**_MEMORY, "_snapshot": _snapshot}),
@@ -407,7 +408,14 @@ CUDA_SHIMS = (
         device_of_part,
         unchecked=_PROPERTY,
     ),
-    Patch(_FAKE, "init_gpu_context", "it would use a GPU that is there", TORCH, _by(context_of_no_device)),
+    Patch(
+        _FAKE,
+        "init_gpu_context",
+        "it would use a GPU that is there",
+        TORCH,
+        _by(context_of_no_device),
+        unchecked="it keeps its results, which hides its arguments",
+    ),
     Patch(
         "torch.optim.optimizer",
         "_foreach_supported_types",

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from harness.generation import cache_check, infer
 from harness.ledger import Ledger
+from harness.ledger.unseen import NotSeen
 from harness.model.misfit import misfits
 from harness.model.partition import as_record
 from harness.model.plan import Plan
@@ -38,6 +39,7 @@ def rehearse(plan: Plan, rank: int, directory: Path | None = None) -> tuple[Rank
     cache_check.prove(plan)
     with misfits(plan), warnings.catch_warnings(), rehearsed(rank, plan.layout, memory) as world:
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+        warnings.filterwarnings("ignore", category=NotSeen)  # the record says it
         ledger = (
             Ledger(steps=settings.ledger.steps, device="cpu", allocator=False)
             if memory is None
