@@ -38,6 +38,10 @@ class CardMemory:
         self.storage_of: Callable[[int], Storage | None] = lambda key: None
         self.stream = 0
         self.exhausted: Exhausted | None = None
+        self.unknown: dict[str, None] = {}
+        """Names of what ran and takes memory that no rule knows."""
+        self.uncompiled = False
+        """Whether the program wanted to compile something."""
         self._streams = 0
         self._next = 0
         self._highest = 0, 0

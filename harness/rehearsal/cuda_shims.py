@@ -237,6 +237,11 @@ def _snapshot(device: Any = None, augment_with_fx_traces: bool = False) -> Any:
     return current().snapshot()
 
 
+def memory_summary(device: Any = None, abbreviated: bool = False) -> str:
+    figures = current().statistics()
+    return "\n".join(f"{name}: {value:,}" for name, value in _flat("", figures))
+
+
 def _record_memory_history(*args: Any, **kwargs: Any) -> None:
     pass  # a rehearsal always records
 
@@ -264,12 +269,13 @@ def generator_class(original: Any) -> Any:
 def graph_class(original: Any) -> Any:
     """`torch.cuda.CUDAGraph`: it is refused."""
 
-    def refuse(*args: Any, **kwargs: Any) -> Any:
-        raise RuntimeError(
-            "torch.cuda.CUDAGraph: a captured graph is not rehearsed; call the function itself, without a graph"
-        )
+    class CUDAGraph:
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            raise RuntimeError(
+                "torch.cuda.CUDAGraph: a captured graph is not rehearsed; call the function itself, without a graph"
+            )
 
-    return refuse
+    return CUDAGraph
 
 
 def data_with_device(original: Any) -> Any:
@@ -285,6 +291,16 @@ def data_with_device(original: Any) -> Any:
 def device_of_part(original: Any) -> Any:
     """`DTensor.device`, which would ask C++: the device of this rank's part."""
     return property(lambda self: self._local_tensor.device)
+
+
+def compiling_nothing(original: Any) -> Any:
+    """`torch.compile`: the function or module itself."""
+
+    def stand_in(model: Any = None, **options: Any) -> Any:
+        current().uncompiled = True
+        return model if model is not None else (lambda function: function)
+
+    return stand_in
 
 
 def is_cuda(original: Any) -> Any:
@@ -336,6 +352,7 @@ _MEMORY = {
     "mem_get_info": mem_get_info,
     "reset_peak_memory_stats": reset_peak_memory_stats,
     "memory_snapshot": memory_snapshot,
+    "memory_summary": memory_summary,
 }
 """Stand-ins in `torch.cuda` and in `torch.cuda.memory`, which has them too."""
 
@@ -378,6 +395,7 @@ CUDA_SHIMS = (
         graph_class,
         unchecked=BUILTIN,
     ),
+    Patch("torch", "compile", "a compiler would trace fake tensors", TORCH, compiling_nothing),
     Patch("torch", "Generator", NO_CARD, TORCH, generator_class, unchecked=BUILTIN),
     Patch("torch.Tensor", "record_stream", NO_CARD, TORCH, _by(record_stream), unchecked=BUILTIN),
     Patch(

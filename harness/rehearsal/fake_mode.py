@@ -45,6 +45,8 @@ Their `meta` kernels are slow Python code, so the resulting layouts are cached.
 
 _DEVICE = torch.ops.prim.device.default
 
+_PIN = torch.ops.aten._pin_memory.default
+
 _ITEM = torch.ops.aten._local_scalar_dense.default
 
 _WAIT = torch.ops._c10d_functional.wait_tensor.default
@@ -78,6 +80,8 @@ class Fakes(FakeTensorMode):
             return NotImplemented
         if func is _DEVICE:
             return in_cpp(args[0].fake_device)
+        if func is _PIN:
+            return args[0].clone()
         if func is _ITEM:  # inside of an operator: a program's own is answered by `Values`
             return 1.0 if args[0].dtype.is_floating_point else 1
         if func in KERNELS and self._card is not None and self._device(args, {}) == CARD:

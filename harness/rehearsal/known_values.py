@@ -34,6 +34,7 @@ UNKNOWN: dict[bool, Any] = {True: 1.0, False: 0}
 """The value of an unknown number (a loss, a norm, a sampled token), by whether its dtype is floating point."""
 
 READ_BY_TORCH = {
+    "utils/data": 0.0,  # the seed of a loader's workers
     "optim": 1.0,  # a number of steps, which only scales
     "amp/grad_scaler.py": 0.0,  # no gradient has overflowed
     "nn/utils/clip_grad.py": 0.0,  # no norm is infinite
@@ -44,6 +45,9 @@ REMEDY = (
     "and a rehearsal computes none: leave that out of what is rehearsed, or say what to take for every unknown value, "
     "as rehearse(..., assume=1.0)"
 )
+
+_PERMUTES = (torch.ops.aten.randperm.default, torch.ops.aten.randperm.generator)
+"""Operators that order at random, as a loader's sampler does: here they keep the order."""
 
 _DEVICE = torch.ops.prim.device.default
 _ITEM = torch.ops.aten._local_scalar_dense.default
@@ -120,6 +124,10 @@ class Values(TorchDispatchMode):
 
     def _compute(self, func: Any, args: Any, kwargs: Any, out: Any) -> bool:
         """Run `func` on real values if the inputs are known and the outputs worth knowing. Returns whether it ran."""
+        if func in _PERMUTES and out.numel() <= LARGEST:
+            with no_dispatch():
+                self._known[out] = torch.arange(out.numel(), dtype=out.dtype)
+            return True
         outputs = (
             [out] if isinstance(out, torch.Tensor) else list(out) if isinstance(out, (tuple, list)) else []
         )

@@ -1,8 +1,11 @@
 """`harness.rehearse`: rehearses any PyTorch program for a GPU that is not there. Nothing is computed or allocated."""
 
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+
+import torch
 
 from harness.config import hardware_page
 from harness.ledger.patch import patched
@@ -37,6 +40,8 @@ def rehearse(
         context.enter_context(patched(*CUDA_SHIMS, *program_shims(), outside.shim()))
         context.enter_context(card_operators.registered(memory.card))
         context.enter_context(outside)
+        if "torch._dynamo" in sys.modules:  # what was compiled before
+            context.enter_context(torch.compiler.set_stance("force_eager"))
         for mode in (ProgramFakes(memory.card), Values(assume, strict=True, gpu=True)):
             context.enter_context(mode)
         ledger = CardLedger(memory, discover=True, lines=lines)
