@@ -10,6 +10,7 @@ from importlib.util import find_spec
 
 from harness.ledger.patch import ACCELERATE, BUILTIN, DATA, DEEPSPEED, TORCH, TRANSFORMERS, Patch, patched
 from harness.rehearsal import tensor_shims, world_shims, zero_shims
+from harness.rehearsal.card_tensors import CARD_SHIMS
 from harness.rehearsal.cuda_shims import CUDA_SHIMS
 
 CPU = "deepspeed.accelerator.cpu_accelerator.CPU_Accelerator"
@@ -186,7 +187,7 @@ def process_world() -> tuple[Patch, ...]:
 @contextmanager
 def shimmed(gpu: bool = False) -> Iterator[None]:
     """Install every shim in this context; with `gpu` also those for a GPU. Raises DoesNotFit."""
-    with patched(*SHIMS, *((*CUDA_SHIMS, *GPU_SHIMS) if gpu else ()), *process_world()):
+    with patched(*SHIMS, *((*CUDA_SHIMS, *CARD_SHIMS, *GPU_SHIMS) if gpu else ()), *process_world()):
         yield
 
 
