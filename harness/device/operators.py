@@ -134,6 +134,14 @@ _NORMS = {
     "_log_softmax_backward_data": Scratch(
         "copies what is not contiguous", f"{_CUDA}SoftMax.cu", norms.log_softmax_backward
     ),
+    **_same(
+        Scratch(
+            "runs a layer with its own buffers",
+            "aten/src/ATen/native/transformers/transformer.cpp, attention.cpp",
+            _unknown,
+        ),
+        *("_transformer_encoder_layer_fwd", "_native_multi_head_attention"),
+    ),
     "_safe_softmax": Scratch(
         "marks what is masked out", "aten/src/ATen/native/transformers/attention.cpp", norms.safe_softmax
     ),

@@ -15,6 +15,7 @@ from harness.device.call import Card
 from harness.device.kernels import installed
 from harness.rehearsal import card_autocast
 from harness.rehearsal.card import in_python
+from harness.rehearsal.card_memory import current
 
 _aten = torch.ops.aten
 _ON_CARD = "AutogradCUDA", "CUDA"
@@ -98,6 +99,25 @@ _BY_DEVICE: dict[str, Callable[..., Any]] = {
 }
 
 
+_OTHERWISE = (
+    *("lstm.input", "lstm.data", "gru.input", "gru.data", "rnn_tanh.input", "rnn_relu.input", "batch_norm"),
+    *("ctc_loss.Tensor", "ctc_loss.IntList", "grid_sampler"),
+)
+"""Operators that a GPU may compute by a library of its own, whose memory no rule knows: `NOT_COVERED` says which."""
+
+
+def _noting(name: str) -> Callable[..., Any]:
+    """The operator as elsewhere; the card's memory notes that it is unknown."""
+    packet, _, overload = name.partition(".")
+    operator = getattr(getattr(_aten, packet), overload or "default")
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        current().unknown[packet] = None
+        return operator.decompose(*args, **kwargs)
+
+    return kernel
+
+
 @contextmanager
 def registered(card: Card) -> Iterator[None]:
     """Register them for `card` in this context."""
@@ -115,6 +135,8 @@ def registered(card: Card) -> Iterator[None]:
         for key in _ON_CARD:
             for name, kernel in _BY_DEVICE.items():
                 library.impl(name, kernel, key)
+            for name in _OTHERWISE:
+                library.impl(name, _noting(name), key)
         with installed(card):
             yield
     finally:
