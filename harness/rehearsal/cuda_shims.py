@@ -243,6 +243,8 @@ CUDA_SHIMS = (
     ),
     Patch("torch.cuda.memory", "_record_memory_history", NO_CARD, TORCH, _by(_record_memory_history)),
     Patch("torch.cuda", "Stream", NO_CARD, TORCH, _by(Stream), unchecked="it is a class with other options"),
+    Patch("torch", "Stream", NO_CARD, TORCH, _by(Stream), unchecked="it is a class with other options"),
+    Patch("torch", "Event", NO_CARD, TORCH, _by(Event), unchecked="it is a class with other options"),
     Patch("torch.cuda", "Event", NO_CARD, TORCH, _by(Event), unchecked="it is a class with other options"),
 )
 """What is replaced in `torch.cuda` and `torch.accelerator` while a card is rehearsed."""
