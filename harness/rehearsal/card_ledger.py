@@ -33,7 +33,7 @@ class CardLedger(Ledger):
         """From now on see only what `"phases"` sees."""
         self.memory.catch_up()
         if unknown := self._kernels.unknown():
-            self._unseen.note("scratch", "storages", unknown)
+            self._unseen.note("scratch", "kernel", unknown)
         super().enough()
 
     def account(self) -> Account:

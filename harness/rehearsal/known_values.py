@@ -40,7 +40,7 @@ READ_BY_TORCH = {
 
 REMEDY = (
     "and a rehearsal computes none: leave that out of what is rehearsed, or say what to take for every unknown value, "
-    "as rehearse(..., assume=1.0)"
+    "as assume=1.0 where the rehearsal's hardware is"
 )
 
 _DEVICE = torch.ops.prim.device.default

@@ -14,6 +14,7 @@ from harness.rehearsal.from_outside import Outside, ProgramFakes
 from harness.rehearsal.known_values import Values
 from harness.rehearsal.shims import PROGRAM_SHIMS
 
+
 @contextmanager
 def rehearse(
     hardware: str, *, allocator: str | None = None, assume: float | None = None, lines: bool = True
@@ -27,8 +28,20 @@ def rehearse(
     Raises ValueError for an unknown page, for one without a GPU, and for a setting that is none. In the block, raises
     `NeedsValue` where a value is read, and `FromOutside` where a tensor from before the block would be changed.
     """
-    memory = card_memory.of(hardware_page.gpu(hardware), 1, allocator)
-    outside = Outside()
+    ledger = ledger_of(hardware, allocator=allocator, lines=lines)
+    with rehearsing(ledger, assume):
+        yield ledger
+
+
+def ledger_of(hardware: str, *, allocator: str | None = None, lines: bool = True) -> CardLedger:
+    """The ledger of a rehearsal that has not begun; the arguments and what is raised are those of `rehearse`."""
+    return CardLedger(card_memory.of(hardware_page.gpu(hardware), 1, allocator), discover=True, lines=lines)
+
+
+@contextmanager
+def rehearsing(ledger: CardLedger, assume: float | None = None) -> Iterator[None]:
+    """Inside this context the program is rehearsed for the card of `ledger`, as `rehearse` says."""
+    memory, outside = ledger.memory, Outside()
     with ExitStack() as context:
         context.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
@@ -38,10 +51,9 @@ def rehearse(
         context.enter_context(outside)
         for mode in (ProgramFakes(memory.card), Values(assume, strict=True)):
             context.enter_context(mode)
-        ledger = CardLedger(memory, discover=True, lines=lines)
         context.enter_context(_garbage_collected())
         context.enter_context(ledger)
-        yield ledger
+        yield
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import torch
 
 from harness import pytest_plugin  # a run in this process must not import them, and torch, anew
 from harness.check import budget
+from harness.check.marks import Request
 from harness.ledger.ledger import Ledger
 
 ROOT = Path(__file__).parents[2]
@@ -44,7 +45,7 @@ def _warm() -> None:
         linear = torch.nn.Linear(2, 2)
         linear(torch.ones(2)).sum().backward()
         torch.optim.AdamW(linear.parameters()).step()
-    budget.text_of(ledger, [], Path())
+    budget.text_of(ledger, Request({}), Path())
     assert pytest_plugin.MARKS
 
 
