@@ -34,7 +34,7 @@ MARKS = {
     "hardware='h100-sxm' it is rehearsed for that GPU",
 }
 LEDGER = pytest.StashKey["Ledger"]()
-REQUEST = pytest.StashKey["Request"]()
+REQUEST: "pytest.StashKey[Request]" = pytest.StashKey()
 REFUSED = pytest.StashKey[str]()
 ONE_GPU = (
     "a mark's hardware= is a GPU that is not there, and --memory-device=cuda one that is: leave the option out, or "

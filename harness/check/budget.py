@@ -62,11 +62,12 @@ def _unfit(ledger: "CardLedger", hardware: str) -> Iterator[str]:
     """A sentence where the test does not fit into the card of the page `hardware`."""
     memory, first = ledger.memory, ledger.exhausted
     if first is not None:
-        where = f"step {first.where.step}, {first.where.phase}{f', in {first.module}' if first.module else ''}"
+        step, phase, _ = first.where
+        within = f", in {first.module}" if first.module else ""
         yield (
             f"the test does not fit into {hardware}: {first.op.partition('.')[0]} finds no room for "
-            f"{size(first.nbytes)} in {where}; PyTorch may reserve {size(memory.capacity)}, and the test needs "
-            f"{size(memory.peak_reserved)}"
+            f"{size(first.nbytes)} in step {step}, {phase}{within}; PyTorch may reserve {size(memory.capacity)}, "
+            f"and the test needs {size(memory.peak_reserved)}"
         )
 
 

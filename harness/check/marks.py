@@ -62,11 +62,6 @@ class Request(NamedTuple):
     assume: float | None = None
     fits: bool = False
 
-    @property
-    def rehearsal(self) -> dict[str, Any]:
-        """The arguments of `harness.rehearse`."""
-        return {name: getattr(self, name) for name in OPTIONS}
-
 
 def read(marks: Iterable[Mark]) -> Request:
     """What `marks` ask together. The first mark of a kind is the closest to the test, and wins. Raises ValueError."""
@@ -78,9 +73,9 @@ def read(marks: Iterable[Mark]) -> Request:
     limits = {name: _bytes(name, value) for name, value in budget.items() if name not in OPTIONS}
     if options["hardware"] is None:
         for name, value in (*budget.items(), *baseline.items()):
-            if name not in BUDGETED:
+            if name not in BUDGETED and value is not None:
                 raise ValueError(f"{name}={value!r} is of a rehearsal for a GPU: give hardware= too")
-    return Request(limits, **options, fits="hardware" in budget)
+    return Request(limits, **options, fits=bool(budget))
 
 
 def _check_names(mark: Mark) -> None:
