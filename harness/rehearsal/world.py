@@ -21,7 +21,7 @@ from harness.runtime.world import World, group_of, variables
 
 @contextmanager
 def rehearsed(rank: int, layout: Layout, memory: CardMemory | None = None) -> Iterator[World]:
-    """Become rank `rank` of a world of CPUs, or of cards with this `memory`. In this context every new tensor is fake."""
+    """Become rank `rank` of a world of CPUs, or of cards with this `memory`. Every new tensor is fake in it."""
     gpu = memory is not None
     device = CARD if gpu else torch.device("cpu")
     environment = variables(
@@ -34,7 +34,7 @@ def rehearsed(rank: int, layout: Layout, memory: CardMemory | None = None) -> It
             parts: Any = {"stages": layout.stages, "tp_size": layout.tp_size}
             parts["mesh"] = group_of(layout.tp_size, device)
             card = memory.card if memory is not None else None
-            with nullcontext() if card is None else registered(card), Fakes(card), Values():
+            with nullcontext() if card is None else registered(card), Fakes(card), Values(gpu=gpu):
                 yield World(rank, layout.size, 0, device, fake=True, **parts)
         finally:
             dist.destroy_process_group()
