@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from harness.__main__ import TOOLS
-from tests.pages import DOCS, ROOT, blocks, commands, follow, inside
+from tests.pages import DOCS, ROOT, blocks, code, commands, follow, inside, typed
 
 PAGES = sorted(page.stem for page in DOCS.glob("*.md"))
 RECIPES = ("plain-loop", "trainer", "accelerate", "deepspeed", "github-actions")
@@ -43,6 +43,21 @@ def test_a_page_ends_with_a_comparison_that_works(page: str, followed: dict[str,
     )
     assert "At its peak" in compared
     assert re.search(r"^  unattributed +0 B", compared, re.MULTILINE)
+
+
+def test_a_rehearsed_program_prints_what_its_page_shows(tmp_path: Path) -> None:
+    (shown,) = blocks("rehearse-program", "text")
+    (printed,) = follow("rehearse-program", tmp_path).values()
+    assert printed == shown
+
+
+def test_a_gpu_s_budget_fails_as_its_page_shows(tmp_path: Path) -> None:
+    (shown,) = blocks("gpu-budget", "text")
+    code("gpu-budget", tmp_path)
+    (line,) = commands("gpu-budget")
+    printed = typed(f"{line} -p no:cacheprovider || test $? = 1", tmp_path)
+    assert shown in printed
+    assert "1 failed, 1 passed" in printed
 
 
 @pytest.mark.parametrize("page", PAGES)

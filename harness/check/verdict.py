@@ -207,11 +207,18 @@ def _changes(before: Accounting, after: Accounting, tolerances: Mapping[str, Tol
             if not tolerance.allows(old, new)
         ]
         yield from own or [moved[0]._replace(since=since) for _ in moved[:1]]
+    for name, old, new in _allocators(before, after):
+        if not tolerances.get(name, NONE).allows(old, new):
+            yield Change(name, "peak", old, new)
+
+
+def _allocators(before: Accounting, after: Accounting) -> Iterator[tuple[str, int, int]]:
+    """The figures of an allocator that both sides have."""
     if before.allocator and after.allocator:
         for name, attribute in (("allocator", "peak"), ("kernel",) * 2, ("unattributed",) * 2):
-            old, new = (getattr(side.allocator, attribute) for side in (before, after))
-            if not tolerances.get(name, NONE).allows(old, new):
-                yield Change(name, "peak", old, new)
+            yield name, getattr(before.allocator, attribute), getattr(after.allocator, attribute)
+    if before.reserved is not None and after.reserved is not None:
+        yield "reserved", before.reserved, after.reserved
 
 
 def _phase_differences(before: Accounting, after: Accounting) -> Iterator[str]:

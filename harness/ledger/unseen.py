@@ -7,9 +7,9 @@ from typing import Literal
 
 from harness.ledger.patch import DoesNotFit
 
-Figures = Literal["all", "storages", "saved", "allocator"]
+Figures = Literal["all", "storages", "saved", "allocator", "kernel"]
 """The figures that a gap makes incomplete: all; those of storages but not the allocator's; the bytes saved for
-backward; or the allocator's own."""
+backward; the allocator's own; or what kernels take."""
 
 
 class NotSeen(UserWarning):

@@ -37,7 +37,7 @@ class CardLedger(Ledger):
         self.memory.catch_up()
         if names := ", ".join(self.memory.unknown):
             sentence = f"not known and in no figure: what kernels of {names} take beside their results"
-            self._unseen.note("scratch", "storages", sentence)
+            self._unseen.note("scratch", "kernel", sentence)
         if self.memory.uncompiled:
             self._unseen.note("torch.compile", "all", UNCOMPILED)
         super().enough()

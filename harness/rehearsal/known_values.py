@@ -43,7 +43,7 @@ READ_BY_TORCH = {
 
 REMEDY = (
     "and a rehearsal computes none: leave that out of what is rehearsed, or say what to take for every unknown value, "
-    "as rehearse(..., assume=1.0)"
+    "as assume=1.0 where the rehearsal's hardware is"
 )
 
 _PERMUTES = (torch.ops.aten.randperm.default, torch.ops.aten.randperm.generator)

@@ -32,8 +32,20 @@ def rehearse(
     Raises ValueError for an unknown page, for one without a GPU, and for a setting that is none. In the block, raises
     `NeedsValue` where a value is read, and `FromOutside` where a tensor from before the block would be changed.
     """
-    memory = card_memory.of(hardware_page.gpu(hardware), 1, allocator)
-    outside = Outside()
+    ledger = ledger_of(hardware, allocator=allocator, lines=lines)
+    with rehearsing(ledger, assume):
+        yield ledger
+
+
+def ledger_of(hardware: str, *, allocator: str | None = None, lines: bool = True) -> CardLedger:
+    """The ledger of a rehearsal that has not begun; the arguments and what is raised are those of `rehearse`."""
+    return CardLedger(card_memory.of(hardware_page.gpu(hardware), 1, allocator), discover=True, lines=lines)
+
+
+@contextmanager
+def rehearsing(ledger: CardLedger, assume: float | None = None) -> Iterator[None]:
+    """Inside this context the program is rehearsed for the card of `ledger`, as `rehearse` says."""
+    memory, outside = ledger.memory, Outside()
     with ExitStack() as context:
         context.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
@@ -45,7 +57,6 @@ def rehearse(
             context.enter_context(torch.compiler.set_stance("force_eager"))
         for mode in (ProgramFakes(memory.card), Values(assume, strict=True, gpu=True)):
             context.enter_context(mode)
-        ledger = CardLedger(memory, discover=True, lines=lines)
         context.enter_context(existing_objects_frozen())
         context.enter_context(ledger)
-        yield ledger
+        yield

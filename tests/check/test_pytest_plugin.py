@@ -3,12 +3,17 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from harness import pytest_plugin  # a run in this process must not import them, and torch, anew
+from harness import pytest_plugin, rehearse  # a run in this process must not import them, and torch, anew
 from harness.check import budget
+from harness.check.marks import Request
+from harness.config import hardware_page
+from harness.config.compose import groups
+from harness.device import outside
 from harness.ledger.ledger import Ledger
 
 ROOT = Path(__file__).parents[2]
@@ -44,7 +49,11 @@ def _warm() -> None:
         linear = torch.nn.Linear(2, 2)
         linear(torch.ones(2)).sum().backward()
         torch.optim.AdamW(linear.parameters()).step()
-    budget.text_of(ledger, [], Path())
+    budget.text_of(ledger, Request({}), Path())
+    with rehearse("rtx4090") as ledger:
+        linear = torch.nn.Linear(2, 2).cuda()
+        linear(torch.ones(2, device="cuda")).sum().backward()
+    budget.text_of(ledger, Request({}), Path())
     assert pytest_plugin.MARKS
 
 
@@ -246,6 +255,20 @@ def test_none():
         ("total=1.5", "memory_budget(total=1.5): not a size"),
         ("'1 MiB'", "memory_budget: give each limit a name, as memory_budget(activations='10 MiB')"),
         ("", "memory_budget: give each limit a name"),
+        ("hardware='gpu'", "hardware=gpu: no page of a GPU has that name; one of a100-40gb, "),
+        ("hardware='cpu', total=1", "hardware=cpu: no page of a GPU has that name"),
+        ("hardware=['t4']", "hardware=['t4']: give the name of a page, as 'h100-sxm'"),
+        ("hardware='t4', totl=1", "memory_budget(totl=1): no such category; one of "),
+        ("hardware='t4', reserved='x'", "memory_budget(reserved='x'): not a size"),
+        ("reserved=1", "reserved=1 is of a rehearsal for a GPU: give hardware= too"),
+        ("kernel=1", "kernel=1 is of a rehearsal for a GPU: give hardware= too"),
+        ("total=1, assume=1.0", "assume=1.0 is of a rehearsal for a GPU: give hardware= too"),
+        ("hardware='t4', assume='1'", "assume='1': give a number, which is taken for every unknown value"),
+        ("hardware='t4', allocator=1", "allocator=1: give a text, as 'expandable_segments:True'"),
+        (
+            "hardware='t4', allocator='expandable_segments:yes'",
+            "allocator='expandable_segments:yes': expandable_segments:yes: give True or False",
+        ),
     ],
 )
 def test_a_mark_that_cannot_be_read_is_a_usage_error(outcome: Outcome, mark: str, said: str) -> None:
@@ -256,6 +279,219 @@ def test_it():
 """)
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines([f"ERROR: test_it.py::test_it: {said.replace('[', '[[]')}*"])
+
+
+@pytest.mark.parametrize(
+    ("marks", "said"),
+    [
+        ("memory_baseline('t4')", "memory_baseline: give each option a name, as memory_baseline(hardware="),
+        ("memory_baseline(total=1)", "memory_baseline(total=1): no such option; one of hardware, allocator"),
+        ("memory_baseline(allocator='')", "allocator='' is of a rehearsal for a GPU: give hardware= too"),
+        (
+            "memory_baseline(hardware='t4')\n@pytest.mark.memory_budget(hardware='l4')",
+            "memory_budget(hardware='l4') and memory_baseline(hardware='t4'): a test runs once; give both",
+        ),
+    ],
+)
+def test_a_baseline_s_mark_that_cannot_be_read_is_a_usage_error_too(
+    outcome: Outcome, marks: str, said: str
+) -> None:
+    result = outcome(f"@pytest.mark.{marks}\ndef test_it(): pass\n")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines([f"ERROR: test_it.py::test_it: {said}*"])
+
+
+# A GPU that is not there
+
+ON_CARD = """
+def step():
+    net = model().to("cuda")
+    optimizer = torch.optim.AdamW(net.parameters())
+    for _ in range(2):
+        net(torch.ones(64, 256, device="cuda")).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+"""
+
+
+@pytest.fixture(scope="module")
+def step_on_card() -> dict[str, int]:
+    """What `step` takes on an RTX 4090, in bytes."""
+    names: dict[str, Any] = {}
+    exec(HEAD + ON_CARD, names)
+    with rehearse("rtx4090") as ledger:
+        names["step"]()
+    allocated, reserved = ledger.peak.allocated, ledger.peak.reserved
+    kernel = ledger.categories["kernel"].peak
+    assert 0 < (kernel or 0) < (allocated or 0) < (reserved or 0)
+    return {"total": allocated or 0, "reserved": reserved or 0, "kernel": kernel or 0}
+
+
+@pytest.mark.parametrize(
+    ("name", "subject"),
+    [
+        ("total", "the test held"),
+        ("reserved", "PyTorch's allocator reserved"),
+        ("kernel", "kernel held"),
+    ],
+)
+def test_a_gpu_s_budget_is_kept_to_the_byte_where_no_gpu_is(
+    outcome: Outcome, step_on_card: dict[str, int], name: str, subject: str
+) -> None:
+    tests = f"""{ON_CARD}
+@pytest.mark.memory_budget(hardware="rtx4090", {name}={{most}})
+def test_step():
+    step()
+"""
+    outcome(tests.format(most=step_on_card[name])).assert_outcomes(passed=1)
+    result = outcome(tests.format(most=step_on_card[name] - 1))
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(
+        [
+            f"{subject} * at its peak, 1 B over its budget of *",
+            "rtx4090, rehearsed, at most in step 0, *",
+            "*optimizer: state[[]0].exp_avg * test_it.py:*",
+        ]
+    )
+
+
+def test_hardware_alone_asks_that_everything_fits(outcome: Outcome) -> None:
+    result = outcome("""
+@pytest.mark.parametrize("card", [pytest.param(name, marks=pytest.mark.memory_budget(hardware=name))
+                                  for name in ("t4", "h200")])
+def test_forward(card):
+    net = torch.nn.Linear(10**5, 10**5, device="cuda")
+    net(torch.ones(1, 10**5, device="cuda"))
+""")
+    result.assert_outcomes(passed=1, failed=1)
+    result.stdout.fnmatch_lines(
+        [
+            "the test does not fit into t4: empty finds no room for 37.3 GiB in step 0, idle; PyTorch may reserve "
+            "14.8 GiB, and the test needs 37.3 GiB"
+        ]
+    )
+
+
+def test_every_page_of_a_gpu_says_what_fits() -> None:
+    pages = [hardware_page.gpu(name) for name in groups()["hardware"] if name not in ("auto", "cpu")]
+    assert pages
+    assert all(outside.budget(page, 1) for page in pages)
+
+
+def test_the_body_alone_is_rehearsed_and_torch_means_the_card(outcome: Outcome) -> None:
+    outcome("""
+@pytest.fixture
+def real():
+    kept = torch.ones(3)
+    yield kept
+    assert kept.sum() == 3 and not torch.cuda.is_available()
+
+@pytest.mark.memory_budget(hardware="rtx4090", allocator="expandable_segments:True")
+def test_one(real, memory_ledger):
+    kept = torch.ones(2**20, device="cuda")
+    assert torch.cuda.get_device_name() == memory_ledger.memory.page.name
+    assert torch.cuda.max_memory_allocated() == memory_ledger.peak.allocated == 2**22
+    assert memory_ledger.memory.settings.expandable_segments
+    assert memory_ledger.fits and memory_ledger.exhausted is None
+
+def test_real(real, memory_ledger):
+    assert memory_ledger.device == "cpu" and real.sum() == 3
+""").assert_outcomes(passed=2)
+
+
+def test_a_value_that_is_not_known_is_refused_by_its_line_and_can_be_assumed(outcome: Outcome) -> None:
+    tests = """
+@pytest.mark.memory_budget(hardware="rtx4090"{more})
+def test_log():
+    loss = torch.ones(3, device="cuda").sum()
+    assert loss.item() == 2.5
+"""
+    outcome(tests.format(more=", assume=2.5")).assert_outcomes(passed=1)
+    result = outcome(tests.format(more=""))
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["*test_it.py:10: a value of a tensor is read, * as assume=1.0 *"])
+    result.stdout.no_fnmatch_line("*_python_dispatch*")
+    result.stdout.no_fnmatch_line("*During handling*")
+
+
+def test_a_model_from_a_fixture_is_moved_or_refused_and_is_afterwards_as_before(outcome: Outcome) -> None:
+    result = outcome("""
+@pytest.fixture(scope="module")
+def net():
+    return model()
+
+@pytest.mark.memory_budget(hardware="rtx4090", parameters=2105344)
+def test_moved(net):
+    net.to("cuda")(torch.ones(4, 256, device="cuda")).sum().backward()
+
+@pytest.mark.memory_budget(hardware="rtx4090")
+def test_as_it_is(net):
+    net(torch.ones(4, 256)).sum().backward()
+
+def test_afterwards(net):
+    assert net(torch.zeros(4, 256)).sum().item() != 0
+    assert all(each.device.type == "cpu" and each.grad is None for each in net.parameters())
+""")
+    result.assert_outcomes(passed=2, failed=1)
+    result.stdout.fnmatch_lines(
+        ["*test_it.py:*: a tensor of shape (1024, 256) is from before the rehearsal, *"]
+    )
+    result.stdout.no_fnmatch_line("*Traceback*")
+
+
+def test_what_no_rule_knows_is_named_and_only_the_kernels_budget_needs_it(outcome: Outcome) -> None:
+    tests = """
+@pytest.mark.memory_budget(hardware="rtx4090", {name}="1 GiB")
+def test_images():
+    torch.nn.Conv2d(3, 4, 3, device="cuda")(torch.ones(1, 3, 8, 8, device="cuda"))
+"""
+    passed = outcome(tests.format(name="total"))
+    passed.assert_outcomes(passed=1, warnings=1)
+    passed.stdout.fnmatch_lines(["*NotSeen: not known and in no figure: what kernels of convolution take *"])
+    failed = outcome(tests.format(name="kernel"))
+    failed.assert_outcomes(failed=1, warnings=1)
+    failed.stdout.fnmatch_lines(["memory_budget(kernel='1.0 GiB') cannot be judged: not known *convolution*"])
+
+
+def test_a_real_gpu_is_not_asked_for_beside_one_that_is_not_there(outcome: Outcome) -> None:
+    tests = "@pytest.mark.memory_budget(hardware='t4')\ndef test_one(): torch.ones(1)\n"
+    outcome(tests, "--memory-device", "cpu").assert_outcomes(passed=1)
+    result = outcome(tests, "--memory-device", "cuda")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(
+        ["ERROR: test_it.py::test_one: a mark's hardware= is a GPU that is not there*"]
+    )
+
+
+def test_a_gpu_s_baseline_has_what_is_reserved_and_is_of_that_gpu(
+    outcome: Outcome, pytester: pytest.Pytester
+) -> None:
+    tests = f"""{ON_CARD}
+@pytest.mark.memory_budget(total="1 GiB")
+@pytest.mark.memory_baseline({{options}})
+def test_step():
+    step()
+"""
+    card = "hardware='rtx4090', allocator=''"
+    outcome(tests.format(options=card), "--memory-update").assert_outcomes(passed=1)
+    outcome(tests.format(options=card)).assert_outcomes(passed=1)
+    file = pytester.path / "memory_baselines" / "test_it" / "test_step.json"
+    kept = json.loads(file.read_text())
+    assert kept["device"] == "rtx4090"
+    assert kept["ranks"][0]["reserved"] > 0
+
+    on_cpu = "@pytest.mark.memory_baseline\ndef test_step(): torch.ones(3)"
+    for other_tests, device in ((tests.format(options="hardware='t4'"), "t4"), (on_cpu, "cpu")):
+        other = outcome(other_tests)
+        other.assert_outcomes(failed=1)
+        other.stdout.fnmatch_lines(
+            [f"*test_step.json: it is a baseline of rtx4090, and the test has the memory of {device}; *"]
+        )
+
+    file.write_text(json.dumps({**kept, "made_by": {**kept["made_by"], "torch": "2.0.0"}}))
+    otherwise = outcome(tests.format(options="hardware='rtx4090', allocator='large_segment_size_mb:64'"))
+    otherwise.assert_outcomes(failed=1)
+    otherwise.stdout.fnmatch_lines(["*reserved, peak*", "*torch *, the baseline's 2.0.0*"])
 
 
 # Baselines
@@ -368,10 +604,15 @@ def test_large():
 @pytest.mark.memory_budget(totl="1 KiB")
 def test_wrong():
     pass
+
+@pytest.mark.memory_budget(hardware="gpu")
+def test_unknown():
+    pass
 """
     result = outcome(tests, "-p", "xdist", "-n", "2", "--memory-update", apart=True)
-    result.assert_outcomes(passed=3, failed=1, errors=1)
+    result.assert_outcomes(passed=3, failed=1, errors=2)
     result.stdout.fnmatch_lines(["memory_budget(totl='1 KiB'): no such category; one of *"])
+    result.stdout.fnmatch_lines(["hardware=gpu: no page of a GPU has that name; one of *"])
     result.stdout.fnmatch_lines(["*over its budget of 1.0 KiB", "*workspace: *ones*test_it.py:*"])
     assert len([*(pytester.path / "memory_baselines" / "test_it").iterdir()]) == 3
     outcome(tests.partition("@pytest.mark.memory_budget(total")[0]).assert_outcomes(passed=3)
