@@ -30,6 +30,7 @@ collection also runs where the memory fraction was set to 1.
 import sys
 from collections import deque
 from collections.abc import Hashable
+from dataclasses import replace
 
 from harness.device.allocator_settings import INTERVALS, MIB, Settings
 from harness.device.blocks import Block, Device, Pool, State
@@ -194,6 +195,11 @@ class CachingAllocator:
                     unmap(block, self.device)
                 elif not block.split:
                     self._release(block)
+
+    def set_fraction(self, fraction: float) -> None:
+        """From now on at most this share of the card may be reserved. Raises ValueError as the constructor does."""
+        self.settings = replace(self.settings, per_process_memory_fraction=fraction)
+        self._allowed = self._allowance()
 
     def reset_peaks(self) -> None:
         """From now on the peaks are those of what follows."""

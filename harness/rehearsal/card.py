@@ -23,7 +23,16 @@ def in_cpp(device: torch.device) -> torch.device:
 
 
 def in_python(device: Any) -> Any:
-    """The device that an operator's argument `device` means. It may come from C++, and may have no index."""
+    """The device that an operator's argument `device` means. It may come from C++, and may have no index.
+
+    Raises RuntimeError for another card.
+    """
     if isinstance(device, str):
         device = torch.device(device)
-    return CARD if device in (CARD_IN_CPP, torch.device("cuda")) else device
+    if device in (CARD_IN_CPP, torch.device("cuda")):
+        return CARD
+    if device is not None and device.type == "cuda" and device != CARD:
+        raise RuntimeError(
+            f"{device} is not there: a rehearsal has one card, cuda:0; rehearse each by itself"
+        )
+    return device

@@ -120,6 +120,11 @@ class CardMemory:
         if storage is not None:
             self.allocator.record_stream(id(storage), stream)
 
+    def set_fraction(self, fraction: float) -> None:
+        """From now on the allocator may reserve this share of the card."""
+        self.catch_up()
+        self.allocator.set_fraction(fraction)
+
     def empty_cache(self) -> None:
         """Release what is not in use."""
         self.catch_up()

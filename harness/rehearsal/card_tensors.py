@@ -19,6 +19,22 @@ def _by(stand_in: Any) -> Callable[[Any], Any]:
     return lambda original: stand_in
 
 
+def scatter(self: Any, inputs: Any, kwargs: Any, device_ids: Any) -> Any:
+    return (inputs,), (kwargs or {},)
+
+
+def distributed_data_parallel(original: Any) -> Any:
+    """`DistributedDataParallel.__init__`: it is refused."""
+
+    def stand_in(self: Any, *args: Any, **kwargs: Any) -> None:
+        raise RuntimeError(
+            "DistributedDataParallel needs the other ranks: rehearse the model itself, whose gradients have the bytes "
+            "of its buckets once more"
+        )
+
+    return stand_in
+
+
 def record_stream(self: torch.Tensor, stream: Any) -> None:
     current().record_stream(self.untyped_storage()._cdata, stream.stream_id)
 
@@ -125,6 +141,14 @@ _FAKE = "torch._subclasses.fake_tensor"
 _PROPERTY, _INHERITED = "it is a property", "it is inherited"
 
 CARD_SHIMS = (
+    Patch("torch.nn.parallel.DataParallel", "scatter", "there is one card", TORCH, _by(scatter)),
+    Patch(
+        "torch.nn.parallel.DistributedDataParallel",
+        "__init__",
+        "it would wait for ranks that are not there",
+        TORCH,
+        distributed_data_parallel,
+    ),
     Patch(f"{_FAKE}.FakeTensor", "pin_memory", NO_CARD, TORCH, _by(pin_memory), unchecked=_INHERITED),
     Patch(
         "torch.cuda",
@@ -134,7 +158,6 @@ CARD_SHIMS = (
         graph_class,
         unchecked=BUILTIN,
     ),
-    Patch("torch", "compile", "a compiler would trace fake tensors", TORCH, compiling_nothing),
     Patch(
         "torch._C", "_get_accelerator", NO_CARD, TORCH, _by(get_accelerator), unchecked=BUILTIN, optional=True
     ),
@@ -191,3 +214,6 @@ CARD_SHIMS = (
     ),
 )
 """What is replaced while a card is rehearsed."""
+
+COMPILE = Patch("torch", "compile", "a compiler would trace fake tensors", TORCH, compiling_nothing)
+"""The engine's rehearsals need it not: what they would compile has a course of its own."""

@@ -45,6 +45,11 @@ def set_device(device: Any) -> None:
         )
 
 
+def exchange_device(device: int) -> int:
+    set_device(device)
+    return 0
+
+
 def synchronize(device: Any = None) -> None:
     pass
 
@@ -65,6 +70,8 @@ def get_device_properties(device: Any = None) -> Any:
         minor=minor,
         total_memory=current().total,
         multi_processor_count=current().card.multiprocessors,
+        max_threads_per_multi_processor=current().card.threads_per_multiprocessor,
+        L2_cache_size=None,
         warp_size=32,
     )
 
@@ -155,6 +162,10 @@ def get_memory_info(device_index: Any = None, /) -> tuple[int, int]:
     return mem_get_info()
 
 
+def set_per_process_memory_fraction(fraction: float, device: Any = None) -> None:
+    current().set_fraction(fraction)
+
+
 def empty_cache() -> None:
     current().empty_cache()
 
@@ -191,6 +202,7 @@ _CUDA = {
     "device_count": device_count,
     "current_device": current_device,
     "set_device": set_device,
+    **dict.fromkeys(("_exchange_device", "_maybe_exchange_device"), exchange_device),
     "synchronize": synchronize,
     "get_device_name": get_device_name,
     "get_device_capability": get_device_capability,
@@ -213,6 +225,7 @@ _MEMORY = {
     "reset_peak_memory_stats": reset_peak_memory_stats,
     "memory_snapshot": memory_snapshot,
     "memory_summary": memory_summary,
+    "set_per_process_memory_fraction": set_per_process_memory_fraction,
 }
 """Stand-ins in `torch.cuda` and in `torch.cuda.memory`, which has them too."""
 

@@ -14,6 +14,7 @@ from harness.ledger.lines import calling_line
 from harness.ledger.patch import Use
 from harness.ledger.tensors import tensors_in
 from harness.rehearsal.fake_mode import Fakes
+from harness.rehearsal.known_values import written
 from harness.rehearsal.shims import APPLY
 from harness.rehearsal.tensor_shims import apply_in_place
 from harness.rehearsal.zero_shims import Original
@@ -30,15 +31,17 @@ class ProgramFakes(Fakes):
         """torch's own, after a refusal of what would change a real tensor. Raises FromOutside."""
         for tensor in tensors_in([*args, *(kwargs or {}).values()]):
             if not isinstance(tensor, FakeTensor):
-                _check(func, tensor)
+                _check(func, tensor, args, kwargs or {})
         return super().dispatch(func, types, args, kwargs)
 
 
-def _check(func: Any, tensor: torch.Tensor) -> None:
+def _check(func: Any, tensor: torch.Tensor, args: Any, kwargs: Any) -> None:
     trained = tensor.is_leaf and tensor.requires_grad and torch.is_grad_enabled()
     if trained:
         reason = "a backward would leave a fake gradient in it"
-    elif func._schema.is_mutable:
+    elif func._schema.is_mutable and any(
+        tensor is each for each in tensors_in([*written(func, args, kwargs)])
+    ):
         reason = f"{func.__name__.partition('.')[0]} would change it"
     else:
         return

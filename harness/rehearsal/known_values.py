@@ -12,7 +12,9 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensor,
 )
@@ -35,7 +37,7 @@ UNKNOWN: dict[bool, Any] = {True: 1.0, False: 0}
 
 READ_BY_TORCH = {
     "utils/data": 0.0,  # the seed of a loader's workers
-    "optim": 1.0,  # a number of steps, which only scales
+    "optim": 0.5,  # a number of steps, or a product of momenta, which only scale
     "amp/grad_scaler.py": 0.0,  # no gradient has overflowed
     "nn/utils/clip_grad.py": 0.0,  # no norm is infinite
 }
@@ -65,6 +67,8 @@ class Values(TorchDispatchMode):
     autograd writes in place where it does on a GPU.
     """
 
+    supports_higher_order_operators = True
+
     def __init__(self, assumed: float | None = None, strict: bool = False, gpu: bool = False) -> None:
         super().__init__()
         self._assumed, self._strict, self._gpu = assumed, strict, gpu
@@ -76,6 +80,8 @@ class Values(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if isinstance(func, HigherOrderOperator):
+            return func(*args, **kwargs)
         if types and shared(types):
             return NotImplemented
         if func is _DEVICE:
@@ -88,12 +94,14 @@ class Values(TorchDispatchMode):
             return args[0]
         try:
             out = func(*args, **kwargs)
+        except DataDependentOutputException:
+            raise NeedsValue(f"{calling_line()}: {func} reads values, {REMEDY}") from None
         except DynamicOutputShapeException:
             return self._with_known_shape(func, args, kwargs)
         if func.namespace in COLLECTIVES:
             self._forget(args)  # the other ranks' values are unknown
         elif not self._compute(func, args, kwargs, out) and func._schema.is_mutable:
-            self._forget(list(_written(func, args, kwargs)))
+            self._forget(list(written(func, args, kwargs)))
         return out
 
     def value(self, tensor: torch.Tensor) -> torch.Tensor | None:
@@ -202,7 +210,7 @@ def _worth_knowing(tensor: torch.Tensor) -> bool:
     return not tensor.dtype.is_floating_point and tensor.numel() <= LARGEST
 
 
-def _written(func: Any, args: Any, kwargs: Any) -> Iterator[Any]:
+def written(func: Any, args: Any, kwargs: Any) -> Iterator[Any]:
     """The arguments that `func` writes to, by its schema."""
     for index, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:

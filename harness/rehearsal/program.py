@@ -11,7 +11,7 @@ from harness.config import hardware_page
 from harness.ledger.patch import patched
 from harness.rehearsal import card_memory, card_operators
 from harness.rehearsal.card_ledger import CardLedger
-from harness.rehearsal.card_tensors import CARD_SHIMS
+from harness.rehearsal.card_tensors import CARD_SHIMS, COMPILE
 from harness.rehearsal.cuda_shims import CUDA_SHIMS
 from harness.rehearsal.fake_mode import existing_objects_frozen
 from harness.rehearsal.from_outside import Outside, ProgramFakes
@@ -50,7 +50,7 @@ def rehearsing(ledger: CardLedger, assume: float | None = None) -> Iterator[None
         context.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         context.enter_context(card_memory.being(memory))
-        context.enter_context(patched(*CUDA_SHIMS, *CARD_SHIMS, *program_shims(), outside.shim()))
+        context.enter_context(patched(*CUDA_SHIMS, *CARD_SHIMS, *program_shims(), COMPILE, outside.shim()))
         context.enter_context(card_operators.registered(memory.card))
         context.enter_context(outside)
         if "torch._dynamo" in sys.modules:  # what was compiled before

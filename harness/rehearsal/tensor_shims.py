@@ -18,8 +18,10 @@ def apply_in_place(original: Original) -> Original:
             for child in self.children():
                 child._apply(fn)
         with torch.no_grad():
-            for parameter in self._parameters.values():
-                if parameter is not None:
+            for name, parameter in self._parameters.items():
+                if parameter is not None and parameter.device.type == "meta":
+                    self._parameters[name] = torch.nn.Parameter(fn(parameter), parameter.requires_grad)
+                elif parameter is not None:
                     parameter.data = fn(parameter)
                     if parameter.grad is not None:
                         parameter.grad.data = fn(parameter.grad)

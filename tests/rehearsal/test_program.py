@@ -87,7 +87,7 @@ def test_what_stays_on_the_host_is_the_host_s() -> None:
 
 
 def test_operands_on_two_devices_are_refused_as_on_a_gpu() -> None:
-    with harness.rehearse("rtx4090"), pytest.raises(Exception, match="cuda:0(,| and) cpu"):
+    with harness.rehearse("rtx4090"), pytest.raises(Exception, match=r"cuda:0(,| and) cpu"):
         torch.ones(3, device="cuda") + torch.ones(3)
 
 
