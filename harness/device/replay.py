@@ -20,8 +20,9 @@ More than 0 bytes: the key's block is allocated on the stream. Less: it is freed
 CACHE_EMPTIED: Step = "cache emptied", 0, 0
 """The step at which `empty_cache` was called."""
 
+EXPANDABLE = "expandable_segments:True"
 ALTERNATIVES = (
-    "expandable_segments:True",
+    EXPANDABLE,
     *(f"max_split_size_mb:{mib}" for mib in (64, 128, 256, 512)),
     *(f"roundup_power2_divisions:{steps}" for steps in (4, 8, 16)),
     *(f"garbage_collection_threshold:{share}" for share in (0.6, 0.8)),

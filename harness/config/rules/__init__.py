@@ -125,8 +125,9 @@ def _rehearsal(settings: Settings) -> None:
         raise Refusal(
             "ledger", settings.ledger.mode, "a rehearsal measures with the exact ledger; use ledger=exact"
         )
-    if settings.ledger.snapshot:
-        raise Refusal("ledger.snapshot", True, "a rehearsal allocates nothing; leave it out")
+    if settings.ledger.snapshot and settings.hardware.device != "cuda":
+        remedy = "only CUDA's allocator has a snapshot; rehearse a GPU, as by hardware=h100-sxm, or leave it out"
+        raise Refusal("ledger.snapshot", True, remedy)
     if settings.train.resume is not None:
         raise Refusal(
             "train.resume", settings.train.resume, "a rehearsal begins with the first step; leave it out"
