@@ -87,7 +87,9 @@ def text(fit: Fit, trials: Sequence[Trial]) -> str:
     rehearsed = [trial for trial in trials if trial.rehearsed]
     closest = sorted((trial for trial in rehearsed if not trial.fits), key=lambda trial: -trial.left)
     on_gpu = any(trial.worst.reserved is not None for trial in rehearsed)
-    table = Table(*([["allocated"], ["reserved"]] if on_gpu else [["peak"]]), ["left"], ["of it"], ["filled by"])
+    table = Table(
+        *([["allocated"], ["reserved"]] if on_gpu else [["peak"]]), ["left"], ["of it"], ["filled by"]
+    )
     if fitting:
         table.section(f"fits {size(fit.memory - fit.reserve)} a device, the worst of {fit.world} ranks")
     for trial in fitting:
@@ -116,7 +118,9 @@ def text(fit: Fit, trials: Sequence[Trial]) -> str:
         RANKING[fit.mode],
         UNSEEN[on_gpu],
     ]
-    lines += (f"not seen: {gap}" for gap in dict.fromkeys(gap for each in trials for gap in each.worst.unseen))
+    lines += (
+        f"not seen: {gap}" for gap in dict.fromkeys(gap for each in trials for gap in each.worst.unseen)
+    )
     if any(trial.worst.passed_over for trial in trials):
         lines.append(PASSED_OVER)
     lines.append(f"{len(rehearsed)} configs rehearsed; {LEFT_OUT[fit.mode]}")
@@ -156,7 +160,9 @@ def _row(fit: Fit, trial: Trial) -> list[str]:
 def _remedy(trial: Trial) -> str:
     """Whether other settings of the allocator would make room for a config."""
     changes = _would_fit_with(trial)
-    remedy = f"PYTORCH_ALLOC_CONF={changes[0]}" if changes else "none of the allocator's settings that were tried"
+    remedy = (
+        f"PYTORCH_ALLOC_CONF={changes[0]}" if changes else "none of the allocator's settings that were tried"
+    )
     return f"{' '.join(_short(trial))} would fit with {remedy}"
 
 
@@ -179,8 +185,14 @@ def command(fit: Fit, trial: Trial) -> str:
     else:
         nodes = f"--nnodes {-(-fit.world // NODE)} --nproc-per-node {NODE}"
         start = f"torchrun {nodes} --rdzv-backend c10d --rdzv-endpoint HOST:29500"
+    allocator = (
+        [f"PYTORCH_ALLOC_CONF={shlex.quote(trial.settings.hardware.allocator)}"]
+        if (trial.settings.hardware.allocator is not None)
+        else []
+    )
+    overrides = [each for each in fit.overrides if not each.startswith("hardware.allocator=")]
     prompts = [f"generation.count={trial.settings.generation.count}"] if fit.mode == "infer" else []
-    return " ".join([start, "-m harness", *map(shlex.quote, fit.overrides), *_short(trial), *prompts])
+    return " ".join([*allocator, start, "-m harness", *map(shlex.quote, overrides), *_short(trial), *prompts])
 
 
 def data(fit: Fit, trials: Sequence[Trial]) -> dict[str, object]:

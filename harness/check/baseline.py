@@ -85,10 +85,14 @@ class Allocator(_Part):
 
 
 class Accounting(_Part):
-    """The accounting of one rank: each category's [peak, end], every phase in order, the largest at the peak."""
+    """The accounting of one rank: each category's [peak, end], every phase in order, the largest at the peak.
+
+    `reserved` is what a GPU's allocator had in segments at most; it is left out of the file where it is not known.
+    """
 
     categories: dict[Text, Annotated[list[Bytes], Field(min_length=2, max_length=2)]]
     allocator: Allocator | None = None
+    reserved: Bytes | None = None
     phases: list[Phase]
     holdings: list[Holding] = Field(default_factory=list)
 
@@ -197,6 +201,7 @@ def accounting_of(rank: memory.Rank, steps: int | None = None) -> Accounting:
             if figures.peak is not None and figures.end is not None
         },
         allocator=allocator_figures,
+        reserved=allocator.reserved,
         phases=[
             _phase(each)
             for each in rank.phases
@@ -260,8 +265,13 @@ def update(file: Path, measured: Baseline, tolerance: Mapping[str, str]) -> str:
 
 def text(baseline: Baseline) -> str:
     """The text of a baseline's file. The same figures always give the same text."""
-    ranks = [{"ranks": each.ranks, **each.model_dump(exclude={"ranks"})} for each in baseline.ranks]
+    ranks = [{"ranks": each.ranks, **_figures(each)} for each in baseline.ranks]
     return _format({"schema": SCHEMA, **baseline.model_dump(exclude={"ranks"}), "ranks": ranks}, ROWS) + "\n"
+
+
+def _figures(ranks: Ranks) -> dict[str, Any]:
+    unknown = {"reserved"} if ranks.reserved is None else set()
+    return ranks.model_dump(exclude={"ranks", *unknown})
 
 
 def _format(value: Any, levels: int, indent: str = "") -> str:

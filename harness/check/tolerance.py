@@ -6,8 +6,8 @@ from typing import NamedTuple
 from harness.ledger.categories import CATEGORIES
 from harness.tables import parse_size
 
-TOLERATED = (*CATEGORIES, "kernel", "allocator", "unattributed")
-"""Every figure that may have a tolerance. The last three are the allocator's, compared where both sides have them."""
+TOLERATED = (*CATEGORIES, "kernel", "allocator", "unattributed", "reserved")
+"""Every figure that may have a tolerance. The last four are the allocator's, compared where both sides have them."""
 
 
 class Tolerance(NamedTuple):

@@ -184,9 +184,10 @@ VARIABLES = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
 def of(page: Hardware, world_size: int, allocator: str | None = None) -> CardMemory:
     """The memory of a card of `page` in a world of `world_size` ranks.
 
-    `allocator` are the settings of the caching allocator, by default those in the environment. Raises ValueError for a
-    setting that is none.
+    `allocator` are the settings of the caching allocator, by default those of `page`, else those in the environment.
+    Raises ValueError for a setting that is none.
     """
+    allocator = page.allocator if allocator is None else allocator
     if allocator is None:
         allocator = next((os.environ[name] for name in VARIABLES if name in os.environ), "")
     formed = budget(page, world_size)

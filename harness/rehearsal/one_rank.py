@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from harness.config.settings import Refusal
 from harness.generation import cache_check, infer
 from harness.ledger import Ledger
 from harness.model.misfit import misfits
@@ -39,7 +40,10 @@ def rehearse(
     settings = plan.settings
     memory = None
     if settings.hardware.device == "cuda":
-        memory = card_memory.of(settings.hardware, plan.layout.size)
+        try:
+            memory = card_memory.of(settings.hardware, plan.layout.size)
+        except ValueError as error:
+            raise Refusal("hardware.allocator", settings.hardware.allocator, str(error)) from None
     mode = train if settings.mode == "train" else infer
     results = Results()
     if settings.pipeline.stages > 1:
