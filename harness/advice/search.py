@@ -4,7 +4,7 @@ from collections.abc import Container, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from harness.advice.climb import Climb
 from harness.config import compose
@@ -229,8 +229,10 @@ class Fit:
 
     def _without_reserve(self, settings: Settings) -> Settings:
         """`settings` for a card that has less memory, by what is kept free."""
-        key = {"torch": "memory_torch", "driver": "memory_driver", "hardware.memory": "memory"}[self.budget.source]
-        less = {key: self.budget.total - self.reserve}
+        key = {"torch": "memory_torch", "driver": "memory_driver", "hardware.memory": "memory"}[
+            self.budget.source
+        ]
+        less: dict[str, Any] = {key: self.budget.total - self.reserve}
         return replace(settings, hardware=replace(settings.hardware, **less))
 
     def _rungs(

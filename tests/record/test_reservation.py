@@ -85,7 +85,8 @@ def test_torch_reads_a_rehearsed_snapshot_and_adds_up_its_segments(gpu: Path) ->
 
 def test_tools_show_it_where_it_is_known_and_are_silent_elsewhere(gpu: Path, cpu: Path) -> None:
     record = record_file.read(gpu)
-    assert "reserved, in segments" in show(record) and "slack" in show(record)
+    assert "reserved, in segments" in show(record)
+    assert "slack" in show(record)
     assert show(record).count("\n  kernel ") == 1
     assert "reserved" not in show(record_file.read(cpu))
     assert "reserved, in segments" in compare(gpu, cpu)
@@ -106,7 +107,8 @@ def test_a_baseline_holds_what_is_reserved_where_both_have_it(gpu: Path, cpu: Pa
     config = record_file.read(gpu)["config"]
 
     def judged(reserved: int | None) -> int:
-        other = measured.model_copy(update={"ranks": [ranks.model_copy(update={"reserved": reserved})]})
+        fields: dict[str, Any] = {name: getattr(measured, name) for name in baseline.Baseline.model_fields}
+        other = baseline.Baseline(**{**fields, "ranks": [ranks.model_copy(update={"reserved": reserved})]})
         return judge(file, measured, other, config, {}).code
 
     assert [judged(each) for each in (ranks.reserved, None, ranks.reserved + 512)] == [0, 0, 1]
@@ -120,7 +122,8 @@ def test_where_a_run_does_not_fit_is_in_its_record_and_said(tmp_path: Path) -> N
     allocator = record["ranks"][0]["allocator"]
     assert allocator["settings"] == "max_split_size_mb:64"
     assert allocator["retries"] == 1
-    assert allocator["exhausted"]["bytes"] > 0 and allocator["exhausted"]["phase"]
+    assert allocator["exhausted"]["bytes"] > 0
+    assert allocator["exhausted"]["phase"]
     assert "does not fit: " in show(record)
     findings = {finding.kind: finding for finding in explain(parse(record, "it"))}
     assert findings["exhausted"].bytes == allocator["exhausted"]["bytes"]
