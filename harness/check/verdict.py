@@ -212,9 +212,9 @@ def _changes(before: Accounting, after: Accounting, tolerances: Mapping[str, Tol
             old, new = (getattr(side.allocator, attribute) for side in (before, after))
             if not tolerances.get(name, NONE).allows(old, new):
                 yield Change(name, "peak", old, new)
-    if before.reserved is not None and after.reserved is not None:
-        if not tolerances.get("reserved", NONE).allows(before.reserved, after.reserved):
-            yield Change("reserved", "peak", before.reserved, after.reserved)
+    old, new = before.reserved, after.reserved
+    if old is not None and new is not None and not tolerances.get("reserved", NONE).allows(old, new):
+        yield Change("reserved", "peak", old, new)
 
 
 def _phase_differences(before: Accounting, after: Accounting) -> Iterator[str]:
