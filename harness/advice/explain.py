@@ -66,6 +66,7 @@ def explain(record: Record) -> Iterator[Finding]:
         failure,
         unattributed,
         made_of,
+        reserved,
         holdings,
         packed,
         ranks,
@@ -153,6 +154,25 @@ def made_of(run: Run) -> Iterator[Finding]:
     )
 
 
+def reserved(run: Run) -> Iterator[Finding]:
+    """What a GPU's allocator reserves beyond what is allocated, and whether that is why the run does not fit."""
+    fullest = max(run.record.ranks, key=lambda rank: rank.allocator.reserved or 0, default=run.worst)
+    allocator, peak = fullest.allocator, fullest.peak
+    if allocator.reserved is None or allocator.slack is None:
+        return
+    of_rank = f" on rank {fullest.rank}" if run.size > 1 else ""
+    split = f", {size(allocator.split)} of it in segments that are partly in use" if allocator.split else ""
+    sentence = (
+        f"The allocator reserves {size(allocator.reserved)}{of_rank}; {size(allocator.slack)} of that was not "
+        f"allocated then{split}. At most {size(peak.allocated)} is allocated."
+    )
+    yield Finding("reserved", sentence, allocator.slack)
+    if allocator.exhausted is not None:
+        place = f"step {allocator.exhausted.step}, {allocator.exhausted.phase}"
+        sentence = f"It does not fit: the GPU has no room for {size(allocator.exhausted.bytes)} in {place}."
+        yield Finding("exhausted", sentence, allocator.exhausted.bytes)
+
+
 def _subject(run: Run) -> str:
     """The subject of the sentence about the peak, with its verb."""
     peaks = run.record.peaks
@@ -232,9 +252,11 @@ def not_in_them(run: Run) -> Iterator[Finding]:
     """Memory that none of the figures contains."""
     world = run.record.world
     gpu = world.device != "cpu"
-    around = ["the CUDA context, NCCL's buffers", "the allocator's slack"] if gpu else []
+    around = ["the CUDA context, NCCL's buffers"] if gpu else []
+    if gpu and run.worst.allocator.reserved is None:
+        around.append("the allocator's slack")
     if world.rehearsed:
-        parts = ["scratch inside kernels", *around]
+        parts = [*(["scratch inside kernels"] if run.peak.categories.get("kernel") is None else []), *around]
         verified = f" ({world.verified})" if world.verified else ""
         yield Finding("rehearsed", f"Rehearsed figures{verified}: not in them are {_joined(parts)}.", None)
     elif gpu:

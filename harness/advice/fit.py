@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from harness.advice.search import AXES, Fit, Trial
 from harness.analysis.args import Parser, refuse
 from harness.analysis.summary import decided
+from harness.device.replay import EXPANDABLE
 from harness.record.fields import printable
 from harness.rehearsal.pool import REFUSED
 from harness.tables import Table, parse_size, size
@@ -23,7 +24,11 @@ RANKING = {
     "those that recompute after those, offloaded ones last",
     "infer": "ranked by the tokens in memory at once, batch x (prompt + new)",
 }
-UNSEEN = "scratch inside kernels and what lies outside the framework (CUDA context, NCCL) is in no peak here"
+UNSEEN = {
+    False: "scratch inside kernels and what lies outside the framework is in no peak here",
+    True: "what lies outside the framework (CUDA context, NCCL) is in no figure here but the budget's",
+}
+"""What is in no figure, on a CPU and on a GPU."""
 
 LEFT_OUT = {
     "train": "left out are those that need more than one that does not fit, and those that recompute without need",
@@ -81,28 +86,41 @@ def text(fit: Fit, trials: Sequence[Trial]) -> str:
     fitting = fit.ranked(trials)
     rehearsed = [trial for trial in trials if trial.rehearsed]
     closest = sorted((trial for trial in rehearsed if not trial.fits), key=lambda trial: -trial.left)
-    table = Table(["peak"], ["left"], ["of it"], ["filled by"])
+    on_gpu = any(trial.worst.reserved is not None for trial in rehearsed)
+    table = Table(
+        *([["allocated"], ["reserved"]] if on_gpu else [["peak"]]), ["left"], ["of it"], ["filled by"]
+    )
     if fitting:
         table.section(f"fits {size(fit.memory - fit.reserve)} a device, the worst of {fit.world} ranks")
     for trial in fitting:
         table.row(*_row(fit, trial))
-    if closest:
-        table.section("does not fit")
-    for trial in closest[:LISTED]:
-        table.row(*_row(fit, trial))
+    shown = closest[:LISTED]
+    for title, because in (
+        ("does not fit: what is allocated is too much" if on_gpu else "does not fit", False),
+        ("does not fit: what is allocated would, what is reserved does not (fragmentation)", True),
+    ):
+        of_reason = [trial for trial in shown if trial.fragmented == because]
+        if of_reason:
+            table.section(title)
+        for trial in of_reason:
+            table.row(*_row(fit, trial))
     failed = [*_unrehearsed(trials)]
     if not rehearsed:
         unknown = f"none of the {len(trials)} configs could be rehearsed: whether one fits is not known"
         return "\n".join([*failed, "", unknown])
     lines = [
         table.text(),
+        *(_remedy(trial) for trial in shown if trial.fragmented),
         *failed,
         "",
         *decided(fit.reasons),
         fit.budget.sentence(),
         RANKING[fit.mode],
-        UNSEEN,
+        UNSEEN[on_gpu],
     ]
+    lines += (
+        f"not seen: {gap}" for gap in dict.fromkeys(gap for each in trials for gap in each.worst.unseen)
+    )
     if any(trial.worst.passed_over for trial in trials):
         lines.append(PASSED_OVER)
     lines.append(f"{len(rehearsed)} configs rehearsed; {LEFT_OUT[fit.mode]}")
@@ -132,11 +150,26 @@ def _row(fit: Fit, trial: Trial) -> list[str]:
     filled = ", ".join(f"{name} {size(count)}" for name, count in largest if count)
     return [
         f"  {' '.join(_short(trial))}",
-        size(worst.bytes),
+        *([size(worst.bytes)] if worst.allocated is None else [size(worst.allocated), size(worst.reserved)]),
         size(trial.left),
         f"{trial.left / budget:.0%}",
         filled,
     ]
+
+
+def _remedy(trial: Trial) -> str:
+    """Whether other settings of the allocator would make room for a config."""
+    changes = _would_fit_with(trial)
+    remedy = (
+        f"PYTORCH_ALLOC_CONF={changes[0]}" if changes else "none of the allocator's settings that were tried"
+    )
+    return f"{' '.join(_short(trial))} would fit with {remedy}"
+
+
+def _would_fit_with(trial: Trial) -> list[str]:
+    """The settings of the allocator with which a config would fit, the one that wastes least by design first."""
+    changes = [each.change for each in trial.worst.alternatives if each.fits]
+    return sorted(changes, key=lambda change: change != EXPANDABLE)
 
 
 def _short(trial: Trial) -> list[str]:
@@ -152,8 +185,14 @@ def command(fit: Fit, trial: Trial) -> str:
     else:
         nodes = f"--nnodes {-(-fit.world // NODE)} --nproc-per-node {NODE}"
         start = f"torchrun {nodes} --rdzv-backend c10d --rdzv-endpoint HOST:29500"
+    allocator = (
+        [f"PYTORCH_ALLOC_CONF={shlex.quote(trial.settings.hardware.allocator)}"]
+        if (trial.settings.hardware.allocator is not None)
+        else []
+    )
+    overrides = [each for each in fit.overrides if not each.startswith("hardware.allocator=")]
     prompts = [f"generation.count={trial.settings.generation.count}"] if fit.mode == "infer" else []
-    return " ".join([start, "-m harness", *map(shlex.quote, fit.overrides), *_short(trial), *prompts])
+    return " ".join([*allocator, start, "-m harness", *map(shlex.quote, overrides), *_short(trial), *prompts])
 
 
 def data(fit: Fit, trials: Sequence[Trial]) -> dict[str, object]:
@@ -170,7 +209,11 @@ def data(fit: Fit, trials: Sequence[Trial]) -> dict[str, object]:
                 "words": list(trial.overrides),
                 "fits": trial.fits,
                 "peak": trial.worst.bytes if trial.rehearsed else None,
+                "allocated": trial.worst.allocated,
+                "reserved": trial.worst.reserved,
                 "left": trial.left if trial.rehearsed else None,
+                "fragmented": trial.fragmented,
+                "would_fit_with": _would_fit_with(trial),
                 "rank": trial.worst.rank,
                 "roles_passed_over": trial.worst.passed_over,
                 "categories": trial.worst.categories,

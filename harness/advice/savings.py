@@ -16,8 +16,9 @@ from harness.config import compose
 from harness.config.load import checked, typed
 from harness.config.rules import check_world
 from harness.config.settings import Refusal, Settings, as_typed
+from harness.device.replay import Alternative
 from harness.record.schema import Record
-from harness.rehearsal.pool import REFUSED, progress, rehearse_all, workers
+from harness.rehearsal.pool import REFUSED, Worst, progress, rehearse_all, workers
 from harness.tables import size
 
 Tree = Mapping[str, Any]
@@ -89,6 +90,9 @@ SPELLED = {"zero.stage": "zero", "checkpointing.mode": "checkpointing"}
 """Keys that the command line spells as an option of their group."""
 
 
+OTHERS = 2
+"""How many further settings of the allocator are named."""
+
 WORTH = 0.01
 """A saving below this share of the peak is not worth a change."""
 
@@ -120,7 +124,8 @@ def savings(record: Record) -> Iterator[Finding]:
         )
         return
     changes = list(candidates(record, base))
-    peaks = rehearse([base, *(settings for settings, _, _ in changes)])
+    rehearsals = rehearse([base, *(settings for settings, _, _ in changes)])
+    peaks = [worst.failure or worst.bytes for worst in rehearsals]
     before = peaks[0]
     if isinstance(before, str):
         yield Finding(
@@ -131,10 +136,11 @@ def savings(record: Record) -> Iterator[Finding]:
         Rehearsed(values, cost, peak) for (_, values, cost), peak in zip(changes, peaks[1:], strict=True)
     ]
     tried.sort(key=lambda change: change.more(before))
-    yield from agreement(record, before)
+    yield from agreement(record, rehearsals[0])
     yield from stage_three(base, before, tried)
     yield from recomputation(base, before, tried)
     yield from ranked(record, before, tried)
+    yield from allocator_settings(rehearsals[0])
     unrehearsed = [
         each.overrides for each in tried if isinstance(each.peak, str) and not each.peak.startswith(REFUSED)
     ]
@@ -183,19 +189,21 @@ def candidates(record: Record, base: Settings) -> Iterator[tuple[Settings, dict[
             yield settings, values, change.cost
 
 
-def rehearse(wanted: Sequence[Settings]) -> list[int | str]:
-    """Rehearse each of `wanted` in parallel: the highest peak of any rank in bytes, or the reason why there is none."""
+def rehearse(wanted: Sequence[Settings]) -> list[Worst]:
+    """Rehearse each of `wanted` in parallel. Of the first, other settings of a GPU's allocator are tried too."""
     with workers(len(wanted)) as pool, progress(len(wanted)) as pace:
-        return [worst.failure or worst.bytes for worst in rehearse_all(pool, wanted, pace)]
+        return rehearse_all(pool, wanted, pace, advised=1)
 
 
-def agreement(record: Record, rehearsed: int) -> Iterator[Finding]:
+def agreement(record: Record, base: Worst) -> Iterator[Finding]:
     """Whether the rehearsal gives the record's own peak. If it does, the savings can be trusted."""
-    peak = record.worst.peak
+    peak, rehearsed = record.worst.peak, base.bytes
     if record.status == "failed" or peak.bytes is None:
         yield Finding("rehearsal", f"A rehearsal of the whole run peaks at {size(rehearsed)}.", rehearsed)
         return
-    kernel = peak.categories.get("kernel") or 0
+    kernel = (
+        0 if base.reserved is not None else peak.categories.get("kernel") or 0
+    )  # a GPU's rehearsal has it too
     difference = peak.bytes - kernel - rehearsed
     without = f", its {size(kernel)} of scratch inside kernels left out" if kernel else ""
     if not difference and not record.world.rehearsed:
@@ -208,6 +216,30 @@ def agreement(record: Record, rehearsed: int) -> Iterator[Finding]:
             f"{without}. The saving is close, not exact."
         )
         yield Finding("agreement", sentence, difference)
+
+
+def allocator_settings(base: Worst) -> Iterator[Finding]:
+    """Under which settings a GPU's allocator would reserve less, or where the run does not fit, would fit."""
+    if base.reserved is None:
+        return
+    better = [each for each in base.alternatives if each.saved > 0 or (base.exhausted and each.fits)]
+    if not better:
+        yield Finding("allocator", "No other setting of the allocator that was tried would reserve less.", 0)
+        return
+    best, *others = better
+    fits = " and the run would fit" if base.exhausted and best.fits else ""
+    sentence = (
+        f"With PYTORCH_ALLOC_CONF={best.change} the allocator would reserve {_of_reserved(best)}{fits}: "
+        f"{size(best.reserved)}, computed."
+    )
+    if others:
+        also = (f"{each.change} ({_of_reserved(each)})" for each in others[:OTHERS])
+        sentence += f" Also: {'; '.join(also)}."
+    yield Finding("allocator", sentence, max(0, best.saved))
+
+
+def _of_reserved(alternative: Alternative) -> str:
+    return _more_or_less(-alternative.saved) if alternative.saved else "as much"
 
 
 def stage_three(base: Settings, before: int, tried: Sequence[Rehearsed]) -> Iterator[Finding]:

@@ -2,8 +2,9 @@
 
 from collections.abc import Container, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from harness.advice.climb import Climb
 from harness.config import compose
@@ -35,7 +36,11 @@ LAST_RESORT = ("optimizer", "all")
 
 
 class Trial(NamedTuple):
-    """A rehearsed config with its overrides; `left` is the free memory in bytes, negative if it does not fit."""
+    """A rehearsed config with its overrides; `left` is the free memory in bytes, negative if it does not fit.
+
+    A GPU's allocator that runs out of memory empties its cache and tries again, so there only the rehearsal within that
+    memory decides.
+    """
 
     overrides: tuple[str, ...]
     settings: Settings
@@ -45,7 +50,13 @@ class Trial(NamedTuple):
     @property
     def fits(self) -> bool:
         """Whether the config fits into the memory."""
-        return self.rehearsed and self.left >= 0
+        return self.rehearsed and self.left >= 0 and not self.worst.exhausted
+
+    @property
+    def fragmented(self) -> bool:
+        """Whether only what is reserved does not fit, and what is allocated would."""
+        allocated = self.worst.allocated
+        return self.worst.exhausted and allocated is not None and allocated <= self.left + self.worst.needs
 
     @property
     def rehearsed(self) -> bool:
@@ -203,9 +214,10 @@ class Fit:
                 wanted = list(self._rungs(climbs, refusals))
                 if not wanted:
                     break
-                results = rehearse_all(pool, [decisive(settings) for _, _, settings in wanted], self.pace)
+                rehearsed = [self._without_reserve(decisive(settings)) for _, _, settings in wanted]
+                results = rehearse_all(pool, rehearsed, self.pace)
                 for (climb, overrides, settings), worst in zip(wanted, results, strict=True):
-                    trial = Trial(overrides, settings, worst, self.memory - self.reserve - worst.bytes)
+                    trial = Trial(overrides, settings, worst, self.memory - self.reserve - worst.needs)
                     if trial.rehearsed:
                         climb.learn(trial.fits, exactly=self.mode == "infer")
                     else:
@@ -214,6 +226,14 @@ class Fit:
         if not trials and refusals:
             raise refusals[0]
         return trials
+
+    def _without_reserve(self, settings: Settings) -> Settings:
+        """`settings` for a card that has less memory, by what is kept free."""
+        key = {"torch": "memory_torch", "driver": "memory_driver", "hardware.memory": "memory"}[
+            self.budget.source
+        ]
+        less: dict[str, Any] = {key: self.budget.total - self.reserve}
+        return replace(settings, hardware=replace(settings.hardware, **less))
 
     def _rungs(
         self, climbs: Sequence[Climb], refusals: list[Refusal]

@@ -170,6 +170,10 @@ def _at_peak(records: Sequence[Record]) -> Iterator[Row]:
     yield Row.of("total", [peak.bytes for peak in peaks])
     yield Row.of("allocator's own peak", [each.peak for each in allocators])
     yield Row.of("unattributed", [each.unattributed for each in allocators])
+    if any(each.reserved is not None for each in allocators):
+        yield Row.of("allocated, in blocks", [peak.allocated for peak in peaks])
+        yield Row.of("reserved, in segments", [each.reserved for each in allocators])
+        yield Row.of("slack, reserved then", [each.slack for each in allocators])
     if any(each.foreign for each in allocators):
         yield Row.of("foreign, in no figure", [each.foreign for each in allocators])
 

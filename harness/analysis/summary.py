@@ -66,12 +66,17 @@ def _table(run: Record) -> Table:
             table.row("    saved for backward", *_with_share(worst.peak.saved, total))
             if worst.peak.recomputed:
                 table.row("    recomputed in backward", *_with_share(worst.peak.recomputed, total))
-    table.row("  kernel", *_with_share(at_peak.get("kernel"), total))
+    if "kernel" not in _used_categories(worst):
+        table.row("  kernel", *_with_share(at_peak.get("kernel"), total))
     table.rule()
     table.row("  total", *_with_share(total, total))
     if not run.world.rehearsed:
         table.row("  allocator's own peak", _size_text(allocator.peak))
         table.row("  unattributed", _size_text(allocator.unattributed))
+    if allocator.reserved is not None:
+        table.row("  allocated, in blocks", size(worst.peak.allocated))
+        table.row("  reserved, in segments", size(allocator.reserved))
+        table.row("  slack: reserved then, not allocated", size(allocator.slack))
     if allocator.foreign:
         table.row("  foreign, in no figure", size(allocator.foreign))
     return table
@@ -94,18 +99,39 @@ def _stages(run: Record) -> Iterator[str]:
 
 def _rehearsed(run: Record) -> Iterator[str]:
     """What a rehearsal does not see, and whether its peak fits into the device's memory."""
-    peak, memory, where = run.worst.peak.bytes, run.world.memory, run.world.device_name
-    yield "a rehearsal sees no scratch inside kernels (kernel), and nothing outside the framework's allocator"
+    memory, where = run.world.memory, run.world.device_name
+    scratch = (
+        ""
+        if run.worst.peak.categories.get("kernel") is not None
+        else "no scratch inside kernels (kernel), and "
+    )
+    yield f"a rehearsal sees {scratch}nothing outside the framework's allocator"
     if run.worst.why:
         yield f"rank {run.worst.rank} is the worst: {run.worst.why}"
     if run.world.differences:
         yield f"{len(run.world.differences)} known to differ from a real run: differences, in the record's world"
     if run.world.verified is not None:
         yield f"{where or run.world.device}: {run.world.verified}"
-    if peak is not None and memory is not None:
-        free = memory - peak
-        fits = f"fits, with {size(free)} left" if free >= 0 else f"does not fit: {size(-free)} too much"
-        yield f"{size(peak)} of {size(memory)} on {where or run.world.device}: {fits}"
+    fullest = max(run.ranks, key=_needs)
+    if (needs := _needs(fullest)) and memory is not None:
+        yield f"{size(needs)} of {size(memory)} on {where or run.world.device}: {_fits(fullest, memory)}"
+
+
+def _needs(rank: Rank) -> int:
+    """The bytes that a rank takes of its device's memory: what is reserved, where that is known."""
+    return (rank.peak.bytes if rank.allocator.reserved is None else rank.allocator.reserved) or 0
+
+
+def _fits(rank: Rank, memory: int) -> str:
+    """Whether a rank fits into `memory`; a GPU's allocator at its limit empties its cache first, and tries again."""
+    free, missing, retries = memory - _needs(rank), rank.allocator.exhausted, rank.allocator.retries
+    if missing is not None:
+        place = f"{size(missing.bytes)} have no room in {_place_text(missing)}"
+        within = rank.peak.allocated is not None and rank.peak.allocated <= memory
+        return f"does not fit{', by fragmentation alone' * within}: {place}"
+    if free < 0:
+        return f"does not fit: {size(-free)} too much"
+    return f"fits, with {size(free)} left" + f"; its cache was emptied {retries} times for it" * bool(retries)
 
 
 def _rank_title(run: Record) -> str:

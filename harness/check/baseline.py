@@ -87,7 +87,7 @@ class Allocator(_Part):
 class Accounting(_Part):
     """The accounting of one rank: each category's [peak, end], every phase in order, the largest at the peak.
 
-    `reserved` is the most that a GPU's caching allocator has in segments.
+    `reserved` is what a GPU's allocator had in segments at most; it is left out of the file where it is not known.
     """
 
     categories: dict[Text, Annotated[list[Bytes], Field(min_length=2, max_length=2)]]
@@ -201,7 +201,7 @@ def accounting_of(rank: memory.Rank, steps: int | None = None) -> Accounting:
             if figures.peak is not None and figures.end is not None
         },
         allocator=allocator_figures,
-        reserved=rank.peak.reserved,
+        reserved=allocator.reserved,
         phases=[
             _phase(each)
             for each in rank.phases
@@ -265,13 +265,13 @@ def update(file: Path, measured: Baseline, tolerance: Mapping[str, str]) -> str:
 
 def text(baseline: Baseline) -> str:
     """The text of a baseline's file. The same figures always give the same text."""
-    ranks = [{"ranks": each.ranks, **_row(each)} for each in baseline.ranks]
+    ranks = [{"ranks": each.ranks, **_figures(each)} for each in baseline.ranks]
     return _format({"schema": SCHEMA, **baseline.model_dump(exclude={"ranks"}), "ranks": ranks}, ROWS) + "\n"
 
 
-def _row(ranks: Ranks) -> dict[str, Any]:
-    """The figures of `ranks`; those of a CPU have no `reserved`."""
-    return ranks.model_dump(exclude={"ranks"} | ({"reserved"} if ranks.reserved is None else set()))
+def _figures(ranks: Ranks) -> dict[str, Any]:
+    unknown = {"reserved"} if ranks.reserved is None else set()
+    return ranks.model_dump(exclude={"ranks", *unknown})
 
 
 def _format(value: Any, levels: int, indent: str = "") -> str:

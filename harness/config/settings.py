@@ -263,6 +263,8 @@ class Hardware:
     """A GPU's compute capability, as 8.9: it decides which kernels for packed weights exist."""
     multiprocessors: Positive | None = None
     """A GPU's streaming multiprocessors: some kernels take scratch for each."""
+    allocator: str | None = None
+    """In a rehearsal, the settings of torch's CUDA allocator; null: those in PYTORCH_ALLOC_CONF."""
     sources: dict[str, str] = Field(default_factory=dict)
     """Where a page's figures were read, by their keys."""
 

@@ -205,6 +205,10 @@ class CachingAllocator:
         """From now on the peaks are those of what follows."""
         self.peak_allocated, self.device.peak_reserved = self.allocated, self.reserved
 
+    def lift_limits(self) -> None:
+        """From now on the card is without end."""
+        self.device.limit = self._allowed = None
+
     def rounded(self, nbytes: int) -> int:
         """The size of the block for a request of `nbytes`, 1 or more."""
         if self._rounds and nbytes >= SMALLEST:

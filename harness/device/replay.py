@@ -14,11 +14,15 @@ Step = tuple[Hashable, int, int]
 """A key, bytes and a stream.
 
 More than 0 bytes: the key's block is allocated on the stream. Less: it is freed. 0: it is used on that stream too, as
-`record_stream` says; where the key is None, the host has waited for the stream.
+`record_stream` says; where the key is None, the host has waited for the stream; `CACHE_EMPTIED` empties the cache.
 """
 
+CACHE_EMPTIED: Step = "cache emptied", 0, 0
+"""The step at which `empty_cache` was called."""
+
+EXPANDABLE = "expandable_segments:True"
 ALTERNATIVES = (
-    "expandable_segments:True",
+    EXPANDABLE,
     *(f"max_split_size_mb:{mib}" for mib in (64, 128, 256, 512)),
     *(f"roundup_power2_divisions:{steps}" for steps in (4, 8, 16)),
     *(f"garbage_collection_threshold:{share}" for share in (0.6, 0.8)),
@@ -86,27 +90,36 @@ def replay(
     most_allocated = most_reserved = Moment()
     allocated = reserved = 0
     index, error = -1, None
-    for index, (key, delta, stream) in enumerate(steps):
-        if delta < 0:
-            allocator.free(key)
-        elif delta > 0:
-            try:
-                allocator.malloc(key, delta, stream)
-            except OutOfMemory as missing:
-                index, error = index - 1, missing.with_traceback(None)
-                break
-            if allocator.allocated > allocated:
-                most_allocated, allocated = _moment(index, allocator), allocator.allocated
-            if allocator.reserved > reserved:
-                most_reserved, reserved = _moment(index, allocator), allocator.reserved
-        elif key is None:
-            allocator.synchronize(stream)
-        else:
-            allocator.record_stream(key, stream)
-    return Result(most_allocated, most_reserved, _moment(index, allocator), allocator.retries, error)
+    for index, step in enumerate(steps):
+        try:
+            follow(allocator, step)
+        except OutOfMemory as missing:
+            index, error = index - 1, missing.with_traceback(None)
+            break
+        if allocator.allocated > allocated:
+            most_allocated, allocated = moment(index, allocator), allocator.allocated
+        if allocator.reserved > reserved:
+            most_reserved, reserved = moment(index, allocator), allocator.reserved
+    return Result(most_allocated, most_reserved, moment(index, allocator), allocator.retries, error)
 
 
-def _moment(index: int, allocator: CachingAllocator) -> Moment:
+def follow(allocator: CachingAllocator, step: Step) -> None:
+    """Take one step. Raises OutOfMemory."""
+    key, delta, stream = step
+    if delta < 0:
+        allocator.free(key)
+    elif delta > 0:
+        allocator.malloc(key, delta, stream)
+    elif step is CACHE_EMPTIED:
+        allocator.empty_cache()
+    elif key is None:
+        allocator.synchronize(stream)
+    else:
+        allocator.record_stream(key, stream)
+
+
+def moment(index: int, allocator: CachingAllocator) -> Moment:
+    """What `allocator` has now, after the step `index`."""
     return Moment(
         index,
         allocator.allocated,

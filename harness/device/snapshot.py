@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from harness.device.allocator_settings import Settings
 from harness.device.blocks import Block, State, Trace
 from harness.device.caching_allocator import CachingAllocator, OutOfMemory
-from harness.device.replay import allocations
+from harness.device.replay import Step, allocations, follow, steps_of
 
 if TYPE_CHECKING:  # it imports torch
     from harness.ledger.events import Event, Storage
@@ -22,6 +22,9 @@ Frame = dict[str, Any]
 UNOWNED = (0, 0)
 """The id of the pools that belong to no CUDA graph."""
 
+UNKNOWN = "unknown"
+"""The category of what belongs to no storage."""
+
 STATES = {
     State.ALLOCATED: "active_allocated",
     State.WAITING: "active_pending_free",
@@ -29,10 +32,22 @@ STATES = {
 }
 
 
+Timed = tuple[int, Step]
+"""A step, whose key is a ledger's storage, and its time in nanoseconds."""
+
+
+def timed(events: Iterable["Event"]) -> list[Timed]:
+    """The births and deaths among a ledger's `events`, all on one stream."""
+    births_and_deaths = allocations(events)
+    return [
+        (event.time, step) for event, step in zip(births_and_deaths, steps_of(births_and_deaths), strict=True)
+    ]
+
+
 def snapshot(
-    events: Iterable["Event"], settings: Settings, limit: int | None = None, capacity: int | None = None
+    steps: Iterable[Timed], settings: Settings, limit: int | None = None, capacity: int | None = None
 ) -> dict[str, Any]:
-    """The history of a ledger's `events`, and the segments at its end. It ends where memory is out.
+    """The history of `steps`, and the segments at its end. It ends where memory is out.
 
     `limit` and `capacity` are as in `CachingAllocator`. A frame names the operator, the source line, the module and the
     category of a storage; the page colours it by the category.
@@ -40,18 +55,16 @@ def snapshot(
     allocator = CachingAllocator(settings, limit, capacity)
     allocator.device.trace = done = list[Trace]()
     frames_of, history = _remembered(_frames), list[dict[str, Any]]()
-    for event in allocations(events):
-        storage, fits = event.storage, True
-        assert storage is not None
+    for time, step in steps:
+        fits = True
         try:
-            if event.delta > 0:
-                allocator.malloc(storage, event.delta)
-            else:
-                allocator.free(storage)
+            follow(allocator, step)
         except OutOfMemory:
             fits = False
         for each in done:
-            history.append(_entry(each, event.time, frames_of(storage), storage.category))
+            storage: Any = each.key or (step[0] if step[1] else None)
+            frames, category = (frames_of(storage), storage.category) if storage else ([], UNKNOWN)
+            history.append(_entry(each, time, frames, category))
         done.clear()
         if not fits:
             break
@@ -118,7 +131,7 @@ def _entry(trace: Trace, time: int, frames: list[Frame], category: str) -> dict[
 
 def _taken(active: int, microseconds: int) -> dict[str, Any]:
     """The entry of the snapshot itself. The page fails on a history with categories where none is `unknown`."""
-    return _entry(Trace("snapshot", 0, active, 0), microseconds * 1000, [], "unknown")
+    return _entry(Trace("snapshot", 0, active, 0), microseconds * 1000, [], UNKNOWN)
 
 
 def _segments(

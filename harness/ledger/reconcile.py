@@ -4,6 +4,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from harness.ledger.allocator import Allocation
 from harness.ledger.categories import CATEGORIES
@@ -23,6 +24,35 @@ WAIT_OPERATORS = ("wait_tensor.default",)
 """Operators that wait for a collective."""
 
 
+class Exhausted(NamedTuple):
+    """The first allocation that the card had no room for."""
+
+    where: Where
+    module: str
+    op: str
+    nbytes: int
+    """The bytes of that allocation."""
+
+
+class Reservation(NamedTuple):
+    """What a GPU's caching allocator reserved from the driver, in bytes, at the first moment when it was most."""
+
+    reserved: int
+    """In segments."""
+    slack: int
+    """Of it, what was not allocated."""
+    split: int
+    """Of the slack, what is free in segments that are partly in use; of expandable segments nothing, as in torch."""
+    segments: int
+    """How many; an expandable one counts once."""
+    retries: int
+    """How often, in all, the cache was emptied for want of memory."""
+    settings: str
+    """The PYTORCH_ALLOC_CONF that it holds for."""
+    exhausted: Exhausted | None
+    """None: everything fits, or the card's memory is not known."""
+
+
 @dataclass
 class Accounting:
     """The allocator's count at its own peak, and the part that no category explains, in bytes. None: not recorded."""
@@ -32,6 +62,7 @@ class Accounting:
     unattributed: int | None = None
     # externally owned bytes alive at the peak, in no figure here: of mapped files, numpy, or from before the log
     externally_owned: int | None = None
+    reservation: Reservation | None = None
 
 
 @dataclass(slots=True, eq=False)

@@ -9,13 +9,16 @@ import torch
 from transformers import PretrainedConfig
 
 from harness.config.rules.sources import identity_in
-from harness.config.settings import Model, Refusal, Settings
+from harness.config.settings import Hardware, Model, Refusal, Settings
 from harness.model import init_weights, shape
 from harness.model.loader import model_config
 from harness.model.plan import Plan
 from harness.runtime import peak_rates
 
 ATTENTIONS = ("sdpa", "eager")
+
+BF16_UNITS = 8.0
+"""The compute capability from which on NVIDIA's GPUs have units for bf16."""
 
 
 def resolve(settings: Settings, device: str | None = None) -> Plan:
@@ -47,10 +50,17 @@ def _precision(settings: Settings, device: str | None) -> tuple[str, str]:
         if saved in ("bf16", "fp32"):
             return saved, "that of the run which is resumed"
     if (device or settings.hardware.device) == "cuda":
-        if device is None or torch.cuda.is_bf16_supported(including_emulation=False):
+        if _has_bf16_units(settings.hardware, device):
             return "bf16", "a GPU has units for it"
         return "fp32", "this GPU has no units for bf16"
     return peak_rates.precision_of_cpu()
+
+
+def _has_bf16_units(hardware: Hardware, device: str | None) -> bool:
+    """Whether the GPU has units for bf16: this machine's, or that of the page, where a capability is known."""
+    if device is not None:
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return hardware.capability is None or hardware.capability >= BF16_UNITS
 
 
 def _attention(model: Model, config: PretrainedConfig) -> tuple[str, str]:

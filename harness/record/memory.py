@@ -113,17 +113,35 @@ class Forwards(Part):
     where: Where | None = None
 
 
+class Exhausted(Where):
+    """The place of the first allocation that a GPU had no room for, and its `bytes`."""
+
+    bytes: Bytes
+
+
 class Allocator(Part):
     """The allocator's own count, and its unexplained part.
 
     `foreign` are externally owned bytes, in no other figure: mapped files, numpy arrays, and what is older than the
     ledger.
+
+    The others are of a GPU's caching allocator under the `settings` of PYTORCH_ALLOC_CONF: the most bytes that it
+    `reserved`, in how many `segments`; then the `slack` that was not allocated, of which `split` is what is free in
+    segments that are partly in use; how often it emptied its cache and tried again; and the allocation that `exhausted`
+    the GPU's memory.
     """
 
     source: Text | None = None
     peak: Bytes | None
     unattributed: Difference | None
     foreign: Bytes | None = None
+    reserved: Bytes | None = None
+    slack: Bytes | None = None
+    split: Bytes | None = None
+    segments: Number | None = None
+    retries: Number | None = None
+    settings: Text | None = None
+    exhausted: Exhausted | None = None
 
 
 class Rank(Part):

@@ -16,6 +16,7 @@ from harness.runtime.files import put
 
 if TYPE_CHECKING:
     from harness.ledger import Forwards, Holding, Ledger, Peak, Phase, Where
+    from harness.ledger.reconcile import Reservation
     from harness.runtime import failure
 
 SCHEMA = "harness.record/1"
@@ -81,6 +82,7 @@ def rank_record(ledger: "Ledger", rank: int, stage: int = 0, share: int = 0) -> 
             peak=accounting.peak,
             unattributed=accounting.unattributed,
             foreign=accounting.externally_owned,
+            **_reservation(accounting.reservation),
         ),
         unseen=[gap.sentence for gap in ledger.gaps],
     )
@@ -93,6 +95,17 @@ def _forwards(forwards: "Forwards") -> memory.Forwards:
         stashes=list(forwards.saved_bytes),
         where=_place(forwards.where),
     )
+
+
+def _reservation(reservation: "Reservation | None") -> dict[str, Any]:
+    """The fields of `memory.Allocator` that only a GPU's allocator has."""
+    if reservation is None:
+        return {}
+    missing = reservation.exhausted
+    exhausted = missing and memory.Exhausted(
+        **missing.where._asdict(), module=missing.module, op=missing.op, bytes=missing.nbytes
+    )
+    return {**reservation._asdict(), "exhausted": exhausted}
 
 
 def _peak(peak: "Peak | None") -> memory.Peak:

@@ -1,12 +1,15 @@
 """The ledger of a card that is rehearsed, and beside it the ledger of its host."""
 
+from pathlib import Path
 from typing import Any, Self
 
+from harness.device.snapshot import write
 from harness.ledger import Ledger
 from harness.ledger.account import Account
+from harness.ledger.reconcile import Exhausted
 from harness.rehearsal.card import CARD
 from harness.rehearsal.card_kernels import CardKernels
-from harness.rehearsal.card_memory import CardMemory, Exhausted
+from harness.rehearsal.card_memory import CardMemory
 
 BLOCK = 512
 """CUDA's caching allocator rounds sizes up to multiples of this: kMinBlockSize in c10/cuda/CUDACachingAllocator.cpp."""
@@ -48,7 +51,12 @@ class CardLedger(Ledger):
         if account.peak is not None:
             account.peak.allocated = self.memory.peak_allocated
             account.peak.reserved = self.memory.peak_reserved
+            account.accounting.reservation = self.memory.reservation()
         return account
+
+    def snapshot(self, file: str | Path) -> None:
+        """Write the allocator's history so far to `file`, for https://pytorch.org/memory_viz. Raises OSError."""
+        write(Path(file), self.memory.snapshot())
 
     @property
     def exhausted(self) -> Exhausted | None:

@@ -1,39 +1,33 @@
 """The memory of the card that is rehearsed, at every moment: what a program learns from `torch.cuda`."""
 
 import os
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 from harness.config.settings import Hardware
-from harness.device.allocator_settings import Settings, parse
+from harness.device.allocator_settings import parse
 from harness.device.caching_allocator import CachingAllocator, OutOfMemory
 from harness.device.call import Card
 from harness.device.outside import budget
+from harness.device.replay import CACHE_EMPTIED, Alternative, Moment, Step, advise, follow, moment
 from harness.device.snapshot import snapshot
-from harness.ledger.events import Event, Storage, Where
-
-
-class Exhausted(NamedTuple):
-    """The first allocation that the card had no room for."""
-
-    where: Where
-    module: str
-    op: str
-    nbytes: int
-    """The bytes of that allocation."""
+from harness.ledger.events import Event, Storage
+from harness.ledger.reconcile import Exhausted, Reservation
 
 
 class CardMemory:
     """The caching allocator of one card, which follows the events of a ledger.
 
-    `capacity` is what the allocator may reserve, in bytes; None: unknown. Where it is used up, the first allocation
-    without room is `exhausted`, and the rest goes on as on a larger card.
+    `settings` are those of PYTORCH_ALLOC_CONF. `capacity` is what the allocator may reserve, in bytes; None: unknown.
+    Where it is used up, the first allocation without room is `exhausted`, and the rest goes on as on a larger card.
+    Raises ValueError for a setting that is none.
     """
 
-    def __init__(self, page: Hardware, settings: Settings, capacity: int | None) -> None:
+    def __init__(self, page: Hardware, settings: str, capacity: int | None) -> None:
         self.page, self.settings, self.capacity = page, settings, capacity
-        self.allocator = CachingAllocator(settings, capacity, self.total or None)
+        self.allocator = CachingAllocator(parse(settings), capacity, self.total or None)
         self.events: Callable[[], Sequence[Event]] = tuple
         self.storage_of: Callable[[int], Storage | None] = lambda key: None
         self.stream = 0
@@ -42,9 +36,14 @@ class CardMemory:
         """Names of what ran and takes memory that no rule knows."""
         self.uncompiled = False
         """Whether the program wanted to compile something."""
+        self.steps: list[Step] = []
+        """All that the allocator was asked to do. The keys are storages."""
+        self.times = array("q")
+        """When that was, in nanoseconds."""
         self._streams = 0
         self._next = 0
-        self._highest = 0, 0
+        self._most_allocated = 0
+        self._most_reserved = Moment()
 
     @property
     def card(self) -> Card:
@@ -77,13 +76,13 @@ class CardMemory:
     def peak_allocated(self) -> int:
         """The most bytes in use, whatever the program reset."""
         self.catch_up()
-        return max(self._highest[0], self.allocator.peak_allocated)
+        return self._most_allocated
 
     @property
     def peak_reserved(self) -> int:
         """The most bytes in segments, whatever the program reset."""
         self.catch_up()
-        return max(self._highest[1], self.allocator.peak_reserved)
+        return self._most_reserved.reserved
 
     def catch_up(self) -> None:
         """Follow what the ledger has seen since."""
@@ -92,16 +91,28 @@ class CardMemory:
             storage = event.storage
             if storage is None or not event.delta:
                 continue
-            if event.delta < 0:
-                self.allocator.free(id(storage))
-                continue
+            step = storage, event.delta, self.stream
             try:
-                self.allocator.malloc(id(storage), event.delta, self.stream)
+                self._follow(step, event.time)
             except OutOfMemory:
                 self.exhausted = Exhausted(event.where, event.module, storage.op, event.delta)
-                self.allocator.device.limit = None
-                self.allocator.malloc(id(storage), event.delta, self.stream)
+                self.allocator.lift_limits()
+                follow(self.allocator, step)
+            if self.allocator.reserved > self._most_reserved.reserved:
+                self._most_reserved = moment(len(self.steps) - 1, self.allocator)
+            self._most_allocated = max(self._most_allocated, self.allocator.allocated)
         self._next = len(events)
+
+    def _follow(self, step: Step, time: int) -> None:
+        """Take one step. Raises OutOfMemory."""
+        self.steps.append(step)
+        self.times.append(time)
+        follow(self.allocator, step)
+
+    def _follow_now(self, step: Step) -> None:
+        """Take one step that is no event, after all events so far."""
+        self.catch_up()
+        self._follow(step, self.times[-1] if self.times else 0)
 
     def new_stream(self) -> int:
         """The number of another stream."""
@@ -118,7 +129,7 @@ class CardMemory:
         self.catch_up()
         storage = self.storage_of(key)
         if storage is not None:
-            self.allocator.record_stream(id(storage), stream)
+            self._follow_now((storage, 0, stream))
 
     def set_fraction(self, fraction: float) -> None:
         """From now on the allocator may reserve this share of the card."""
@@ -127,17 +138,37 @@ class CardMemory:
 
     def empty_cache(self) -> None:
         """Release what is not in use."""
-        self.catch_up()
-        self.allocator.empty_cache()
+        self._follow_now(CACHE_EMPTIED)
 
     def reset_peak(self) -> None:
         """Begin the peaks of `statistics` anew."""
-        self._highest = self.peak_allocated, self.peak_reserved
+        self.catch_up()
         self.allocator.reset_peaks()
 
+    def reservation(self) -> Reservation:
+        """What was reserved, at the first moment when it was most."""
+        self.catch_up()
+        most = self._most_reserved
+        return Reservation(
+            most.reserved,
+            most.slack,
+            most.inactive_split,
+            most.segments,
+            self.allocator.retries,
+            self.settings,
+            self.exhausted,
+        )
+
+    def alternatives(self) -> list[Alternative]:
+        """What would be reserved under other settings, best first."""
+        self.catch_up()
+        return advise(self.steps, self.allocator.settings, self.capacity, self.total or None)
+
     def snapshot(self) -> dict[str, Any]:
-        """What `torch.cuda.memory._snapshot` would return."""
-        return snapshot(self.events(), self.settings, self.capacity, self.total or None)
+        """The history so far, and the segments now, in the format of `torch.cuda.memory._snapshot()`."""
+        self.catch_up()
+        timed = zip(self.times, self.steps, strict=True)
+        return snapshot(timed, self.allocator.settings, self.capacity, self.total or None)
 
     def statistics(self) -> dict[str, Any]:
         """What `torch.cuda.memory_stats` has, as nested dicts, as far as the twin of the allocator has it."""
@@ -162,13 +193,14 @@ VARIABLES = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
 def of(page: Hardware, world_size: int, allocator: str | None = None) -> CardMemory:
     """The memory of a card of `page` in a world of `world_size` ranks.
 
-    `allocator` are the settings of the caching allocator, by default those in the environment. Raises ValueError for a
-    setting that is none.
+    `allocator` are the settings of the caching allocator, by default those of `page`, else those in the environment.
+    Raises ValueError for a setting that is none.
     """
+    allocator = page.allocator if allocator is None else allocator
     if allocator is None:
         allocator = next((os.environ[name] for name in VARIABLES if name in os.environ), "")
     formed = budget(page, world_size)
-    return CardMemory(page, parse(allocator), None if formed is None else formed.bytes)
+    return CardMemory(page, allocator, None if formed is None else formed.bytes)
 
 
 _memory: CardMemory | None = None

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from harness.ledger.patch import TORCH, Patch
-from harness.rehearsal.card import CARD
 from harness.rehearsal.card_memory import current
 from harness.rehearsal.cuda_streams import Event, Stream, stream_of
 
@@ -38,11 +37,8 @@ def current_device() -> int:
 
 
 def set_device(device: Any) -> None:
-    index = device if isinstance(device, int) else torch.device(device or CARD).index
-    if index not in (None, 0, -1):
-        raise RuntimeError(
-            f"cuda:{index} is not there: a rehearsal has one card, cuda:0; rehearse each by itself"
-        )
+    if device not in (None, -1):
+        in_python(torch.device("cuda", device) if isinstance(device, int) else device)
 
 
 def exchange_device(device: int) -> int:

@@ -1,8 +1,10 @@
 """Rehearses one rank in this process: the run's own code on fake tensors, under the ledger."""
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
+from harness.config.settings import Refusal
 from harness.generation import cache_check, infer
 from harness.ledger import Ledger
 from harness.ledger.unseen import NotSeen
@@ -15,22 +17,33 @@ from harness.record.memory import Rank
 from harness.record.results import Results
 from harness.rehearsal import card_memory
 from harness.rehearsal.card_ledger import CardLedger
+from harness.rehearsal.card_memory import CardMemory
 from harness.rehearsal.course import Shortened
 from harness.rehearsal.fake_mode import existing_objects_frozen
 from harness.rehearsal.world import rehearsed
+from harness.runtime.memory_snapshot import snapshot_file
 from harness.training import train
 
 
-def rehearse(plan: Plan, rank: int, directory: Path | None = None) -> tuple[Rank, Results]:
+def rehearse(
+    plan: Plan,
+    rank: int,
+    directory: Path | None = None,
+    learn: Callable[[CardMemory], None] = lambda memory: None,
+) -> tuple[Rank, Results]:
     """Rehearse rank `rank` of the world of `plan`: its record, and the run's results.
 
-    It writes its trace to `directory`, if there is one. Raises Refusal as the run itself would, and RuntimeError where
+    It writes its trace to `directory`, if there is one, and a GPU's memory snapshot. `learn` gets a GPU's memory at the
+    end. Raises Refusal as the run itself would, and RuntimeError where
     a shim does not fit.
     """
     settings = plan.settings
     memory = None
     if settings.hardware.device == "cuda":
-        memory = card_memory.of(settings.hardware, plan.layout.size)
+        try:
+            memory = card_memory.of(settings.hardware, plan.layout.size)
+        except ValueError as error:
+            raise Refusal("hardware.allocator", settings.hardware.allocator, str(error)) from None
     mode = train if settings.mode == "train" else infer
     results = Results()
     if settings.pipeline.stages > 1:
@@ -54,6 +67,10 @@ def rehearse(plan: Plan, rank: int, directory: Path | None = None) -> tuple[Rank
             raise
     if directory is not None and settings.ledger.trace:
         trace.write(directory, rank, trace.of_ledger(ledger, timed=False))
+    if directory is not None and settings.ledger.snapshot and isinstance(ledger, CardLedger):
+        ledger.snapshot(snapshot_file(directory, rank))
+    if memory is not None:
+        learn(memory)
     return record_file.rank_record(ledger, rank, world.stage, world.tp_rank), results
 
 

@@ -5,6 +5,7 @@ This module imports no torch, so its callers need not load it.
 
 import os
 import signal
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -12,10 +13,11 @@ from multiprocessing import get_context
 from typing import TYPE_CHECKING, NamedTuple
 
 from harness.config.load import Settings
+from harness.device.replay import Alternative
 from harness.runtime.progress import Pace, aside
 
 if TYPE_CHECKING:
-    from harness.record.memory import Rank
+    from harness.rehearsal.card_memory import CardMemory
     from harness.rehearsal.representatives import Representative
 
 MOST = 4
@@ -24,6 +26,10 @@ MOST = 4
 
 REFUSED = "Refusal: "
 """The prefix of a failure whose cause is an impossible request or model, and not an error of the rehearsal."""
+
+
+OF_ALLOCATOR = ("allocated", "reserved", "exhausted", "alternatives")
+"""Fields of `Worst` that are of the rank whose GPU has the most reserved."""
 
 
 class Worst(NamedTuple):
@@ -35,6 +41,22 @@ class Worst(NamedTuple):
     failure: str = ""
     passed_over: int = 0
     """How many representatives were left out, because `MOST` have larger partitions; one may peak a bit higher."""
+    allocated: int | None = None
+    """The most that a GPU's allocator had in blocks. None on a CPU."""
+    reserved: int | None = None
+    """The most that it had in segments. None on a CPU."""
+    exhausted: bool = False
+    """Whether the GPU's memory was used up, even after its cache was emptied."""
+    alternatives: tuple[Alternative, ...] = ()
+    """Other settings of the allocator, best first, where they were tried."""
+
+    unseen: tuple[str, ...] = ()
+    """What the ledger did not see, as sentences."""
+
+    @property
+    def needs(self) -> int:
+        """The bytes of memory that it takes."""
+        return self.bytes if self.reserved is None else self.reserved
 
 
 @contextmanager
@@ -65,12 +87,17 @@ def _leave_interrupts() -> None:
 
 
 def rehearse_all(
-    pool: ProcessPoolExecutor, wanted: Sequence[Settings], pace: Pace | None = None
+    pool: ProcessPoolExecutor, wanted: Sequence[Settings], pace: Pace | None = None, advised: int = 0
 ) -> list[Worst]:
-    """The worst rank under each of `wanted`, with all ranks in parallel. `pace` advances with each finished config."""
+    """The worst rank under each of `wanted`, with all ranks in parallel. `pace` advances with each finished config.
+
+    For the first `advised` of them other settings of a GPU's allocator are tried; for the others where only what it
+    reserves beyond what is allocated does not fit.
+    """
     candidate_sets = [each.result() for each in [pool.submit(candidates, settings) for settings in wanted]]
     running = [
-        [pool.submit(_rehearsed, each.settings, rank) for rank in each.ranks] for each in candidate_sets
+        [pool.submit(_rehearsed, each.settings, rank, index < advised) for rank in each.ranks]
+        for index, each in enumerate(candidate_sets)
     ]
     results = []
     for each, ranks in zip(candidate_sets, running, strict=True):
@@ -137,24 +164,46 @@ def candidates(settings: Settings) -> Candidates:
     return Candidates(plan.settings, ranks, len(ordered) - len(ranks))
 
 
-def _rehearsed(settings: Settings, rank: int) -> "Rank | str":
-    """A rank's record; or the reason why there is none."""
+def _rehearsed(settings: Settings, rank: int, advised: bool = False) -> Worst:
+    """One rank of a config; with `advised`, and under which settings of a GPU's allocator it would take less."""
+    from harness.ledger.unseen import NotSeen
     from harness.model.plan import Plan
     from harness.rehearsal.one_rank import rehearse
 
+    alternatives: list[Alternative] = []
+
+    def learn(memory: "CardMemory") -> None:
+        fragmented = memory.exhausted is not None and memory.peak_allocated <= (memory.capacity or 0)
+        if advised or fragmented:
+            alternatives.extend(memory.alternatives())
+
     try:
-        return rehearse(Plan.of(settings), rank)[0].plus(phases=[])  # they are long, and not needed
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NotSeen)  # `unseen` has it
+            record = rehearse(Plan.of(settings), rank, learn=learn)[0]
     except Exception as error:
-        return _error_text(error)
+        return Worst(0, 0, {}, _error_text(error))
+    peak = record.peak
+    return Worst(
+        peak.bytes or 0,
+        rank,
+        {name: count for name, count in peak.categories.items() if count},
+        allocated=peak.allocated,
+        reserved=peak.reserved,
+        exhausted=record.allocator.exhausted is not None,
+        alternatives=tuple(alternatives),
+        unseen=tuple(record.unseen),
+    )
 
 
-def _highest(candidates: Candidates, ranks: "Sequence[Rank | str]") -> Worst:
-    failure = candidates.failure or next((rank for rank in ranks if isinstance(rank, str)), "")
+def _highest(candidates: Candidates, ranks: Sequence[Worst]) -> Worst:
+    failure = candidates.failure or next((rank.failure for rank in ranks if rank.failure), "")
     if failure:
         return Worst(0, 0, {}, failure)
-    worst = max((rank for rank in ranks if not isinstance(rank, str)), key=lambda rank: rank.peak.bytes or 0)
-    categories = {name: count for name, count in worst.peak.categories.items() if count}
-    return Worst(worst.peak.bytes or 0, worst.rank, categories, passed_over=candidates.passed_over)
+    worst = max(ranks, key=lambda rank: rank.bytes)
+    fullest = max(ranks, key=lambda rank: (rank.exhausted, rank.needs))
+    of_allocator = {name: getattr(fullest, name) for name in OF_ALLOCATOR}
+    return worst._replace(passed_over=candidates.passed_over, **of_allocator)
 
 
 def _error_text(error: Exception) -> str:

@@ -93,6 +93,8 @@ def _rank(rank: Rank) -> dict[str, Any]:
         "peak": rank.peak.bytes,
         "categories": dict(rank.peak.categories),
         "unattributed": rank.allocator.unattributed,
+        "reserved": rank.allocator.reserved,
+        "slack": rank.allocator.slack,
         "where": f"step {where.step}, {where.phase}, micro-batch {where.micro_batch}" if where else None,
         "module": where.module if where else None,
     }

@@ -22,10 +22,15 @@ def check(settings: Settings, device: torch.device) -> None:
         raise Refusal("ledger.snapshot", True, remedy)
 
 
+def snapshot_file(directory: Path, rank: int) -> Path:
+    """The file of a rank's snapshot."""
+    return directory / f"snapshot-{rank}.pickle"
+
+
 @contextmanager
 def kept(directory: Path, rank: int) -> Iterator[None]:
     """Write `snapshot-RANK.pickle` of what happens inside this context. The harness never reads it."""
-    file = directory / f"snapshot-{rank}.pickle"
+    file = snapshot_file(directory, rank)
     torch.cuda.memory._record_memory_history(max_entries=ENTRIES)
     try:
         yield

@@ -261,7 +261,12 @@ def test_a_number_out_of_its_range_is_refused_by_its_key(words: str) -> None:
         (
             "world=rehearsed world.size=2 ledger.snapshot=true",
             "ledger.snapshot=true",
-            "a rehearsal allocates nothing",
+            "rehearse a GPU, as by hardware=h100-sxm",
+        ),
+        (
+            "hardware.allocator=expandable_segments:True",
+            "hardware.allocator=expandable_segments:True",
+            "a run takes what PYTORCH_ALLOC_CONF says",
         ),
         ("world=rehearsed world.size=2 train.resume=/tmp", "train.resume=/tmp", "leave it out"),
         (

@@ -8,7 +8,7 @@ import pytest
 from torch.cuda import _memory_viz
 
 from harness.device.allocator_settings import MIB, parse
-from harness.device.snapshot import snapshot, write
+from harness.device.snapshot import snapshot, timed, write
 from harness.ledger.events import Event, Storage, Where
 
 WHERE = Where(0, "forward", 0)
@@ -61,14 +61,14 @@ def history() -> list[Event]:
 def test_torch_adds_up_the_segments(text: str) -> None:
     """5 and 30 need two pages of 20 MiB where segments expand, otherwise 20 and 30."""
     reserved, segments = (40, 1) if text else (50, 2)
-    said = _memory_viz.segsum(snapshot(history(), parse(text)))
+    said = _memory_viz.segsum(snapshot(timed(history()), parse(text)))
     assert f"segments: {segments}\n" in said
     assert f"total_reserved: {reserved}.0MiB\n" in said
     assert "total_allocated: 33.0MiB\n" in said
 
 
 def test_torch_tells_the_history() -> None:
-    taken = snapshot(history(), parse(""), limit=60 * MIB)
+    taken = snapshot(timed(history()), parse(""), limit=60 * MIB)
     said = _memory_viz.trace(taken).splitlines()
     assert [line.partition(" ")[2] for line in said if "cudaMalloc" in line] == [
         f"= cudaMalloc({2 * MIB}, 20.0MiB)",
@@ -92,7 +92,7 @@ def test_torch_tells_the_history() -> None:
 
 
 def test_frames_name_the_operator_the_line_the_module_and_the_category() -> None:
-    taken = snapshot(history(), parse(""))
+    taken = snapshot(timed(history()), parse(""))
     first = next(each for each in taken["device_traces"][0] if each["action"] == "alloc")
     assert [(each["filename"], each["line"], each["name"]) for each in first["frames"]] == [
         ("operator", 0, "aten.mm"),
@@ -106,7 +106,7 @@ def test_frames_name_the_operator_the_line_the_module_and_the_category() -> None
 
 
 def test_a_history_ends_where_memory_is_out() -> None:
-    taken = snapshot(history(), parse(""), limit=40 * MIB)
+    taken = snapshot(timed(history()), parse(""), limit=40 * MIB)
     last = taken["device_traces"][0][-2]
     assert (last["action"], last["size"], last["device_free"]) == ("oom", 30 * MIB, 20 * MIB)
     assert "raise OutOfMemoryError # 30.0MiB requested, 20.0MiB free in CUDA" in _memory_viz.trace(taken)
@@ -121,7 +121,7 @@ def test_a_part_that_is_mapped_is_a_segment() -> None:
         Event(1, -freed.nbytes, freed, WHERE, ""),
         Event(2, small.nbytes, small, WHERE, ""),
     ]
-    segments = snapshot(events, parse("expandable_segments:True"), limit=100 * MIB)["segments"]
+    segments = snapshot(timed(events), parse("expandable_segments:True"), limit=100 * MIB)["segments"]
     assert [(each["total_size"] // MIB, each["segment_type"]) for each in segments] == [
         (60, "large"),
         (20, "large"),
@@ -139,7 +139,7 @@ def test_the_page_finds_the_category_that_it_looks_for() -> None:
 def test_the_page_s_own_reader_knows_every_opcode_of_the_file(tmp_path: Path) -> None:
     long_name = storage(3, name="x" * 300)
     born = [Event(number, MIB, storage(1, name=f"w{number}"), WHERE, "") for number in range(300)]
-    taken = snapshot([Event(0, 3 * MIB, long_name, WHERE, ""), *born], parse("max_split_size_mb:200"))
+    taken = snapshot(timed([Event(0, 3 * MIB, long_name, WHERE, ""), *born]), parse("max_split_size_mb:200"))
     write(tmp_path / "snapshot.pickle", taken)
     opcodes = {code.name for code, _, _ in pickletools.genops((tmp_path / "snapshot.pickle").read_bytes())}
     assert opcodes - UNDERSTOOD == set()
@@ -148,7 +148,7 @@ def test_the_page_s_own_reader_knows_every_opcode_of_the_file(tmp_path: Path) ->
 
 def test_a_snapshot_has_the_keys_that_torch_documents() -> None:
     """They are in the docstring of `torch.cuda.memory._snapshot`."""
-    taken = snapshot(history(), parse(""))
+    taken = snapshot(timed(history()), parse(""))
     segment = taken["segments"][0]
     assert {
         "address",

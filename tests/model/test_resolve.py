@@ -157,6 +157,11 @@ def test_a_rehearsal_for_a_gpu_is_in_bf16_and_a_word_wins() -> None:
     settings, reasons = plan.settings, plan.reasons
     assert (settings.precision, settings.dtype) == ("bf16", "bfloat16")
     assert reasons == {"precision": "bf16: a GPU has units for it"}
+    old = resolve(settings_with("hardware=t4", *gpu[1:]))
+    assert (old.settings.precision, old.reasons["precision"]) == (
+        "fp32",
+        "fp32: this GPU has no units for bf16",
+    )
     plan = resolve(settings_with(*gpu, "precision=fp32"))
     settings, reasons = plan.settings, plan.reasons
     assert (settings.precision, settings.dtype, reasons) == ("fp32", "float32", {})

@@ -118,6 +118,9 @@ def check_split(pipeline: Pipeline, layers: int) -> None:
 
 def _rehearsal(settings: Settings) -> None:
     if settings.world.kind != "rehearsed":
+        if settings.hardware.allocator is not None:
+            remedy = "it is for rehearsals; a run takes what PYTORCH_ALLOC_CONF says in its environment"
+            raise Refusal("hardware.allocator", settings.hardware.allocator, remedy)
         return
     if settings.world.size is None:
         raise Refusal("world.size", None, "world=rehearsed needs world.size=, the ranks to rehearse")
@@ -125,8 +128,11 @@ def _rehearsal(settings: Settings) -> None:
         raise Refusal(
             "ledger", settings.ledger.mode, "a rehearsal measures with the exact ledger; use ledger=exact"
         )
-    if settings.ledger.snapshot:
-        raise Refusal("ledger.snapshot", True, "a rehearsal allocates nothing; leave it out")
+    if settings.ledger.snapshot and settings.hardware.device != "cuda":
+        remedy = (
+            "only CUDA's allocator has a snapshot; rehearse a GPU, as by hardware=h100-sxm, or leave it out"
+        )
+        raise Refusal("ledger.snapshot", True, remedy)
     if settings.train.resume is not None:
         raise Refusal(
             "train.resume", settings.train.resume, "a rehearsal begins with the first step; leave it out"
