@@ -4,12 +4,10 @@ from typing import Any, Self
 
 from harness.ledger import Ledger
 from harness.ledger.account import Account
+from harness.ledger.cuda_allocator import BLOCK
 from harness.rehearsal.card import CARD
 from harness.rehearsal.card_kernels import CardKernels
 from harness.rehearsal.card_memory import CardMemory, Exhausted
-
-BLOCK = 512
-"""CUDA's caching allocator rounds sizes up to multiples of this: kMinBlockSize in c10/cuda/CUDACachingAllocator.cpp."""
 
 
 class CardLedger(Ledger):

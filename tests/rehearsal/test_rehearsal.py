@@ -26,7 +26,7 @@ from harness.record import record_file
 from harness.rehearsal import UNVERIFIED, one_rank, shims, zero_shims
 from harness.rehearsal.fake_mode import Fakes
 from harness.rehearsal.known_values import UNKNOWN, Values
-from harness.rehearsal.card_ledger import BLOCK
+from harness.ledger.cuda_allocator import BLOCK
 from harness.rehearsal.one_rank import rehearse
 from harness.rehearsal.representatives import representatives_of
 from harness.rehearsal.shims import ONCE_A_RANK, shimmed
