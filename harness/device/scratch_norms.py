@@ -75,9 +75,14 @@ def softmax(call: Call) -> Moments:
     return once(*copies(call["self"]))
 
 
-def softmax_backward(call: Call) -> Moments:
+def log_softmax_backward(call: Call) -> Moments:
     """None, but for copies of what is not contiguous: ATen/native/cuda/SoftMax.cu."""
     return once(*copies(call["grad_output"], call["output"]))
+
+
+def softmax_backward(call: Call) -> Moments:
+    """The gradient times the output: softmax_backward_cuda_out of ATen/native/cuda/SoftMax.cu."""
+    return once(nbytes(call["grad_output"]), *copies(call["output"]))
 
 
 def safe_softmax(call: Call) -> Moments:

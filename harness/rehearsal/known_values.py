@@ -24,6 +24,7 @@ from harness.ledger.lines import PASSED_OVER, calling_line
 from harness.ledger.log import COLLECTIVES
 from harness.ledger.tensors import shared, tensors_in
 from harness.rehearsal.card import in_cpp
+from harness.rehearsal.card_backward import in_place
 
 LARGEST = 2**20
 """The most elements of a tensor that is computed. [B, T] masks are far smaller; nobody reads values of [T, T] ones."""
@@ -55,12 +56,13 @@ class NeedsValue(RuntimeError):
 class Values(TorchDispatchMode):
     """A dispatch mode outside the FakeTensorMode: it computes known values, and answers reads of a value.
 
-    An unknown value is `assumed`; without that it is 0 or 1, or with `strict` refused by NeedsValue.
+    An unknown value is `assumed`; without that it is 0 or 1, or with `strict` refused by NeedsValue. With `gpu`
+    autograd writes in place where it does on a GPU.
     """
 
-    def __init__(self, assumed: float | None = None, strict: bool = False) -> None:
+    def __init__(self, assumed: float | None = None, strict: bool = False, gpu: bool = False) -> None:
         super().__init__()
-        self._assumed, self._strict = assumed, strict
+        self._assumed, self._strict, self._gpu = assumed, strict, gpu
         self._known: Any = WeakIdKeyDictionary()  # from a fake tensor to a real one with its values
 
     @classmethod
@@ -77,6 +79,8 @@ class Values(TorchDispatchMode):
             return self._item(args[0])
         if func is _EQUAL:
             return self._equal(*args)
+        if self._gpu and in_place(func, args, kwargs):
+            return args[0]
         try:
             out = func(*args, **kwargs)
         except DynamicOutputShapeException:

@@ -36,7 +36,7 @@ def rehearse(
         context.enter_context(patched(*CUDA_SHIMS, *PROGRAM_SHIMS, outside.shim()))
         context.enter_context(card_operators.registered(memory.card))
         context.enter_context(outside)
-        for mode in (ProgramFakes(memory.card), Values(assume, strict=True)):
+        for mode in (ProgramFakes(memory.card), Values(assume, strict=True, gpu=True)):
             context.enter_context(mode)
         ledger = CardLedger(memory, discover=True, lines=lines)
         context.enter_context(_garbage_collected())

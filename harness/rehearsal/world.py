@@ -34,7 +34,7 @@ def rehearsed(rank: int, layout: Layout, memory: CardMemory | None = None) -> It
             parts: Any = {"stages": layout.stages, "tp_size": layout.tp_size}
             parts["mesh"] = group_of(layout.tp_size, device)
             card = memory.card if memory is not None else None
-            with nullcontext() if card is None else registered(card), Fakes(card), Values():
+            with nullcontext() if card is None else registered(card), Fakes(card), Values(gpu=gpu):
                 yield World(rank, layout.size, 0, device, fake=True, **parts)
         finally:
             dist.destroy_process_group()
