@@ -151,7 +151,7 @@ def addmm_on_lt(
 
 
 def recognized(capability: float, environ: Mapping[str, str], release: Release = (2, 13)) -> Libraries:
-    """For a ledger: names a block that outlives the operator which took it, where cuBLAS keeps one of exactly its bytes.
+    """For a ledger: names a block that outlives the operator which took it, where cuBLAS keeps one of its bytes.
 
     The bytes are as the ledger rounds them on a GPU.
     """

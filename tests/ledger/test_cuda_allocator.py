@@ -1,9 +1,9 @@
 """CUDA's allocator beside the ledger's log: its history, as the twin of the allocator writes it, closes to the byte."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -90,17 +90,17 @@ class TorchCuda:
 
 
 @pytest.fixture
-def torch_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[TorchCuda]:
+def torch_cuda(monkeypatch: pytest.MonkeyPatch) -> TorchCuda:
     stand_in = TorchCuda()
-    figures = iter((100, 200))  # before, and since
+    allocated, reserved = iter((100, 200)), iter((1000, 2500))  # before, and since
 
     def record(enabled: Any = "all", *args: Any, **kwargs: Any) -> None:
         stand_in.record(enabled, *args, **kwargs)
 
     for name, value in {
         "torch.cuda.current_device": lambda: 0,
-        "torch.cuda.max_memory_allocated": lambda device: next(figures),
-        "torch.cuda.max_memory_reserved": lambda device, steps=iter((1000, 2500)): next(steps),
+        "torch.cuda.max_memory_allocated": lambda device: next(allocated),
+        "torch.cuda.max_memory_reserved": lambda device: next(reserved),
         "torch.cuda.memory_reserved": lambda device: 2000,
         "torch.cuda.mem_get_info": lambda device: (10_000, 15_000),
         "torch.cuda.list_gpu_processes": lambda device: stand_in.processes,
@@ -110,7 +110,7 @@ def torch_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[TorchCuda]:
     }.items():
         monkeypatch.setattr(name, value, raising=False)
     monkeypatch.setattr("harness.ledger.cuda_allocator.time_ns", lambda: 0)
-    yield stand_in
+    return stand_in
 
 
 def test_the_books_close_to_the_byte_and_name_what_cublas_keeps(real: Real, torch_cuda: TorchCuda) -> None:
@@ -187,7 +187,7 @@ def test_no_history_is_recorded_where_none_is_wanted(torch_cuda: TorchCuda) -> N
 
 @pytest.mark.parametrize("theirs", ["all", None])
 def test_a_history_that_the_program_begins_or_ends_replaces_the_ledger_s(
-    torch_cuda: TorchCuda, theirs: str | None
+    torch_cuda: TorchCuda, theirs: Literal["all"] | None
 ) -> None:
     unseen = Unseen()
     allocator = CudaAllocator(unseen)
