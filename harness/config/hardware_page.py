@@ -22,10 +22,11 @@ def named(name: str) -> Hardware:
 
 def gpu(name: str) -> Hardware:
     """The page of that GPU. Raises ValueError if there is none."""
-    pages = {each: page for each in groups()["hardware"] if (page := _read(each)).device == "cuda"}
-    if name not in pages:
-        raise ValueError(f"hardware={name}: no page of a GPU has that name; one of {', '.join(pages)}")
-    return pages[name]
+    names = groups()["hardware"]
+    if name in names and (page := _read(name)).device == "cuda":
+        return page
+    gpus = [each for each in names if _read(each).device == "cuda"]
+    raise ValueError(f"hardware={name}: no page of a GPU has that name; one of {', '.join(gpus)}")
 
 
 OTHER_CARDS = frozenset({"laptop", "mobile", "ti", "super", "d", "nvl", "mig", "max"})

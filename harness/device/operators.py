@@ -22,8 +22,8 @@ __all__ = ["SCRATCH", "Call", "Card", "Moment", "Moments", "Scratch", "scratch"]
 class Scratch(NamedTuple):
     """What an operator allocates on CUDA besides its outputs.
 
-    does: one sentence; source: the files of PyTorch that say so; blocks: the rule; row: the published measurement that
-    bears it out.
+    does: one sentence; source: the files of PyTorch that say so; blocks: the rule; row: the kernel in
+    profiles/measured.md whose rows bear it out.
     """
 
     does: str
@@ -53,6 +53,7 @@ _SORTING = {
         "sorts the indices and keeps partial sums of the gradient in fp32, from 3,073 indices on",
         f"{_CUDA}Embedding.cu, {_CUDA}EmbeddingBackwardKernel.cu",
         sorting.embedding_dense_backward,
+        "embedding",
     ),
     "sort": Scratch(
         "sorts rows of over 4,096 elements with cub", f"{_CUDA}Sort.cpp, {_CUDA}SortStable.cu", sorting.sort
@@ -106,11 +107,13 @@ _NORMS = {
         "sums the weight's gradient in parts, for many rows of few features",
         f"{_CUDA}layer_norm_kernel.cu",
         norms.layer_norm_backward,
+        "layer_norm",
     ),
     "_fused_rms_norm_backward": Scratch(
         "sums the weight's gradient in parts, for many rows of few features",
         f"{_CUDA}layer_norm_kernel.cu",
         norms.layer_norm_backward,
+        "megatron_rms_norm",
     ),
     "native_group_norm": Scratch(
         "fuses weight and statistics for each channel", f"{_CUDA}group_norm_kernel.cu", norms.group_norm
@@ -126,10 +129,18 @@ _NORMS = {
         "multiplies the gradient by the output first",
         f"{_CUDA}SoftMax.cu",
         norms.softmax_backward,
-        "Liger-Kernel's softmax, RTX 3090, 12 rows",
+        "softmax",
     ),
     "_log_softmax_backward_data": Scratch(
         "copies what is not contiguous", f"{_CUDA}SoftMax.cu", norms.log_softmax_backward
+    ),
+    **_same(
+        Scratch(
+            "runs a layer with its own buffers",
+            "aten/src/ATen/native/transformers/transformer.cpp, attention.cpp",
+            _unknown,
+        ),
+        *("_transformer_encoder_layer_fwd", "_native_multi_head_attention"),
     ),
     "_safe_softmax": Scratch(
         "marks what is masked out", "aten/src/ATen/native/transformers/attention.cpp", norms.safe_softmax

@@ -37,6 +37,7 @@ RTX3090_CONTEXT = Measured(
 CONTEXTS: dict[str, Measured | None] = {
     "a100-40gb": None,
     "a100-80gb": A100_CONTEXT,
+    "h100-pcie": None,
     "h100-sxm": None,
     "h200": None,
     "b200": None,

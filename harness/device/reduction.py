@@ -5,7 +5,7 @@ requested for every output times every lane of a block, so that the sum of a mat
 bias, can take more than the matrix itself.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import prod
 from typing import NamedTuple
 
@@ -67,13 +67,21 @@ def staging(
     """The blocks of one reduction: the staging buffer and its semaphores, or none where it is not split.
 
     element: bytes of an input element; accumulated: of the type that is reduced, as 4 for the sum of bf16 and 16 for
-    argmax; offset: the input's storage offset, in elements. None where the input needs 64-bit indices, so that ATen
-    cuts it up, and where the card's number of multiprocessors is unknown.
+    argmax; offset: the input's storage offset, in elements. None where the card's number of multiprocessors is unknown,
+    and where an input that needs 64-bit indices has elements smaller than `accumulated`: it takes a buffer more.
     """
     if prod(axis.size for axis in each) == 0 or not each:
         return ()
-    if card.multiprocessors is None or 1 + sum((a.size - 1) * a.stride for a in each) * element > _INDEX:
+    if card.multiprocessors is None:
         return None
+    if 1 + sum((a.size - 1) * a.stride for a in each) * element > _INDEX:
+        if element < accumulated:
+            return None
+        halves = (
+            staging(half, element=element, accumulated=accumulated, card=card, offset=offset)
+            for half in _halves(each)
+        )
+        return max((half for half in halves if half is not None), key=sum)
     inputs = prod(axis.size for axis in each if axis.out is None)
     outputs = prod(axis.size for axis in each if axis.out is not None)
     reduced = sum(axis.out is None for axis in each)
@@ -93,6 +101,16 @@ def staging(
         accumulated=accumulated,
         card=card,
     )
+
+
+def _halves(each: Sequence[Axis]) -> Iterator[list[Axis]]:
+    """The parts of which each is reduced by itself: the axis of the largest extent is cut in the middle
+    (TensorIterator's with_32bit_indexing).
+    """
+    at = max(range(len(each)), key=lambda index: (each[index].size - 1) * each[index].stride)
+    first = each[at].size // 2
+    for size in (first, each[at].size - first):
+        yield [*each[:at], each[at]._replace(size=size), *each[at + 1 :]]
 
 
 def _output_vector(each: Sequence[Axis], output: int, offset: int) -> int:

@@ -35,6 +35,7 @@ CUBLAS = frozenset(
         *("mm", "addmm", "addmm_", "_addmm_activation", "bmm", "baddbmm", "baddbmm_", "addbmm", "addbmm_"),
         *("addmv", "addmv_", "mv", "dot", "vdot", "_scaled_mm", "_int_mm"),
         *("triangular_solve", "linalg_solve_triangular", "linalg_lu_solve"),
+        *("_transformer_encoder_layer_fwd", "_native_multi_head_attention"),
         *("slow_conv3d_forward", "_slow_conv2d_forward", "_slow_conv2d_backward"),
         *("slow_conv_transpose2d", "slow_conv_transpose3d", "slow_conv_dilated2d", "slow_conv_dilated3d"),
     }

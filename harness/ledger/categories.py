@@ -16,7 +16,7 @@ CATEGORIES = (
 """Each live storage is in exactly one category."""
 
 KERNEL = "kernel"
-"""Beside them: memory that kernels take and no operator returns. Known from an allocator, or from rules for a device."""
+"""Beside them: memory that kernels take and no operator returns, known from an allocator or from rules for a GPU."""
 
 
 def pattern(name: str) -> str:

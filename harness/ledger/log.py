@@ -91,7 +91,9 @@ class Log(TorchDispatchMode):
         self.recomputing = False
         self.follow: Callable[[], None] | None = None  # called before each operator
         self.settle: Callable[[Any], None] | None = None  # called after each collective, with its arguments
-        self.kernels: Kernels | None = None  # called after each operator, with it, its arguments and its result
+        self.kernels: Kernels | None = (
+            None  # called after each operator, with it, its arguments and its result
+        )
         self.events: list[Event] = []
         self.operators: list[Operator] = []
         self.recording = False
@@ -265,7 +267,9 @@ class Log(TorchDispatchMode):
         """Log the memory of a kernel, one moment after the other."""
         for moment in dict.fromkeys(memory.moment for memory in kernel):
             records = [
-                Storage(self._rounded(memory.nbytes), 0, now, self.where, self.module, op, KERNEL, memory.name)
+                Storage(
+                    self._rounded(memory.nbytes), 0, now, self.where, self.module, op, KERNEL, memory.name
+                )
                 for memory in kernel
                 if memory.moment == moment
             ]

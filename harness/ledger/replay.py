@@ -95,9 +95,7 @@ def backdated(events: Iterable[Event], opened: int) -> list[Event]:
     return [*other_events[:index], *first_events, *other_events[index:]]
 
 
-def replay(
-    events: Sequence[Event], kernels: bool = False
-) -> tuple[Peak, dict[str, Category], list[Phase]]:
+def replay(events: Sequence[Event], kernels: bool = False) -> tuple[Peak, dict[str, Category], list[Phase]]:
     """The peak, each category's peak and end, and every phase in order of first entry, from storages alone.
 
     `kernels`: the events have the memory of kernels too.

@@ -52,7 +52,8 @@ def _accumulates(earlier: Any, new: Any) -> bool:
     fills_its_own = (
         torch._C._storage_Use_Count(storage._cdata) == _OF_ITS_OWN and storage.nbytes() == earlier.nbytes
     )
-    counted = earlier._use_count() <= new._use_count() and sys.getrefcount(earlier) <= sys.getrefcount(new)
+    use_count: Any = torch.Tensor._use_count  # type: ignore[attr-defined]
+    counted = use_count(earlier) <= use_count(new) and sys.getrefcount(earlier) <= sys.getrefcount(new)
     return alike and fills_its_own and counted
 
 

@@ -1,32 +1,33 @@
 """What kernels on the card take beside their results: scratch, and the workspaces of libraries."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
-from harness.device.operators import SCRATCH, Card, scratch
+from harness.device.operators import SCRATCH, scratch
 from harness.device.workspaces import CUBLAS, Workspaces, addmm_on_lt
 from harness.ledger.events import KernelMemory
 from harness.ledger.modules import in_backward
 from harness.ledger.tensors import tensors_in
 from harness.rehearsal.card import CARD
+from harness.rehearsal.card_memory import CardMemory
 
 FORWARD, BACKWARD = 0, 1
 """Threads: the program's own, and the one in which autograd runs what is on a GPU. Each has handles of its own."""
 
 
 class CardKernels:
-    """The memory of each kernel on `card`, for a ledger's log. `stream` is called for the stream that is used now."""
+    """The memory of each kernel on the card with this `memory`, for a ledger's log."""
 
-    def __init__(self, card: Card, stream: Callable[[], int]) -> None:
-        self._card = card
-        self._unknown: dict[str, None] = {}
+    def __init__(self, memory: CardMemory) -> None:
+        self._memory, self._card = memory, memory.card
         self._workspaces = Workspaces(self._card.capability, os.environ, _release())
-        self._stream = stream
 
-    def __call__(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Iterator[KernelMemory]:
+    def __call__(
+        self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any
+    ) -> Iterator[KernelMemory]:
         name = func.__name__.partition(".")[0]
         cublas = name in CUBLAS
         if not (cublas or name in SCRATCH) or func.namespace != "aten" or not _on_card(args, out):
@@ -35,21 +36,18 @@ class CardKernels:
             yield from self._workspace(name, args, kwargs)
         moments = scratch(func, args, kwargs, out, self._card)
         if moments is None:
-            self._unknown[name] = None
+            self._memory.unknown[name] = None
         for number, moment in enumerate(moments or ()):
             for nbytes in moment.blocks:
                 yield KernelMemory(f"scratch of {name}", nbytes, number, not moment.outputs)
 
-    def unknown(self) -> str | None:
-        """A sentence with the operators that ran and whose scratch no rule knows. None: there was none."""
-        names = ", ".join(self._unknown)
-        return f"what {names} take beside their results on a GPU is not known and in no figure" if names else None
-
     def _workspace(self, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[KernelMemory]:
         thread = BACKWARD if in_backward() else FORWARD
-        lt = name == "addmm" and addmm_on_lt(*args[:3], kwargs.get("beta", 1), os.environ)
-        for nbytes in self._workspaces.take(thread=thread, stream=self._stream(), lt=lt):
-            yield KernelMemory(f"cuBLAS workspace of the {('forward', 'backward')[thread]}'s thread", nbytes, None)
+        lt = name == "addmm" and addmm_on_lt(args[0], args[1], args[2], kwargs.get("beta", 1), os.environ)
+        for nbytes in self._workspaces.take(thread=thread, stream=self._memory.stream, lt=lt):
+            yield KernelMemory(
+                f"cuBLAS workspace of the {('forward', 'backward')[thread]}'s thread", nbytes, None
+            )
 
 
 def _on_card(*trees: Any) -> bool:

@@ -10,13 +10,16 @@ from harness.rehearsal.card_kernels import CardKernels
 from harness.rehearsal.card_memory import CardMemory, Exhausted
 
 
+UNCOMPILED = "nothing is compiled in a rehearsal: the figures are those of the program without torch.compile"
+
+
 class CardLedger(Ledger):
     """A ledger of the card with this `memory`. `host` is the ledger of its host."""
 
     def __init__(self, memory: CardMemory, **options: Any) -> None:
         super().__init__(device=str(CARD), allocator=False, block=BLOCK, **options)
         self.memory, self.host = memory, Ledger(device="cpu", allocator=False, **options)
-        self._log.kernels = self._kernels = CardKernels(memory.card, lambda: memory.stream)
+        self._log.kernels = CardKernels(memory)
         memory.events, memory.storage_of = lambda: self._log.events, self._log.alive
 
     def __enter__(self) -> Self:
@@ -30,8 +33,11 @@ class CardLedger(Ledger):
     def enough(self) -> None:
         """From now on see only what `"phases"` sees."""
         self.memory.catch_up()
-        if unknown := self._kernels.unknown():
-            self._unseen.note("scratch", "storages", unknown)
+        if names := ", ".join(self.memory.unknown):
+            sentence = f"not known and in no figure: what kernels of {names} take beside their results"
+            self._unseen.note("scratch", "storages", sentence)
+        if self.memory.uncompiled:
+            self._unseen.note("torch.compile", "all", UNCOMPILED)
         super().enough()
 
     def account(self) -> Account:

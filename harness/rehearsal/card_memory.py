@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 from harness.config.settings import Hardware
 from harness.device.allocator_settings import Settings, parse
-from harness.device.call import Card
 from harness.device.caching_allocator import CachingAllocator, OutOfMemory
+from harness.device.call import Card
 from harness.device.outside import budget
+from harness.device.snapshot import snapshot
 from harness.ledger.events import Event, Storage, Where
 
 
@@ -37,6 +38,10 @@ class CardMemory:
         self.storage_of: Callable[[int], Storage | None] = lambda key: None
         self.stream = 0
         self.exhausted: Exhausted | None = None
+        self.unknown: dict[str, None] = {}
+        """Names of what ran and takes memory that no rule knows."""
+        self.uncompiled = False
+        """Whether the program wanted to compile something."""
         self._streams = 0
         self._next = 0
         self._highest = 0, 0
@@ -124,6 +129,10 @@ class CardMemory:
         """Begin the peaks of `statistics` anew."""
         self._highest = self.peak_allocated, self.peak_reserved
         self.allocator.reset_peaks()
+
+    def snapshot(self) -> dict[str, Any]:
+        """What `torch.cuda.memory._snapshot` would return."""
+        return snapshot(self.events(), self.settings, self.capacity, self.total or None)
 
     def statistics(self) -> dict[str, Any]:
         """What `torch.cuda.memory_stats` has, as nested dicts, as far as the twin of the allocator has it."""

@@ -5,7 +5,7 @@ and get its own name for the card.
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from harness.device.call import Card
 from harness.device.kernels import installed
 from harness.rehearsal import card_autocast
 from harness.rehearsal.card import in_python
+from harness.rehearsal.card_memory import current
 
 _aten = torch.ops.aten
 _ON_CARD = "AutogradCUDA", "CUDA"
@@ -47,13 +48,27 @@ def _to(
     return copied
 
 
+def _to_device(
+    self: torch.Tensor,
+    device: Any,
+    dtype: Any,
+    non_blocking: bool = False,
+    copy: bool = False,
+    memory_format: Any = None,
+) -> torch.Tensor:
+    """As `_to`."""
+    return _to(
+        self, dtype=dtype, device=device, non_blocking=non_blocking, copy=copy, memory_format=memory_format
+    )
+
+
 def _dropout(input: torch.Tensor, p: float, train: bool) -> torch.Tensor:
     """One kernel that returns its mask as booleans: is_fused_kernel_acceptable of aten/src/ATen/native/Dropout.cpp."""
     if not train or p == 0 or not input.numel():
         return input
-    result: torch.Tensor = (
-        input * torch.zeros((), dtype=input.dtype, device=input.device) if p == 1 else _aten.native_dropout(input, p, train)[0]
-    )
+    if p == 1:
+        return input * torch.zeros((), dtype=input.dtype, device=input.device)
+    result: torch.Tensor = _aten.native_dropout(input, p, train)[0]
     return result
 
 
@@ -77,7 +92,30 @@ def _log_softmax(self: torch.Tensor, dim: int, dtype: torch.dtype | None = None)
     return result
 
 
-_BY_DEVICE = {"dropout": _dropout, "softmax.int": _softmax, "log_softmax.int": _log_softmax}
+_BY_DEVICE: dict[str, Callable[..., Any]] = {
+    "dropout": _dropout,
+    "softmax.int": _softmax,
+    "log_softmax.int": _log_softmax,
+}
+
+
+_OTHERWISE = (
+    *("lstm.input", "lstm.data", "gru.input", "gru.data", "rnn_tanh.input", "rnn_relu.input", "batch_norm"),
+    *("ctc_loss.Tensor", "ctc_loss.IntList", "grid_sampler"),
+)
+"""Operators that a GPU may compute by a library of its own, whose memory no rule knows: `NOT_COVERED` says which."""
+
+
+def _noting(name: str) -> Callable[..., Any]:
+    """The operator as elsewhere; the card's memory notes that it is unknown."""
+    packet, _, overload = name.partition(".")
+    operator = getattr(getattr(_aten, packet), overload or "default")
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        current().unknown[packet] = None
+        return operator.decompose(*args, **kwargs)
+
+    return kernel
 
 
 @contextmanager
@@ -86,14 +124,19 @@ def registered(card: Card) -> Iterator[None]:
     library = torch.library.Library("aten", "IMPL")
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Warning only once for all operators")  # it replaces torch's own
+            warnings.filterwarnings(
+                "ignore", "Warning only once for all operators"
+            )  # it replaces torch's own
             for name, kernel in card_autocast.kernels():
                 library.impl(name, kernel, card_autocast.KEY, allow_override=True)
         for key in (*_ON_CARD, *_ON_HOST):
             library.impl("to.dtype_layout", _to, key)
+            library.impl("to.device", _to_device, key)
         for key in _ON_CARD:
             for name, kernel in _BY_DEVICE.items():
                 library.impl(name, kernel, key)
+            for name in _OTHERWISE:
+                library.impl(name, _noting(name), key)
         with installed(card):
             yield
     finally:

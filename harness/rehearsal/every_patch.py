@@ -5,6 +5,8 @@ from harness.ledger import patch_table
 from harness.ledger.patch import Patch
 from harness.model import tensor_parallel
 from harness.quantization import packed
+from harness.rehearsal.card_tensors import CARD_SHIMS
+from harness.rehearsal.cuda_shims import CUDA_SHIMS
 from harness.rehearsal.shims import GPU_SHIMS, SHIMS, process_world
 from harness.training import engine, pipeline_engine
 
@@ -13,4 +15,4 @@ def every_patch() -> tuple[Patch, ...]:
     """All patches, each with its reason and the releases it was checked with."""
     rooms = (patch_table, packed, tensor_parallel, engine, pipeline_engine, paged_choosing)
     tables = [patch for room in rooms for patch in room.PATCHES.values()]
-    return (*tables, *SHIMS, *GPU_SHIMS, *process_world())
+    return (*tables, *SHIMS, *CUDA_SHIMS, *CARD_SHIMS, *GPU_SHIMS, *process_world())

@@ -1,6 +1,9 @@
 """A faster FakeTensorMode: a rehearsal dispatches a hundred thousand operators, most of them equal to earlier ones."""
 
+import gc
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -42,6 +45,8 @@ Their `meta` kernels are slow Python code, so the resulting layouts are cached.
 
 _DEVICE = torch.ops.prim.device.default
 
+_PIN = torch.ops.aten._pin_memory.default
+
 _ITEM = torch.ops.aten._local_scalar_dense.default
 
 _WAIT = torch.ops._c10d_functional.wait_tensor.default
@@ -75,6 +80,8 @@ class Fakes(FakeTensorMode):
             return NotImplemented
         if func is _DEVICE:
             return in_cpp(args[0].fake_device)
+        if func is _PIN:
+            return args[0].clone()
         if func is _ITEM:  # inside of an operator: a program's own is answered by `Values`
             return 1.0 if args[0].dtype.is_floating_point else 1
         if func in KERNELS and self._card is not None and self._device(args, {}) == CARD:
@@ -140,3 +147,13 @@ def _layout(argument: Any) -> Any:
     if isinstance(argument, torch.Tensor):
         return argument.size(), argument.stride(), argument.dtype
     return tuple(argument) if isinstance(argument, list) else (type(argument), argument)
+
+
+@contextmanager
+def existing_objects_frozen() -> Iterator[None]:
+    """Exclude existing objects from garbage collection in this context: most objects are those of imported modules."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()

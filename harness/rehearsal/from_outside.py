@@ -11,7 +11,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from harness.ledger.lines import calling_line
-from harness.ledger.patch import TORCH, Patch, Use
+from harness.ledger.patch import Use
+from harness.ledger.tensors import tensors_in
 from harness.rehearsal.fake_mode import Fakes
 from harness.rehearsal.shims import APPLY
 from harness.rehearsal.tensor_shims import apply_in_place
@@ -25,12 +26,12 @@ class FromOutside(RuntimeError):
 class ProgramFakes(Fakes):
     """Fakes of a program that may have tensors from before the rehearsal."""
 
-    def validate_and_convert_non_fake_tensors(self, func: Any, converter: Any, flat_args: Any, args_spec: Any) -> Any:
+    def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """torch's own, after a refusal of what would change a real tensor. Raises FromOutside."""
-        for tensor in flat_args:
-            if isinstance(tensor, torch.Tensor) and not isinstance(tensor, FakeTensor):
+        for tensor in tensors_in([*args, *(kwargs or {}).values()]):
+            if not isinstance(tensor, FakeTensor):
                 _check(func, tensor)
-        return super().validate_and_convert_non_fake_tensors(func, converter, flat_args, args_spec)
+        return super().dispatch(func, types, args, kwargs)
 
 
 def _check(func: Any, tensor: torch.Tensor) -> None:
@@ -92,4 +93,5 @@ class Outside:
             if isinstance(tensor, torch.nn.Parameter):
                 fake = torch.nn.Parameter(fake, tensor.requires_grad)
             self._fakes[id(tensor)] = fake
-        return self._fakes[id(tensor)]
+        known: torch.Tensor = self._fakes[id(tensor)]
+        return known

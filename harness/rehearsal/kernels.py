@@ -38,8 +38,6 @@ def difference(plan: Plan) -> str | None:
     classes = {base for module in model.modules() for base in type(module).__mro__}
     model_classes = [each for each in classes if each.__module__.startswith("transformers.models.")]
     packages_by_name = {name: package for each in model_classes for name, package in _kernels(each)}
-    if torch.nn.RMSNorm in classes:
-        packages_by_name["rms_norm"] = "torch"
     if not packages_by_name:
         return None
     packages = sorted({DISTRIBUTIONS.get(each, each.replace("_", "-")) for each in packages_by_name.values()})

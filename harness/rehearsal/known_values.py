@@ -8,6 +8,7 @@ shapes alone, so they are computed. Values that depend on weights are unknown; r
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ UNKNOWN: dict[bool, Any] = {True: 1.0, False: 0}
 """The value of an unknown number (a loss, a norm, a sampled token), by whether its dtype is floating point."""
 
 READ_BY_TORCH = {
+    "utils/data": 0.0,  # the seed of a loader's workers
     "optim": 1.0,  # a number of steps, which only scales
     "amp/grad_scaler.py": 0.0,  # no gradient has overflowed
     "nn/utils/clip_grad.py": 0.0,  # no norm is infinite
@@ -43,6 +45,9 @@ REMEDY = (
     "and a rehearsal computes none: leave that out of what is rehearsed, or say what to take for every unknown value, "
     "as rehearse(..., assume=1.0)"
 )
+
+_PERMUTES = (torch.ops.aten.randperm.default, torch.ops.aten.randperm.generator)
+"""Operators that order at random, as a loader's sampler does: here they keep the order."""
 
 _DEVICE = torch.ops.prim.device.default
 _ITEM = torch.ops.aten._local_scalar_dense.default
@@ -119,6 +124,10 @@ class Values(TorchDispatchMode):
 
     def _compute(self, func: Any, args: Any, kwargs: Any, out: Any) -> bool:
         """Run `func` on real values if the inputs are known and the outputs worth knowing. Returns whether it ran."""
+        if func in _PERMUTES and out.numel() <= LARGEST:
+            with no_dispatch():
+                self._known[out] = torch.arange(out.numel(), dtype=out.dtype)
+            return True
         outputs = (
             [out] if isinstance(out, torch.Tensor) else list(out) if isinstance(out, (tuple, list)) else []
         )
@@ -156,7 +165,10 @@ class Values(TorchDispatchMode):
             )
         device = next(tensors_in([*args, *kwargs.values()])).device
         computed, spec = tree_flatten(real)
-        fakes = [torch.empty_like(each, device=device) if isinstance(each, torch.Tensor) else each for each in computed]
+        fakes = [
+            torch.empty_like(each, device=device) if isinstance(each, torch.Tensor) else each
+            for each in computed
+        ]
         for fake, real in zip(fakes, computed, strict=True):
             if isinstance(fake, FakeTensor) and _worth_knowing(fake):
                 self._known[fake] = real
@@ -175,17 +187,14 @@ class Values(TorchDispatchMode):
 
 def _read_by_torch() -> float | None:
     """What a value is taken to be that one of `READ_BY_TORCH` reads now. None if none does."""
-    frame, torch_files = sys._getframe(1), f"{Path(torch.__file__).parent}/"
-    while frame is not None:
-        name = frame.f_code.co_filename
-        if not name.startswith(torch_files):
-            if not name.startswith(PASSED_OVER):
-                return None
-        else:
-            for prefix, value in READ_BY_TORCH.items():
-                if name.startswith(torch_files + prefix):
-                    return value
-        frame = frame.f_back  # type: ignore[assignment]
+    frame: FrameType | None = sys._getframe(1)
+    torch_files = f"{Path(torch.__file__).parent}/"
+    while frame is not None and frame.f_code.co_filename.startswith(PASSED_OVER):
+        name = frame.f_code.co_filename.removeprefix(torch_files)
+        for prefix, value in READ_BY_TORCH.items():
+            if name.startswith(prefix):
+                return value
+        frame = frame.f_back
     return None
 
 

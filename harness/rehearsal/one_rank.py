@@ -1,13 +1,11 @@
 """Rehearses one rank in this process: the run's own code on fake tensors, under the ledger."""
 
-import gc
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from harness.generation import cache_check, infer
 from harness.ledger import Ledger
+from harness.ledger.unseen import NotSeen
 from harness.model.misfit import misfits
 from harness.model.partition import as_record
 from harness.model.plan import Plan
@@ -18,8 +16,10 @@ from harness.record.results import Results
 from harness.rehearsal import card_memory
 from harness.rehearsal.card_ledger import CardLedger
 from harness.rehearsal.course import Shortened
+from harness.rehearsal.fake_mode import existing_objects_frozen
 from harness.rehearsal.world import rehearsed
 from harness.training import train
+
 
 def rehearse(plan: Plan, rank: int, directory: Path | None = None) -> tuple[Rank, Results]:
     """Rehearse rank `rank` of the world of `plan`: its record, and the run's results.
@@ -39,13 +39,14 @@ def rehearse(plan: Plan, rank: int, directory: Path | None = None) -> tuple[Rank
     cache_check.prove(plan)
     with misfits(plan), warnings.catch_warnings(), rehearsed(rank, plan.layout, memory) as world:
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+        warnings.filterwarnings("ignore", category=NotSeen)  # the record says it
         ledger = (
             Ledger(steps=settings.ledger.steps, device="cpu", allocator=False)
             if memory is None
             else CardLedger(memory, steps=settings.ledger.steps)
         )
         try:
-            with _existing_objects_frozen(), ledger:
+            with existing_objects_frozen(), ledger:
                 output = record_file.Output(Path("/dev/null"), _quiet, results, _nothing)
                 mode.run(plan, world, ledger, output, Shortened())
         except Exception as error:
@@ -54,16 +55,6 @@ def rehearse(plan: Plan, rank: int, directory: Path | None = None) -> tuple[Rank
     if directory is not None and settings.ledger.trace:
         trace.write(directory, rank, trace.of_ledger(ledger, timed=False))
     return record_file.rank_record(ledger, rank, world.stage, world.tp_rank), results
-
-
-@contextmanager
-def _existing_objects_frozen() -> Iterator[None]:
-    """Exclude existing objects from garbage collection in this context: most objects are those of imported modules."""
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 def _quiet(line: str) -> None:

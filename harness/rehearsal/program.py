@@ -1,18 +1,23 @@
 """`harness.rehearse`: rehearses any PyTorch program for a GPU that is not there. Nothing is computed or allocated."""
 
-import gc
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+
+import torch
 
 from harness.config import hardware_page
 from harness.ledger.patch import patched
 from harness.rehearsal import card_memory, card_operators
 from harness.rehearsal.card_ledger import CardLedger
+from harness.rehearsal.card_tensors import CARD_SHIMS
 from harness.rehearsal.cuda_shims import CUDA_SHIMS
+from harness.rehearsal.fake_mode import existing_objects_frozen
 from harness.rehearsal.from_outside import Outside, ProgramFakes
 from harness.rehearsal.known_values import Values
-from harness.rehearsal.shims import PROGRAM_SHIMS
+from harness.rehearsal.shims import program_shims
+
 
 @contextmanager
 def rehearse(
@@ -33,23 +38,14 @@ def rehearse(
         context.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         context.enter_context(card_memory.being(memory))
-        context.enter_context(patched(*CUDA_SHIMS, *PROGRAM_SHIMS, outside.shim()))
+        context.enter_context(patched(*CUDA_SHIMS, *CARD_SHIMS, *program_shims(), outside.shim()))
         context.enter_context(card_operators.registered(memory.card))
         context.enter_context(outside)
+        if "torch._dynamo" in sys.modules:  # what was compiled before
+            context.enter_context(torch.compiler.set_stance("force_eager"))
         for mode in (ProgramFakes(memory.card), Values(assume, strict=True, gpu=True)):
             context.enter_context(mode)
         ledger = CardLedger(memory, discover=True, lines=lines)
-        context.enter_context(_garbage_collected())
+        context.enter_context(existing_objects_frozen())
         context.enter_context(ledger)
         yield ledger
-
-
-@contextmanager
-def _garbage_collected() -> Iterator[None]:
-    """Collect what others left, so that it is freed at no moment of this context."""
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()

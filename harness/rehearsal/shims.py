@@ -6,9 +6,11 @@ other arguments, the error names it. If only its bytes change, the equality test
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 from harness.ledger.patch import ACCELERATE, BUILTIN, DATA, DEEPSPEED, TORCH, TRANSFORMERS, Patch, patched
 from harness.rehearsal import tensor_shims, world_shims, zero_shims
+from harness.rehearsal.card_tensors import CARD_SHIMS
 from harness.rehearsal.cuda_shims import CUDA_SHIMS
 
 CPU = "deepspeed.accelerator.cpu_accelerator.CPU_Accelerator"
@@ -185,11 +187,11 @@ def process_world() -> tuple[Patch, ...]:
 @contextmanager
 def shimmed(gpu: bool = False) -> Iterator[None]:
     """Install every shim in this context; with `gpu` also those for a GPU. Raises DoesNotFit."""
-    with patched(*SHIMS, *((*CUDA_SHIMS, *GPU_SHIMS) if gpu else ()), *process_world()):
+    with patched(*SHIMS, *((*CUDA_SHIMS, *CARD_SHIMS, *GPU_SHIMS) if gpu else ()), *process_world()):
         yield
 
 
-PROGRAM_SHIMS = tuple(
-    patch for patch in SHIMS if patch.package in ("torch", "transformers") and patch not in (APPLY, SLICES)
-)
-"""The shims for any program: those for fake tensors."""
+def program_shims() -> tuple[Patch, ...]:
+    """The shims for any program: those for fake tensors, in torch and, if it is installed, in transformers."""
+    packages = ("torch", "transformers") if find_spec("transformers") else ("torch",)
+    return tuple(patch for patch in SHIMS if patch.package in packages and patch not in (APPLY, SLICES))

@@ -21,7 +21,7 @@ from harness.runtime.world import World, group_of, variables
 
 @contextmanager
 def rehearsed(rank: int, layout: Layout, memory: CardMemory | None = None) -> Iterator[World]:
-    """Become rank `rank` of a world of CPUs, or of cards with this `memory`. In this context every new tensor is fake."""
+    """Become rank `rank` of a world of CPUs, or of cards with this `memory`. Every new tensor is fake in it."""
     gpu = memory is not None
     device = CARD if gpu else torch.device("cpu")
     environment = variables(

@@ -7,6 +7,7 @@ import torch
 from harness.rehearsal.card import CARD
 from harness.rehearsal.zero_shims import Original
 
+
 def assume_equal_lengths(original: Original) -> Original:
     """ZeRO-3's check that a list is as long on every rank: it sends its tensor, and assumes that the others agree."""
 

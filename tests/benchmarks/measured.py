@@ -54,10 +54,6 @@ COMPILED = (
 )
 CAUSES = {
     "embedding": f"{BLOCK} Here 8,177,664 bytes of scratch lie in a block of 8 MiB, 210,944 bytes more.",
-    "fused_linear_jsd": (
-        "The sum of all elements of a tensor takes scratch on CUDA: 4 bytes for each block of threads that adds up a "
-        "part, one for 131,072 elements, and a counter (`setReduceConfig` in PyTorch's Reduce.cuh)."
-    ),
     "fused_linear_orpo_loss": (
         f"{COMPILED}. By their sizes they are two weights of the head, states of ten sequences, targets of six and "
         "512 bytes, for sequences of 1,024 tokens and of 4,096 alike."
@@ -68,13 +64,6 @@ CAUSES = {
     "kto_loss": (
         f"{COMPILED}, but for blocks that are not split. By their sizes they are five weights, four biases, both "
         "states and the targets of six sequences, and 4,608 bytes."
-    ),
-    "megatron_rms_norm": (
-        "On CUDA `nn.RMSNorm` is one kernel that saves its input and one number a row; elsewhere it is many operators."
-    ),
-    "softmax": (
-        "Softmax's backward on CUDA makes a tensor of gradient times output first (`softmax_backward_cuda_out` in "
-        "PyTorch's SoftMax.cu); on a CPU it does not."
     ),
 }
 """Why a kernel's rows that are not exact are not. None of these sizes is used in any figure."""

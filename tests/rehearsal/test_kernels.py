@@ -41,7 +41,6 @@ def differences(kind: str, device: Any, **more: Any) -> str:
         ("mamba2", {"num_heads": 8, "head_dim": 16}, ["mamba_chunk_scan_combined"], "mamba-ssm"),
         ("lfm2", CONV, ["causal_conv1d_fn"], "causal-conv1d"),
         ("rwkv", {}, ["rwkv_linear_attention"], "kernels"),
-        ("diffllama", {**HEADS, "intermediate_size": 96}, ["rms_norm"], "torch"),
     ],
 )
 def test_what_a_gpu_has_kernels_for_is_named(

@@ -6,7 +6,6 @@ from string import Formatter
 import numpy as np
 import pytest
 
-import harness
 from tests.benchmarks import measured
 from tests.benchmarks.measured_experts import tokens_of_experts
 from tests.benchmarks.measured_models import MODELS, Model
@@ -20,9 +19,6 @@ PROCESSES = measured.processes(ROWS)
 COSTLY = "fused_moe"
 """Takes minutes; the rest, together, seconds."""
 
-has_rehearse = pytest.mark.skipif(
-    not hasattr(harness, "rehearse"), reason="it is not there yet, nor the page"
-)
 on_the_page = pytest.mark.skipif(
     not installed_as_pinned("torch", "transformers"),
     reason="the page is of the versions in constraints.txt, and others are installed here",
@@ -34,13 +30,11 @@ def lines() -> list[str]:
     return PAGE.read_text().splitlines()
 
 
-@has_rehearse
 @on_the_page
 def test_the_page_is_of_the_versions_that_the_tests_run_on() -> None:
     assert [each for each in pinned("torch", "transformers") if each not in PAGE.read_text()] == []
 
 
-@has_rehearse
 @on_the_page
 @pytest.mark.parametrize(
     "rows",
@@ -66,13 +60,11 @@ def results() -> list[measured.Result]:
     return actual
 
 
-@has_rehearse
 def test_every_row_is_on_the_page_and_the_page_says_of_it_what_its_figures_say() -> None:
     for kernel, group in measured.by_kernel(results()):
         assert measured.kernel_section(kernel, group) in PAGE.read_text()
 
 
-@has_rehearse
 def test_the_summary_counts_the_rows() -> None:
     assert measured.totals(results()) in lines()
     assert [
@@ -82,14 +74,12 @@ def test_the_summary_counts_the_rows() -> None:
     ] == []
 
 
-@has_rehearse
 @on_the_page
 @pytest.mark.parametrize("model", MODELS[:2], ids=lambda model: model.case)
 def test_a_rehearsal_gives_the_whole_model_on_the_page(model: Model) -> None:
     assert measured.model_line(model, model.program()) in lines()
 
 
-@has_rehearse
 def test_every_whole_model_is_on_the_page_with_the_difference_of_its_figures() -> None:
     for model in MODELS:
         start = measured.cells(model.source, model.case, f"{model.published:,}").removesuffix("|")
@@ -98,7 +88,6 @@ def test_every_whole_model_is_on_the_page_with_the_difference_of_its_figures() -
     assert measured.unexpressed() in PAGE.read_text()
 
 
-@has_rehearse
 def test_the_sentences_are_those_of_the_command() -> None:
     assert [text for text, *_ in Formatter().parse(measured.PAGE) if text not in PAGE.read_text()] == []
 
@@ -127,7 +116,6 @@ def test_the_tokens_of_all_experts_are_all_that_the_router_sent() -> None:
     assert sum(tokens_of_experts(row)) == row.size("T") * row.size("K")
 
 
-@has_rehearse
 def test_a_kernel_without_a_miss_has_no_cause() -> None:
     missing = {result.row.kernel for result in results() if not result.exact}
     assert missing == measured.CAUSES.keys()

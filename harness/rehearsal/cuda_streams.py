@@ -1,0 +1,72 @@
+"""Stand-ins for the streams and events of the card: its work is done at once."""
+
+import math
+from typing import Any
+
+from harness.rehearsal.card import CARD
+from harness.rehearsal.card_memory import current
+
+
+class Stream:
+    """A stream of the card. Its work is done at once, so that nobody waits; what it allocates stays its own."""
+
+    def __init__(self, device: Any = None, priority: int = 0, **kwargs: Any) -> None:
+        self.device, self.priority = CARD, priority
+        self.stream_id = self.cuda_stream = current().new_stream()
+
+    def wait_stream(self, stream: Any) -> None:
+        """Return at once, as do all others that wait."""
+
+    wait_event = wait_stream
+
+    def synchronize(self) -> None:
+        """Return at once."""
+
+    def query(self) -> bool:
+        """Whether all work is done."""
+        return True
+
+    def is_capturing(self) -> bool:
+        """Whether a graph is captured: never."""
+        return False
+
+    def record_event(self, event: Any = None) -> Any:
+        """`event`, or a new one."""
+        return event or Event()
+
+    def __enter__(self) -> "Stream":
+        self._before = current().stream
+        current().enter_stream(self.stream_id)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        current().enter_stream(self._before)
+
+
+class Event:
+    """An event of the card. It has always happened."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Take any options of the original."""
+
+    def record(self, stream: Any = None) -> None:
+        """Return at once, as does `wait`."""
+
+    wait = record
+
+    def synchronize(self) -> None:
+        """Return at once."""
+
+    def query(self) -> bool:
+        """Whether it has happened."""
+        return True
+
+    def elapsed_time(self, end_event: Any) -> float:
+        """Not a number: a rehearsal measures no time."""
+        return math.nan
+
+
+def stream_of(stream_id: int) -> Stream:
+    stream = Stream.__new__(Stream)
+    stream.device, stream.priority, stream.stream_id, stream.cuda_stream = CARD, 0, stream_id, stream_id
+    return stream
