@@ -9,7 +9,6 @@ from harness.rehearsal.card import CARD
 from harness.rehearsal.card_kernels import CardKernels
 from harness.rehearsal.card_memory import CardMemory, Exhausted
 
-
 UNCOMPILED = "nothing is compiled in a rehearsal: the figures are those of the program without torch.compile"
 
 
