@@ -23,6 +23,10 @@ TOOLS = {
         "check",
         "[RUN] --baseline FILE | --all   compare a run, or rehearsals, with baselines, to the byte; --update",
     ),
+    "verify": (
+        "check.verify",
+        "[--quick] [--out DIR]   real runs on this machine, beside their rehearsals, to the byte; --only NAME, --json",
+    ),
     "compare": (
         "analysis.compare",
         "RUN RUN [...]   runs side by side, category by category; --json, --markdown",
@@ -64,7 +68,7 @@ EXTRAS = {
 }
 """The extras of pyproject.toml that commands need, and the packages that each brings."""
 
-NEEDS = {"fit": "run", "report": "report"}
+NEEDS = {"fit": "run", "report": "report", "verify": "run"}
 """The extra that a tool needs."""
 
 USAGE = """\

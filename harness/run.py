@@ -18,6 +18,7 @@ from tqdm import tqdm
 from harness.analysis.summary import decided, show
 from harness.config.load import Refusal, Settings
 from harness.config.rules import check_world
+from harness.device.workspaces import of_this_gpu
 from harness.ledger import Ledger
 from harness.model.plan import Plan
 from harness.model.resolve import resolve
@@ -136,6 +137,7 @@ class _Run:
             steps=settings.ledger.steps,
             settle_collectives=joined_world.size > 1 and joined_world.device.type == "cpu",
             device=joined_world.device.type,
+            libraries=of_this_gpu() if joined_world.device.type == "cuda" else None,
         )
         self.ending = threading.Lock()
         self.results = Results()

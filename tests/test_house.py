@@ -41,6 +41,7 @@ WITHOUT_TORCH = (
     "record.schema",
     "record.record_file",
     "record.ceilings",
+    "record.verified",
     "record.phase_times",
     "tables",
     "device.allocator_settings",

@@ -53,6 +53,12 @@ def test_a_wheel_holds_every_page_of_conf(wheel: Path) -> None:
     assert pages <= set(zipfile.ZipFile(wheel).namelist())
 
 
+def test_a_wheel_holds_what_was_verified(wheel: Path) -> None:
+    files = {f"harness/verified/{each.name}" for each in (ROOT / "profiles" / "verified").iterdir()}
+    assert files
+    assert files <= set(zipfile.ZipFile(wheel).namelist())
+
+
 def test_an_installed_wheel_composes_its_own_config_away_from_the_checkout(
     wheel: Path, tmp_path: Path
 ) -> None:

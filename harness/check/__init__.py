@@ -1,7 +1,7 @@
 """`harness check`: compares the memory of a run, or of a rehearsal of a baseline's config, with the baseline, in bytes.
 
 It may import all that is below it. Start at `main` here; `verdict.py` compares, `announce.py` prints, `budget.py`
-serves the pytest plugin.
+serves the pytest plugin. `verify.py` is `harness verify`: real runs beside their rehearsals.
 """
 
 import json

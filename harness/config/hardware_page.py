@@ -1,5 +1,7 @@
 """Reads the pages in `conf/hardware`: what a device can do. It imports no torch."""
 
+import re
+from itertools import pairwise
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -25,6 +27,22 @@ def gpu(name: str) -> Hardware:
         return page
     gpus = [each for each in names if _read(each).device == "cuda"]
     raise ValueError(f"hardware={name}: no page of a GPU has that name; one of {', '.join(gpus)}")
+
+
+OTHER_CARDS = frozenset({"laptop", "mobile", "ti", "super", "d", "nvl", "mig", "max"})
+"""Words in a GPU's name that make it another card than the page that has the rest of the name."""
+ALIASES = {"hbm3": "sxm"}
+"""What a GPU's name says instead of a word of its page: an H100 SXM is `NVIDIA H100 80GB HBM3`."""
+
+
+def of_device(device_name: str) -> str | None:
+    """The page of the GPU that CUDA calls `device_name`, as `NVIDIA GeForce RTX 4090`. None if there is none."""
+    words = re.findall("[a-z0-9]+", device_name.lower())
+    known = {*words, *map("".join, pairwise(words)), *(ALIASES[word] for word in words if word in ALIASES)}
+    if known & OTHER_CARDS:
+        return None
+    pages = (name for name in groups()["hardware"] if known.issuperset(name.split("-")))
+    return max(pages, key=len, default=None)
 
 
 def _read(name: str) -> Hardware:

@@ -13,12 +13,16 @@ Which release has a change follows from dates, not from a release's own source. 
 No card bears any of this out here: unverified.
 """
 
+import os
 import re
 import warnings
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
+
+from harness.ledger.cuda_allocator import BLOCK
+from harness.ledger.reconcile import Libraries
 
 Release = tuple[int, int]
 
@@ -145,6 +149,28 @@ def addmm_on_lt(
         return False
     floating = first.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
     return floating and min(second.shape) > 1
+
+
+def recognized(capability: float, environ: Mapping[str, str], release: Release = (2, 13)) -> Libraries:
+    """For a ledger: names a block that outlives the operator which took it, where cuBLAS keeps one of its bytes.
+
+    The bytes are as the ledger rounds them on a GPU.
+    """
+    taken = workspace(capability, environ, release)
+    sizes = (taken.lt, "cublasLt workspace"), (taken.cublas, "cuBLAS workspace")
+    names = {-(-size // BLOCK) * BLOCK: name for size, name in sizes if size}
+
+    def name_of(op: str, nbytes: int) -> str:
+        return names.get(nbytes, "") if not op or uses_cublas(op) else ""
+
+    return name_of
+
+
+def of_this_gpu() -> Libraries:
+    """`recognized` for the current GPU, in this environment. It has never run on CUDA."""
+    major, minor = torch.cuda.get_device_capability()
+    release = torch.__version__.split(".")
+    return recognized(major + minor / 10, os.environ, (int(release[0]), int(release[1])))
 
 
 class Workspaces:

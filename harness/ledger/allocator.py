@@ -3,7 +3,7 @@
 On CPU it consists of the allocation events that PyTorch's allocator reports to its profiler: every block with
 address, size and time, also blocks inside kernels. The profiler runs without an operator scope, so that it
 records only allocations. Known limits: only this thread's events are reported. The free of a block that was
-allocated before the start is reported only if an earlier profile saw the block.
+allocated before the start is reported only if an earlier profile saw the block. CUDA's is in `cuda_allocator.py`.
 """
 
 import os
@@ -36,17 +36,18 @@ class Allocation(NamedTuple):
 class CpuAllocator:
     """PyTorch's CPU allocator, through the profiler's raw allocation events."""
 
-    source = "cpu-events"
+    source, clock_error = "cpu-events", 500
 
-    def __init__(self) -> None:
-        self.running = False
+    def __init__(self, unseen: Unseen | None = None) -> None:
+        self.running, self._unseen = False, unseen or Unseen()
 
     def start(self) -> bool:
-        """Begin to record. False if another profiler already runs: only one can."""
+        """Begin to record. False, and a gap, if another profiler already runs: only one can."""
         from torch._C import _autograd
         from torch._C._profiler import ProfilerConfig, ProfilerState, RecordScope, _ExperimentalConfig
 
         if torch._C._autograd._profiler_enabled():
+            self._unseen.note("profiler", "allocator", PROFILED)
             return False
         config = ProfilerConfig(ProfilerState.KINETO, False, True, False, False, False, _ExperimentalConfig())
         activities = {torch.profiler.ProfilerActivity.CPU}
@@ -60,7 +61,7 @@ class CpuAllocator:
         return True
 
     @contextmanager
-    def giving_way(self, unseen: Unseen) -> Iterator[None]:
+    def giving_way(self) -> Iterator[None]:
         """Inside this context a profiler that the program starts replaces this one, as it runs without a ledger.
 
         Where a patch does not fit, this one ends at once: the program's would fail.
@@ -70,7 +71,7 @@ class CpuAllocator:
             def start_theirs(*args: Any, **kwargs: Any) -> Any:
                 if self.running and torch._C._autograd._profiler_enabled():  # in this thread
                     self.stop()
-                    unseen.note("profiler", "allocator", PROFILED)
+                    self._unseen.note("profiler", "allocator", PROFILED)
                 return start(*args, **kwargs)
 
             return start_theirs
@@ -82,7 +83,7 @@ class CpuAllocator:
                 undo.enter_context(patched(*patches))
             except DoesNotFit as error:
                 self.stop()
-                unseen.leave_out(error, "allocator", "the allocator's own peak is not measured")
+                self._unseen.leave_out(error, "allocator", "the allocator's own peak is not measured")
             yield
 
     def stop(self) -> list[Allocation] | None:
@@ -126,25 +127,3 @@ def _allocations(events: Any) -> Iterator[Allocation]:
             if fields.device.type == "cpu":
                 yield Allocation(event.start_time_ns, fields.ptr, fields.alloc_size)
         yield from _allocations(event.children)
-
-
-class CudaAllocator:
-    """PyTorch's CUDA allocator, read from its statistics, none of which is reset. It reports no events."""
-
-    source = "cuda"
-
-    def __init__(self) -> None:
-        self._before = 0
-
-    def start(self) -> bool:
-        """Remember the highest byte count so far."""
-        self._before = torch.cuda.max_memory_allocated()
-        return True
-
-    def stop(self) -> None:
-        """Do nothing: statistics have no events."""
-
-    def highest(self) -> int | None:
-        """The highest count of allocated bytes since `start`. None if the count was higher before `start`."""
-        highest = torch.cuda.max_memory_allocated()
-        return highest if highest > self._before else None

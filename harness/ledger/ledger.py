@@ -2,16 +2,16 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 
 from harness.ledger.account import Account, current_account, empty_account, final_account
-from harness.ledger.allocator import PROFILED, CpuAllocator, CudaAllocator
+from harness.ledger.allocator import CpuAllocator
 from harness.ledger.categories import CATEGORIES
 from harness.ledger.collectives import settle
 from harness.ledger.compiled import Compiled
+from harness.ledger.cuda_allocator import BLOCK, CudaAllocator
 from harness.ledger.events import Event, Where
 from harness.ledger.in_flight import Forwards, most_saved
 from harness.ledger.instruments import Instruments
@@ -20,7 +20,7 @@ from harness.ledger.modules import Modules
 from harness.ledger.patch import DoesNotFit
 from harness.ledger.patch_table import import_owners
 from harness.ledger.phases import Phases
-from harness.ledger.reconcile import Accounting
+from harness.ledger.reconcile import Accounting, Libraries
 from harness.ledger.replay import Category, Peak, Phase
 from harness.ledger.roster import Roster
 from harness.ledger.timer import Times
@@ -48,9 +48,10 @@ class Ledger:
     `settle_collectives=True` makes the order of frees after collectives repeatable (`collectives.settle`). Then
     every rank must have such a ledger, because this is itself a collective.
 
-    `allocator=False` compares with no allocator: fake tensors allocate nothing. `block` rounds each storage up to a
-    multiple of so many bytes, as the missing allocator would. `kernel=False` leaves scratch inside kernels to
-    `allocator`: the peak is then that of storages.
+    `allocator=False` compares with no allocator: fake tensors allocate nothing. `"statistics"` records no history of
+    CUDA's allocator, and reads its statistics alone. `block` rounds each storage up to a multiple of so many bytes, as
+    an allocator does; by default 512 on a GPU. `kernel=False` leaves scratch inside kernels to `allocator`: the peak is
+    then that of storages. `libraries` names what an operator's library keeps, of which torch has no tensor.
 
     With `discover`, modules called from outside all other modules and optimizers that step become owners
     automatically, for as long as they live. With `lines`, each storage has the source line that allocated it.
@@ -71,9 +72,10 @@ class Ledger:
         steps: int | None = None,
         settle_collectives: bool = False,
         device: str | None = None,
-        allocator: bool = True,
+        allocator: bool | Literal["statistics"] = True,
         kernel: bool = True,
-        block: int = 1,
+        block: int | None = None,
+        libraries: Libraries | None = None,
         discover: bool = False,
         lines: bool = False,
     ) -> None:
@@ -83,7 +85,10 @@ class Ledger:
         self.exact = False  # whether every tensor is seen now
         self.device = device or _device_of(model)
         self._settle, self._with_allocator, self._kernel = settle_collectives, allocator, kernel
+        self._libraries = libraries
         self._unseen = Unseen()
+        if block is None:
+            block = BLOCK if self.device == "cuda" else 1
         self._log = Log(self.device, block, lines, self._unseen)
         self._times = Times(self.device == "cuda")
         self._modules = Modules(self._log)
@@ -321,11 +326,9 @@ class Ledger:
         watchers = [self._compiled.watching]
         self._allocator = None
         if self._with_allocator and not self._log.fakes:
-            self._allocator = CudaAllocator() if self.device == "cuda" else CpuAllocator()
-            if not self._allocator.start():
-                self._unseen.note("profiler", "allocator", PROFILED)
-            elif isinstance(self._allocator, CpuAllocator):
-                watchers.append(partial(self._allocator.giving_way, self._unseen))
+            self._allocator = self._new_allocator()
+            if self._allocator.start():
+                watchers.append(self._allocator.giving_way)
         try:
             self._roster.open()
             self._instruments.open(*watchers)
@@ -334,6 +337,11 @@ class Ledger:
         except BaseException:
             self._stop()
             raise
+
+    def _new_allocator(self) -> CpuAllocator | CudaAllocator:
+        if self.device == "cuda":
+            return CudaAllocator(self._unseen, history=self._with_allocator != "statistics")
+        return CpuAllocator(self._unseen)
 
     def _give_up(self, error: DoesNotFit) -> None:
         """Measure nothing exactly, because a compiler would meet the instruments."""
@@ -354,7 +362,7 @@ class Ledger:
     def _stop(self) -> None:
         self._instruments.close()
         self.exact = False
-        self._account = final_account(self._log, self._allocator, self._kernel)
+        self._account = final_account(self._log, self._allocator, self._kernel, self._libraries)
         unattributed = self._account.accounting.unattributed
         if unattributed and not self._unseen.lacks("storages"):
             self._unseen.note(

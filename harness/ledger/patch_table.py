@@ -96,6 +96,12 @@ PATCHES = table(
         unchecked=BUILTIN,
         optional=True,
     ),
+    Patch(
+        "torch.cuda.memory",
+        "_record_memory_history",
+        "a history of CUDA's allocator that the program records, or ends, must be its own",
+        TORCH,
+    ),
     Patch("threading.Thread", "start", "work in other threads is not seen, and is to be named", PYTHON),
     Patch(
         "torch.distributed.nn.functional.all_reduce",

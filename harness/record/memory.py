@@ -128,7 +128,7 @@ class Allocator(Part):
     The others are of a GPU's caching allocator under the `settings` of PYTORCH_ALLOC_CONF: the most bytes that it
     `reserved`, in how many `segments`; then the `slack` that was not allocated, of which `split` is what is free in
     segments that are partly in use; how often it emptied its cache and tried again; and the allocation that `exhausted`
-    the GPU's memory.
+    the GPU's memory. `outside` is what lies on a GPU outside torch.
     """
 
     source: Text | None = None
@@ -142,6 +142,7 @@ class Allocator(Part):
     retries: Number | None = None
     settings: Text | None = None
     exhausted: Exhausted | None = None
+    outside: Bytes | None = None
 
 
 class Rank(Part):

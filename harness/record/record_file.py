@@ -55,7 +55,7 @@ def environment(command: Sequence[str] = ()) -> Environment:
     return Environment(
         python=platform.python_version(),
         platform=platform.platform(),
-        processor=_processor(),
+        processor=processor(),
         threads=torch.get_num_threads(),
         packages={name: _version(name) for name in PACKAGES},
         command=list(command),
@@ -82,6 +82,7 @@ def rank_record(ledger: "Ledger", rank: int, stage: int = 0, share: int = 0) -> 
             peak=accounting.peak,
             unattributed=accounting.unattributed,
             foreign=accounting.externally_owned,
+            outside=accounting.outside,
             **_reservation(accounting.reservation),
         ),
         unseen=[gap.sentence for gap in ledger.gaps],
@@ -199,7 +200,8 @@ def tree(file: Path, schema: str, absent: str) -> dict[str, Any]:
     return content  # type: ignore[no-any-return]
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The processor's name, "" where the system has none."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

@@ -11,7 +11,7 @@ from harness.device.outside import budget
 from harness.generation.generation_config import strategy_of
 from harness.model.plan import Plan
 from harness.model.resolve import resolve
-from harness.record import record_file
+from harness.record import record_file, verified
 from harness.record.memory import Rank
 from harness.record.results import Inference, Model, Results
 from harness.record.schema import Record, World
@@ -39,9 +39,15 @@ def described(plan: Plan) -> World:
         device="cuda" if gpu else "cpu",
         device_name=settings.hardware.name if settings.hardware.device != "auto" else None,
         memory=None if formed is None else max(0, formed.bytes),
-        verified=UNVERIFIED if gpu else None,
+        verified=_verified(settings) if gpu else None,
         differences=list(_differences(plan)),
     )
+
+
+def _verified(settings: Settings) -> str:
+    """Whether rehearsals for this GPU were compared with real runs on one."""
+    known = verified.of(settings.hardware.name)
+    return UNVERIFIED if known is None else known.sentence()
 
 
 def _differences(plan: Plan) -> Iterator[str]:

@@ -6,14 +6,11 @@ from typing import Any, Self
 from harness.device.snapshot import write
 from harness.ledger import Ledger
 from harness.ledger.account import Account
+from harness.ledger.cuda_allocator import BLOCK
 from harness.ledger.reconcile import Exhausted
 from harness.rehearsal.card import CARD
 from harness.rehearsal.card_kernels import CardKernels
 from harness.rehearsal.card_memory import CardMemory
-
-BLOCK = 512
-"""CUDA's caching allocator rounds sizes up to multiples of this: kMinBlockSize in c10/cuda/CUDACachingAllocator.cpp."""
-
 
 UNCOMPILED = "nothing is compiled in a rehearsal: the figures are those of the program without torch.compile"
 

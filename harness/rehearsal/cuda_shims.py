@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from harness.ledger.patch import TORCH, Patch
+from harness.rehearsal.card import in_python
 from harness.rehearsal.card_memory import current
 from harness.rehearsal.cuda_streams import Event, Stream, stream_of
 

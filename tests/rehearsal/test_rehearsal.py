@@ -20,11 +20,11 @@ from harness.__main__ import main
 from harness.config.compose import compose
 from harness.config.load import load
 from harness.ledger import Ledger
+from harness.ledger.cuda_allocator import BLOCK
 from harness.ledger.patch import DoesNotFit, Patch
 from harness.model.plan import Plan
 from harness.record import record_file
 from harness.rehearsal import UNVERIFIED, one_rank, shims, zero_shims
-from harness.rehearsal.card_ledger import BLOCK
 from harness.rehearsal.fake_mode import Fakes
 from harness.rehearsal.known_values import UNKNOWN, Values
 from harness.rehearsal.one_rank import rehearse
