@@ -258,7 +258,8 @@ def not_in_them(run: Run) -> Iterator[Finding]:
     if world.rehearsed:
         parts = [*(["scratch inside kernels"] if run.peak.categories.get("kernel") is None else []), *around]
         verified = f" ({world.verified})" if world.verified else ""
-        yield Finding("rehearsed", f"Rehearsed figures{verified}: not in them are {_joined(parts)}.", None)
+        missing = f": not in them are {_joined(parts)}" if parts else ""
+        yield Finding("rehearsed", f"Rehearsed figures{verified}{missing}.", None)
     elif gpu:
         yield Finding(
             "outside_torch", f"nvidia-smi shows more: not in these figures are {_joined(around)}.", None

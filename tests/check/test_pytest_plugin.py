@@ -391,7 +391,7 @@ def test_one(real, memory_ledger):
     kept = torch.ones(2**20, device="cuda")
     assert torch.cuda.get_device_name() == memory_ledger.memory.page.name
     assert torch.cuda.max_memory_allocated() == memory_ledger.peak.allocated == 2**22
-    assert memory_ledger.memory.settings.expandable_segments
+    assert memory_ledger.memory.settings == "expandable_segments:True"
     assert memory_ledger.fits and memory_ledger.exhausted is None
 
 def test_real(real, memory_ledger):

@@ -11,7 +11,7 @@ import torch
 from harness import rehearse
 from harness.device.allocator_settings import parse
 from harness.device.replay import allocations
-from harness.device.snapshot import snapshot
+from harness.device.snapshot import snapshot, timed
 from harness.device.workspaces import recognized
 from harness.ledger.account import Account, final_account
 from harness.ledger.allocator import Allocation
@@ -64,7 +64,7 @@ def real() -> Real:
     with rehearse(CARD) as ledger:
         program()
     log: Any = ledger._log
-    history = snapshot(ledger.events, parse(""))["device_traces"][0]
+    history = snapshot(timed(ledger.events), parse(""))["device_traces"][0]
     born = [event.storage for event in allocations(ledger.events) if event.delta > 0]
     for storage, entry in zip(born, [each for each in history if each["action"] == "alloc"], strict=True):
         assert storage is not None
