@@ -38,6 +38,7 @@ UNKNOWN: dict[bool, Any] = {True: 1.0, False: 0}
 READ_BY_TORCH = {
     "utils/data": 0.0,  # the seed of a loader's workers
     "optim": 0.5,  # a number of steps, or a product of momenta, which only scale
+    "nn/init.py": 1.0,  # a sign
     "amp/grad_scaler.py": 0.0,  # no gradient has overflowed
     "nn/utils/clip_grad.py": 0.0,  # no norm is infinite
 }
@@ -81,7 +82,9 @@ class Values(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if isinstance(func, HigherOrderOperator):
-            return func(*args, **kwargs)
+            raise RuntimeError(
+                f"{calling_line()}: {func} is an operator on functions, and these are not rehearsed"
+            )
         if types and shared(types):
             return NotImplemented
         if func is _DEVICE:
