@@ -32,8 +32,7 @@ class Neighborhood(nn.Module):
         weights = torch.softmax(scores, dim=-1)
         output = torch.matmul(weights, value)
         output = output.transpose(1, 2).contiguous().view(batch, length, width)
-        output = self.out(output)
-        return output
+        return self.out(output)  # type: ignore[no-any-return]
 
 
 def neighborhood(row: Row, measure: Measure) -> int:

@@ -176,7 +176,8 @@ def distill(row: Row, measure: Measure, soft: Soft) -> int:
         of_student, of_teacher, hard = logits()
         of_student /= 1.0
         of_teacher /= 1.0
-        return 0.5 * hard + 0.5 * soft(of_student, of_teacher)
+        loss = soft(of_student, of_teacher)
+        return 0.5 * hard + 0.5 * loss
 
     def full() -> None:
         loss = forward()
