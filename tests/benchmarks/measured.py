@@ -68,7 +68,9 @@ HELD_OUT_PROGRAMS: dict[str, Callable[[Row, Measure], int]] = {
     "sparse_multi_token_attention": measured_heldout_attention.sparse_multi_token,
     "sparsemax": measured_heldout.sparsemax,
     "tiled_geglu": measured_kernels.gated_mlp,
+    "tiled_geglu, DeepSpeed": measured_heldout.tiled_mlp,
     "tiled_swiglu": measured_kernels.gated_mlp,
+    "tiled_swiglu, DeepSpeed": measured_heldout.tiled_mlp,
     "tvd": measured_heldout_losses.tvd,
 }
 CALLS = 3

@@ -7,10 +7,13 @@ of `measured_heldout_attention.py`.
 from typing import Any
 
 import torch
+from deepspeed.runtime.sequence_parallel.ulysses_sp import TiledMLP
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaMLP
 
-from tests.benchmarks.measured_rows import CUDA, Measure, Row
+from tests.benchmarks.measured_rows import CUDA, Measure, Row, in_mode
 
 
 class AddedRMSNorm(nn.Module):
@@ -173,3 +176,24 @@ def sparsemax(row: Row, measure: Measure) -> int:
         output.backward(gradient, retain_graph=True)
 
     return measure(full)
+
+
+def tiled_mlp(row: Row, measure: Measure) -> int:
+    """DeepSpeed's `TiledMLP` around transformers' `LlamaMLP`: the script has a copy of it."""
+    hidden = row.size("hidden_size")
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=row.size("intermediate_size"),
+        hidden_act=row.config["hidden_act"],
+    )
+    states = torch.randn(
+        row.size("bsz"), row.size("T"), hidden, device=CUDA, dtype=row.dtype, requires_grad=True
+    )
+    layer = LlamaMLP(config).to(CUDA).to(row.dtype)
+    weights = [layer.down_proj.weight, layer.gate_proj.weight, layer.up_proj.weight]
+
+    def forward() -> Tensor:
+        shards = row.size("num_shards")
+        return TiledMLP.apply(LlamaMLP.forward, layer, states, shards, weights)  # type: ignore[no-any-return]
+
+    return in_mode(row, measure, forward)

@@ -60,7 +60,7 @@ def jsd_of_2026(row: Row, measure: Measure) -> int:
             torch.log(mixture), log_q
         ).sum(dim=-1)
         loss = (loss / shape[0]).sum()
-        return loss.to(torch.float)
+        return loss.to(torch.float)  # type: ignore[no-any-return]
 
     return in_mode(row, measure, forward)
 
