@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from tests.benchmarks import measured
+from tests.benchmarks.measured_causes import CAUSES
 from tests.benchmarks.measured_experts import tokens_of_experts
 from tests.benchmarks.measured_models import MODELS, Model
 from tests.benchmarks.measured_rows import HELD_OUT, Row, read
@@ -115,4 +116,4 @@ def test_the_tokens_of_all_experts_are_all_that_the_router_sent() -> None:
 
 def test_a_kernel_without_a_miss_has_no_cause() -> None:
     missing = {result.row.kernel for result in results([*ROWS, *ROWS_HELD_OUT]) if not result.exact}
-    assert missing == measured.CAUSES.keys()
+    assert missing == CAUSES.keys()
