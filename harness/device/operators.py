@@ -56,7 +56,10 @@ _SORTING = {
         "embedding",
     ),
     "sort": Scratch(
-        "sorts rows of over 4,096 elements with cub", f"{_CUDA}Sort.cpp, {_CUDA}SortStable.cu", sorting.sort
+        "sorts rows of over 4,096 elements with cub",
+        f"{_CUDA}Sort.cpp, {_CUDA}SortStable.cu",
+        sorting.sort,
+        "sparsemax",
     ),
     "topk": Scratch("counts digits for each block of a long row", f"{_CUDA}TensorTopK.cu", sorting.topk),
     **_same(
@@ -119,7 +122,10 @@ _NORMS = {
         "fuses weight and statistics for each channel", f"{_CUDA}group_norm_kernel.cu", norms.group_norm
     ),
     "native_group_norm_backward": Scratch(
-        "sums over each channel and each group", f"{_CUDA}group_norm_kernel.cu", norms.group_norm_backward
+        "sums over each channel and each group",
+        f"{_CUDA}group_norm_kernel.cu",
+        norms.group_norm_backward,
+        "group_norm",
     ),
     **_same(
         Scratch("copies what is not contiguous", f"{_CUDA}SoftMax.cu", norms.softmax),
@@ -156,11 +162,10 @@ _NORMS = {
     ),
 }
 
+_SUMMED = Scratch("stages a reduction over few outputs in global memory", f"{_CUDA}Reduce.cuh", norms.summed)
 _REDUCTIONS = {
-    **_same(
-        Scratch("stages a reduction over few outputs in global memory", f"{_CUDA}Reduce.cuh", norms.summed),
-        *("sum", "mean", "linalg_vector_norm"),
-    ),
+    "sum": _SUMMED._replace(row="fused_add_rms_norm"),
+    **_same(_SUMMED, "mean", "linalg_vector_norm"),
     **_same(
         Scratch("stages a reduction over few outputs in global memory", f"{_CUDA}Reduce.cuh", norms.largest),
         *("amax", "amin"),
