@@ -1,8 +1,9 @@
-"""Rehearsals: the run's own code on fake tensors, for ranks that do not exist.
+"""Rehearsals: the run's own code on fake tensors, for ranks and for GPUs that do not exist.
 
 It may import all that a run imports. Start at `all_ranks.py`, then `one_rank.py`; `course.py` says which steps and
-tokens are computed. `shims.py` lists what a rehearsal replaces in torch, transformers and DeepSpeed, each with its
-reason, and `every_patch.py` what all rooms replace.
+tokens are computed. `program.py` rehearses anybody's program; `card.py` says what a GPU that is not there is, and
+`card_*.py` and `cuda_*.py` have its parts. `shims.py` lists what a rehearsal replaces in torch, transformers and
+DeepSpeed, each with its reason, and `every_patch.py` what all rooms replace.
 """
 
 from dataclasses import replace
