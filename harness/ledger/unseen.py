@@ -5,6 +5,7 @@ import warnings
 from dataclasses import dataclass
 from typing import Literal
 
+from harness.ledger.lines import calling_level
 from harness.ledger.patch import DoesNotFit
 
 Figures = Literal["all", "storages", "saved", "allocator", "kernel"]
@@ -57,6 +58,6 @@ class Unseen:
             if name not in self._warned:
                 self._warned.add(name)
                 try:
-                    warnings.warn(gap.sentence, NotSeen, stacklevel=4)
+                    warnings.warn(gap.sentence, NotSeen, stacklevel=calling_level())
                 except NotSeen:
                     print(gap.sentence, file=sys.stderr)

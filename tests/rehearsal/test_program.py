@@ -1,22 +1,30 @@
 """`harness.rehearse`: any PyTorch program on a card that is not there, and the machine as it was afterwards."""
 
+import copy
 import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import harness
+from harness.ledger.unseen import NotSeen
 from harness.rehearsal.from_outside import FromOutside
 from harness.rehearsal.known_values import NeedsValue
 
 SMALL_WORKSPACE = 8_519_680
 """cuBLAS's workspace before Hopper: :4096:2:16:8 in KiB, CublasHandlePool.cpp."""
+
+
+STATE = nn.Linear(2, 2).state_dict()
+"""Of a model from before any rehearsal."""
 
 
 def rounded(nbytes: int) -> int:
@@ -437,3 +445,55 @@ def test_a_program_needs_neither_deepspeed_nor_transformers() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_gap_is_warned_of_by_the_program_s_line() -> None:
+    with pytest.warns(NotSeen, match="what kernels of nonzero take") as warned, harness.rehearse("rtx4090"):
+        torch.nonzero(torch.arange(3, device="cuda"))
+    assert [Path(each.filename).name for each in warned] == ["test_program.py"]
+
+
+def test_a_compiled_model_is_rehearsed_as_it_is_written_and_that_is_said() -> None:
+    said = pytest.warns(NotSeen, match="nothing is compiled in a rehearsal")
+    with said, harness.rehearse("rtx4090") as ledger:
+        model = torch.compile(nn.Linear(8, 8, device="cuda"))
+        model(torch.ones(2, 8, device="cuda")).sum().backward()
+    assert [gap.figures for gap in ledger.gaps] == ["all"]
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda: torch.ones(3, device="cuda:1"), "cuda:1 is not there: a rehearsal has one card"),
+        (lambda: torch.cuda.CUDAGraph(), "a captured graph is not rehearsed"),
+        (lambda: nn.parallel.DistributedDataParallel(nn.Linear(2, 2)), "rehearse the model itself"),
+        (lambda: torch.ones(3, device="cuda").cpu().numpy(), r"test_program.py:\d+: numpy of a tensor needs"),
+        (
+            lambda: torch.allclose(torch.ones(3, device="cuda"), torch.ones(3, device="cuda")),
+            r"test_program.py:\d+: aten.allclose.default",
+        ),
+        (lambda: f"{torch.ones((), device='cuda'):.3f}", r"test_program.py:\d+: a value of a tensor is read"),
+    ],
+)
+def test_what_is_not_rehearsed_is_refused_by_a_sentence(call: Callable[[], Any], sentence: str) -> None:
+    with harness.rehearse("rtx4090"), pytest.raises(RuntimeError, match=sentence):
+        call()
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        lambda: nn.DataParallel(nn.Linear(2, 2).cuda())(torch.ones(1, 2, device="cuda")),
+        lambda: nn.Linear(2, 2, device="meta").to_empty(device="cuda")(torch.ones(1, 2, device="cuda")),
+        lambda: nn.Linear(2, 2).cuda().load_state_dict(STATE),
+        lambda: next(iter(DataLoader(TensorDataset(torch.ones(4, 2)), 2, shuffle=True, pin_memory=True)))[
+            0
+        ].cuda(),
+        lambda: copy.deepcopy(nn.Linear(2, 2).cuda())(torch.ones(1, 2, device="cuda")),
+        lambda: torch.cuda.memory_summary(),
+        lambda: nn.LSTM(4, 4).cuda()(torch.ones(3, 1, 4, device="cuda")),
+    ],
+)
+def test_common_programs_run(program: Callable[[], Any]) -> None:
+    with harness.rehearse("rtx4090"):
+        program()
