@@ -244,13 +244,18 @@ def figures(real: Record, rehearsed: Record, judged: Sequence[str] | None = None
     for name in ("allocated", "reserved"):
         pair = getattr(ours.peak, name), getattr(theirs.peak, name)
         yield Figure(name=name, real=pair[0], rehearsed=pair[1], judged=everything)
+    for name in ("slack", "outside"):
+        pair = getattr(ours.allocator, name), getattr(theirs.allocator, name)
+        yield Figure(name=name, real=pair[0], rehearsed=pair[1], judged=False)
     for name in CATEGORIES:
         before, after = ours.categories[name], theirs.categories[name]
         agrees = everything or name in (judged or ())
         yield Figure(name=f"{name}, peak", real=before.peak, rehearsed=after.peak, judged=agrees)
         yield Figure(name=f"{name}, end", real=before.end, rehearsed=after.end, judged=agrees)
     kernel = ours.peak.categories.get(KERNEL), theirs.peak.categories.get(KERNEL)
-    yield Figure(name="kernel, at the peak", real=kernel[0], rehearsed=kernel[1], judged=everything)
+    yield Figure(
+        name="kernel, at the peak", real=kernel[0], rehearsed=kernel[1], judged=everything and kernels
+    )
     unattributed = ours.allocator.unattributed
     yield Figure(name="unattributed", real=unattributed, rehearsed=0, judged=everything)
     for name in ("kv_reserved", "kv_filled", "kv_host"):

@@ -17,7 +17,7 @@ def _table(result: Verified) -> Table:
         share = "" if pair.mbu is None else f", decode's MBU {pair.mbu:.1%}"
         table.section(f"{pair.name}: {took}{share}")
         for each in pair.figures:
-            if each.real or (each.rehearsed and each.difference is not None):
+            if each.real or each.rehearsed:
                 sign = " *" * (bool(each.difference) and not each.judged)
                 apart = f"{difference(each.real, each.rehearsed, exact=True)}{sign}"
                 table.row(

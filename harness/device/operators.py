@@ -148,6 +148,23 @@ _NORMS = {
         ),
         *("_transformer_encoder_layer_fwd", "_native_multi_head_attention"),
     ),
+    **_same(
+        Scratch(
+            "asks cuSOLVER or cuFFT for a workspace",
+            "aten/src/ATen/native/cuda/linalg/BatchLinearAlgebra.cpp, aten/src/ATen/native/cuda/SpectralOps.cpp",
+            _unknown,
+        ),
+        *(
+            "_linalg_svd",
+            "_linalg_eigh",
+            "linalg_eig",
+            "linalg_cholesky_ex",
+            "linalg_inv_ex",
+            "linalg_lu_factor_ex",
+        ),
+        *("linalg_qr", "linalg_lstsq", "linalg_ldl_factor_ex", "_linalg_solve_ex", "_linalg_det"),
+        *("_fft_r2c", "_fft_c2r", "_fft_c2c"),
+    ),
     "_safe_softmax": Scratch(
         "marks what is masked out", "aten/src/ATen/native/transformers/attention.cpp", norms.safe_softmax
     ),

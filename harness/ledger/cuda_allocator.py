@@ -62,12 +62,16 @@ class CudaAllocator:
         self.running, self.source = False, "cuda"
         self._unseen, self._history = unseen or Unseen(), history
         self._device = self._began = self._allocated = self._reserved = 0
+        self._highest = 0, 0
 
     def start(self) -> bool:
         """Remember the highest byte counts so far, and begin to record.
 
         False where it does not record; with a gap if it was to: another tool records already, or torch cannot.
         """
+        if not torch.cuda.is_available():
+            self._unseen.note("history", "allocator", f"torch sees no GPU here: {_LOST}")
+            return False
         self._device, self._began = torch.cuda.current_device(), time_ns()
         self._allocated = torch.cuda.max_memory_allocated(self._device)
         self._reserved = torch.cuda.max_memory_reserved(self._device)
@@ -95,10 +99,20 @@ class CudaAllocator:
 
             return record_theirs
 
-        patch = PATCHES["torch.cuda.memory._record_memory_history"].by(stopping_ours)
+        def resetting(reset: Callable[..., Any]) -> Callable[..., Any]:
+            def reset_theirs(device: Any = None) -> Any:
+                self._highest = self.allocated() or 0, self.reserved() or 0
+                self._allocated = self._reserved = 0
+                return reset(device)
+
+            return reset_theirs
+
+        patches = [PATCHES["torch.cuda.memory._record_memory_history"].by(stopping_ours)]
+        for owner in ("torch.cuda", "torch.cuda.memory"):
+            patches.append(PATCHES[f"{owner}.reset_peak_memory_stats"].by(resetting))
         with ExitStack() as undo:
             try:
-                undo.enter_context(patched(patch))
+                undo.enter_context(patched(*patches))
             except DoesNotFit as error:
                 self._end()
                 self._unseen.leave_out(error, "allocator", _LOST)
@@ -112,8 +126,10 @@ class CudaAllocator:
         """All allocations and frees since `start`, in order of time. None where they were not recorded."""
         if not self.running:
             return None
-        history = torch.cuda.memory._snapshot()["device_traces"][self._device]
-        self._end()
+        try:
+            history = torch.cuda.memory._snapshot()["device_traces"][self._device]
+        finally:
+            self._end()
         if len(history) >= ENTRIES:
             self._unseen.note("history", "allocator", TOO_LONG)
             return None
@@ -122,13 +138,15 @@ class CudaAllocator:
 
     def allocated(self) -> int | None:
         """The most bytes in blocks since `start`. None if there were more before."""
-        most = torch.cuda.max_memory_allocated(self._device)
-        return most if most > self._allocated else None
+        return self._most(0, torch.cuda.max_memory_allocated(self._device), self._allocated)
 
     def reserved(self) -> int | None:
         """The most bytes in segments since `start`. None if there were more before."""
-        most = torch.cuda.max_memory_reserved(self._device)
-        return most if most > self._reserved else None
+        return self._most(1, torch.cuda.max_memory_reserved(self._device), self._reserved)
+
+    def _most(self, figure: int, now: int, before: int) -> int | None:
+        """The most of a figure, also of what the program's resets have closed."""
+        return max(self._highest[figure], now if now > before else 0) or None
 
     def outside(self) -> int | None:
         """Bytes of the GPU in use now outside torch's allocator: CUDA's context, libraries' own.

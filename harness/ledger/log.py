@@ -252,8 +252,9 @@ class Log(TorchDispatchMode):
         name, ended = func.__name__, time_ns()
         self.operators.append(Operator(began, ended, self.where, self.module, name))
         self.work.count(func, args, kwargs, out)
-        kernel = [*self.kernels(func, args, kwargs or {}, out)] if self.kernels is not None else []
-        self._scratch(name, [memory for memory in kernel if memory.first], ended)
+        kernel = [*self.kernels(func, args, kwargs or {}, out)] if self.kernels is not None else ()
+        if kernel:
+            self._scratch(name, [memory for memory in kernel if memory.first], ended)
         if type(out) is torch.Tensor:
             self.see(out, name, ended)
         elif out is not None:
@@ -261,7 +262,8 @@ class Log(TorchDispatchMode):
                 self.see(tensor, name, ended)
         if collective:
             self._communicated((args, out), name, ended)
-        self._scratch(name, [memory for memory in kernel if not memory.first], ended)
+        if kernel:
+            self._scratch(name, [memory for memory in kernel if not memory.first], ended)
 
     def _scratch(self, op: str, kernel: Sequence[KernelMemory], now: int) -> None:
         """Log the memory of a kernel, one moment after the other."""

@@ -6,6 +6,7 @@ from harness.ledger.patch import BUILTIN, DATA, PYTHON, TORCH, TRANSFORMERS, Pat
 
 _DYNAMO = "torch._dynamo.eval_frame"
 _CALLBACK = "a compiler must find the program without the ledger's instruments"
+_RESET = "the most since the ledger began is read before the program resets it"
 _PROFILER = "the program's own profiler must find none that runs already"
 
 PATCHES = table(
@@ -86,6 +87,8 @@ PATCHES = table(
         "it runs operators on fake tensors, only to learn a shape",
         TORCH,
     ),
+    Patch("torch.cuda", "reset_peak_memory_stats", _RESET, TORCH),
+    Patch("torch.cuda.memory", "reset_peak_memory_stats", _RESET, TORCH),
     Patch("torch.autograd.profiler", "_prepare_profiler", _PROFILER, TORCH, unchecked=BUILTIN),
     Patch("torch.autograd.profiler", "_enable_profiler", _PROFILER, TORCH, unchecked=BUILTIN),
     Patch(

@@ -49,8 +49,8 @@ class Pair(Part):
 
     @property
     def apart(self) -> list[Figure]:
-        """The figures that should be equal, and are not."""
-        return [figure for figure in self.figures if figure.judged and figure.difference]
+        """The figures that should be equal, and are not: also those that only one of them has."""
+        return [figure for figure in self.figures if figure.judged and figure.real != figure.rehearsed]
 
 
 class Verified(Part):

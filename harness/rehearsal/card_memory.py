@@ -95,7 +95,9 @@ class CardMemory:
             try:
                 self._follow(step, event.time)
             except OutOfMemory:
-                self.exhausted = Exhausted(event.where, event.module, storage.op, event.delta)
+                self.exhausted = self.exhausted or Exhausted(
+                    event.where, event.module, storage.op, event.delta
+                )
                 self.allocator.lift_limits()
                 follow(self.allocator, step)
             if self.allocator.reserved > self._most_reserved.reserved:
@@ -128,13 +130,14 @@ class CardMemory:
         """`stream` uses the storage too that has this `_cdata`."""
         self.catch_up()
         storage = self.storage_of(key)
-        if storage is not None:
+        if storage is not None and storage.nbytes:
             self._follow_now((storage, 0, stream))
 
     def set_fraction(self, fraction: float) -> None:
         """From now on the allocator may reserve this share of the card."""
         self.catch_up()
-        self.allocator.set_fraction(fraction)
+        if self.exhausted is None:
+            self.allocator.set_fraction(fraction)
 
     def empty_cache(self) -> None:
         """Release what is not in use."""

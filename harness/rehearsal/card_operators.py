@@ -101,7 +101,7 @@ _BY_DEVICE: dict[str, Callable[..., Any]] = {
 
 _OTHERWISE = (
     *("lstm.input", "lstm.data", "gru.input", "gru.data", "rnn_tanh.input", "rnn_relu.input", "batch_norm"),
-    *("ctc_loss.Tensor", "ctc_loss.IntList", "grid_sampler"),
+    *("ctc_loss.Tensor", "ctc_loss.IntList", "grid_sampler", "lstm_cell", "gru_cell"),
 )
 """Operators that a GPU may compute by a library of its own, whose memory no rule knows: `NOT_COVERED` says which."""
 

@@ -35,6 +35,18 @@ def distributed_data_parallel(original: Any) -> Any:
     return stand_in
 
 
+def loading_elsewhere(original: Any) -> Any:
+    """The iterator of a `DataLoader` with workers: it is refused."""
+
+    def stand_in(self: Any, loader: Any) -> None:
+        raise RuntimeError(
+            f"{calling_line()}: DataLoader(num_workers={loader.num_workers}): workers are other processes, where "
+            "nothing is rehearsed; give num_workers=0 in a rehearsal"
+        )
+
+    return stand_in
+
+
 def record_stream(self: torch.Tensor, stream: Any) -> None:
     current().record_stream(self.untyped_storage()._cdata, stream.stream_id)
 
@@ -141,6 +153,13 @@ _FAKE = "torch._subclasses.fake_tensor"
 _PROPERTY, _INHERITED = "it is a property", "it is inherited"
 
 CARD_SHIMS = (
+    Patch(
+        "torch.utils.data.dataloader._MultiProcessingDataLoaderIter",
+        "__init__",
+        "another process computes real tensors, which no rehearsal sees",
+        TORCH,
+        loading_elsewhere,
+    ),
     Patch("torch.nn.parallel.DataParallel", "scatter", "there is one card", TORCH, _by(scatter)),
     Patch(
         "torch.nn.parallel.DistributedDataParallel",

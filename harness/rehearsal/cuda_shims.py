@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from harness.ledger.patch import TORCH, Patch
+from harness.ledger.patch import DATA, TORCH, Patch
 from harness.rehearsal.card import in_python
 from harness.rehearsal.card_memory import current
-from harness.rehearsal.cuda_streams import Event, Stream, stream_of
+from harness.rehearsal.cuda_streams import Event, Ranges, Stream, stream_of
 
 NO_CARD = "there is no such device here, and a program means the card that is rehearsed"
 STAND_IN = f"{NO_CARD}; it does nothing, or answers for the card"
@@ -159,7 +159,13 @@ def get_memory_info(device_index: Any = None, /) -> tuple[int, int]:
     return mem_get_info()
 
 
+def get_allocator_backend() -> str:
+    return "native"
+
+
 def set_per_process_memory_fraction(fraction: float, device: Any = None) -> None:
+    if not 0 <= fraction <= 1:
+        raise ValueError(f"Invalid fraction value: {fraction}. Allowed range: 0~1")
     current().set_fraction(fraction)
 
 
@@ -221,6 +227,8 @@ _MEMORY = {
     "mem_get_info": mem_get_info,
     "reset_peak_memory_stats": reset_peak_memory_stats,
     "memory_snapshot": memory_snapshot,
+    "reset_accumulated_memory_stats": synchronize,
+    "get_allocator_backend": get_allocator_backend,
     "memory_summary": memory_summary,
     "set_per_process_memory_fraction": set_per_process_memory_fraction,
 }
@@ -234,12 +242,16 @@ _ACCELERATOR = {
     "current_stream": stream_of_index,
     "synchronize": synchronize_index,
     "set_device_index": set_device_index,
+}
+"""Stand-ins in `torch.accelerator`."""
+
+_ACCELERATOR_MEMORY = {
     "memory_stats": memory_stats,
     "reset_peak_memory_stats": reset_peak_of,
     "empty_cache": empty_cache,
     "get_memory_info": get_memory_info,
 }
-"""Stand-ins in `torch.accelerator`."""
+"""Stand-ins in `torch.accelerator` and in `torch.accelerator.memory`, which has them too."""
 
 CUDA_SHIMS = (
     *(
@@ -247,11 +259,13 @@ CUDA_SHIMS = (
         for owner, stand_ins in (
             ("torch.cuda", {**_CUDA, **_MEMORY}),
             ("torch.cuda.memory", {**_MEMORY, "_snapshot": _snapshot}),
-            ("torch.accelerator", _ACCELERATOR),
+            ("torch.accelerator", {**_ACCELERATOR, **_ACCELERATOR_MEMORY}),
+            ("torch.accelerator.memory", _ACCELERATOR_MEMORY),
         )
         for name, stand_in in stand_ins.items()
     ),
     Patch("torch.cuda.memory", "_record_memory_history", NO_CARD, TORCH, _by(_record_memory_history)),
+    Patch("torch.cuda.nvtx", "_nvtx", NO_CARD, TORCH, _by(Ranges()), unchecked=DATA),
     Patch("torch.cuda", "Stream", NO_CARD, TORCH, _by(Stream), unchecked="it is a class with other options"),
     Patch("torch", "Stream", NO_CARD, TORCH, _by(Stream), unchecked="it is a class with other options"),
     Patch("torch", "Event", NO_CARD, TORCH, _by(Event), unchecked="it is a class with other options"),

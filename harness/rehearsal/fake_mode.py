@@ -105,11 +105,6 @@ class Fakes(FakeTensorMode):
             return output
         if func in _REMEMBERED:
             return self._remembered(func, types, args, kwargs, device)
-        if func is _ITEM:  # inside of an operator: a program's own is answered by `Values`
-            return 1.0 if args[0].dtype.is_floating_point else 1
-        if func in KERNELS and self._card is not None and self._device(args, {}) == CARD:
-            with self:  # under torch.inference_mode an operator arrives here before it is decomposed
-                return KERNELS[func](*args, **kwargs, card=self._card)
         if "device" in kwargs:
             kwargs = {**kwargs, "device": "meta", "pin_memory": False}
         with in_kernel_invocation_manager(self):
@@ -152,6 +147,9 @@ def _layout(argument: Any) -> Any:
 @contextmanager
 def existing_objects_frozen() -> Iterator[None]:
     """Exclude existing objects from garbage collection in this context: most objects are those of imported modules."""
+    if gc.get_freeze_count():  # the program's own, which `unfreeze` would undo
+        yield
+        return
     gc.freeze()
     try:
         yield

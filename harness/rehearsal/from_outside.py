@@ -51,6 +51,16 @@ def _check(func: Any, tensor: torch.Tensor, args: Any, kwargs: Any) -> None:
     )
 
 
+def refuse_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Before a step of an optimizer: raise FromOutside if it has parameters from before the rehearsal."""
+    parameters = [each for group in optimizer.param_groups for each in group["params"]]
+    if any(not isinstance(tensor, FakeTensor) for tensor in tensors_in(parameters)):
+        raise FromOutside(
+            f"{calling_line()}: {type(optimizer).__name__} has parameters from before the rehearsal, and would step "
+            "none that is rehearsed; make the optimizer inside the rehearsal's with block, when the model is there"
+        )
+
+
 class Outside:
     """The parameters and buffers of modules from before, which are put back at the end."""
 

@@ -117,7 +117,7 @@ class Values(TorchDispatchMode):
         if real is not None:
             with no_dispatch():
                 return real.item()
-        value = _read_by_torch()
+        value = None if tensor.dtype == torch.bool and _within("optim") else _read_by_torch()
         value = self._assumed if value is None else value
         if value is not None:
             with no_dispatch():
@@ -196,17 +196,26 @@ class Values(TorchDispatchMode):
                         del self._known[fake]
 
 
+def _within(prefix: str) -> bool:
+    """Whether torch's code in files with this prefix runs now, for a caller outside torch."""
+    return next((True for name in _torch_files() if name.startswith(prefix)), False)
+
+
 def _read_by_torch() -> float | None:
     """What a value is taken to be that one of `READ_BY_TORCH` reads now. None if none does."""
+    values = (
+        value for name in _torch_files() for prefix, value in READ_BY_TORCH.items() if name.startswith(prefix)
+    )
+    return next(values, None)
+
+
+def _torch_files() -> Iterator[str]:
+    """The files of torch whose code runs now for a caller outside torch, the innermost first."""
     frame: FrameType | None = sys._getframe(1)
-    torch_files = f"{Path(torch.__file__).parent}/"
+    folder = f"{Path(torch.__file__).parent}/"
     while frame is not None and frame.f_code.co_filename.startswith(PASSED_OVER):
-        name = frame.f_code.co_filename.removeprefix(torch_files)
-        for prefix, value in READ_BY_TORCH.items():
-            if name.startswith(prefix):
-                return value
+        yield frame.f_code.co_filename.removeprefix(folder)
         frame = frame.f_back
-    return None
 
 
 def _worth_knowing(tensor: torch.Tensor) -> bool:

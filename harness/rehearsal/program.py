@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from harness.config import hardware_page
 from harness.ledger.patch import patched
@@ -14,7 +15,7 @@ from harness.rehearsal.card_ledger import CardLedger
 from harness.rehearsal.card_tensors import CARD_SHIMS, COMPILE
 from harness.rehearsal.cuda_shims import CUDA_SHIMS
 from harness.rehearsal.fake_mode import existing_objects_frozen
-from harness.rehearsal.from_outside import Outside, ProgramFakes
+from harness.rehearsal.from_outside import Outside, ProgramFakes, refuse_step
 from harness.rehearsal.known_values import Values
 from harness.rehearsal.shims import program_shims
 
@@ -45,7 +46,10 @@ def ledger_of(hardware: str, *, allocator: str | None = None, lines: bool = True
 @contextmanager
 def rehearsing(ledger: CardLedger, assume: float | None = None) -> Iterator[None]:
     """Inside this context the program is rehearsed for the card of `ledger`, as `rehearse` says."""
+    if assume is not None and (isinstance(assume, bool) or not isinstance(assume, (int, float))):
+        raise ValueError(f"assume={assume!r}: a number, as 1.0, is taken for every value that is not known")
     memory, outside = ledger.memory, Outside()
+    random = torch.default_generator.get_state()
     with ExitStack() as context:
         context.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
@@ -53,6 +57,8 @@ def rehearsing(ledger: CardLedger, assume: float | None = None) -> Iterator[None
         context.enter_context(patched(*CUDA_SHIMS, *CARD_SHIMS, *program_shims(), COMPILE, outside.shim()))
         context.enter_context(card_operators.registered(memory.card))
         context.enter_context(outside)
+        context.callback(torch.default_generator.set_state, random)
+        context.callback(register_optimizer_step_pre_hook(refuse_step).remove)
         if "torch._dynamo" in sys.modules:  # what was compiled before
             context.enter_context(torch.compiler.set_stance("force_eager"))
         for mode in (ProgramFakes(memory.card), Values(assume, strict=True, gpu=True)):

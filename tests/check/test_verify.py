@@ -52,8 +52,9 @@ def rehearsal() -> verify.Run:
 
 
 def off_by(record: Record, nbytes: int) -> Record:
-    """`record` with other gradients."""
+    """`record` with other gradients, and with an allocator's books, as a real run has."""
     tree = record.tree()
+    tree["ranks"][0]["allocator"]["unattributed"] = 0
     tree["ranks"][0]["categories"]["gradients"]["peak"] += nbytes
     return Record.model_validate(tree)
 
@@ -75,6 +76,13 @@ def test_a_figure_that_differs_is_named_and_is_exit_code_1(
     assert verified.read(tmp_path / "a-processor.json").within == 512
     assert main([*words, "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["pairs"][0]["name"] == "train-zero0"
+
+
+def test_a_figure_that_only_one_of_them_has_differs(rehearsal: verify.Run) -> None:
+    without_books = rehearsal.record
+    figures = [*verify.figures(without_books, rehearsal.record)]
+    pair = Pair(name="x", config=[], figures=figures, real_seconds=1.0, rehearsed_seconds=1.0)
+    assert [each.name for each in pair.apart] == ["unattributed"]
 
 
 def test_what_differs_by_nature_is_shown_and_not_judged(rehearsal: verify.Run) -> None:

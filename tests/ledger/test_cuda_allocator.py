@@ -8,7 +8,7 @@ from typing import Any, Literal
 import pytest
 import torch
 
-from harness import rehearse
+from harness import Ledger, rehearse
 from harness.device.allocator_settings import parse
 from harness.device.replay import allocations
 from harness.device.snapshot import snapshot, timed
@@ -19,7 +19,7 @@ from harness.ledger.categories import KERNEL
 from harness.ledger.cuda_allocator import ENTRIES, CudaAllocator, allocations_of
 from harness.ledger.holdings import Holding
 from harness.ledger.reconcile import Libraries
-from harness.ledger.unseen import Unseen
+from harness.ledger.unseen import NotSeen, Unseen
 
 CARD = "rtx4090"
 CUBLAS = recognized(8.9, os.environ)
@@ -98,6 +98,7 @@ def torch_cuda(monkeypatch: pytest.MonkeyPatch) -> TorchCuda:
         stand_in.record(enabled, *args, **kwargs)
 
     for name, value in {
+        "torch.cuda.is_available": lambda: True,
         "torch.cuda.current_device": lambda: 0,
         "torch.cuda.max_memory_allocated": lambda device: next(allocated),
         "torch.cuda.max_memory_reserved": lambda device: next(reserved),
@@ -249,3 +250,40 @@ def test_a_history_keeps_its_order_within_a_microsecond() -> None:
         Allocation(3502, 7, 1024),
     ]
     assert [*allocations_of(history, since=4000)] == []
+
+
+def test_the_most_is_kept_where_the_program_resets_it(
+    torch_cuda: TorchCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    most = {"allocated": 100}
+    monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda device: most["allocated"])
+    monkeypatch.setattr(
+        "torch.cuda.memory.reset_peak_memory_stats", lambda device=None: most.update(allocated=10)
+    )
+    allocator = CudaAllocator()
+    allocator.start()
+    with allocator.giving_way():
+        most["allocated"] = 300
+        torch.cuda.memory.reset_peak_memory_stats()
+        most["allocated"] = 200
+        assert allocator.allocated() == 300
+
+
+def test_a_history_that_cannot_be_read_is_ended_all_the_same(
+    torch_cuda: TorchCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise RuntimeError("CUDA error")
+
+    monkeypatch.setattr("torch.cuda.memory._snapshot", fail)
+    allocator = CudaAllocator()
+    assert allocator.start()
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        allocator.stop()
+    assert torch_cuda.recorder is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_ledger_of_a_gpu_that_is_not_there_harms_nothing() -> None:
+    with pytest.warns(NotSeen, match="torch sees no GPU here"), Ledger(device="cuda"):
+        torch.ones(3)

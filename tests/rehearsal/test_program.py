@@ -497,3 +497,91 @@ def test_what_is_not_rehearsed_is_refused_by_a_sentence(call: Callable[[], Any],
 def test_common_programs_run(program: Callable[[], Any]) -> None:
     with harness.rehearse("rtx4090"):
         program()
+
+
+def test_an_optimizer_from_before_is_refused_as_it_steps() -> None:
+    model = nn.Linear(4, 4)
+    optimizer = torch.optim.Adam(model.parameters())
+    with harness.rehearse("rtx4090"):
+        model.to("cuda")(torch.ones(1, 4, device="cuda")).sum().backward()
+        with pytest.raises(FromOutside, match=r"test_program.py:\d+: Adam has parameters from before"):
+            optimizer.step()
+
+
+def test_an_optimizer_that_decides_by_values_is_refused() -> None:
+    with harness.rehearse("rtx4090"):
+        model = nn.Linear(4, 4, device="cuda")
+        optimizer = torch.optim.LBFGS(model.parameters(), max_iter=2)
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss: Tensor = model(torch.ones(1, 4, device="cuda")).sum()
+            loss.backward()
+            return loss
+
+        with pytest.raises(NeedsValue, match="a value of a tensor is read"):
+            optimizer.step(closure)
+
+
+def test_the_figures_of_the_accelerator_are_those_of_the_card() -> None:
+    with harness.rehearse("rtx4090"):
+        tensor = torch.ones(1000, device="cuda")
+        assert torch.accelerator.memory_allocated() == torch.cuda.memory_allocated() == rounded(tensor.nbytes)
+        assert torch.accelerator.max_memory_reserved() == 2 * 2**20
+
+
+def test_a_stream_may_be_entered_again_inside_itself() -> None:
+    with harness.rehearse("rtx4090"):
+        side = torch.cuda.Stream()
+        with side, side:
+            assert torch.cuda.current_stream() == side
+        assert torch.cuda.current_stream() == torch.cuda.default_stream()
+
+
+def test_an_empty_tensor_has_no_stream_to_be_recorded_on() -> None:
+    with harness.rehearse("rtx4090"):
+        torch.empty(0, device="cuda").record_stream(torch.cuda.Stream())
+
+
+def test_the_first_allocation_without_room_stays_the_first() -> None:
+    with harness.rehearse("rtx4090") as ledger:
+        tensors = [torch.empty(2**33, dtype=torch.uint8, device="cuda") for _ in range(4)]
+        torch.cuda.set_per_process_memory_fraction(0.5)
+        tensors.append(torch.empty(2**21, dtype=torch.uint8, device="cuda"))
+    assert ledger.exhausted is not None
+    assert ledger.exhausted.nbytes == 2**33
+
+
+def test_random_numbers_afterwards_are_those_of_a_program_without_a_rehearsal() -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    with harness.rehearse("rtx4090"):
+        torch.manual_seed(7)
+        torch.rand(5, device="cuda")
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_what_a_library_keeps_to_itself_is_named() -> None:
+    with pytest.warns(NotSeen), harness.rehearse("rtx4090") as ledger:  # noqa: PT031
+        x = torch.ones(4, 4, device="cuda")
+        torch.linalg.svd(x)
+        torch.fft.fft(x)
+        nn.LSTMCell(4, 4, device="cuda")(x)
+    (gap,) = ledger.gaps
+    assert [name in gap.sentence for name in ("_linalg_svd", "_fft_r2c", "lstm_cell")] == [True] * 3
+
+
+@pytest.mark.parametrize("assume", ["x", True])
+def test_what_is_assumed_is_a_number(assume: Any) -> None:
+    with pytest.raises(ValueError, match=r"a number, as 1\.0"), harness.rehearse("rtx4090", assume=assume):
+        pass
+
+
+def test_a_loader_s_workers_are_refused() -> None:
+    loader = DataLoader(TensorDataset(torch.ones(4, 2)), num_workers=1)
+    with (
+        harness.rehearse("rtx4090"),
+        pytest.raises(RuntimeError, match=r"\(num_workers=1\).*give num_workers=0"),
+    ):
+        next(iter(loader))
