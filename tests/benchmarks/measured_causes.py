@@ -70,12 +70,12 @@ ASSUMED = {
         "of that script which is in the repository has 1,024 tokens, and float32."
     ),
     "llama4_rope": (
-        "The angles are a product of matrices, as in transformers then, which takes a workspace; the program was written "
-        "with the figures in view."
+        "The angles are a product of matrices, as in transformers then, which takes a workspace; the program was "
+        "written with the figures in view."
     ),
     "megatron_swiglu": (
-        "Megatron's own is compiled, and is taken for one kernel each way with no memory but its result; that was written "
-        "with the figures in view. PyTorch's rows assume nothing."
+        "Megatron's own is compiled, and is taken for one kernel each way with no memory but its result; that was "
+        "written with the figures in view. PyTorch's rows assume nothing."
     ),
 }
 """What a program has from the rows that it is held against, because no script says it."""
