@@ -73,9 +73,9 @@ ASSUMED = {
         "The angles are a product of matrices, as in transformers then, which takes a workspace; the program was "
         "written with the figures in view."
     ),
-    "megatron_swiglu": (
+    "megatron_swiglu, megatron": (
         "Megatron's own is compiled, and is taken for one kernel each way with no memory but its result; that was "
-        "written with the figures in view. PyTorch's rows assume nothing."
+        "written with the figures in view."
     ),
 }
 """What a program has from the rows that it is held against, because no script says it."""
