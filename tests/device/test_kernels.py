@@ -135,6 +135,8 @@ def test_the_log_of_sums_is_kept_only_for_a_backward() -> None:
 
 @pytest.mark.parametrize("name", ["scaled_dot_product_attention", "_fused_rms_norm"])
 def test_nothing_stays_installed(name: str) -> None:
+    before = torch._C._dispatch_dump(f"aten::{name}")
     with installed(ADA):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", "CUDA")
-    assert not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", "CUDA")
+        assert torch._C._dispatch_dump(f"aten::{name}") != before
+    assert torch._C._dispatch_dump(f"aten::{name}") == before

@@ -194,12 +194,10 @@ def test_parameters_gradients_and_optimizer_are_those_of_a_run_here_rounded_as_o
         train("cpu")
     for category in ("parameters", "gradients"):
         assert card.categories[category].peak == here.categories[category].peak, category
-    counters = 12 * 3  # AdamW's steps, one for each parameter, of which the host has 4 bytes each
-    assert card.peak.categories["kernel"] == 2 * SMALL_WORKSPACE
-    assert (
-        card.categories["optimizer"].peak
-        == (here.categories["optimizer"].peak or 0) - 512 * counters // 2 + 0
-    )
+    steps = 18 * 512  # of each parameter the number of its steps, which AdamW has on the host
+    assert card.categories["optimizer"].peak == (here.categories["optimizer"].peak or 0) - steps
+    own_of_lt = 0 if int(torch.__version__.split(".")[1]) >= 12 else 2**20
+    assert card.peak.categories["kernel"] == 2 * SMALL_WORKSPACE + own_of_lt
 
 
 def test_the_same_program_has_the_same_bytes() -> None:
