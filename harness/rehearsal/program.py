@@ -4,8 +4,11 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from harness.config import hardware_page
@@ -65,4 +68,12 @@ def rehearsing(ledger: CardLedger, assume: float | None = None) -> Iterator[None
             context.enter_context(mode)
         context.enter_context(existing_objects_frozen())
         context.enter_context(ledger)
+        context.callback(register_module_parameter_registration_hook(partial(_claim, ledger)).remove)
         yield
+
+
+def _claim(ledger: CardLedger, module: torch.nn.Module, name: str, parameter: torch.nn.Parameter) -> None:
+    """A module gets a parameter, which may be gone before the module is called and can name it."""
+    if parameter is not None and not is_lazy(parameter):
+        for each in (ledger, ledger.host):
+            each.claim("parameters", "", parameter)

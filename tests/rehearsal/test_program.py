@@ -583,3 +583,11 @@ def test_a_loader_s_workers_are_refused() -> None:
         pytest.raises(RuntimeError, match=r"\(num_workers=1\).*give num_workers=0"),
     ):
         next(iter(loader))
+
+
+def test_a_parameter_is_one_before_its_module_is_called() -> None:
+    with harness.rehearse("rtx4090") as ledger:
+        model = nn.Linear(1024, 1024, bias=False, device="cuda").to(torch.bfloat16)
+        model(torch.ones(1, 1024, device="cuda", dtype=torch.bfloat16))
+    assert ledger.categories["parameters"].peak == 1024 * 1024 * (4 + 2)
+    assert [each.name for each in ledger.peak.holdings if each.category == "parameters"] == ["weight"]
