@@ -18,10 +18,12 @@ SCATTERED = {
     "IndexBackward0": _aten.index_put.default,
     "MaskedSelectBackward0": _aten.masked_scatter.default,
     **dict.fromkeys(
-        ("MaxBackward0", "MinBackward0", "MedianBackward1", "ModeBackward0", "KthvalueBackward0"),
+        (
+            *("MaxBackward0", "MinBackward0", "MedianBackward1", "ModeBackward0", "KthvalueBackward0"),
+            *("SortBackward0", "SortBackward1", "TopkBackward0"),
+        ),
         _aten.scatter.src,
     ),
-    **dict.fromkeys(("SortBackward0", "SortBackward1", "TopkBackward0"), _aten.scatter.src),
 }
 """Operators into a new tensor of zeros, by the node that calls them: gather_backward, index_select_backward and others
 of torch/csrc/autograd/FunctionsManual.cpp."""

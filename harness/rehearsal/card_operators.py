@@ -72,30 +72,21 @@ def _dropout(input: torch.Tensor, p: float, train: bool) -> torch.Tensor:
     return result
 
 
-def _softmax(self: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """One kernel from fp16 to fp32: softmax of aten/src/ATen/native/SoftMax.cpp."""
-    result: torch.Tensor
-    if self.dtype == torch.float16 and dtype == torch.float32:
-        result = _aten._softmax(self, dim, True)
-    else:
-        result = _aten._softmax(self if dtype is None else self.to(dtype), dim, False)
-    return result
+def _in_one_kernel(operator: Any) -> Callable[..., torch.Tensor]:
+    """A softmax, which is one kernel from fp16 to fp32: aten/src/ATen/native/SoftMax.cpp."""
 
+    def kernel(self: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        fused = self.dtype == torch.float16 and dtype == torch.float32
+        result: torch.Tensor = operator(self if fused or dtype is None else self.to(dtype), dim, fused)
+        return result
 
-def _log_softmax(self: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """As `_softmax`."""
-    result: torch.Tensor
-    if self.dtype == torch.float16 and dtype == torch.float32:
-        result = _aten._log_softmax(self, dim, True)
-    else:
-        result = _aten._log_softmax(self if dtype is None else self.to(dtype), dim, False)
-    return result
+    return kernel
 
 
 _BY_DEVICE: dict[str, Callable[..., Any]] = {
     "dropout": _dropout,
-    "softmax.int": _softmax,
-    "log_softmax.int": _log_softmax,
+    "softmax.int": _in_one_kernel(_aten._softmax),
+    "log_softmax.int": _in_one_kernel(_aten._log_softmax),
 }
 
 
@@ -124,9 +115,8 @@ def registered(card: Card) -> Iterator[None]:
     library = torch.library.Library("aten", "IMPL")
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", "Warning only once for all operators"
-            )  # it replaces torch's own
+            # it replaces torch's own
+            warnings.filterwarnings("ignore", "Warning only once for all operators")
             for name, kernel in card_autocast.kernels():
                 library.impl(name, kernel, card_autocast.KEY, allow_override=True)
         for key in (*_ON_CARD, *_ON_HOST):

@@ -1,22 +1,18 @@
 """Stand-ins for what a program does with tensors of the card, outside `torch.cuda`."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from harness.ledger.lines import calling_line
 from harness.ledger.patch import BUILTIN, DATA, TORCH, Patch
 from harness.rehearsal.card_autocast import clearing
 from harness.rehearsal.card_memory import current
+from harness.rehearsal.cuda_shims import NO_CARD, by, current_accelerator
 from harness.rehearsal.known_values import NeedsValue
 
-NO_CARD = "there is no such device here, and a program means the card that is rehearsed"
 NO_VALUES = "a fake tensor has no values, and the error should say where they are needed"
-
-
-def _by(stand_in: Any) -> Callable[[Any], Any]:
-    return lambda original: stand_in
 
 
 def scatter(self: Any, inputs: Any, kwargs: Any, device_ids: Any) -> Any:
@@ -94,10 +90,6 @@ def device_of_part(original: Any) -> Any:
     return property(lambda self: self._local_tensor.device)
 
 
-def get_accelerator(check: Any = None) -> torch.device:
-    return torch.device("cuda")
-
-
 def formatted(original: Any) -> Any:
     """`FakeTensor.__format__`: that of its value, if it has one element."""
 
@@ -140,8 +132,6 @@ def is_cpu(original: Any) -> Any:
 
 def foreach_types(original: list[type]) -> list[type]:
     """The classes of parameters for which an optimizer takes its operators on lists: fake ones too."""
-    from torch._subclasses.fake_tensor import FakeTensor
-
     return [*original, FakeTensor]
 
 
@@ -160,7 +150,7 @@ CARD_SHIMS = (
         TORCH,
         loading_elsewhere,
     ),
-    Patch("torch.nn.parallel.DataParallel", "scatter", "there is one card", TORCH, _by(scatter)),
+    Patch("torch.nn.parallel.DataParallel", "scatter", "there is one card", TORCH, by(scatter)),
     Patch(
         "torch.nn.parallel.DistributedDataParallel",
         "__init__",
@@ -168,7 +158,7 @@ CARD_SHIMS = (
         TORCH,
         distributed_data_parallel,
     ),
-    Patch(f"{_FAKE}.FakeTensor", "pin_memory", NO_CARD, TORCH, _by(pin_memory), unchecked=_INHERITED),
+    Patch(f"{_FAKE}.FakeTensor", "pin_memory", NO_CARD, TORCH, by(pin_memory), unchecked=_INHERITED),
     Patch(
         "torch.cuda",
         "CUDAGraph",
@@ -178,15 +168,21 @@ CARD_SHIMS = (
         unchecked=BUILTIN,
     ),
     Patch(
-        "torch._C", "_get_accelerator", NO_CARD, TORCH, _by(get_accelerator), unchecked=BUILTIN, optional=True
+        "torch._C",
+        "_get_accelerator",
+        NO_CARD,
+        TORCH,
+        by(current_accelerator),
+        unchecked=BUILTIN,
+        optional=True,
     ),
     Patch(f"{_FAKE}.FakeTensor", "__format__", NO_VALUES, TORCH, formatted, unchecked=_INHERITED),
-    Patch(f"{_FAKE}.FakeTensor", "numpy", NO_VALUES, TORCH, _by(refuses("numpy")), unchecked=_INHERITED),
+    Patch(f"{_FAKE}.FakeTensor", "numpy", NO_VALUES, TORCH, by(refuses("numpy")), unchecked=_INHERITED),
     Patch(
-        f"{_FAKE}.FakeTensor", "__reduce_ex__", NO_VALUES, TORCH, _by(refuses("save")), unchecked=_INHERITED
+        f"{_FAKE}.FakeTensor", "__reduce_ex__", NO_VALUES, TORCH, by(refuses("save")), unchecked=_INHERITED
     ),
     Patch("torch", "Generator", NO_CARD, TORCH, generator_class, unchecked=BUILTIN),
-    Patch("torch.Tensor", "record_stream", NO_CARD, TORCH, _by(record_stream), unchecked=BUILTIN),
+    Patch("torch.Tensor", "record_stream", NO_CARD, TORCH, by(record_stream), unchecked=BUILTIN),
     Patch(
         f"{_FAKE}.FakeTensor",
         "is_cuda",
@@ -220,7 +216,7 @@ CARD_SHIMS = (
         "init_gpu_context",
         "it would use a GPU that is there",
         TORCH,
-        _by(context_of_no_device),
+        by(context_of_no_device),
         unchecked="it keeps its results, which hides its arguments",
     ),
     Patch(

@@ -15,7 +15,7 @@ import torch
 from harness.ledger.patch import DATA, TORCH, Patch
 from harness.rehearsal.card import in_python
 from harness.rehearsal.card_memory import current
-from harness.rehearsal.cuda_streams import Event, Ranges, Stream, stream_of
+from harness.rehearsal.cuda_streams import Event, Ranges, Stream
 
 NO_CARD = "there is no such device here, and a program means the card that is rehearsed"
 STAND_IN = f"{NO_CARD}; it does nothing, or answers for the card"
@@ -78,11 +78,11 @@ def is_bf16_supported(including_emulation: bool = True) -> bool:
 
 
 def current_stream(device: Any = None) -> Stream:
-    return stream_of(current().stream)
+    return Stream(stream_id=current().stream)
 
 
 def default_stream(device: Any = None) -> Stream:
-    return stream_of(0)
+    return Stream(stream_id=0)
 
 
 @contextmanager
@@ -194,7 +194,8 @@ def current_accelerator(check_available: bool = False) -> torch.device:
     return torch.device("cuda")
 
 
-def _by(stand_in: Any) -> Callable[[Any], Any]:
+def by(stand_in: Any) -> Callable[[Any], Any]:
+    """A replacement by `stand_in`, whatever the original is."""
     return lambda original: stand_in
 
 
@@ -255,7 +256,7 @@ _ACCELERATOR_MEMORY = {
 
 CUDA_SHIMS = (
     *(
-        Patch(owner, name, STAND_IN, TORCH, _by(stand_in), optional=True)
+        Patch(owner, name, STAND_IN, TORCH, by(stand_in), optional=True)
         for owner, stand_ins in (
             ("torch.cuda", {**_CUDA, **_MEMORY}),
             ("torch.cuda.memory", {**_MEMORY, "_snapshot": _snapshot}),
@@ -264,11 +265,11 @@ CUDA_SHIMS = (
         )
         for name, stand_in in stand_ins.items()
     ),
-    Patch("torch.cuda.memory", "_record_memory_history", NO_CARD, TORCH, _by(_record_memory_history)),
-    Patch("torch.cuda.nvtx", "_nvtx", NO_CARD, TORCH, _by(Ranges()), unchecked=DATA),
-    Patch("torch.cuda", "Stream", NO_CARD, TORCH, _by(Stream), unchecked="it is a class with other options"),
-    Patch("torch", "Stream", NO_CARD, TORCH, _by(Stream), unchecked="it is a class with other options"),
-    Patch("torch", "Event", NO_CARD, TORCH, _by(Event), unchecked="it is a class with other options"),
-    Patch("torch.cuda", "Event", NO_CARD, TORCH, _by(Event), unchecked="it is a class with other options"),
+    Patch("torch.cuda.memory", "_record_memory_history", NO_CARD, TORCH, by(_record_memory_history)),
+    Patch("torch.cuda.nvtx", "_nvtx", NO_CARD, TORCH, by(Ranges()), unchecked=DATA),
+    Patch("torch.cuda", "Stream", NO_CARD, TORCH, by(Stream), unchecked="it is a class with other options"),
+    Patch("torch", "Stream", NO_CARD, TORCH, by(Stream), unchecked="it is a class with other options"),
+    Patch("torch", "Event", NO_CARD, TORCH, by(Event), unchecked="it is a class with other options"),
+    Patch("torch.cuda", "Event", NO_CARD, TORCH, by(Event), unchecked="it is a class with other options"),
 )
 """What is replaced in `torch.cuda` and `torch.accelerator` while a card is rehearsed."""

@@ -10,9 +10,11 @@ from harness.rehearsal.card_memory import current
 class Stream:
     """A stream of the card. Its work is done at once, so that nobody waits; what it allocates stays its own."""
 
-    def __init__(self, device: Any = None, priority: int = 0, **kwargs: Any) -> None:
+    def __init__(
+        self, device: Any = None, priority: int = 0, stream_id: int | None = None, **kwargs: Any
+    ) -> None:
         self.device, self.priority = CARD, priority
-        self.stream_id = self.cuda_stream = current().new_stream()
+        self.stream_id = self.cuda_stream = current().new_stream() if stream_id is None else stream_id
         self._before: list[int] = []  # it may be entered again inside
 
     def wait_stream(self, stream: Any) -> None:
@@ -71,13 +73,6 @@ class Event:
     def elapsed_time(self, end_event: Any) -> float:
         """Not a number: a rehearsal measures no time."""
         return math.nan
-
-
-def stream_of(stream_id: int) -> Stream:
-    stream = Stream.__new__(Stream)
-    stream.device, stream.priority, stream.stream_id, stream.cuda_stream = CARD, 0, stream_id, stream_id
-    stream._before = []
-    return stream
 
 
 class Ranges:

@@ -198,7 +198,7 @@ class Values(TorchDispatchMode):
 
 def _within(prefix: str) -> bool:
     """Whether torch's code in files with this prefix runs now, for a caller outside torch."""
-    return next((True for name in _torch_files() if name.startswith(prefix)), False)
+    return any(name.startswith(prefix) for name in _torch_files())
 
 
 def _read_by_torch() -> float | None:

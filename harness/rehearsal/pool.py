@@ -5,7 +5,6 @@ This module imports no torch, so its callers need not load it.
 
 import os
 import signal
-import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -166,7 +165,6 @@ def candidates(settings: Settings) -> Candidates:
 
 def _rehearsed(settings: Settings, rank: int, advised: bool = False) -> Worst:
     """One rank of a config; with `advised`, and under which settings of a GPU's allocator it would take less."""
-    from harness.ledger.unseen import NotSeen
     from harness.model.plan import Plan
     from harness.rehearsal.one_rank import rehearse
 
@@ -178,9 +176,7 @@ def _rehearsed(settings: Settings, rank: int, advised: bool = False) -> Worst:
             alternatives.extend(memory.alternatives())
 
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", NotSeen)  # `unseen` has it
-            record = rehearse(Plan.of(settings), rank, learn=learn)[0]
+        record = rehearse(Plan.of(settings), rank, learn=learn)[0]
     except Exception as error:
         return Worst(0, 0, {}, _error_text(error))
     peak = record.peak

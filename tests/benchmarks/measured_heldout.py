@@ -13,7 +13,7 @@ from torch.nn import functional
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from tests.benchmarks.measured_rows import CUDA, Measure, Row, in_mode
+from tests.benchmarks.measured_rows import CUDA, Measure, Row, in_mode, on_states
 
 
 class AddedRMSNorm(nn.Module):
@@ -57,15 +57,7 @@ def group_norm(row: Row, measure: Measure) -> int:
     groups = channels // row.size("channels_per_group")
     _liger = nn.GroupNorm(groups, channels, eps=eps).to(CUDA)
     layer = nn.GroupNorm(groups, channels, eps=eps).to(CUDA)
-    states = torch.randn(row.size("M"), channels, row.size("H"), dtype=row.dtype, device=CUDA)
-    gradient = torch.randn_like(states)
-    states.requires_grad_(True)
-
-    def full() -> None:
-        output = layer(states)
-        output.backward(gradient, retain_graph=True)
-
-    return measure(full)
+    return on_states(layer, (row.size("M"), channels, row.size("H")), row, measure)
 
 
 def llama4_rope(row: Row, measure: Measure) -> int:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tests.benchmarks.measured_rows import CUDA, Measure, Row
+from tests.benchmarks.measured_rows import CUDA, Measure, Row, on_states
 
 
 class Neighborhood(nn.Module):
@@ -40,19 +40,6 @@ def neighborhood(row: Row, measure: Measure) -> int:
     width, heads = row.size("hidden_size"), row.size("num_heads")
     _liger, layer = (Neighborhood(width, heads).to(CUDA).to(row.dtype) for _ in range(2))
     return on_states(layer, (row.size("batch_size"), row.size("seq_len"), width), row, measure)
-
-
-def on_states(layer: nn.Module, shape: tuple[int, ...], row: Row, measure: Measure) -> int:
-    """Of a layer's forward and a backward that keeps its graph, with a gradient that is there before."""
-    states = torch.randn(shape, dtype=row.dtype, device=CUDA)
-    gradient = torch.randn_like(states)
-    states.requires_grad_(True)
-
-    def full() -> None:
-        output = layer(states)
-        output.backward(gradient, retain_graph=True)
-
-    return measure(full)
 
 
 class MultiToken(nn.Module):

@@ -13,7 +13,7 @@ from torch.nn import functional
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
 
-from tests.benchmarks.measured_rows import CUDA, Measure, Row, in_mode
+from tests.benchmarks.measured_rows import CUDA, Measure, Row, in_mode, on_states
 
 
 def embedding(row: Row, measure: Measure) -> int:
@@ -77,27 +77,18 @@ def layer_norm(row: Row, measure: Measure) -> int:
     """`nn.LayerNorm`."""
     width = row.size("N")
     _liger = nn.LayerNorm(width).to(CUDA)
-    return norm(row, measure, nn.LayerNorm(width, eps=row.config["eps"]).to(CUDA), width)
+    return on_states(
+        nn.LayerNorm(width, eps=row.config["eps"]).to(CUDA), (row.size("M"), width), row, measure
+    )
 
 
 def rms_norm(row: Row, measure: Measure) -> int:
     """transformers' `LlamaRMSNorm`, with a float32 weight on bfloat16."""
     width = row.size("H")
     _liger = LlamaRMSNorm(width).to(CUDA)
-    return norm(row, measure, LlamaRMSNorm(width, eps=row.config["eps"]).to(CUDA), width)
-
-
-def norm(row: Row, measure: Measure, layer: nn.Module, width: int) -> int:
-    """A norm's forward and backward with a gradient that is there before."""
-    states = torch.randn(row.size("M"), width, dtype=row.dtype, device=CUDA)
-    gradient = torch.randn_like(states)
-    states.requires_grad_(True)
-
-    def full() -> None:
-        output = layer(states)
-        output.backward(gradient, retain_graph=True)
-
-    return measure(full)
+    return on_states(
+        LlamaRMSNorm(width, eps=row.config["eps"]).to(CUDA), (row.size("M"), width), row, measure
+    )
 
 
 def megatron_rms_norm(row: Row, measure: Measure) -> int:

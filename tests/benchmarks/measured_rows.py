@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 CSV = Path(__file__).parent / "measured_operators.csv"
 HELD_OUT = Path(__file__).parent / "measured_heldout.csv"
@@ -96,5 +96,18 @@ def in_mode(row: Row, measure: Measure, forward: Callable[[], Tensor]) -> int:
     def full() -> None:
         output = forward()
         output.backward(torch.randn_like(output), retain_graph=True)
+
+    return measure(full)
+
+
+def on_states(layer: nn.Module, shape: tuple[int, ...], row: Row, measure: Measure) -> int:
+    """Of a layer's forward and a backward that keeps its graph, with a gradient that is there before."""
+    states = torch.randn(shape, dtype=row.dtype, device=CUDA)
+    gradient = torch.randn_like(states)
+    states.requires_grad_(True)
+
+    def full() -> None:
+        output = layer(states)
+        output.backward(gradient, retain_graph=True)
 
     return measure(full)
