@@ -1,7 +1,6 @@
 """Compares runs side by side: the memory at each run's peak by category. It reads records and imports no torch."""
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -11,10 +10,10 @@ from typing import Any, NamedTuple
 
 from harness.analysis.args import Parser, refuse
 from harness.analysis.findings_pipeline import grew
+from harness.analysis.labels import Label, labels
 from harness.ledger.categories import CATEGORIES
-from harness.record.fields import printable
 from harness.record.memory import UNHEARD
-from harness.record.record_file import FILE, read
+from harness.record.record_file import read
 from harness.record.schema import Failure, Record, parse
 from harness.tables import AT_LEAST, Table, difference, escaped, factor, size, tail
 
@@ -102,14 +101,16 @@ def compare(*paths: str | Path, markdown: bool = False, exact: bool = False) -> 
 
 def table(runs: Sequence[Run], markdown: bool = False, exact: bool = False) -> str:
     """The runs as one table, each compared with the first; then sentences about what changed the most."""
-    names, records = names_of(runs), [run.record for run in runs]
+    records = [run.record for run in runs]
+    named = labels([run.path for run in runs], records)
+    names = [label.text for label in named]
     two, at_peak = len(runs) == 2, [*_at_peak(records)]
     sections = {
         "at the peak of the worst rank": at_peak,
         "each category's own peak, whenever that was": [*_own_peaks(records)],
         _ranks_title(records): [*(_stages(records) if _any_pipeline(records) else _ranks(records))],
     }
-    lines = Table(*map(_heading, records, names), *([["difference"], ["factor"]] if two else []))
+    lines = Table(*map(_heading, records, named), *([["difference"], ["factor"]] if two else []))
     for title, rows in sections.items():
         if rows:
             lines.section(title)
@@ -133,22 +134,13 @@ def table(runs: Sequence[Run], markdown: bool = False, exact: bool = False) -> s
     return "\n".join([lines.text(), "", *(fill(note, WIDTH) for note in notes)])
 
 
-def names_of(runs: Sequence[Run]) -> list[str]:
-    """Distinct names of the runs: their titles, else the names of their directories, else their paths."""
-    places = [run.path.parent if run.path.name == FILE else run.path for run in runs]
-    titles = [run.record.title for run in runs]
-    for names in (titles, [printable(Path(os.path.abspath(place)).name) for place in places]):
-        if len(set(names)) == len(runs):
-            return names
-    return [printable(str(place)) for place in places]
-
-
-def _heading(record: Record, name: str) -> list[str]:
+def _heading(record: Record, label: Label) -> list[str]:
+    """The lines over a run's column: what it is, and below it the settings in which it differs from similar runs."""
     world, model = record.world, record.model
-    mode = f"{record.mode}, rehearsed" if world.rehearsed else record.mode
-    lines = [mode, model.short, f"{world.devices}, {model.dtype or '-'}"]
-    heading = lines if name in (record.title, record.mode) else [name, *lines]
-    return [tail(line, NAME) for line in heading]
+    said = f"world={world.kind}" in label.settings
+    mode = f"{record.mode}, rehearsed" if world.rehearsed and not said else record.mode
+    lines = [mode, model.short, *label.settings, f"{world.devices}, {model.dtype or '-'}"]
+    return [tail(line, NAME) for line in lines]
 
 
 def _categories(records: Sequence[Record]) -> list[str]:
@@ -306,12 +298,14 @@ def _change(first: int | None, other: int | None) -> int | None:
 def as_json(runs: Sequence[Run]) -> dict[str, Any]:
     """The comparison as plain data, in exact bytes; None for what was not measured."""
     first = runs[0].record.worst.peak
+    named = labels([run.path for run in runs], [run.record for run in runs])
     documents = []
-    for path, record in runs:
+    for (path, record), label in zip(runs, named, strict=True):
         worst = record.worst
         documents.append(
             {
                 "run": str(path),
+                "name": label.text,
                 **record.model_dump(include={"status", "mode", "model", "world", "failure"}),
                 "worst_rank": worst.rank if record.ranks else None,
                 "peak": worst.peak.model_dump(),

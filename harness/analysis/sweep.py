@@ -1,10 +1,11 @@
 """An inference run as a point of a study: its settings, and what a token costs. It imports no torch."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from harness.analysis.args import Parser, refuse
+from harness.analysis.labels import labels
 from harness.config.load import Refusal, typed
 from harness.config.settings import NEW_TOKENS
 from harness.record.record_file import read
@@ -18,7 +19,7 @@ class Point:
 
     `flops` and `moved` (bytes) are of the first batch's whole decode, counted from its operators. `step_seconds` is the
     median from one token to the next; `decode_seconds` is the time of a batch's decode. `kv` is in bytes. None: not
-    measured.
+    measured. `name` is the run's.
     """
 
     model: str
@@ -34,6 +35,7 @@ class Point:
     flops: int | None
     moved: int | None
     ceilings: Ceilings
+    name: str = ""
 
     @property
     def context(self) -> int:
@@ -132,7 +134,12 @@ def main_of(
         options = parser.parse_args(argv)
         if len(options.run) < 2:
             raise ValueError(f"{tool}: there is nothing to compare; name two runs or more")
-        points = [point(parse(read(path), str(path)), str(path)) for path in options.run]
+        records = [parse(read(path), str(path)) for path in options.run]
+        names = [label.text for label in labels(options.run, records)]
+        points = [
+            replace(point(record, str(path)), name=name)
+            for record, path, name in zip(records, options.run, names, strict=True)
+        ]
         print(say(points, options.json))
     except ValueError as error:
         return refuse(error)

@@ -7,6 +7,7 @@ context adds is that of attention, which reads each sequence's own cache.
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 from harness.analysis.sweep import Point, main_of
@@ -39,8 +40,10 @@ def main(argv: Sequence[str]) -> int:
 def steps(points: Sequence[Point]) -> list[Step]:
     """The runs by context, then batch."""
     ordered = sorted(points, key=lambda point: (point.context, point.batch))
-    if len({(point.context, point.batch) for point in ordered}) < len(ordered):
-        raise ValueError("batching: two runs have one batch and one context; name each point once")
+    for one, other in pairwise(ordered):
+        if (one.context, one.batch) == (other.context, other.batch):
+            names = f"{one.name} and {other.name}"
+            raise ValueError(f"batching: {names} have one batch and one context; name each point once")
     if len({(point.cache, point.rehearsed, point.model) for point in ordered}) > 1:
         raise ValueError("batching: the runs are of several models, caches, or kinds; name those of one")
     shortest = {point.batch: point for point in reversed(ordered)}

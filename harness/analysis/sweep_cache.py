@@ -58,12 +58,17 @@ def as_text(runs: Sequence[Point]) -> str:
     for cache, points in groups.items():
         table.section("without a cache" if cache == "none" else f"{cache} cache")
         for point in points:
-            table.row(*_cells(point))
+            repeated = sum(each.new == point.new and each.rehearsed == point.rehearsed for each in points) > 1
+            table.row(f"  {_row(point, repeated)}", *_cells(point))
     return "\n".join([table.text(), *_sentences(groups)])
 
 
+def _row(point: Point, repeated: bool) -> str:
+    """A row's name; `repeated`: others have as many new tokens and the same cache."""
+    return point.name if repeated else "rehearsed" if point.rehearsed else "run"
+
+
 def _cells(point: Point) -> Iterator[str]:
-    yield f"  {'rehearsed' if point.rehearsed else 'run'}"
     yield f"{point.new:,}"
     yield seconds(point.each(point.decode_seconds))
     yield count(point.each(point.flops))

@@ -11,7 +11,7 @@ from harness.check.baseline import Accounting, Baseline, rank_ranges
 from harness.check.tolerance import NONE, Tolerance
 from harness.config import compose
 from harness.config.settings import RESOLVED, as_typed
-from harness.record.fields import printable
+from harness.record.fields import flat, printable
 from harness.tables import difference, size
 
 GROWN = 3
@@ -279,7 +279,7 @@ def config_changes(overrides: Sequence[str], tree: Mapping[str, Any]) -> Iterato
     It leaves out the world's keys, and those that `overrides` leave at `auto`. Raises Refusal for wrong overrides.
     """
     composed: Any = OmegaConf.to_container(compose.compose(overrides), resolve=True)
-    expected, measured = dict(compose.flat(composed)), dict(compose.flat(tree))
+    expected, measured = dict(flat(composed)), dict(flat(tree))
     left_open = [key for key in RESOLVED if expected.get(key) == "auto"]
     for key in sorted((expected.keys() | measured.keys()).difference(left_open)) if measured else ():
         if not key.startswith(("world.", "hydra.")) and expected.get(key) != measured.get(key):

@@ -1,9 +1,8 @@
 """Composes `key=value` overrides into one config: Hydra's groups in `conf/`, over the defaults of every field."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
@@ -184,12 +183,3 @@ def _paths(node: DictConfig, prefix: str = "") -> Iterator[str]:
         yield f"{prefix}{name!s}"
         if isinstance(value, DictConfig):
             yield from _paths(value, f"{prefix}{name!s}.")
-
-
-def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every leaf of a config or another nested mapping, by its path `a.b`. An empty mapping is a leaf."""
-    for name, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            yield from flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value

@@ -1,6 +1,6 @@
 """The types of a record's fields, and the base of its parts."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo
@@ -12,6 +12,15 @@ FROM_DISK = {"from_disk": True}
 def printable(text: str) -> str:
     """`text` without characters that control a terminal: control characters, line ends, changes of direction."""
     return "".join(character if character.isprintable() else "?" for character in text)
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every leaf of a config or another nested mapping, by its path `a.b`. An empty mapping is a leaf."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def _printable_from_disk(text: str, info: ValidationInfo) -> str:

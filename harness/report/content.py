@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from harness.advice.explain import explain
-from harness.analysis.compare import Run, names_of
+from harness.analysis.compare import Run
+from harness.analysis.labels import Label, labels
 from harness.analysis.roofline import machine, sentence
 from harness.analysis.roofline_model import bounds
 from harness.analysis.summary import title
-from harness.config.compose import flat
 from harness.record import trace
-from harness.record.fields import printable
+from harness.record.fields import flat, printable
 from harness.record.memory import Rank
 from harness.record.record_file import read
 from harness.record.schema import Record, parse
@@ -24,11 +24,16 @@ from harness.tables import size
 
 @dataclass(frozen=True)
 class ReportedRun:
-    """A run, its raw record, and a name that is unique among the runs."""
+    """A run, its raw record, and a label that is unique among the runs."""
 
     run: Run
     raw: Mapping[str, Any]
-    name: str
+    label: Label
+
+    @property
+    def name(self) -> str:
+        """The label as one line."""
+        return self.label.text
 
     @property
     def record(self) -> Record:
@@ -56,7 +61,8 @@ def runs_at(paths: Sequence[Path]) -> list[ReportedRun]:
     """The runs at `paths`. Raises ValueError where a record cannot be read."""
     raws = [read(path) for path in paths]
     runs = [Run(path, parse(raw, str(path))) for path, raw in zip(paths, raws, strict=True)]
-    return [ReportedRun(*each) for each in zip(runs, raws, names_of(runs), strict=True)]
+    named = labels(paths, [run.record for run in runs])
+    return [ReportedRun(*each) for each in zip(runs, raws, named, strict=True)]
 
 
 def _texts(tree: Mapping[str, Any]) -> dict[str, str]:

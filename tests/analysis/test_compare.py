@@ -201,8 +201,8 @@ def test_bytes_that_only_moved_between_categories_are_said_to_have_moved(compare
 
 def test_equal_runs_are_said_to_be_equal_by_their_directories_names(compared: Compared) -> None:
     text = compared(train(), train())
-    assert text.split("\n")[0].split() == ["a", "b"]
-    assert text.endswith("At its peak b holds what a does, in every category.\n")
+    assert text.split("\n")[2].split() == ["(a)", "(b)"]
+    assert text.endswith("At its peak train tiny (b) holds what train tiny (a) does, in every category.\n")
 
 
 def test_runs_in_directories_of_one_name_are_told_apart_by_their_paths(
@@ -212,8 +212,8 @@ def test_runs_in_directories_of_one_name_are_told_apart_by_their_paths(
     put(Path("zero2/run"), train())
     put(Path("zero3/run"), train())
     assert compare.main(["zero2/run", "zero3/run/record.json"]) == 0
-    assert capsys.readouterr().out.endswith(
-        "At its peak zero3/run holds what zero2/run does, in every category.\n"
+    assert notes(capsys.readouterr().out).endswith(
+        "At its peak train tiny (zero3/run) holds what train tiny (zero2/run) does, in every category."
     )
 
 
@@ -337,7 +337,7 @@ def test_a_name_cannot_break_the_markdown_table(compared: Compared) -> None:
 def test_three_runs_are_each_held_against_the_first(compared: Compared) -> None:
     text = compared(train(), infer(), record_of("infer", ranks=2, kv_cache=6 * KIB, optimizer=16 * KIB))
     assert row(text, "kv_cache") == ["0 B", "3.0 KiB", "6.0 KiB"]
-    against = "at the peak of the worst rank, against a"
+    against = "at the peak of the worst rank, against train tiny"
     assert row(text, "kv_cache", against) == ["+3.0 KiB", "+6.0 KiB"]
     assert row(text, "optimizer", against) == ["-8.0 KiB", "+8.0 KiB  x 2.00"]
     assert notes(text).count("At its peak ") == 2

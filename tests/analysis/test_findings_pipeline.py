@@ -130,8 +130,8 @@ def test_compare_lines_runs_up_by_stage_and_says_what_they_keep(
     said = " ".join(capsys.readouterr().out.split())
     assert "stage 0" in said
     assert "stage 2" in said
-    assert "train-1 keeps 1 forward of" in said
-    assert "train-3 keeps 3 forwards of" in said
+    assert "tiny pipeline.stages=1 world.size=1 keeps 1 forward of" in said
+    assert "tiny pipeline.stages=3 world.size=3 keeps 3 forwards of" in said
     assert "on stage 0 of 3: a stage keeps one for each stage from it on" in said
 
 

@@ -169,7 +169,7 @@ def test_json_has_every_figure_and_null_for_what_was_not_measured(
     ("tool", "records", "reported"),
     [
         (sweep_batch, [record()], "name two runs or more"),
-        (sweep_batch, [record(), record()], "two runs have one batch and one context"),
+        (sweep_batch, [record(), record()], "have one batch and one context; name each point once"),
         (sweep_batch, [record(), record(batch=2, cache="none")], "of several models, caches, or kinds"),
         (sweep_batch, [record(), record(mode="train")], "is a run of mode=train"),
         (sweep_cache, [record(), record(batch=2)], "differ in model, batch or prompt"),
