@@ -19,7 +19,6 @@ from harness.record.memory import Rank
 from harness.record.record_file import read
 from harness.record.schema import Record, parse
 from harness.report import points
-from harness.tables import size
 
 
 @dataclass(frozen=True)
@@ -176,16 +175,3 @@ def _figure_pairs(rehearsed: Record, real: Record) -> Iterator[dict[str, Any]]:
                     "rehearsed": getattr(rehearsed_figures, figure, None),
                     "real": getattr(figures, figure),
                 }
-
-
-def comparison(runs: Sequence[ReportedRun]) -> list[dict[str, Any]]:
-    """The bytes by category at the peak of each run's worst rank."""
-    return [
-        {
-            "name": run.name,
-            "categories": dict(run.record.worst.peak.categories),
-            "total": run.record.worst.peak.bytes,
-            "told": size(run.record.worst.peak.bytes),
-        }
-        for run in runs
-    ]

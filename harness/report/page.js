@@ -34,22 +34,20 @@ function ticks(most) {
 
 // ---- looks: colours that differ in lightness too, each with a pattern of its own
 
-const LOOKS = {
-  parameters: ["#0072b2", ""], gathered: ["#56b4e9", "/"], gradients: ["#d55e00", "\\"], optimizer: ["#009e73", "x"],
-  activations: ["#e69f00", ""], kv_cache: ["#cc79a7", "-"], communication: ["#7a68c9", "|"], inputs: ["#8c8c8c", "+"],
-  workspace: ["#b5b04a", "."], kernel: ["#666666", "x"],
-};
-const NAMES = Object.keys(LOOKS);
+const LOOKS = data.looks;
+const NAMES = Object.keys(LOOKS).filter((name) => name);
 const namesIn = (all) => [...new Set([...NAMES, ...all.flatMap(Object.keys)])].filter((name) => all.some((held) => held[name]));
-const look = (name) => LOOKS[name] || ["#999999", "."];
+const look = (name) => LOOKS[name] || LOOKS[""];
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+
+const narrow = () => innerWidth <= 640;
 
 function layout(more) {
   const line = { gridcolor: colour("--line"), zerolinecolor: colour("--line"), linecolor: colour("--line") };
   const { xaxis, yaxis, ...rest } = more;
   return {
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
-    font: { color: colour("--text"), size: 12 }, margin: { l: 80, r: 20, t: 20, b: 45 },
+    font: { color: colour("--text"), size: 12 }, margin: { l: narrow() ? 62 : 80, r: narrow() ? 5 : 20, t: 40, b: 45 },
     legend: { orientation: "h", y: -0.2 },
     hoverlabel: { bgcolor: colour("--panel"), bordercolor: colour("--line"), font: { color: colour("--text") }, align: "left" },
     xaxis: { ...line, ...xaxis }, yaxis: { ...line, ...yaxis }, ...rest,
@@ -83,6 +81,7 @@ function chooseRun(number) {
   chosen.run = number;
   for (const section of document.querySelectorAll("section[data-run]")) section.hidden = Number(section.dataset.run) !== number;
   fillRanks();
+  markRun();
   chooseRank(run().worst);
   drawRanks();
   fillModules();
@@ -133,6 +132,7 @@ function marks(trace, x) {
 function drawTimeline() {
   const trace = traceOf(chosen.run, chosen.rank);
   const told = element("timeline-told");
+  for (const id of ["axis", "drawn-timeline"]) element(id).hidden = !trace;
   if (!trace) {
     told.textContent = `Rank ${chosen.rank} left no trace: a run with ledger=exact and ledger.trace=true does.`;
     Plotly.purge("timeline");
@@ -155,8 +155,8 @@ function drawTimeline() {
   const thinned = trace.at.length < trace.events ? `; ${trace.at.length.toLocaleString("en")} of them are drawn, the highest and the lowest of every stretch` : "";
   told.textContent = `Rank ${chosen.rank}: ${trace.events.toLocaleString("en")} events${thinned}. The dotted line is the peak, ${exact(totals[trace.peak])}.`;
   draw("timeline", [...areas, ...(kept ? [kept] : []), whole, phaseBars(trace, x)], {
-    hovermode: "x", hoverdistance: 100, shapes: marks(trace, x), barmode: "overlay", margin: { l: 80, r: 20, t: 40, b: 45 },
-    xaxis: { title: { text: x === trace.at ? "event" : "milliseconds" } },
+    hovermode: "x", hoverdistance: 100, shapes: marks(trace, x), barmode: "overlay",
+    xaxis: { title: { text: narrow() ? "" : x === trace.at ? "event" : "milliseconds" } },
     yaxis: { domain: [0, 0.91], rangemode: "tozero", ...ticks(totals[trace.peak]) },
     xaxis2: { matches: "x", visible: false, anchor: "y2" },
     yaxis2: { domain: [0.93, 1], range: [-0.5, 0.5], visible: false, fixedrange: true },
@@ -188,20 +188,11 @@ function step(key) {
 
 // ---- bars
 
-function drawComparison() {
-  const names = data.comparison.map((each) => each.name);
-  const held = namesIn(data.comparison.map((each) => each.categories));
-  draw("comparison", held.map((name) => stacked(name, names, data.comparison.map((each) => each.categories[name] || 0))), {
-    barmode: "stack", xaxis: { type: "category" }, yaxis: ticks(Math.max(1, ...data.comparison.map((each) => each.total || 0))),
-    annotations: data.comparison.map((each) => ({ x: each.name, y: each.total || 0, text: each.told, showarrow: false, yanchor: "bottom" })),
-  });
-}
-
 function drawRanks() {
   const ranks = run().ranks, labels = ranks.map((rank) => `${rank.rank}`);
   const held = namesIn(ranks.map((rank) => rank.categories));
   draw("ranks", held.map((name) => stacked(name, labels, ranks.map((rank) => rank.categories[name] || 0))), {
-    barmode: "stack", bargap: 0.15, xaxis: { type: "category", title: { text: "rank", standoff: 5 } }, yaxis: ticks(Math.max(1, ...ranks.map((rank) => rank.peak || 0))),
+    barmode: "stack", bargap: 0.15, xaxis: { type: "category", title: { text: narrow() ? "" : "rank", standoff: 5 } }, yaxis: ticks(Math.max(1, ...ranks.map((rank) => rank.peak || 0))),
   });
   element("ranks").removeAllListeners("plotly_click");
   element("ranks").on("plotly_click", (event) => chooseRank(Number(event.points[0].x)));
@@ -263,9 +254,72 @@ function drawRoofline() {
   ], { xaxis: { type: "log", title: { text: "FLOP for each byte moved" } }, yaxis: { type: "log", title: { text: "FLOP/s" }, exponentformat: "SI" } });
 }
 
+// ---- many runs: sorted by a column, filtered by words
+
+function cellValue(row, column) {
+  const cell = row.cells[column];
+  const text = cell.dataset.bytes === undefined ? cell.textContent.trim() : cell.dataset.bytes;
+  return text === "" ? null : text !== "" && !Number.isNaN(Number(text)) ? Number(text) : text;
+}
+
+function compared(a, b) {
+  if (typeof a === "number" && typeof b === "number") return a - b;
+  if (typeof a === typeof b) return a.localeCompare(b, "en", { numeric: true });
+  return typeof a === "number" ? -1 : 1;
+}
+
+function sortBy(head) {
+  const table = head.closest("table"), column = head.cellIndex, body = table.tBodies[0];
+  const order = head.getAttribute("aria-sort") === "ascending" ? "descending" : "ascending", sign = order === "ascending" ? 1 : -1;
+  for (const each of table.tHead.rows[0].cells) if (each.hasAttribute("aria-sort")) each.setAttribute("aria-sort", each === head ? order : "none");
+  const rows = [...body.rows].map((row) => [cellValue(row, column), row]);
+  const known = rows.filter(([value]) => value !== null).sort(([a], [b]) => sign * compared(a, b));
+  body.append(...[...known, ...rows.filter(([value]) => value === null)].map(([, row]) => row)); // what was not measured is last
+}
+
+function filterRuns() {
+  const words = element("filter").value.toLowerCase().split(/\s+/), rows = [...element("runs-table").tBodies[0].rows];
+  for (const row of rows) {
+    const text = `${row.textContent} ${row.querySelector(".choose").title}`.toLowerCase();
+    row.hidden = !words.every((word) => text.includes(word));
+  }
+  element("filtered").textContent = `${rows.filter((row) => !row.hidden).length} of ${rows.length}`;
+}
+
+function markRun() {
+  for (const button of document.querySelectorAll(".choose")) button.closest("tr").toggleAttribute("aria-current", Number(button.dataset.choose) === chosen.run);
+}
+
+if (element("runs-table")) {
+  for (const button of document.querySelectorAll(".sortable thead button")) button.addEventListener("click", () => sortBy(button.closest("th")));
+  for (const button of document.querySelectorAll(".choose")) {
+    button.addEventListener("click", () => { element("run").value = button.dataset.choose; chooseRun(Number(button.dataset.choose)); document.querySelector("section.about:not([hidden])").scrollIntoView(); });
+  }
+  element("filter").addEventListener("input", filterRuns);
+}
+
+// ---- paper: light, everything open, charts as wide as the sheet
+
+const PAPER = 700;
+const paper = { theme: "", closed: [] };
+addEventListener("beforeprint", () => {
+  paper.theme = document.documentElement.dataset.theme;
+  paper.closed = [...document.querySelectorAll("details:not([open])")];
+  for (const each of paper.closed) each.open = true;
+  document.documentElement.dataset.theme = "light";
+  drawAll();
+  for (const chart of document.querySelectorAll(".chart.js-plotly-plot")) Plotly.relayout(chart, { width: PAPER, autosize: false });
+});
+addEventListener("afterprint", () => {
+  for (const each of paper.closed) each.open = false;
+  if (paper.theme) document.documentElement.dataset.theme = paper.theme; else delete document.documentElement.dataset.theme;
+  for (const chart of document.querySelectorAll(".chart.js-plotly-plot")) Plotly.relayout(chart, { width: null, autosize: true });
+  drawAll();
+});
+
 // ---- begin
 
-function drawAll() { drawComparison(); chooseRun(chosen.run); }
+function drawAll() { chooseRun(chosen.run); }
 element("run").addEventListener("change", (event) => chooseRun(Number(event.target.value)));
 element("rank").addEventListener("change", (event) => chooseRank(Number(event.target.value)));
 element("axis").addEventListener("change", drawTimeline);

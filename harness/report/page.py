@@ -1,17 +1,20 @@
 """Renders the page: one file that opens from disk, loads nothing from a network, and escapes every text."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from harness.analysis import compare
 from harness.analysis.summary import show
-from harness.report import content, points
+from harness.report import bars, content, contrast, points, series
 from harness.report.content import ReportedRun
 from harness.tables import size
 
 HERE = Path(__file__).parent
+
+BESIDE = 2
+"""How many runs a table has beside the first, so that it fits a sheet of paper."""
 
 
 def html(runs: Sequence[ReportedRun]) -> str:
@@ -23,7 +26,12 @@ def html(runs: Sequence[ReportedRun]) -> str:
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    environment.filters["bytes"] = lambda figure: size(figure, exact=True)
+    environment.filters |= {
+        "bytes": lambda figure: size(figure, exact=True),
+        "size": size,
+        "look": bars.look,
+        "capitalize_first": lambda text: text[:1].upper() + text[1:],
+    }
     content_of_runs, traces = [], []
     for index, run in enumerate(runs):
         modules: list[dict[str, Any]] = []
@@ -33,15 +41,19 @@ def html(runs: Sequence[ReportedRun]) -> str:
             if rank is run.record.worst:
                 modules = content.modules(trace)
         content_of_runs.append(content.of_run(run, modules))
-    data = {"runs": [_drawn(run) for run in content_of_runs], "comparison": content.comparison(runs)}
+    data = {"runs": [_drawn(run) for run in content_of_runs], "looks": bars.plain()}
     return environment.get_template("page.html").render(
         runs=content_of_runs,
-        table=_table(runs),
+        contrast=contrast.contrast(runs),
+        series=series.series(runs),
+        summary=series.table(runs),
+        tables=list(_tables(runs)),
         differing=content.differing(runs),
         pairs=list(content.pairs(runs)),
         data=Markup(_script_safe_json(data)),
         traces=traces,
         css=Markup((HERE / "page.css").read_text("utf-8")),
+        looks=Markup(bars.css()),
         js=Markup((HERE / "page.js").read_text("utf-8")),
         plotly=Markup(get_plotlyjs()),
     )
@@ -52,10 +64,19 @@ def _drawn(run: dict[str, Any]) -> dict[str, Any]:
     return {name: run[name] for name in ("name", "worst", "ranks", "modules", "roofline")}
 
 
-def _table(runs: Sequence[ReportedRun]) -> str:
-    if len(runs) > 1:
-        return compare.table([run.run for run in runs])
-    return show(runs[0].raw)
+def _tables(runs: Sequence[ReportedRun]) -> Iterator[str]:
+    """One run's figures, or several side by side: where they are many, a few at a time, each with the first."""
+    if len(runs) == 1:
+        yield show(runs[0].raw)
+        return
+    first, *others = [run.run for run in runs]
+    for few in batched(others, BESIDE):
+        yield compare.table([first, *few])
+
+
+def batched(items: Sequence[Any], count: int) -> Iterator[Sequence[Any]]:
+    """`items` in lists of `count`, the last perhaps shorter."""
+    return (items[start : start + count] for start in range(0, len(items), count))
 
 
 def _script_safe_json(value: Any) -> str:

@@ -1,0 +1,89 @@
+"""Bars of bytes by category, drawn by the style alone: they need no script, and print as they are."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from harness.analysis.palette import LOOKS, OTHER, Look
+from harness.tables import size
+
+LINE = "var(--back)"
+"""The colour of a pattern's lines."""
+
+STRIPES = {
+    "/": (-45,),
+    "\\": (45,),
+    "x": (45, -45),
+    "-": (0,),
+    "|": (90,),
+    "+": (0, 90),
+}
+"""The angles of a pattern's stripes, in degrees."""
+
+
+class Part(NamedTuple):
+    """A stretch of a bar: its class in the style, its width in percent of the scale, and what it is."""
+
+    look: str
+    width: float
+    told: str
+
+
+class Bar(NamedTuple):
+    """A bar, and its bytes as text. Without a part nothing is drawn."""
+
+    parts: list[Part]
+    told: str
+
+    @property
+    def label(self) -> str:
+        """What the bar shows, in words."""
+        return ", ".join(part.told for part in self.parts) or self.told
+
+
+def stacked(categories: Mapping[str, int | None], total: int | None, scale: int) -> Bar:
+    """A bar of all categories, of which `scale` bytes would be the whole width."""
+    names = [name for name in (*LOOKS, *(each for each in categories if each not in LOOKS)) if categories.get(name)]
+    parts = [part(name, categories[name] or 0, scale) for name in names]
+    return Bar(parts, "not measured" if total is None else size(total))
+
+
+def part(name: str, nbytes: int, scale: int, told: str = "") -> Part:
+    """The stretch of a category's bytes."""
+    return Part(look(name), _percent(nbytes, scale), told or f"{name} {size(nbytes)}")
+
+
+def look(name: str) -> str:
+    """The class of a category."""
+    return f"is-{name}" if name in LOOKS else "is-other"
+
+
+def _percent(nbytes: int, scale: int) -> float:
+    return round(100 * nbytes / scale, 3) if scale else 0.0
+
+
+def present(categories: Iterable[Mapping[str, int | None]]) -> list[str]:
+    """The categories that are above 0 in any of these, in stacking order."""
+    names = {name for each in categories for name, nbytes in each.items() if nbytes}
+    return [*(name for name in LOOKS if name in names), *sorted(names - LOOKS.keys())]
+
+
+def css() -> str:
+    """The style of each category."""
+    looks = [(f".is-{name}", each) for name, each in LOOKS.items()] + [(".is-other", OTHER)]
+    return "\n".join(f"{selector} {{ {_declarations(each)} }}" for selector, each in looks)
+
+
+def _declarations(each: Look) -> str:
+    if each.pattern == ".":
+        pattern = f"radial-gradient({LINE} 1px, transparent 1.4px)"
+        return f"background: {pattern} 0 0 / 6px 6px {each.colour};"
+    stripes = [
+        f"repeating-linear-gradient({angle}deg, {LINE} 0 1px, transparent 1px 6px)"
+        for angle in STRIPES.get(each.pattern, ())
+    ]
+    return f"background: {', '.join([*stripes, each.colour])};"
+
+
+def plain() -> dict[str, Any]:
+    """The looks as plain data, for the script."""
+    return {**{name: list(each) for name, each in LOOKS.items()}, "": list(OTHER)}
