@@ -16,7 +16,7 @@ SHOWN = 4
 """The most settings in a label."""
 
 LONGEST = 40
-"""The most characters of a title, and of a value."""
+"""The most characters of a model's name, of a key, and of a value."""
 
 GROUPS = {
     "zero.stage": "zero",
@@ -61,13 +61,12 @@ class Label(NamedTuple):
 
 def labels(paths: Sequence[Path], records: Sequence[Record]) -> list[Label]:
     """A label for each run, all different."""
-    titles = [tail(record.title, LONGEST) for record in records]
     settings = [settings_of(record) for record in records]
     named: list[Label] = [Label("")] * len(records)
-    for title in dict.fromkeys(titles):
-        group = [index for index, each in enumerate(titles) if each == title]
+    for group in similar(records):
         keys = telling([settings[index] for index in group])
         for index in group:
+            title = f"{records[index].mode} {tail(records[index].model.short, LONGEST)}"
             named[index] = Label(title, tuple(written(key, settings[index].get(key)) for key in keys))
     places = [path.parent if path.name == FILE else path for path in paths]
     for part in (
@@ -77,6 +76,14 @@ def labels(paths: Sequence[Path], records: Sequence[Record]) -> list[Label]:
     ):
         named = _apart(named, part)
     return named
+
+
+def similar(records: Sequence[Record]) -> list[list[int]]:
+    """The indices of the records, together those of one mode and model."""
+    groups: dict[str, list[int]] = {}
+    for index, record in enumerate(records):
+        groups.setdefault(record.title, []).append(index)
+    return list(groups.values())
 
 
 def _apart(named: Sequence[Label], parts: Sequence[str]) -> list[Label]:

@@ -42,8 +42,7 @@ class Bar(NamedTuple):
 
 def stacked(categories: Mapping[str, int | None], total: int | None, scale: int) -> Bar:
     """A bar of all categories, of which `scale` bytes would be the whole width."""
-    names = [name for name in (*LOOKS, *(each for each in categories if each not in LOOKS)) if categories.get(name)]
-    parts = [part(name, categories[name] or 0, scale) for name in names]
+    parts = [part(name, categories[name] or 0, scale) for name in present([categories])]
     return Bar(parts, "not measured" if total is None else size(total))
 
 

@@ -52,10 +52,10 @@ class Figure(NamedTuple):
         """The bytes as text."""
         if self.most is None:
             return "not measured"
+        most = f"{AT_LEAST if self.least else 'at most '}{size(self.most)}"
         if self.at_peak is None:
-            return f"{AT_LEAST if self.least else 'at most '}{size(self.most)}"
-        beyond = f", {AT_LEAST if self.least else 'at most '}{size(self.most)}" if self.most > self.at_peak else ""
-        return f"{size(self.at_peak)}{beyond}"
+            return most
+        return f"{size(self.at_peak)}, {most}" if self.most > self.at_peak else size(self.at_peak)
 
 
 def contrast(runs: Sequence[ReportedRun]) -> dict[str, Any] | None:
@@ -130,15 +130,13 @@ def _saved(rank: Rank) -> Figure:
 
 
 def _only(pair: Sequence[Figure]) -> str:
-    """The mode that alone has any of it; "both", "none", or "unknown" where a figure was not measured."""
+    """The mode that alone has any of it; "both", "none"; where it was not measured in one "unknown", else "unmeasured"."""
     train, infer = (each.most for each in pair)
-    if train is None and infer is None:
-        return "unmeasured"
     if train is None or infer is None:
-        return "unknown"
-    return {(True, False): "train", (False, True): "infer", (True, True): "both", (False, False): "none"}[
-        train > 0, infer > 0
-    ]
+        return "unmeasured" if train is infer else "unknown"
+    if not train:
+        return "infer" if infer else "none"
+    return "both" if infer else "train"
 
 
 TITLES = {
@@ -195,11 +193,9 @@ def _bar(name: str, figure: Figure, scale: int) -> Bar:
 
 def _absent(figures: dict[str, tuple[Figure, ...]]) -> list[str]:
     """The categories that have no row, and why."""
-    meanings = {"none": "0 B in both", "unmeasured": "not measured in either"}
-    by_meaning = {
-        meaning: [name for name, pair in figures.items() if _only(pair) == only] for only, meaning in meanings.items()
-    }
-    return [f"{meaning}: {', '.join(names)}" for meaning, names in by_meaning.items() if names]
+    meanings = {"none": "0 B in both", "unmeasured": "Not measured in either"}
+    names = {only: [name for name, pair in figures.items() if _only(pair) == only] for only in meanings}
+    return [f"{meaning}: {', '.join(names[only])}" for only, meaning in meanings.items() if names[only]]
 
 
 def _sentences(records: Sequence[Record], figures: dict[str, tuple[Figure, ...]]) -> Iterator[str]:
@@ -212,9 +208,9 @@ def _sentences(records: Sequence[Record], figures: dict[str, tuple[Figure, ...]]
         total = records[side].worst.peak.bytes or 0
         has = {name: pair[side].most or 0 for name, pair in figures.items() if _only(pair) == only}
         has = {name: nbytes for name, nbytes in has.items() if nbytes >= NOTABLE * total}
-        parts = [f"{name} ({size(nbytes)})" for name, nbytes in sorted(has.items(), key=lambda each: -each[1])]
-        if parts:
-            yield f"Only {mode} has {_listed(parts)}."
+        largest = sorted(has, key=lambda name: -has[name])
+        if largest:
+            yield f"Only {mode} has {_listed([f'{name} ({size(has[name])})' for name in largest])}."
 
 
 def _listed(parts: Sequence[str]) -> str:
@@ -241,7 +237,8 @@ def _numbers(records: Sequence[Record], kind: str) -> list[int]:
     """The stages; of the ranks those with the highest peaks."""
     if kind == "stage":
         return sorted({stage for record in records for stage in record.by_stage})
-    ranks = sorted((rank for record in records for rank in record.ranks), key=lambda rank: -(rank.peak.bytes or 0))
+    ranks = [rank for record in records for rank in record.ranks]
+    ranks.sort(key=lambda rank: -(rank.peak.bytes or 0))
     return sorted([*dict.fromkeys(rank.rank for rank in ranks)][:SHOWN])
 
 
@@ -281,5 +278,3 @@ def _waiting(maps: Sequence[dict[int, Rank]]) -> str:
 def _shown(records: Sequence[Record], numbers: Sequence[int]) -> str:
     most = max(record.world.size for record in records)
     return f"The {len(numbers)} ranks of {most} with the highest peaks." if len(numbers) < most else ""
-
-

@@ -44,10 +44,10 @@ const narrow = () => innerWidth <= 640;
 
 function layout(more) {
   const line = { gridcolor: colour("--line"), zerolinecolor: colour("--line"), linecolor: colour("--line") };
-  const { xaxis, yaxis, ...rest } = more;
+  const { xaxis, yaxis, top, ...rest } = more;
   return {
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
-    font: { color: colour("--text"), size: 12 }, margin: { l: narrow() ? 62 : 80, r: narrow() ? 5 : 20, t: 40, b: 45 },
+    font: { color: colour("--text"), size: 12 }, margin: { l: narrow() ? 62 : 80, r: narrow() ? 5 : 20, t: top || 20, b: 45 },
     legend: { orientation: "h", y: -0.2 },
     hoverlabel: { bgcolor: colour("--panel"), bordercolor: colour("--line"), font: { color: colour("--text") }, align: "left" },
     xaxis: { ...line, ...xaxis }, yaxis: { ...line, ...yaxis }, ...rest,
@@ -155,7 +155,7 @@ function drawTimeline() {
   const thinned = trace.at.length < trace.events ? `; ${trace.at.length.toLocaleString("en")} of them are drawn, the highest and the lowest of every stretch` : "";
   told.textContent = `Rank ${chosen.rank}: ${trace.events.toLocaleString("en")} events${thinned}. The dotted line is the peak, ${exact(totals[trace.peak])}.`;
   draw("timeline", [...areas, ...(kept ? [kept] : []), whole, phaseBars(trace, x)], {
-    hovermode: "x", hoverdistance: 100, shapes: marks(trace, x), barmode: "overlay",
+    hovermode: "x", hoverdistance: 100, shapes: marks(trace, x), barmode: "overlay", top: 40,
     xaxis: { title: { text: narrow() ? "" : x === trace.at ? "event" : "milliseconds" } },
     yaxis: { domain: [0, 0.91], rangemode: "tozero", ...ticks(totals[trace.peak]) },
     xaxis2: { matches: "x", visible: false, anchor: "y2" },

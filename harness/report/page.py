@@ -30,7 +30,6 @@ def html(runs: Sequence[ReportedRun]) -> str:
         "bytes": lambda figure: size(figure, exact=True),
         "size": size,
         "look": bars.look,
-        "capitalize_first": lambda text: text[:1].upper() + text[1:],
     }
     content_of_runs, traces = [], []
     for index, run in enumerate(runs):

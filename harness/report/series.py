@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from harness.analysis.labels import differing, settings_of, short, telling, text_of
+from harness.analysis.labels import differing, settings_of, short, similar, telling, text_of
 from harness.record.fields import printable
 from harness.report.bars import present, stacked
 from harness.report.content import ReportedRun
@@ -17,9 +17,7 @@ Axis = list[str]
 
 def series(runs: Sequence[ReportedRun]) -> list[dict[str, Any]]:
     """Each series among the runs: a panel for each value of one setting, in it a row for each value of the other."""
-    numbered = list(enumerate(runs))
-    titles = dict.fromkeys(run.label.title for run in runs)
-    groups = [[(n, run) for n, run in numbered if run.label.title == title] for title in titles]
+    groups = [[(number, runs[number]) for number in group] for group in similar([run.record for run in runs])]
     found = [_series(group) for group in groups if len(group) >= FEWEST]
     return [each for each in found if each is not None]
 
@@ -31,7 +29,8 @@ def _series(group: Sequence[tuple[int, ReportedRun]]) -> dict[str, Any] | None:
     if not 1 <= len(axes) <= 2:
         return None
     panel_axis, row_axis = (axes[0] if len(axes) == 2 else [], axes[-1])
-    places = {(_point(s, panel_axis), _point(s, row_axis)): each for s, each in zip(settings, group, strict=True)}
+    points = [(_point(each, panel_axis), _point(each, row_axis)) for each in settings]
+    places = dict(zip(points, group, strict=True))
     if len(places) < len(group):
         return None
     scale = max(run.record.worst.peak.bytes or 0 for _, run in group)
@@ -96,7 +95,7 @@ def _number(text: str) -> float:
 
 
 def table(runs: Sequence[ReportedRun]) -> dict[str, Any]:
-    """A row for each run: the settings that tell runs apart, its peak, and its bytes by category. None: not measured."""
+    """A row for each run: the settings that tell runs apart, and its peak by category in bytes. None: not measured."""
     settings = [settings_of(run.record) for run in runs]
     columns = _columns(runs, settings)
     peaks = [run.record.worst.peak for run in runs]
@@ -126,9 +125,8 @@ def table(runs: Sequence[ReportedRun]) -> dict[str, Any]:
 def _columns(runs: Sequence[ReportedRun], settings: Sequence[Mapping[str, Any]]) -> list[str]:
     """The keys that are in the labels of the runs."""
     keys: dict[str, None] = {}
-    for title in dict.fromkeys(run.label.title for run in runs):
-        group = [each for run, each in zip(runs, settings, strict=True) if run.label.title == title]
-        keys.update(dict.fromkeys(telling(group)))
+    for group in similar([run.record for run in runs]):
+        keys.update(dict.fromkeys(telling([settings[number] for number in group])))
     return list(keys)
 
 

@@ -18,21 +18,9 @@ from harness.record.record_file import FILE, read, write
 from harness.record.schema import parse
 from harness.report import PAGE, points
 
-TINY = "model=tiny hardware=cpu world=rehearsed world.size=2 model.config.num_hidden_layers=2"
-TRAIN = f"mode=train zero=2 train.steps=2 train.sequence=32 train.validate_every=0 {TINY}"
-INFER = f"mode=infer generation.batch=2 generation.max_new_tokens=4 {TINY}"
 HOSTILE = "</script><script>window.hacked=1</script><b>"
 
 Report = Callable[..., Path]
-
-
-@pytest.fixture(scope="session")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A rehearsed run of each mode."""
-    home = tmp_path_factory.mktemp("runs")
-    for name, words in (("train", TRAIN), ("infer", INFER)):
-        assert main([*words.split(), f"hydra.run.dir={home / name}"]) == 0
-    return {name: home / name for name in ("train", "infer")}
 
 
 def report(directory: Path, *words: object) -> Path:
