@@ -35,6 +35,11 @@ class ReportedRun:
         return self.label.text
 
     @property
+    def path(self) -> str:
+        """Where the run is, in printable characters."""
+        return printable(str(self.run.path))
+
+    @property
     def record(self) -> Record:
         return self.run.record
 
@@ -76,7 +81,7 @@ def of_run(run: ReportedRun, modules: Sequence[Mapping[str, Any]]) -> dict[str, 
     record = run.record
     return {
         "name": run.name,
-        "path": printable(str(run.run.path)),
+        "path": run.path,
         "title": title(record),
         "failed": record.status == "failed",
         "findings": [printable(finding.sentence) for finding in explain(record)],

@@ -130,7 +130,7 @@ def _saved(rank: Rank) -> Figure:
 
 
 def _only(pair: Sequence[Figure]) -> str:
-    """The mode that alone has any of it; "both", "none"; where it was not measured in one "unknown", else "unmeasured"."""
+    """The mode that alone has any of it, "both" or "none"; "unknown": not measured in one, "unmeasured": in neither."""
     train, infer = (each.most for each in pair)
     if train is None or infer is None:
         return "unmeasured" if train is infer else "unknown"

@@ -1,6 +1,7 @@
 """Exports runs to other tools: Perfetto, TensorBoard, CSV and Parquet tables, Markdown."""
 
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -30,8 +31,9 @@ def perfetto(runs: Sequence["ReportedRun"], directory: Path) -> list[Path]:
     paths = []
     for index, run in enumerate(runs):
         events = [event for rank, table in run.traces() for event in _events(rank.rank, table)]
-        paths.append(directory / _file_name("perfetto", index, runs, "json"))
-        put(paths[-1], json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
+        paths.append(directory / f"perfetto{f'-{index}' * (len(runs) > 1)}.json")
+        about = {"run": run.name, "directory": run.path}
+        put(paths[-1], json.dumps({"traceEvents": events, "displayTimeUnit": "ms", "otherData": about}))
     return paths
 
 
@@ -71,14 +73,18 @@ def _slice(rank: int, phase_key: tuple[Any, ...], start: float, end: float) -> d
 
 
 def tensorboard(runs: Sequence["ReportedRun"], directory: Path) -> list[Path]:
-    """TensorBoard's scalars of the worst rank by step: the peak of each category in MiB, and the losses."""
+    """TensorBoard's scalars of the worst rank by step: the peak of each category in MiB, and the losses.
+
+    It names a run by its directory, so that of several runs each has one with the run's name.
+    """
     try:
         from tensorboard.summary import Writer
     except ImportError:
         raise ValueError("--tensorboard: it needs TensorBoard; pip install 'harness[tensorboard]'") from None
     paths = []
     for index, run in enumerate(runs):
-        paths.append(directory / _file_name("tensorboard", index, runs))
+        own = [f"{index}-{re.sub(r'[^\w.=-]+', '_', run.name)}"] if len(runs) > 1 else []
+        paths.append(directory.joinpath("tensorboard", *own))
         writer = Writer(str(paths[-1]))
         for tag, figure, step in _scalars(run):
             writer.add_scalar(tag, figure, step)
@@ -134,6 +140,7 @@ def phases(runs: Sequence["ReportedRun"]) -> "pa.Table":
             "recomputed": phase.recomputed,
             "flops": None if phase.flops is None else float(phase.flops),
             "moved": None if phase.moved is None else float(phase.moved),
+            "directory": run.path,
         }
         for run in runs
         for rank in run.record.ranks
@@ -163,17 +170,12 @@ def markdown(runs: Sequence["ReportedRun"], directory: Path) -> list[Path]:
 
     lines = ["# Memory report", ""]
     for run in runs:
-        lines += [f"## {escaped(run.name)}", "", escaped(run.record.title), ""]
+        lines += [f"## {escaped(run.name)}", "", escaped(run.path), ""]
         lines += [*(f"- {escaped(printable(finding.sentence))}" for finding in explain(run.record)), ""]
     if len(runs) > 1:
         lines += ["## Side by side", "", table([run.run for run in runs], markdown=True), ""]
     put(directory / "report.md", "\n".join(lines))
     return [directory / "report.md"]
-
-
-def _file_name(kind: str, index: int, runs: Sequence["ReportedRun"], ending: str = "") -> str:
-    number = f"-{index}" if len(runs) > 1 else ""
-    return f"{kind}{number}{'.' * bool(ending)}{ending}"
 
 
 FORMS = {

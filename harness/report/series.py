@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from harness.analysis.labels import differing, settings_of, short, similar, telling, text_of
-from harness.record.fields import printable
 from harness.report.bars import present, stacked
 from harness.report.content import ReportedRun
 
@@ -115,7 +114,7 @@ def table(runs: Sequence[ReportedRun]) -> dict[str, Any]:
                 "bar": stacked(peak.categories, peak.bytes, scale),
                 "categories": [peak.categories.get(name) for name in names],
                 "where": str(peak.where or "-"),
-                "path": printable(str(run.run.path)),
+                "path": run.path,
             }
             for number, (run, each, peak) in enumerate(zip(runs, settings, peaks, strict=True))
         ],

@@ -152,6 +152,29 @@ def test_tensorboard_reads_the_most_of_each_step(runs: dict[str, Path], tmp_path
     assert values[1].tensor_proto.float_val[0] == pytest.approx(most / 2**20, rel=1e-6)
 
 
+def test_several_runs_are_named_by_what_they_are_in_every_export(
+    runs: dict[str, Path], tmp_path: Path
+) -> None:
+    def other(record: dict[str, Any]) -> None:
+        record["config"]["zero"]["stage"] = 1
+
+    result = report(
+        tmp_path / "report",
+        *(runs["train"], changed(runs["train"], tmp_path / "run", other)),
+        *("--tensorboard", "--perfetto", "--csv", "--markdown"),
+    )
+    assert {each.name for each in (result / "tensorboard").iterdir()} == {
+        "0-train_tiny_zero=2",
+        "1-train_tiny_zero=1",
+    }
+    about = json.loads((result / "perfetto-1.json").read_text())["otherData"]
+    assert about == {"run": "train tiny zero=1", "directory": str(tmp_path / "run")}
+    phases = pyarrow.csv.read_csv(result / "phases.csv")
+    assert set(phases.column("run").to_pylist()) == {"train tiny zero=2", "train tiny zero=1"}
+    assert str(tmp_path / "run") in phases.column("directory").to_pylist()
+    assert "## train tiny zero=1\n" in (result / "report.md").read_text()
+
+
 def test_markdown_says_what_explain_says_and_breaks_no_page(runs: dict[str, Path], tmp_path: Path) -> None:
     def change(record: dict[str, Any]) -> None:
         record["model"]["name"] = HOSTILE
