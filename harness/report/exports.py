@@ -83,8 +83,8 @@ def tensorboard(runs: Sequence["ReportedRun"], directory: Path) -> list[Path]:
         raise ValueError("--tensorboard: it needs TensorBoard; pip install 'harness[tensorboard]'") from None
     paths = []
     for index, run in enumerate(runs):
-        own = [f"{index}-{re.sub(r'[^\w.=-]+', '_', run.name)}"] if len(runs) > 1 else []
-        paths.append(directory.joinpath("tensorboard", *own))
+        name = re.sub(r"[^\w.=-]+", "_", run.name)
+        paths.append(directory.joinpath("tensorboard", *([f"{index}-{name}"] if len(runs) > 1 else [])))
         writer = Writer(str(paths[-1]))
         for tag, figure, step in _scalars(run):
             writer.add_scalar(tag, figure, step)

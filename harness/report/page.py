@@ -16,6 +16,9 @@ HERE = Path(__file__).parent
 BESIDE = 2
 """How many runs a table has beside the first, so that it fits a sheet of paper."""
 
+SCRIPTS = ("page.js", "runs.js", "paper.js")
+"""One script of the page, in this order."""
+
 
 def html(runs: Sequence[ReportedRun]) -> str:
     """The report of `runs` as an HTML page. Raises ValueError for an incomplete trace."""
@@ -53,7 +56,7 @@ def html(runs: Sequence[ReportedRun]) -> str:
         traces=traces,
         css=Markup((HERE / "page.css").read_text("utf-8")),
         looks=Markup(bars.css()),
-        js=Markup((HERE / "page.js").read_text("utf-8")),
+        js=Markup("\n".join((HERE / name).read_text("utf-8") for name in SCRIPTS)),
         plotly=Markup(get_plotlyjs()),
     )
 
