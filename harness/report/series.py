@@ -1,4 +1,4 @@
-"""Many runs: a table of them, and memory against the one or two settings in which a series of them differs."""
+"""Many runs: a table of them, and memory against the few settings in which a series of them differs."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,24 +10,27 @@ from harness.report.content import ReportedRun
 FEWEST = 3
 """The fewest runs that are a series."""
 
+MOST = 3
+"""The most settings that a picture has."""
+
 Axis = list[str]
 """Keys that change together."""
 
 
 def series(runs: Sequence[ReportedRun]) -> list[dict[str, Any]]:
-    """Each series among the runs: a panel for each value of one setting, in it a row for each value of the other."""
+    """Each series among the runs: a row for each value of the setting with the most, panels for those of the others."""
     groups = [[(number, runs[number]) for number in group] for group in similar([run.record for run in runs])]
     found = [_series(group) for group in groups if len(group) >= FEWEST]
     return [each for each in found if each is not None]
 
 
 def _series(group: Sequence[tuple[int, ReportedRun]]) -> dict[str, Any] | None:
-    """None where more than two settings differ, or where two runs have the same values."""
+    """None where no setting differs, or more than `MOST`, or where two runs have the same values."""
     settings = [settings_of(run.record) for _, run in group]
     axes = sorted(_axes(settings), key=lambda axis: len({_point(each, axis) for each in settings}))
-    if not 1 <= len(axes) <= 2:
+    if not 1 <= len(axes) <= MOST:
         return None
-    panel_axis, row_axis = (axes[0] if len(axes) == 2 else [], axes[-1])
+    panel_axis, row_axis = [key for axis in axes[:-1] for key in axis], axes[-1]
     points = [(_point(each, panel_axis), _point(each, row_axis)) for each in settings]
     places = dict(zip(points, group, strict=True))
     if len(places) < len(group):
@@ -35,7 +38,8 @@ def _series(group: Sequence[tuple[int, ReportedRun]]) -> dict[str, Any] | None:
     scale = max(run.record.worst.peak.bytes or 0 for _, run in group)
     return {
         "title": group[0][1].label.title,
-        "against": " and ".join(" with ".join(map(short, axis)) for axis in reversed(axes)),
+        "against": ", ".join(" with ".join(map(short, axis)) for axis in reversed(axes)),
+        "longest": max(len(_told(row, row_axis)) for _, row in places),
         "categories": present([run.record.worst.peak.categories for _, run in group]),
         "panels": [
             {

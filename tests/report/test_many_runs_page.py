@@ -152,7 +152,7 @@ def test_words_filter_the_runs_and_a_click_chooses_one(browser: Browser, page: P
     assert browser.find_element(By.ID, "filtered").text == "0 of 13"
 
 
-def test_a_series_has_a_bar_for_each_run_in_order(browser: Browser, page: Path) -> None:
+def test_a_series_has_a_bar_for_each_run_in_order_and_one_scale(browser: Browser, page: Path) -> None:
     opened(browser, page)
     tables = browser.find_elements(By.CSS_SELECTOR, ".panels .panel")
     captions = [each.find_element(By.TAG_NAME, "caption").text for each in tables]
@@ -160,6 +160,8 @@ def test_a_series_has_a_bar_for_each_run_in_order(browser: Browser, page: Path) 
     last = [cell.text for cell in tables[2].find_elements(By.TAG_NAME, "th")]
     assert last[:3] == ["zero=0", "zero=1", "zero=2"]
     assert "failed" in last[3]
+    bars = tables[0].parent.find_elements(By.CSS_SELECTOR, ".panels .bar")
+    assert len({round(bar.rect["width"]) for bar in bars}) == 1
     assert browser.execute_script("return window.hacked") is None
     assert browser.get_log("browser") == []
 

@@ -41,6 +41,18 @@ def test_two_settings_have_a_panel_for_each_value_of_the_one_with_fewer() -> Non
     assert panels(*records) == {"micro_batch=1": rows, "micro_batch=2": rows}
 
 
+def test_three_settings_have_a_panel_for_each_pair_of_values() -> None:
+    records = [
+        run(zero__stage=stage, train__micro_batch=size, train__sequence=sequence)
+        for stage in (0, 1, 2)
+        for size in (1, 2)
+        for sequence in (8, 16)
+    ]
+    found = panels(*records)
+    assert next(iter(found)) == "micro_batch=1 sequence=8"
+    assert [*found.values()] == [["zero=0", "zero=1", "zero=2"]] * 4
+
+
 def test_settings_that_change_together_are_one() -> None:
     records = [run(zero__stage=stage, train__micro_batch=2**stage) for stage in (1, 2, 3)]
     assert panels(*records)[""][0] == "zero=1 micro_batch=2"
@@ -51,9 +63,15 @@ def test_settings_that_change_together_are_one() -> None:
     [
         [run(), run(zero__stage=1)],
         [run(), run(), run(zero__stage=1)],
-        [run(), run(zero__stage=1), run(train__micro_batch=1), run(train__sequence=8)],
+        [
+            run(),
+            run(zero__stage=1),
+            run(train__micro_batch=1),
+            run(train__sequence=8),
+            run(zero__offload="cpu"),
+        ],
     ],
-    ids=["two runs", "a repeated one", "three settings"],
+    ids=["two runs", "a repeated one", "four settings"],
 )
 def test_other_runs_are_no_series(records: list[dict[str, Any]]) -> None:
     assert series(reported(*records)) == []
