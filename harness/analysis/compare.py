@@ -126,7 +126,7 @@ def table(runs: Sequence[Run], markdown: bool = False, exact: bool = False) -> s
     notes = [
         *_empty_notes(records),
         *lines.legend(),
-        *_failures(records, names),
+        *failures(records, names),
         *_change_notes(records, names, exact),
     ]
     if markdown:
@@ -247,7 +247,7 @@ def _prefix(record: Record, number: int) -> str | None:
     return "worst " if number in record.worst.numbers and len(set(record.peaks.values())) > 1 else ""
 
 
-def _failures(records: Sequence[Record], names: Sequence[str]) -> Iterator[str]:
+def failures(records: Sequence[Record], names: Sequence[str]) -> Iterator[str]:
     """A sentence for each failed run: where it failed, the error, and how many ranks left a record."""
     for record, name in zip(records, names, strict=True):
         if record.status == "failed":

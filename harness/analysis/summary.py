@@ -5,7 +5,7 @@ from typing import Any
 
 from harness.analysis.roofline import line
 from harness.config.rules.quantized import AT_FIRST
-from harness.record.memory import Rank, Where
+from harness.record.memory import UNHEARD, Rank, Where
 from harness.record.schema import Record, parse
 from harness.tables import AT_LEAST, Table, size
 
@@ -112,7 +112,7 @@ def _rehearsed(run: Record) -> Iterator[str]:
         yield f"{len(run.world.differences)} known to differ from a real run: differences, in the record's world"
     if run.world.verified is not None:
         yield f"{where or run.world.device}: {run.world.verified}"
-    fullest = max(run.ranks, key=_needs)
+    fullest = max(run.ranks, key=_needs, default=UNHEARD)
     if (needs := _needs(fullest)) and memory is not None:
         yield f"{size(needs)} of {size(memory)} on {where or run.world.device}: {_fits(fullest, memory)}"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.advice.explain import explain
-from harness.analysis.compare import Run
+from harness.analysis.compare import Run, failures
 from harness.analysis.labels import Label, labels
 from harness.analysis.roofline import machine, sentence
 from harness.analysis.roofline_model import bounds
@@ -83,7 +83,7 @@ def of_run(run: ReportedRun, modules: Sequence[Mapping[str, Any]]) -> dict[str, 
         "name": run.name,
         "path": run.path,
         "title": title(record),
-        "failed": record.status == "failed",
+        "failed": [printable(sentence) for sentence in failures([record], [run.name])],
         "findings": [printable(finding.sentence) for finding in explain(record)],
         "worst": record.worst.rank,
         "ranks": [_rank(rank) for rank in sorted(record.ranks, key=lambda rank: -(rank.peak.bytes or 0))],

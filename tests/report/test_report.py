@@ -81,6 +81,20 @@ def test_all_of_it_needs_no_trace(runs: dict[str, Path], tmp_path: Path) -> None
     assert json.loads((result / "perfetto.json").read_text())["traceEvents"] == []
 
 
+def test_a_run_that_failed_before_it_measured_anything_says_why(
+    runs: dict[str, Path], tmp_path: Path
+) -> None:
+    def change(record: dict[str, Any]) -> None:
+        record |= {"status": "failed", "failure": {"rank": 1, "error": "no room"}, "ranks": []}
+
+    failed = changed(runs["infer"], tmp_path / "run", change)
+    text = (report(tmp_path / "alone", failed) / PAGE).read_text()
+    assert "infer tiny failed on rank 1: no room; infer tiny has the accounting of 0 of its 2 ranks." in text
+    text = (report(tmp_path / "beside", runs["train"], failed) / PAGE).read_text()
+    assert "Not measured in one of them" in text
+    assert "Only in training" not in text
+
+
 def test_perfetto_has_the_bytes_of_each_category_and_every_phase(
     runs: dict[str, Path], tmp_path: Path
 ) -> None:
