@@ -142,9 +142,9 @@ def text_of(value: Any) -> str:
 def short(key: str) -> str:
     """`key` without a prefix that goes without saying in its mode: `micro_batch` for `train.micro_batch`."""
     prefix = next((prefix for prefix in UNSAID if key.startswith(prefix)), "")
-    return printable(key.removeprefix(prefix))
+    return tail(printable(key.removeprefix(prefix)), LONGEST)
 
 
 def written(key: str, value: Any) -> str:
     """`key=value`, both short; of a long value the end."""
-    return f"{tail(short(key), LONGEST)}={tail(text_of(value), LONGEST)}"
+    return f"{short(key)}={tail(text_of(value), LONGEST)}"

@@ -3,15 +3,19 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from harness.analysis.labels import differing, settings_of, short, similar, telling, text_of
+from harness.analysis.labels import LONGEST, differing, settings_of, short, similar, telling, text_of
 from harness.report.bars import present, stacked
 from harness.report.content import ReportedRun
+from harness.tables import tail
 
 FEWEST = 3
 """The fewest runs that are a series."""
 
 MOST = 3
 """The most settings that a picture has."""
+
+FILLED = 0.5
+"""The least share of the settings' combinations that a picture has a run of."""
 
 Axis = list[str]
 """Keys that change together."""
@@ -25,7 +29,7 @@ def series(runs: Sequence[ReportedRun]) -> list[dict[str, Any]]:
 
 
 def _series(group: Sequence[tuple[int, ReportedRun]]) -> dict[str, Any] | None:
-    """None where no setting differs, or more than `MOST`, or where two runs have the same values."""
+    """None where no setting differs, or more than `MOST`; where two runs have the same values, or most have no run."""
     settings = [settings_of(run.record) for _, run in group]
     axes = sorted(_axes(settings), key=lambda axis: len({_point(each, axis) for each in settings}))
     if not 1 <= len(axes) <= MOST:
@@ -33,7 +37,8 @@ def _series(group: Sequence[tuple[int, ReportedRun]]) -> dict[str, Any] | None:
     panel_axis, row_axis = [key for axis in axes[:-1] for key in axis], axes[-1]
     points = [(_point(each, panel_axis), _point(each, row_axis)) for each in settings]
     places = dict(zip(points, group, strict=True))
-    if len(places) < len(group):
+    grid = len({panel for panel, _ in points}) * len({row for _, row in points})
+    if len(places) < len(group) or len(places) < FILLED * grid:
         return None
     scale = max(run.record.worst.peak.bytes or 0 for _, run in group)
     return {
@@ -81,7 +86,7 @@ def _point(settings: Mapping[str, Any], axis: Axis) -> Point:
 
 
 def _told(point: Point, axis: Axis) -> str:
-    return " ".join(f"{short(key)}={value}" for key, value in zip(axis, point, strict=True))
+    return " ".join(f"{short(key)}={tail(value, LONGEST)}" for key, value in zip(axis, point, strict=True))
 
 
 def _ordered(points: Sequence[Point]) -> list[Point]:

@@ -65,13 +65,19 @@ def test_settings_that_change_together_are_one() -> None:
         [run(), run(), run(zero__stage=1)],
         [
             run(),
-            run(zero__stage=1),
-            run(train__micro_batch=1),
-            run(train__sequence=8),
-            run(zero__offload="cpu"),
+            *(
+                run(**{key: 8})
+                for key in ("zero__stage", "train__micro_batch", "train__sequence", "train__batch")
+            ),
+        ],
+        [
+            run(),
+            run(zero__stage=0, train__micro_batch=2),
+            run(zero__stage=1, train__micro_batch=1),
+            run(zero__stage=3),
         ],
     ],
-    ids=["two runs", "a repeated one", "four settings"],
+    ids=["two runs", "a repeated one", "four settings", "few of the combinations"],
 )
 def test_other_runs_are_no_series(records: list[dict[str, Any]]) -> None:
     assert series(reported(*records)) == []
