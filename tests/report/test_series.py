@@ -1,5 +1,6 @@
 """Runs in which one or two settings differ are a series; their table says all that was measured, and null apart."""
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +65,8 @@ def test_settings_that_change_together_are_one() -> None:
         [run(), run(zero__stage=1)],
         [run(), run(), run(zero__stage=1)],
         [
-            run(),
-            *(
-                run(**{key: 8})
-                for key in ("zero__stage", "train__micro_batch", "train__sequence", "train__batch")
-            ),
+            run(zero__stage=a, train__micro_batch=b, train__sequence=c, train__batch=d)
+            for a, b, c, d in product((1, 2), repeat=4)
         ],
         [
             run(),
