@@ -318,7 +318,7 @@ class _Run:
             print(f"harness: {own_report.sentence}", file=sys.stderr, flush=True)
         if report:
             launcher.report(report.sentence)
-        self.trackers.fail(report.sentence if report else "refused")
+        self.trackers.fail(report.sentence if report else "it ended without a report")
         code = report.code if report else 2  # a refused run leaves no file
         if code == 2 and self.world.leads:
             _remove(self.directory, failure.end_others(self.world))

@@ -384,7 +384,7 @@ def as_typed(value: object) -> str:
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, bool | float | str]]:
-    """Each value of `tree` by its path, as `train.steps`; what is no number and no text as the command line writes it."""
+    """Each value of `tree` by its path, as `train.steps`; what is no number and no text as it would be typed."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
             yield from flat(value, f"{prefix}{key}.")

@@ -235,6 +235,8 @@ class Reports:
     def finished(self, requests: Finished) -> None:
         """These `requests` have ended."""
         self.out.flush()
+        if not requests.prompts:
+            return
         self.times, self.prompts = self.times + 1, self.prompts + requests.prompts
         self.tokens += requests.new_tokens
         if self.out.trackers:

@@ -51,7 +51,7 @@ class Tracker:
 
 
 class TensorBoard(Tracker):
-    """It has no state of a run; a failure is a text."""
+    """It has no state of a run; a failure is a text. Its figures have 24 bits."""
 
     def _made(self, name: str, directory: Path) -> tuple[Any, str]:
         from accelerate.tracking import TensorBoardTracker

@@ -64,22 +64,23 @@ class Trackers:
 
     def fail(self, sentence: str) -> None:
         """End the run in each tracker as failed, because of `sentence`. Any thread may call this."""
+        running, self._running = self._running, {}  # the thread that logs may still run
         threads = [
             threading.Thread(target=self._works, args=(kind, tracker.fail, sentence, self._step), daemon=True)
-            for kind, tracker in self._running.items()
+            for kind, tracker in running.items()
         ]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join(PATIENCE)
-        self._running.clear()
 
     def _works(self, kind: str, call: Callable[..., object], *arguments: Any) -> bool:
         """Call `call` of a tracker. Where that fails the tracker is dropped, a line says why, and this is false."""
         try:
             call(*arguments)
         except Exception as error:  # no result of the run may depend on it
-            self._running.pop(kind, None)
+            if self._running.pop(kind, None) is None:  # `fail` has ended it meanwhile
+                return False
             self.say(f"tracker {kind} gets no more figures: {first_line(error, named=True)}")
             return False
         return True
