@@ -1,5 +1,6 @@
 """A tracker that fails, is absent or was not wanted: a line, and the run goes on. Real runs: tests/distributed."""
 
+import os
 import sqlite3
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import mlflow
 import pytest
 
+from harness.record.record_file import read
 from harness.runtime.trackers import Trackers
 from tests.tracked import READERS
 
@@ -40,18 +42,22 @@ def test_a_tracker_that_fails_in_the_middle_is_said_once_and_the_others_go_on(
     assert figures == {"loss": {1: 2.0, 2: 1.0, 3: 0.5}, "final/loss": {3: 0.5}}
 
 
-def test_a_tracker_whose_environment_is_wrong_never_begins(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "no-such-scheme://nowhere")
-    said: list[str] = []
-    trackers = Trackers(["mlflow"], tmp_path, said.append)
-    trackers.start()
-    assert not trackers
-    (line,) = said
+def test_a_tracker_whose_environment_is_wrong_is_a_line_of_a_run_that_is_complete(tmp_path: Path) -> None:
+    words = ["mode=train", "hardware=cpu", "precision=fp32", "train.steps=1", "train.sequence=16"]
+    words += ["train.export=false", "train.validate_every=0", "hardware.bandwidth=1e10", "tracker=mlflow"]
+    done = subprocess.run(
+        [sys.executable, "-m", "harness", *words, f"hydra.run.dir={tmp_path}/run"],
+        cwd=ROOT,
+        env={**os.environ, "MLFLOW_TRACKING_URI": "no-such-scheme://nowhere"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    (line,) = [line for line in done.stdout.splitlines() if "tracker" in line]
     assert line.startswith("tracker mlflow gets no more figures: ")
     assert "no-such-scheme" in line
-    assert [*tmp_path.iterdir()] == []
+    assert read(tmp_path / "run")["status"] == "complete"
+    assert not [*(tmp_path / "run").glob("mlflow*")]
 
 
 @pytest.mark.parametrize("package", ["tensorboard", "wandb", "mlflow", "sqlalchemy"])
