@@ -171,7 +171,7 @@ def share_of(
     }
     quiet, peak = not (course.values and world.leads), partial(peak_of, ledger)
     if generation.batching == "continuous" and isinstance(model, PreTrainedModel):
-        with Pace(len(own_prompts), "prompt", say, quiet, peak=peak) as pace:
+        with Pace(len(own_prompts), "prompt", say, quiet, more=peak) as pace:
 
             def finished(requests: Finished) -> None:
                 pace.advance(requests.prompts)
@@ -181,7 +181,7 @@ def share_of(
                 generation, model, own_prompts, strategy, ledger, course, finished
             )
     tokens = sum(prompt.max_new_tokens for prompt in own_prompts.values())
-    with Pace(tokens, "token", say, quiet, peak=peak) as pace:
+    with Pace(tokens, "token", say, quiet, more=peak) as pace:
         return _in_batches(settings, world, ledger, model, own_prompts, strategy, pace, report, course)
 
 

@@ -196,6 +196,11 @@ class Ledger:
         """The phase that is running now, or the phase that the first error left."""
         return self._failed_in or self._log.where
 
+    @property
+    def module(self) -> str:
+        """The module that is running now, by its name. Empty: none, or it is not seen."""
+        return self._log.module
+
     def _enter(self, where: Where) -> None:
         if self.exact:
             self._log.enter(where)

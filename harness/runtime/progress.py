@@ -20,15 +20,15 @@ WORTH_PRINTING = 5.0
 """An estimate below this many seconds is not printed."""
 EVERY = 30.0
 """The most seconds between two lines. A line is also printed after each tenth of the whole."""
-PEAK_EVERY = 1.0
-"""Seconds between two questions for the peak that the bar shows."""
+MORE_EVERY = 0.2
+"""The least seconds between two questions for what the bar also shows."""
 
 
 class Pace:
     """Counts up to `total` of `unit`, from `done`, and prints once with `say` how long this will take.
 
     If `silent`, as on ranks other than 0 and in a rehearsal, it counts and prints nothing. If `total` is None, the
-    total is unknown. `peak` is asked for the peak so far, as text, when it is shown.
+    total is unknown. `more` is asked now and then for what is shown too, as the peak so far.
     """
 
     def __init__(
@@ -38,14 +38,14 @@ class Pace:
         say: Say,
         silent: bool = False,
         done: int = 0,
-        peak: Callable[[], str] = str,
+        more: Callable[[], str] = str,
     ) -> None:
-        self.total, self.unit, self.say, self.silent, self.peak = total, unit, say, silent, peak
+        self.total, self.unit, self.say, self.silent, self.more = total, unit, say, silent, more
         self.done, self.first_done = done, done
         self.started_at: float | None = None
         self.estimated = False
         self.last_line_at, self.tenth = 0.0, self._tenth()
-        self.peak_shown, self.peak_asked_at = "", 0.0
+        self.more_shown, self.more_asked_at = "", 0.0
         self.bar = tqdm(total=total, initial=done, unit=unit, leave=False, disable=silent or None)
 
     def __enter__(self) -> "Pace":
@@ -60,7 +60,7 @@ class Pace:
         self.done += count if self.total is None else min(count, self.total - self.done)
         self._show(now, line)
         self.bar.update(self.done - self.bar.n)
-        if self.silent:
+        if self.silent or not self.done:
             return
         if self.started_at is None:
             self.started_at, self.first_done, self.last_line_at = now, self.done, now
@@ -80,9 +80,10 @@ class Pace:
         """Set what stands after the bar, if a terminal shows it."""
         if self.bar.disable:
             return
-        if now - self.peak_asked_at >= PEAK_EVERY:
-            self.peak_shown, self.peak_asked_at = self.peak(), now
-        self.bar.set_postfix_str("  ".join(filter(None, [line, self.peak_shown])), refresh=False)
+        is_time = now - self.more_asked_at >= MORE_EVERY
+        if is_time:
+            self.more_shown, self.more_asked_at = self.more(), now
+        self.bar.set_postfix_str("  ".join(filter(None, [line, self.more_shown])), refresh=is_time)
 
     def up_to(self, done: int) -> None:
         """`done` units are done, including those that were not needed."""
@@ -109,7 +110,7 @@ class Pace:
         self.last_line_at, self.tenth = now, tenth
         remaining = f"about {duration(remaining_seconds)} left" if remaining_seconds >= WORTH_PRINTING else ""
         total = "" if self.total is None else f"/{self.total:,}"
-        self.say("  ".join(filter(None, [f"{self.unit} {self.done:,}{total}", line, self.peak(), remaining])))
+        self.say("  ".join(filter(None, [f"{self.unit} {self.done:,}{total}", line, self.more(), remaining])))
 
 
 def peak_of(ledger: "Ledger") -> str:
@@ -118,8 +119,7 @@ def peak_of(ledger: "Ledger") -> str:
     if peak is None:
         return "" if highest is None else f"peak {size(highest)}"
     largest = sorted(((n, b) for n, b in peak.categories.items() if b), key=lambda pair: -pair[1])[:3]
-    parts = ", ".join(f"{name} {nbytes / 2**20:.1f}" for name, nbytes in largest)
-    return f"peak {peak.bytes / 2**20:.1f} MiB ({parts})"
+    return f"peak {size(peak.bytes)} ({', '.join(f'{name} {size(nbytes)}' for name, nbytes in largest)})"
 
 
 def aside(line: str) -> None:
