@@ -46,8 +46,8 @@ class Recent:
         if not log.recording:
             return
         totals = dict.fromkeys(CATEGORIES, 0)
-        for storage in log.living():
-            totals[storage.category] += storage.nbytes
+        for alive in log.living():
+            totals[alive.category] += alive.nbytes
         total = sum(totals.values())
         highest, at_peak, peaks = total, {**totals}, {**totals}
         for index in range(
