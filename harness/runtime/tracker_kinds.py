@@ -87,7 +87,9 @@ class Wandb(Tracker):
     def start(self, name: str, directory: Path, settings: Mapping[str, bool | float | str]) -> None:
         super().start(name, directory, settings)
         run = self._tracker.tracker
-        self.place = run.url or f"wandb sync {Path(run.dir).parent}"
+        self.place = run.url or (
+            "off, by WANDB_MODE=disabled" if run.disabled else f"wandb sync {Path(run.dir).parent}"
+        )
 
     def fail(self, sentence: str, step: int) -> None:
         self._tracker.tracker.summary["failure"] = sentence

@@ -126,6 +126,8 @@ def test_a_key_of_a_model_config_can_be_changed_or_added() -> None:
         ("mode=trian", "mode=trian: should be 'train' or 'infer'"),
         ("tracker=wand", "tracker=wand: should be 'tensorboard', 'wandb' or 'mlflow'"),
         ("tracker=[wandb,csv]", "tracker=csv: should be 'tensorboard', 'wandb' or 'mlflow'"),
+        ("tracker.name=x", "tracker.name=x: tracker is a list; give it as a whole, as tracker=[a,b]"),
+        ("checkpointing.layers.0=1", "checkpointing.layers.0=1: checkpointing.layers is a list; give it "),
         ("tracker={a:1}", "tracker={a:1}: should be a valid list, as [a,b]"),
         ("checkpointing=some", "checkpointing=some: no such option; one of full, none, selective"),
         ("zero.offload=some", "zero.offload=some: should be 'none', 'optimizer' or 'all'"),
