@@ -72,7 +72,8 @@ def test_a_rehearsal_shows_which_role_is_at_which_layer_out_of_a_total_that_it_h
     layers = 2 * 2 * 32  # steps, forward and backward, layers
     assert re.search(rf" 0/{layers} \[00:00<\?", bars[0])
     assert all(f"/{layers} [" in line for line in bars)
-    place = rf"[1-9]\d*/{layers} \[\d\d:\d\d<\d\d:\d\d, .*, rank \d \(stage \d of 2, layers \d+ to \d+\): "
-    assert any(re.search(place + "step [12]/2, (forward|backward) of layer ", line) for line in bars)
+    far = rf"[1-9]\d*/{layers} \[\d\d:\d\d<\d\d:\d\d, .*, "
+    place = r"(forward|backward) of layer \d+, step [12]/2, rank \d \(stage \d of 2, layers \d+ to \d+\)"
+    assert any(re.search(far + place, line) for line in bars)
     for role in ("rank 0 (stage 0 of 2, layers 0 to 15)", "rank 1 (stage 1 of 2, layers 16 to 31)"):
         assert any(role in line for line in bars)

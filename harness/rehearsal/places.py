@@ -156,7 +156,9 @@ class Progress:
         if rank is None:
             return ""
         place = self._running[rank] = self._running.pop(rank)  # it is the last in the next turn
-        return f"{self.roles[rank]}: {_described(place, self.distances[rank])}"
+        return (
+            f"{_described(place, self.distances[rank])}, {self.roles[rank]}"  # a narrow terminal cuts the end
+        )
 
 
 def layers_of(plan: Plan, representatives: Sequence[Representative]) -> int:
@@ -174,4 +176,4 @@ def _described(place: Place, distance: Distance) -> str:
     if phase in ("idle", "setup"):
         return "set-up"
     layer = "" if place.layer is None else f" of layer {place.layer}"
-    return f"step {step + 1}/{distance.steps}, {'optimizer' if phase == 'step' else phase}{layer}"
+    return f"{'optimizer' if phase == 'step' else phase}{layer}, step {step + 1}/{distance.steps}"
