@@ -230,14 +230,14 @@ class Reports:
 
     def __init__(self, out: Output, ledger: Ledger) -> None:
         self.out, self.ledger = out, ledger
-        self.times = self.prompts = self.tokens = 0
+        self.batches = self.prompts = self.tokens = 0
 
     def finished(self, requests: Finished) -> None:
         """These `requests` have ended."""
         self.out.flush()
         if not requests.prompts:
             return
-        self.times, self.prompts = self.times + 1, self.prompts + requests.prompts
+        self.batches, self.prompts = self.batches + 1, self.prompts + requests.prompts
         self.tokens += requests.new_tokens
         if self.out.trackers:
             generated = {
@@ -249,7 +249,7 @@ class Reports:
                 "generate/kv_reserved": None if requests.kv is None else requests.kv.reserved,
                 "generate/kv_filled": None if requests.kv is None else requests.kv.filled,
             }
-            self.out.trackers.log(self.times, {**generated, **of_stretch(self.ledger.recent.take())})
+            self.out.trackers.log(self.batches, {**generated, **of_stretch(self.ledger.recent.take())})
 
 
 def of_replica(prompts: int, dp_rank: int, dp_size: int) -> range:
