@@ -18,16 +18,18 @@ from tqdm import tqdm
 from harness.analysis.summary import decided, show
 from harness.config.load import Refusal, Settings
 from harness.config.rules import check_world
+from harness.config.settings import flat
 from harness.device.workspaces import of_this_gpu
 from harness.ledger import Ledger
 from harness.model.plan import Plan
 from harness.model.resolve import resolve
-from harness.record import ceilings, phase_times, record_file, trace
+from harness.record import ceilings, figures, phase_times, record_file, trace
 from harness.record.memory import Rank
 from harness.record.results import Performance, Results
 from harness.record.schema import World as WorldRecord
 from harness.runtime import failure, launcher, memory_snapshot, peak_rates, world
 from harness.runtime.files import put
+from harness.runtime.trackers import Trackers
 from harness.runtime.world import World
 
 T = TypeVar("T")
@@ -148,6 +150,7 @@ class _Run:
             device_name=joined_world.device_name,
         )
         self.head = record_file.head(settings, plan.reasons, command, world_record)
+        self.trackers = self._trackers()
         for line in decided(plan.reasons):
             self.say(line)
 
@@ -174,6 +177,7 @@ class _Run:
             return self._fail(partial(failure.of, error, where, self.directory, self.world))
         if self.world.leads:
             self._write(ranks, status="complete")
+            self.trackers.finish(figures.of_run(ranks, self.results))
             _print_summary(self.directory, self.say)
         return 0
 
@@ -197,7 +201,7 @@ class _Run:
             self._memory_snapshot(),
             self.ledger,
         ):
-            out = record_file.Output(self.directory, self.say, self.results, self.flush)
+            out = record_file.Output(self.directory, self.say, self.results, self.flush, self.trackers)
             mode.run(self.plan, self.world, self.ledger, out)
         self._write_trace()
         return self._rank_record()
@@ -248,6 +252,14 @@ class _Run:
     def _write_trace(self) -> None:
         if self.settings.ledger.trace:
             trace.write(self.directory, self.world.rank, trace.of_ledger(self.ledger))
+
+    def _trackers(self) -> Trackers:
+        """The trackers of rank 0; none on another rank."""
+        if not self.world.leads:
+            return Trackers()
+        values = {**dict(flat(asdict(self.settings))), "world.size": self.world.size}
+        title = f"{self.settings.mode} {self.head.model.short}"
+        return Trackers(self.settings.tracker, self.directory, self.say, title, values)
 
     def say(self, line: str) -> None:
         """Print `line`, on rank 0."""
@@ -306,6 +318,7 @@ class _Run:
             print(f"harness: {own_report.sentence}", file=sys.stderr, flush=True)
         if report:
             launcher.report(report.sentence)
+        self.trackers.fail(report.sentence if report else "it ended without a report")
         code = report.code if report else 2  # a refused run leaves no file
         if code == 2 and self.world.leads:
             _remove(self.directory, failure.end_others(self.world))

@@ -159,6 +159,7 @@ def settings_of(record: Record, values: Mapping[str, Any]) -> Settings:
         "hardware.device": record.world.device,
         "ledger.mode": "exact",
         "train.resume": None,
+        "tracker": [],
     }
     settings = checked(typed(changed(record.config, {**rehearsal_values, **values})))
     check_world(settings, record.world.size)

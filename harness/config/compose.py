@@ -112,6 +112,10 @@ def _parse(argument: str) -> Override:
         raise Refusal(key, value, f"of Hydra's own keys only {RUN_DIR} has an effect here; leave it out")
     if override.is_sweep_override():
         raise Refusal(key, value, "sweeps are not supported; give one value, or a list as [a,b]")
+    whole = described_fields().get(key.rpartition(".")[0])
+    if whole is not None and isinstance(whole.default, list):
+        name = key.rpartition(".")[0]
+        raise Refusal(key, value, f"{name} is a list; give it as a whole, as {name}=[a,b]")
     if options and (override.is_add() or override.is_force_add()):
         raise Refusal(key, value, f"every group exists already; leave out the + of +{key}")
     if override.is_delete() and not key.startswith("model.config."):

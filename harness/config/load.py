@@ -110,7 +110,7 @@ def nearest(key: str, keys: Iterable[str]) -> str:
 def _refusal(error: ValidationError, tree: Mapping[str, Any]) -> Refusal:
     """pydantic's first error, as a Refusal."""
     first = error.errors()[0]
-    parts = [str(part) for part in first["loc"]]
+    parts = [part for part in first["loc"] if isinstance(part, str)]  # without the place in a list
     if parts[:2] == ["pipeline", "split"]:
         choices = "uniform, parameters, memory, or the layers of each stage, 1 or more, as [3,5]"
         return Refusal("pipeline.split", tree["pipeline"]["split"], f"should be {choices}")

@@ -4,7 +4,7 @@ A field's place is its Hydra path (`Settings.train.steps` is `train.steps=`), an
 Nothing here imports torch, so a wrong request is refused within a second.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Annotated, Any, Literal
 
@@ -42,6 +42,16 @@ def _above_zero(value: float) -> float:
 Temperature = Annotated[float, Field(le=1e30), AfterValidator(_above_zero), _Number]
 
 _STRICT = ConfigDict(extra="forbid", coerce_numbers_to_str=True, use_attribute_docstrings=True)
+
+
+def _names(value: object) -> object:
+    """The names of a list that may be written as one name, or as none."""
+    if value is None or value == "none":
+        return []
+    return list(dict.fromkeys(value)) if isinstance(value, list) else [value]
+
+
+Trackers = Annotated[list[Literal["tensorboard", "wandb", "mlflow"]], BeforeValidator(_names)]
 
 
 class Refusal(Exception):
@@ -277,6 +287,8 @@ class Settings:
     """Of parameters, gradients, activations, KV cache; auto is bf16 on GPUs and on CPUs faster in it, else fp32."""
     seed: Annotated[int, Field(ge=0, lt=2**32), _Number] = 0
     """Seed of weights, data order and sampling."""
+    tracker: Trackers = Field(default_factory=list)
+    """Who else gets a run's figures while it goes on, as wandb or [wandb,mlflow]; offline."""
     model: Model = Model()
     data: Data = Data()
     zero: Zero = Zero()
@@ -333,8 +345,9 @@ def described_fields() -> dict[str, FieldHelp]:
 
 
 def _field_help(schema: dict[str, Any]) -> FieldHelp:
-    choices = tuple(map(str, schema.get("enum", ())))
-    kinds = [part.get("type") for part in (schema, schema.get("items", {}), *schema.get("anyOf", ()))]
+    items = schema.get("items", {})
+    choices = tuple(map(str, schema.get("enum", items.get("enum", ()))))
+    kinds = [part.get("type") for part in (schema, items, *schema.get("anyOf", ()))]
     empty: Any = {"array": [], "object": {}}.get(
         kinds[0] or ""
     )  # a JSON schema has no default for a default_factory
@@ -368,3 +381,12 @@ def as_typed(value: object) -> str:
     if value is None:
         return "null"
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, bool | float | str]]:
+    """Each value of `tree` by its path, as `train.steps`; what is no number and no text as it would be typed."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value if isinstance(value, (bool, int, float, str)) else as_typed(value)

@@ -24,7 +24,7 @@ from harness.config.strategy import LIKELIEST, Strategy
 from harness.data.prompts import Prompt
 from harness.generation.batch import Requests
 from harness.generation.course import WHOLE, Decoding
-from harness.generation.metrics import Share, Timing
+from harness.generation.metrics import Finished, Share, Timing
 from harness.generation.paged_cache import Limits, Paged, Usage, limits_of
 from harness.generation.paged_choosing import Choosers
 from harness.generation.timestamps import clock
@@ -87,7 +87,7 @@ def share_of(
     strategy: Strategy,
     ledger: Ledger,
     course: Decoding,
-    report: Callable[[int], None],
+    report: Callable[[Finished], None],
 ) -> Share:
     """Generate for a rank's `prompts` (by number in the run); other arguments as for `generate`. Raises Refusal."""
     if not prompts:
@@ -113,14 +113,14 @@ def generate(
     limits: Limits,
     ledger: Ledger,
     course: Decoding = WHOLE,
-    report: Callable[[int], None] = lambda ended: None,
+    report: Callable[[Finished], None] = lambda finished: None,
 ) -> Continued:
     """Continue each of `requests` within `limits`, with tokens chosen by `strategy`.
 
     `model` is in eval mode. Each request gets the tokens that it would get alone. `ledger` has a step for each load:
     max_num_seqs ended requests. The phases are `data` (the inputs of the next forward), `prefill` (a forward with any
-    prompt token) and `decode` (all other forwards). After each load, `report` receives the number of requests that
-    ended in it. `course` decides which forwards are run.
+    prompt token) and `decode` (all other forwards). After each load, `report` receives the requests that ended
+    in it. `course` decides which forwards are run.
     """
     prompts, eos = requests.prompts, [*course.ends(strategy)]
     output = Continued([[] for _ in prompts], [[] for _ in prompts], [0.0 for _ in prompts])
@@ -149,7 +149,7 @@ class Run:
         output: Continued,
         limits: Limits,
         course: Decoding,
-        report: Callable[[int], None],
+        report: Callable[[Finished], None],
     ) -> None:
         self.model, self.processor, self.ledger, self.output = model, processor, ledger, output
         self.max_num_seqs, self.report = limits.max_num_seqs, report
@@ -223,7 +223,9 @@ class Run:
             with self.ledger.phase(phase, len(self.output.loads) - 1):
                 pass
         self.phases = set()
-        self.report(self.ended - self.reported)
+        load, ended = self.output.loads[-1], self.ended - self.reported
+        seconds = load.prefill_seconds + load.decode_seconds
+        self.report(Finished(ended, load.new_tokens, seconds, self.usage.peak))
         self.reported = self.ended
 
 

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +23,7 @@ from harness.generation.course import WHOLE, Decoding
 from harness.generation.decode import Generated, generate
 from harness.generation.generation_config import as_record, strategy_of
 from harness.generation.metrics import (
+    Finished,
     Share,
     Timing,
     idleness,
@@ -42,10 +44,11 @@ from harness.model.stage import Stage
 from harness.model.tokenizer import tokenizer_of
 from harness.quantization import method
 from harness.quantization.method import Quantization
+from harness.record.figures import of_stretch
 from harness.record.record_file import Output
 from harness.record.results import Inference, Model, Performance
 from harness.runtime.files import whole
-from harness.runtime.progress import Pace
+from harness.runtime.progress import Pace, peak_of
 from harness.runtime.world import World
 
 FILE = "generations.jsonl"
@@ -91,7 +94,10 @@ def run(plan: Plan, world: World, ledger: Ledger, out: Output, course: Decoding 
     if description := strategy.description():
         out.say(f"{settings.model.name}: {description}")
     startup = time.perf_counter() - start
-    share = share_of(settings, world, ledger, model, prompts, strategy, out.flush, out.say, course)
+    out.trackers.start()
+    ledger.recent.take()  # the set-up
+    report = Reports(out, ledger).finished
+    share = share_of(settings, world, ledger, model, prompts, strategy, report, out.say, course)
     ledger.enough()  # on every rank, whatever its number of batches: an exact ledger would also record what follows
     by_rank = world.gather(share)
     shares = of_replicas(by_rank, world.layout)
@@ -154,28 +160,29 @@ def share_of(
     model: PreTrainedModel | Stage,
     prompts: Sequence[Prompt],
     strategy: Strategy,
-    flush: Callable[[], None],
+    report: Callable[[Finished], None],
     say: Say = lambda line: None,
     course: Decoding = WHOLE,
 ) -> Share:
-    """Generate for this replica's prompts: every `world.dp_size`-th one."""
+    """Generate for this replica's prompts: every `world.dp_size`-th one. `report` receives those that have ended."""
     generation = settings.generation
     own_prompts = {
         number: prompts[number] for number in of_replica(len(prompts), world.dp_rank, world.dp_size)
     }
-    quiet = not (course.values and world.leads)
+    quiet, peak = not (course.values and world.leads), partial(peak_of, ledger)
     if generation.batching == "continuous" and isinstance(model, PreTrainedModel):
-        with Pace(len(own_prompts), "prompt", say, quiet) as pace:
+        with Pace(len(own_prompts), "prompt", say, quiet, more=peak) as pace:
 
-            def report(ended: int) -> None:
-                pace.advance(ended)
-                flush()
+            def finished(requests: Finished) -> None:
+                pace.advance(requests.prompts)
+                report(requests)
 
             return continuous_batching.share_of(
-                generation, model, own_prompts, strategy, ledger, course, report
+                generation, model, own_prompts, strategy, ledger, course, finished
             )
-    with Pace(sum(prompt.max_new_tokens for prompt in own_prompts.values()), "token", say, quiet) as pace:
-        return _in_batches(settings, world, ledger, model, own_prompts, strategy, pace, flush, course)
+    tokens = sum(prompt.max_new_tokens for prompt in own_prompts.values())
+    with Pace(tokens, "token", say, quiet, more=peak) as pace:
+        return _in_batches(settings, world, ledger, model, own_prompts, strategy, pace, report, course)
 
 
 def _in_batches(
@@ -186,7 +193,7 @@ def _in_batches(
     prompts: Mapping[int, Prompt],
     strategy: Strategy,
     pace: Pace,
-    flush: Callable[[], None],
+    report: Callable[[Finished], None],
     course: Decoding,
 ) -> Share:
     """Generate for these prompts in batches; all requests of a batch begin and end together."""
@@ -209,12 +216,40 @@ def _in_batches(
         else:
             output = generate(model, requests, strategy, ledger=ledger, **options)
         share.tokens.update(zip(requests.numbers, output.tokens, strict=True))
-        share.timings.append(timing(groups, output))
+        times = timing(groups, output)
+        share.timings.append(times)
         share.kv += [] if output.kv is None else [output.kv]
         done += sum(requests.max_new_tokens)
         pace.up_to(done)
-        flush()
+        report(Finished(times.sequences, times.new_tokens, times.seconds, output.kv))
     return share
+
+
+class Reports:
+    """What this rank has generated so far, for the record on disk and for trackers."""
+
+    def __init__(self, out: Output, ledger: Ledger) -> None:
+        self.out, self.ledger = out, ledger
+        self.batches = self.prompts = self.tokens = 0
+
+    def finished(self, requests: Finished) -> None:
+        """These `requests` have ended."""
+        self.out.flush()
+        if not requests.prompts:
+            return
+        self.batches, self.prompts = self.batches + 1, self.prompts + requests.prompts
+        self.tokens += requests.new_tokens
+        if self.out.trackers:
+            generated = {
+                "generate/prompts": self.prompts,
+                "generate/tokens": self.tokens,
+                "generate/tokens_per_second": requests.new_tokens / requests.seconds
+                if requests.seconds
+                else None,
+                "generate/kv_reserved": None if requests.kv is None else requests.kv.reserved,
+                "generate/kv_filled": None if requests.kv is None else requests.kv.filled,
+            }
+            self.out.trackers.log(self.batches, {**generated, **of_stretch(self.ledger.recent.take())})
 
 
 def of_replica(prompts: int, dp_rank: int, dp_size: int) -> range:

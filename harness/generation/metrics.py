@@ -40,6 +40,15 @@ class Timing(NamedTuple):
         return self.prefill_seconds + self.decode_seconds
 
 
+class Finished(NamedTuple):
+    """Requests of a rank that have just ended: their number, new tokens and seconds, and their cache's size."""
+
+    prompts: int
+    new_tokens: int
+    seconds: float
+    kv: KvBytes | None
+
+
 @dataclass
 class Share:
     """The results of one rank: new tokens by prompt number, and figures by batch."""

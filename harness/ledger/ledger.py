@@ -20,6 +20,7 @@ from harness.ledger.modules import Modules
 from harness.ledger.patch import DoesNotFit
 from harness.ledger.patch_table import import_owners
 from harness.ledger.phases import Phases
+from harness.ledger.recent import Recent
 from harness.ledger.reconcile import Accounting, Libraries
 from harness.ledger.replay import Category, Peak, Phase
 from harness.ledger.roster import Roster
@@ -90,6 +91,7 @@ class Ledger:
         if block is None:
             block = BLOCK if self.device == "cuda" else 1
         self._log = Log(self.device, block, lines, self._unseen)
+        self.recent = Recent(self._log)
         self._times = Times(self.device == "cuda")
         self._modules = Modules(self._log)
         self._roster = Roster(self._log, self._modules, discover)
@@ -194,6 +196,11 @@ class Ledger:
         """The phase that is running now, or the phase that the first error left."""
         return self._failed_in or self._log.where
 
+    @property
+    def module(self) -> str:
+        """The module that is running now, by its name. Empty: none, or it is not seen."""
+        return self._log.module
+
     def _enter(self, where: Where) -> None:
         if self.exact:
             self._log.enter(where)
@@ -213,6 +220,7 @@ class Ledger:
         Categories that only a log sees are not measured.
         """
         totals, where = self._roster.totals(self.device), self._log.where
+        self.recent.phase_ended(totals)
         if self._last_totals.get(where[1:]) != totals:
             self._last_totals[where[1:]] = totals
             allocated = torch.cuda.memory_allocated() if self.device == "cuda" else None
@@ -256,6 +264,14 @@ class Ledger:
     def last_peak(self) -> Peak | None:
         """The peak of the last exact measurement. None while it is still running."""
         return self._account.peak
+
+    def highest(self) -> int | None:
+        """The most bytes so far, of a GPU's allocator or as far as was measured exactly. None: nothing was measured."""
+        if self.device == "cuda":
+            return int(torch.cuda.max_memory_allocated())
+        self.recent.look()
+        peak = None if self._account.peak is None else self._account.peak.bytes
+        return max((each for each in (peak, self.recent.highest) if each is not None), default=None)
 
     @property
     def peak(self) -> Peak:
@@ -317,6 +333,7 @@ class Ledger:
 
     def _begin(self) -> None:
         self._log.restart()
+        self.recent.restart()
         self._phases.restart()
         self._account, self._failed_in = empty_account(), None
         self.exact = True

@@ -435,6 +435,10 @@ class Log(TorchDispatchMode):
         parts = self.aside(lambda: parts_of(tensor))
         return [part_and_record for part in parts for part_and_record in self._records(part, op)]
 
+    def living(self) -> list[Storage]:
+        """The records of all storages that are alive now."""
+        return [death.storage for death in [*self._alive.values()]]
+
     def _made_by_operator(self, record: Storage) -> bool:
         """Whether an operator allocated it, as far as known. An operator that returns a view only shows a storage."""
         return record.op not in NOT_OPERATORS and record.op not in self.work.views

@@ -3,7 +3,7 @@
 import json
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from harness.record import memory
 from harness.record.results import Model, Results
 from harness.record.schema import Environment, Failure, Record, World
 from harness.runtime.files import put
+from harness.runtime.trackers import Trackers
 
 if TYPE_CHECKING:
     from harness.ledger import Forwards, Holding, Ledger, Peak, Phase, Where
@@ -32,6 +33,7 @@ class Output:
     say: Callable[[str], None]  # prints a line, on rank 0
     results: Results  # filled during the run
     flush: Callable[[], None]  # write the record so far to disk
+    trackers: Trackers = field(default_factory=Trackers)  # who else gets the figures, on rank 0
 
 
 def head(settings: Any, reasons: Mapping[str, str], command: Sequence[str], world: World) -> Record:

@@ -1,9 +1,11 @@
 """A whole rehearsal: every representative rank of a world, and one record of them all."""
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import as_completed
+from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from harness.config.load import Refusal, Settings
 from harness.config.rules.quantized import AT_FIRST, AT_LOAD
@@ -17,6 +19,7 @@ from harness.record.results import Inference, Model, Results
 from harness.record.schema import Record, World
 from harness.rehearsal import UNVERIFIED, kernels
 from harness.rehearsal.balance import Task, peak, resolved
+from harness.rehearsal.places import EVERY, Progress, layers_of, leave, left
 from harness.rehearsal.pool import progress, workers
 from harness.rehearsal.representatives import Representative, representatives_of
 from harness.runtime.progress import Pace, aside
@@ -122,10 +125,14 @@ def rehearse(plan: Plan, directory: Path | None = None, parallel: bool = True) -
     plan = balanced(plan) if parallel else resolved(plan)
     representatives = representatives_of(plan)
     by_rank: dict[int, tuple[Rank, Results]] = {}
-    with Pace(len(representatives), "rank", aside, silent=not parallel) as pace:
-        for representative, result in _results(plan, representatives, directory, parallel):
+    with Pace(layers_of(plan, representatives), "layer", aside, silent=not parallel) as pace:
+        places = Progress(plan, representatives, pace)
+        pace.more = places.text
+        for representative, result in _results(
+            plan, representatives, directory, places if parallel else None
+        ):
             by_rank[representative.rank] = result
-            pace.advance()
+            places.at(representative.rank, None)
     ranks = [
         by_rank[representative.rank][0].plus(
             stands_for=list(representative.equivalent_ranks),
@@ -186,22 +193,29 @@ def _cache_bytes(results: Results) -> int:
 
 
 def _results(
-    plan: Plan, representatives: list[Representative], directory: Path | None, parallel: bool
+    plan: Plan, representatives: list[Representative], directory: Path | None, places: Progress | None
 ) -> Iterator[tuple[Representative, tuple[Rank, Results]]]:
-    """Each representative with its result, as soon as it ends.
+    """Each representative with its result, as soon as it ends. `places` hears where they are.
 
-    A single one, or any without `parallel`, runs in this process; else each runs in a process of its own.
+    A single one, or any without `places`, runs in this process; else each runs in a process of its own.
     """
     from harness.rehearsal.one_rank import rehearse as one
 
-    if len(representatives) == 1 or not parallel:
-        for representative in representatives:
-            yield representative, one(plan, representative.rank, directory)
+    if len(representatives) == 1 or places is None:
+        for each in representatives:
+            report = None if places is None else partial(places.at, each.rank)
+            yield each, one(plan, each.rank, directory, report=report)
         return
-    with workers(len(representatives)) as pool:
+    with workers(len(representatives)) as pool, TemporaryDirectory() as folder:
+        files = {each.rank: Path(folder, str(each.rank)) for each in representatives}
         running = {
-            pool.submit(one, plan, representative.rank, directory): representative
-            for representative in representatives
+            pool.submit(one, plan, each.rank, directory, report=partial(leave, files[each.rank])): each
+            for each in representatives
         }
-        for done in as_completed(running):
-            yield running[done], done.result()
+        while running:
+            ended, _ = wait(running, EVERY, FIRST_COMPLETED)
+            for future in ended:
+                yield running.pop(future), future.result()
+            for each in running.values():
+                if (seen := left(files[each.rank])) is not None:
+                    places.at(each.rank, seen)

@@ -20,6 +20,7 @@ from harness.rehearsal.card_ledger import CardLedger
 from harness.rehearsal.card_memory import CardMemory
 from harness.rehearsal.course import Shortened
 from harness.rehearsal.fake_mode import existing_objects_frozen
+from harness.rehearsal.places import Place, watched
 from harness.rehearsal.world import rehearsed
 from harness.runtime.memory_snapshot import snapshot_file
 from harness.training import train
@@ -30,12 +31,13 @@ def rehearse(
     rank: int,
     directory: Path | None = None,
     learn: Callable[[CardMemory], None] = lambda memory: None,
+    report: Callable[[Place], object] | None = None,
 ) -> tuple[Rank, Results]:
     """Rehearse rank `rank` of the world of `plan`: its record, and the run's results.
 
     It writes its trace to `directory`, if there is one, and a GPU's memory snapshot. `learn` gets a GPU's memory at the
-    end. Raises Refusal as the run itself would, and RuntimeError where
-    a shim does not fit.
+    end, and `report` the place of the rank a few times a second. Raises Refusal as the run itself would, and
+    RuntimeError where a shim does not fit.
     """
     settings = plan.settings
     memory = None
@@ -59,7 +61,7 @@ def rehearse(
             else CardLedger(memory, steps=settings.ledger.steps)
         )
         try:
-            with existing_objects_frozen(), ledger:
+            with existing_objects_frozen(), ledger, watched(ledger, report):
                 output = record_file.Output(Path("/dev/null"), _quiet, results, _nothing)
                 mode.run(plan, world, ledger, output, Shortened())
         except Exception as error:

@@ -147,6 +147,9 @@ def process_world() -> tuple[Patch, ...]:
     """What DeepSpeed and accelerate keep of the world of this process, in globals; and `linear`, which ZeRO-3 replaces
     and never restores.
     """
+    from harness.training.engine import deepspeed_itself
+
+    deepspeed_itself()
     from deepspeed.utils import groups
 
     names = [name for name, value in vars(groups).items() if name.startswith("_") and name.isupper()]

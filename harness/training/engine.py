@@ -2,6 +2,7 @@
 
 import logging
 import math
+import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -130,6 +131,11 @@ class Engine:
                 self.deepspeed.step()  # counts the micro-batch; does not change the weights
         return float(loss.detach())
 
+    @property
+    def gradient_norm(self) -> float | None:
+        """The norm of the last step's gradients over all ranks, before clipping. None: DeepSpeed does not keep it."""
+        return norm_of(self.deepspeed, self.ledger)
+
     @torch.no_grad()
     def evaluate(self, batches: Iterator[torch.Tensor], step: int) -> float:
         """The mean loss per token over `batches` of [micro_batch, sequence], over all ranks."""
@@ -179,6 +185,28 @@ def set_rate(optimizer: torch.optim.Optimizer, train: Train, step: int) -> None:
         group["lr"] = learning_rate(train, step)
 
 
+def norm_of(engine: Any, ledger: Ledger) -> float | None:
+    """The gradient norm that DeepSpeed's `engine` keeps of its last step, if any."""
+    norm = engine.get_global_grad_norm()
+    with ledger.uncounted():  # it may be a tensor
+        return None if norm is None else float(norm)
+
+
+def deepspeed_itself() -> Any:
+    """The package DeepSpeed. Its autotuner, which no run uses, would import MLflow where that is installed: a second of
+    time, and a report to its maker.
+    """
+    unasked = "mlflow" not in sys.modules
+    if unasked:
+        sys.modules["mlflow"] = None  # type: ignore[assignment]  # an import of it fails
+    try:
+        import deepspeed
+    finally:
+        if unasked:
+            del sys.modules["mlflow"]
+    return deepspeed
+
+
 def import_deepspeed(world: World) -> Any:
     """Import DeepSpeed into the process group of `world`.
 
@@ -187,8 +215,7 @@ def import_deepspeed(world: World) -> Any:
     """
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    import deepspeed
-
+    deepspeed = deepspeed_itself()
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     install(PATCHES["deepspeed.ops.__compatible_ops__.deepspeed_shm_comm"].by(lambda _: False))
     backend = "nccl" if world.device.type == "cuda" else "gloo"

@@ -17,7 +17,7 @@ from harness.model import activation_checkpointing
 from harness.model.partition import ranges
 from harness.model.stage import Stage, parts
 from harness.runtime.world import World
-from harness.training.engine import adamw, deepspeed_config, import_deepspeed, set_rate
+from harness.training.engine import adamw, deepspeed_config, import_deepspeed, norm_of, set_rate
 
 _ENGINE = "deepspeed.runtime.pipe.engine.PipelineEngine"
 _MODULE = "deepspeed.runtime.pipe.module.PipelineModule"
@@ -115,6 +115,11 @@ class Pipeline:
         set_rate(self.inner, self.settings.train, step)
         self._begin(step, training=True)
         return float(self.deepspeed.train_batch(self._pairs(batches)))
+
+    @property
+    def gradient_norm(self) -> float | None:
+        """As `Engine.gradient_norm`."""
+        return norm_of(self.deepspeed, self.ledger)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterator[torch.Tensor], step: int) -> float:

@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,14 @@ from harness.model.plan import Plan
 from harness.model.tokenizer import opens_otherwise, tokenizer_of
 from harness.quantization import method
 from harness.quantization.method import Quantization
+from harness.record.figures import Figures, of_stretch
 from harness.record.record_file import Output
 from harness.record.results import Model, Performance, Training, Validation
 from harness.runtime.course import WHOLE, Course
-from harness.runtime.progress import Pace
+from harness.runtime.progress import Pace, peak_of
 from harness.runtime.world import World
 from harness.training import checkpoint
-from harness.training.engine import Engine
+from harness.training.engine import Engine, learning_rate
 from harness.training.pipeline_engine import Pipeline
 
 Say = Callable[[str], None]
@@ -55,11 +57,21 @@ def run(plan: Plan, world: World, ledger: Ledger, out: Output, course: Course = 
     progress = Progress(settings, world, ledger, first, out.say, time.perf_counter() - start, course)
     progress.training = progress.training.plus(optimizer=engine.optimizer_class)
     out.results.training = progress.training
+    out.trackers.start()
+    ledger.recent.take()  # the set-up
     for step in progress:
         ledger.begins(step)
         progress.stepped(engine.train_step(batches, step))
+        if out.trackers:
+            rates = {
+                "train/learning_rate": learning_rate(train, step),
+                "train/grad_norm": engine.gradient_norm,
+            }
+            out.trackers.log(step + 1, {**progress.figures(), **rates})
         if validation_batches is not None and _due(step, train.validate_every, train.steps):
-            progress.validated(step, engine.evaluate(validation_batches(), step))
+            loss = engine.evaluate(validation_batches(), step)
+            progress.validated(step, loss)
+            out.trackers.log(step + 1, {"validation/loss": loss})
         if _due(step, max(1, train.steps // 10), first + settings.ledger.steps):
             out.flush()
         if _due(step, train.save_every, None):
@@ -220,7 +232,8 @@ class Progress:
     def __iter__(self) -> Iterator[int]:
         """Yield the steps to run; rank 0 shows a progress bar."""
         silent = not (self.values and self.world.leads)
-        with Pace(self.steps.stop, "step", self.say, silent, self.steps.start) as self.pace:
+        peak = partial(peak_of, self.ledger)
+        with Pace(self.steps.stop, "step", self.say, silent, self.steps.start, peak) as self.pace:
             for step in self.steps:
                 self.began = time.perf_counter()
                 yield step
@@ -233,7 +246,16 @@ class Progress:
         if not self.values:
             return
         self.training.losses.append(loss)
-        self.pace.advance(1, f"loss {loss:.3f}  {self.tokens / self.seconds[-1]:,.0f} tokens/s{self._peak()}")
+        self.pace.advance(1, f"loss {loss:.3f}  {self.tokens / self.seconds[-1]:,.0f} tokens/s")
+
+    def figures(self) -> Figures:
+        """The last step's, for trackers."""
+        return {
+            "train/loss": self.training.losses[-1],
+            "train/tokens_per_second": self.tokens / self.seconds[-1],
+            "train/step_seconds": self.seconds[-1],
+            **of_stretch(self.ledger.recent.take()),
+        }
 
     def validated(self, step: int, loss: float) -> None:
         """Record the mean validation loss after `step`."""
@@ -256,11 +278,3 @@ class Progress:
             step_seconds=median,
             steps_timed=len(timed),
         )
-
-    def _peak(self) -> str:
-        peak = self.ledger.last_peak
-        if peak is None:
-            return ""
-        largest = sorted(((n, b) for n, b in peak.categories.items() if b), key=lambda pair: -pair[1])[:3]
-        parts = ", ".join(f"{name} {nbytes / 2**20:.1f}" for name, nbytes in largest)
-        return f"  peak {peak.bytes / 2**20:.1f} MiB ({parts})"

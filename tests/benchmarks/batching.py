@@ -60,7 +60,7 @@ def main(words: list[str]) -> None:
 
     def run(kind: str) -> Share:
         off = Ledger(mode="off")
-        return infer.share_of(settings[kind], alone, off, built, prompts, strategy, lambda: None)
+        return infer.share_of(settings[kind], alone, off, built, prompts, strategy, lambda finished: None)
 
     result = {kind: [run(kind)] for kind in KINDS}  # the first is a warm-up
     same = result["static"][0].tokens == result["continuous"][0].tokens

@@ -29,6 +29,20 @@ def refusal(*words: str) -> str:
     return sentence
 
 
+@pytest.mark.parametrize(
+    ("word", "trackers"),
+    [
+        ("tracker=none", []),
+        ("tracker=null", []),
+        ("tracker=[]", []),
+        ("tracker=wandb", ["wandb"]),
+        ("tracker=[wandb,mlflow,wandb]", ["wandb", "mlflow"]),
+    ],
+)
+def test_a_tracker_is_a_name_or_a_list_of_them(word: str, trackers: list[str]) -> None:
+    assert settings(word).tracker == trackers
+
+
 def test_nothing_said_is_a_training_run_of_the_declared_defaults() -> None:
     loaded = settings()
     assert loaded.mode == "train"
@@ -110,6 +124,11 @@ def test_a_key_of_a_model_config_can_be_changed_or_added() -> None:
         ("zero=4", "zero=4: no such option; one of 0, 1, 2, 3"),
         ("model=huge", "model=huge: no such option; one of gpt2, "),
         ("mode=trian", "mode=trian: should be 'train' or 'infer'"),
+        ("tracker=wand", "tracker=wand: should be 'tensorboard', 'wandb' or 'mlflow'"),
+        ("tracker=[wandb,csv]", "tracker=csv: should be 'tensorboard', 'wandb' or 'mlflow'"),
+        ("tracker.name=x", "tracker.name=x: tracker is a list; give it as a whole, as tracker=[a,b]"),
+        ("checkpointing.layers.0=1", "checkpointing.layers.0=1: checkpointing.layers is a list; give it "),
+        ("tracker={a:1}", "tracker={a:1}: should be a valid list, as [a,b]"),
         ("checkpointing=some", "checkpointing=some: no such option; one of full, none, selective"),
         ("zero.offload=some", "zero.offload=some: should be 'none', 'optimizer' or 'all'"),
         (
@@ -269,6 +288,7 @@ def test_a_number_out_of_its_range_is_refused_by_its_key(words: str) -> None:
             "a run takes what PYTORCH_ALLOC_CONF says",
         ),
         ("world=rehearsed world.size=2 train.resume=/tmp", "train.resume=/tmp", "leave it out"),
+        ("world=rehearsed world.size=2 tracker=wandb", "tracker=[wandb]", "its peaks are in its record"),
         (
             "model.config.num_key_value_heads=3",
             "model.config.num_key_value_heads=3",

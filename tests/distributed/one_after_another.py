@@ -10,11 +10,11 @@ from datetime import timedelta
 from importlib import import_module
 from itertools import count
 
-import deepspeed.ops
 from torch._C._distributed_c10d import TCPStore
 
 from harness.__main__ import main
 from harness.config.compose import compose
+from harness.training.engine import deepspeed_itself
 
 SLOW = (
     *(
@@ -48,9 +48,10 @@ WORDS = [
     "+model.config.sliding_window=40",
 ]
 """Some of every kind."""
+deepspeed_itself()
 for slow in SLOW:
     import_module(slow)
-deepspeed.ops.__compatible_ops__  # noqa: B018 - it is asked for once
+import_module("deepspeed.ops").__compatible_ops__  # noqa: B018 - it is asked for once
 compose(WORDS)  # Hydra looks for its plugins once, and its parser learns
 
 

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from harness.record import record_file
 from tests.distributed.conftest import LAUNCHER, NARROW, PRECISION, QUICK, RATED, ROOT, Launch, Warm
+from tests.tracked import READERS
 
 SAVED = (
     "mode=train",
@@ -119,9 +120,24 @@ def test_a_killed_rank_takes_the_run_down_and_is_the_one_named(
     assert "rank 0" not in said.partition("harness: ")[2].partition("failed")[0]
 
 
-def test_a_failing_rank_is_named_with_its_own_error(tmp_path: Path) -> None:
-    stderr = script("fail_on_rank_1.py", ["mode=train", *QUICK, f"hydra.run.dir={tmp_path}/out"])
-    failed = record_file.read(tmp_path / "out")
+@pytest.fixture(scope="module")
+def failing(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The directory of a run whose rank 1 fails in its second step, and what is on stderr."""
+    run, trackers = tmp_path_factory.mktemp("failing") / "out", f"tracker=[{','.join(READERS)}]"
+    return run, script("fail_on_rank_1.py", ["mode=train", *QUICK, trackers, f"hydra.run.dir={run}"])
+
+
+@pytest.mark.parametrize("tracker", READERS)
+def test_trackers_have_a_failed_run_as_failed(failing: tuple[Path, str], tracker: str) -> None:
+    figures, _, state, failure = READERS[tracker](failing[0])
+    assert [*figures["train/loss"]] == [1]
+    assert state in ("", "failed", "FAILED")
+    assert failure == "rank 1 failed in step 1, backward of micro-batch 0: ValueError: out of luck"
+
+
+def test_a_failing_rank_is_named_with_its_own_error(failing: tuple[Path, str]) -> None:
+    run, stderr = failing
+    failed = record_file.read(run)
     assert failed["status"] == "failed"
     assert failed["failure"]["rank"] == 1
     assert failed["failure"]["where"] == {"step": 1, "phase": "backward", "micro_batch": 0}

@@ -2,16 +2,34 @@
 
 import os
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 from harness.config.rules import positions, quantized, widths
 from harness.config.rules.generation import generation
 from harness.config.rules.sources import files, read, shape_of
 from harness.config.settings import Checkpointing, Pipeline, Refusal, Settings
 
+TRACKERS = {
+    "tensorboard": ("tensorboard",),
+    "wandb": ("wandb",),
+    "mlflow": ("mlflow", "sqlalchemy", "alembic"),
+}
+"""The packages of each tracker, which its extra of pyproject.toml brings."""
+
 
 def check(settings: Settings) -> None:
     """Raise Refusal for an impossible combination, as far as that is known without torch and without other ranks."""
-    rules = (_parallelism, _pipeline, _rehearsal, _model, _checkpointing, _data, _train, generation)
+    rules = (
+        _parallelism,
+        _pipeline,
+        _rehearsal,
+        _model,
+        _checkpointing,
+        _data,
+        _train,
+        _trackers,
+        generation,
+    )
     for rule in (*rules, quantized.check):
         rule(settings)
 
@@ -124,6 +142,9 @@ def _rehearsal(settings: Settings) -> None:
         return
     if settings.world.size is None:
         raise Refusal("world.size", None, "world=rehearsed needs world.size=, the ranks to rehearse")
+    if settings.tracker:
+        remedy = "a rehearsal has no losses and no rates; its peaks are in its record: leave tracker out"
+        raise Refusal("tracker", settings.tracker, remedy)
     if settings.ledger.mode != "exact":
         raise Refusal(
             "ledger", settings.ledger.mode, "a rehearsal measures with the exact ledger; use ledger=exact"
@@ -137,6 +158,15 @@ def _rehearsal(settings: Settings) -> None:
         raise Refusal(
             "train.resume", settings.train.resume, "a rehearsal begins with the first step; leave it out"
         )
+
+
+def _trackers(settings: Settings) -> None:
+    for tracker in settings.tracker:
+        for package in TRACKERS[tracker]:
+            spec = find_spec(package)
+            if spec is None or spec.origin is None:  # a folder of that name, as wandb/, is no package
+                remedy = f"{package} is not installed; install it with pip install 'harness[{tracker}]'"
+                raise Refusal("tracker", tracker, remedy)
 
 
 def _model(settings: Settings) -> None:
