@@ -12,6 +12,7 @@ from harness.ledger.patch import ACCELERATE, BUILTIN, DATA, DEEPSPEED, TORCH, TR
 from harness.rehearsal import tensor_shims, world_shims, zero_shims
 from harness.rehearsal.card_tensors import CARD_SHIMS
 from harness.rehearsal.cuda_shims import CUDA_SHIMS
+from harness.runtime.imports import import_deepspeed
 
 CPU = "deepspeed.accelerator.cpu_accelerator.CPU_Accelerator"
 ZERO12 = "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer"
@@ -78,11 +79,12 @@ SHIMS = (
         world_shims.assume_equal_lengths,
     ),
     Patch(
-        "deepspeed.runtime.engine",
-        "is_zero_supported_optimizer",
-        "it imports a compiler to know another optimizer by, which takes a second",
+        "deepspeed.utils.nvtx",
+        "enable_nvtx",
+        "there is no profiler to mark ranges for, and each mark takes time",
         DEEPSPEED,
-        world_shims.is_adamw,
+        world_shims.turned_off,
+        unchecked=DATA,
     ),
     Patch(f"{ZERO3}.utils", "get_lst_from_rank0", ALONE, DEEPSPEED, world_shims.assume_equal_lists),
     Patch(
@@ -187,6 +189,7 @@ def process_world() -> tuple[Patch, ...]:
 @contextmanager
 def shimmed(gpu: bool = False) -> Iterator[None]:
     """Install every shim in this context; with `gpu` also those for a GPU. Raises DoesNotFit."""
+    import_deepspeed()
     with patched(*SHIMS, *((*CUDA_SHIMS, *CARD_SHIMS, *GPU_SHIMS) if gpu else ()), *process_world()):
         yield
 

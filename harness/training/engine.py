@@ -14,6 +14,7 @@ from harness.ledger import Ledger
 from harness.ledger.patch import DATA, DEEPSPEED, Patch, install, table
 from harness.model import activation_checkpointing
 from harness.model.init_weights import lasting
+from harness.runtime import imports
 from harness.runtime.world import World
 
 PATCHES = table(
@@ -187,8 +188,7 @@ def import_deepspeed(world: World) -> Any:
     """
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    import deepspeed
-
+    deepspeed = imports.import_deepspeed()
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     install(PATCHES["deepspeed.ops.__compatible_ops__.deepspeed_shm_comm"].by(lambda _: False))
     backend = "nccl" if world.device.type == "cuda" else "gloo"
