@@ -47,12 +47,16 @@ _KERNELS = frozenset(
 
 _REMEMBERED = frozenset(
     getattr(_aten, name).default
-    for name in ("linalg_vector_norm", "mm", "neg", "rsqrt", "silu", "silu_backward", "slice_backward")
+    for name in (
+        *("clone", "empty_like", "linalg_vector_norm", "mm", "neg", "normal_", "rsqrt", "silu", "silu_backward"),
+        *("slice_backward", "uniform_"),
+    )
 ) | {
-    *(_aten.add.Tensor, _aten.mul.Tensor, _aten.mul.Scalar, _aten.div.Scalar),
+    *(_aten.add.Tensor, _aten.mul.Tensor, _aten.mul.Scalar, _aten.div.Scalar, _aten.div.Tensor),
+    *(_aten.add_.Tensor, _aten.div_.Tensor, _aten.mul_.Tensor),
     *(_aten.pow.Tensor_Scalar, _aten.mean.dim, _aten.sum.dim_IntList),
 }
-"""Operators that return one new tensor, whose layout follows from the layouts of the arguments.
+"""Operators that return one new tensor or their first argument, as follows from the layouts of the arguments.
 
 Their `meta` kernels are slow Python code, so the resulting layouts are cached.
 """
@@ -97,8 +101,8 @@ class Fakes(FakeTensorMode):
         self._inside = False  # whether an operator of the program is being carried out, by others
         self._rules: dict[int, _Rule] = {}  # by the id of an operator, of which torch makes one
         self._attributes: dict[torch.device, dict[str, Any]] = {}  # of a new fake tensor, by its device
-        # from an operator and its arguments' layouts to its output's size, stride and dtype
-        self._layouts: dict[Any, tuple[Any, Any, torch.dtype]] = {}
+        # from an operator and its arguments' layouts to its output's size, stride and dtype; None: the first argument
+        self._layouts: dict[Any, tuple[Any, Any, torch.dtype] | None] = {}
 
     @property
     def avoid_device_init(self) -> bool:
@@ -195,16 +199,19 @@ class Fakes(FakeTensorMode):
         return output
 
     def _remembered(self, func: Any, args: Any, kwargs: dict[str, Any], device: torch.device) -> Any:
-        """An empty tensor with the layout that `func` returned for equal arguments before.
+        """An empty tensor with the layout that `func` returned for equal arguments before, or the first argument.
 
         The first time it is torch's own result.
         """
         key = id(func), *map(_layout, args), *((name, _layout(value)) for name, value in kwargs.items())
-        layout = self._layouts.get(key)
-        if layout is None:
+        if key not in self._layouts:
             output: Any = self.dispatch(func, _ONLY_FAKES, args, kwargs)
-            self._layouts[key] = output.size(), output.stride(), output.dtype
+            same = output is args[0]
+            self._layouts[key] = None if same else (output.size(), output.stride(), output.dtype)
             return output
+        layout = self._layouts[key]
+        if layout is None:
+            return args[0]
         size, stride, dtype = layout
         options = {"dtype": dtype, "device": "meta"}
         return self._fake(self._in_kernel(torch.empty_strided, (size, stride), options), device)
