@@ -64,7 +64,7 @@ _function_modes: Any = torch._C._len_torch_function_stack
 
 Result = TypeVar("Result")
 Shortcut = Callable[[Any, Any, Any, dict[str, Any]], Any]
-"""From an operator, the types of its tensors and its arguments to its result; NotImplemented: torch must dispatch it."""
+"""From an operator, its tensors' types and its arguments to its result. NotImplemented: torch must dispatch it."""
 
 Kernels = Callable[[Any, Sequence[Any], dict[str, Any], Any], Iterable[KernelMemory]]
 """From an operator, its arguments and its result to the memory that its kernel takes beside these."""
@@ -237,7 +237,7 @@ class Log(TorchDispatchMode):
         if out is not NotImplemented and func.namespace != "prim":
             if self.follow is not None:
                 self.follow()
-            self._note(func, args, kwargs, out, began, False)
+            self._note(func, args, kwargs, out, began, _is_collective(func))
         return out
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -264,8 +264,7 @@ class Log(TorchDispatchMode):
             self.follow()
         began = time_ns()
         out = func(*args, **kwargs) if kwargs else func(*args)
-        among_ranks = space in COLLECTIVES
-        collective = among_ranks and func.__name__.partition(".")[0] not in POINT_TO_POINT
+        collective = _is_collective(func)
         if collective and self.settle is not None:
             self.settle(args)
         self._note(func, args, kwargs, out, began, collective)
@@ -470,6 +469,10 @@ class Log(TorchDispatchMode):
     def _made_by_operator(self, record: Storage) -> bool:
         """Whether an operator allocated it, as far as known. An operator that returns a view only shows a storage."""
         return record.op not in NOT_OPERATORS and record.op not in self.work.views
+
+
+def _is_collective(func: Any) -> bool:
+    return func.namespace in COLLECTIVES and func.__name__.partition(".")[0] not in POINT_TO_POINT
 
 
 def _own_memory(tensor: torch.Tensor) -> bool:

@@ -23,10 +23,10 @@ from harness.device.call import Card
 from harness.device.kernels import KERNELS
 from harness.ledger.lines import calling_line
 from harness.ledger.log import COLLECTIVES
-from harness.ledger.tensors import shared, tensors_in
+from harness.ledger.tensors import shared
 from harness.rehearsal.card import CARD, in_cpp, in_python
 from harness.rehearsal.card_backward import WRITES, in_place
-from harness.rehearsal.known_values import REMEDY, KnownValues, NeedsValue, written
+from harness.rehearsal.known_values import REMEDY, KnownValues, NeedsValue
 
 _aten = torch.ops.aten
 
@@ -48,7 +48,17 @@ _KERNELS = frozenset(
 _REMEMBERED = frozenset(
     getattr(_aten, name).default
     for name in (
-        *("clone", "empty_like", "linalg_vector_norm", "mm", "neg", "normal_", "rsqrt", "silu", "silu_backward"),
+        *(
+            "clone",
+            "empty_like",
+            "linalg_vector_norm",
+            "mm",
+            "neg",
+            "normal_",
+            "rsqrt",
+            "silu",
+            "silu_backward",
+        ),
         *("slice_backward", "uniform_"),
     )
 ) | {
@@ -77,12 +87,14 @@ class _Rule(NamedTuple):
     """What `Fakes` does with an operator."""
 
     quick: bool
-    """Whether `shortcut` may know its result: it is one of `_KERNELS` or `_REMEMBERED`."""
+    """Whether `shortcut` may know its result."""
     remembered: bool
     writes: bool
     """Whether it writes to an argument, by its schema."""
     accumulates: bool
     """Whether autograd may call its in-place form on a GPU."""
+    among_ranks: bool
+    """Whether it is a collective that returns its arguments."""
 
 
 class Fakes(FakeTensorMode):
@@ -143,7 +155,7 @@ class Fakes(FakeTensorMode):
         finally:
             self._inside = False
         if func.namespace in COLLECTIVES:
-            self.values.forget(args)  # the other ranks' values are unknown
+            self.values.forget(args)
         else:
             self.values.learn(func, args, kwargs, out)
         return out
@@ -155,6 +167,9 @@ class Fakes(FakeTensorMode):
         rule = self._rules.get(id(func)) or self._rule(func)
         if not rule.quick or (types and types != _ONLY_FAKES):
             return NotImplemented
+        if rule.among_ranks:
+            self.values.forget(args)  # the other ranks' values are unknown
+            return self._in_kernel(func._op, args, kwargs)
         device = self._device(args, kwargs)
         if device is None:
             return NotImplemented
@@ -165,14 +180,19 @@ class Fakes(FakeTensorMode):
             if rule.remembered
             else self._on_meta(func, args, kwargs, device)
         )
-        if out is not NotImplemented and not self._inside and (rule.writes or not out.dtype.is_floating_point):
+        if (
+            out is not NotImplemented
+            and not self._inside
+            and (rule.writes or not out.dtype.is_floating_point)
+        ):
             self.values.learn(func, args, kwargs, out)
         return out
 
     def _rule(self, func: Any) -> _Rule:
         writes = not isinstance(func, HigherOrderOperator) and func._schema.is_mutable
-        quick = func in _KERNELS or func in _REMEMBERED
-        rule = self._rules[id(func)] = _Rule(quick, func in _REMEMBERED, writes, func in WRITES)
+        among_ranks, remembered = func.namespace == "c10d", func in _REMEMBERED
+        quick = among_ranks or remembered or func in _KERNELS
+        rule = self._rules[id(func)] = _Rule(quick, remembered, writes, func in WRITES, among_ranks)
         return rule
 
     def _accumulates(self, func: Any, args: Any, kwargs: Any) -> bool:
@@ -249,7 +269,7 @@ class Fakes(FakeTensorMode):
 
     def _device(self, args: Any, kwargs: dict[str, Any]) -> torch.device | None:
         """The device of the output; None where FakeTensorMode must decide."""
-        device = None
+        device: torch.device | None = None
         for argument in args:
             if isinstance(argument, torch.Tensor):
                 if type(argument) is not FakeTensor or argument.fake_mode is not self:
@@ -257,10 +277,10 @@ class Fakes(FakeTensorMode):
                 if device is None:
                     device = argument.fake_device
                 elif argument.fake_device != device:
-                    return None if kwargs.get("device") is None else in_python(kwargs["device"])
-        if kwargs and kwargs.get("device") is not None:
-            return in_python(kwargs["device"])
-        return device
+                    device = None
+                    break
+        wanted = kwargs.get("device")
+        return device if wanted is None else torch.device(in_python(wanted))
 
 
 _ONLY_FAKES = (FakeTensor,)

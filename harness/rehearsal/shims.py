@@ -86,6 +86,13 @@ SHIMS = (
         world_shims.turned_off,
         unchecked=DATA,
     ),
+    Patch(
+        "accelerate.data_loader",
+        "is_datasets_available",
+        "it imports datasets to know one of theirs by, and a rehearsal has none",
+        ACCELERATE,
+        world_shims.is_not_available,
+    ),
     Patch(f"{ZERO3}.utils", "get_lst_from_rank0", ALONE, DEEPSPEED, world_shims.assume_equal_lists),
     Patch(
         f"{ZERO3}.stage3",

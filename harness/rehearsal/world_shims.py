@@ -67,6 +67,15 @@ def turned_off(original: Any) -> bool:
     return False
 
 
+def is_not_available(original: Original) -> Original:
+    """Whether a package is there: it is not."""
+
+    def stand_in() -> bool:
+        return False
+
+    return stand_in
+
+
 def device_name(original: Original) -> Original:
     """The accelerator's name for a device: the fake GPU's."""
 
