@@ -17,6 +17,7 @@ from harness.config import compose
 from harness.config.load import load, without_hydra
 from harness.config.settings import Refusal, as_typed, described_fields
 from harness.runtime import launcher
+from harness.runtime.imports import without_collection
 
 TOOLS = {
     "check": (
@@ -125,7 +126,9 @@ def _carry_out(arguments: list[str]) -> int:
         return _say(f"harness {__version__}")
     if arguments[0] in TOOLS:
         _require(NEEDS.get(arguments[0]))
-        return int(import_module(f"harness.{TOOLS[arguments[0]][0]}").main(arguments[1:]))
+        with without_collection():
+            tool = import_module(f"harness.{TOOLS[arguments[0]][0]}")
+        return int(tool.main(arguments[1:]))
     only_print = arguments[:2] == ["--cfg", "job"]
     arguments = arguments[2:] if only_print else arguments
     for argument in arguments:
@@ -138,7 +141,8 @@ def _carry_out(arguments: list[str]) -> int:
     if only_print:
         return _say(OmegaConf.to_yaml(without_hydra(cfg), resolve=True))
     _require("run")
-    from harness.run import run  # imports torch, so only after the request is checked
+    with without_collection():
+        from harness.run import run  # imports torch, so only after the request is checked
 
     return run(settings, cfg, arguments)
 

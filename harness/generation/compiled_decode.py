@@ -168,7 +168,7 @@ def compiled(step: Step, choices: Mapping[str, Any]) -> Step:
     def run(tokens: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
         try:
             logits: Tensor = program(tokens, mask, positions, cache)
-        except _NOT_COMPILED as error:
+        except _not_compiled() as error:
             remedy = f"the decoding step cannot be compiled ({first_line(error)}); leave it out"
             raise Refusal("generation.compile", True, remedy) from error
         return logits
@@ -176,8 +176,10 @@ def compiled(step: Step, choices: Mapping[str, Any]) -> Step:
     return run
 
 
-_NOT_COMPILED = (
-    torch._dynamo.exc.TorchDynamoException,
-    torch._dynamo.exc.FailOnRecompileLimitHit,
-    torch._inductor.exc.InductorError,
-)
+def _not_compiled() -> tuple[type[Exception], ...]:
+    """What the compiler raises. Its modules take time to import."""
+    return (
+        torch._dynamo.exc.TorchDynamoException,
+        torch._dynamo.exc.FailOnRecompileLimitHit,
+        torch._inductor.exc.InductorError,
+    )

@@ -63,6 +63,9 @@ _mode: Any = torch._C._get_dispatch_mode
 _function_modes: Any = torch._C._len_torch_function_stack
 
 Result = TypeVar("Result")
+Shortcut = Callable[[Any, Any, Any, dict[str, Any]], Any]
+"""From an operator, its tensors' types and its arguments to its result. NotImplemented: torch must dispatch it."""
+
 Kernels = Callable[[Any, Sequence[Any], dict[str, Any], Any], Iterable[KernelMemory]]
 """From an operator, its arguments and its result to the memory that its kernel takes beside these."""
 
@@ -104,6 +107,8 @@ class Log(TorchDispatchMode):
         self._paused = False
         self._modes_above: list[TorchDispatchMode] | None = None  # the modes above it, while it is hidden
         self._thread = 0
+        self._fake_mode: TorchDispatchMode | None = None
+        self._below: Shortcut | None = None
 
     def __enter__(self) -> "Log":
         self.recording, self.began, self._thread = True, time_ns(), threading.get_ident()
@@ -131,7 +136,10 @@ class Log(TorchDispatchMode):
 
     def look(self) -> None:
         """Choose what to count: fake tensors if a FakeTensorMode is on, otherwise tensors with memory."""
-        self.fakes = any(isinstance(mode, FakeTensorMode) for mode in _get_current_dispatch_mode_stack())
+        modes = _get_current_dispatch_mode_stack()
+        self._fake_mode = next((mode for mode in modes if isinstance(mode, FakeTensorMode)), None)
+        self.fakes = self._fake_mode is not None
+        self._below = getattr(modes[-1], "shortcut", None) if self.fakes else None
         self._on_device = self.work.on_device = places(self.device, self.fakes)
 
     def here(self) -> bool:
@@ -216,7 +224,27 @@ class Log(TorchDispatchMode):
         """As `is_infra_mode`."""
         return True
 
+    def shortcut(self, func: Any, types: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """The result of an operator on fake tensors that the mode below knows without a dispatch, which is logged.
+
+        NotImplemented where it does not, or where torch must dispatch it.
+        """
+        assert self._below is not None
+        if self._paused or self.traced() or _mode(_FAKE) is not self._fake_mode:
+            return NotImplemented
+        began = time_ns()
+        out = self._below(func, types, args, kwargs)
+        if out is not NotImplemented and func.namespace != "prim":
+            if self.follow is not None:
+                self.follow()
+            self._note(func, args, kwargs, out, began, _is_collective(func))
+        return out
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self._below is not None:
+            out = self.shortcut(func, types, args, kwargs or {})
+            if out is not NotImplemented:
+                return out
         if types:
             if self.traced():
                 return func(*args, **kwargs) if kwargs else func(*args)
@@ -236,16 +264,19 @@ class Log(TorchDispatchMode):
             self.follow()
         began = time_ns()
         out = func(*args, **kwargs) if kwargs else func(*args)
-        among_ranks = space in COLLECTIVES
-        collective = among_ranks and func.__name__.partition(".")[0] not in POINT_TO_POINT
+        collective = _is_collective(func)
         if collective and self.settle is not None:
             self.settle(args)
+        self._note(func, args, kwargs, out, began, collective)
+        return out
+
+    def _note(self, func: Any, args: Any, kwargs: Any, out: Any, began: int, collective: bool) -> None:
+        """As `_write`, seen by no mode of the program, and without its errors."""
         write = self._write if not _function_modes() else without_torch_function(self._write)
         try:
             write(func, args, kwargs, out, began, collective)
         except Exception as error:  # an unforeseen kind of tensor must not stop the run
             self.report_failure(func.__name__, error)
-        return out
 
     def _write(self, func: Any, args: Any, kwargs: Any, out: Any, began: int, collective: bool) -> None:
         """Log that `func` returned `out` for these arguments."""
@@ -442,6 +473,10 @@ class Log(TorchDispatchMode):
     def _made_by_operator(self, record: Storage) -> bool:
         """Whether an operator allocated it, as far as known. An operator that returns a view only shows a storage."""
         return record.op not in NOT_OPERATORS and record.op not in self.work.views
+
+
+def _is_collective(func: Any) -> bool:
+    return func.namespace in COLLECTIVES and func.__name__.partition(".")[0] not in POINT_TO_POINT
 
 
 def _own_memory(tensor: torch.Tensor) -> bool:

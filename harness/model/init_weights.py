@@ -144,7 +144,7 @@ def _initialise(within: PreTrainedModel, name: str, module: nn.Module, seed: int
     """
     if any(not tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
         digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
-        torch.manual_seed(int.from_bytes(digest))
+        torch.default_generator.manual_seed(int.from_bytes(digest))
         within._init_weights(module)
 
 

@@ -28,12 +28,13 @@ SCATTERED = {
 """Operators into a new tensor of zeros, by the node that calls them: gather_backward, index_select_backward and others
 of torch/csrc/autograd/FunctionsManual.cpp."""
 
-_WRITES = frozenset({_aten.add.Tensor, *SCATTERED.values()})
+WRITES = frozenset({_aten.add.Tensor, *SCATTERED.values()})
+"""Operators that autograd may call in place."""
 
 
 def in_place(func: Any, args: Any, kwargs: Any) -> bool:
     """Whether autograd would call the in-place form of `func` here."""
-    if func not in _WRITES or not in_backward() or torch.is_grad_enabled():
+    if func not in WRITES or not in_backward() or torch.is_grad_enabled():
         return False
     if func is _aten.add.Tensor:
         return not kwargs and _accumulates(*args)

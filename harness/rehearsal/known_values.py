@@ -12,22 +12,13 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch._ops import HigherOrderOperator
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensor,
-)
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._mode_utils import no_dispatch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.weak import WeakIdKeyDictionary
 
 from harness.ledger.lines import PASSED_OVER, calling_line
-from harness.ledger.log import COLLECTIVES
-from harness.ledger.tensors import shared, tensors_in
-from harness.rehearsal.card import in_cpp
-from harness.rehearsal.card_backward import in_place
+from harness.ledger.tensors import tensors_in
 
 LARGEST = 2**20
 """The most elements of a tensor that is computed. [B, T] masks are far smaller; nobody reads values of [T, T] ones."""
@@ -52,67 +43,28 @@ REMEDY = (
 _PERMUTES = (torch.ops.aten.randperm.default, torch.ops.aten.randperm.generator)
 """Operators that order at random, as a loader's sampler does: here they keep the order."""
 
-_DEVICE = torch.ops.prim.device.default
-_ITEM = torch.ops.aten._local_scalar_dense.default
-_EQUAL = torch.ops.aten.equal.default
-
 
 class NeedsValue(RuntimeError):
     """The program reads a value of a fake tensor that is not known."""
 
 
-class Values(TorchDispatchMode):
-    """A dispatch mode outside the FakeTensorMode: it computes known values, and answers reads of a value.
+class KnownValues:
+    """The values of fake tensors, as real tensors on the host, and what a program gets that reads one.
 
-    An unknown value is `assumed`; without that it is 0 or 1, or with `strict` refused by NeedsValue. With `gpu`
-    autograd writes in place where it does on a GPU.
+    A value that is not known is `assumed`; without that it is 0 or 1, or with `strict` refused by NeedsValue.
     """
 
-    supports_higher_order_operators = True
-
-    def __init__(self, assumed: float | None = None, strict: bool = False, gpu: bool = False) -> None:
-        super().__init__()
-        self._assumed, self._strict, self._gpu = assumed, strict, gpu
+    def __init__(self, assumed: float | None = None, strict: bool = False) -> None:
+        self._assumed, self._strict = assumed, strict
         self._known: Any = WeakIdKeyDictionary()  # from a fake tensor to a real one with its values
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if isinstance(func, HigherOrderOperator):
-            raise RuntimeError(
-                f"{calling_line()}: {func} is an operator on functions, and these are not rehearsed"
-            )
-        if types and shared(types):
-            return NotImplemented
-        if func is _DEVICE:
-            return in_cpp(args[0].fake_device)
-        if func is _ITEM:
-            return self._item(args[0])
-        if func is _EQUAL:
-            return self._equal(*args)
-        if self._gpu and in_place(func, args, kwargs):
-            return args[0]
-        try:
-            out = func(*args, **kwargs)
-        except DataDependentOutputException:
-            raise NeedsValue(f"{calling_line()}: {func} reads values, {REMEDY}") from None
-        except DynamicOutputShapeException:
-            return self._with_known_shape(func, args, kwargs)
-        if func.namespace in COLLECTIVES:
-            self._forget(args)  # the other ranks' values are unknown
-        elif not self._compute(func, args, kwargs, out) and func._schema.is_mutable:
-            self._forget(list(written(func, args, kwargs)))
-        return out
 
     def value(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """The real tensor with the values of `tensor`; None where they are unknown."""
         real: torch.Tensor | None = self._known.get(tensor) if isinstance(tensor, FakeTensor) else tensor
         return real
 
-    def _item(self, tensor: torch.Tensor) -> Any:
+    def item(self, tensor: torch.Tensor) -> Any:
+        """The value of `tensor`, of one element. Raises NeedsValue."""
         real = self.value(tensor)
         if real is not None:
             with no_dispatch():
@@ -126,12 +78,18 @@ class Values(TorchDispatchMode):
             raise NeedsValue(f"{calling_line()}: a value of a tensor is read, {REMEDY}")
         return False if tensor.dtype == torch.bool else UNKNOWN[tensor.dtype.is_floating_point]
 
-    def _equal(self, left: torch.Tensor, right: torch.Tensor) -> bool:
+    def equal(self, left: torch.Tensor, right: torch.Tensor) -> bool:
+        """Whether both are equal; where a value is unknown, whether their shapes are."""
         one, other = self.value(left), self.value(right)
         if one is None or other is None:
             return left.shape == right.shape
         with no_dispatch():
             return torch.equal(one, other)
+
+    def learn(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        """Note what follows from `func`, which returned `out`: its values, or that those it wrote are unknown now."""
+        if not self._compute(func, args, kwargs, out) and func._schema.is_mutable:
+            self.forget(written(func, args, kwargs))
 
     def _compute(self, func: Any, args: Any, kwargs: Any, out: Any) -> bool:
         """Run `func` on real values if the inputs are known and the outputs worth knowing. Returns whether it ran."""
@@ -166,7 +124,7 @@ class Values(TorchDispatchMode):
         with no_dispatch():
             return func(*real_args, **real_kwargs)
 
-    def _with_known_shape(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def with_known_shape(self, func: Any, args: Any, kwargs: Any) -> Any:
         """The result of an operator whose shape depends on values. Raises NeedsValue where these are not known."""
         real = self._computed(func, args, kwargs)
         if real is None:
@@ -185,9 +143,9 @@ class Values(TorchDispatchMode):
                 self._known[fake] = real
         return tree_unflatten(fakes, spec)
 
-    def _forget(self, tensors: Any) -> None:
+    def forget(self, tensors: Any) -> None:
         """Mark `tensors`, and all tensors that share their storage, as unknown."""
-        for tensor in tensors_in(tensors):
+        for tensor in tensors_in([*tensors]):
             real = self._known.get(tensor)
             if real is not None:
                 storage = real.untyped_storage()._cdata

@@ -19,7 +19,6 @@ from harness.rehearsal.card_tensors import CARD_SHIMS, COMPILE
 from harness.rehearsal.cuda_shims import CUDA_SHIMS
 from harness.rehearsal.fake_mode import existing_objects_frozen
 from harness.rehearsal.from_outside import Outside, ProgramFakes, refuse_step
-from harness.rehearsal.known_values import Values
 from harness.rehearsal.shims import program_shims
 
 
@@ -64,8 +63,7 @@ def rehearsing(ledger: CardLedger, assume: float | None = None) -> Iterator[None
         context.callback(register_optimizer_step_pre_hook(refuse_step).remove)
         if "torch._dynamo" in sys.modules:  # what was compiled before
             context.enter_context(torch.compiler.set_stance("force_eager"))
-        for mode in (ProgramFakes(memory.card), Values(assume, strict=True, gpu=True)):
-            context.enter_context(mode)
+        context.enter_context(ProgramFakes(memory.card, assume, strict=True))
         context.enter_context(existing_objects_frozen())
         context.enter_context(ledger)
         context.callback(register_module_parameter_registration_hook(partial(_claim, ledger)).remove)

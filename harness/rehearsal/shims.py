@@ -12,6 +12,7 @@ from harness.ledger.patch import ACCELERATE, BUILTIN, DATA, DEEPSPEED, TORCH, TR
 from harness.rehearsal import tensor_shims, world_shims, zero_shims
 from harness.rehearsal.card_tensors import CARD_SHIMS
 from harness.rehearsal.cuda_shims import CUDA_SHIMS
+from harness.runtime.imports import import_deepspeed
 
 CPU = "deepspeed.accelerator.cpu_accelerator.CPU_Accelerator"
 ZERO12 = "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer"
@@ -78,11 +79,19 @@ SHIMS = (
         world_shims.assume_equal_lengths,
     ),
     Patch(
-        "deepspeed.runtime.engine",
-        "is_zero_supported_optimizer",
-        "it imports a compiler to know another optimizer by, which takes a second",
+        "deepspeed.utils.nvtx",
+        "enable_nvtx",
+        "there is no profiler to mark ranges for, and each mark takes time",
         DEEPSPEED,
-        world_shims.is_adamw,
+        world_shims.turned_off,
+        unchecked=DATA,
+    ),
+    Patch(
+        "accelerate.data_loader",
+        "is_datasets_available",
+        "it imports datasets to know one of theirs by, and a rehearsal has none",
+        ACCELERATE,
+        world_shims.is_not_available,
     ),
     Patch(f"{ZERO3}.utils", "get_lst_from_rank0", ALONE, DEEPSPEED, world_shims.assume_equal_lists),
     Patch(
@@ -147,9 +156,7 @@ def process_world() -> tuple[Patch, ...]:
     """What DeepSpeed and accelerate keep of the world of this process, in globals; and `linear`, which ZeRO-3 replaces
     and never restores.
     """
-    from harness.training.engine import deepspeed_itself
-
-    deepspeed_itself()
+    import_deepspeed()
     from deepspeed.utils import groups
 
     names = [name for name, value in vars(groups).items() if name.startswith("_") and name.isupper()]

@@ -14,7 +14,6 @@ from harness.rehearsal.card import CARD
 from harness.rehearsal.card_memory import CardMemory, being
 from harness.rehearsal.card_operators import registered
 from harness.rehearsal.fake_mode import Fakes
-from harness.rehearsal.known_values import Values
 from harness.rehearsal.shims import shimmed
 from harness.runtime.world import World, group_of, variables
 
@@ -34,7 +33,7 @@ def rehearsed(rank: int, layout: Layout, memory: CardMemory | None = None) -> It
             parts: Any = {"stages": layout.stages, "tp_size": layout.tp_size}
             parts["mesh"] = group_of(layout.tp_size, device)
             card = memory.card if memory is not None else None
-            with nullcontext() if card is None else registered(card), Fakes(card), Values(gpu=gpu):
+            with nullcontext() if card is None else registered(card), Fakes(card):
                 yield World(rank, layout.size, 0, device, fake=True, **parts)
         finally:
             dist.destroy_process_group()

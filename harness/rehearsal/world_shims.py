@@ -62,11 +62,16 @@ def unlimited_memory(original: Original) -> Original:
     return stand_in
 
 
-def is_adamw(original: Original) -> Original:
-    """`is_zero_supported_optimizer`: only torch's own AdamW, the optimizer that runs use."""
+def turned_off(original: Any) -> bool:
+    """A switch, off."""
+    return False
 
-    def stand_in(optimizer: Any) -> bool:
-        return isinstance(optimizer, torch.optim.AdamW)
+
+def is_not_available(original: Original) -> Original:
+    """Whether a package is there: it is not."""
+
+    def stand_in() -> bool:
+        return False
 
     return stand_in
 

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -15,6 +14,7 @@ from harness.ledger import Ledger
 from harness.ledger.patch import DATA, DEEPSPEED, Patch, install, table
 from harness.model import activation_checkpointing
 from harness.model.init_weights import lasting
+from harness.runtime import imports
 from harness.runtime.world import World
 
 PATCHES = table(
@@ -192,21 +192,6 @@ def norm_of(engine: Any, ledger: Ledger) -> float | None:
         return None if norm is None else float(norm)
 
 
-def deepspeed_itself() -> Any:
-    """The package DeepSpeed. Its autotuner, which no run uses, would import MLflow where that is installed: a second of
-    time, and a report to its maker.
-    """
-    unasked = "mlflow" not in sys.modules
-    if unasked:
-        sys.modules["mlflow"] = None  # type: ignore[assignment]  # an import of it fails
-    try:
-        import deepspeed
-    finally:
-        if unasked:
-            del sys.modules["mlflow"]
-    return deepspeed
-
-
 def import_deepspeed(world: World) -> Any:
     """Import DeepSpeed into the process group of `world`.
 
@@ -215,7 +200,7 @@ def import_deepspeed(world: World) -> Any:
     """
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    deepspeed = deepspeed_itself()
+    deepspeed = imports.import_deepspeed()
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     install(PATCHES["deepspeed.ops.__compatible_ops__.deepspeed_shm_comm"].by(lambda _: False))
     backend = "nccl" if world.device.type == "cuda" else "gloo"

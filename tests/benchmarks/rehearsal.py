@@ -1,6 +1,7 @@
 """How long a rehearsal takes, what it takes for itself, and how both grow with the world. Asserts nothing.
 
     python tests/benchmarks/rehearsal.py [rounds=5]
+    python tests/benchmarks/rehearsal.py [rounds=5] vs=DIR    beside another checkout, for the large models alone
 
 Every measurement is a fresh process that rehearses one rank, the highest of those that must be. Rounds go through all
 cases in turn; a ratio is taken within a round, and medians are printed with the lowest and highest. `seconds` is by the
@@ -18,8 +19,10 @@ import sys
 import time
 from collections.abc import Callable
 from itertools import product
+from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parents[2]
 LARGE = (("llama2-7b", 3, 64), ("llama2-70b", 3, 64))
 WORLDS = (64, 512, 4_096, 16_384)
 GROWING = tuple(product(("tiny", "llama2-7b"), (1, 2, 3), WORLDS))
@@ -31,17 +34,15 @@ Case = tuple[str, int, int]
 
 def main(requested: list[str]) -> None:
     rounds = next((int(word.removeprefix("rounds=")) for word in requested if word.startswith("rounds=")), 5)
+    for word in requested:
+        if word.startswith("vs="):
+            tell_ratios(Path(word.removeprefix("vs=")).expanduser().resolve(), rounds)
+            return
     taken: dict[Case, list[dict[str, Any]]] = {case: [] for case in dict.fromkeys((*LARGE, *GROWING))}
     for _ in range(rounds):
         for case in taken:
             taken[case].append(measured(case))
-    from harness.record import record_file
-
-    machine = record_file.environment()
-    print(f"$ python tests/benchmarks/rehearsal.py {' '.join(requested)}".rstrip())
-    busy = ", ".join(f"{load:.1f}" for load in os.getloadavg())
-    print(f"{machine.processor}, {os.cpu_count()} cores, one thread; other work ran beside it: load {busy}")
-    print(f"python {platform.python_version()}, {json.dumps(machine.packages)}\n")
+    tell_machine()
     print(
         f"one rank of 64, 4,096 tokens, two steps: medians of {rounds} fresh processes, and the most memory of any\n"
     )
@@ -54,11 +55,42 @@ def main(requested: list[str]) -> None:
     tell_growth(taken)
 
 
-def measured(case: Case, *more: str) -> dict[str, Any]:
-    """What a fresh process says of itself."""
-    words = [__file__, "one", *map(str, case), *more]
+def tell_machine() -> None:
+    """The command, the machine, and the packages."""
+    from harness.record import record_file
+
+    machine = record_file.environment()
+    print(f"$ python tests/benchmarks/rehearsal.py {' '.join(sys.argv[1:])}".rstrip())
+    busy = ", ".join(f"{load:.1f}" for load in os.getloadavg())
+    print(f"{machine.processor}, {os.cpu_count()} cores, one thread; other work ran beside it: load {busy}")
+    print(f"python {platform.python_version()}, {json.dumps(machine.packages)}\n")
+
+
+def tell_ratios(other: Path, rounds: int) -> None:
+    """Processor seconds of each large model here and in another checkout, in turn."""
+    tell_machine()
+    print(f"{'model':<14}{'here':>8}{'there':>8}{'here/there':>12}  lowest to highest")
+    for case in LARGE:
+        pairs = [(measured(case), measured(case, root=other)) for _ in range(rounds)]
+        here, there = ([each[side]["processor"] for each in pairs] for side in (0, 1))
+        ratios = sorted(mine / its for mine, its in zip(here, there, strict=True))
+        medians = (statistics.median(each) for each in (here, there, ratios))
+        print(
+            f"{case[0]:<14}{next(medians):>8.1f}{next(medians):>8.1f}{next(medians):>12.2f}"
+            f"  {ratios[0]:.2f} to {ratios[-1]:.2f}"
+        )
+
+
+def measured(case: Case, *more: str, root: Path = ROOT) -> dict[str, Any]:
+    """What a fresh process says of itself, with the code of the checkout `root`."""
+    words = [str(root / "tests/benchmarks/rehearsal.py"), "one", *map(str, case), *more]
     done = subprocess.run(
-        [sys.executable, *words], check=True, stdout=subprocess.PIPE, text=True, timeout=600
+        [sys.executable, *words],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=600,
+        env={**os.environ, "PYTHONPATH": str(root)},
     )
     actual: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return actual
@@ -68,14 +100,17 @@ def one(name: str, stage: str, size: str, *more: str) -> None:
     """Rehearse, and print what it took: seconds by part, bytes, and the operators if `more` asks for them."""
     began, clock = time.perf_counter(), time.process_time
     start = clock()
-    from harness.config.compose import compose
-    from harness.config.load import load
-    from harness.model import loader
-    from harness.model.plan import Plan
-    from harness.rehearsal.fake_mode import Fakes
-    from harness.rehearsal.one_rank import rehearse
-    from harness.rehearsal.representatives import representatives_of
-    from harness.training import engine
+    from harness.runtime.imports import without_collection
+
+    with without_collection():
+        from harness.config.compose import compose
+        from harness.config.load import load
+        from harness.model import loader
+        from harness.model.plan import Plan
+        from harness.rehearsal.fake_mode import Fakes
+        from harness.rehearsal.one_rank import rehearse
+        from harness.rehearsal.representatives import representatives_of
+        from harness.training import engine
 
     parts = dict.fromkeys(PARTS, 0.0)
     parts["import"] = clock() - start
@@ -120,18 +155,20 @@ def one(name: str, stage: str, size: str, *more: str) -> None:
 
 def count_operators(fakes: Any, operators: dict[str, list[float]]) -> None:
     """Keep of each operator how often it was dispatched, and the seconds."""
-    original = fakes.__torch_dispatch__
 
-    def stand_in(self: Any, func: Any, *rest: Any) -> Any:
-        start = time.process_time()
-        try:
-            return original(self, func, *rest)
-        finally:
-            known = operators.setdefault(str(func), [0, 0.0])
-            known[0] += 1
-            known[1] += time.process_time() - start
+    def timed(original: Any) -> Any:
+        def stand_in(self: Any, func: Any, *rest: Any) -> Any:
+            start = time.process_time()
+            out = original(self, func, *rest)
+            if out is not NotImplemented:
+                known = operators.setdefault(str(func), [0, 0.0])
+                known[0] += 1
+                known[1] += time.process_time() - start
+            return out
 
-    fakes.__torch_dispatch__ = stand_in
+        return stand_in
+
+    fakes.shortcut, fakes._result = timed(fakes.shortcut), timed(fakes._result)
 
 
 def tell_large(taken: dict[Case, list[dict[str, Any]]]) -> None:

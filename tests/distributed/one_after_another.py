@@ -14,7 +14,7 @@ from torch._C._distributed_c10d import TCPStore
 
 from harness.__main__ import main
 from harness.config.compose import compose
-from harness.training.engine import deepspeed_itself
+from harness.runtime.imports import import_deepspeed
 
 SLOW = (
     *(
@@ -48,7 +48,7 @@ WORDS = [
     "+model.config.sliding_window=40",
 ]
 """Some of every kind."""
-deepspeed_itself()
+import_deepspeed()
 for slow in SLOW:
     import_module(slow)
 import_module("deepspeed.ops").__compatible_ops__  # noqa: B018 - it is asked for once

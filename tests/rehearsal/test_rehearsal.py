@@ -26,7 +26,7 @@ from harness.model.plan import Plan
 from harness.record import record_file
 from harness.rehearsal import UNVERIFIED, one_rank, shims, zero_shims
 from harness.rehearsal.fake_mode import Fakes
-from harness.rehearsal.known_values import UNKNOWN, Values
+from harness.rehearsal.known_values import UNKNOWN, KnownValues
 from harness.rehearsal.one_rank import rehearse
 from harness.rehearsal.representatives import representatives_of
 from harness.rehearsal.shims import ONCE_A_RANK, shimmed
@@ -430,17 +430,17 @@ def test_no_socket_is_opened_and_no_gpu_touched(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.fixture
-def values() -> Iterator[Values]:
+def values() -> Iterator[KnownValues]:
     """Fake tensors whose values may be known, in a fake group of two."""
     dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
     try:
-        with Fakes(), Values() as values:
-            yield values
+        with Fakes() as fakes:
+            yield fakes.values
     finally:
         dist.destroy_process_group()
 
 
-def test_positions_and_masks_are_known(values: Values) -> None:
+def test_positions_and_masks_are_known(values: KnownValues) -> None:
     mask = torch.ones(2, 5, dtype=torch.int64)
     assert bool(mask.all())
     mask[1, :2] = 0
@@ -454,14 +454,14 @@ def test_positions_and_masks_are_known(values: Values) -> None:
     assert not torch.equal(positions, positions + 1)
 
 
-def test_a_write_through_a_view_is_a_write_to_what_it_views(values: Values) -> None:
+def test_a_write_through_a_view_is_a_write_to_what_it_views(values: KnownValues) -> None:
     whole = torch.zeros(3, 4, dtype=torch.int64)
     whole[1].add_(7)
     whole.view(-1)[-1] = 9
     assert whole.tolist() == [[0, 0, 0, 0], [7, 7, 7, 7], [0, 0, 0, 9]]
 
 
-def test_what_a_model_chose_is_unknown(values: Values) -> None:
+def test_what_a_model_chose_is_unknown(values: KnownValues) -> None:
     logits = torch.randn(2, 8)
     chosen = logits.argmax(dim=-1)
     assert values.value(chosen) is None
@@ -470,7 +470,7 @@ def test_what_a_model_chose_is_unknown(values: Values) -> None:
     assert values.value(torch.randint(1, 9, (4,))) is None
 
 
-def test_an_unknown_that_is_written_makes_every_alias_unknown(values: Values) -> None:
+def test_an_unknown_that_is_written_makes_every_alias_unknown(values: KnownValues) -> None:
     tokens = torch.full((2, 6), 5)
     row, column, apart = tokens[0], tokens[:, 3], tokens.clone()
     assert row.tolist() == [5] * 6
@@ -480,7 +480,7 @@ def test_an_unknown_that_is_written_makes_every_alias_unknown(values: Values) ->
     assert apart.tolist() == [[5] * 6] * 2
 
 
-def test_a_collective_forgets_what_it_was_given(values: Values) -> None:
+def test_a_collective_forgets_what_it_was_given(values: KnownValues) -> None:
     sent, kept = torch.tensor([3, 4]), torch.tensor([5])
     view = sent[1:]
     dist.all_reduce(sent)

@@ -73,7 +73,7 @@ def test_a_tracker_that_is_not_installed_is_refused_before_the_run(tmp_path: Pat
 
 def test_deepspeed_is_imported_without_mlflow() -> None:
     code = (
-        "import sys; from harness.training.engine import deepspeed_itself; deepspeed_itself(); "
+        "import sys; from harness.runtime.imports import import_deepspeed; import_deepspeed(); "
         "print('mlflow' in sys.modules, 'deepspeed.autotuning.autotuner' in sys.modules); import mlflow"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
