@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 
 from harness.config.rules import positions, quantized, widths
+from harness.config.rules.deepspeed import deepspeed
 from harness.config.rules.generation import generation
 from harness.config.rules.sources import files, read, shape_of
 from harness.config.settings import Checkpointing, Pipeline, Refusal, Settings
@@ -11,7 +12,17 @@ from harness.config.settings import Checkpointing, Pipeline, Refusal, Settings
 
 def check(settings: Settings) -> None:
     """Raise Refusal for an impossible combination, as far as that is known without torch and without other ranks."""
-    rules = (_parallelism, _pipeline, _rehearsal, _model, _checkpointing, _data, _train, generation)
+    rules = (
+        _parallelism,
+        _pipeline,
+        _rehearsal,
+        _model,
+        _checkpointing,
+        _data,
+        _train,
+        deepspeed,
+        generation,
+    )
     for rule in (*rules, quantized.check):
         rule(settings)
 
