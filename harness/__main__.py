@@ -13,7 +13,7 @@ from typing import NoReturn
 from omegaconf import OmegaConf
 
 from harness import __version__
-from harness.config import compose
+from harness.config import compose, deepspeed_file
 from harness.config.load import load, without_hydra
 from harness.config.settings import Refusal, as_typed, described_fields
 from harness.runtime import launcher
@@ -136,7 +136,8 @@ def _carry_out(arguments: list[str]) -> int:
             close = get_close_matches(argument, [*TOOLS, "--help", "--cfg job"], n=1)
             hint = f"did you mean {close[0]}?" if close else "--help lists the keys and the tools"
             return _refuse(f"{argument}: neither key=value nor a tool; {hint}")
-    cfg = compose.compose(arguments)
+    from_file = deepspeed_file.expanded(arguments)
+    cfg = compose.compose(from_file.arguments)
     settings = load(cfg)
     if only_print:
         return _say(OmegaConf.to_yaml(without_hydra(cfg), resolve=True))
@@ -144,7 +145,7 @@ def _carry_out(arguments: list[str]) -> int:
     with without_collection():
         from harness.run import run  # imports torch, so only after the request is checked
 
-    return run(settings, cfg, arguments)
+    return run(settings, cfg, from_file.arguments, from_file.reasons)
 
 
 def _require(extra: str | None) -> None:

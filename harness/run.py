@@ -1,9 +1,10 @@
 """One run from settings to record: join the world, create the directory, run the mode, write the record."""
 
+import json
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, replace
 from datetime import datetime
@@ -31,24 +32,33 @@ from harness.runtime import failure, launcher, memory_snapshot, peak_rates, worl
 from harness.runtime.files import put
 from harness.runtime.trackers import Trackers
 from harness.runtime.world import World
+from harness.training import deepspeed_config
 
 T = TypeVar("T")
 
 
-def run(settings: Settings, cfg: DictConfig, overrides: list[str]) -> int:
+Reasons = Callable[[Settings], Mapping[str, str]]
+
+
+def run(settings: Settings, cfg: DictConfig, overrides: list[str], reasons: Reasons = lambda _: {}) -> int:
     """Carry out `settings` and return the exit code. `overrides` is the command line, which messages repeat.
+
+    `reasons` are those of values that were chosen before, by key.
 
     Raises Refusal for problems that only a joined world can detect.
     """
     if settings.world.kind == "rehearsed":
-        return _rehearse(settings, cfg, overrides)
+        return _rehearse(settings, cfg, overrides, reasons)
     _, size, _ = world.environment()
     check_world(settings, size, overrides)
     group_sizes = settings.pipeline.stages, settings.tensor_parallel
     with world.connected(settings.hardware.device, settings.world.timeout, *group_sizes) as joined_world:
         memory_snapshot.check(settings, joined_world.device)
         plan = _by_rank_0(joined_world, lambda: resolve(settings, joined_world.device.type))
-        directory = _by_rank_0(joined_world, lambda: _make_directory(plan.settings, cfg))
+        plan = replace(plan, reasons={**reasons(plan.settings), **plan.reasons})
+        directory = _by_rank_0(
+            joined_world, lambda: _make_directory(plan.settings, cfg, joined_world.dp_size)
+        )
         return _Run(plan, overrides, joined_world, directory).carry_out()
 
 
@@ -66,7 +76,7 @@ def _by_rank_0(joined_world: World, decide: Callable[[], T]) -> T:
     return cast(T, outcome)
 
 
-def _rehearse(settings: Settings, cfg: DictConfig, command: list[str]) -> int:
+def _rehearse(settings: Settings, cfg: DictConfig, command: list[str], reasons: Reasons) -> int:
     """Rehearse `settings` without a world: each representative rank in its own process, and one record of all."""
     from harness.rehearsal import all_ranks as rehearsal
 
@@ -75,7 +85,8 @@ def _rehearse(settings: Settings, cfg: DictConfig, command: list[str]) -> int:
     assert settings.world.size is not None
     check_world(settings, settings.world.size)
     plan = resolve(settings)
-    directory = _make_directory(plan.settings, cfg)
+    plan = replace(plan, reasons={**reasons(plan.settings), **plan.reasons})
+    directory = _make_directory(plan.settings, cfg, plan.layout.dp_size)
     head = record_file.head(plan.settings, plan.reasons, command, rehearsal.described(plan))
     for line in decided(plan.reasons):
         print(line)
@@ -104,14 +115,19 @@ def _print_summary(directory: Path, say: Callable[[str], object]) -> None:
 
 def _remove(directory: Path, reason_received: bool = True) -> None:
     """Delete the files of a refused run. Keep the reason unless every rank has received it."""
-    for name in (record_file.FILE, "config.yaml", *([failure.CLAIM] if reason_received else [])):
+    for name in (
+        record_file.FILE,
+        "config.yaml",
+        deepspeed_config.FILE,
+        *([failure.CLAIM] if reason_received else []),
+    ):
         (directory / name).unlink(missing_ok=True)
     with suppress(OSError):
         directory.rmdir()
 
 
-def _make_directory(settings: Settings, cfg: DictConfig) -> Path:
-    """Create the run's own directory with its config. Raises Refusal if it already has a record."""
+def _make_directory(settings: Settings, cfg: DictConfig, dp_size: int) -> Path:
+    """Create the run's own directory with its config, and DeepSpeed's. Raises Refusal if it already has a record."""
     configured = OmegaConf.select(cfg, "hydra.run.dir")
     stamp = datetime.now().strftime("%Y-%m-%d/%H-%M-%S")
     directory = Path(configured or f"outputs/{stamp}-{settings.mode}").absolute()
@@ -123,6 +139,9 @@ def _make_directory(settings: Settings, cfg: DictConfig) -> Path:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / failure.CLAIM).unlink(missing_ok=True)  # from a refused run
         put(directory / "config.yaml", OmegaConf.to_yaml(asdict(settings)))
+        if settings.mode == "train":
+            whole = deepspeed_config.whole_config(settings, dp_size)
+            put(directory / deepspeed_config.FILE, json.dumps(whole, indent=2) + "\n")
     except OSError as error:
         raise Refusal("hydra.run.dir", directory, f"it cannot be written: {error.strerror}") from error
     return directory

@@ -1,5 +1,6 @@
 """What a page shows is what somebody who follows it sees; the pages that need torchrun are in distributed/."""
 
+import json
 import re
 import shlex
 import shutil
@@ -49,6 +50,18 @@ def test_a_rehearsed_program_prints_what_its_page_shows(tmp_path: Path) -> None:
     (shown,) = blocks("rehearse-program", "text")
     (printed,) = follow("rehearse-program", tmp_path).values()
     assert printed == shown
+
+
+def test_a_deepspeed_config_becomes_what_its_page_shows(tmp_path: Path) -> None:
+    (tree,) = blocks("deepspeed-config", "json")
+    (tmp_path / "ds_config.json").write_text(tree)
+    rehearsed, shown, again = (inside(line, tmp_path) for line in commands("deepspeed-config"))
+    (text,) = blocks("deepspeed-config", "text")
+    assert rehearsed.startswith(text)
+    (peak,) = re.findall(r"^  total .*$", rehearsed, re.MULTILINE)
+    assert peak in again
+    assert json.loads((tmp_path / "runs/three/deepspeed.json").read_text())["train_batch_size"] == 16
+    assert "reduce_bucket_size: 50000" in shown
 
 
 def test_a_gpu_s_budget_fails_as_its_page_shows(tmp_path: Path) -> None:

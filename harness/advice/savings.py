@@ -306,7 +306,7 @@ def command(record: Record, change: Rehearsed) -> str:
         override for override in record.environment.command if override.partition("=")[0] not in replaced
     ]
     arguments = [*kept_overrides, *change.overrides.split()]
-    decided = [f"{key}={as_typed(record.value(key))}" for key in record.resolved]
+    decided = [f"{key}={as_typed(record.value(key))}" for key in record.resolved if key not in change.values]
     start = "python -m harness"
     if not record.world.rehearsed and record.world.size > 1:
         start = f"torchrun --standalone --nproc-per-node {record.world.size} -m harness"

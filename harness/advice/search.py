@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from harness.advice.climb import Climb
 from harness.config import compose
+from harness.config.deepspeed_file import expanded
 from harness.config.load import load
 from harness.config.rules import check_world
 from harness.config.settings import NEW_TOKENS, RESOLVED, Refusal, Settings
@@ -68,6 +69,7 @@ class Fit:
     """The request: configs along axes, and the memory that they must fit into. Raises Refusal and ValueError."""
 
     def __init__(self, overrides: Sequence[str], reserve: int = 0) -> None:
+        overrides = expanded(overrides).arguments
         typed = dict(override.partition("=")[::2] for override in overrides)
         for override in overrides:
             if "=" not in override:

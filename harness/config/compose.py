@@ -13,14 +13,15 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from harness.config.deepspeed_file import expanded
 from harness.config.load import nearest, resolved, unresolved
 from harness.config.rules.quantized import KEY, NAME
 from harness.config.settings import Refusal, Settings, described_fields
 
 RUN_DIR = "hydra.run.dir"
 
-OPEN = "generation.config."
-"""Keys below it belong to transformers, and no file here lists them: so they need no + before them."""
+OPEN = ("generation.config.", "deepspeed.options.")
+"""Keys below these belong to transformers and DeepSpeed, and no file here lists them: they need no + before them."""
 
 
 def directory() -> Path:
@@ -49,7 +50,7 @@ def compose(arguments: Sequence[str]) -> DictConfig:
 
     Raises Refusal for an argument that cannot be read, and for an option or a key that does not exist.
     """
-    overrides = [_parse(argument) for argument in arguments]
+    overrides = [_parse(argument) for argument in expanded(arguments).arguments]
     ConfigStore.instance().store("schema", dataclasses.asdict(Settings()))
     with initialize_config_dir(str(directory()), version_base="1.3"):
         try:

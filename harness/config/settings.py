@@ -26,6 +26,7 @@ def _no_truth(value: object) -> object:
 _Number = BeforeValidator(_no_truth)
 Positive = Annotated[int, Field(ge=1, le=MOST), _Number]
 NotNegative = Annotated[int, Field(ge=0, le=MOST), _Number]
+ZeroStage = Annotated[int, Field(ge=0, le=3), _Number]
 PositiveFloat = Annotated[float, Field(gt=0, le=1e30), _Number]
 NotNegativeFloat = Annotated[float, Field(ge=0, le=1e30), _Number]
 
@@ -38,6 +39,8 @@ def _above_zero(value: float) -> float:
         return value
     raise ValueError("should be greater than 0; generation.sample=false takes the likeliest token")
 
+
+Beta = Annotated[float, Field(ge=0, lt=1), _Number]
 
 Temperature = Annotated[float, Field(le=1e30), AfterValidator(_above_zero), _Number]
 
@@ -105,7 +108,7 @@ class Data:
 
 @dataclass(frozen=True, config=_STRICT)
 class Zero:
-    stage: Annotated[int, Field(ge=0, le=3)] = 1
+    stage: ZeroStage = 1
     """Set by zero=; 1 shards optimizer state, 2 gradients, 3 parameters."""
     offload: Literal["none", "optimizer", "all"] = "none"
     """What lives in the host's memory."""
@@ -117,6 +120,14 @@ class Zero:
     """Stage 3: elements fetched ahead."""
     persistence_threshold: NotNegative = 10_000
     """Stage 3: smaller parameters are never sharded."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Deepspeed:
+    config: str | None = None
+    """Training: a ds_config.json; its keys become the settings that they are."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Other keys of DeepSpeed's config: deepspeed.options.zero_optimization.overlap_comm=true."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -153,6 +164,10 @@ class Train:
     """Tokens in a sequence."""
     learning_rate: PositiveFloat = 1e-3
     """AdamW's highest learning rate."""
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    """AdamW's decay of its two means of gradients, as [0.9,0.95]."""
+    epsilon: NotNegativeFloat = 1e-8
+    """AdamW's term that keeps a division from 0."""
     warmup_steps: NotNegative = 0
     """Steps from zero to the learning rate."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -292,6 +307,7 @@ class Settings:
     model: Model = Model()
     data: Data = Data()
     zero: Zero = Zero()
+    deepspeed: Deepspeed = Deepspeed()
     checkpointing: Checkpointing = Checkpointing()
     pipeline: Pipeline = Pipeline()
     train: Train = Train()

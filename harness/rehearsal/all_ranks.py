@@ -66,6 +66,9 @@ def _differences(plan: Plan) -> Iterator[str]:
         yield "the decoding step is not compiled: what its program needs besides the cache is the compiler's choice"
     if settings.hardware.device == "cuda" and (kernels_differ := kernels.difference(plan)):
         yield kernels_differ
+    overlaps = settings.deepspeed.options.get("zero_optimization", {}).get("overlap_comm", False)
+    if settings.hardware.device == "cuda" and overlaps:
+        yield "overlap_comm sends on a stream of its own: a GPU reserves its blocks apart, and frees them later"
     if settings.mode == "train" and settings.train.clip and settings.pipeline.stages > 1:
         yield "gradients have no norm: where a real norm is above train.clip, gradients may be copied once more"
     if settings.mode == "train":

@@ -16,6 +16,7 @@ from harness.model import activation_checkpointing
 from harness.model.init_weights import lasting
 from harness.runtime import imports
 from harness.runtime.world import World
+from harness.training.deepspeed_config import engine_config
 
 PATCHES = table(
     Patch(
@@ -28,41 +29,6 @@ PATCHES = table(
         optional=True,
     )
 )
-
-
-def deepspeed_config(settings: Settings, dp_size: int) -> dict[str, Any]:
-    """DeepSpeed's configuration for `settings`, for `dp_size` data-parallel ranks.
-
-    DeepSpeed's defaults clip gradients at 1.0 and skip steps that overflow in bf16. Both are set here, so that only
-    what `settings` say happens. Bucket sizes and thresholds are in elements.
-    """
-    train, zero = settings.train, settings.zero
-    optimization: dict[str, Any] = {
-        "stage": zero.stage,
-        "contiguous_gradients": True,
-        "overlap_comm": False,
-        "reduce_scatter": True,
-        "reduce_bucket_size": zero.reduce_bucket_size,
-        "allgather_bucket_size": zero.allgather_bucket_size,
-        "stage3_prefetch_bucket_size": zero.prefetch_bucket_size,
-        "stage3_param_persistence_threshold": zero.persistence_threshold,
-    }
-    if zero.offload in ("optimizer", "all"):
-        optimization["offload_optimizer"] = {"device": "cpu"}
-    if zero.offload == "all":
-        optimization["offload_param"] = {"device": "cpu"}
-    return {
-        "train_batch_size": train.micro_batch * train.accumulation * dp_size,
-        "train_micro_batch_size_per_gpu": train.micro_batch,
-        "gradient_accumulation_steps": train.accumulation,
-        "gradient_clipping": train.clip,
-        "bf16": {"enabled": settings.dtype == "bfloat16", "check_grad_overflow": False},
-        "zero_optimization": optimization,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW needs no compiler, even with offload
-        "steps_per_print": 2**31,
-        "wall_clock_breakdown": False,
-    }
 
 
 def learning_rate(train: Train, step: int) -> float:
@@ -79,7 +45,7 @@ class Engine:
 
     def __init__(self, settings: Settings, world: World, ledger: Ledger, model: PreTrainedModel) -> None:
         self.settings, self.world, self.ledger = settings, world, ledger
-        deepspeed, config = import_deepspeed(world), deepspeed_config(settings, world.dp_size)
+        deepspeed, config = import_deepspeed(world), engine_config(settings, world.dp_size)
         if settings.zero.stage == 3:  # one parameter at a time: no device ever has them all
             deepspeed.zero.Init(module=model, config_dict_or_path=config)
         # DeepSpeed would do this later, but the ledger must first register the tensors
@@ -172,6 +138,8 @@ def adamw(settings: Settings, world: World, model: torch.nn.Module) -> torch.opt
     return torch.optim.AdamW(
         model.parameters(),
         lr=train.learning_rate,
+        betas=train.betas,
+        eps=train.epsilon,
         weight_decay=train.weight_decay,
         # torch's own choice; set here because a rehearsal for a GPU does not run on one
         foreach=world.kind == "cuda" and settings.zero.offload == "none" and not train.fused,

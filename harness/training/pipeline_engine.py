@@ -17,7 +17,8 @@ from harness.model import activation_checkpointing
 from harness.model.partition import ranges
 from harness.model.stage import Stage, parts
 from harness.runtime.world import World
-from harness.training.engine import adamw, deepspeed_config, import_deepspeed, norm_of, set_rate
+from harness.training.deepspeed_config import engine_config
+from harness.training.engine import adamw, import_deepspeed, norm_of, set_rate
 
 _ENGINE = "deepspeed.runtime.pipe.engine.PipelineEngine"
 _MODULE = "deepspeed.runtime.pipe.module.PipelineModule"
@@ -80,7 +81,7 @@ class Pipeline:
     ) -> None:
         self.settings, self.world, self.ledger = settings, world, ledger
         self.stage, self.whole, self.split = stage, whole, split
-        deepspeed, config = import_deepspeed(world), deepspeed_config(settings, world.dp_size)
+        deepspeed, config = import_deepspeed(world), engine_config(settings, world.dp_size)
         stage.to(world.device)
         stage.receives = [settings.train.micro_batch, settings.train.sequence, stage.hidden]
         ledger.own(model=stage.model)

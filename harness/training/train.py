@@ -124,6 +124,7 @@ def identity(settings: Settings, world: World) -> dict[str, Any]:
         "train.accumulation": settings.train.accumulation,
         "train.sequence": settings.train.sequence,
         "train.fused": settings.train.fused,
+        "deepspeed.options": settings.deepspeed.options or None,
         "model": settings.model.path or settings.model.name,
         "seed": settings.seed,
     }

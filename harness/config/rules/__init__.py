@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 
 from harness.config.rules import positions, quantized, widths
+from harness.config.rules.deepspeed import deepspeed
 from harness.config.rules.generation import generation
 from harness.config.rules.sources import files, read, shape_of
 from harness.config.settings import Checkpointing, Pipeline, Refusal, Settings
@@ -28,6 +29,7 @@ def check(settings: Settings) -> None:
         _data,
         _train,
         _trackers,
+        deepspeed,
         generation,
     )
     for rule in (*rules, quantized.check):
