@@ -150,7 +150,7 @@ class Fit:
 
     def _decide(self) -> None:
         """Resolve the keys at `auto` once for all configs: no axis changes the result."""
-        with workers(1) as pool:
+        with workers() as pool:
             settings, self.reasons = decided(pool, self._first())
         values = settings.precision, settings.model.attention
         self.decided = [f"{key}={value}" for key, value in zip(RESOLVED, values, strict=True)]
@@ -209,7 +209,7 @@ class Fit:
         """Run all climbs in parallel, one rung of each at a time."""
         trials: list[Trial] = []
         refusals: list[Refusal] = []
-        with workers(len(climbs)) as pool:
+        with workers() as pool:
             while True:
                 wanted = list(self._rungs(climbs, refusals))
                 if not wanted:

@@ -168,7 +168,7 @@ def balanced(plan: Plan) -> Plan:
     pipeline = plan.settings.pipeline
     if pipeline.stages == 1 or pipeline.split != "memory":
         return plan
-    with workers(2 * pipeline.stages) as pool, progress(None) as pace:
+    with workers() as pool, progress(None) as pace:
 
         def measure(tasks: Sequence[Task]) -> list[int]:
             peaks = []
@@ -198,7 +198,7 @@ def _results(
         for representative in representatives:
             yield representative, one(plan, representative.rank, directory)
         return
-    with workers(len(representatives)) as pool:
+    with workers() as pool:
         running = {
             pool.submit(one, plan, representative.rank, directory): representative
             for representative in representatives

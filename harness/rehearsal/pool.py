@@ -8,7 +8,8 @@ import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from threading import Thread
 from typing import TYPE_CHECKING, NamedTuple
 
 from harness.config.load import Settings
@@ -58,20 +59,32 @@ class Worst(NamedTuple):
         return self.bytes if self.reserved is None else self.reserved
 
 
+_warm: dict[str, ProcessPoolExecutor] = {}
+"""The pool of this process, by the working directory that its workers started in: paths are relative to it."""
+
+
 @contextmanager
-def workers(tasks: int) -> Iterator[ProcessPoolExecutor]:
-    """A pool for `tasks` tasks, on the cores that this process may use. An exception in the body kills the workers."""
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["harness.rehearsal.balance"])
-    pool = ProcessPoolExecutor(max(1, min(tasks, _cores())), context, _leave_interrupts)
+def workers() -> Iterator[ProcessPoolExecutor]:
+    """A pool on the cores that this process may use. It stays for the next caller, with all that it has imported.
+
+    An exception in the body kills the workers. They end with this process, however it ends.
+    """
+    directory = os.getcwd()
+    if directory not in _warm:
+        while _warm:
+            _warm.popitem()[1].shutdown()
+        context = get_context("forkserver")
+        context.set_forkserver_preload(["harness.rehearsal.balance"])
+        _warm[directory] = ProcessPoolExecutor(_cores(), context, _begin)
+    pool = _warm[directory]
     try:
         yield pool
     except BaseException:
+        _warm.pop(directory, None)
         for process in list((pool._processes or {}).values()):
             process.kill()  # safe: a rehearsal has no state to save
         pool.shutdown(cancel_futures=True)
         raise
-    pool.shutdown()
 
 
 def _cores() -> int:
@@ -80,9 +93,20 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
-def _leave_interrupts() -> None:
-    """Ignore Ctrl-C in a worker: the terminal sends it to every process, and the parent ends the workers."""
+def _begin() -> None:
+    """Ignore Ctrl-C in a worker: the terminal sends it to every process, and the parent ends the workers.
+
+    A parent that ends without that, as `os._exit` does, leaves nobody to end them: each watches for it.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(0)
 
 
 def rehearse_all(
