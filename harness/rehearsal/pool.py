@@ -50,6 +50,9 @@ class Worst(NamedTuple):
     alternatives: tuple[Alternative, ...] = ()
     """Other settings of the allocator, best first, where they were tried."""
 
+    bound: bool = False
+    """Whether nothing was rehearsed, and `bytes` is what a rank surely has: a lower bound, from shapes alone."""
+
     unseen: tuple[str, ...] = ()
     """What the ledger did not see, as sentences."""
 
@@ -71,8 +74,7 @@ def workers() -> Iterator[ProcessPoolExecutor]:
     """
     directory = os.getcwd()
     if directory not in _warm:
-        while _warm:
-            _warm.popitem()[1].shutdown()
+        end()
         context = get_context("forkserver")
         context.set_forkserver_preload(["harness.rehearsal.balance"])
         _warm[directory] = ProcessPoolExecutor(_cores(), context, _begin)
@@ -85,6 +87,12 @@ def workers() -> Iterator[ProcessPoolExecutor]:
             process.kill()  # safe: a rehearsal has no state to save
         pool.shutdown(cancel_futures=True)
         raise
+
+
+def end() -> None:
+    """End the warm workers, before a process that skips Python's shutdown."""
+    while _warm:
+        _warm.popitem()[1].shutdown()
 
 
 def _cores() -> int:
@@ -145,6 +153,36 @@ def _decided(settings: Settings) -> tuple[Settings, dict[str, str]]:
 
     plan = resolve(settings)
     return plan.settings, dict(plan.reasons)
+
+
+def at_least(settings: Settings) -> int:
+    """Bytes that the worst rank surely has, from shapes alone: its parameters, or its part of them under ZeRO-3.
+
+    With d ranks that have the same layers, N elements of e bytes: N e, and N e / d under ZeRO-3 (Rajbhandari et al.
+    2020, arXiv 1910.02054, section 5). A rank has more, but never less. 0 where nothing is certain: stages, shared
+    layers, packed weights, parameters on the host, a config that is refused.
+    """
+    import torch
+
+    from harness.model import init_weights
+    from harness.model.resolve import resolve
+
+    try:
+        plan = resolve(settings)
+        layout, config = plan.layout, plan.config
+        packed = getattr(config, "quantization_config", None) is not None
+        offloaded = settings.mode == "train" and settings.zero.offload == "all"
+        if layout.stages > 1 or layout.tp_size > 1 or packed or offloaded:
+            return 0
+        dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[plan.settings.precision]
+        whole = sum(
+            parameter.numel() * parameter.element_size()
+            for parameter in init_weights.outline(config, dtype).parameters()
+        )
+    except Exception:  # the rehearsal words it
+        return 0
+    sharded = settings.mode == "train" and settings.zero.stage == 3
+    return whole // layout.dp_size if sharded else whole
 
 
 class Candidates(NamedTuple):
