@@ -175,7 +175,7 @@ def at_least(settings: Settings) -> int:
         if layout.stages > 1 or layout.tp_size > 1 or packed or offloaded:
             return 0
         dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[plan.settings.precision]
-        whole = sum(
+        whole: int = sum(
             parameter.numel() * parameter.element_size()
             for parameter in init_weights.outline(config, dtype).parameters()
         )
