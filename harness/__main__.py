@@ -186,6 +186,8 @@ def console() -> NoReturn:
     except BrokenPipeError:  # the reader of the pipe, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
+    if pool := sys.modules.get("harness.rehearsal.pool"):
+        pool.end()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

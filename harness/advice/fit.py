@@ -41,7 +41,9 @@ PASSED_OVER = (
 
 
 def main(argv: Sequence[str]) -> int:
-    """`harness fit`. Exit code: 0 something fits, 1 nothing fits, 2 a wrong request, 3 nothing could be rehearsed."""
+    """`harness fit`. Exit code: 0 something fits, 1 nothing fits, 2 a wrong request, 3 nothing could be rehearsed,
+    130 interrupted, with what was known by then.
+    """
     try:
         options, overrides = _parser().parse_known_args(argv)
         fit = Fit(overrides, _reserve(options.reserve))
@@ -52,14 +54,14 @@ def main(argv: Sequence[str]) -> int:
         print(f"harness: {_reason(trials[0])}", file=sys.stderr)
         return 2
     print(json.dumps(data(fit, trials), indent=1) if options.json else text(fit, trials))
-    return code(trials)
+    return 130 if fit.interrupted else code(trials)
 
 
 def code(trials: Sequence[Trial]) -> int:
     """The exit code: 0 something fits, 1 nothing fits, 3 nothing could be rehearsed."""
     if any(trial.fits for trial in trials):
         return 0
-    return 1 if any(trial.rehearsed for trial in trials) else 3
+    return 1 if any(trial.known for trial in trials) else 3
 
 
 def _reserve(text: str) -> int:
@@ -85,7 +87,8 @@ def text(fit: Fit, trials: Sequence[Trial]) -> str:
     """The table as text. Where something fits, the last line is the command to run."""
     fitting = fit.ranked(trials)
     rehearsed = [trial for trial in trials if trial.rehearsed]
-    closest = sorted((trial for trial in rehearsed if not trial.fits), key=lambda trial: -trial.left)
+    known = [trial for trial in trials if trial.known]
+    closest = sorted((trial for trial in known if not trial.fits), key=lambda trial: -trial.left)
     on_gpu = any(trial.worst.reserved is not None for trial in rehearsed)
     table = Table(
         *([["allocated"], ["reserved"]] if on_gpu else [["peak"]]), ["left"], ["of it"], ["filled by"]
@@ -93,7 +96,7 @@ def text(fit: Fit, trials: Sequence[Trial]) -> str:
     if fitting:
         table.section(f"fits {size(fit.memory - fit.reserve)} a device, the worst of {fit.world} ranks")
     for trial in fitting:
-        table.row(*_row(fit, trial))
+        table.row(*_row(fit, trial, on_gpu))
     shown = closest[:LISTED]
     for title, because in (
         ("does not fit: what is allocated is too much" if on_gpu else "does not fit", False),
@@ -103,9 +106,9 @@ def text(fit: Fit, trials: Sequence[Trial]) -> str:
         if of_reason:
             table.section(title)
         for trial in of_reason:
-            table.row(*_row(fit, trial))
+            table.row(*_row(fit, trial, on_gpu))
     failed = [*_unrehearsed(trials)]
-    if not rehearsed:
+    if not known:
         unknown = f"none of the {len(trials)} configs could be rehearsed: whether one fits is not known"
         return "\n".join([*failed, "", unknown])
     lines = [
@@ -123,18 +126,22 @@ def text(fit: Fit, trials: Sequence[Trial]) -> str:
     )
     if any(trial.worst.passed_over for trial in trials):
         lines.append(PASSED_OVER)
-    lines.append(f"{len(rehearsed)} configs rehearsed; {LEFT_OUT[fit.mode]}")
+    ruled_out = f", {len(known) - len(rehearsed)} ruled out by their parameters alone" * (known != rehearsed)
+    if fit.interrupted:
+        lines.append(f"interrupted: {len(known)} configs are known, and others were still to come")
+    lines.append(f"{len(rehearsed)} configs rehearsed{ruled_out}; {LEFT_OUT[fit.mode]}")
     if fitting:
         return "\n".join([*lines, "", command(fit, fitting[0])])
     nearest = closest[0]
     nothing = "nothing that could be rehearsed fits" if failed else "nothing fits"
-    misses = f"{' '.join(_short(nearest))} comes nearest, {size(-nearest.left)} too much"
+    more = "at least " * nearest.worst.bound
+    misses = f"{' '.join(_short(nearest))} comes nearest, {more}{size(-nearest.left)} too much"
     return "\n".join([*lines, "", f"{nothing}; {misses}"])
 
 
 def _unrehearsed(trials: Sequence[Trial]) -> Iterator[str]:
     """The configs that could not be rehearsed, grouped by the reason."""
-    unknown = [trial for trial in trials if not trial.rehearsed]
+    unknown = [trial for trial in trials if not trial.known]
     for reason in dict.fromkeys(map(_reason, unknown)):
         yield f"could not be rehearsed, because {reason}"
         yield from (f"  {' '.join(_short(trial))}" for trial in unknown if _reason(trial) == reason)
@@ -144,13 +151,19 @@ def _reason(trial: Trial) -> str:
     return printable(trial.worst.failure.removeprefix(REFUSED))
 
 
-def _row(fit: Fit, trial: Trial) -> list[str]:
+def _row(fit: Fit, trial: Trial, on_gpu: bool) -> list[str]:
     worst, budget = trial.worst, fit.memory - fit.reserve
     largest = sorted(worst.categories.items(), key=lambda pair: -pair[1])[:2]
     filled = ", ".join(f"{name} {size(count)}" for name, count in largest if count)
+    if worst.bound:
+        filled = f"at least {filled}: not rehearsed"
     return [
         f"  {' '.join(_short(trial))}",
-        *([size(worst.bytes)] if worst.allocated is None else [size(worst.allocated), size(worst.reserved)]),
+        *(
+            [size(worst.bytes)]
+            if not on_gpu
+            else [size(worst.allocated or worst.bytes), size(worst.reserved)]
+        ),
         size(trial.left),
         f"{trial.left / budget:.0%}",
         filled,
@@ -209,6 +222,7 @@ def data(fit: Fit, trials: Sequence[Trial]) -> dict[str, object]:
                 "words": list(trial.overrides),
                 "fits": trial.fits,
                 "peak": trial.worst.bytes if trial.rehearsed else None,
+                "at_least": trial.worst.bytes if trial.worst.bound else None,
                 "allocated": trial.worst.allocated,
                 "reserved": trial.worst.reserved,
                 "left": trial.left if trial.rehearsed else None,

@@ -192,7 +192,7 @@ def candidates(record: Record, base: Settings) -> Iterator[tuple[Settings, dict[
 
 def rehearse(wanted: Sequence[Settings]) -> list[Worst]:
     """Rehearse each of `wanted` in parallel. Of the first, other settings of a GPU's allocator are tried too."""
-    with workers(len(wanted)) as pool, progress(len(wanted)) as pace:
+    with workers() as pool, progress(len(wanted)) as pace:
         return rehearse_all(pool, wanted, pace, advised=1)
 
 

@@ -1,6 +1,7 @@
 """The search of `harness fit`: it rehearses configs along axes, and raises the last axis until it does not fit."""
 
 from collections.abc import Container, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from itertools import product
@@ -14,7 +15,7 @@ from harness.config.rules import check_world
 from harness.config.settings import NEW_TOKENS, RESOLVED, Refusal, Settings
 from harness.device.outside import budget
 from harness.rehearsal import decisive
-from harness.rehearsal.pool import Worst, decided, progress, rehearse_all, workers
+from harness.rehearsal.pool import Worst, at_least, decided, progress, rehearse_all, workers
 from harness.tables import size
 
 AXES = {
@@ -51,7 +52,7 @@ class Trial(NamedTuple):
     @property
     def fits(self) -> bool:
         """Whether the config fits into the memory."""
-        return self.rehearsed and self.left >= 0 and not self.worst.exhausted
+        return self.known and not self.worst.bound and self.left >= 0 and not self.worst.exhausted
 
     @property
     def fragmented(self) -> bool:
@@ -60,9 +61,14 @@ class Trial(NamedTuple):
         return self.worst.exhausted and allocated is not None and allocated <= self.left + self.worst.needs
 
     @property
-    def rehearsed(self) -> bool:
-        """Whether the rehearsal succeeded."""
+    def known(self) -> bool:
+        """Whether it is known if the config fits: by a rehearsal, or because what a rank surely has does not."""
         return not self.worst.failure
+
+    @property
+    def rehearsed(self) -> bool:
+        """Whether a rehearsal succeeded."""
+        return self.known and not self.worst.bound
 
 
 class Fit:
@@ -90,6 +96,9 @@ class Fit:
         world_size = typed.get("world.size", "")
         self.world = int(world_size) if world_size.isdecimal() else 1
         self.decided: list[str] = []
+        self.so_far: list[Trial] = []
+        """What is known already, while a search goes on."""
+        self.interrupted = False
         self.reasons: dict[str, str] = {}
         """The reasons for the resolved values of keys at `auto`; empty until a search begins."""
         self.climbs = self._climbs({}, typed)
@@ -140,19 +149,31 @@ class Fit:
         return settings
 
     def search(self) -> list[Trial]:
-        """Rehearse the configs that must be, and return them all. Raises Refusal where every config is refused."""
+        """Rehearse the configs that must be, and return them all; those that are known already where Ctrl-C ends it.
+
+        Raises Refusal where every config is refused.
+        """
+        try:
+            return self._search()
+        except KeyboardInterrupt:
+            if not self.so_far:
+                raise
+            self.interrupted = True
+            return self.so_far
+
+    def _search(self) -> list[Trial]:
         self._decide()
         with progress(None) as self.pace:
             trials = self._least_first(self.climbs)
             if self.mode == "train" and "zero.offload" not in self.typed:
                 for offload in LAST_RESORT:
-                    if any(trial.rehearsed for trial in trials) and not any(trial.fits for trial in trials):
+                    if any(trial.known for trial in trials) and not any(trial.fits for trial in trials):
                         trials += self._least_first(self._climbs({"zero.offload": offload}, ()))
         return trials
 
     def _decide(self) -> None:
         """Resolve the keys at `auto` once for all configs: no axis changes the result."""
-        with workers(1) as pool:
+        with workers() as pool:
             settings, self.reasons = decided(pool, self._first())
         values = settings.precision, settings.model.attention
         self.decided = [f"{key}={value}" for key, value in zip(RESOLVED, values, strict=True)]
@@ -211,23 +232,35 @@ class Fit:
         """Run all climbs in parallel, one rung of each at a time."""
         trials: list[Trial] = []
         refusals: list[Refusal] = []
-        with workers(len(climbs)) as pool:
+        with workers() as pool:
             while True:
                 wanted = list(self._rungs(climbs, refusals))
                 if not wanted:
                     break
                 rehearsed = [self._without_reserve(decisive(settings)) for _, _, settings in wanted]
-                results = rehearse_all(pool, rehearsed, self.pace)
+                results = self._results(pool, rehearsed)
                 for (climb, overrides, settings), worst in zip(wanted, results, strict=True):
                     trial = Trial(overrides, settings, worst, self.memory - self.reserve - worst.needs)
-                    if trial.rehearsed:
+                    if trial.known:
                         climb.learn(trial.fits, exactly=self.mode == "infer")
                     else:
                         climb.refused()
                     trials.append(trial)
+                    self.so_far.append(trial)
         if not trials and refusals:
             raise refusals[0]
         return trials
+
+    def _results(self, pool: ProcessPoolExecutor, wanted: Sequence[Settings]) -> list[Worst]:
+        """The worst rank under each of `wanted`. What shapes alone rule out is not rehearsed."""
+        budget = self.memory - self.reserve
+        bounds = list(pool.map(at_least, wanted))
+        possible = [settings for settings, bound in zip(wanted, bounds, strict=True) if bound <= budget]
+        rehearsed = iter(rehearse_all(pool, possible, self.pace))
+        return [
+            next(rehearsed) if bound <= budget else Worst(bound, 0, {"parameters": bound}, bound=True)
+            for bound in bounds
+        ]
 
     def _without_reserve(self, settings: Settings) -> Settings:
         """`settings` for a card that has less memory, by what is kept free."""

@@ -148,7 +148,7 @@ def _rehearsed(options: Namespace, files: Sequence[Path], amounts: Mapping[str, 
     from harness.rehearsal.pool import workers
 
     with (
-        workers(len(baselines)) as pool,
+        workers() as pool,
         Pace(len(baselines), "baseline", aside) as pace,
     ):
         running = {

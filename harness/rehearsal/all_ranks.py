@@ -178,7 +178,7 @@ def balanced(plan: Plan) -> Plan:
     pipeline = plan.settings.pipeline
     if pipeline.stages == 1 or pipeline.split != "memory":
         return plan
-    with workers(2 * pipeline.stages) as pool, progress(None) as pace:
+    with workers() as pool, progress(None) as pace:
 
         def measure(tasks: Sequence[Task]) -> list[int]:
             peaks = []
@@ -209,7 +209,7 @@ def _results(
             report = None if places is None else partial(places.at, each.rank)
             yield each, one(plan, each.rank, directory, report=report)
         return
-    with workers(len(representatives)) as pool, TemporaryDirectory() as folder:
+    with workers() as pool, TemporaryDirectory() as folder:
         files = {each.rank: Path(folder, str(each.rank)) for each in representatives}
         running = {
             pool.submit(one, plan, each.rank, directory, report=partial(leave, files[each.rank])): each

@@ -8,7 +8,8 @@ import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from threading import Thread
 from typing import TYPE_CHECKING, NamedTuple
 
 from harness.config.load import Settings
@@ -49,6 +50,9 @@ class Worst(NamedTuple):
     alternatives: tuple[Alternative, ...] = ()
     """Other settings of the allocator, best first, where they were tried."""
 
+    bound: bool = False
+    """Whether nothing was rehearsed, and `bytes` is what a rank surely has: a lower bound, from shapes alone."""
+
     unseen: tuple[str, ...] = ()
     """What the ledger did not see, as sentences."""
 
@@ -58,20 +62,37 @@ class Worst(NamedTuple):
         return self.bytes if self.reserved is None else self.reserved
 
 
+_warm: dict[str, ProcessPoolExecutor] = {}
+"""The pool of this process, by the working directory that its workers started in: paths are relative to it."""
+
+
 @contextmanager
-def workers(tasks: int) -> Iterator[ProcessPoolExecutor]:
-    """A pool for `tasks` tasks, on the cores that this process may use. An exception in the body kills the workers."""
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["harness.rehearsal.balance"])
-    pool = ProcessPoolExecutor(max(1, min(tasks, _cores())), context, _leave_interrupts)
+def workers() -> Iterator[ProcessPoolExecutor]:
+    """A pool on the cores that this process may use. It stays for the next caller, with all that it has imported.
+
+    An exception in the body kills the workers. They end with this process, however it ends.
+    """
+    directory = os.getcwd()
+    if directory not in _warm:
+        end()
+        context = get_context("forkserver")
+        context.set_forkserver_preload(["harness.rehearsal.balance"])
+        _warm[directory] = ProcessPoolExecutor(_cores(), context, _begin)
+    pool = _warm[directory]
     try:
         yield pool
     except BaseException:
+        _warm.pop(directory, None)
         for process in list((pool._processes or {}).values()):
             process.kill()  # safe: a rehearsal has no state to save
         pool.shutdown(cancel_futures=True)
         raise
-    pool.shutdown()
+
+
+def end() -> None:
+    """End the warm workers, before a process that skips Python's shutdown."""
+    while _warm:
+        _warm.popitem()[1].shutdown()
 
 
 def _cores() -> int:
@@ -80,9 +101,20 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
-def _leave_interrupts() -> None:
-    """Ignore Ctrl-C in a worker: the terminal sends it to every process, and the parent ends the workers."""
+def _begin() -> None:
+    """Ignore Ctrl-C in a worker: the terminal sends it to every process, and the parent ends the workers.
+
+    A parent that ends without that, as `os._exit` does, leaves nobody to end them: each watches for it.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(0)
 
 
 def rehearse_all(
@@ -121,6 +153,36 @@ def _decided(settings: Settings) -> tuple[Settings, dict[str, str]]:
 
     plan = resolve(settings)
     return plan.settings, dict(plan.reasons)
+
+
+def at_least(settings: Settings) -> int:
+    """Bytes that the worst rank surely has, from shapes alone: its parameters, or its part of them under ZeRO-3.
+
+    With d ranks that have the same layers, N elements of e bytes: N e, and N e / d under ZeRO-3 (Rajbhandari et al.
+    2020, arXiv 1910.02054, section 5). A rank has more, but never less. 0 where nothing is certain: stages, shared
+    layers, packed weights, parameters on the host, a config that is refused.
+    """
+    import torch
+
+    from harness.model import init_weights
+    from harness.model.resolve import resolve
+
+    try:
+        plan = resolve(settings)
+        layout, config = plan.layout, plan.config
+        packed = getattr(config, "quantization_config", None) is not None
+        offloaded = settings.mode == "train" and settings.zero.offload == "all"
+        if layout.stages > 1 or layout.tp_size > 1 or packed or offloaded:
+            return 0
+        dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[plan.settings.precision]
+        whole: int = sum(
+            parameter.numel() * parameter.element_size()
+            for parameter in init_weights.outline(config, dtype).parameters()
+        )
+    except Exception:  # the rehearsal words it
+        return 0
+    sharded = settings.mode == "train" and settings.zero.stage == 3
+    return whole // layout.dp_size if sharded else whole
 
 
 class Candidates(NamedTuple):

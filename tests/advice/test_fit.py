@@ -16,7 +16,7 @@ from harness.config.load import load
 from harness.config.settings import Refusal
 from harness.device.outside import budget
 from harness.rehearsal import decisive
-from harness.rehearsal.pool import Worst, worst
+from harness.rehearsal.pool import Worst, at_least, worst
 from harness.tables import parse_size, size
 
 DECIDED = ["precision=bf16", "model.attention=sdpa"]
@@ -126,6 +126,28 @@ def test_nothing_that_fits_is_said_with_the_nearest_miss(capsys: pytest.CaptureF
     assert main(["fit", *few, "hardware.memory=1000000", "zero=2"]) == 1
     reported = capsys.readouterr().out.rstrip().splitlines()
     assert reported[-1].startswith("nothing fits; zero=2 train.micro_batch=1 comes nearest")
+
+
+@pytest.mark.parametrize("hardware", ["cpu", "h100-sxm"])
+def test_what_a_rank_surely_has_is_never_more_than_its_peak(hardware: str) -> None:
+    common = [*SMALL, f"hardware={hardware}", "world=rehearsed", "ledger.steps=2"]
+    bounds = []
+    for zero, offload in ((0, "none"), (2, "none"), (2, "optimizer"), (3, "none"), (3, "all")):
+        settings = load(compose.compose([*common, f"zero={zero}", f"zero.offload={offload}"]))
+        bounds.append(at_least(settings))
+        assert bounds[-1] <= worst(settings).bytes
+    assert bounds[0] == bounds[1] == bounds[2] == 2 * bounds[3] > bounds[4] == 0
+    infer = [*DECIDED, "mode=infer", "model=tiny", "world=rehearsed", "world.size=2", f"hardware={hardware}"]
+    settings = load(compose.compose(infer))
+    assert 0 < at_least(settings) <= worst(settings).bytes
+
+
+def test_what_shapes_rule_out_is_not_rehearsed(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["mode=train", "model=llama3-405b", "world.size=8", "hardware=h100-sxm", "zero.offload=none"]
+    assert main(["fit", *words, "zero=2,3", "--json"]) == 1
+    trials = json.loads(capsys.readouterr().out)["trials"]
+    assert {trial["at_least"] for trial in trials} == {2 * 405_853_388_800, 2 * 405_853_388_800 // 8}
+    assert {(trial["peak"], trial["fits"]) for trial in trials} == {(None, False)}
 
 
 def trial(fit: Fit, words: list[str], measured: int, failure: str = "") -> Trial:
