@@ -517,7 +517,11 @@ def test_a_rehearsal_leaves_a_record_of_what_it_measured_and_nulls(
         assert set(each["allocator"].values()) == {None}
     assert left.get("performance") is None
     assert left.get("training", {}).get("losses", []) == left.get("training", {}).get("validation", []) == []
-    assert {each.name for each in (tmp_path / "out").iterdir()} == {"record.json", "config.yaml", "trace"}
+    engine = {"deepspeed.json"} if left["mode"] == "train" else set()
+    assert {each.name for each in (tmp_path / "out").iterdir()} == {
+        *("record.json", "config.yaml", "trace"),
+        *engine,
+    }
     assert {int(each.stem.partition("-")[2]) for each in (tmp_path / "out" / "trace").iterdir()} == {
         each["rank"] for each in left["ranks"]
     }
