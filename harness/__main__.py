@@ -3,7 +3,6 @@
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from importlib import import_module
 from importlib.util import find_spec
 from io import TextIOWrapper
@@ -147,6 +146,8 @@ def _carry_out(arguments: list[str]) -> int:
         return _by_hydra(command)
     for argument in command.overrides:
         if "=" not in argument and not argument.startswith("~"):
+            from difflib import get_close_matches
+
             close = get_close_matches(argument, TOOLS, n=1)
             hint = f"did you mean {close[0]}?" if close else "--help lists the keys and the tools"
             return _refuse(f"{argument}: neither key=value nor a tool; {hint}")
@@ -162,11 +163,15 @@ def _carry_out(arguments: list[str]) -> int:
 
 def _run(command: "Command", arguments: list[str]) -> int:
     """Run once, or only print the config of it."""
+    from omegaconf import OmegaConf
+
     from harness.config import compose
-    from harness.config.load import load
+    from harness.config.load import load, without_hydra
 
     cfg = compose.compose(arguments)
     settings = load(cfg)
+    if command.flags.get("--cfg") == "job" and "--package" not in command.flags:
+        return _say(OmegaConf.to_yaml(without_hydra(cfg), resolve="--resolve" in command.flags))
     if "--cfg" in command.flags:
         return _by_hydra(command)
     _require("run")

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Sequence
-from difflib import get_close_matches
 from typing import NamedTuple
 
 from harness.config.refusal import Refusal
@@ -82,6 +81,8 @@ def split(words: Sequence[str]) -> Command:
         if not word.startswith("-"):
             overrides.append(word)
         elif name not in _LONG:
+            from difflib import get_close_matches
+
             close = get_close_matches(name, [*FLAGS, "--help", "--version"], n=1)
             raise Refusal(
                 name, value, f"no such flag; {f'did you mean {close[0]}?' if close else '--help lists them'}"
