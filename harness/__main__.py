@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib import import_module
 from importlib.util import find_spec
 from io import TextIOWrapper
@@ -187,6 +188,8 @@ def _by_hydra(command: "Command") -> int:
 
     if os.environ.get("RANK", "0") != "0":
         return 0
+    if "--shell-completion" in command.flags and any(word.startswith("query=") for word in command.overrides):
+        command = _completed(command)
     try:
         compose.through_hydra(command, lambda cfg: None)
     except SystemExit as ended:
@@ -194,6 +197,19 @@ def _by_hydra(command: "Command") -> int:
     except ValueError as error:
         return _refuse(str(error))
     return 0
+
+
+def _completed(command: "Command") -> "Command":
+    """`command` with the configs of the line that is being completed; Hydra does not look there, and knows no tools."""
+    from harness.config.command_line import split
+
+    words = os.environ.get("COMP_LINE", "").split(" ")[1:]
+    if len(words) < 2:
+        print("\n".join(tool for tool in TOOLS if tool.startswith("".join(words))))
+    with suppress(Refusal):  # a word that is not complete yet
+        configs = {flag: value for flag, value in split(words).flags.items() if "--config" in flag}
+        return command._replace(flags={**configs, **command.flags})
+    return command
 
 
 def _prepare(node: "DictConfig | Mapping[str, Any]") -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,13 +21,14 @@ from harness.config import compose, hydra_keys
 from harness.config.command_line import Command
 from harness.config.errors import first_line
 from harness.config.settings import Refusal
+from harness.record.places import NUMBER, SWEEP
 from harness.record.record_file import read
 from harness.record.schema import parse
 from harness.runtime.files import put
 from harness.tables import size
 
 FAILED = "failed.json"
-"""In the directory of a job that failed: its number, its overrides, its exit code and the sentence."""
+"""In the directory of a job that failed: its number, what the sweep chose for it, its exit code and the sentence."""
 
 OUTPUT = "output.txt"
 """In the directory of a job that ran beside others in one terminal: what it printed."""
@@ -83,7 +85,7 @@ def job(cfg: DictConfig) -> int | None:
     """
     node = HydraConfig.get()
     directory = Path(node.runtime.output_dir)
-    overrides = list(node.overrides.task)
+    swept = _swept(node)
     shared = node.runtime.choices.get("hydra/launcher") == "joblib"
     try:
         command = [*_start(cfg, node), *_words(node, directory)]
@@ -92,15 +94,20 @@ def job(cfg: DictConfig) -> int | None:
     except Refusal as refusal:
         code, sentence = 2, str(refusal)
     if code:
-        note = {"job": node.job.num, "overrides": overrides, "code": code, "error": sentence}
+        note = {"job": node.job.num, "overrides": swept, "code": code, "error": sentence}
         put(directory / FAILED, json.dumps(note, indent=1) + "\n")
         raise JobFailed(f"job {node.job.num}: {sentence}")
     peak = parse(read(directory), str(directory)).worst.peak.bytes
     if shared:
-        print(
-            f"job {node.job.num} ({' '.join(overrides)}): {size(peak)} at the peak, {directory}", flush=True
-        )
+        print(f"job {node.job.num} ({' '.join(swept)}): {size(peak)} at the peak, {directory}", flush=True)
     return peak
+
+
+def _swept(node: DictConfig) -> list[str]:
+    """The overrides of a job that its sweep chose; with quotes only where they are needed."""
+    file = Path(node.sweep.dir) / SWEEP
+    typed = set(OmegaConf.load(file).hydra.overrides.task) if file.exists() else set()
+    return [re.sub(r"'([\w.-]+)'", r"\1", line) for line in node.overrides.task if line not in typed]
 
 
 def _refuse_among_ranks() -> None:
@@ -163,7 +170,7 @@ def _words(node: DictConfig, directory: Path) -> list[str]:
         words.append(f"{key}={QuotedString(value, Quote.single).with_quotes()}" if text else line)
     return [
         *words,
-        f"hydra.job.num={node.job.num}",
+        f"{NUMBER}{node.job.num}",
         f"hydra.job.id={node.job.id}",
         f"hydra.run.dir={directory}",
     ]

@@ -96,6 +96,11 @@ def _refusals(command: Command, overrides: Sequence[Override]) -> Iterator[None]
         with _initialized(command):
             refusal = _refusal(error, overrides)
         raise refusal from error
+    except ValueError as error:  # an option of a user's own group that looks like a number
+        lines = " ".join(str(override.input_line) for override in overrides)
+        raise Refusal(
+            "config", command.config_name, f"{error}, in {lines}; put an option as KEY=\\'3\\'"
+        ) from error
 
 
 def hydra_node(command: Command) -> DictConfig:
@@ -199,7 +204,7 @@ def _parse(argument: str) -> Override:
         hydra_keys.check(override.key_or_group, override.value())
     if override.is_sweep_override():
         raise Refusal(override.key_or_group, value, SWEEP)
-    return override
+    return _named(override)
 
 
 def _parsed(argument: str, line: str) -> Override:
@@ -243,13 +248,15 @@ def _refusal(error: HydraException, overrides: Sequence[Override]) -> Refusal:
         return _missing(error)
     for override in overrides:
         key = override.key_or_group
-        if f"'{key}'" in message or str(override.input_line) in message:
+        if re.search(rf"('| ){re.escape(key)}('|\. )", message) or str(override.input_line) in message:
             value = override.value()
             if message.startswith("Could not override"):
                 return Refusal(key, value, _missing_key_remedy(key, _known(overrides)))
             if message.startswith("Error merging override"):  # a dictionary for a list, or a list for a text
                 return Refusal(key, value, _kind_remedy(key))
-            if message.startswith("Could not append"):
+            if message.startswith("Could not append") or (
+                message.startswith("Multiple values") and override.is_add()
+            ):
                 return Refusal(key, value, f"it exists already; leave out the + of +{key}")
             return Refusal(key, value, message.partition("\n")[0])
     return Refusal("config", "conf/config.yaml", message)

@@ -44,18 +44,18 @@ PLUGINS = {"joblib": "joblib", "submitit_local": "submitit", "submitit_slurm": "
 
 def check(key: str, value: Any, sweep: bool = False) -> None:
     """Raise Refusal where the override of Hydra's `key` cannot be right here, or would have no effect."""
-    key = key.replace("/", ".")
+    typed, key = key, key.replace("/", ".")
     if key == "hydra.job.chdir" and value:
         remedy = "relative paths are read from where the command is typed; leave it out"
-        raise Refusal(key, value, remedy)
+        raise Refusal(typed, value, remedy)
     if sweep:
         return
     if key == "hydra.output_subdir" and value is not None:
-        raise Refusal(key, value, "a run leaves config.yaml and record.json; leave it out, or add -m")
+        raise Refusal(typed, value, "a run leaves config.yaml and record.json; leave it out, or add -m")
     if _below(key, OF_A_RUN):
         return
     if _below(key, OF_A_SWEEP) or key in ("hydra.hydra_logging",):
-        raise Refusal(key, value, "it has an effect in a sweep only; add -m, or leave it out")
+        raise Refusal(typed, value, "it has an effect in a sweep only; add -m, or leave it out")
     raise Refusal(
         key, value, f"of Hydra's own keys, only {', '.join(OF_A_RUN)} have an effect in a run; leave it out"
     )

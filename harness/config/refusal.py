@@ -9,7 +9,7 @@ class Refusal(Exception):
         self.key, self.value, self.remedy = key, value, remedy
 
     def __str__(self) -> str:
-        flag = self.key.startswith("--") and self.value == ""
+        flag = self.key.startswith("-") and self.value == ""
         what = self.key if flag else f"{self.key}={as_typed(self.value)}"
         return " ".join(f"{what}: {self.remedy}".split())
 
