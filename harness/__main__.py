@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from importlib import import_module
 from importlib.util import find_spec
@@ -185,11 +185,19 @@ def _run(command: "Command", arguments: list[str]) -> int:
 def _by_hydra(command: "Command") -> int:
     """Let Hydra carry out a flag that only prints, on one rank."""
     from harness.config import compose
+    from harness.config.command_line import FLAGS, split
 
     if os.environ.get("RANK", "0") != "0":
         return 0
     if "--shell-completion" in command.flags and any(word.startswith("query=") for word in command.overrides):
-        command = _completed(command)
+        words = os.environ.get("COMP_LINE", "").split(" ")[1:]
+        if words and words[-1].startswith("-"):
+            return _say("\n".join(_starting(words[-1], FLAGS)))
+        if len(words) < 2:
+            print("\n".join(_starting("".join(words), TOOLS)))  # Hydra knows none
+        with suppress(Refusal):  # a word that is not complete yet
+            configs = {flag: value for flag, value in split(words).flags.items() if "--config" in flag}
+            command = command._replace(flags={**configs, **command.flags})
     try:
         compose.through_hydra(command, lambda cfg: None)
     except SystemExit as ended:
@@ -199,17 +207,8 @@ def _by_hydra(command: "Command") -> int:
     return 0
 
 
-def _completed(command: "Command") -> "Command":
-    """`command` with the configs of the line that is being completed; Hydra does not look there, and knows no tools."""
-    from harness.config.command_line import split
-
-    words = os.environ.get("COMP_LINE", "").split(" ")[1:]
-    if len(words) < 2:
-        print("\n".join(tool for tool in TOOLS if tool.startswith("".join(words))))
-    with suppress(Refusal):  # a word that is not complete yet
-        configs = {flag: value for flag, value in split(words).flags.items() if "--config" in flag}
-        return command._replace(flags={**configs, **command.flags})
-    return command
+def _starting(word: str, names: Iterable[str]) -> list[str]:
+    return [name for name in names if name.startswith(word)]
 
 
 def _prepare(node: "DictConfig | Mapping[str, Any]") -> None:

@@ -79,7 +79,7 @@ def test_a_wrong_request_is_refused_before_torch_is_imported(door: Door, tmp_pat
         (["zero=7"], "harness: zero=7: no such option; one of 0, 1, 2, 3\n"),
         (["train.clip=(("], "harness: train.clip=((: cannot be read; "),
         (["compre"], "harness: compre: neither key=value nor a tool; did you mean compare?\n"),
-        (["--halp"], "harness: --halp: neither key=value nor a tool; did you mean --help?\n"),
+        (["--halp"], "harness: --halp: no such flag; did you mean --help?\n"),
         (
             ["mode=train", "loud"],
             "harness: loud: neither key=value nor a tool; --help lists the keys and the tools\n",

@@ -69,6 +69,8 @@ def sweep(command: Command) -> int:
     except Exception as error:  # a launcher's or a sweeper's own
         print(f"harness: the sweep ended early: {first_line(error, named=True)}", file=sys.stderr)
         code = 3
+    finally:
+        _end_workers()
     notes = sorted(
         (json.loads(note.read_text()) for note in directory.rglob(FAILED)), key=lambda note: note["job"]
     )
@@ -105,9 +107,13 @@ def job(cfg: DictConfig) -> int | None:
 
 def _swept(node: DictConfig) -> list[str]:
     """The overrides of a job that its sweep chose; with quotes only where they are needed."""
-    file = Path(node.sweep.dir) / SWEEP
-    typed = set(OmegaConf.load(file).hydra.overrides.task) if file.exists() else set()
-    return [re.sub(r"'([\w.-]+)'", r"\1", line) for line in node.overrides.task if line not in typed]
+    file, parse_all = Path(node.sweep.dir) / SWEEP, OverridesParser.create().parse_overrides
+    typed = parse_all(list(OmegaConf.load(file).hydra.overrides.task)) if file.exists() else []
+    sweeps = {override.get_key_element(): override.is_sweep_override() for override in typed}
+    chosen = [
+        each for each in parse_all(list(node.overrides.task)) if sweeps.get(each.get_key_element(), True)
+    ]
+    return [re.sub(r"'([\w.-]+)'", r"\1", str(each.input_line)) for each in chosen]
 
 
 def _refuse_among_ranks() -> None:
@@ -221,6 +227,14 @@ def _reported(code: int, file: Path) -> tuple[int, str]:
     if isinstance(message, str):
         return 3, message
     return int(message.get("errorCode") or code), str(message["message"]).removeprefix("harness: ")
+
+
+def _end_workers() -> None:
+    """End joblib's processes, which otherwise wait for more work after this process has ended."""
+    if "joblib" in sys.modules:
+        from joblib.externals.loky import get_reusable_executor
+
+        get_reusable_executor().shutdown(wait=True, kill_workers=True)
 
 
 def _cancel(directory: Path, launcher: DictConfig) -> None:

@@ -5,7 +5,6 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.util import find_spec
 from typing import Any
 
 import hydra
@@ -96,7 +95,9 @@ def _refusals(command: Command, overrides: Sequence[Override]) -> Iterator[None]
         with _initialized(command):
             refusal = _refusal(error, overrides)
         raise refusal from error
-    except ValueError as error:  # an option of a user's own group that looks like a number
+    except ValueError as error:
+        if "group override" not in str(error):  # an option of a user's own group that looks like a number
+            raise
         lines = " ".join(str(override.input_line) for override in overrides)
         raise Refusal(
             "config", command.config_name, f"{error}, in {lines}; put an option as KEY=\\'3\\'"
@@ -146,6 +147,11 @@ def _of_sweep(command: Command) -> list[Override]:
     for argument in command.overrides:
         override = _parsed(argument, _HOME.sub(r"\1'\2'", _opened(argument)))
         if override.is_hydra_override():
+            if override.is_sweep_override():
+                value = argument.partition("=")[2]
+                raise Refusal(
+                    override.key_or_group, value, "Hydra's own keys take no several values; give one"
+                )
             hydra_keys.check(override.key_or_group, override.value(), sweep=True)
         overrides.append(_named(override))
     return overrides
@@ -249,7 +255,11 @@ def _refusal(error: HydraException, overrides: Sequence[Override]) -> Refusal:
     for override in overrides:
         key = override.key_or_group
         if re.search(rf"('| ){re.escape(key)}('|\. )", message) or str(override.input_line) in message:
-            value = override.value()
+            value = (
+                override.value()
+                if not override.is_sweep_override()
+                else str(override.input_line).partition("=")[2]
+            )
             if message.startswith("Could not override"):
                 return Refusal(key, value, _missing_key_remedy(key, _known(overrides)))
             if message.startswith("Error merging override"):  # a dictionary for a list, or a list for a text
@@ -266,7 +276,7 @@ def _missing(error: MissingConfigException) -> Refusal:
     """Hydra's error about an option, or a primary config, that does not exist."""
     group, _, option = (error.missing_cfg_file or "").rpartition("/")
     extra = hydra_keys.PLUGINS.get(option)
-    if group == "hydra/launcher" and extra and find_spec(f"hydra_plugins.hydra_{extra}_launcher") is None:
+    if group == "hydra/launcher" and extra:
         remedy = f"hydra-{extra}-launcher is not installed; install it with pip install 'harness[{extra}]'"
     elif group:
         options = sorted(error.options or groups().get(group, ()))
@@ -282,6 +292,8 @@ def _missing(error: MissingConfigException) -> Refusal:
 
 def _missing_key_remedy(key: str, known: Sequence[str]) -> str:
     """The remedy for a key that does not exist. A model's config may have keys that its group's shape does not list."""
+    if key.startswith("hydra."):
+        return f"no such key; +{key}= adds it"
     if not key.startswith("model.config."):
         return nearest(key, known)
     if key in known:
