@@ -77,7 +77,8 @@ def sweep(command: Command) -> int:
     for note in notes:
         print(f"harness: job {note['job']} ({' '.join(note['overrides'])}): {note['error']}", file=sys.stderr)
     print(f"sweep: {directory}")
-    return max([code, *(note["code"] for note in notes)])
+    worst: int = max([code, *(note["code"] for note in notes)])
+    return worst
 
 
 def job(cfg: DictConfig) -> int | None:
@@ -105,7 +106,7 @@ def job(cfg: DictConfig) -> int | None:
     return peak
 
 
-def _swept(node: DictConfig) -> list[str]:
+def _swept(node: Any) -> list[str]:
     """The overrides of a job that its sweep chose; with quotes only where they are needed."""
     file, parse_all = Path(node.sweep.dir) / SWEEP, OverridesParser.create().parse_overrides
     typed = parse_all(list(OmegaConf.load(file).hydra.overrides.task)) if file.exists() else []
@@ -126,7 +127,7 @@ def _refuse_among_ranks() -> None:
             raise Refusal("--multirun", "", f"{remedy}a job with world.size=N starts N ranks itself")
 
 
-def _start(cfg: DictConfig, node: DictConfig) -> list[str]:
+def _start(cfg: DictConfig, node: Any) -> list[str]:
     """What starts a job: Python for one process, torchrun for a world of several ranks. Raises Refusal."""
     harness = ["-m", "harness"]
     ranks = OmegaConf.select(cfg, "world.size") or 1
@@ -156,7 +157,7 @@ def _meeting(nodes: int) -> Iterator[str]:
     yield f"--rdzv-endpoint={place.hostnames[0]}:{20000 + int(number) % 10000}"
 
 
-def _words(node: DictConfig, directory: Path) -> list[str]:
+def _words(node: Any, directory: Path) -> list[str]:
     """The words of a job's command: where its configs are, its overrides, its number and its directory."""
     places = {
         source.provider: source.path for source in node.runtime.config_sources if source.schema == "file"
@@ -167,7 +168,8 @@ def _words(node: DictConfig, directory: Path) -> list[str]:
             words.append(f"{flag}={places[provider]}")
     for line in (*node.overrides.hydra, *node.overrides.task):
         override = OverridesParser.create().parse_override(line)
-        key, value = override.get_key_element(), override.value()
+        value: Any = override.value()
+        key = override.get_key_element()
         if override.is_hydra_override() and not hydra_keys.of_a_job(override.key_or_group):
             continue
         text = (
@@ -182,7 +184,7 @@ def _words(node: DictConfig, directory: Path) -> list[str]:
     ]
 
 
-def _environment(node: DictConfig, shared: bool) -> Mapping[str, str]:
+def _environment(node: Any, shared: bool) -> Mapping[str, str]:
     """The environment of a job; of those that joblib runs at once, each has its part of the cores."""
     if not shared:
         return os.environ

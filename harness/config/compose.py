@@ -162,7 +162,7 @@ def _named(override: Override) -> Override:
     options = groups().get(override.key_or_group)
     if options is None or override.is_delete():
         return override
-    value = override.value()
+    value: Any = override.value()
     if isinstance(value, Glob):
         names = value.filter(options)
     elif override.is_discrete_sweep():
@@ -279,7 +279,7 @@ def _missing(error: MissingConfigException) -> Refusal:
     if group == "hydra/launcher" and extra:
         remedy = f"hydra-{extra}-launcher is not installed; install it with pip install 'harness[{extra}]'"
     elif group:
-        options = sorted(error.options or groups().get(group, ()))
+        options = sorted(error.options or groups().get(group) or [])
         remedy = (
             f"no such option; one of {', '.join(options)}"
             if options
