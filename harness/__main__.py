@@ -2,22 +2,22 @@
 
 import os
 import sys
-from collections.abc import Sequence
-from concurrent.futures.process import BrokenProcessPool
-from difflib import get_close_matches
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from importlib import import_module
 from importlib.util import find_spec
 from io import TextIOWrapper
-from typing import NoReturn
-
-from omegaconf import OmegaConf
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from harness import __version__
-from harness.config import compose, deepspeed_file
-from harness.config.load import load, without_hydra
-from harness.config.settings import Refusal, as_typed, described_fields
+from harness.config.refusal import Refusal
 from harness.runtime import launcher
 from harness.runtime.imports import without_collection
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from harness.config.command_line import Command
 
 TOOLS = {
     "check": (
@@ -78,10 +78,12 @@ Train a causal language model or generate with one, and see what every byte on e
   python -m harness mode=train [key=value ...]
   python -m harness mode=infer model.path=RUN/checkpoint [key=value ...]
   torchrun --standalone --nproc-per-node 2 -m harness mode=train zero=2 [key=value ...]
-  python -m harness --cfg job [key=value ...]     check and print the config, run nothing
+  python -m harness -m zero=0,1,2 [key=value ...]   a sweep: a run for each value, as Hydra does it
+  python -m harness --cfg job [key=value ...]       check and print the config, run nothing
   python -m harness --version
 
-A run leaves record.json, config.yaml and its results in hydra.run.dir=DIR, else in outputs/DATE/TIME-MODE.
+A run leaves record.json, config.yaml and its results in hydra.run.dir=DIR, else in outputs/DATE/TIME-MODE; a sweep
+leaves a directory for each run in hydra.sweep.dir=DIR, else in multirun/DATE/TIME.
 An error is one sentence on stderr; under torchrun a traceback follows that ends with the same sentence.
 """
 
@@ -97,7 +99,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _carry_out(arguments)
     except (Absent, Refusal) as refusal:
         return _refuse(str(refusal))
-    except BrokenProcessPool:
+    except Exception as error:
+        if type(error).__name__ != "BrokenProcessPool":
+            raise
         print(
             "harness: a rehearsal's process ended without an error message; was it killed?", file=sys.stderr
         )
@@ -105,13 +109,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def usage() -> str:
-    """The text of `--help`: the commands, the tools, the groups in `conf/` and every key."""
-    defaults = compose.defaults()
+    """The text of `--help`: the commands, the tools, the flags, the groups in `conf/` and every key."""
+    from harness.config.command_line import FLAGS
+    from harness.config.groups import defaults, groups
+    from harness.config.settings import as_typed, described_fields
+
+    starred = defaults()
     lines = [USAGE, "Tools", *(f"  {name} {line}" for name, (_, line) in TOOLS.items())]
+    lines += ["", "Flags"]
+    for name, flag in FLAGS.items():
+        names = ", ".join(filter(None, (flag.short, name)))
+        lines.append(
+            f"  {names:<23} {flag.meaning}{f' ({chr(44).join(flag.choices)})' if any(flag.choices) else ''}"
+        )
     lines += ["", "Groups, as zero=2; * marks the default"]
-    for group, options in compose.groups().items():
-        starred = (f"{each}*" if each == defaults.get(group) else each for each in options)
-        lines.append(f"  {group:<10} {'  '.join(starred)}")
+    for group, options in groups().items():
+        listed = (f"{each}*" if each == starred.get(group) else each for each in options)
+        lines.append(f"  {group:<10} {'  '.join(listed)}")
     lines += ["", "Keys, as train.steps=100, with their defaults"]
     for key, field in described_fields().items():
         choices = f" ({', '.join(field.choices)})" if field.choices else ""
@@ -129,23 +143,88 @@ def _carry_out(arguments: list[str]) -> int:
         with without_collection():
             tool = import_module(f"harness.{TOOLS[arguments[0]][0]}")
         return int(tool.main(arguments[1:]))
-    only_print = arguments[:2] == ["--cfg", "job"]
-    arguments = arguments[2:] if only_print else arguments
-    for argument in arguments:
+    from harness.config.command_line import split
+
+    command = split(arguments)
+    if "--shell-completion" in command.flags:
+        return _by_hydra(command)
+    for argument in command.overrides:
         if "=" not in argument and not argument.startswith("~"):
-            close = get_close_matches(argument, [*TOOLS, "--help", "--cfg job"], n=1)
+            from difflib import get_close_matches
+
+            close = get_close_matches(argument, TOOLS, n=1)
             hint = f"did you mean {close[0]}?" if close else "--help lists the keys and the tools"
             return _refuse(f"{argument}: neither key=value nor a tool; {hint}")
+    if {"--info", "--hydra-help"} & command.flags.keys():
+        return _by_hydra(command)
+    if "--multirun" in command.flags or "hydra.mode=MULTIRUN" in command.overrides:
+        _require("run")
+        from harness.advice.jobs import sweep
+
+        return sweep(command._replace(flags={**command.flags, "--multirun": ""}))
+    return _run(command, arguments)
+
+
+def _run(command: "Command", arguments: list[str]) -> int:
+    """Run once, or only print the config of it."""
+    from omegaconf import OmegaConf
+
+    from harness.config import compose, deepspeed_file
+    from harness.config.load import load, without_hydra
+
     from_file = deepspeed_file.expanded(arguments)
     cfg = compose.compose(from_file.arguments)
     settings = load(cfg)
-    if only_print:
-        return _say(OmegaConf.to_yaml(without_hydra(cfg), resolve=True))
+    if command.flags.get("--cfg") == "job" and "--package" not in command.flags:
+        return _say(OmegaConf.to_yaml(without_hydra(cfg), resolve="--resolve" in command.flags))
+    if "--cfg" in command.flags:
+        return _by_hydra(command)
     _require("run")
+    _prepare(cfg.hydra)
     with without_collection():
         from harness.run import run  # imports torch, so only after the request is checked
 
     return run(settings, cfg, from_file.arguments, from_file.reasons)
+
+
+def _by_hydra(command: "Command") -> int:
+    """Let Hydra carry out a flag that only prints, on one rank."""
+    from harness.config import compose
+    from harness.config.command_line import FLAGS, split
+
+    if os.environ.get("RANK", "0") != "0":
+        return 0
+    if "--shell-completion" in command.flags and any(word.startswith("query=") for word in command.overrides):
+        words = os.environ.get("COMP_LINE", "").split(" ")[1:]
+        if words and words[-1].startswith("-"):
+            return _say("\n".join(_starting(words[-1], FLAGS)))
+        if len(words) < 2:
+            print("\n".join(_starting("".join(words), TOOLS)))  # Hydra knows none
+        with suppress(Refusal):  # a word that is not complete yet
+            configs = {flag: value for flag, value in split(words).flags.items() if "--config" in flag}
+            command = command._replace(flags={**configs, **command.flags})
+    try:
+        compose.through_hydra(command, lambda cfg: None)
+    except SystemExit as ended:
+        return 0 if ended.code is None else 2
+    except ValueError as error:
+        return _refuse(str(error))
+    return 0
+
+
+def _starting(word: str, names: Iterable[str]) -> list[str]:
+    return [name for name in names if name.startswith(word)]
+
+
+def _prepare(node: "DictConfig | Mapping[str, Any]") -> None:
+    """What Hydra's own keys ask of this process, before it imports what reads the environment."""
+    os.environ.update({name: str(value) for name, value in node["job"]["env_set"].items()})
+    if verbose := node["verbose"]:
+        import logging
+
+        logging.basicConfig(format="[%(asctime)s][%(name)s][%(levelname)s] - %(message)s")
+        for name in [None] if verbose is True else [verbose] if isinstance(verbose, str) else verbose:
+            logging.getLogger(name).setLevel(logging.DEBUG)
 
 
 def _require(extra: str | None) -> None:

@@ -79,7 +79,7 @@ def test_a_wrong_request_is_refused_before_torch_is_imported(door: Door, tmp_pat
         (["zero=7"], "harness: zero=7: no such option; one of 0, 1, 2, 3\n"),
         (["train.clip=(("], "harness: train.clip=((: cannot be read; "),
         (["compre"], "harness: compre: neither key=value nor a tool; did you mean compare?\n"),
-        (["--halp"], "harness: --halp: neither key=value nor a tool; did you mean --help?\n"),
+        (["--halp"], "harness: --halp: no such flag; did you mean --help?\n"),
         (
             ["mode=train", "loud"],
             "harness: loud: neither key=value nor a tool; --help lists the keys and the tools\n",
@@ -149,3 +149,54 @@ def test_a_package_that_an_extra_brings_is_named_with_it(
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     said = f"harness: {package} is not installed; install it with pip install 'harness[{extra}]'"
     assert (done.returncode, done.stderr.splitlines()[-1]) == (2, said)
+
+
+@pytest.mark.parametrize(
+    ("words", "absent"),
+    [
+        (("--version",), ("hydra", "omegaconf", "pydantic", "argparse")),
+        (("--help",), ("hydra", "omegaconf", "tqdm", "numpy")),
+        (
+            ("compare", "RUN", "RUN"),
+            ("hydra", "omegaconf", "yaml", "pyarrow", "tqdm", "harness.config.settings"),
+        ),
+        (("explain", "RUN", "--no-rehearsal"), ("hydra", "omegaconf", "yaml", "pyarrow", "tqdm")),
+        (("roofline", "RUN"), ("hydra", "omegaconf", "yaml", "pyarrow", "tqdm")),
+        (("report", "RUN", "-o", "PAGE"), ("pandas",)),
+        (("check", "RUN", "--baseline", "RUN.json", "--update"), ("hydra", "omegaconf", "pyarrow")),
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_tool_imports_nothing_that_it_does_not_use(
+    words: tuple[str, ...], absent: tuple[str, ...], tmp_path: Path, recorded: Path
+) -> None:
+    words = tuple(word.replace("RUN", str(recorded)).replace("PAGE", str(tmp_path)) for word in words)
+    code = f"import sys; sys.modules.update(dict.fromkeys({absent})); from harness.__main__ import main; main({words})"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run, rehearsed."""
+    directory = tmp_path_factory.mktemp("recorded") / "run"
+    words = (
+        "mode=train",
+        "world=rehearsed",
+        "world.size=1",
+        "train.steps=1",
+        "train.sequence=16",
+        "precision=fp32",
+    )
+    command = [sys.executable, "-m", "harness", *words, f"hydra.run.dir={directory}"]
+    subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+    return directory

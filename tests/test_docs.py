@@ -73,6 +73,17 @@ def test_a_gpu_s_budget_fails_as_its_page_shows(tmp_path: Path) -> None:
     assert "1 failed, 1 passed" in printed
 
 
+def test_the_commands_of_a_sweep_s_page_do_what_it_says(tmp_path: Path) -> None:
+    (primary,) = blocks("sweeps", "yaml")
+    (tmp_path / "mine.yaml").write_text(primary)
+    swept, compared, part, tree = (typed(line, tmp_path) for line in commands("sweeps"))
+    assert "job 1 (zero=3): " in swept
+    assert {"0", "1", "multirun.yaml"} == {each.name for each in (tmp_path / "zero").iterdir()}
+    assert "At its peak" in compared
+    assert part == "20\n"
+    assert "model: small" in tree
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_every_tool_that_a_page_names_is_there(page: str) -> None:
     named = set(re.findall(r"python -m harness ([a-z]+)(?![\w=])", (DOCS / f"{page}.md").read_text()))

@@ -301,9 +301,11 @@ def command(record: Record, change: Rehearsed) -> str:
 
     Where the typed overrides do not reproduce that config, it contains only the change.
     """
-    replaced = {*change.values, *(SPELLED.get(key, key) for key in change.values), "hydra.run.dir"}
+    replaced = {*change.values, *(SPELLED.get(key, key) for key in change.values)}
     kept_overrides = [
-        override for override in record.environment.command if override.partition("=")[0] not in replaced
+        override
+        for override in record.environment.command
+        if override.partition("=")[0] not in replaced and not override.startswith("hydra.")
     ]
     arguments = [*kept_overrides, *change.overrides.split()]
     decided = [f"{key}={as_typed(record.value(key))}" for key in record.resolved if key not in change.values]

@@ -139,7 +139,7 @@ class Fit:
         try:
             settings = load(compose.compose(all_overrides))
         except Refusal as refusal:
-            if not refusal.remedy.startswith("sweeps"):
+            if refusal.remedy != compose.SWEEP:
                 raise
             lists = ", ".join(self.axes)
             raise Refusal(

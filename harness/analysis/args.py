@@ -2,10 +2,30 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from harness.record.fields import printable
+from harness.record.places import as_path, one_run_at, runs_in
+
+
+class _Runs(argparse.Action):
+    """Takes runs: one, or all that there are, a sweep's directory being its runs."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option: str | None = None,
+    ) -> None:
+        """argparse's hook."""
+        several = isinstance(values, Sequence)
+        chosen = (
+            [run for each in values for run in runs_in(each)] if several else values and one_run_at(values)
+        )
+        setattr(namespace, self.dest, chosen)
 
 
 class Parser(argparse.ArgumentParser):
@@ -15,10 +35,15 @@ class Parser(argparse.ArgumentParser):
         super().__init__(f"harness {tool}", usage, description=description, epilog=epilog, allow_abbrev=False)
         self._tool = tool
 
-    def takes_runs(self, nargs: str | None = None) -> None:
-        """Add the positional argument RUN; `nargs` is argparse's."""
-        help_text = "its directory, or its record.json"
-        self.add_argument("run", nargs=nargs, type=Path, metavar="RUN", help=help_text)
+    def takes_runs(self, nargs: str | None = None, more: str = "") -> None:
+        """Add the positional argument RUN; `nargs` is argparse's. A sweep's directory is all its runs."""
+        sweeps = "" if nargs in (None, "?") else ", or a sweep's directory for all its runs"
+        help_text = f"its directory, or its record.json{sweeps}{more}"
+        self.add_argument("run", nargs=nargs, action=_Runs, type=as_path, metavar="RUN", help=help_text)
+
+    def takes_place(self, *names: str, default: Path | None = None, metavar: str, help: str) -> None:
+        """Add an option whose value is a path."""
+        self.add_argument(*names, type=as_path, default=default, metavar=metavar, help=help)
 
     def error(self, message: str) -> NoReturn:
         """Raise ValueError for wrong arguments, instead of argparse's exit."""

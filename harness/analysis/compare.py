@@ -13,6 +13,7 @@ from harness.analysis.findings_pipeline import grew
 from harness.analysis.labels import Label, labels
 from harness.ledger.categories import CATEGORIES
 from harness.record.memory import UNHEARD
+from harness.record.places import as_path, runs_in
 from harness.record.record_file import read
 from harness.record.schema import Failure, Record, parse
 from harness.tables import AT_LEAST, Table, difference, escaped, factor, size, tail
@@ -96,7 +97,7 @@ def compare(*paths: str | Path, markdown: bool = False, exact: bool = False) -> 
 
     Raises ValueError for a path without a readable record.
     """
-    return table([_run(Path(path)) for path in paths], markdown, exact)
+    return table([_run(run) for path in paths for run in runs_in(as_path(path))], markdown, exact)
 
 
 def table(runs: Sequence[Run], markdown: bool = False, exact: bool = False) -> str:

@@ -6,14 +6,15 @@ Each function here takes a `Run` and yields its findings, or nothing where the f
 import re
 from collections.abc import Callable, Iterator
 from functools import cached_property
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from harness.analysis.run_settings import settings_in
-from harness.config.rules.sources import read
-from harness.config.settings import Settings
 from harness.record.memory import Holding, Phase
 from harness.record.schema import Record
 from harness.tables import size
+
+if TYPE_CHECKING:
+    from harness.config.settings import Settings
 
 NOTABLE = 0.1
 """A part below this share of the whole gets no sentence."""
@@ -53,7 +54,7 @@ class Run:
         self.size = record.world.size
 
     @cached_property
-    def settings(self) -> Settings | None:
+    def settings(self) -> "Settings | None":
         """The run's config; None where this version cannot read it."""
         return settings_in(self.record)
 
@@ -186,6 +187,8 @@ def checkpointing(run: Run) -> Iterator[Finding]:
         return
     options = settings.checkpointing
     name, activations = f"checkpointing={options.mode}", run.bytes_of("activations")
+    from harness.config.rules.sources import read
+
     layers = int(read(settings.model.config, "num_hidden_layers")[1] or 0)  # 0: it does not say
     recomputed = len(options.layers) or -(-layers // options.every)
     beside = sum(h.bytes for h in run.holdings if h.category == "activations" and not _in_layer(h))

@@ -4,18 +4,19 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from textwrap import fill
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from harness.analysis.args import Parser, refuse
 from harness.analysis.roofline_model import Bound, Turn, bounds
-from harness.config import hardware_page
-from harness.config.settings import Hardware
 from harness.record.ceilings import of_page
 from harness.record.fields import printable
 from harness.record.record_file import read
 from harness.record.results import Ceilings
 from harness.record.schema import Record, parse
 from harness.tables import Table, count, seconds, size
+
+if TYPE_CHECKING:
+    from harness.config.settings import Hardware
 
 WIDTH = 120
 
@@ -42,12 +43,18 @@ def main(argv: Sequence[str]) -> int:
     """Run `harness roofline RUN [RUN ...]`; returns the exit code."""
     try:
         options = _parser().parse_args(argv)
-        hardware = None if options.hardware is None else hardware_page.named(options.hardware)
+        hardware = None if options.hardware is None else _page(options.hardware)
         runs = [against(path, parse(read(path), str(path)), hardware) for path in options.run]
     except ValueError as error:
         return refuse(error)
     print(json.dumps([as_json(run) for run in runs], indent=1) if options.json else "\n\n".join(text(runs)))
     return 0
+
+
+def _page(name: str) -> "Hardware":
+    from harness.config import hardware_page  # not imported where no page is read
+
+    return hardware_page.named(name)
 
 
 def _parser() -> Parser:
@@ -67,7 +74,7 @@ def _parser() -> Parser:
     return parser
 
 
-def against(path: Path, record: Record, hardware: Hardware | None = None) -> Against:
+def against(path: Path, record: Record, hardware: "Hardware | None" = None) -> Against:
     """Compare `record` with its own machine, or with `hardware`.
 
     With `hardware`, measured seconds count only if the run used the same kind of device.

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from harness.analysis.roofline import line
-from harness.config.rules.quantized import AT_FIRST
 from harness.record.memory import UNHEARD, Rank, Where
 from harness.record.schema import Record, parse
 from harness.tables import AT_LEAST, Table, size
@@ -48,6 +47,8 @@ def _made_whole(run: Record) -> Iterator[str]:
     """A line where weights are packed in the checkpoint, and whole in memory."""
     packed = run.model.quantization
     if packed is not None and packed.whole is not None:
+        from harness.config.rules.quantized import AT_FIRST
+
         packed_size = f", {size(packed.bytes)}" if packed.whole == AT_FIRST else ""
         why = "transformers computes with them so here"
         yield f"its weights ({packed.short}{packed_size}) are unpacked {packed.whole}: {why}"

@@ -6,8 +6,8 @@ from typing import Any
 
 from harness.analysis.args import Parser, refuse
 from harness.analysis.labels import labels
-from harness.config.load import Refusal, typed
-from harness.config.settings import NEW_TOKENS
+from harness.config.load import typed
+from harness.config.settings import NEW_TOKENS, Refusal
 from harness.record.record_file import read
 from harness.record.results import Ceilings
 from harness.record.schema import Record, parse

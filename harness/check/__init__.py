@@ -17,10 +17,7 @@ from harness.analysis.args import Parser, refuse
 from harness.check import announce, baseline
 from harness.check.tolerance import tolerances
 from harness.check.verdict import Verdict, judge
-from harness.config import compose
-from harness.config.load import load
-from harness.config.rules import check_world
-from harness.config.settings import Refusal
+from harness.config.refusal import Refusal
 from harness.record import record_file
 from harness.record.fields import printable
 from harness.record.schema import Record, parse
@@ -51,28 +48,16 @@ def _parser() -> Parser:
         usage="harness check [RUN] --baseline FILE | harness check --all    [--update] [--tolerance NAME=AMOUNT]",
         epilog="Exit code 0: all hold. 1: a figure differs. 2: there is nothing to compare, or it cannot be compared.",
     )
-    parser.add_argument(
-        "run",
-        nargs="?",
-        type=Path,
-        metavar="RUN",
-        help="a run; without one, the baseline's config is rehearsed",
-    )
-    parser.add_argument("--baseline", type=Path, metavar="FILE", help="the baseline to compare with")
+    parser.takes_runs("?", "; without one, the baseline's config is rehearsed")
+    parser.takes_place("--baseline", metavar="FILE", help="the baseline to compare with")
     parser.add_argument("--all", action="store_true", help="rehearse and check every baseline")
-    parser.add_argument(
-        "--profiles",
-        type=Path,
-        default=Path("profiles"),
-        metavar="DIR",
-        help="the directory that --all reads",
+    parser.takes_place(
+        "--profiles", default=Path("profiles"), metavar="DIR", help="the directory that --all reads"
     )
     parser.add_argument("--update", action="store_true", help="write what was measured as the baseline")
     more = "let a category differ by this, as activations=1%% or workspace=64KiB; with --update it is kept in the file"
     parser.add_argument("--tolerance", action="append", default=[], metavar="NAME=AMOUNT", help=more)
-    parser.add_argument(
-        "--junit", type=Path, metavar="FILE", help="write JUnit's XML, a case for each baseline"
-    )
+    parser.takes_place("--junit", metavar="FILE", help="write JUnit's XML, a case for each baseline")
     parser.add_argument("--json", action="store_true", help="every difference, in bytes")
     return parser
 
@@ -161,6 +146,10 @@ def _rehearsed(options: Namespace, files: Sequence[Path], amounts: Mapping[str, 
 
 def _rehearse(overrides: Sequence[str], size: int, parallel: bool = True) -> tuple[Record | str, float]:
     """The record of a rehearsal of `overrides` on `size` ranks, or the reason why it failed; and its seconds."""
+    from harness.config import compose
+    from harness.config.load import load
+    from harness.config.rules import check_world
+
     start = time.monotonic()
     try:
         settings = load(compose.compose([*overrides, "world=rehearsed", f"world.size={size}"]))

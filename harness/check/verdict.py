@@ -5,12 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from omegaconf import OmegaConf
-
 from harness.check.baseline import Accounting, Baseline, rank_ranges
 from harness.check.tolerance import NONE, Tolerance
-from harness.config import compose
-from harness.config.settings import RESOLVED, as_typed
+from harness.config.refusal import as_typed
 from harness.record.fields import flat, printable
 from harness.tables import difference, size
 
@@ -278,6 +275,11 @@ def config_changes(overrides: Sequence[str], tree: Mapping[str, Any]) -> Iterato
 
     It leaves out the world's keys, and those that `overrides` leave at `auto`. Raises Refusal for wrong overrides.
     """
+    from omegaconf import OmegaConf
+
+    from harness.config import compose
+    from harness.config.settings import RESOLVED
+
     composed: Any = OmegaConf.to_container(compose.compose(overrides), resolve=True)
     expected, measured = dict(flat(composed)), dict(flat(tree))
     left_open = [key for key in RESOLVED if expected.get(key) == "auto"]

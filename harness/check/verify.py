@@ -128,7 +128,7 @@ def _parser() -> Parser:
     names = ", ".join(case.name for case in CASES)
     parser.add_argument("--only", metavar="NAME", help=f"only these, with commas between: {names}")
     parser.add_argument("--quick", action="store_true", help="only one run of each mode")
-    parser.add_argument("--out", type=Path, default=verified.DIRECTORY, metavar="DIR", help="where files go")
+    parser.takes_place("--out", default=verified.DIRECTORY, metavar="DIR", help="where files go")
     parser.add_argument(
         "--hardware", metavar="NAME", help="the page in conf/hardware, if the GPU's name has none"
     )

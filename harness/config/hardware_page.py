@@ -2,12 +2,11 @@
 
 import re
 from itertools import pairwise
-from typing import Any
 
-from omegaconf import OmegaConf
+import yaml
 from pydantic import TypeAdapter
 
-from harness.config.compose import directory, groups
+from harness.config.groups import directory, groups
 from harness.config.settings import Hardware
 
 
@@ -46,5 +45,5 @@ def of_device(device_name: str) -> str | None:
 
 
 def _read(name: str) -> Hardware:
-    page: Any = OmegaConf.to_container(OmegaConf.load(directory() / "hardware" / f"{name}.yaml"))
+    page = yaml.safe_load((directory() / "hardware" / f"{name}.yaml").read_text())
     return TypeAdapter(Hardware).validate_python(page)

@@ -1,11 +1,8 @@
 """Converts the config to typed settings: pydantic checks each field, then the rules check combinations."""
 
-import difflib
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
 from harness.config.rules import check
@@ -24,6 +21,10 @@ from harness.config.settings import (
     Zero,
     described_fields,
 )
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+    from omegaconf.errors import OmegaConfBaseException
 
 __all__ = [
     "Checkpointing",
@@ -45,7 +46,7 @@ __all__ = [
 ]
 
 
-def load(cfg: DictConfig) -> Settings:
+def load(cfg: "DictConfig") -> Settings:
     """`cfg` as settings, after every check that needs neither torch nor the other ranks.
 
     Raises `Refusal` for an unknown key, a wrong type or range, a missing file, an impossible combination.
@@ -53,13 +54,18 @@ def load(cfg: DictConfig) -> Settings:
     return checked(typed(resolved(cfg)))
 
 
-def without_hydra(cfg: DictConfig) -> DictConfig:
+def without_hydra(cfg: "DictConfig") -> "DictConfig":
     """A copy of `cfg` without Hydra's own node."""
+    from omegaconf import OmegaConf
+
     return OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
 
 
-def resolved(cfg: DictConfig) -> dict[str, Any]:
+def resolved(cfg: "DictConfig") -> dict[str, Any]:
     """`cfg` as plain nested dicts, without Hydra's own node. Raises `Refusal` for a missing or empty value."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     own_keys = without_hydra(cfg)
     try:
         tree: Any = OmegaConf.to_container(own_keys, resolve=True, throw_on_missing=True)
@@ -71,8 +77,10 @@ def resolved(cfg: DictConfig) -> dict[str, Any]:
     return tree  # type: ignore[no-any-return]
 
 
-def unresolved(error: OmegaConfBaseException, cfg: DictConfig) -> Refusal:
+def unresolved(error: "OmegaConfBaseException", cfg: "DictConfig") -> Refusal:
     """OmegaConf's error about a value of `cfg`, as a Refusal."""
+    from omegaconf import OmegaConf
+
     key, message = error.full_key or "config", str(error.msg or error).partition("\n")[0]
     value = OmegaConf.to_container(cfg, resolve=False)
     for name in key.split("."):
@@ -99,6 +107,8 @@ def checked(settings: Settings) -> Settings:
 
 def nearest(key: str, keys: Iterable[str]) -> str:
     """The remedy for an unknown `key`: the closest known key, by the whole path or by its last part."""
+    import difflib
+
     keys = list(keys)
     close = difflib.get_close_matches(key, keys, n=1, cutoff=0.7)
     last = key.rpartition(".")[2]

@@ -4,6 +4,7 @@ A field's place is its Hydra path (`Settings.train.steps` is `train.steps=`), an
 Nothing here imports torch, so a wrong request is refused within a second.
 """
 
+import os
 from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Annotated, Any, Literal
@@ -12,6 +13,8 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAda
 from pydantic.dataclasses import dataclass
 
 from harness.config.layout import Layout
+from harness.config.refusal import Refusal as Refusal
+from harness.config.refusal import as_typed as as_typed
 
 MOST = 2**53 - 1
 """The largest number allowed. Up to here JSON, doubles and 64-bit integers agree, and no library counter overflows."""
@@ -44,6 +47,14 @@ Beta = Annotated[float, Field(ge=0, lt=1), _Number]
 
 Temperature = Annotated[float, Field(le=1e30), AfterValidator(_above_zero), _Number]
 
+
+def _of_home(path: str) -> str:
+    return os.path.expanduser(path)
+
+
+Place = Annotated[str, AfterValidator(_of_home)]
+"""A path. A leading ~ is the home directory, ~NAME that of a user; a file named so is ./~."""
+
 _STRICT = ConfigDict(extra="forbid", coerce_numbers_to_str=True, use_attribute_docstrings=True)
 
 
@@ -57,22 +68,11 @@ def _names(value: object) -> object:
 Trackers = Annotated[list[Literal["tensorboard", "wandb", "mlflow"]], BeforeValidator(_names)]
 
 
-class Refusal(Exception):
-    """A request that cannot be carried out: its key, its value and the remedy. Printed as one line, exit code 2."""
-
-    def __init__(self, key: str, value: object, remedy: str) -> None:
-        super().__init__(key, value, remedy)
-        self.key, self.value, self.remedy = key, value, remedy
-
-    def __str__(self) -> str:
-        return " ".join(f"{self.key}={as_typed(self.value)}: {self.remedy}".split())
-
-
 @dataclass(frozen=True, config=_STRICT)
 class Model:
     name: str = "tiny"
     """The name in the record; where model.path is set, that path."""
-    path: str | None = None
+    path: Place | None = None
     """Checkpoint directory or hub name; replaces the group's shape."""
     random: bool = False
     """Take only the config of model.path, with random weights."""
@@ -90,7 +90,7 @@ class Data:
     """Set by data=."""
     name: str | None = None
     """data=hub: the dataset's name."""
-    path: str | None = None
+    path: Place | None = None
     """data=text: a file, a directory or a quoted glob."""
     split: str = "train"
     """data=hub: the split."""
@@ -98,11 +98,11 @@ class Data:
     """data=hub: the column that has the text."""
     streaming: bool = False
     """data=hub: read the data during the run and store nothing."""
-    tokenizer: str | None = None
+    tokenizer: Place | None = None
     """Replaces the model's own tokenizer; without either, bytes are tokens."""
     validation: Annotated[float, Field(ge=0, lt=1)] = 0.02
     """Share of the text held out for validation."""
-    cache_dir: str | None = None
+    cache_dir: Place | None = None
     """Where token files are kept; null is the default of the datasets library."""
 
 
@@ -186,7 +186,7 @@ class Train:
     """Steps between full-state checkpoints; 0 is never."""
     keep: Positive = 2
     """Number of complete full-state checkpoints kept."""
-    resume: str | None = None
+    resume: Place | None = None
     """Directory of the run to continue."""
     export: bool = True
     """Write checkpoint/ in transformers' format at the end."""
@@ -196,7 +196,7 @@ class Train:
 class Generation:
     batch: Positive = 4
     """Prompts a rank generates from at once."""
-    prompts: str | None = None
+    prompts: Place | None = None
     """File of prompts, one a line."""
     prompt: list[str] = Field(default_factory=list)
     """Prompts, as ['first one','second one']."""
@@ -218,7 +218,7 @@ class Generation:
     """cache=paged: pages of all layers; null is enough for the longest request in every place."""
     batch_tokens: Positive | None = None
     """batching=continuous: most tokens in a forward; null is the longest prompt, or about 512 at once."""
-    workload: str | None = None
+    workload: Place | None = None
     """File of requests, a JSON object a line: a prompt or its prompt_length, and its own max_new_tokens."""
     lengths: Literal["fixed", "uniform", "skewed"] = "fixed"
     """Lengths of sampled prompts and of their answers: all the longest, or drawn by seed from 1 to the longest."""
@@ -386,17 +386,6 @@ def _range(schema: Mapping[str, Any]) -> str:
         if limits:
             return " and ".join(phrases[name].format(limit) for name, limit in limits.items())
     return ""
-
-
-def as_typed(value: object) -> str:
-    """`value` as the command line writes it."""
-    if isinstance(value, list):
-        return f"[{','.join(map(as_typed, value))}]"
-    if isinstance(value, dict):
-        return f"{{{','.join(f'{key}:{as_typed(each)}' for key, each in value.items())}}}"
-    if value is None:
-        return "null"
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, bool | float | str]]:

@@ -1,12 +1,15 @@
 """The record's `ceilings`: what a device can do, by its hardware page or by measurement."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from harness.config.settings import Hardware
 from harness.record.results import Ceilings
 
+if TYPE_CHECKING:
+    from harness.config.settings import Hardware
 
-def of_page(hardware: Hardware, dtype: str) -> Ceilings | None:
+
+def of_page(hardware: "Hardware", dtype: str) -> Ceilings | None:
     """The ceilings of operations on `dtype`, from a page; None where the page has no rates.
 
     bf16 and fp16 both use the dense bf16 rate. These runs cannot reach the sparse rate, nor the rate that accumulates

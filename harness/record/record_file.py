@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from harness.ledger.categories import CATEGORIES
 from harness.record import memory
+from harness.record.places import FILE as FILE
+from harness.record.places import as_path
 from harness.record.results import Model, Results
 from harness.record.schema import Environment, Failure, Record, World
 from harness.runtime.files import put
@@ -21,7 +23,6 @@ if TYPE_CHECKING:
     from harness.runtime import failure
 
 SCHEMA = "harness.record/1"
-FILE = "record.json"
 PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "datasets", "hydra-core")
 
 
@@ -184,7 +185,7 @@ def text(record: Record) -> str:
 
 def read(path: str | Path) -> dict[str, Any]:
     """The record in a run's directory, or in a file. Raises ValueError with a sentence if there is none to read."""
-    path = Path(path)
+    path = as_path(path)
     return tree(path / FILE if path.is_dir() else path, SCHEMA, f"{path} contains no {FILE}")
 
 

@@ -12,6 +12,7 @@ from harness.config.errors import first_line
 from harness.ledger import Ledger
 from harness.record import record_file, trace
 from harness.record.memory import Rank
+from harness.record.places import as_path
 from harness.record.results import Model
 from harness.record.schema import Record, World
 from harness.runtime.world import exchange
@@ -32,7 +33,7 @@ def save(ledger: Ledger, directory: str | Path, *, model: torch.nn.Module, mode:
     """
     if mode not in MODES:
         raise ValueError(f"mode={mode!r}: a loop is one of {', '.join(MODES)}")
-    file = Path(directory) / record_file.FILE
+    file = as_path(directory) / record_file.FILE
     rank = dist.get_rank() if dist.is_initialized() else 0
     error_sentence = "the ledger is still open: save its record after its block" if ledger.exact else None
     if rank == 0 and file.exists():

@@ -91,7 +91,8 @@ def read(directory: Path, rank: int) -> "pa.Table | None":
     if not file.exists():
         return None
     try:
-        return pq.read_table(file, partitioning=None).select(list(COLUMNS)).cast(schema())
+        with pq.ParquetFile(file) as parquet:  # read_table would import pandas
+            return parquet.read().select(list(COLUMNS)).cast(schema())
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         raise ValueError(f"{file} is not a trace: {str(error).splitlines()[0]}") from None
 

@@ -96,6 +96,8 @@ def end() -> None:
 
 
 def _cores() -> int:
+    if limit := os.environ.get("LOKY_MAX_CPU_COUNT", ""):  # joblib's; a sweep gives each of its jobs a part
+        return int(limit)
     if hasattr(os, "sched_getaffinity"):  # a container or a job may be limited to a few cores
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -51,9 +51,7 @@ def _parser() -> Parser:
         epilog="Exit code 2: a run has no record, or no trace, that can be read.",
     )
     parser.takes_runs("+")
-    parser.add_argument(
-        "-o", "--output", type=Path, default=Path("report"), metavar="DIR", help="where to; report/"
-    )
+    parser.takes_place("-o", "--output", default=Path("report"), metavar="DIR", help="where to; report/")
     for name, form in FORMS.items():
         parser.add_argument(f"--{name}", action="store_true", help=f"also {form.meaning}")
     return parser

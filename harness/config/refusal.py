@@ -1,0 +1,25 @@
+"""What a wrong request raises, and values as the command line writes them. It imports nothing."""
+
+
+class Refusal(Exception):
+    """A request that cannot be carried out: its key, its value and the remedy. Printed as one line, exit code 2."""
+
+    def __init__(self, key: str, value: object, remedy: str) -> None:
+        super().__init__(key, value, remedy)
+        self.key, self.value, self.remedy = key, value, remedy
+
+    def __str__(self) -> str:
+        flag = self.key.startswith("-") and self.value == ""
+        what = self.key if flag else f"{self.key}={as_typed(self.value)}"
+        return " ".join(f"{what}: {self.remedy}".split())
+
+
+def as_typed(value: object) -> str:
+    """`value` as the command line writes it."""
+    if isinstance(value, list):
+        return f"[{','.join(map(as_typed, value))}]"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{key}:{as_typed(each)}' for key, each in value.items())}}}"
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
