@@ -11,7 +11,7 @@ import torch
 from harness.ledger.log import Log
 from harness.ledger.patch import patched
 from harness.ledger.patch_table import PATCHES
-from harness.ledger.tensors import tensors_in, without_torch_function
+from harness.ledger.tensors import PLAIN_TYPES, tensors_in, without_torch_function
 
 Hooks = tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]]
 """The function that packs a tensor for autograd to keep, and the function that unpacks it."""
@@ -21,9 +21,6 @@ _function_modes: Any = torch._C._len_torch_function_stack
 
 Packed = tuple[torch.Tensor, int, str]
 """A tensor as the ledger stores it in autograd, its version, and which output of the saving operator it is."""
-
-_PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
-"""Classes whose attributes can be read without calling code of the program."""
 
 _NODE_SUFFIX = re.compile(r"Backward\d*$")
 """The suffix of a node's name after the name of its operator."""
@@ -127,7 +124,7 @@ class Saving:
         return disabled
 
     def _pack(self, tensor: torch.Tensor) -> Packed:
-        if _function_modes() or type(tensor) not in _PLAIN_TYPES:
+        if _function_modes() or type(tensor) not in PLAIN_TYPES:
             return without_torch_function(self._save_and_pack)(tensor)
         return self._save_and_pack(tensor)
 
@@ -158,7 +155,7 @@ class Saving:
 def unpack(packed: Packed) -> torch.Tensor:
     """The saved tensor. Raises RuntimeError if it has changed: with hooks autograd does not check that."""
     tensor, version, _ = packed
-    if type(tensor) in _PLAIN_TYPES and not _function_modes():
+    if type(tensor) in PLAIN_TYPES and not _function_modes():
         changed = tensor._version != version
     else:
         changed = without_torch_function(getattr)(tensor, "_version") != version

@@ -15,6 +15,8 @@ _PARTS = {
 }
 """Layouts without a storage of their own, and the dense tensors that such a tensor consists of."""
 
+PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
+"""Classes whose attributes can be read without calling code of the program."""
 
 P = ParamSpec("P")
 R = TypeVar("R")

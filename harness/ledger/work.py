@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from harness.ledger.op_cost import UNKNOWN, Rule, rule_of, views
+from harness.ledger.op_cost import UNKNOWN, Rule
 from harness.ledger.tensors import parts_of, storage_of
 
 if TYPE_CHECKING:
@@ -35,8 +35,6 @@ class Counter:
 
     def __init__(self, on_device: Callable[[torch.Tensor], bool], where: "Where") -> None:
         self.on_device = on_device
-        self.views: set[str] = set()  # operators seen so far that return only views
-        self._rules: dict[Any, Rule | None] = {}
         self._totals: dict[Where, list[int]] = {}
         self._unknown: set[Where] = set()
         self._disabled = False
@@ -74,20 +72,14 @@ class Counter:
         finally:
             self._disabled = False
 
-    def count(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-        """Count `func`, which returned `out` for these arguments."""
-        try:
-            rule = self._rules[func]
-        except KeyError:
-            rule = self._rules[func] = rule_of(func)
-            if views(func):
-                self.views.add(func.__name__)
-        if rule is None or self._disabled:
+    def count(self, rule: Rule, args: Any, kwargs: Any, out: Any) -> None:
+        """Count an operator with this rule, which returned `out` for these arguments."""
+        if self._disabled:
             return
         if rule is UNKNOWN:
             self._unknown.add(self._where)
             return
-        read, written = self._bytes_moved(rule, args, kwargs or {}, out)
+        read, written = self._bytes_moved(rule, args, kwargs, out)
         current = self._current
         current[1] += read
         current[2] += written
@@ -97,35 +89,30 @@ class Counter:
     def _bytes_moved(self, rule: Rule, args: Any, kwargs: Any, out: Any) -> tuple[int, int]:
         """Bytes read and written."""
         read = written = 0
-        counted: list[torch.Tensor] = []
-        for place, argument in (*enumerate(args), *kwargs.items()) if kwargs else enumerate(args):
-            if isinstance(argument, torch.Tensor):
-                tensors: Any = (argument,)
-            elif isinstance(argument, (list, tuple)):
-                tensors = argument
-            else:
+        size, counted = self._size, set[int]()
+        for place, name, reads, writes in rule.uses:
+            argument = args[place] if place < len(args) else kwargs.get(name) if kwargs else None
+            if argument is None:
                 continue
-            for tensor in tensors:
-                if not isinstance(tensor, torch.Tensor) or any(tensor is earlier for earlier in counted):
+            for tensor in argument if isinstance(argument, (list, tuple)) else (argument,):
+                if id(tensor) in counted or not isinstance(tensor, torch.Tensor):
                     continue
-                counted.append(tensor)
-                size = self._size(tensor)
-                if place not in rule.unread:
-                    read += size
-                if place in rule.mutated:
-                    written += size
+                counted.add(id(tensor))
+                nbytes = size(tensor)
+                if reads:
+                    read += nbytes
+                if writes:
+                    written += nbytes
+        if rule.makes:
+            nbytes = size(out) if isinstance(out, torch.Tensor) else sum(map(size, _result_tensors(out)))
+            return read + (nbytes if rule.takes else 0), written + nbytes
         if rule.puts is not None:
             nbytes = self._bytes_like(args, rule.puts)
-            written += nbytes
-            read += nbytes if rule.adds else 0
-        elif rule.picks:
-            read += self._bytes_like(args, 1)
-        elif rule.makes:
-            nbytes = sum(map(self._size, _result_tensors(out)))
-            written += nbytes
-            read += nbytes if rule.takes else 0
-        elif rule.may_copy and _share_no_storage(args[0], out):
-            return self._size(args[0]), self._size(out)
+            return read + (nbytes if rule.adds else 0), written + nbytes
+        if rule.picks:
+            return read + self._bytes_like(args, 1), written
+        if rule.may_copy and _share_no_storage(args[0], out):
+            return size(args[0]), size(out)
         return read, written
 
     def _size(self, tensor: torch.Tensor) -> int:
@@ -133,6 +120,8 @@ class Counter:
         if not self.on_device(tensor):
             return 0
         try:
+            if tensor.is_contiguous():
+                return tensor.nbytes
             stride = tensor.stride()
         except RuntimeError:  # a layout without strides
             storage = storage_of(tensor)
@@ -152,11 +141,7 @@ class Counter:
 
 
 def _result_tensors(out: Any) -> list[torch.Tensor]:
-    if isinstance(out, torch.Tensor):
-        return [out]
-    return (
-        [value for value in out if isinstance(value, torch.Tensor)] if isinstance(out, (tuple, list)) else []
-    )
+    return [each for each in out if isinstance(each, torch.Tensor)] if isinstance(out, (tuple, list)) else []
 
 
 def _share_no_storage(argument: Any, result: Any) -> bool:

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.weak import WeakIdKeyDictionary
 
 from harness.ledger.lines import PASSED_OVER, calling_line
-from harness.ledger.log import COLLECTIVES
+from harness.ledger.op_cost import COLLECTIVES
 from harness.ledger.tensors import shared, tensors_in
 from harness.rehearsal.card import in_cpp
 from harness.rehearsal.card_backward import in_place
