@@ -33,6 +33,7 @@ from harness.ledger.tensors import (
     is_wrapper,
     parts_of,
     places,
+    sizes,
     sizes_of,
     storage_of,
     tensors_in,
@@ -87,7 +88,7 @@ class Log(TorchDispatchMode):
         self.unseen = unseen or Unseen()
         self._be_in(Where(0, "idle", 0))
         self._on_device = places(device, False)
-        self.work = Counter(self._on_device, self.where)
+        self.work = Counter(sizes(self._on_device), self.where)
         self.module = ""
         self.recomputing = False
         # called before an operator if it is of a backward in a phase "forward", or of none in a phase "backward"
@@ -128,14 +129,15 @@ class Log(TorchDispatchMode):
         """Clear the log."""
         self._be_in(Where(0, "idle", 0))
         self.module, self.recomputing = "", False
-        self.work = Counter(self._on_device, self.where)
+        self.work = Counter(sizes(self._on_device), self.where)
         self.events, self.operators, self._alive = [], [], {}
         self._paused, self._modes_above = False, None
 
     def look(self) -> None:
         """Choose what to count: fake tensors if a FakeTensorMode is on, otherwise tensors with memory."""
         self.fakes = any(isinstance(mode, FakeTensorMode) for mode in _get_current_dispatch_mode_stack())
-        self._on_device = self.work.on_device = places(self.device, self.fakes)
+        self._on_device = places(self.device, self.fakes)
+        self.work.size = sizes(self._on_device)
 
     def here(self) -> bool:
         """Whether the log sees this thread: its own thread, or one to which autograd passed its modes.
@@ -424,22 +426,26 @@ class Log(TorchDispatchMode):
 
     def save(self, tensors: Any) -> None:
         """Autograd saves the tensors in `tensors` for backward."""
-        for part in (tensors,) if type(tensors) is torch.Tensor else tensors_in(tensors):
-            for _, record in self._records(part, "saved"):
-                if record.saved_at is None:
-                    record.saved_at = now = time_ns()
-                    self.events.append(_event((now, 0, record, self.where, self.module, True)))
+        for _, record in self._all_records(tensors, "saved"):
+            if record.saved_at is None:
+                record.saved_at = now = time_ns()
+                self.events.append(_event((now, 0, record, self.where, self.module, True)))
 
     def claim(self, category: str, name: str, tensor: torch.Tensor, base: bool = False) -> None:
         """Set the category of `tensor`'s storage, for its whole life. `base`: it existed before the log began."""
-        for inner in (tensor,) if type(tensor) in PLAIN_TYPES else tensors_in(tensor):
-            for part, record in self._records(inner, ""):
-                if base and record.shown and not record.base:
-                    record.base = not self.recording or _own_memory(part)
-                if category == "parameters" and part.nbytes < record.nbytes:
-                    record.has(name, part)
-                if not record.name or RANK[category] < RANK[record.category]:
-                    record.category, record.name = category, name
+        for part, record in self._all_records(tensor, ""):
+            if base and record.shown and not record.base:
+                record.base = not self.recording or _own_memory(part)
+            if category == "parameters" and part.nbytes < record.nbytes:
+                record.has(name, part)
+            if not record.name or RANK[category] < RANK[record.category]:
+                record.category, record.name = category, name
+
+    def _all_records(self, tree: Any, op: str) -> Sequence[tuple[torch.Tensor, Storage]]:
+        """Every tensor in `tree` that has a storage, with its record."""
+        if type(tree) in PLAIN_TYPES and (record := self.see(tree, op)) is not None:
+            return ((tree, record),)
+        return [part_and_record for part in tensors_in(tree) for part_and_record in self._records(part, op)]
 
     def _records(self, tensor: torch.Tensor, op: str) -> Sequence[tuple[torch.Tensor, Storage]]:
         """`tensor` with its storage's record. For a tensor without a storage, its parts with theirs."""

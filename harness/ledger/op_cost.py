@@ -6,7 +6,7 @@ scores count like others, and every other operator has 0.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from math import prod
 from typing import Any, NamedTuple
 
@@ -135,9 +135,14 @@ class Use(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """How to compute an operator's work from its arguments."""
+    """How to compute an operator's work from its arguments.
+
+    `plain`: it reads all tensors among its arguments, which are the first `last` + 1, and writes what it returns.
+    """
 
     uses: tuple[Use, ...] = ()
+    plain: bool = False
+    last: int = 0
     makes: bool = False  # it returns new memory
     may_copy: bool = False  # it returns a view, or a copy if no view is possible
     takes: bool = False
@@ -207,8 +212,11 @@ def rule_of(func: Any) -> Rule | None:
         uses = tuple(use._replace(written=use.written and use.place > 0) for use in uses)
     if packet is _aten._fused_adamw_ or packet is _aten._fused_adam_:  # written only if they are scaled
         uses = tuple(use._replace(written=use.written and use.name != "grads") for use in uses)
+    special = may_copy or packet in TAKES or packet in PUTS or packet is _aten.nll_loss_forward
     return Rule(
         tuple(use._replace(read=use.read and not may_copy) for use in uses),
+        not special and _is_plain(func, uses),
+        max((use.place for use in uses), default=-1),
         not any(aliases) and packet is not _aten.nll_loss_forward,
         may_copy,
         packet in TAKES,
@@ -216,6 +224,20 @@ def rule_of(func: Any) -> Rule | None:
         packet in ADDS,
         packet is _aten.nll_loss_forward,
         _flops(packet),
+    )
+
+
+def _is_plain(func: OpOverload, uses: Sequence[Use]) -> bool:
+    """Whether `func` reads all its tensors, each an argument of its own, and writes one: the first, or a new one."""
+    arguments, returns = func._schema.arguments, func._schema.returns
+    if [str(each.type) for each in returns] != ["Tensor"]:
+        return False
+    written = [use.place for use in uses if use.written]
+    return written == ([] if returns[0].alias_info is None else [0]) and all(
+        use.read
+        and not arguments[use.place].kwarg_only
+        and str(arguments[use.place].type) in ("Tensor", "Optional[Tensor]")
+        for use in uses
     )
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache, wraps
+from math import prod
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -128,3 +129,25 @@ def places(device: str, fakes: bool) -> Callable[[torch.Tensor], bool]:
         return tensor.device.type == device if fake_device is None else bool(fake_device == wanted)
 
     return is_on_device
+
+
+def sizes(on_device: Callable[[torch.Tensor], bool]) -> Callable[[torch.Tensor], int]:
+    """A function from a tensor to its bytes in memory, without repetitions. 0 if it is on another device."""
+
+    def size(tensor: torch.Tensor) -> int:
+        if not on_device(tensor):
+            return 0
+        try:
+            if tensor.is_contiguous():
+                return tensor.nbytes
+            stride = tensor.stride()
+        except RuntimeError:  # a layout without strides
+            storage = storage_of(tensor)
+            return storage.nbytes() if storage is not None else sum(map(size, parts_of(tensor)))
+        if 0 in stride and tensor.numel():
+            return tensor.itemsize * prod(
+                length for length, step in zip(tensor.shape, stride, strict=True) if step
+            )
+        return tensor.nbytes
+
+    return size

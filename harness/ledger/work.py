@@ -9,13 +9,12 @@ inside a kernel is not seen.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from harness.ledger.op_cost import UNKNOWN, Rule
-from harness.ledger.tensors import parts_of, storage_of
+from harness.ledger.tensors import storage_of
 
 if TYPE_CHECKING:
     from harness.ledger.events import Where
@@ -33,8 +32,8 @@ class Work(NamedTuple):
 class Counter:
     """Sums the work of operators on one kind of device, by where they ran."""
 
-    def __init__(self, on_device: Callable[[torch.Tensor], bool], where: "Where") -> None:
-        self.on_device = on_device
+    def __init__(self, size: Callable[[torch.Tensor], int], where: "Where") -> None:
+        self.size = size
         self._totals: dict[Where, list[int]] = {}
         self._unknown: set[Where] = set()
         self._disabled = False
@@ -76,10 +75,17 @@ class Counter:
         """Count an operator with this rule, which returned `out` for these arguments."""
         if self._disabled:
             return
-        if rule is UNKNOWN:
+        if rule.plain and len(args) > rule.last:
+            size = self.size
+            read = sum(
+                map(size, {id(each): each for each in args if isinstance(each, torch.Tensor)}.values())
+            )
+            written = size(out)
+        elif rule is not UNKNOWN:
+            read, written = self._bytes_moved(rule, args, kwargs, out)
+        else:
             self._unknown.add(self._where)
             return
-        read, written = self._bytes_moved(rule, args, kwargs, out)
         current = self._current
         current[1] += read
         current[2] += written
@@ -89,7 +95,7 @@ class Counter:
     def _bytes_moved(self, rule: Rule, args: Any, kwargs: Any, out: Any) -> tuple[int, int]:
         """Bytes read and written."""
         read = written = 0
-        size, counted = self._size, set[int]()
+        size, counted = self.size, set[int]()
         for place, name, reads, writes in rule.uses:
             argument = args[place] if place < len(args) else kwargs.get(name) if kwargs else None
             if argument is None:
@@ -115,27 +121,10 @@ class Counter:
             return size(args[0]), size(out)
         return read, written
 
-    def _size(self, tensor: torch.Tensor) -> int:
-        """Bytes of `tensor` in memory, without repetitions. 0 if it is on another device."""
-        if not self.on_device(tensor):
-            return 0
-        try:
-            if tensor.is_contiguous():
-                return tensor.nbytes
-            stride = tensor.stride()
-        except RuntimeError:  # a layout without strides
-            storage = storage_of(tensor)
-            return storage.nbytes() if storage is not None else sum(map(self._size, parts_of(tensor)))
-        if 0 in stride and tensor.numel():
-            return tensor.itemsize * prod(
-                size for size, step in zip(tensor.shape, stride, strict=True) if step
-            )
-        return tensor.nbytes
-
     def _bytes_like(self, args: Any, place: int) -> int:
         """Bytes of as many elements of the first argument as the argument at `place` has."""
         source, pattern = args[0], args[place] if place < len(args) else None
-        if not self.on_device(source):
+        if not self.size(source):
             return 0
         return int(source.itemsize * (pattern.numel() if isinstance(pattern, torch.Tensor) else 1))
 
