@@ -36,6 +36,9 @@ def without_torch_function(function: Callable[P, R]) -> Callable[P, R]:
 
 def tensors_in(tree: Any) -> Iterator[torch.Tensor]:
     """Every tensor in nested tuples, lists and dicts. For a tensor that consists of others, those."""
+    if type(tree) in PLAIN_TYPES:
+        yield tree
+        return
     if isinstance(tree, torch.Tensor):
         if hasattr(tree, "__tensor_flatten__"):
             for name in tree.__tensor_flatten__()[0]:
@@ -46,7 +49,9 @@ def tensors_in(tree: Any) -> Iterator[torch.Tensor]:
             yield tree
         return
     for item in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, (tuple, list)) else ():
-        if isinstance(item, (torch.Tensor, tuple, list, dict)):
+        if type(item) in PLAIN_TYPES:
+            yield item
+        elif isinstance(item, (torch.Tensor, tuple, list, dict)):
             yield from tensors_in(item)
 
 
