@@ -88,7 +88,7 @@ class Log(TorchDispatchMode):
         self.unseen = unseen or Unseen()
         self._be_in(Where(0, "idle", 0))
         self._on_device = places(device, False)
-        self.work = Counter(sizes(self._on_device), self.where)
+        self.work = Counter(sizes(device, False), self.where)
         self.module = ""
         self.recomputing = False
         # called before an operator if it is of a backward in a phase "forward", or of none in a phase "backward"
@@ -129,7 +129,7 @@ class Log(TorchDispatchMode):
         """Clear the log."""
         self._be_in(Where(0, "idle", 0))
         self.module, self.recomputing = "", False
-        self.work = Counter(sizes(self._on_device), self.where)
+        self.work = Counter(sizes(self.device, self.fakes), self.where)
         self.events, self.operators, self._alive = [], [], {}
         self._paused, self._modes_above = False, None
 
@@ -137,7 +137,7 @@ class Log(TorchDispatchMode):
         """Choose what to count: fake tensors if a FakeTensorMode is on, otherwise tensors with memory."""
         self.fakes = any(isinstance(mode, FakeTensorMode) for mode in _get_current_dispatch_mode_stack())
         self._on_device = places(self.device, self.fakes)
-        self.work.size = sizes(self._on_device)
+        self.work.size = sizes(self.device, self.fakes)
 
     def here(self) -> bool:
         """Whether the log sees this thread: its own thread, or one to which autograd passed its modes.
@@ -240,8 +240,10 @@ class Log(TorchDispatchMode):
         try:
             if traits.collective or self.kernels is not None or _function_modes():
                 self._write_all(traits, args, kwargs, out)
-            else:
+            elif traits.rule is not None or type(out) is not torch.Tensor:
                 self._write(traits, args, kwargs, out)
+            else:  # the most frequent: a view
+                self.see(out, traits.name, traits.view)
         except Exception as error:  # an unforeseen kind of tensor must not stop the run
             self.report_failure(traits.name, error)
         return out
