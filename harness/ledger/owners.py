@@ -4,7 +4,7 @@ Each function yields claims `(category, name, tensor)`. DeepSpeed's tensors are 
 of 0.19. A tensor under a name that is not listed here is claimed as `workspace` under that name, never lost.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -158,9 +158,13 @@ def optimizer_claims(optimizer: Any) -> Iterator[Claim]:
                 yield "gradients", f"grad[{index}]", parameter.grad
 
 
-def engine_claims(engine: Any) -> Iterator[Claim]:
-    """A DeepSpeed engine's module, the buffers of its optimizer wrapper by name, and the torch optimizer inside."""
-    yield from module_claims(engine.module)
+def engine_claims(engine: Any, asked: Collection[Any] = ()) -> Iterator[Claim]:
+    """A DeepSpeed engine's module, the buffers of its optimizer wrapper by name, and the torch optimizer inside.
+
+    A module among `asked` has claimed already.
+    """
+    if not any(engine.module is owner for owner in asked):
+        yield from module_claims(engine.module)
     wrapper = engine.optimizer
     inner = getattr(wrapper, "optimizer", wrapper)
     yield from optimizer_claims(inner)
