@@ -162,7 +162,7 @@ class Roster:
         return sum(parameter._version for group in groups for parameter in group["params"])
 
     def _claims(self) -> Iterator[owners.Claim]:
-        asked = []
+        asked: list[Any] = []
         for claims in (*self._owners.values(), *self._caches.values()):
             try:
                 yield from claims(asked=asked) if claims.func is owners.engine_claims else claims()
