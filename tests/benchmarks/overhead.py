@@ -5,7 +5,8 @@
 Every round runs one step of each kind, in turn; a ratio is taken within a round, and its median is printed with the
 lowest and highest. Steps are compared in processor seconds of the first rank, which other work on the machine changes
 little; tokens a second are by the clock. `off` is the harness's own step with no ledger; `bare` is DeepSpeed's three
-calls with nothing around them. torch's MemTracker gets a step of its own model, as it cannot see a second forward of
+calls with nothing around them; `floor` is the harness's step within a mode and hooks that do nothing, below which no
+ledger of operators can be. torch's MemTracker gets a step of its own model, as it cannot see a second forward of
 the same one.
 """
 
@@ -17,10 +18,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import repeat
+from typing import Any
 
 import psutil
 import torch
 from torch.distributed._tools.mem_tracker import MemTracker
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from harness.config.compose import compose
 from harness.config.load import load
@@ -75,6 +79,7 @@ def main(words: list[str]) -> None:
             "bare": bare_step,
             "phases": with_ledger("phases"),
             "exact": with_ledger("exact"),
+            "floor": _within(_floor, lambda: harness_step(Ledger(mode="off"))),
             "profiler": _within(_profiler, bare_step),
             "MemTracker": _within(lambda: MemTracker(), bare_step),
         }
@@ -120,6 +125,29 @@ def tell(seconds: dict[str, list[float]], name: str, ranks: int, words: list[str
             f"{kind:<12}{statistics.median(own) * 1000:>11.1f} ms{statistics.median(ratios):>14.3f}"
             f"   {ratios[0]:.3f} to {ratios[-1]:.3f}"
         )
+
+
+class _Nothing(TorchDispatchMode):
+    """A mode that only passes each operator on."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **kwargs) if kwargs else func(*args)
+
+
+@contextmanager
+def _floor() -> Iterator[None]:
+    handles = [
+        register_module_forward_pre_hook(lambda *_: None),
+        register_module_forward_hook(lambda *_: None, always_call=True),
+    ]
+    with _Nothing(), torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved):
+        yield
+    for handle in handles:
+        handle.remove()
 
 
 def _within(context: Callable[[], object], step: Callable[[], None]) -> Callable[[], None]:
