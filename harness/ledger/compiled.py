@@ -219,7 +219,7 @@ class Compiled:
         if not self._program_runs:
             return
         log.operators.append(
-            Operator(self._began, time_ns(), log.where, log.module, NAME, log.makes, log.recomputing)
+            Operator(self._began, log.where, log.module, NAME, time_ns(), log.makes, log.recomputing)
         )
         log.work.add(log.where, None)
         log.unseen.note(f"{NAME} {self._name}", "storages", f"{self._name} is compiled: {NOT_SEEN}")
@@ -243,7 +243,7 @@ class Compiled:
         """Show the log all tensors in the output of a region, and return them."""
         results = list(tensors_in((output,)))
         for tensor in results:
-            self._log.see(tensor, NAME, time_ns())
+            self._log.see(tensor, NAME)
         return results
 
 

@@ -30,6 +30,7 @@ class Storage:
     saved_at: int | None = None
     recomputed: bool = False
     base: bool = False  # it existed before the log began
+    shown: bool = False  # as far as known no operator allocated it: a view, an owner or autograd showed it
     line: str = ""  # source line that allocated it, if the log records lines
     parts: dict[int, tuple[str, int]] | None = None  # parameters inside it, by offset: name, bytes
 
@@ -92,12 +93,12 @@ class KernelMemory(NamedTuple):
 
 
 class Operator(NamedTuple):
-    """One dispatched operator, from `began` to `ended` in nanoseconds."""
+    """One dispatched operator, or an opaque region, that `began` at this time in nanoseconds."""
 
     began: int
-    ended: int
     where: Where
     module: str
     name: str
+    ended: int = 0  # of an opaque region, in nanoseconds
     leaves: str = ""  # of an opaque region: the category of the memory it leaves
     recomputed: bool = False

@@ -10,6 +10,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from time import time_ns
 from typing import Any, TypeVar
 
@@ -26,10 +27,13 @@ from torch.utils._python_dispatch import (
 from harness.ledger.categories import KERNEL
 from harness.ledger.events import Event, KernelMemory, Operator, Storage, Where
 from harness.ledger.lines import calling_line
+from harness.ledger.op_cost import Traits, traits_by_id, traits_of
 from harness.ledger.tensors import (
+    PLAIN_TYPES,
     is_wrapper,
     parts_of,
     places,
+    sizes,
     sizes_of,
     storage_of,
     tensors_in,
@@ -48,11 +52,6 @@ CATEGORY_BY_PHASE = {
 }
 """The category of an unclaimed storage by the phase that allocated it. Any other phase is part of a forward."""
 
-COLLECTIVES = ("c10d", "_c10d_functional")
-"""Namespaces of collective operators. Those of the second return new tensors."""
-POINT_TO_POINT = ("send", "recv_", "recv_any_source_", "wait_tensor")
-"""Operators that send, receive or wait for one tensor. It keeps its category."""
-
 NOT_OPERATORS = ("", "saved")
 """Not operators, but how the log first meets an existing storage: an owner names it, or autograd saves it."""
 
@@ -61,6 +60,8 @@ _FAKE, _FUNCTIONAL, _PROXY = (
 )
 _mode: Any = torch._C._get_dispatch_mode
 _function_modes: Any = torch._C._len_torch_function_stack
+_backward: Any = torch._C._current_graph_task_id
+_operator, _event = partial(tuple.__new__, Operator), partial(tuple.__new__, Event)
 
 Result = TypeVar("Result")
 Shortcut = Callable[[Any, Any, Any, dict[str, Any]], Any]
@@ -71,8 +72,9 @@ Kernels = Callable[[Any, Sequence[Any], dict[str, Any], Any], Iterable[KernelMem
 
 
 class _Death(weakref.ref):  # type: ignore[type-arg]
-    __slots__ = ("key", "storage")
+    __slots__ = ("key", "nbytes", "storage")
     key: int
+    nbytes: int  # as the storage has it, not rounded up
     storage: Storage
 
 
@@ -87,12 +89,13 @@ class Log(TorchDispatchMode):
         super().__init__()
         self.device, self.block, self.lines = device, block, lines
         self.unseen = unseen or Unseen()
-        self.where = Where(0, "idle", 0)
+        self._be_in(Where(0, "idle", 0))
         self._on_device = places(device, False)
-        self.work = Counter(self._on_device, self.where)
+        self.work = Counter(sizes(device, False), self.where)
         self.module = ""
         self.recomputing = False
-        self.follow: Callable[[], None] | None = None  # called before each operator
+        # called before an operator if it is of a backward in a phase "forward", or of none in a phase "backward"
+        self.follow: Callable[[], None] | None = None
         self.settle: Callable[[Any], None] | None = None  # called after each collective, with its arguments
         self.kernels: Kernels | None = (
             None  # called after each operator, with it, its arguments and its result
@@ -129,8 +132,9 @@ class Log(TorchDispatchMode):
 
     def restart(self) -> None:
         """Clear the log."""
-        self.where, self.module, self.recomputing = Where(0, "idle", 0), "", False
-        self.work = Counter(self._on_device, self.where)
+        self._be_in(Where(0, "idle", 0))
+        self.module, self.recomputing = "", False
+        self.work = Counter(sizes(self.device, self.fakes), self.where)
         self.events, self.operators, self._alive = [], [], {}
         self._paused, self._modes_above = False, None
 
@@ -140,7 +144,8 @@ class Log(TorchDispatchMode):
         self._fake_mode = next((mode for mode in modes if isinstance(mode, FakeTensorMode)), None)
         self.fakes = self._fake_mode is not None
         self._below = getattr(modes[-1], "shortcut", None) if self.fakes else None
-        self._on_device = self.work.on_device = places(self.device, self.fakes)
+        self._on_device = places(self.device, self.fakes)
+        self.work.size = sizes(self.device, self.fakes)
 
     def here(self) -> bool:
         """Whether the log sees this thread: its own thread, or one to which autograd passed its modes.
@@ -198,7 +203,7 @@ class Log(TorchDispatchMode):
             if not hidden:
                 self.show()
             self.operators.append(
-                Operator(began, time_ns(), self.where, self.module, name, self.makes, self.recomputing)
+                Operator(began, self.where, self.module, name, time_ns(), self.makes, self.recomputing)
             )
 
     def aside(self, call: Callable[[], Result]) -> Result:
@@ -232,12 +237,13 @@ class Log(TorchDispatchMode):
         assert self._below is not None
         if self._paused or self.traced() or _mode(_FAKE) is not self._fake_mode:
             return NotImplemented
-        began = time_ns()
         out = self._below(func, types, args, kwargs)
-        if out is not NotImplemented and func.namespace != "prim":
-            if self.follow is not None:
+        traits = traits_by_id.get(id(func)) or traits_of(func)
+        if out is not NotImplemented and not traits.question:
+            if (_backward() != -1) is self._turns and self.follow is not None:
                 self.follow()
-            self._note(func, args, kwargs, out, began, _is_collective(func))
+            self.operators.append(_operator((time_ns(), self.where, self.module, traits.name, 0, "", False)))
+            self._note(traits, args, kwargs, out)
         return out
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -248,56 +254,59 @@ class Log(TorchDispatchMode):
         if types:
             if self.traced():
                 return func(*args, **kwargs) if kwargs else func(*args)
-            for tensor_type in types:
-                if (
-                    self._wrapper_types[tensor_type]
-                    if tensor_type in self._wrapper_types
-                    else self._is_wrapper_type(tensor_type, args, kwargs)
-                ):
-                    return NotImplemented  # the log then sees the operators on the wrapped tensors
-        if self._paused:
-            return func(*args, **kwargs) if kwargs else func(*args)
-        space = func.namespace
-        if space == "prim":  # a question about a tensor, such as its device
-            return func(*args)
-        if self.follow is not None:
+            if self._wraps_others(types, args, kwargs):
+                return NotImplemented  # the log then sees the operators on the wrapped tensors
+        traits = traits_by_id.get(id(func)) or traits_of(func)
+        call = traits.call
+        if self._paused or traits.question:
+            return call(*args, **kwargs) if kwargs else call(*args)
+        if (_backward() != -1) is self._turns and self.follow is not None:
             self.follow()
-        began = time_ns()
-        out = func(*args, **kwargs) if kwargs else func(*args)
-        collective = _is_collective(func)
-        if collective and self.settle is not None:
+        self.operators.append(_operator((time_ns(), self.where, self.module, traits.name, 0, "", False)))
+        out = call(*args, **kwargs) if kwargs else call(*args)
+        if traits.collective and self.settle is not None:
             self.settle(args)
-        self._note(func, args, kwargs, out, began, collective)
+        self._note(traits, args, kwargs, out)
         return out
 
-    def _note(self, func: Any, args: Any, kwargs: Any, out: Any, began: int, collective: bool) -> None:
-        """As `_write`, seen by no mode of the program, and without its errors."""
-        write = self._write if not _function_modes() else without_torch_function(self._write)
+    def _note(self, traits: Traits, args: Any, kwargs: Any, out: Any) -> None:
+        """Log that an operator returned `out`, without the ledger's own errors."""
         try:
-            write(func, args, kwargs, out, began, collective)
+            if traits.collective or self.kernels is not None or _function_modes():
+                self._write_all(traits, args, kwargs, out)
+            elif traits.rule is not None or type(out) is not torch.Tensor:
+                self._write(traits, args, kwargs, out)
+            else:  # the most frequent: a view
+                self.see(out, traits.name, traits.view)
         except Exception as error:  # an unforeseen kind of tensor must not stop the run
-            self.report_failure(func.__name__, error)
+            self.report_failure(traits.name, error)
 
-    def _write(self, func: Any, args: Any, kwargs: Any, out: Any, began: int, collective: bool) -> None:
-        """Log that `func` returned `out` for these arguments."""
-        name, ended = func.__name__, time_ns()
-        self.operators.append(Operator(began, ended, self.where, self.module, name))
-        self.work.count(func, args, kwargs, out)
-        kernel = [*self.kernels(func, args, kwargs or {}, out)] if self.kernels is not None else ()
-        if kernel:
-            self._scratch(name, [memory for memory in kernel if memory.first], ended)
+    def _write(self, traits: Traits, args: Any, kwargs: Any, out: Any) -> None:
+        """Log that an operator returned `out` for these arguments."""
+        if traits.rule is not None:
+            self.work.count(traits.rule, args, kwargs, out)
         if type(out) is torch.Tensor:
-            self.see(out, name, ended)
+            self.see(out, traits.name, traits.view)
         elif out is not None:
             for tensor in tensors_in(out):
-                self.see(tensor, name, ended)
-        if collective:
-            self._communicated((args, out), name, ended)
-        if kernel:
-            self._scratch(name, [memory for memory in kernel if not memory.first], ended)
+                self.see(tensor, traits.name, traits.view)
 
-    def _scratch(self, op: str, kernel: Sequence[KernelMemory], now: int) -> None:
+    @without_torch_function
+    def _write_all(self, traits: Traits, args: Any, kwargs: Any, out: Any) -> None:
+        """`_write`, with what only a collective has, or an operator on a card that is rehearsed."""
+        kernels = self.kernels
+        kernel = [*kernels(traits.func, args, kwargs or {}, out)] if kernels is not None else ()
+        if kernel:
+            self._scratch(traits.name, [memory for memory in kernel if memory.first])
+        self._write(traits, args, kwargs, out)
+        if traits.collective:
+            self._communicated((args, out), traits.name)
+        if kernel:
+            self._scratch(traits.name, [memory for memory in kernel if not memory.first])
+
+    def _scratch(self, op: str, kernel: Sequence[KernelMemory]) -> None:
         """Log the memory of a kernel, one moment after the other."""
+        now = time_ns()
         for moment in dict.fromkeys(memory.moment for memory in kernel):
             records = [
                 Storage(
@@ -310,7 +319,15 @@ class Log(TorchDispatchMode):
                 self.events.append(Event(now, record.nbytes, record, self.where, self.module))
             if moment is not None:
                 for record in reversed(records):
-                    self._end(record, now)
+                    self._end(record)
+
+    def _wraps_others(self, types: Any, args: Any, kwargs: Any) -> bool:
+        """Whether a tensor of one of these types refers to other tensors."""
+        known = self._wrapper_types
+        return any(
+            known[tensor_type] if tensor_type in known else self._is_wrapper_type(tensor_type, args, kwargs)
+            for tensor_type in types
+        )
 
     def _is_wrapper_type(self, tensor_type: type, args: Any, kwargs: Any) -> bool:
         self._wrapper_types[tensor_type] = without_torch_function(is_wrapper)(tensor_type, (args, kwargs))
@@ -326,77 +343,81 @@ class Log(TorchDispatchMode):
             f"{name} is not in the figures{scope}: the ledger could not read it ({message})",
         )
 
-    def _communicated(self, tensors: Any, op: str, now: int) -> None:
+    def _communicated(self, tensors: Any, op: str) -> None:
         """Tensors that a collective sent, filled or returned are `communication`, unless an owner names them."""
         for tensor in tensors_in(tensors):
-            record = self.see(tensor, op, now)
+            record = self.see(tensor, op)
             if record is not None and not record.name:
                 record.category = "communication"
 
-    def see(self, tensor: torch.Tensor, op: str, now: int) -> Storage | None:
-        """The record of `tensor`'s storage, created if it is new. None if it has no storage on this device."""
-        if not self._on_device(tensor):
-            return None
+    def see(self, tensor: torch.Tensor, op: str, shown: bool = False) -> Storage | None:
+        """The record of `tensor`'s storage, created if it is new. None if it has no storage on this device.
+
+        `shown`: `op` did not allocate a storage that is new here.
+        """
         try:
             storage = tensor.untyped_storage()
         except (RuntimeError, ValueError):  # no storage
-            self._see_parts(tensor, op, now)
+            if self._on_device(tensor):
+                self._see_parts(tensor, op)
             return None
         key = storage._cdata
         death = self._alive.get(key)
         if death is not None:
-            record = death.storage
-            if self._size(storage) != record.nbytes:  # resized in place: a new block replaces the old
-                self._end(record, now)
-                return self._begin(storage, key, op, now)
-            return record
-        if tensor.is_nested:
+            if storage.nbytes() == death.nbytes or not self._replaced(death, storage):
+                return death.storage
+            self._end(death.storage)
+        elif not self._on_device(tensor):
+            return None
+        elif tensor.is_nested:
             for sizes in self.aside(lambda: sizes_of(tensor)):
-                self.see(sizes, op, now)
-        return self._begin(storage, key, op, now)
+                self.see(sizes, op)
+        return self._begin(storage, key, op, shown)
 
-    def _see_parts(self, tensor: torch.Tensor, op: str, now: int) -> None:
+    def _see_parts(self, tensor: torch.Tensor, op: str) -> None:
         parts = self.aside(lambda: parts_of(tensor))
         for part in parts:
-            self.see(part, op, now)
+            self.see(part, op)
         if not parts and op and not is_lazy(tensor):
             layout = f"tensors of layout {tensor.layout}"
             self.unseen.note(
                 layout, "storages", f"{layout} have no storage: their memory is unattributed, or in no figure"
             )
 
-    def _begin(self, storage: torch.UntypedStorage, key: int, op: str, now: int) -> Storage | None:
-        where, module = self.where, self.module
+    def _begin(self, storage: torch.UntypedStorage, key: int, op: str, shown: bool) -> Storage | None:
         try:
-            pointer = 0 if storage.device.type == "meta" else storage.data_ptr()
+            pointer = 0 if self.fakes and storage.device.type == "meta" else storage.data_ptr()
         except RuntimeError:  # a storage without memory
             return None
+        now, nbytes, where, module = time_ns(), storage.nbytes(), self.where, self.module
         record = Storage(
-            self._size(storage),
+            nbytes if self.block == 1 else self._rounded(nbytes),
             pointer,
             now,
             where,
             module,
             op,
-            self.makes,
+            "activations" if self.recomputing else self._makes,
             recomputed=self.recomputing,
+            shown=shown or op in NOT_OPERATORS,
         )
         if self.lines and op:  # without an operator it was allocated elsewhere
             record.line = calling_line()
-        death = _Death(storage, self._storage_freed)
-        death.key, death.storage = key, record
-        self._alive[key] = death
-        if record.nbytes:
-            self.events.append(Event(now, record.nbytes, record, where, module))
+        death = self._alive[key] = _Death(storage, self._storage_freed)
+        death.key, death.nbytes, death.storage = key, nbytes, record
+        if nbytes:
+            self.events.append(_event((now, record.nbytes, record, where, module, False)))
         return record
 
     @property
     def makes(self) -> str:
         """The category of a storage that is allocated now and that no owner claims."""
-        return "activations" if self.recomputing else CATEGORY_BY_PHASE.get(self.where.phase, "activations")
+        return "activations" if self.recomputing else self._makes
 
-    def _size(self, storage: torch.UntypedStorage) -> int:
-        return self._rounded(storage.nbytes())
+    def _replaced(self, death: _Death, storage: torch.UntypedStorage) -> bool:
+        """Whether `storage` was resized so that a new block replaces the old."""
+        death.nbytes = storage.nbytes()
+        return self._rounded(death.nbytes) != death.storage.nbytes
 
     def _rounded(self, nbytes: int) -> int:
         return -(-nbytes // self.block) * self.block
@@ -409,56 +430,61 @@ class Log(TorchDispatchMode):
     def _storage_freed(self, death: _Death) -> None:
         if self._alive.get(death.key) is death:
             del self._alive[death.key]
-        self._end(death.storage, time_ns())
+        self._end(death.storage)
 
-    def _end(self, record: Storage, now: int) -> None:
+    def _end(self, record: Storage) -> None:
         if self.recording and record.died is None:
-            record.died = now
+            record.died = now = time_ns()
             if record.nbytes:
-                self.events.append(Event(now, -record.nbytes, record, self.where, self.module))
+                self.events.append(_event((now, -record.nbytes, record, self.where, self.module, False)))
 
     def resized(self, storage: torch.UntypedStorage) -> None:
         """Check whether the size of `storage` changed without an operator."""
         death = self._alive.get(storage._cdata)
-        if death is not None and self._size(storage) != death.storage.nbytes:
-            self._end(death.storage, time_ns())
-            record = self._begin(storage, death.key, "resize_", time_ns())
+        if death is not None and self._replaced(death, storage):
+            earlier = death.storage
+            self._end(earlier)
+            record = self._begin(storage, death.key, "resize_", False)
             if record is not None:  # the owner stays the same
-                record.category, record.name, record.parts = (
-                    death.storage.category,
-                    death.storage.name,
-                    death.storage.parts,
-                )
+                record.category, record.name, record.parts = earlier.category, earlier.name, earlier.parts
 
     def enter(self, where: Where) -> None:
         """From now on everything happens in `where`."""
-        self.where = where
+        self._be_in(where)
         self.work.enter(where)
         self.events.append(Event(time_ns(), 0, None, where, self.module))
 
+    def _be_in(self, where: Where) -> None:
+        self.where = where
+        self._makes = CATEGORY_BY_PHASE.get(where.phase, "activations")
+        self._turns = {"forward": True, "backward": False}.get(where.phase)
+
     def save(self, tensors: Any) -> None:
         """Autograd saves the tensors in `tensors` for backward."""
-        for part in (tensors,) if type(tensors) is torch.Tensor else tensors_in(tensors):
-            for _, record in self._records(part, "saved"):
-                if record.saved_at is None:
-                    record.saved_at = time_ns()
-                    saved = Event(record.saved_at, 0, record, self.where, self.module, saved=True)
-                    self.events.append(saved)
+        for _, record in self._all_records(tensors, "saved"):
+            if record.saved_at is None:
+                record.saved_at = now = time_ns()
+                self.events.append(_event((now, 0, record, self.where, self.module, True)))
 
     def claim(self, category: str, name: str, tensor: torch.Tensor, base: bool = False) -> None:
         """Set the category of `tensor`'s storage, for its whole life. `base`: it existed before the log began."""
-        for inner in tensors_in(tensor):
-            for part, record in self._records(inner, ""):
-                if base and not record.base and not self._made_by_operator(record):
-                    record.base = not self.recording or _own_memory(part)
-                if category == "parameters" and part.nbytes < record.nbytes:
-                    record.has(name, part)
-                if not record.name or RANK[category] < RANK[record.category]:
-                    record.category, record.name = category, name
+        for part, record in self._all_records(tensor, ""):
+            if base and record.shown and not record.base:
+                record.base = not self.recording or _own_memory(part)
+            if category == "parameters" and part.nbytes < record.nbytes:
+                record.has(name, part)
+            if not record.name or RANK[category] < RANK[record.category]:
+                record.category, record.name = category, name
+
+    def _all_records(self, tree: Any, op: str) -> Sequence[tuple[torch.Tensor, Storage]]:
+        """Every tensor in `tree` that has a storage, with its record."""
+        if type(tree) in PLAIN_TYPES and (record := self.see(tree, op)) is not None:
+            return ((tree, record),)
+        return [part_and_record for part in tensors_in(tree) for part_and_record in self._records(part, op)]
 
     def _records(self, tensor: torch.Tensor, op: str) -> Sequence[tuple[torch.Tensor, Storage]]:
         """`tensor` with its storage's record. For a tensor without a storage, its parts with theirs."""
-        record = self.see(tensor, op, time_ns())
+        record = self.see(tensor, op)
         if record is not None:
             return ((tensor, record),)
         if not self._on_device(tensor) or storage_of(tensor) is not None:
@@ -469,14 +495,6 @@ class Log(TorchDispatchMode):
     def living(self) -> list[Storage]:
         """The records of all storages that are alive now."""
         return [death.storage for death in [*self._alive.values()]]
-
-    def _made_by_operator(self, record: Storage) -> bool:
-        """Whether an operator allocated it, as far as known. An operator that returns a view only shows a storage."""
-        return record.op not in NOT_OPERATORS and record.op not in self.work.views
-
-
-def _is_collective(func: Any) -> bool:
-    return func.namespace in COLLECTIVES and func.__name__.partition(".")[0] not in POINT_TO_POINT
 
 
 def _own_memory(tensor: torch.Tensor) -> bool:

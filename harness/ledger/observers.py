@@ -6,7 +6,6 @@ No observer changes a value or keeps a tensor alive. Each is removed when its co
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from time import time_ns
 from typing import Any
 
 import torch
@@ -32,7 +31,7 @@ def watching_checkpoints(log: Log) -> Iterator[None]:
         def get_and_save_rng_state() -> torch.Tensor:
             state = get_rng_state()
             if log.here():
-                log.see(state, "get_rng_state", time_ns())
+                log.see(state, "get_rng_state")
                 if not in_backward() and log.makes == "activations":
                     log.save(state)
             return state

@@ -6,7 +6,7 @@ scores count like others, and every other operator has 0.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from math import prod
 from typing import Any, NamedTuple
 
@@ -17,6 +17,11 @@ from torch.utils.flop_counter import flop_registry
 from harness.ledger.tensors import tensors_in
 
 _aten = torch.ops.aten
+
+COLLECTIVES = ("c10d", "_c10d_functional")
+"""Namespaces of collective operators. Those of the second return new tensors."""
+POINT_TO_POINT = ("send", "recv_", "recv_any_source_", "wait_tensor")
+"""Operators that send, receive or wait for one tensor. It keeps its category."""
 
 
 def _packets(*names: str) -> frozenset[Any]:
@@ -72,6 +77,11 @@ def _product_flops(query: Any, key: Any, value: Any) -> tuple[int, int]:
     return pairs * query.shape[-1], pairs * value.shape[-1]
 
 
+def _product(left: Any, right: Any, *others: Any) -> int:
+    """One matrix with another, or as many with as many."""
+    return int(2 * left.numel() * right.shape[-1])
+
+
 def _linear(tensor: Any, weight: Any, *others: Any) -> int:
     return int(2 * tensor.numel() * weight.shape[0])
 
@@ -89,7 +99,11 @@ def _grouped_matmul(left: Any, right: Any, *others: Any) -> int:
     return int(2 * groups * left.shape[-2] * left.shape[-1] * right.shape[-1])
 
 
-def _add_matmul(_: Any, left: Any, right: Any, *others: Any) -> int:
+def _add_product(_: Any, left: Any, right: Any, *others: Any) -> int:
+    return _product(left, right)
+
+
+def _add_vector(_: Any, left: Any, right: Any, *others: Any) -> int:
     return _matmul(left, right)
 
 
@@ -100,8 +114,10 @@ _OTHERS = tuple(f"{_SDPA}{kind}" for kind in ("flash_attention_for_cpu", "fused_
 FORMULAS: dict[Any, Callable[..., int]] = {
     **dict.fromkeys(_packets("scaled_dot_product_attention", *_KERNELS, *_OTHERS), _attention),
     **dict.fromkeys(_packets(*(f"{name}_backward" for name in (*_KERNELS, *_OTHERS))), _attention_backward),
-    **dict.fromkeys(_packets("mm", "bmm", "mv", "dot", "vdot", "matmul"), _matmul),
-    **dict.fromkeys(_packets("addmm", "baddbmm", "addmv", "addbmm", "addmm_", "baddbmm_"), _add_matmul),
+    **dict.fromkeys(_packets("mm", "bmm"), _product),
+    **dict.fromkeys(_packets("mv", "dot", "vdot", "matmul"), _matmul),
+    **dict.fromkeys(_packets("addmm", "baddbmm", "addbmm", "addmm_", "baddbmm_"), _add_product),
+    **dict.fromkeys(_packets("addmv"), _add_vector),
     **dict.fromkeys(_packets("linear"), _linear),
     **dict.fromkeys(_packets("_grouped_mm", "_scaled_grouped_mm"), _grouped_matmul),
 }
@@ -109,70 +125,133 @@ FORMULAS: dict[Any, Callable[..., int]] = {
 inference mode."""
 
 
+class Use(NamedTuple):
+    """What an operator does with one of its arguments, a tensor or a list of tensors."""
+
+    place: int
+    name: str
+    read: bool
+    written: bool
+
+
 class Rule(NamedTuple):
-    """How to compute an operator's work from its arguments. A place is a position or a keyword."""
+    """How to compute an operator's work from its arguments.
 
-    unread: frozenset[int | str]
-    mutated: frozenset[int | str]
-    makes: bool  # it returns new memory
-    may_copy: bool  # it returns a view, or a copy if no view is possible
-    takes: bool
-    puts: int | None
-    adds: bool
-    picks: bool  # it reads one element of each row
-    flops: Callable[..., int] | None
+    `plain`: it reads all tensors among its arguments, which are the first `last` + 1, and writes what it returns.
+    """
+
+    uses: tuple[Use, ...] = ()
+    plain: bool = False
+    last: int = 0
+    makes: bool = False  # it returns new memory
+    may_copy: bool = False  # it returns a view, or a copy if no view is possible
+    takes: bool = False
+    puts: int | None = None
+    adds: bool = False
+    picks: bool = False  # it reads one element of each row
+    flops: Callable[..., int] | None = None
 
 
-UNKNOWN = Rule(frozenset(), frozenset(), False, False, False, None, False, False, None)
+UNKNOWN = Rule()
 """The rule of an operator that runs other operators, such as `torch.cond`: its work is not known."""
+
+
+class Traits:
+    """What is the same in every call of an operator."""
+
+    __slots__ = ("call", "collective", "func", "name", "question", "rule", "view")
+
+    def __init__(self, func: Any) -> None:
+        plain = type(func) is OpOverload
+        self.func, self.name = func, func.__name__
+        self.call = func._op if plain else func  # without the frame that an OpOverload adds to each call
+        self.question = func.namespace == "prim"  # about a tensor, such as its device
+        self.collective = func.namespace in COLLECTIVES and self.name.partition(".")[0] not in POINT_TO_POINT
+        try:
+            self.view, self.rule = views(func), rule_of(func)
+        except Exception:  # an unforeseen schema must not stop the run
+            self.view, self.rule = False, UNKNOWN
+
+
+traits_by_id: dict[int, Traits] = {}
+"""By the operator's id, as hashing an operator calls Python. Each keeps its operator, so that no id comes twice."""
+
+
+def traits_of(func: Any) -> Traits:
+    """The traits of `func`."""
+    traits = traits_by_id.get(id(func))
+    if traits is None:
+        traits = traits_by_id[id(func)] = Traits(func)
+    return traits
 
 
 def views(func: Any) -> bool:
     """Whether `func` allocates no storage: everything it returns lies in its arguments."""
     if not isinstance(func, OpOverload):
         return False
-    returns, composite = func._schema.returns, torch._C.DispatchKey.CompositeImplicitAutograd
-    aliases = bool(returns) and all(value.alias_info is not None for value in returns)
-    return aliases and func._overloadpacket not in MEMORY and not func.has_kernel_for_dispatch_key(composite)
+    aliases = [value.alias_info is not None for value in func._schema.returns]
+    return bool(aliases) and all(aliases) and func._overloadpacket not in MEMORY and not _composite(func)
+
+
+def _composite(func: OpOverload) -> bool:
+    return func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
 
 
 def rule_of(func: Any) -> Rule | None:
     """The rule of `func`, from its schema. None if it moves nothing."""
     if not isinstance(func, OpOverload):
         return UNKNOWN
-    packet, schema = func._overloadpacket, func._schema
-    if func.namespace in ("c10d", "_c10d_functional") or packet in NOTHING:
+    packet, aliases = func._overloadpacket, [each.alias_info is not None for each in func._schema.returns]
+    if func.namespace in COLLECTIVES or packet in NOTHING:
         return None
-    mutated: set[int | str] = set()
-    unread: set[int | str] = {0} if packet in OVERWRITES or packet in TAKES or packet in PUTS else set()
-    for place, argument in enumerate(schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            mutated |= {place, argument.name}
-            if argument.kwarg_only:  # out=
-                unread.add(argument.name)
-    aliases = [each.alias_info is not None for each in schema.returns]
-    composite = func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
-    if not mutated and aliases and all(aliases):
-        if not composite:
-            return None
-        unread.update(range(len(schema.arguments)), (argument.name for argument in schema.arguments))
-    if packet in SHAPE_ONLY:
-        unread.add(SHAPE_ONLY[packet])
+    uses = tuple(_uses(func))
+    may_copy = bool(aliases) and all(aliases) and not any(use.written for use in uses)
+    if may_copy and not _composite(func):
+        return None
     if packet in PUTS:
-        mutated -= {0, schema.arguments[0].name}
-    if packet is _aten._fused_adamw_ or packet is _aten._fused_adam_:
-        mutated -= {1, "grads"}  # written only if they are scaled
+        uses = tuple(use._replace(written=use.written and use.place > 0) for use in uses)
+    if packet is _aten._fused_adamw_ or packet is _aten._fused_adam_:  # written only if they are scaled
+        uses = tuple(use._replace(written=use.written and use.name != "grads") for use in uses)
+    special = may_copy or packet in TAKES or packet in PUTS or packet is _aten.nll_loss_forward
     return Rule(
-        frozenset(unread),
-        frozenset(mutated),
-        not any(aliases),
-        bool(aliases) and all(aliases) and not mutated,
+        tuple(use._replace(read=use.read and not may_copy) for use in uses),
+        not special and _is_plain(func, uses),
+        max((use.place for use in uses), default=-1),
+        not any(aliases) and packet is not _aten.nll_loss_forward,
+        may_copy,
         packet in TAKES,
         PUTS.get(packet),
         packet in ADDS,
         packet is _aten.nll_loss_forward,
         _flops(packet),
     )
+
+
+def _is_plain(func: OpOverload, uses: Sequence[Use]) -> bool:
+    """Whether `func` reads all its tensors, each an argument of its own, and writes one: the first, or a new one."""
+    arguments, returns = func._schema.arguments, func._schema.returns
+    if [str(each.type) for each in returns] != ["Tensor"]:
+        return False
+    written = [use.place for use in uses if use.written]
+    return written == ([] if returns[0].alias_info is None else [0]) and all(
+        use.read
+        and not arguments[use.place].kwarg_only
+        and str(arguments[use.place].type) in ("Tensor", "Optional[Tensor]")
+        for use in uses
+    )
+
+
+def _uses(func: OpOverload) -> Iterator[Use]:
+    """What `func` does with each argument that may have tensors."""
+    packet = func._overloadpacket
+    unread = {0} if packet in OVERWRITES or packet in TAKES or packet in PUTS else set()
+    if packet in SHAPE_ONLY:
+        unread.add(SHAPE_ONLY[packet])
+    for place, argument in enumerate(func._schema.arguments):
+        if "Tensor" in str(argument.type):
+            written = argument.alias_info is not None and argument.alias_info.is_write
+            overwritten = written and argument.kwarg_only  # out=
+            yield Use(place, argument.name, place not in unread and not overwritten, written)
 
 
 def _flops(packet: Any) -> Callable[[Any, Any, Any], int] | None:

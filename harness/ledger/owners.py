@@ -4,7 +4,7 @@ Each function yields claims `(category, name, tensor)`. DeepSpeed's tensors are 
 of 0.19. A tensor under a name that is not listed here is claimed as `workspace` under that name, never lost.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -55,25 +55,43 @@ DEEPSPEED = {
 
 def module_claims(module: torch.nn.Module) -> Iterator[Claim]:
     """Parameters and buffers. Under ZeRO-3 this rank's shards, and the full parameters while they are gathered."""
-    for name, parameter in module.named_parameters():
+    parts = [*module.named_modules()]
+    for name, parameter in _members(module, parts, "parameters"):
         yield from parameter_claims(name, parameter)
-    for name, buffer in module.named_buffers():
+    for name, buffer in _members(module, parts, "buffers"):
         yield "parameters", name, buffer
-    for name, part in module.named_modules():
-        for key, holder, attribute in auxiliary_tensors(part):
-            for tensor in tensors_in(holder[attribute]):
-                yield "parameters", f"{name}.{key}".removeprefix("."), tensor
+    for name, part in parts:
+        if packs(part):
+            for key, holder, attribute in auxiliary_tensors(part):
+                for tensor in tensors_in(holder[attribute]):
+                    yield "parameters", f"{name}.{key}".removeprefix("."), tensor
+
+
+def _members(
+    module: torch.nn.Module, parts: Sequence[tuple[str, torch.nn.Module]], kind: str
+) -> Iterable[tuple[str, Any]]:
+    """`module.named_parameters()`, or buffers, without walking through the modules again."""
+    method = f"named_{kind}"
+    if getattr(getattr(module, method), "__func__", None) is not getattr(torch.nn.Module, method):
+        return getattr(module, method)()  # type: ignore[no-any-return]
+    members = {}
+    for prefix, part in parts:
+        for name, member in getattr(part, f"_{kind}").items():
+            if member is not None and id(member) not in members:
+                members[id(member)] = f"{prefix}.{name}" if prefix else name, member
+    return members.values()
 
 
 def packs(module: torch.nn.Module) -> bool:
     """Whether a layer's weight is not a plain floating-point tensor: few bits, with scales beside it."""
     if type(module).__module__.startswith("transformers.integrations."):
         return True
-    return any(
-        weight is not None
-        and (not weight.is_floating_point() or weight.itemsize == 1 or type(weight) not in KINDS)
-        for weight in module._parameters.values()
-    )
+    for weight in module._parameters.values():
+        if weight is not None and (
+            type(weight) not in KINDS or not weight.is_floating_point() or weight.itemsize == 1
+        ):
+            return True
+    return False
 
 
 KINDS = (torch.Tensor, torch.nn.Parameter, DTensor, FakeTensor)
@@ -140,9 +158,13 @@ def optimizer_claims(optimizer: Any) -> Iterator[Claim]:
                 yield "gradients", f"grad[{index}]", parameter.grad
 
 
-def engine_claims(engine: Any) -> Iterator[Claim]:
-    """A DeepSpeed engine's module, the buffers of its optimizer wrapper by name, and the torch optimizer inside."""
-    yield from module_claims(engine.module)
+def engine_claims(engine: Any, asked: Collection[Any] = ()) -> Iterator[Claim]:
+    """A DeepSpeed engine's module, the buffers of its optimizer wrapper by name, and the torch optimizer inside.
+
+    A module among `asked` has claimed already.
+    """
+    if not any(engine.module is owner for owner in asked):
+        yield from module_claims(engine.module)
     wrapper = engine.optimizer
     inner = getattr(wrapper, "optimizer", wrapper)
     yield from optimizer_claims(inner)

@@ -162,9 +162,11 @@ class Roster:
         return sum(parameter._version for group in groups for parameter in group["params"])
 
     def _claims(self) -> Iterator[owners.Claim]:
+        asked: list[Any] = []
         for claims in (*self._owners.values(), *self._caches.values()):
             try:
-                yield from claims()
+                yield from claims(asked=asked) if claims.func is owners.engine_claims else claims()
+                asked.append(claims.args[0])
             except Exception as error:  # an error of the owner's code, or of the ledger
                 self._log.report_failure(f"what {type(claims.args[0]).__name__} holds", error)
 

@@ -11,24 +11,27 @@ import torch
 from harness.ledger.log import Log
 from harness.ledger.patch import patched
 from harness.ledger.patch_table import PATCHES
-from harness.ledger.tensors import tensors_in, without_torch_function
+from harness.ledger.tensors import PLAIN_TYPES, tensors_in, without_torch_function
 
 Hooks = tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]]
 """The function that packs a tensor for autograd to keep, and the function that unpacks it."""
 
 _stack: Any = torch._C._autograd
 _function_modes: Any = torch._C._len_torch_function_stack
+_next_number: Any = _stack._get_sequence_nr
 
 Packed = tuple[torch.Tensor, int, str]
 """A tensor as the ledger stores it in autograd, its version, and which output of the saving operator it is."""
 
-_PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
-"""Classes whose attributes can be read without calling code of the program."""
-
 _NODE_SUFFIX = re.compile(r"Backward\d*$")
 """The suffix of a node's name after the name of its operator."""
 
-_reading = threading.local()
+
+class _Reading(threading.local):
+    unpacked: "list[Packed] | None" = None
+
+
+_reading = _Reading()
 """What was unpacked for a Python autograd function that reads its saved tensors now."""
 
 _SAVED_ATTRIBUTES = ("saved_tensors", "_tensors_no_vc_check")
@@ -127,15 +130,15 @@ class Saving:
         return disabled
 
     def _pack(self, tensor: torch.Tensor) -> Packed:
-        if _function_modes() or type(tensor) not in _PLAIN_TYPES:
+        if _function_modes() or type(tensor) not in PLAIN_TYPES:
             return without_torch_function(self._save_and_pack)(tensor)
         return self._save_and_pack(tensor)
 
     def _save_and_pack(self, tensor: torch.Tensor) -> Packed:
         self._log.save(tensor)
         version = tensor._version
-        node = None if tensor.is_leaf or self._log.traced() else tensor.grad_fn
-        if node is None or not _saves_own_result(node):
+        node = tensor.grad_fn
+        if node is None or not _saves_own_result(node) or self._log.traced():
             return tensor, version, ""
         output_text = f", which is output {tensor.output_nr} of {_NODE_SUFFIX.sub('', node.name())},"
         if type(tensor) is not torch.Tensor:
@@ -158,22 +161,23 @@ class Saving:
 def unpack(packed: Packed) -> torch.Tensor:
     """The saved tensor. Raises RuntimeError if it has changed: with hooks autograd does not check that."""
     tensor, version, _ = packed
-    if type(tensor) in _PLAIN_TYPES and not _function_modes():
+    if type(tensor) in PLAIN_TYPES and not _function_modes():
         changed = tensor._version != version
     else:
         changed = without_torch_function(getattr)(tensor, "_version") != version
     if changed:
         raise RuntimeError(without_torch_function(_changed_message)(*packed))
-    if (packs := getattr(_reading, "unpacked", None)) is not None:
+    if (packs := _reading.unpacked) is not None:
         packs.append(packed)
     return tensor
 
 
 def _reading_originals(saved_property: Any) -> property:
     def saved_tensors(function: Any) -> Any:
-        outer_packs, _reading.unpacked = getattr(_reading, "unpacked", None), []
+        outer_packs, packs = _reading.unpacked, list[Packed]()
+        _reading.unpacked = packs
         try:
-            unpacked, packs = saved_property.__get__(function), _reading.unpacked
+            unpacked = saved_property.__get__(function)
         finally:
             _reading.unpacked = outer_packs
         if len(packs) != sum(tensor is not None for tensor in unpacked):  # other hooks packed them
@@ -211,12 +215,12 @@ def _changed_message(tensor: torch.Tensor, version: int, output_text: str) -> st
 
 def _saves_own_result(node: Any) -> bool:
     """Whether `node` is being created and saves its own result. For a Python function this is always possible."""
-    return isinstance(node, torch._C._FunctionBase) or node._sequence_nr() == next_node_number() - 1
+    return isinstance(node, torch._C._FunctionBase) or node._sequence_nr() == _next_number() - 1
 
 
 def next_node_number() -> int:
     """The number of autograd's next node in this thread."""
-    return int(_stack._get_sequence_nr())
+    return int(_next_number())
 
 
 def saved_by(tensors: Iterable[torch.Tensor], since: int) -> Iterator[torch.Tensor]:

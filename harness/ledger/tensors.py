@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache, wraps
+from math import prod
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -15,6 +16,8 @@ _PARTS = {
 }
 """Layouts without a storage of their own, and the dense tensors that such a tensor consists of."""
 
+PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
+"""Classes whose attributes can be read without calling code of the program."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -33,6 +36,9 @@ def without_torch_function(function: Callable[P, R]) -> Callable[P, R]:
 
 def tensors_in(tree: Any) -> Iterator[torch.Tensor]:
     """Every tensor in nested tuples, lists and dicts. For a tensor that consists of others, those."""
+    if type(tree) in PLAIN_TYPES:
+        yield tree
+        return
     if isinstance(tree, torch.Tensor):
         if hasattr(tree, "__tensor_flatten__"):
             for name in tree.__tensor_flatten__()[0]:
@@ -43,7 +49,9 @@ def tensors_in(tree: Any) -> Iterator[torch.Tensor]:
             yield tree
         return
     for item in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, (tuple, list)) else ():
-        if isinstance(item, (torch.Tensor, tuple, list, dict)):
+        if type(item) in PLAIN_TYPES:
+            yield item
+        elif isinstance(item, (torch.Tensor, tuple, list, dict)):
             yield from tensors_in(item)
 
 
@@ -126,3 +134,33 @@ def places(device: str, fakes: bool) -> Callable[[torch.Tensor], bool]:
         return tensor.device.type == device if fake_device is None else bool(fake_device == wanted)
 
     return is_on_device
+
+
+def sizes(device: str, fakes: bool) -> Callable[[torch.Tensor], int]:
+    """A function from a tensor to its bytes in memory, without repetitions. 0 where `places` says it is not there."""
+    on_device = places(device, fakes)
+
+    def size(tensor: torch.Tensor) -> int:
+        if not on_device(tensor):
+            return 0
+        try:
+            stride = tensor.stride()
+        except RuntimeError:  # a layout without strides
+            storage = storage_of(tensor)
+            return storage.nbytes() if storage is not None else sum(map(size, parts_of(tensor)))
+        if 0 in stride and tensor.numel():
+            return tensor.itemsize * prod(
+                length for length, step in zip(tensor.shape, stride, strict=True) if step
+            )
+        return tensor.nbytes
+
+    def size_on_cpu(tensor: torch.Tensor) -> int:
+        """`size` with a shorter way for most tensors: it is called for each of each operator."""
+        try:
+            if type(tensor) in PLAIN_TYPES and tensor.is_cpu and tensor.is_contiguous():
+                return tensor.nbytes
+        except RuntimeError:  # a layout without strides
+            pass
+        return size(tensor)
+
+    return size if fakes or device != "cpu" else size_on_cpu

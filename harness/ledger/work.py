@@ -9,13 +9,12 @@ inside a kernel is not seen.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from harness.ledger.op_cost import UNKNOWN, Rule, rule_of, views
-from harness.ledger.tensors import parts_of, storage_of
+from harness.ledger.op_cost import UNKNOWN, Rule
+from harness.ledger.tensors import storage_of
 
 if TYPE_CHECKING:
     from harness.ledger.events import Where
@@ -33,10 +32,8 @@ class Work(NamedTuple):
 class Counter:
     """Sums the work of operators on one kind of device, by where they ran."""
 
-    def __init__(self, on_device: Callable[[torch.Tensor], bool], where: "Where") -> None:
-        self.on_device = on_device
-        self.views: set[str] = set()  # operators seen so far that return only views
-        self._rules: dict[Any, Rule | None] = {}
+    def __init__(self, size: Callable[[torch.Tensor], int], where: "Where") -> None:
+        self.size = size
         self._totals: dict[Where, list[int]] = {}
         self._unknown: set[Where] = set()
         self._disabled = False
@@ -74,20 +71,21 @@ class Counter:
         finally:
             self._disabled = False
 
-    def count(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-        """Count `func`, which returned `out` for these arguments."""
-        try:
-            rule = self._rules[func]
-        except KeyError:
-            rule = self._rules[func] = rule_of(func)
-            if views(func):
-                self.views.add(func.__name__)
-        if rule is None or self._disabled:
+    def count(self, rule: Rule, args: Any, kwargs: Any, out: Any) -> None:
+        """Count an operator with this rule, which returned `out` for these arguments."""
+        if self._disabled:
             return
-        if rule is UNKNOWN:
+        if rule.plain and len(args) > rule.last:
+            size = self.size
+            read = sum(
+                map(size, {id(each): each for each in args if isinstance(each, torch.Tensor)}.values())
+            )
+            written = size(out)
+        elif rule is not UNKNOWN:
+            read, written = self._bytes_moved(rule, args, kwargs, out)
+        else:
             self._unknown.add(self._where)
             return
-        read, written = self._bytes_moved(rule, args, kwargs or {}, out)
         current = self._current
         current[1] += read
         current[2] += written
@@ -97,66 +95,42 @@ class Counter:
     def _bytes_moved(self, rule: Rule, args: Any, kwargs: Any, out: Any) -> tuple[int, int]:
         """Bytes read and written."""
         read = written = 0
-        counted: list[torch.Tensor] = []
-        for place, argument in (*enumerate(args), *kwargs.items()) if kwargs else enumerate(args):
-            if isinstance(argument, torch.Tensor):
-                tensors: Any = (argument,)
-            elif isinstance(argument, (list, tuple)):
-                tensors = argument
-            else:
+        size, counted = self.size, set[int]()
+        for place, name, reads, writes in rule.uses:
+            argument = args[place] if place < len(args) else kwargs.get(name) if kwargs else None
+            if argument is None:
                 continue
-            for tensor in tensors:
-                if not isinstance(tensor, torch.Tensor) or any(tensor is earlier for earlier in counted):
+            for tensor in argument if isinstance(argument, (list, tuple)) else (argument,):
+                if id(tensor) in counted or not isinstance(tensor, torch.Tensor):
                     continue
-                counted.append(tensor)
-                size = self._size(tensor)
-                if place not in rule.unread:
-                    read += size
-                if place in rule.mutated:
-                    written += size
+                counted.add(id(tensor))
+                nbytes = size(tensor)
+                if reads:
+                    read += nbytes
+                if writes:
+                    written += nbytes
+        if rule.makes:
+            nbytes = size(out) if isinstance(out, torch.Tensor) else sum(map(size, _result_tensors(out)))
+            return read + (nbytes if rule.takes else 0), written + nbytes
         if rule.puts is not None:
             nbytes = self._bytes_like(args, rule.puts)
-            written += nbytes
-            read += nbytes if rule.adds else 0
-        elif rule.picks:
-            read += self._bytes_like(args, 1)
-        elif rule.makes:
-            nbytes = sum(map(self._size, _result_tensors(out)))
-            written += nbytes
-            read += nbytes if rule.takes else 0
-        elif rule.may_copy and _share_no_storage(args[0], out):
-            return self._size(args[0]), self._size(out)
+            return read + (nbytes if rule.adds else 0), written + nbytes
+        if rule.picks:
+            return read + self._bytes_like(args, 1), written
+        if rule.may_copy and _share_no_storage(args[0], out):
+            return size(args[0]), size(out)
         return read, written
-
-    def _size(self, tensor: torch.Tensor) -> int:
-        """Bytes of `tensor` in memory, without repetitions. 0 if it is on another device."""
-        if not self.on_device(tensor):
-            return 0
-        try:
-            stride = tensor.stride()
-        except RuntimeError:  # a layout without strides
-            storage = storage_of(tensor)
-            return storage.nbytes() if storage is not None else sum(map(self._size, parts_of(tensor)))
-        if 0 in stride and tensor.numel():
-            return tensor.itemsize * prod(
-                size for size, step in zip(tensor.shape, stride, strict=True) if step
-            )
-        return tensor.nbytes
 
     def _bytes_like(self, args: Any, place: int) -> int:
         """Bytes of as many elements of the first argument as the argument at `place` has."""
         source, pattern = args[0], args[place] if place < len(args) else None
-        if not self.on_device(source):
+        if not self.size(source):
             return 0
         return int(source.itemsize * (pattern.numel() if isinstance(pattern, torch.Tensor) else 1))
 
 
 def _result_tensors(out: Any) -> list[torch.Tensor]:
-    if isinstance(out, torch.Tensor):
-        return [out]
-    return (
-        [value for value in out if isinstance(value, torch.Tensor)] if isinstance(out, (tuple, list)) else []
-    )
+    return [each for each in out if isinstance(each, torch.Tensor)] if isinstance(out, (tuple, list)) else []
 
 
 def _share_no_storage(argument: Any, result: Any) -> bool:

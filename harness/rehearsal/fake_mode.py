@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import (
 from harness.device.call import Card
 from harness.device.kernels import KERNELS
 from harness.ledger.lines import calling_line
-from harness.ledger.log import COLLECTIVES
+from harness.ledger.op_cost import COLLECTIVES
 from harness.ledger.tensors import shared
 from harness.rehearsal.card import CARD, in_cpp, in_python
 from harness.rehearsal.card_backward import WRITES, in_place

@@ -3,8 +3,11 @@
     torchrun --standalone --nproc-per-node 2 tests/benchmarks/overhead.py [rounds=7] [model=small] [zero=2] [...]
 
 Every round runs one step of each kind, in turn; a ratio is taken within a round, and its median is printed with the
-lowest and highest. `off` is the harness's own step with no ledger; `bare` is DeepSpeed's three calls with nothing
-around them. torch's MemTracker gets a step of its own model, as it cannot see a second forward of the same one.
+lowest and highest. Steps are compared in processor seconds of the first rank, which other work on the machine changes
+little; tokens a second are by the clock. `off` is the harness's own step with no ledger; `bare` is DeepSpeed's three
+calls with nothing around them; `floor` is the harness's step within a mode and hooks that do nothing, below which no
+ledger of operators can be. torch's MemTracker gets a step of its own model, as it cannot see a second forward of
+the same one.
 """
 
 import json
@@ -15,10 +18,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import repeat
+from typing import Any
 
 import psutil
 import torch
 from torch.distributed._tools.mem_tracker import MemTracker
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from harness.config.compose import compose
 from harness.config.load import load
@@ -61,9 +67,9 @@ def main(words: list[str]) -> None:
                 settle = world.size > 1 and world.device.type == "cpu"
                 with Ledger(mode=mode, settle_collectives=settle) as ledger:
                     ledger.own(model=built, engine=engine.deepspeed)
-                    began = time.perf_counter()
+                    began = time.process_time()
                     harness_step(ledger)
-                    inside.append(time.perf_counter() - began)
+                    inside.append(time.process_time() - began)
 
             return step
 
@@ -73,12 +79,14 @@ def main(words: list[str]) -> None:
             "bare": bare_step,
             "phases": with_ledger("phases"),
             "exact": with_ledger("exact"),
+            "floor": _within(_floor, lambda: harness_step(Ledger(mode="off"))),
             "profiler": _within(_profiler, bare_step),
             "MemTracker": _within(lambda: MemTracker(), bare_step),
         }
         startup = time.time() - psutil.Process().create_time()
         bare_step()
         seconds: dict[str, list[float]] = {name: [] for name in kinds}
+        by_clock: dict[str, list[float]] = {name: [] for name in kinds}
         for number in range(rounds):
             order = [*kinds][number % len(kinds) :] + [*kinds][
                 : number % len(kinds)
@@ -86,18 +94,19 @@ def main(words: list[str]) -> None:
             for name, step in ((name, kinds[name]) for name in order):
                 world.barrier()
                 inside.clear()
-                began = time.perf_counter()
+                began, clock = time.process_time(), time.perf_counter()
                 try:
                     step()
                 except NotImplementedError as error:  # MemTracker, at a second forward
                     seconds[name].append(float("nan"))
                     print(f"{name}: {error}", file=sys.stderr)
                     continue
-                seconds[name].append(inside[0] if inside else time.perf_counter() - began)
+                seconds[name].append(inside[0] if inside else time.process_time() - began)
+                by_clock[name].append(time.perf_counter() - clock)
         if world.leads:
             tell(seconds, settings.model.name, world.size, words)
             tokens_a_step = train.micro_batch * train.accumulation * train.sequence * world.size
-            rates = {name: tokens_a_step / statistics.median(seconds[name]) for name in ("off", "bare")}
+            rates = {name: tokens_a_step / statistics.median(by_clock[name]) for name in ("off", "bare")}
             print(f"tokens/s: harness {rates['off']:,.0f}, bare DeepSpeed {rates['bare']:,.0f}")
             print(f"from the process's start to its first step: {startup:.1f} s")
 
@@ -116,6 +125,29 @@ def tell(seconds: dict[str, list[float]], name: str, ranks: int, words: list[str
             f"{kind:<12}{statistics.median(own) * 1000:>11.1f} ms{statistics.median(ratios):>14.3f}"
             f"   {ratios[0]:.3f} to {ratios[-1]:.3f}"
         )
+
+
+class _Nothing(TorchDispatchMode):
+    """A mode that only passes each operator on."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **kwargs) if kwargs else func(*args)
+
+
+@contextmanager
+def _floor() -> Iterator[None]:
+    handles = [
+        register_module_forward_pre_hook(lambda *_: None),
+        register_module_forward_hook(lambda *_: None, always_call=True),
+    ]
+    with _Nothing(), torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved):
+        yield
+    for handle in handles:
+        handle.remove()
 
 
 def _within(context: Callable[[], object], step: Callable[[], None]) -> Callable[[], None]:
