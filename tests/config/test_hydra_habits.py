@@ -110,8 +110,8 @@ def test_a_directory_of_the_user_adds_options_groups_and_configs(own: Own, said:
             "stdlib",
         )
     assert said("--cfg", "job", f"--config-dir={own}", "model=nobody")[2] == (
-        "harness: model=nobody: no such option; one of gpt2, llama2-70b, llama2-7b, llama3-405b, llama3-8b, mine, qwen3-8b, "
-        "small, tiny\n"
+        "harness: model=nobody: no such option; one of gpt2, llama2-70b, llama2-7b, llama3-405b, llama3-8b, mine, "
+        "qwen3-8b, small, tiny\n"
     )
 
 
