@@ -130,19 +130,31 @@ def _own(config: PretrainedConfig, key: str) -> float | None:
 
 def _cut(text: PretrainedConfig) -> None:
     """Keep the first layers of `text`, enough to have each kind among them."""
-    layers_key = "decoder_layers" if _own(text, "decoder_layers") else "num_hidden_layers"
-    number = int(getattr(text, layers_key))
-    lists = {key: value for key, value in vars(text).items() if _of_layers(value, number)}
-    layer_lists = [
-        *lists.values(),
-        *filter(lambda each: _of_layers(each, number), [getattr(text, "layer_types", None)]),
-    ]
-    kinds = list(map(str, zip(*layer_lists, strict=True))) or [""]
+    kinds = kinds_of_layers(text)
     count = max(FEWEST, *(kinds.index(kind) + 1 for kind in kinds))
-    if count < number:
-        setattr(text, layers_key, count)
-        for key, value in lists.items():
-            setattr(text, key, value[:count])
+    if count < int(getattr(text, _layers_key(text))):
+        keep_layers(text, count)
+
+
+def kinds_of_layers(text: PretrainedConfig) -> list[str]:
+    """What the lists of `text` say of each layer; one empty text where there are no such lists."""
+    number = int(getattr(text, _layers_key(text)))
+    lists = [value for value in vars(text).values() if _of_layers(value, number)]
+    lists += filter(lambda each: _of_layers(each, number), [getattr(text, "layer_types", None)])
+    return list(map(str, zip(*lists, strict=True))) or [""]
+
+
+def keep_layers(text: PretrainedConfig, count: int) -> None:
+    """Keep only the first `count` layers of `text`."""
+    key = _layers_key(text)
+    lists = {name: value for name, value in vars(text).items() if _of_layers(value, getattr(text, key))}
+    setattr(text, key, count)
+    for name, value in lists.items():
+        setattr(text, name, value[:count])
+
+
+def _layers_key(text: PretrainedConfig) -> str:
+    return "decoder_layers" if _own(text, "decoder_layers") else "num_hidden_layers"
 
 
 def _of_layers(value: object, number: int) -> bool:

@@ -3,22 +3,27 @@
 This module imports no torch, so its callers need not load it.
 """
 
+import asyncio
+import gc
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import get_context, parent_process
 from threading import Thread
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from harness.config.load import Settings
 from harness.device.replay import Alternative
+from harness.rehearsal.moments import Moment, moments_of
 from harness.runtime.progress import Pace, aside
 
 if TYPE_CHECKING:
     from harness.rehearsal.card_memory import CardMemory
     from harness.rehearsal.representatives import Representative
+
+Result = TypeVar("Result")
 
 MOST = 4
 """The most representatives of a stage to rehearse for a config's worst rank. Offloaded ZeRO-1 and 2 have more."""
@@ -56,6 +61,9 @@ class Worst(NamedTuple):
     unseen: tuple[str, ...] = ()
     """What the ledger did not see, as sentences."""
 
+    moments: tuple[Moment, ...] = ()
+    """The highest of each phase."""
+
     @property
     def needs(self) -> int:
         """The bytes of memory that it takes."""
@@ -72,27 +80,37 @@ def workers() -> Iterator[ProcessPoolExecutor]:
 
     An exception in the body kills the workers. They end with this process, however it ends.
     """
+    try:
+        yield started()
+    except BaseException:
+        end()
+        raise
+
+
+def started() -> ProcessPoolExecutor:
+    """The pool, whose first worker begins to import at once: what the caller does meanwhile costs no time."""
     directory = os.getcwd()
     if directory not in _warm:
         end()
         context = get_context("forkserver")
         context.set_forkserver_preload(["harness.rehearsal.balance"])
         _warm[directory] = ProcessPoolExecutor(_cores(), context, _begin)
-    pool = _warm[directory]
-    try:
-        yield pool
-    except BaseException:
-        _warm.pop(directory, None)
-        for process in list((pool._processes or {}).values()):
-            process.kill()  # safe: a rehearsal has no state to save
-        pool.shutdown(cancel_futures=True)
-        raise
+        _warm[directory].submit(int)
+    return _warm[directory]
 
 
 def end() -> None:
-    """End the warm workers, before a process that skips Python's shutdown."""
+    """End the warm workers, before a process that skips Python's shutdown ends. Those at work are killed: they have no
+    state to save.
+    """
     while _warm:
-        _warm.popitem()[1].shutdown()
+        pool = _warm.popitem()[1]
+        if pool._pending_work_items:
+            for process in list((pool._processes or {}).values()):
+                process.kill()
+        pool.shutdown(cancel_futures=True)
+        del pool
+    gc.collect()  # Python warns of the semaphores of a pool that is not collected
 
 
 def _cores() -> int:
@@ -127,17 +145,29 @@ def rehearse_all(
     For the first `advised` of them other settings of a GPU's allocator are tried; for the others where only what it
     reserves beyond what is allocated does not fit.
     """
-    candidate_sets = [each.result() for each in [pool.submit(candidates, settings) for settings in wanted]]
-    running = [
-        [pool.submit(_rehearsed, each.settings, rank, index < advised) for rank in each.ranks]
-        for index, each in enumerate(candidate_sets)
-    ]
-    results = []
-    for each, ranks in zip(candidate_sets, running, strict=True):
-        results.append(_highest(each, [rank.result() for rank in ranks]))
+
+    async def one(index: int, settings: Settings) -> Worst:
+        result = await worst_of(pool, settings, index < advised)
         if pace is not None:
             pace.advance()
-    return results
+        return result
+
+    async def all_of_them() -> list[Worst]:
+        return await asyncio.gather(*(one(index, each) for index, each in enumerate(wanted)))
+
+    return asyncio.run(all_of_them())
+
+
+async def worst_of(pool: ProcessPoolExecutor, settings: Settings, advised: bool = False) -> Worst:
+    """`worst` in the workers, with all ranks in parallel."""
+    chosen = await in_worker(pool, candidates, settings)
+    ranks = [in_worker(pool, _rehearsed, chosen.settings, rank, advised) for rank in chosen.ranks]
+    return _highest(chosen, await asyncio.gather(*ranks))
+
+
+async def in_worker(pool: ProcessPoolExecutor, act: Callable[..., Result], *arguments: object) -> Result:
+    """What `act` returns in a worker."""
+    return await asyncio.get_running_loop().run_in_executor(pool, act, *arguments)
 
 
 def progress(total: int | None) -> Pace:
@@ -145,46 +175,12 @@ def progress(total: int | None) -> Pace:
     return Pace(total, "rehearsal", aside)
 
 
-def decided(pool: ProcessPoolExecutor, settings: Settings) -> tuple[Settings, dict[str, str]]:
+def decided(settings: Settings) -> tuple[Settings, dict[str, str]]:
     """`settings` with every `auto` resolved by `model/resolve.py`, and the reasons. Raises Refusal."""
-    return pool.submit(_decided, settings).result()
-
-
-def _decided(settings: Settings) -> tuple[Settings, dict[str, str]]:
     from harness.model.resolve import resolve
 
     plan = resolve(settings)
     return plan.settings, dict(plan.reasons)
-
-
-def at_least(settings: Settings) -> int:
-    """Bytes that the worst rank surely has, from shapes alone: its parameters, or its part of them under ZeRO-3.
-
-    With d ranks that have the same layers, N elements of e bytes: N e, and N e / d under ZeRO-3 (Rajbhandari et al.
-    2020, arXiv 1910.02054, section 5). A rank has more, but never less. 0 where nothing is certain: stages, shared
-    layers, packed weights, parameters on the host, a config that is refused.
-    """
-    import torch
-
-    from harness.model import init_weights
-    from harness.model.resolve import resolve
-
-    try:
-        plan = resolve(settings)
-        layout, config = plan.layout, plan.config
-        packed = getattr(config, "quantization_config", None) is not None
-        offloaded = settings.mode == "train" and settings.zero.offload == "all"
-        if layout.stages > 1 or layout.tp_size > 1 or packed or offloaded:
-            return 0
-        dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[plan.settings.precision]
-        whole: int = sum(
-            parameter.numel() * parameter.element_size()
-            for parameter in init_weights.outline(config, dtype).parameters()
-        )
-    except Exception:  # the rehearsal words it
-        return 0
-    sharded = settings.mode == "train" and settings.zero.stage == 3
-    return whole // layout.dp_size if sharded else whole
 
 
 class Candidates(NamedTuple):
@@ -253,6 +249,7 @@ def _rehearsed(settings: Settings, rank: int, advised: bool = False) -> Worst:
         exhausted=record.allocator.exhausted is not None,
         alternatives=tuple(alternatives),
         unseen=tuple(record.unseen),
+        moments=moments_of(record),
     )
 
 

@@ -85,6 +85,12 @@ class Pace:
             self.more_shown, self.more_asked_at = self.more(), now
         self.bar.set_postfix_str("  ".join(filter(None, [line, self.more_shown])), refresh=is_time)
 
+    def more_to_come(self, count: int) -> None:
+        """`count` units more are to be done than was known."""
+        assert self.total is not None
+        self.total += count
+        self.bar.total = self.total
+
     def up_to(self, done: int) -> None:
         """`done` units are done, including those that were not needed."""
         self.advance(max(0, done - self.done))

@@ -8,15 +8,19 @@ from typing import Any
 import pytest
 
 from harness.__main__ import main
-from harness.advice.climb import HIGHEST, Climb
-from harness.advice.fit import code, data, text
-from harness.advice.search import RECOMPUTED, Fit, Trial, cost
+from harness.advice.fit.answer import Answer
+from harness.advice.fit.climb import HIGHEST, Climb
+from harness.advice.fit.combination import Combination, Trial
+from harness.advice.fit.data import data
+from harness.advice.fit.ranking import RECOMPUTED, cost
+from harness.advice.fit.request import Request
+from harness.advice.fit.text import text
 from harness.config import compose
 from harness.config.load import load
 from harness.config.settings import Refusal
 from harness.device.outside import budget
 from harness.rehearsal import decisive
-from harness.rehearsal.pool import Worst, at_least, worst
+from harness.rehearsal.pool import Worst, worst
 from harness.tables import parse_size, size
 
 DECIDED = ["precision=bf16", "model.attention=sdpa"]
@@ -33,10 +37,15 @@ SMALL = [
 
 def climbed(limit: int, exactly: bool = False, rungs: tuple[int, ...] = ()) -> tuple[list[int], int]:
     """What a climb asks for where all up to `limit` fits, and the highest that it finds."""
-    climb, requested = Climb((), "key", rungs), []
+    return searched(Climb(rungs, exactly), limit)
+
+
+def searched(climb: Climb, limit: int) -> tuple[list[int], int]:
+    """What `climb` asks for where all up to `limit` fits, and the highest that it finds."""
+    requested = []
     while (wanted := climb.wants()) is not None:
         requested.append(wanted)
-        climb.learn(wanted <= limit, exactly)
+        climb.learn(wanted, wanted <= limit)
     return requested, climb.fits
 
 
@@ -55,6 +64,35 @@ def test_an_exact_climb_finds_the_highest_of_all(limit: int) -> None:
 
 def test_given_rungs_are_climbed_in_order_and_no_further_than_needed() -> None:
     assert climbed(3, rungs=(1, 2, 3, 6, 12)) == ([1, 2, 3, 6], 3)
+
+
+@pytest.mark.parametrize("exactly", [False, True])
+@pytest.mark.parametrize("guessed", [1, 2, 3, 5, 8, 100, 2000])
+@pytest.mark.parametrize("limit", [0, 1, 2, 3, 5, 7, 8, 100, 1024])
+def test_a_climb_finds_the_highest_whatever_is_likely(limit: int, guessed: int, exactly: bool) -> None:
+    requested, highest = searched(Climb((), exactly, lambda value: value <= guessed), limit)
+    assert highest == (limit if exactly else climbed(limit)[1])
+    assert len(set(requested)) == len(requested) <= 2 * HIGHEST.bit_length()
+
+
+@pytest.mark.parametrize("limit", [5, 8, 100])
+def test_a_climb_that_knows_what_is_likely_tries_it_and_the_next(limit: int) -> None:
+    assert searched(Climb((), True, lambda value: value <= limit), limit) == ([limit, limit + 1], limit)
+
+
+def test_a_climb_tries_nothing_that_is_needless() -> None:
+    climb = Climb()
+    climb.needless = 4
+    assert searched(climb, 3) == ([8], 0)
+    climb.needless = 1
+    assert searched(climb, 3) == ([2, 4], 2)
+
+
+def test_below_a_value_that_is_refused_others_are_tried() -> None:
+    climb = Climb((), False, lambda value: value <= 16)
+    assert climb.wants() == 16
+    climb.refuse(16)
+    assert searched(climb, 8) == ([8], 8)
 
 
 def test_pruning_gives_what_trying_everything_gives(capsys: pytest.CaptureFixture[str]) -> None:
@@ -128,46 +166,50 @@ def test_nothing_that_fits_is_said_with_the_nearest_miss(capsys: pytest.CaptureF
     assert reported[-1].startswith("nothing fits; zero=2 train.micro_batch=1 comes nearest")
 
 
-@pytest.mark.parametrize("hardware", ["cpu", "h100-sxm"])
-def test_what_a_rank_surely_has_is_never_more_than_its_peak(hardware: str) -> None:
-    common = [*SMALL, f"hardware={hardware}", "world=rehearsed", "ledger.steps=2"]
-    bounds = []
-    for zero, offload in ((0, "none"), (2, "none"), (2, "optimizer"), (3, "none"), (3, "all")):
-        settings = load(compose.compose([*common, f"zero={zero}", f"zero.offload={offload}"]))
-        bounds.append(at_least(settings))
-        assert bounds[-1] <= worst(settings).bytes
-    assert bounds[0] == bounds[1] == bounds[2] == 2 * bounds[3] > bounds[4] == 0
-    infer = [*DECIDED, "mode=infer", "model=tiny", "world=rehearsed", "world.size=2", f"hardware={hardware}"]
-    settings = load(compose.compose(infer))
-    assert 0 < at_least(settings) <= worst(settings).bytes
-
-
 def test_what_shapes_rule_out_is_not_rehearsed(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["mode=train", "model=llama3-405b", "world.size=8", "hardware=h100-sxm", "zero.offload=none"]
     assert main(["fit", *words, "zero=2,3", "--json"]) == 1
     trials = json.loads(capsys.readouterr().out)["trials"]
-    assert {trial["at_least"] for trial in trials} == {2 * 405_853_388_800, 2 * 405_853_388_800 // 8}
+    n = 405_853_388_800
+    assert {trial["at_least"] for trial in trials} == {2 * n + 12 * n // 8, 2 * n // 8 + 12 * n // 8}
     assert {(trial["peak"], trial["fits"]) for trial in trials} == {(None, False)}
 
 
-def trial(fit: Fit, words: list[str], measured: int, failure: str = "") -> Trial:
-    return Trial(
-        tuple(words),
-        fit._first(),
-        Worst(measured, 0, {"activations": measured}, failure),
-        fit.memory - measured,
+def test_what_a_smaller_batch_rules_out_is_not_rehearsed(capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*SMALL, "zero=3", "checkpointing=none", "hardware.memory=33100000"]
+    assert main(["fit", *words, "--json"]) == 0
+    *fitting, above = json.loads(capsys.readouterr().out)["trials"]
+    assert all(trial["fits"] for trial in fitting)
+    batch = int(above["words"][-1].partition("=")[2])
+    itself = load(
+        compose.compose([*words, f"train.micro_batch={batch}", "world=rehearsed", "ledger.steps=2"])
     )
+    assert (above["peak"], above["left"], above["fits"]) == (None, None, False)
+    assert 33_100_000 < above["at_least"] <= worst(itself).bytes
+
+
+def trial(request: Request, words: list[str], measured: int, failure: str = "") -> Trial:
+    rehearsed = Worst(measured, 0, {"activations": measured}, failure)
+    return Trial(1, tuple(words), request.first, rehearsed, request.memory - measured)
+
+
+def answer(request: Request, *trials: Trial) -> Answer:
+    combinations = []
+    for each in trials:
+        combinations.append(Combination(each.overrides, (), False, request.room))
+        combinations[-1].add(each)
+    return Answer(request, combinations)
 
 
 def test_what_could_not_be_rehearsed_is_told_apart_from_what_does_not_fit() -> None:
-    fit = Fit([*SMALL, "hardware.memory=1000000"])
-    large = trial(fit, ["zero=1", "train.micro_batch=4"], 1_048_576 + 1_000_000)
+    request = Request([*SMALL, "hardware.memory=1000000"])
+    large = trial(request, ["zero=1", "train.micro_batch=4"], 1_048_576 + 1_000_000)
     broken = [
-        trial(fit, [f"zero={zero}", "train.micro_batch=1"], 0, "RuntimeError: no such kernel")
+        trial(request, [f"zero={zero}", "train.micro_batch=1"], 0, "RuntimeError: no such kernel")
         for zero in (0, 2)
     ]
-    refused = trial(fit, ["zero=3", "train.micro_batch=1"], 0, "Refusal: zero=3: it has none; use 2")
-    reported = text(fit, [large, *broken, refused]).splitlines()
+    refused = trial(request, ["zero=3", "train.micro_batch=1"], 0, "Refusal: zero=3: it has none; use 2")
+    reported = text(answer(request, large, *broken, refused)).splitlines()
     parts = reported.index("could not be rehearsed, because RuntimeError: no such kernel")
     assert reported[parts + 1 : parts + 3] == ["  zero=0 train.micro_batch=1", "  zero=2 train.micro_batch=1"]
     assert reported[parts + 3 : parts + 5] == [
@@ -179,14 +221,18 @@ def test_what_could_not_be_rehearsed_is_told_apart_from_what_does_not_fit() -> N
         "nothing that could be rehearsed fits; zero=1 train.micro_batch=4 comes nearest, 1.0 MiB too much"
     )
     assert any(line.startswith("1 configs rehearsed; ") for line in reported)
-    actual: Any = data(fit, [large, *broken])
+    actual: Any = data(answer(request, large, *broken))
     assert [each["peak"] for each in actual["trials"]] == [2_048_576, None, None]
 
-    nothing = text(fit, broken).splitlines()
+    nothing = text(answer(request, *broken)).splitlines()
     assert nothing[-1] == "none of the 2 configs could be rehearsed: whether one fits is not known"
     assert "does not fit" not in nothing
-    assert [code([large, *broken]), code(broken), code([*broken, refused])] == [1, 3, 3]
-    assert code([*broken, trial(fit, ["zero=1"], 1000)]) == 0
+    small = trial(request, ["zero=1"], 1000)
+    codes = [
+        answer(request, *each).code
+        for each in ([large, *broken], broken, [*broken, refused], [*broken, small])
+    ]
+    assert codes == [1, 3, 3, 0]
 
 
 def test_a_climb_ends_where_a_rehearsal_does_not(capsys: pytest.CaptureFixture[str]) -> None:
@@ -384,11 +430,11 @@ def test_sizes_are_read_as_they_are_written() -> None:
 
 def test_a_value_that_is_possible_somewhere_is_not_refused() -> None:
     offloaded = [*SMALL, "hardware.memory=50000000", "zero=0,2", "zero.offload=none,optimizer"]
-    combinations = [climb.overrides for climb in Fit([*offloaded, "checkpointing=none"]).climbs]
+    combinations = Request([*offloaded, "checkpointing=none"]).combinations()
     assert ("zero=0", "zero.offload=optimizer", "checkpointing=none") not in combinations
     assert len(combinations) == 3
     with pytest.raises(Refusal, match="zero=0 shards nothing"):
-        Fit([*SMALL, "hardware.memory=50000000", "zero=0", "zero.offload=optimizer"])
+        Request([*SMALL, "hardware.memory=50000000", "zero=0", "zero.offload=optimizer"]).combinations()
 
 
 def test_stages_are_an_axis_that_is_ranked_by_how_long_they_wait(capsys: pytest.CaptureFixture[str]) -> None:

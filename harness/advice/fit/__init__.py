@@ -1,0 +1,50 @@
+"""`harness fit`: rehearses the sensible configs, lists those that fit into a device's memory, ranks them by cost.
+
+`request.py` is what is asked, `search.py` how it is answered with few rehearsals, `text.py`, `data.py` and `map.py`
+how the answer looks.
+"""
+
+import json
+from collections.abc import Sequence
+
+from harness.advice.fit.data import data
+from harness.advice.fit.request import AXES, Request
+from harness.advice.fit.search import Search
+from harness.advice.fit.text import reason_of, text
+from harness.analysis.args import Parser, refuse
+from harness.rehearsal.pool import REFUSED
+from harness.tables import parse_size
+
+
+def main(argv: Sequence[str]) -> int:
+    """`harness fit`. Exit code: 0 something fits, 1 nothing fits, 2 a wrong request, 3 nothing could be rehearsed,
+    130 interrupted, with what was known by then.
+    """
+    try:
+        options, overrides = _parser().parse_known_args(argv)
+        answer = Search(Request(overrides, _reserve(options.reserve))).run()
+        if answer.trials and all(trial.worst.failure.startswith(REFUSED) for trial in answer.trials):
+            raise ValueError(reason_of(answer.trials[0]))
+    except ValueError as error:
+        return refuse(error)
+    print(json.dumps(data(answer), indent=1) if options.json else text(answer))
+    return answer.code
+
+
+def _reserve(text: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise ValueError(f"--reserve={text}: {error}") from None
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        "fit",
+        description="Rehearse the configs that could run on a device, and rank those that fit.",
+        usage="harness fit mode=train|infer world.size=N hardware=NAME [key=value[,value...] ...]",
+        epilog="Lists may be given for " + ", ".join(key for axes in AXES.values() for key in axes) + ".",
+    )
+    parser.add_argument("--reserve", default="0", metavar="SIZE", help="memory to keep free, as 2GiB")
+    parser.add_argument("--json", action="store_true", help="every rehearsal, as data")
+    return parser

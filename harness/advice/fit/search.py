@@ -1,0 +1,176 @@
+"""The search of `harness fit`: what shapes rule out, what a few layers let expect, and the rehearsals that decide."""
+
+import asyncio
+from collections.abc import Sequence
+
+from harness.advice.fit.answer import Answer
+from harness.advice.fit.combination import Combination, Trial, short
+from harness.advice.fit.ranking import OFFLOADED, RECOMPUTED, cost
+from harness.advice.fit.request import Request
+from harness.config.settings import Refusal, Settings
+from harness.rehearsal import bounds
+from harness.rehearsal.pool import Worst, decided, in_worker, started, workers, worst_of
+from harness.runtime.progress import Pace, aside
+from harness.tables import size
+
+CHECKPOINTING = "checkpointing="
+
+FIRST = "first answer, expected from a few layers: "
+
+LAST = (float("inf"),)
+"""The sort key of what is not expected to fit."""
+
+
+class Search:
+    """The search over the configs of a request, and what is known so far. Raises what the request raises."""
+
+    def __init__(self, request: Request) -> None:
+        self.request, self.room = request, request.room
+        self.combinations: list[Combination] = []
+        self._refusals: list[Refusal] = []
+
+    def run(self) -> Answer:
+        """Rehearse the configs that must be, and say what is known then, or where Ctrl-C ends it.
+
+        Raises Refusal where every config is refused, and KeyboardInterrupt where nothing is known.
+        """
+        interrupted = False
+        with Pace(self.request.number, "config", aside, more=self._so_far) as self._pace:
+            started()  # the workers import while this process composes
+            self._join(self.request.combinations())
+            self._count()
+            try:
+                asyncio.run(self._all())
+            except KeyboardInterrupt:
+                if not self._trials:
+                    raise
+                interrupted = True
+        if not self._trials and self._refusals:
+            raise self._refusals[0]
+        return Answer(self.request, self.combinations, interrupted)
+
+    @property
+    def _trials(self) -> list[Trial]:
+        return [trial for each in self.combinations for trial in each.trials]
+
+    def _so_far(self) -> str:
+        """What the bar says."""
+        rehearsed = [trial for trial in self._trials if trial.rehearsed]
+        return f"{len(rehearsed)} rehearsed, {sum(trial.fits for trial in rehearsed)} of them fit" * bool(
+            rehearsed
+        )
+
+    def _join(self, overrides: Sequence[tuple[str, ...]]) -> list[Combination]:
+        request = self.request
+        added = [Combination(each, request.values, request.mode == "infer", self.room) for each in overrides]
+        self.combinations += added
+        return added
+
+    async def _all(self) -> None:
+        request = self.request
+        with workers() as self._pool:
+            request.decide(*await in_worker(self._pool, decided, request.first))
+            await self._largest_of_each(self.combinations)
+            if request.mode == "train" and "zero.offload" not in request.typed:
+                for offload in OFFLOADED[1:]:
+                    if any(each.known for each in self._trials) and not any(
+                        each.fits for each in self._trials
+                    ):
+                        more = self._join(request.combinations({"zero.offload": offload}))
+                        self._pace.more_to_come(len(more))
+                        await self._largest_of_each(more)
+
+    async def _largest_of_each(self, combinations: Sequence[Combination]) -> None:
+        """Search the largest value of each combination; those first that are expected to be the cheapest."""
+        await asyncio.gather(*map(self._expect, combinations))
+        left = [each for each in combinations if not each.trials]
+        left.sort(key=self._expected_cost)
+        if any(each.few for each in left):
+            self._pace.say(self._first_answer(left[0]))
+        chains: dict[tuple[str, ...], list[Combination]] = {}
+        for each in left:
+            chains.setdefault(self._without_recomputation(each), []).append(each)
+        await asyncio.gather(*map(self._with_less_recomputation, chains.values()))
+
+    async def _expect(self, combination: Combination) -> None:
+        """Learn by shapes alone that nothing of `combination` fits, else by a few layers what is to be expected."""
+        request, lowest = self.request, self.request.lowest
+        settings = request.settings(request.with_value(combination.overrides, lowest))
+        rehearsed = request.rehearsed(settings)
+        surely = await in_worker(self._pool, bounds.by_shapes, rehearsed)
+        if worst := combination.too_much(surely):
+            self._add(combination, lowest, settings, worst)
+        elif few := await in_worker(self._pool, bounds.by_few_layers, rehearsed):
+            combination.few = few, lowest
+
+    def _expected_cost(self, combination: Combination) -> tuple[float, ...]:
+        value = combination.climb.highest()
+        if value is None:
+            return LAST
+        try:
+            return cost(self.request.settings(self.request.with_value(combination.overrides, value)))
+        except Refusal:
+            return LAST
+
+    def _first_answer(self, best: Combination) -> str:
+        value = best.climb.highest()
+        if value is None:
+            return f"{FIRST}nothing fits"
+        overrides = short([*best.overrides, f"{self.request.searched}={value}"])
+        expected = sum((best.expected(value) or {}).values())
+        return f"{FIRST}{' '.join(overrides)}, about {size(expected)} of {size(self.room)}"
+
+    def _without_recomputation(self, combination: Combination) -> tuple[str, ...]:
+        """The overrides without `checkpointing`, where the user leaves that open."""
+        if "checkpointing" in self.request.typed:
+            return combination.overrides
+        return tuple(each for each in combination.overrides if not each.startswith(CHECKPOINTING))
+
+    async def _with_less_recomputation(self, chain: Sequence[Combination]) -> None:
+        """Search in combinations that differ in recomputation: more of it is needed only for values that less of it
+        does not reach. Which that are is expected first; where that was wrong, the search goes on.
+        """
+        chain = sorted(chain, key=_recomputation)
+        if all(each.few for each in chain):
+            reached = 0
+            for each in chain:
+                each.climb.needless = reached
+                reached = max(reached, each.climb.highest() or 0)
+            await asyncio.gather(*map(self._climb, chain))
+        reached = 0
+        for each in chain:
+            each.climb.needless = reached
+            await self._climb(each)
+            each.trials = [trial for trial in each.trials if not trial.fits or trial.value > reached]
+            reached = max(reached, each.climb.fits)
+
+    async def _climb(self, combination: Combination) -> None:
+        """Rehearse until it is known which value is the largest that fits."""
+        request = self.request
+        while (value := combination.climb.wants()) is not None:
+            try:
+                settings = request.settings(request.with_value(combination.overrides, value))
+            except Refusal as refusal:
+                self._refusals.append(refusal)
+                combination.climb.refuse(value)
+                self._count()
+                continue
+            worst = combination.ruled_out(settings, value)
+            if worst is None:
+                worst = await worst_of(self._pool, request.rehearsed(settings))
+            self._add(combination, value, settings, worst)
+
+    def _add(self, combination: Combination, value: int, settings: Settings, worst: Worst) -> None:
+        overrides = self.request.with_value(combination.overrides, value)
+        combination.add(Trial(value, overrides, settings, worst, self.room - worst.needs))
+        self._count()
+
+    def _count(self) -> None:
+        """Move the bar to the number of combinations that are done."""
+        going_on = sum(each.climb.wants() is not None for each in self.combinations)
+        self._pace.up_to((self._pace.total or 0) - going_on)
+
+
+def _recomputation(combination: Combination) -> int:
+    modes = [f"{CHECKPOINTING}{mode}" for mode in RECOMPUTED]
+    return next((modes.index(each) for each in combination.overrides if each in modes), 0)

@@ -1,0 +1,96 @@
+"""What a config takes, before it is rehearsed: a lower bound by shapes alone, and an estimate from a few layers.
+
+This module imports no torch, so its callers need not load it. Its functions do, and run in the workers of `pool.py`.
+"""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from harness.config.settings import Settings
+from harness.rehearsal.moments import Moment, at_depth, moments_of
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+ELEMENT = {"bf16": 2, "fp32": 4}
+"""Bytes of a parameter's element."""
+
+ADAMW = {"bf16": 12, "fp32": 8}
+"""Bytes of AdamW's state for a parameter: two means in fp32, and with bf16 the fp32 master (arXiv 1910.02054, 3.1)."""
+
+WORTH = 3
+"""A few layers are rehearsed where the whole model has at least so many times more of them."""
+
+
+def by_shapes(settings: Settings) -> dict[str, int]:
+    """Bytes by category that the rank with the highest peak surely has: its parameters and its optimizer state.
+
+    N parameters on s stages, each with d data-parallel ranks: some stage has N / s or more. ZeRO-1 and
+    above keeps 1/d of the optimizer's state, ZeRO-3 of the parameters too (Rajbhandari et al. 2020, arXiv 1910.02054,
+    section 5). What is offloaded is not counted. Empty where nothing is sure: packed weights, options of DeepSpeed's
+    that may change the state, a config that is refused.
+    """
+    import torch
+
+    from harness.model import init_weights
+    from harness.model.resolve import resolve
+
+    try:
+        plan = resolve(settings)
+        layout, config, precision = plan.layout, plan.config, plan.settings.precision
+        if getattr(config, "quantization_config", None) is not None or settings.deepspeed.options:
+            return {}
+        parameters = sum(each.numel() for each in init_weights.outline(config, torch.bfloat16).parameters())
+    except Exception:  # the rehearsal words it
+        return {}
+    of_rank = parameters // (layout.stages * layout.tp_size)
+    if settings.mode == "infer":
+        return {"parameters": of_rank * ELEMENT[precision]}
+    zero = settings.zero
+    bound = {}
+    if zero.offload != "all":
+        bound["parameters"] = of_rank * ELEMENT[precision] // (layout.dp_size if zero.stage == 3 else 1)
+    if zero.offload == "none":
+        bound["optimizer"] = of_rank * ADAMW[precision] // (layout.dp_size if zero.stage else 1)
+    return bound
+
+
+def by_few_layers(settings: Settings) -> tuple[Moment, ...]:
+    """The moments of a rank, estimated by rehearsing two models of a few layers; empty where that cannot be done.
+
+    The larger has twice the layers of the smaller, which has each kind of layer once.
+    """
+    from harness.model.plan import Plan
+    from harness.rehearsal.one_rank import rehearse
+    from harness.rehearsal.representatives import representatives_of
+
+    try:
+        whole = Plan.of(settings)
+        few = _period(whole.config)
+        depths = (few, 2 * few)
+        if settings.pipeline.stages > 1 or WORTH * sum(depths) > whole.number_of_layers:
+            return ()
+        of_depth = {}
+        for depth in depths:
+            plan = replace(whole, original_config=_cut(whole.config, depth))
+            rank = max(representatives_of(plan), key=lambda each: each.size).rank
+            of_depth[depth] = moments_of(rehearse(plan, rank)[0])
+        return at_depth(of_depth, whole.number_of_layers)
+    except Exception:  # an estimate that cannot be had is none; the rehearsal words what is wrong
+        return ()
+
+
+def _period(config: "PretrainedConfig") -> int:
+    """After how many layers their kinds begin again."""
+    from harness.model.narrow import kinds_of_layers
+
+    kinds = kinds_of_layers(config.get_text_config(decoder=True))
+    return next((n for n in range(1, len(kinds)) if kinds[n:] == kinds[:-n]), 1)
+
+
+def _cut(config: "PretrainedConfig", layers: int) -> "PretrainedConfig":
+    """`config`, which is changed, with only the first `layers`."""
+    from harness.model.narrow import keep_layers
+
+    keep_layers(config.get_text_config(decoder=True), layers)
+    return config
