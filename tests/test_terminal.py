@@ -77,3 +77,12 @@ def test_a_rehearsal_shows_which_role_is_at_which_layer_out_of_a_total_that_it_h
     assert any(re.search(far + place, line) for line in bars)
     for role in ("rank 0 (stage 0 of 2, layers 0 to 15)", "rank 1 (stage 1 of 2, layers 16 to 31)"):
         assert any(role in line for line in bars)
+
+
+def test_a_search_shows_how_many_configs_are_done_out_of_a_total_that_it_has_from_the_start() -> None:
+    words = ("mode=train", "model=tiny", "world.size=2", "hardware.memory=50000000", "zero=2,3")
+    bars = [
+        line for line in shown("fit", *words, "checkpointing=none", "train.micro_batch=1,2") if "/2 [" in line
+    ]
+    assert re.search(r" 0/2 \[00:00<\?", bars[0])
+    assert any(re.search(r"[12]/2 \[.*\d rehearsed, \d of them fit", line) for line in bars)

@@ -4,10 +4,10 @@ from collections.abc import Iterator, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
+from harness.analysis.bars import Bar, Part, part, stacked
 from harness.analysis.palette import LOOKS
 from harness.record.memory import Rank
 from harness.record.schema import Record
-from harness.report.bars import Bar, Part, part, stacked
 from harness.report.content import ReportedRun
 from harness.tables import AT_LEAST, size
 

@@ -5,11 +5,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.analysis import compare
+from harness.analysis import bars, compare
 from harness.analysis.summary import show
-from harness.report import bars, content, contrast, points, series
+from harness.report import content, contrast, points, series
 from harness.report.content import ReportedRun
-from harness.tables import size
 
 HERE = Path(__file__).parent
 
@@ -22,18 +21,9 @@ SCRIPTS = ("page.js", "runs.js", "paper.js")
 
 def html(runs: Sequence[ReportedRun]) -> str:
     """The report of `runs` as an HTML page. Raises ValueError for an incomplete trace."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
     from plotly.offline import get_plotlyjs
 
-    environment = Environment(
-        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    environment.filters |= {
-        "bytes": lambda figure: size(figure, exact=True),
-        "size": size,
-        "look": bars.look,
-    }
     content_of_runs, traces = [], []
     for index, run in enumerate(runs):
         modules: list[dict[str, Any]] = []
@@ -44,20 +34,24 @@ def html(runs: Sequence[ReportedRun]) -> str:
                 modules = content.modules(trace)
         content_of_runs.append(content.of_run(run, modules))
     data = {"runs": [_drawn(run) for run in content_of_runs], "looks": bars.plain()}
-    return environment.get_template("page.html").render(
-        runs=content_of_runs,
-        contrast=contrast.contrast(runs),
-        series=series.series(runs),
-        summary=series.table(runs),
-        tables=list(_tables(runs)),
-        differing=content.differing(runs),
-        pairs=list(content.pairs(runs)),
-        data=Markup(_script_safe_json(data)),
-        traces=traces,
-        css=Markup((HERE / "page.css").read_text("utf-8")),
-        looks=Markup(bars.css()),
-        js=Markup("\n".join((HERE / name).read_text("utf-8") for name in SCRIPTS)),
-        plotly=Markup(get_plotlyjs()),
+    return (
+        bars.templates(HERE)
+        .get_template("page.html")
+        .render(
+            runs=content_of_runs,
+            contrast=contrast.contrast(runs),
+            series=series.series(runs),
+            summary=series.table(runs),
+            tables=list(_tables(runs)),
+            differing=content.differing(runs),
+            pairs=list(content.pairs(runs)),
+            data=Markup(_script_safe_json(data)),
+            traces=traces,
+            css=Markup((HERE / "page.css").read_text("utf-8")),
+            looks=Markup(bars.css()),
+            js=Markup("\n".join((HERE / name).read_text("utf-8") for name in SCRIPTS)),
+            plotly=Markup(get_plotlyjs()),
+        )
     )
 
 

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from harness.analysis.bars import present, stacked
 from harness.analysis.labels import LONGEST, differing, settings_of, short, similar, telling, text_of
-from harness.report.bars import present, stacked
 from harness.report.content import ReportedRun
 from harness.tables import tail
 

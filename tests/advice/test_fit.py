@@ -1,8 +1,14 @@
 """`harness fit`: every verdict is a rehearsal's, nothing that fits is passed over, and the last line is what to run."""
 
 import json
+import os
+import re
 import shlex
+import signal
+import subprocess
+import sys
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +29,7 @@ from harness.rehearsal import decisive
 from harness.rehearsal.pool import Worst, worst
 from harness.tables import parse_size, size
 
+ROOT = Path(__file__).parents[2]
 DECIDED = ["precision=bf16", "model.attention=sdpa"]
 """What their `auto` comes to on a CPU with units for it: the limits below are of its bytes."""
 SMALL = [
@@ -471,3 +478,29 @@ def test_more_micro_batches_than_decide_a_peak_add_their_losses_and_no_more() ->
         assert few.train.accumulation == stages + 1
         apart = worst(many).bytes - worst(few).bytes
         assert apart in (0, 4 * (7 - few.train.accumulation))
+
+
+def test_an_interrupt_ends_the_search_with_what_is_known_by_then(tmp_path: Path) -> None:
+    words = [
+        *(word for word in SMALL if "layers" not in word),
+        "model.config.num_hidden_layers=12",
+        "hardware.memory=120000000",  # with ZeRO-0 the optimizer alone is more
+        "zero=0,2",
+        "checkpointing=none",
+    ]
+    search = subprocess.Popen(
+        [sys.executable, "-m", "harness", "fit", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert search.stderr
+    assert any(line.startswith("first answer, expected from a few layers: zero=2") for line in search.stderr)
+    search.send_signal(signal.SIGINT)
+    out, err = search.communicate(timeout=60)
+    assert search.returncode == 130, err
+    assert "Traceback" not in err
+    assert "interrupted: 1 configs are known, and others were still to come" in out.splitlines()
+    assert re.search(r"zero=0 train.micro_batch=1 .*at least optimizer .*: not rehearsed", out)

@@ -6,13 +6,17 @@ how the answer looks.
 
 import json
 from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
 
+from harness.advice.fit.answer import Answer
 from harness.advice.fit.data import data
 from harness.advice.fit.request import AXES, Request
 from harness.advice.fit.search import Search
 from harness.advice.fit.text import reason_of, text
 from harness.analysis.args import Parser, refuse
 from harness.rehearsal.pool import REFUSED
+from harness.runtime.files import put
 from harness.tables import parse_size
 
 
@@ -22,13 +26,35 @@ def main(argv: Sequence[str]) -> int:
     """
     try:
         options, overrides = _parser().parse_known_args(argv)
+        if options.html:
+            _check_place(options.html)
         answer = Search(Request(overrides, _reserve(options.reserve))).run()
         if answer.trials and all(trial.worst.failure.startswith(REFUSED) for trial in answer.trials):
             raise ValueError(reason_of(answer.trials[0]))
+        print(json.dumps(data(answer), indent=1) if options.json else text(answer))
+        if options.html:
+            _draw(answer, options.html)
     except ValueError as error:
         return refuse(error)
-    print(json.dumps(data(answer), indent=1) if options.json else text(answer))
     return answer.code
+
+
+def _check_place(path: Path) -> None:
+    """Raise ValueError where a page could not be written after the search."""
+    if find_spec("jinja2") is None:
+        raise ValueError("--html: jinja2 is not installed; install it with pip install 'harness[report]'")
+    if path.is_dir() or not path.parent.is_dir():
+        raise ValueError(f"--html {path}: give a file in a directory that exists")
+
+
+def _draw(answer: Answer, path: Path) -> None:
+    """Write the map. Raises ValueError where that cannot be done."""
+    from harness.advice.fit.map import html
+
+    try:
+        put(path, html(answer))
+    except OSError as error:
+        raise ValueError(f"--html {path}: it cannot be written: {error.strerror}") from None
 
 
 def _reserve(text: str) -> int:
@@ -47,4 +73,5 @@ def _parser() -> Parser:
     )
     parser.add_argument("--reserve", default="0", metavar="SIZE", help="memory to keep free, as 2GiB")
     parser.add_argument("--json", action="store_true", help="every rehearsal, as data")
+    parser.takes_place("--html", metavar="FILE", help="also a page: a map of what fits, and what fills it")
     return parser

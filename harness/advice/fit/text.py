@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from harness.advice.fit.answer import Answer, command, would_fit_with
+from harness.advice.fit.answer import Answer, would_fit_with
 from harness.advice.fit.combination import Trial, short
 from harness.advice.fit.ranking import BY
 from harness.advice.fit.request import Request
@@ -33,55 +33,65 @@ PASSED_OVER = (
 
 def text(answer: Answer) -> str:
     """The table as text. Where something fits, the last line is the command to run."""
-    request, trials, on_gpu = answer.request, answer.trials, answer.on_gpu
-    fitting, known, rehearsed = answer.fitting, answer.known, answer.rehearsed
+    failed = [*_unrehearsed(answer.trials)]
+    if not answer.known:
+        unknown = (
+            f"none of the {len(answer.trials)} configs could be rehearsed: whether one fits is not known"
+        )
+        return "\n".join([*failed, "", unknown])
+    remedies = [_remedy(trial) for trial in answer.closest[:LISTED] if trial.fragmented]
+    lines = [_table(answer), *remedies, *failed, "", *notes(answer), ""]
+    return "\n".join([*lines, answer.command() or _nearest(answer, bool(failed))])
+
+
+def _table(answer: Answer) -> str:
+    """What fits, and what does not by the reason."""
+    request, on_gpu = answer.request, answer.on_gpu
     table = Table(
         *([["allocated"], ["reserved"]] if on_gpu else [["peak"]]), ["left"], ["of it"], ["filled by"]
     )
-    if fitting:
-        table.section(f"fits {size(request.room)} a device, the worst of {request.world} ranks")
-    for trial in fitting:
-        table.row(*_row(request, trial, on_gpu))
     shown = answer.closest[:LISTED]
-    for title, because in (
-        ("does not fit: what is allocated is too much" if on_gpu else "does not fit", False),
-        ("does not fit: what is allocated would, what is reserved does not (fragmentation)", True),
-    ):
-        of_reason = [trial for trial in shown if trial.fragmented == because]
-        if of_reason:
+    too_much = "does not fit: what is allocated is too much" if on_gpu else "does not fit"
+    fragmented = "does not fit: what is allocated would, what is reserved does not (fragmentation)"
+    sections = {
+        f"fits {size(request.room)} a device, the worst of {request.world} ranks": answer.fitting,
+        too_much: [trial for trial in shown if not trial.fragmented],
+        fragmented: [trial for trial in shown if trial.fragmented],
+    }
+    for title, trials in sections.items():
+        if trials:
             table.section(title)
-        for trial in of_reason:
+        for trial in trials:
             table.row(*_row(request, trial, on_gpu))
-    failed = [*_unrehearsed(trials)]
-    if not known:
-        unknown = f"none of the {len(trials)} configs could be rehearsed: whether one fits is not known"
-        return "\n".join([*failed, "", unknown])
+    return table.text()
+
+
+def notes(answer: Answer) -> list[str]:
+    """What was decided for all configs, how the budget is formed, what is in no figure, and what was left out."""
+    request, trials = answer.request, answer.trials
     lines = [
-        table.text(),
-        *(_remedy(trial) for trial in shown if trial.fragmented),
-        *failed,
-        "",
         *decided(request.reasons),
         request.budget.sentence(),
         BY[request.mode],
-        UNSEEN[on_gpu],
+        UNSEEN[answer.on_gpu],
+        *dict.fromkeys(f"not seen: {gap}" for each in trials for gap in each.worst.unseen),
     ]
-    lines += (
-        f"not seen: {gap}" for gap in dict.fromkeys(gap for each in trials for gap in each.worst.unseen)
-    )
     if any(trial.worst.passed_over for trial in trials):
         lines.append(PASSED_OVER)
-    ruled_out = f", {len(known) - len(rehearsed)} ruled out without" * (known != rehearsed)
     if answer.interrupted:
-        lines.append(f"interrupted: {len(known)} configs are known, and others were still to come")
-    lines.append(f"{len(rehearsed)} configs rehearsed{ruled_out}; {LEFT_OUT[request.mode]}")
-    if fitting:
-        return "\n".join([*lines, "", command(request, fitting[0])])
+        lines.append(f"interrupted: {len(answer.known)} configs are known, and others were still to come")
+    bounded = len(answer.known) - len(answer.rehearsed)
+    ruled_out = f", {bounded} ruled out without" * bool(bounded)
+    return [*lines, f"{len(answer.rehearsed)} configs rehearsed{ruled_out}; {LEFT_OUT[request.mode]}"]
+
+
+def _nearest(answer: Answer, failed: bool) -> str:
+    """What comes nearest, where nothing fits."""
     nearest = answer.closest[0]
     nothing = "nothing that could be rehearsed fits" if failed else "nothing fits"
     more = "at least " * nearest.worst.bound
-    misses = f"{' '.join(short(nearest.overrides))} comes nearest, {more}{size(-nearest.left)} too much"
-    return "\n".join([*lines, "", f"{nothing}; {misses}"])
+    chosen = " ".join(short(nearest.overrides))
+    return f"{nothing}; {chosen} comes nearest, {more}{size(-nearest.left)} too much"
 
 
 def _unrehearsed(trials: Sequence[Trial]) -> Iterator[str]:

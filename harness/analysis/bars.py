@@ -1,10 +1,14 @@
 """Bars of bytes by category, drawn by the style alone: they need no script, and print as they are."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from harness.analysis.palette import LOOKS, OTHER, Look
 from harness.tables import size
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 LINE = "var(--back)"
 """The colour of a pattern's lines."""
@@ -18,6 +22,24 @@ STRIPES = {
     "+": (0, 90),
 }
 """The angles of a pattern's stripes, in degrees."""
+
+
+def templates(directory: Path) -> "Environment":
+    """The templates in `directory`, and the macros of bars; what they print is escaped."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader([directory, Path(__file__).parent]),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+    )
+    environment.filters |= {
+        "bytes": lambda figure: size(figure, exact=True),
+        "size": size,
+        "look": look,
+    }
+    return environment
 
 
 class Part(NamedTuple):
