@@ -59,6 +59,25 @@ def test_a_tracker_whose_environment_is_wrong_is_a_line_of_a_run_that_is_complet
     assert not [*(tmp_path / "run").glob("mlflow*")]
 
 
+def test_a_run_that_is_refused_in_the_middle_has_failed_in_its_tracker(tmp_path: Path) -> None:
+    words = ["mode=infer", "hardware=cpu", "precision=fp32", "generation.count=1", "generation.batch=1"]
+    words += ["generation.max_new_tokens=2", "generation.cache=static", "generation.compile=true"]
+    variables = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
+    done = subprocess.run(
+        [sys.executable, "-m", "harness", *words, "tracker=mlflow", f"hydra.run.dir={tmp_path}/run"],
+        cwd=ROOT,
+        env={**variables, "CXX": "/bin/false", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "compiled")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    tracked = READERS["mlflow"](tmp_path / "run")
+    assert tracked.state == "FAILED"
+    assert done.stderr == f"harness: {tracked.failure}\n"
+    assert "cannot be compiled" in done.stderr
+
+
 @pytest.mark.parametrize("package", ["tensorboard", "wandb", "mlflow", "sqlalchemy"])
 def test_a_tracker_that_is_not_installed_is_refused_before_the_run(tmp_path: Path, package: str) -> None:
     tracker = package if package in READERS else "mlflow"
