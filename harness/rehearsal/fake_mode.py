@@ -274,6 +274,8 @@ class Fakes(FakeTensorMode):
             if isinstance(argument, torch.Tensor):
                 if type(argument) is not FakeTensor or argument.fake_mode is not self:
                     return None
+                if argument.layout is not _STRIDED:  # a sparse one
+                    return None
                 if device is None:
                     device = argument.fake_device
                 elif argument.fake_device != device:
@@ -284,6 +286,8 @@ class Fakes(FakeTensorMode):
 
 
 _ONLY_FAKES = (FakeTensor,)
+
+_STRIDED = torch.strided
 
 
 def _layout(argument: Any) -> Any:

@@ -1,5 +1,8 @@
 """The shortcuts of a rehearsal's fake mode: whoever asks, they are what torch's own dispatch would do."""
 
+from collections.abc import Callable
+
+import pytest
 import torch
 
 import harness
@@ -35,3 +38,20 @@ def test_a_program_that_has_a_ledger_can_be_rehearsed() -> None:
         torch.zeros(5)
     assert real.peak.bytes == 20
     assert ledger.peak.bytes == 2 * 512
+
+
+def coordinates(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.sparse_coo_tensor(torch.zeros(2, 3, dtype=torch.int64), tensor[0], tensor.shape)
+
+
+@pytest.mark.parametrize("sparse", [coordinates, torch.Tensor.to_sparse_csr, torch.Tensor.to_sparse_csc])
+@pytest.mark.filterwarnings("ignore:Sparse")
+def test_a_sparse_tensor_is_not_taken_for_a_dense_one(
+    sparse: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    with Fakes():
+        tensors = sparse(torch.ones(3, 3)), torch.ones(1).expand(3, 3)
+        for tensor in (*tensors, *tensors):
+            results = tensor.clone(), tensor * 2, -tensor, tensor + tensor, torch.empty_like(tensor)
+            assert {each.layout for each in results} == {tensor.layout}
+            assert (tensor @ torch.ones(3, 3)).layout == torch.strided
