@@ -225,6 +225,8 @@ class Fakes(FakeTensorMode):
         """
         key = id(func), *map(_layout, args), *((name, _layout(value)) for name, value in kwargs.items())
         if key not in self._layouts:
+            if "device" in kwargs:
+                kwargs = {**kwargs, "device": device}
             output: Any = self.dispatch(func, _ONLY_FAKES, args, kwargs)
             same = output is args[0]
             self._layouts[key] = None if same else (output.size(), output.stride(), output.dtype)

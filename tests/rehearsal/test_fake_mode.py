@@ -7,6 +7,7 @@ import torch
 
 import harness
 from harness import Ledger
+from harness.rehearsal.card import CARD, CARD_IN_CPP
 from harness.rehearsal.fake_mode import Fakes
 
 
@@ -55,3 +56,9 @@ def test_a_sparse_tensor_is_not_taken_for_a_dense_one(
             results = tensor.clone(), tensor * 2, -tensor, tensor + tensor, torch.empty_like(tensor)
             assert {each.layout for each in results} == {tensor.layout}
             assert (tensor @ torch.ones(3, 3)).layout == torch.strided
+
+
+def test_what_cpp_asks_for_is_on_the_card_from_the_first_time_on() -> None:
+    with harness.rehearse("h100-sxm"):
+        tensor = torch.ones(3, device="cuda")
+        assert [torch.empty_like(tensor, device=CARD_IN_CPP).device for _ in range(2)] == [CARD, CARD]
