@@ -1,6 +1,7 @@
 """A tracker that fails, is absent or was not wanted: a line, and the run goes on. Real runs: tests/distributed."""
 
 import os
+import shlex
 import sqlite3
 import subprocess
 import sys
@@ -39,6 +40,22 @@ def test_a_tracker_that_fails_in_the_middle_is_said_once_and_the_others_go_on(
     ]
     figures = READERS["tensorboard"](tmp_path).figures
     assert figures == {"loss": {1: 2.0, 2: 1.0, 3: 0.5}, "final/loss": {3: 0.5}}
+
+
+@pytest.mark.parametrize("kind", ["tensorboard", "mlflow"])
+def test_the_command_that_shows_the_figures_can_be_copied_to_a_shell(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    directory, said = tmp_path / "a run #1", list[str]()
+    directory.mkdir()
+    trackers = Trackers([kind], directory, said.append)
+    trackers.start()
+    trackers.finish({"loss": 0.5})
+    (line,) = said
+    words = shlex.split(line.removeprefix(f"tracker {kind}: "))
+    assert words[0] == kind
+    assert Path(words[-1].removeprefix("sqlite:///")).exists()
 
 
 def test_a_tracker_whose_environment_is_wrong_is_a_line_of_a_run_that_is_complete(tmp_path: Path) -> None:
