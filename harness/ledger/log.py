@@ -235,7 +235,7 @@ class Log(TorchDispatchMode):
 
         NotImplemented where it does not, or where torch must dispatch it.
         """
-        if self._below is None or self._paused or self.hidden or not self.recording:
+        if self._below is None or self._paused or self._modes_above is not None or not self.recording:
             return NotImplemented
         if self.traced() or _mode(_FAKE) is not self._fake_mode:
             return NotImplemented
