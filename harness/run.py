@@ -296,6 +296,7 @@ class _Run:
     def _end_refused(self, refusal: Refusal) -> int:
         """Let one rank report the refusal for all. Raises it if there is only one rank."""
         if self.world.size == 1:
+            self.trackers.fail(str(refusal))
             _remove(self.directory)
             raise refusal
         self.ending.acquire()  # never released: the second thread to notice waits for the exit

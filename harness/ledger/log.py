@@ -143,7 +143,8 @@ class Log(TorchDispatchMode):
         modes = _get_current_dispatch_mode_stack()
         self._fake_mode = next((mode for mode in modes if isinstance(mode, FakeTensorMode)), None)
         self.fakes = self._fake_mode is not None
-        self._below = getattr(modes[-1], "shortcut", None) if self.fakes else None
+        below = modes[-1] if self.fakes else None
+        self._below = getattr(below, "shortcut", None) if isinstance(below, (Log, FakeTensorMode)) else None
         self._on_device = places(self.device, self.fakes)
         self.work.size = sizes(self.device, self.fakes)
 
@@ -234,8 +235,9 @@ class Log(TorchDispatchMode):
 
         NotImplemented where it does not, or where torch must dispatch it.
         """
-        assert self._below is not None
-        if self._paused or self.traced() or _mode(_FAKE) is not self._fake_mode:
+        if self._below is None or self._paused or self._modes_above is not None or not self.recording:
+            return NotImplemented
+        if self.traced() or _mode(_FAKE) is not self._fake_mode:
             return NotImplemented
         out = self._below(func, types, args, kwargs)
         traits = traits_by_id.get(id(func)) or traits_of(func)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from harness.ledger.categories import CATEGORIES
+from harness.ledger.events import Storage
 from harness.ledger.log import Log
 
 
@@ -45,14 +46,14 @@ class Recent:
         log, stretch = self._log, self._stretch
         if not log.recording:
             return
-        totals = dict.fromkeys(CATEGORIES, 0)
-        for alive in log.living():
+        totals, end, living = dict.fromkeys(CATEGORIES, 0), -1, list[Storage]()
+        while end != len(log.events):  # the garbage collector, or a thread, may free a storage meanwhile
+            end, living = len(log.events), log.living()
+        for alive in living:
             totals[alive.category] += alive.nbytes
         total = sum(totals.values())
         highest, at_peak, peaks = total, {**totals}, {**totals}
-        for index in range(
-            len(log.events) - 1, self._events_read - 1, -1
-        ):  # back to what was alive before each
+        for index in range(end - 1, self._events_read - 1, -1):  # back to what was alive before each
             _, delta, storage, *_ = log.events[index]
             if storage is None or not delta or (delta > 0 and storage.base):
                 continue
@@ -61,7 +62,7 @@ class Recent:
             peaks[storage.category] = max(peaks[storage.category], totals[storage.category])
             if total > highest:
                 highest, at_peak = total, {**totals}
-        self._events_read = len(log.events)
+        self._events_read = end
         self.highest = max(self.highest or 0, highest)
         if stretch.bytes is None or highest > stretch.bytes:
             stretch.bytes, stretch.at_peak = highest, at_peak

@@ -149,6 +149,8 @@ def sizes(device: str, fakes: bool) -> Callable[[torch.Tensor], int]:
             storage = storage_of(tensor)
             return storage.nbytes() if storage is not None else sum(map(size, parts_of(tensor)))
         if 0 in stride and tensor.numel():
+            if tensor.layout in _PARTS:  # in coordinates: all its strides are 0
+                return sum(map(size, parts_of(tensor)))
             return tensor.itemsize * prod(
                 length for length, step in zip(tensor.shape, stride, strict=True) if step
             )

@@ -209,7 +209,7 @@ def _results(
             report = None if places is None else partial(places.at, each.rank)
             yield each, one(plan, each.rank, directory, report=report)
         return
-    with workers() as pool, TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder, workers() as pool:  # a worker that is killed writes no more to it
         files = {each.rank: Path(folder, str(each.rank)) for each in representatives}
         running = {
             pool.submit(one, plan, each.rank, directory, report=partial(leave, files[each.rank])): each

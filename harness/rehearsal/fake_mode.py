@@ -86,6 +86,8 @@ _WAIT = torch.ops._c10d_functional.wait_tensor.default
 class _Rule(NamedTuple):
     """What `Fakes` does with an operator."""
 
+    func: Any
+    """The operator, so that no other gets its id."""
     quick: bool
     """Whether `shortcut` may know its result."""
     remembered: bool
@@ -111,7 +113,7 @@ class Fakes(FakeTensorMode):
         self.values = KnownValues(assumed, strict)
         self._card = card
         self._inside = False  # whether an operator of the program is being carried out, by others
-        self._rules: dict[int, _Rule] = {}  # by the id of an operator, of which torch makes one
+        self._rules: dict[int, _Rule] = {}  # by the id of an operator, as hashing one calls Python
         self._attributes: dict[torch.device, dict[str, Any]] = {}  # of a new fake tensor, by its device
         # from an operator and its arguments' layouts to its output's size, stride and dtype; None: the first argument
         self._layouts: dict[Any, tuple[Any, Any, torch.dtype] | None] = {}
@@ -192,7 +194,7 @@ class Fakes(FakeTensorMode):
         writes = not isinstance(func, HigherOrderOperator) and func._schema.is_mutable
         among_ranks, remembered = func.namespace == "c10d", func in _REMEMBERED
         quick = among_ranks or remembered or func in _KERNELS
-        rule = self._rules[id(func)] = _Rule(quick, remembered, writes, func in WRITES, among_ranks)
+        rule = self._rules[id(func)] = _Rule(func, quick, remembered, writes, func in WRITES, among_ranks)
         return rule
 
     def _accumulates(self, func: Any, args: Any, kwargs: Any) -> bool:
@@ -225,6 +227,8 @@ class Fakes(FakeTensorMode):
         """
         key = id(func), *map(_layout, args), *((name, _layout(value)) for name, value in kwargs.items())
         if key not in self._layouts:
+            if "device" in kwargs:
+                kwargs = {**kwargs, "device": device}
             output: Any = self.dispatch(func, _ONLY_FAKES, args, kwargs)
             same = output is args[0]
             self._layouts[key] = None if same else (output.size(), output.stride(), output.dtype)
@@ -274,6 +278,8 @@ class Fakes(FakeTensorMode):
             if isinstance(argument, torch.Tensor):
                 if type(argument) is not FakeTensor or argument.fake_mode is not self:
                     return None
+                if argument.layout is not _STRIDED:  # a sparse one
+                    return None
                 if device is None:
                     device = argument.fake_device
                 elif argument.fake_device != device:
@@ -284,6 +290,8 @@ class Fakes(FakeTensorMode):
 
 
 _ONLY_FAKES = (FakeTensor,)
+
+_STRIDED = torch.strided
 
 
 def _layout(argument: Any) -> Any:

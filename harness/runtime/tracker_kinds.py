@@ -6,6 +6,7 @@ accelerate's classes do the rest. They have no way to say that a run failed.
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from shlex import quote
 from typing import Any, ClassVar
 
 PROJECT = "harness"
@@ -57,7 +58,7 @@ class TensorBoard(Tracker):
         from accelerate.tracking import TensorBoardTracker
 
         place = directory / "tensorboard"
-        return TensorBoardTracker(place.name, directory), f"tensorboard --logdir {place}"
+        return TensorBoardTracker(place.name, directory), f"tensorboard --logdir {quote(str(place))}"
 
     def fail(self, sentence: str, step: int) -> None:
         self._tracker.log({"failure": sentence}, step=step)
@@ -88,7 +89,9 @@ class Wandb(Tracker):
         super().start(name, directory, settings)
         run = self._tracker.tracker
         self.place = run.url or (
-            "off, by WANDB_MODE=disabled" if run.disabled else f"wandb sync {Path(run.dir).parent}"
+            "off, by WANDB_MODE=disabled"
+            if run.disabled
+            else f"wandb sync {quote(str(Path(run.dir).parent))}"
         )
 
     def fail(self, sentence: str, step: int) -> None:
@@ -114,7 +117,7 @@ class Mlflow(Tracker):
             mlflow.set_tracking_uri(where)
         return (
             MLflowTracker(PROJECT, logging_dir=artifacts, run_name=name),
-            f"mlflow ui --backend-store-uri {where}",
+            f"mlflow ui --backend-store-uri {quote(where)}",
         )
 
     def fail(self, sentence: str, step: int) -> None:

@@ -5,6 +5,7 @@ Everything is written into the run's directory, and nothing leaves the machine u
 """
 
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -71,8 +72,9 @@ class Trackers:
         ]
         for thread in threads:
             thread.start()
+        deadline = time.monotonic() + PATIENCE
         for thread in threads:
-            thread.join(PATIENCE)
+            thread.join(max(0.0, deadline - time.monotonic()))
 
     def _works(self, kind: str, call: Callable[..., object], *arguments: Any) -> bool:
         """Call `call` of a tracker. Where that fails the tracker is dropped, a line says why, and this is false."""

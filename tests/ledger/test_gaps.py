@@ -12,8 +12,13 @@ import torch
 import torch._dynamo.eval_frame as dynamo
 import torch._functorch._aot_autograd.runtime_wrappers as aot
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.autograd import graph
-from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _disable_current_modes,
+    _get_current_dispatch_mode_stack,
+)
 from torch.utils.flop_counter import FlopCounterMode
 
 import harness
@@ -382,6 +387,26 @@ def test_ledgers_in_each_other_see_the_same_and_only_one_hears_the_allocator() -
     assert inner.allocator.peak is None
     assert [phase.categories for phase in inner.phases] == [phase.categories for phase in outer.phases]
     assert [gap.figures for gap in inner.gaps] == ["allocator", "storages"]
+
+
+def test_a_ledger_of_fake_tensors_in_one_of_real_tensors_counts_them_alone() -> None:
+    with Ledger(allocator=False) as outer:
+        with FakeTensorMode(), Ledger() as inner:
+            torch.zeros(10).add(1)
+        torch.zeros(5)
+    assert (inner.peak.bytes, outer.peak.bytes) == (80, 20)
+
+
+def test_a_mode_of_the_program_below_a_ledger_may_have_any_attributes() -> None:
+    class Mode(TorchDispatchMode):
+        shortcut = "residual"
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return func(*args, **(kwargs or {}))
+
+    with FakeTensorMode(), Mode(), Ledger() as ledger:
+        torch.zeros(10)
+    assert ledger.peak.bytes == 40
 
 
 def test_a_ledger_that_is_entered_again_begins_anew_and_one_that_is_open_goes_on() -> None:

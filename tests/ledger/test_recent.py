@@ -1,5 +1,9 @@
 """The figures of the last step, while the ledger is open: those of its account, for less."""
 
+import sys
+from types import FrameType
+from typing import Any
+
 import torch
 
 from harness import Ledger
@@ -89,3 +93,32 @@ def test_a_ledger_that_is_not_exact_knows_no_peak() -> None:
         torch.zeros(10)
     assert ledger.highest() is None
     assert ledger.recent.take().bytes is None
+
+
+def taken_while_freed(instruction: int) -> tuple[int | None, int | None]:
+    """The peaks of two stretches, if the only storage is freed at an instruction of the first look, as by a thread."""
+    garbage: list[torch.Tensor] = []
+    left = instruction
+
+    def trace(frame: FrameType, event: str, argument: Any) -> Any:
+        nonlocal left
+        frame.f_trace_opcodes = True
+        left -= event == "opcode"
+        if not left:
+            garbage.clear()
+        return trace
+
+    with Ledger(allocator=False) as ledger:
+        garbage.append(torch.zeros(1000))
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            first = ledger.recent.take()
+        finally:
+            sys.settrace(before)
+        return first.bytes, ledger.recent.take().bytes
+
+
+def test_a_storage_that_is_freed_in_the_middle_of_a_look_counts_once() -> None:
+    seen = {taken_while_freed(instruction) for instruction in range(1, 121, 3)}
+    assert seen == {(4000, 0), (4000, 4000)}

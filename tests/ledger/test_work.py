@@ -238,3 +238,15 @@ def test_a_product_with_a_packed_weight_counts_as_one_with_the_whole() -> None:
 )
 def test_a_librarys_products_are_known_by_their_names(name: str, multiplies: bool) -> None:
     assert _multiplies(name) == multiplies
+
+
+@pytest.mark.parametrize(
+    ("sparse", "indices"), [(torch.Tensor.to_sparse, 2 * 3), (torch.Tensor.to_sparse_csr, 4 + 3)]
+)
+@pytest.mark.filterwarnings("ignore:Sparse")
+def test_of_a_sparse_tensor_the_indices_and_the_values_move(
+    sparse: Callable[[torch.Tensor], torch.Tensor], indices: int
+) -> None:
+    diagonal = sparse(torch.eye(3))
+    nbytes = indices * I64 + 3 * F32
+    assert done(lambda: diagonal * 2.0) == Work(0, nbytes, nbytes)

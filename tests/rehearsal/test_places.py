@@ -63,7 +63,7 @@ def test_a_stage_of_a_pipeline_counts_its_own_layers_and_never_goes_back() -> No
     ],
 )
 def test_generation_passes_the_layers_once_for_each_batch(words: str, batches: int) -> None:
-    plan = plan_of("mode=infer", *({"world.size": "world.size=1"}.values()), *words.split())
+    plan = plan_of("mode=infer", "world.size=1", *words.split())
     distance = Distance(plan, Representative(0, (0,)))
     assert distance.total == batches * 4
     assert distance.to(at(0, "prefill", layer=3)) == 3

@@ -1,6 +1,7 @@
 """A tracker that fails, is absent or was not wanted: a line, and the run goes on. Real runs: tests/distributed."""
 
 import os
+import shlex
 import sqlite3
 import subprocess
 import sys
@@ -41,6 +42,22 @@ def test_a_tracker_that_fails_in_the_middle_is_said_once_and_the_others_go_on(
     assert figures == {"loss": {1: 2.0, 2: 1.0, 3: 0.5}, "final/loss": {3: 0.5}}
 
 
+@pytest.mark.parametrize("kind", ["tensorboard", "mlflow"])
+def test_the_command_that_shows_the_figures_can_be_copied_to_a_shell(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    directory, said = tmp_path / "a run #1", list[str]()
+    directory.mkdir()
+    trackers = Trackers([kind], directory, said.append)
+    trackers.start()
+    trackers.finish({"loss": 0.5})
+    (line,) = said
+    words = shlex.split(line.removeprefix(f"tracker {kind}: "))
+    assert words[0] == kind
+    assert Path(words[-1].removeprefix("sqlite:///")).exists()
+
+
 def test_a_tracker_whose_environment_is_wrong_is_a_line_of_a_run_that_is_complete(tmp_path: Path) -> None:
     words = ["mode=train", "hardware=cpu", "precision=fp32", "train.steps=1", "train.sequence=16"]
     words += ["train.export=false", "train.validate_every=0", "hardware.bandwidth=1e10", "tracker=mlflow"]
@@ -57,6 +74,25 @@ def test_a_tracker_whose_environment_is_wrong_is_a_line_of_a_run_that_is_complet
     assert "no-such-scheme" in line
     assert read(tmp_path / "run")["status"] == "complete"
     assert not [*(tmp_path / "run").glob("mlflow*")]
+
+
+def test_a_run_that_is_refused_in_the_middle_has_failed_in_its_tracker(tmp_path: Path) -> None:
+    words = ["mode=infer", "hardware=cpu", "precision=fp32", "generation.count=1", "generation.batch=1"]
+    words += ["generation.max_new_tokens=2", "generation.cache=static", "generation.compile=true"]
+    variables = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
+    done = subprocess.run(
+        [sys.executable, "-m", "harness", *words, "tracker=mlflow", f"hydra.run.dir={tmp_path}/run"],
+        cwd=ROOT,
+        env={**variables, "CXX": "/bin/false", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "compiled")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    tracked = READERS["mlflow"](tmp_path / "run")
+    assert tracked.state == "FAILED"
+    assert done.stderr == f"harness: {tracked.failure}\n"
+    assert "cannot be compiled" in done.stderr
 
 
 @pytest.mark.parametrize("package", ["tensorboard", "wandb", "mlflow", "sqlalchemy"])
