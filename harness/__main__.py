@@ -170,6 +170,7 @@ def _run(command: "Command", arguments: list[str]) -> int:
     from omegaconf import OmegaConf
 
     from harness.config import compose, deepspeed_file
+    from harness.config.command_line import split
     from harness.config.load import load, without_hydra
 
     from_file = deepspeed_file.expanded(arguments)
@@ -178,7 +179,7 @@ def _run(command: "Command", arguments: list[str]) -> int:
     if command.flags.get("--cfg") == "job" and "--package" not in command.flags:
         return _say(OmegaConf.to_yaml(without_hydra(cfg), resolve="--resolve" in command.flags))
     if "--cfg" in command.flags:
-        return _by_hydra(command)
+        return _by_hydra(split(from_file.arguments))
     _require("run")
     _prepare(cfg.hydra)
     with without_collection():
