@@ -36,6 +36,9 @@ SWEEP = "several values; add -m to run each, or give one value, or a list as [a,
 _HOME = re.compile(r"([=,])(~[^,'\"()\[\]{}]*)")
 """A path from the home directory, among the values of a sweep: Hydra's grammar wants it in quotes."""
 
+_WORD = re.compile(r"(?!(null|true|false|nan|inf)$)[a-z_][a-z0-9_-]*", re.IGNORECASE)
+"""What Hydra's grammar takes for text."""
+
 _SEVERAL = re.compile(r",|^(choice|range|interval|glob|shuffle|sort|tag)\(")
 
 
@@ -172,7 +175,7 @@ def _named(override: Override) -> Override:
         names = [str(value)]
     else:
         return override
-    listed = ",".join(QuotedString(name, Quote.single).with_quotes() for name in names)
+    listed = ",".join(map(_as_text, names))
     return _parsed(str(override.input_line), f"{override.get_key_element()}={listed}")
 
 
@@ -249,7 +252,12 @@ def _quoted(key: str, value: str) -> str | None:
         return None
     if value == "null" or value.startswith(("'", '"', "[", "${")):
         return None
-    return f"{key}={QuotedString(value, Quote.single).with_quotes()}"
+    return f"{key}={_as_text(value)}"
+
+
+def _as_text(value: str) -> str:
+    """`value` so that Hydra reads it as text: in quotes, but a word without, as in `override_dirname`."""
+    return value if _WORD.fullmatch(value) else QuotedString(value, Quote.single).with_quotes()
 
 
 def _refusal(error: HydraException, overrides: Sequence[Override]) -> Refusal:

@@ -218,6 +218,11 @@ def test_hydra_s_keys_reach_a_run(tmp_path: Path) -> None:
     ).data.path  # resolved where it is read
 
 
+def test_a_directory_named_by_overrides_has_the_words_that_are_typed() -> None:
+    words = ["model=small", "hardware=h100-sxm", "zero=2", "hydra.run.dir=${hydra.job.override_dirname}"]
+    assert compose.compose(words).hydra.run.dir == "hardware=h100-sxm,model=small,zero='2'"
+
+
 PATHS = (
     "model.path",
     "data.path",
