@@ -218,6 +218,7 @@ def _words(node: Any, directory: Path) -> list[str]:
         words.append(f"{key}={QuotedString(value, Quote.single).with_quotes()}" if text else line)
     return [
         *words,
+        "hydra.mode=RUN",  # a config of the user's own may say MULTIRUN
         f"{NUMBER}{node.job.num}",
         f"hydra.job.id={node.job.id}",
         f"hydra.run.dir={directory}",

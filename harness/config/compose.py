@@ -16,6 +16,7 @@ from hydra.core.override_parser.types import Glob, Override, Quote, QuotedString
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from harness.config import hydra_keys
 from harness.config.command_line import Command, split
@@ -85,9 +86,15 @@ def _initialized(command: Command) -> Iterator[None]:
 
 def _by_hydra(command: Command, overrides: Sequence[Override]) -> DictConfig:
     """What Hydra composes, with its own node. Raises Refusal."""
-    with _refusals(command, overrides), _initialized(command):
-        lines = [str(override.input_line) for override in overrides]
-        return hydra_compose(command.config_name, lines, return_hydra_config=True)
+    lines = [str(override.input_line) for override in overrides]
+    try:
+        with _refusals(command, overrides), _initialized(command):
+            return hydra_compose(command.config_name, lines, return_hydra_config=True)
+    except (YAMLError, ValueError, RecursionError) as error:  # a file of the user's own
+        said = "does it take itself?" if isinstance(error, RecursionError) else str(error)
+        quotes = " (an option that looks like a number needs quotes)" if ": int" in said else ""
+        remedy = f"Hydra cannot read it, or a file that it takes: {said}{quotes}"
+        raise Refusal("config", command.config_name, remedy) from error
 
 
 @contextmanager

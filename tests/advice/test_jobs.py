@@ -117,6 +117,15 @@ def test_a_job_resolves_interpolations_itself(tmp_path: Path) -> None:
     assert "(model=small): seed=${nobody}: Interpolation key 'nobody' not found" in done.stderr
 
 
+def test_a_config_of_the_user_s_own_may_be_a_sweep(tmp_path: Path) -> None:
+    swept = "hydra: {mode: MULTIRUN, sweeper: {params: {seed: '1,2'}}}\ntrain: {sequence: 1}\n"
+    (tmp_path / "mine.yaml").write_text(f"defaults: [config, _self_]\n{swept}")
+    done = harness(tmp_path, "-m", "--config-dir=.", "--config-name=mine")
+    assert [line.partition(" (")[2] for line in done.stderr.splitlines()[-2:]] == [
+        f"seed={seed}): train.sequence=1: to predict a next token takes 2 or more" for seed in (1, 2)
+    ]
+
+
 def test_tools_take_the_directory_of_a_sweep_for_its_runs(swept: tuple[Done, Path]) -> None:
     _, directory = swept
     assert [run.name for run in runs_in(directory)] == ["0", "2"]

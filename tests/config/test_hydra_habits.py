@@ -202,6 +202,26 @@ def test_a_primary_config_that_sweeps_says_so(own: Own, said: Said) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (b"seed: [1\n", "line 2, column 1"),
+        (b"seed: 1\nseed: 2\n", "found duplicate key seed"),
+        (b"seed: \xff\n", "can't decode byte 0xff"),
+        (b"defaults: {a: b}\n", "defaults must be a list"),
+        (b"defaults: [config, override zero: 2]\n", "(an option that looks like a number needs quotes)"),
+        (b"defaults: [config, wrong]\n", "does it take itself?"),
+    ],
+)
+def test_a_config_that_cannot_be_read_is_one_sentence(text: bytes, why: str, own: Own, said: Said) -> None:
+    (own / "wrong.yaml").write_bytes(text)
+    for words in (["--cfg", "job"], ["-m", "seed=1,2"]):
+        code, printed, error = said(*words, "-cd", own, "-cn", "wrong")
+        assert (code, printed, error.count("\n")) == (2, "", 1)
+        assert error.startswith("harness: config=wrong: Hydra cannot read it, or a file that it takes: ")
+        assert why in error
+
+
 def test_hydra_s_keys_reach_a_run(tmp_path: Path) -> None:
     cfg = compose.compose(
         [
