@@ -283,7 +283,7 @@ def _refusal(error: HydraException, overrides: Sequence[Override]) -> Refusal:
             if message.startswith("Could not override"):
                 return Refusal(key, value, _missing_key_remedy(key, _known(overrides)))
             if message.startswith("Error merging override"):  # a dictionary for a list, or a list for a text
-                return Refusal(key, value, _kind_remedy(key))
+                return Refusal(key, value, _kind_remedy(key, str(error.__cause__)))
             if message.startswith("Could not append") or (
                 message.startswith("Multiple values") and override.is_add()
             ):
@@ -321,8 +321,10 @@ def _missing_key_remedy(key: str, known: Sequence[str]) -> str:
     return f"{nearest(key, known)} Where a model's config has it, ++{key}= adds it"
 
 
-def _kind_remedy(key: str) -> str:
-    """The remedy where the value has the wrong kind."""
+def _kind_remedy(key: str, message: str) -> str:
+    """The remedy where the value has the wrong kind, which OmegaConf's `message` says of Hydra's own keys."""
+    if "expected one of" in message:
+        return f"should be one of {message.partition('expected one of [')[2].partition(']')[0]}"
     if isinstance(described_fields()[key].default if key in described_fields() else "", list):
         return "should be a valid list, as [a,b]"
     return "should be a valid string" if key == RUN_DIR else "should be a single value"

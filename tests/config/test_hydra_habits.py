@@ -134,6 +134,7 @@ def test_flags_print_what_hydra_prints(own: Own, said: Said) -> None:
         ("harness mode=train zer", {"zero.", "zero="}),
         ("harness comp", {"compare"}),
         ("harness --config-d", {"--config-dir"}),
+        ("harness compare ru", set()),
         ("harness --config-dir {own} model=mi", {"model=mine"}),
     ],
 )
@@ -143,8 +144,8 @@ def test_a_shell_completes_groups_keys_options_and_tools(
 ) -> None:
     line = line.replace("{own}", str(own))
     monkeypatch.setenv("COMP_LINE", line)
-    code, printed, _ = said("-sc", f"query={shell}")
-    assert code == 0
+    code, printed, error = said("-sc", f"query={shell}")
+    assert (code, error) == (0, "")
     assert {word for word in printed.split() if word.startswith(line.split(" ")[-1])} == expected
 
 
@@ -185,6 +186,7 @@ def test_a_shell_is_told_how_to_complete(shell: str, said: Said) -> None:
         ),
         ("hydra.output_subdir=x", "hydra.output_subdir=x: a run leaves config.yaml"),
         ("hydra.help.app_name=x", "hydra.help.app_name=x: of Hydra's own keys, only hydra.run.dir, "),
+        ("hydra.mode=multirun", "hydra.mode=multirun: should be one of RUN, MULTIRUN"),
         ("hydra.run.dirr=x", "hydra.run.dirr=x: of Hydra's own keys, only "),
     ],
 )
