@@ -175,6 +175,8 @@ def _named(override: Override) -> Override:
         return override
     value: Any = override.value()
     if isinstance(value, Glob):
+        if all(map(_WORD.fullmatch, options)):
+            return override  # Hydra knows the options of the user's own too
         names = value.filter(options)
     elif override.is_discrete_sweep():
         names = [each.strip("'\"") for each in override.sweep_string_iterator()]

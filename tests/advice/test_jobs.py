@@ -126,6 +126,17 @@ def test_a_config_of_the_user_s_own_may_be_a_sweep(tmp_path: Path) -> None:
     ]
 
 
+def test_a_glob_covers_the_options_of_the_user_s_own(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.yaml").write_text("defaults: [tiny]\n")
+    done = harness(tmp_path, "-m", "-cd", ".", "model=glob(*in*)", "zero=glob(*)", "pipeline.stages=8")
+    jobs_named = [line for line in done.stderr.splitlines() if line.startswith("harness: job ")]
+    models_and_stages = [(model, stage) for model in ("mine", "tiny") for stage in range(4)]
+    assert [line.partition("(")[2].partition(")")[0] for line in jobs_named] == [
+        f"model={model} zero={stage}" for model, stage in models_and_stages
+    ]
+
+
 def test_tools_take_the_directory_of_a_sweep_for_its_runs(swept: tuple[Done, Path]) -> None:
     _, directory = swept
     assert [run.name for run in runs_in(directory)] == ["0", "2"]
