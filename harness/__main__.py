@@ -134,15 +134,15 @@ def usage() -> str:
 
 
 def _carry_out(arguments: list[str]) -> int:
-    if not arguments or arguments[0] in ("-h", "--help"):
-        return _say(usage())
-    if arguments == ["--version"]:
-        return _say(f"harness {__version__}")
-    if arguments[0] in TOOLS:
+    if arguments and arguments[0] in TOOLS:
         _require(NEEDS.get(arguments[0]))
         with without_collection():
             tool = import_module(f"harness.{TOOLS[arguments[0]][0]}")
         return int(tool.main(arguments[1:]))
+    if not arguments or {"-h", "--help"} & {*arguments}:
+        return _say(usage())
+    if "--version" in arguments:
+        return _say(f"harness {__version__}")
     from harness.config.command_line import split
 
     command = split(arguments)
@@ -170,6 +170,7 @@ def _run(command: "Command", arguments: list[str]) -> int:
     from omegaconf import OmegaConf
 
     from harness.config import compose, deepspeed_file
+    from harness.config.command_line import split
     from harness.config.load import load, without_hydra
 
     from_file = deepspeed_file.expanded(arguments)
@@ -178,7 +179,7 @@ def _run(command: "Command", arguments: list[str]) -> int:
     if command.flags.get("--cfg") == "job" and "--package" not in command.flags:
         return _say(OmegaConf.to_yaml(without_hydra(cfg), resolve="--resolve" in command.flags))
     if "--cfg" in command.flags:
-        return _by_hydra(command)
+        return _by_hydra(split(from_file.arguments))
     _require("run")
     _prepare(cfg.hydra)
     with without_collection():
@@ -196,6 +197,8 @@ def _by_hydra(command: "Command") -> int:
         return 0
     if "--shell-completion" in command.flags and any(word.startswith("query=") for word in command.overrides):
         words = os.environ.get("COMP_LINE", "").split(" ")[1:]
+        if words[1:] and words[0] in TOOLS:
+            return 0  # the shell completes paths
         if words and words[-1].startswith("-"):
             return _say("\n".join(_starting(words[-1], FLAGS)))
         if len(words) < 2:

@@ -19,12 +19,13 @@ from tqdm import tqdm
 from harness.analysis.summary import decided, show
 from harness.config.load import Refusal, Settings
 from harness.config.rules import check_world
-from harness.config.settings import flat
+from harness.config.settings import as_typed
 from harness.device.workspaces import of_this_gpu
 from harness.ledger import Ledger
 from harness.model.plan import Plan
 from harness.model.resolve import resolve
 from harness.record import ceilings, figures, phase_times, record_file, trace
+from harness.record.fields import flat
 from harness.record.memory import Rank
 from harness.record.results import Performance, Results
 from harness.record.schema import World as WorldRecord
@@ -145,6 +146,11 @@ def _make_directory(settings: Settings, cfg: DictConfig, dp_size: int) -> Path:
     except OSError as error:
         raise Refusal("hydra.run.dir", directory, f"it cannot be written: {error.strerror}") from error
     return directory
+
+
+def _hyperparameter(value: Any) -> bool | float | str:
+    """A setting for trackers: what is no number and no text as it is typed."""
+    return value if isinstance(value, (bool, int, float, str)) else as_typed(value)
 
 
 class _Run:
@@ -276,7 +282,8 @@ class _Run:
         """The trackers of rank 0; none on another rank."""
         if not self.world.leads:
             return Trackers()
-        values = {**dict(flat(asdict(self.settings))), "world.size": self.world.size}
+        values = {key: _hyperparameter(value) for key, value in flat(asdict(self.settings))}
+        values["world.size"] = self.world.size
         title = f"{self.settings.mode} {self.head.model.short}"
         return Trackers(self.settings.tracker, self.directory, self.say, title, values)
 

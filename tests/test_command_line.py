@@ -47,7 +47,7 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
     assert (result.returncode, result.stderr) == (141, "")
 
 
-@pytest.mark.parametrize("words", [[], ["--help"], ["-h"]])
+@pytest.mark.parametrize("words", [[], ["--help"], ["-h"], ["mode=train", "-m", "--help"]])
 def test_help_lists_every_key_every_option_and_the_torchrun_line(door: Door, words: list[str]) -> None:
     result = door(*words)
     assert (result.returncode, result.stderr) == (0, "")
@@ -130,7 +130,8 @@ def test_the_config_can_be_printed_without_a_run(door: Door, tmp_path: Path) -> 
 
 
 def test_the_version_is_the_package_s(door: Door) -> None:
-    assert door("--version").stdout == f"harness {harness.__version__}\n"
+    for words in (["--version"], ["mode=train", "--version"]):
+        assert door(*words).stdout == f"harness {harness.__version__}\n"
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from harness.config import compose, hydra_keys
 from harness.config.command_line import Command
 from harness.config.errors import first_line
 from harness.config.settings import Refusal
+from harness.record.places import FILE as RECORD
 from harness.record.places import NUMBER, SWEEP
 from harness.record.record_file import read
 from harness.record.schema import parse
@@ -29,6 +30,9 @@ from harness.tables import size
 
 FAILED = "failed.json"
 """In the directory of a job that failed: its number, what the sweep chose for it, its exit code and the sentence."""
+
+NOTE = {"job", "overrides", "code", "error"}
+"""Its keys."""
 
 OUTPUT = "output.txt"
 """In the directory of a job that ran beside others in one terminal: what it printed."""
@@ -52,10 +56,10 @@ def sweep(command: Command) -> int:
     if tasks != 1:
         remedy = "torchrun starts the ranks of a node, from one task; leave it out, and give world.size="
         raise Refusal("hydra.launcher.tasks_per_node", tasks, remedy)
-    directory = Path(node.sweep.dir).expanduser()
+    directory = _directory(node)
     pinned = f"hydra.sweep.dir={QuotedString(str(directory), Quote.single).with_quotes()}"
-    for note in directory.rglob(FAILED):  # of an earlier sweep
-        note.unlink()
+    for file, _ in _notes(directory):  # of an earlier sweep
+        file.unlink()
     code = 0
     try:
         compose.through_hydra(command, job, [pinned])
@@ -71,14 +75,36 @@ def sweep(command: Command) -> int:
         code = 3
     finally:
         _end_workers()
-    notes = sorted(
-        (json.loads(note.read_text()) for note in directory.rglob(FAILED)), key=lambda note: note["job"]
-    )
+    notes = sorted((note for _, note in _notes(directory)), key=lambda note: note["job"])
     for note in notes:
-        print(f"harness: job {note['job']} ({' '.join(note['overrides'])}): {note['error']}", file=sys.stderr)
+        print(f"harness: {_called(note['job'], note['overrides'])}: {note['error']}", file=sys.stderr)
     print(f"sweep: {directory}")
     worst: int = max([code, *(note["code"] for note in notes)])
     return worst
+
+
+def _directory(node: Any) -> Path:
+    """The directory of the sweep, which is there then. Raises Refusal where it cannot be."""
+    key, named = "hydra.sweep.dir", str(node.sweep.dir)
+    if not named.strip():
+        raise Refusal(key, named, "is empty; give it a value, or leave it out")
+    directory = Path(named).expanduser()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Refusal(key, named, f"it cannot be written: {error.strerror}") from error
+    return directory
+
+
+def _notes(directory: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The notes of the sweep in `directory`. A file of that name may also be another sweep's, or another program's."""
+    for file in directory.rglob(FAILED):
+        if next((each for each in file.parents if (each / SWEEP).exists()), None) != directory:
+            continue
+        with suppress(OSError, ValueError):
+            note = json.loads(file.read_text())
+            if isinstance(note, dict) and note.keys() == NOTE:
+                yield file, note
 
 
 def job(cfg: DictConfig) -> int | None:
@@ -91,6 +117,9 @@ def job(cfg: DictConfig) -> int | None:
     swept = _swept(node)
     shared = node.runtime.choices.get("hydra/launcher") == "joblib"
     try:
+        if (directory / RECORD).exists():
+            remedy = f"{directory} already contains a run's record; name another directory"
+            raise Refusal("hydra.sweep.dir", node.sweep.dir, remedy)
         command = [*_start(cfg, node), *_words(node, directory)]
         with open(directory / OUTPUT if shared else os.devnull, "w") as output:
             code, sentence = _ended(command, _environment(node, shared), output if shared else None)
@@ -102,19 +131,30 @@ def job(cfg: DictConfig) -> int | None:
         raise JobFailed(f"job {node.job.num}: {sentence}")
     peak = parse(read(directory), str(directory)).worst.peak.bytes
     if shared:
-        print(f"job {node.job.num} ({' '.join(swept)}): {size(peak)} at the peak, {directory}", flush=True)
+        print(f"{_called(node.job.num, swept)}: {size(peak)} at the peak, {directory}", flush=True)
     return peak
+
+
+def _called(number: int, chosen: Sequence[str]) -> str:
+    """A job's number, with what its sweep chose for it."""
+    return f"job {number} ({' '.join(chosen)})" if chosen else f"job {number}"
 
 
 def _swept(node: Any) -> list[str]:
     """The overrides of a job that its sweep chose; with quotes only where they are needed."""
     file, parse_all = Path(node.sweep.dir) / SWEEP, OverridesParser.create().parse_overrides
-    typed = parse_all(list(OmegaConf.load(file).hydra.overrides.task)) if file.exists() else []
+    typed = parse_all(_lines(OmegaConf.load(file).hydra.overrides.task)) if file.exists() else []
     sweeps = {override.get_key_element(): override.is_sweep_override() for override in typed}
     chosen = [
-        each for each in parse_all(list(node.overrides.task)) if sweeps.get(each.get_key_element(), True)
+        each for each in parse_all(_lines(node.overrides.task)) if sweeps.get(each.get_key_element(), True)
     ]
     return [re.sub(r"'([\w.-]+)'", r"\1", str(each.input_line)) for each in chosen]
+
+
+def _lines(overrides: Any) -> list[str]:
+    """Overrides as they were typed: the job resolves their interpolations, and Hydra may not be able to here."""
+    lines: Any = OmegaConf.to_container(overrides, resolve=False)
+    return list(lines)
 
 
 def _refuse_among_ranks() -> None:
@@ -166,7 +206,7 @@ def _words(node: Any, directory: Path) -> list[str]:
     for flag, provider in {"--config-path": "main", "--config-dir": "command-line"}.items():
         if places.get(provider, str(compose.directory())) != str(compose.directory()):
             words.append(f"{flag}={places[provider]}")
-    for line in (*node.overrides.hydra, *node.overrides.task):
+    for line in (*_lines(node.overrides.hydra), *_lines(node.overrides.task)):
         override = OverridesParser.create().parse_override(line)
         value: Any = override.value()
         key = override.get_key_element()
@@ -178,6 +218,7 @@ def _words(node: Any, directory: Path) -> list[str]:
         words.append(f"{key}={QuotedString(value, Quote.single).with_quotes()}" if text else line)
     return [
         *words,
+        "hydra.mode=RUN",  # a config of the user's own may say MULTIRUN
         f"{NUMBER}{node.job.num}",
         f"hydra.job.id={node.job.id}",
         f"hydra.run.dir={directory}",
@@ -236,7 +277,8 @@ def _end_workers() -> None:
     if "joblib" in sys.modules:
         from joblib.externals.loky import get_reusable_executor
 
-        get_reusable_executor().shutdown(wait=True, kill_workers=True)
+        executor = get_reusable_executor(reuse=True)
+        getattr(executor, "terminate", executor.shutdown)(kill_workers=True)  # joblib's own has a folder too
 
 
 def _cancel(directory: Path, launcher: DictConfig) -> None:

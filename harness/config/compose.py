@@ -16,6 +16,7 @@ from hydra.core.override_parser.types import Glob, Override, Quote, QuotedString
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from harness.config import hydra_keys
 from harness.config.command_line import Command, split
@@ -35,6 +36,9 @@ SWEEP = "several values; add -m to run each, or give one value, or a list as [a,
 
 _HOME = re.compile(r"([=,])(~[^,'\"()\[\]{}]*)")
 """A path from the home directory, among the values of a sweep: Hydra's grammar wants it in quotes."""
+
+_WORD = re.compile(r"(?!(null|true|false|nan|inf)$)[a-z_][a-z0-9_-]*", re.IGNORECASE)
+"""What Hydra's grammar takes for text."""
 
 _SEVERAL = re.compile(r",|^(choice|range|interval|glob|shuffle|sort|tag)\(")
 
@@ -82,9 +86,15 @@ def _initialized(command: Command) -> Iterator[None]:
 
 def _by_hydra(command: Command, overrides: Sequence[Override]) -> DictConfig:
     """What Hydra composes, with its own node. Raises Refusal."""
-    with _refusals(command, overrides), _initialized(command):
-        lines = [str(override.input_line) for override in overrides]
-        return hydra_compose(command.config_name, lines, return_hydra_config=True)
+    lines = [str(override.input_line) for override in overrides]
+    try:
+        with _refusals(command, overrides), _initialized(command):
+            return hydra_compose(command.config_name, lines, return_hydra_config=True)
+    except (YAMLError, ValueError, RecursionError) as error:  # a file of the user's own
+        said = "does it take itself?" if isinstance(error, RecursionError) else str(error)
+        quotes = " (an option that looks like a number needs quotes)" if ": int" in said else ""
+        remedy = f"Hydra cannot read it, or a file that it takes: {said}{quotes}"
+        raise Refusal("config", command.config_name, remedy) from error
 
 
 @contextmanager
@@ -165,6 +175,8 @@ def _named(override: Override) -> Override:
         return override
     value: Any = override.value()
     if isinstance(value, Glob):
+        if all(map(_WORD.fullmatch, options)):
+            return override  # Hydra knows the options of the user's own too
         names = value.filter(options)
     elif override.is_discrete_sweep():
         names = [each.strip("'\"") for each in override.sweep_string_iterator()]
@@ -172,7 +184,7 @@ def _named(override: Override) -> Override:
         names = [str(value)]
     else:
         return override
-    listed = ",".join(QuotedString(name, Quote.single).with_quotes() for name in names)
+    listed = ",".join(map(_as_text, names))
     return _parsed(str(override.input_line), f"{override.get_key_element()}={listed}")
 
 
@@ -249,7 +261,12 @@ def _quoted(key: str, value: str) -> str | None:
         return None
     if value == "null" or value.startswith(("'", '"', "[", "${")):
         return None
-    return f"{key}={QuotedString(value, Quote.single).with_quotes()}"
+    return f"{key}={_as_text(value)}"
+
+
+def _as_text(value: str) -> str:
+    """`value` so that Hydra reads it as text: in quotes, but a word without, as in `override_dirname`."""
+    return value if _WORD.fullmatch(value) else QuotedString(value, Quote.single).with_quotes()
 
 
 def _refusal(error: HydraException, overrides: Sequence[Override]) -> Refusal:
@@ -268,7 +285,7 @@ def _refusal(error: HydraException, overrides: Sequence[Override]) -> Refusal:
             if message.startswith("Could not override"):
                 return Refusal(key, value, _missing_key_remedy(key, _known(overrides)))
             if message.startswith("Error merging override"):  # a dictionary for a list, or a list for a text
-                return Refusal(key, value, _kind_remedy(key))
+                return Refusal(key, value, _kind_remedy(key, str(error.__cause__)))
             if message.startswith("Could not append") or (
                 message.startswith("Multiple values") and override.is_add()
             ):
@@ -306,8 +323,10 @@ def _missing_key_remedy(key: str, known: Sequence[str]) -> str:
     return f"{nearest(key, known)} Where a model's config has it, ++{key}= adds it"
 
 
-def _kind_remedy(key: str) -> str:
-    """The remedy where the value has the wrong kind."""
+def _kind_remedy(key: str, message: str) -> str:
+    """The remedy where the value has the wrong kind, which OmegaConf's `message` says of Hydra's own keys."""
+    if "expected one of" in message:
+        return f"should be one of {message.partition('expected one of [')[2].partition(']')[0]}"
     if isinstance(described_fields()[key].default if key in described_fields() else "", list):
         return "should be a valid list, as [a,b]"
     return "should be a valid string" if key == RUN_DIR else "should be a single value"

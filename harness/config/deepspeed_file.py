@@ -65,15 +65,20 @@ def expanded(arguments: Sequence[str]) -> Expanded:
     A key that the file leaves out has DeepSpeed's default; one that it sets to `auto` has ours. What is typed must not
     differ from what the file says.
     """
-    typed = dict(argument.lstrip("+").partition("=")[::2] for argument in arguments)
-    path = typed.get(KEY, "").strip("'\"")
+    typed = dict(_typed(argument) for argument in arguments if "=" in argument)
+    path = typed.get(KEY, "")
     if path in ("", "null"):
         return Expanded([*arguments])
     if typed.get("mode") == "infer":
         raise Refusal(KEY, path, "it configures training, and mode=infer uses no DeepSpeed; leave it out")
-    return _File(path, typed).expanded(
-        [each for each in arguments if each.lstrip("+").partition("=")[0] != KEY]
-    )
+    others = [each for each in arguments if not each.lstrip("+").startswith(f"{KEY}=")]
+    return _File(path, typed).expanded(others)
+
+
+def _typed(argument: str) -> tuple[str, str]:
+    """The key and the value of an override, without the quotes that Hydra's grammar wants around some values."""
+    key, _, value = argument.lstrip("+").partition("=")
+    return key, value.strip("'\"")
 
 
 def _value(settings: Settings, key: str) -> Any:
@@ -335,7 +340,7 @@ def _whole(value: Any) -> int | None:
 
 def _equal(typed: str, value: Any) -> bool:
     """Whether a text as typed is `value`."""
-    if typed.strip("'\"") == as_typed(value):
+    if typed == as_typed(value):
         return True
     try:
         return isinstance(value, int | float) and not isinstance(value, bool) and float(typed) == value

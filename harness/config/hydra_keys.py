@@ -48,6 +48,8 @@ def check(key: str, value: Any, sweep: bool = False) -> None:
     if key == "hydra.job.chdir" and value:
         remedy = "relative paths are read from where the command is typed; leave it out"
         raise Refusal(typed, value, remedy)
+    if sweep and key == RUN_DIR:
+        raise Refusal(typed, value, "it has an effect in a single run; a sweep has hydra.sweep.dir=")
     if sweep:
         return
     if key == "hydra.output_subdir" and value is not None:

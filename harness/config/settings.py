@@ -5,7 +5,7 @@ Nothing here imports torch, so a wrong request is refused within a second.
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cache
 from typing import Annotated, Any, Literal
 
@@ -386,12 +386,3 @@ def _range(schema: Mapping[str, Any]) -> str:
         if limits:
             return " and ".join(phrases[name].format(limit) for name, limit in limits.items())
     return ""
-
-
-def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, bool | float | str]]:
-    """Each value of `tree` by its path, as `train.steps`; what is no number and no text as it would be typed."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value if isinstance(value, (bool, int, float, str)) else as_typed(value)

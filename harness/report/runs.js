@@ -21,11 +21,20 @@ function sortBy(head) {
   body.append(...[...known, ...rows.filter(([value]) => value === null)].map(([, row]) => row)); // what was not measured is last
 }
 
+// `micro_batch=1` is not `micro_batch=16`, and is `train.micro_batch=1` as it was typed.
+function hasWord(text, word) {
+  const wanted = word.replace(/^(train|generation|model\.config)\.(?=.*=)/, "");
+  for (let at = text.indexOf(wanted); at >= 0; at = text.indexOf(wanted, at + 1)) {
+    if (!/=./.test(wanted) || !/[\w.]/.test(text.charAt(at + wanted.length))) return true;
+  }
+  return false;
+}
+
 function filterRuns() {
   const words = element("filter").value.toLowerCase().split(/\s+/), rows = [...element("runs-table").tBodies[0].rows];
   for (const row of rows) {
     const text = `${row.textContent} ${row.querySelector(".choose").title}`.toLowerCase();
-    row.hidden = !words.every((word) => text.includes(word));
+    row.hidden = !words.every((word) => hasWord(text, word));
   }
   element("filtered").textContent = `${rows.filter((row) => !row.hidden).length} of ${rows.length}`;
 }

@@ -83,6 +83,60 @@ def test_a_job_that_fails_loses_no_other_and_is_named_at_the_end(swept: tuple[Do
     assert json.loads((directory / "3" / jobs.FAILED).read_text())["code"] == 2
 
 
+def test_a_sweep_touches_no_note_but_its_own(tmp_path: Path) -> None:
+    of_a_job = json.dumps({"job": 7, "overrides": [], "code": 3, "error": "it was long ago"})
+    notes = {"program": '{"mine": 1}', "7": of_a_job, "another/0": of_a_job}
+    for place, text in notes.items():
+        file = tmp_path / place / jobs.FAILED
+        file.parent.mkdir(parents=True)
+        file.write_text(text)
+    for sweep in (".", "another"):
+        (tmp_path / sweep / "multirun.yaml").write_text("")
+    done = harness(tmp_path, "-m", "train.sequence=1", "hydra.sweep.dir=.")
+    assert done.returncode == 2
+    named = [line for line in done.stderr.splitlines() if line.startswith("harness: job ")]
+    assert [line.partition(": train.sequence=1: ")[0] for line in named] == ["harness: job 0"]
+    left = {str(file.parent.relative_to(tmp_path)) for file in tmp_path.rglob(jobs.FAILED)}
+    assert left == {"program", "another/0", "0"}
+
+
+def test_a_sweep_again_into_its_directory_says_so(tmp_path: Path) -> None:
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0" / "record.json").write_text("{}")
+    done = harness(tmp_path, "-m", "seed=1", "hydra.sweep.dir=.")
+    said = f"hydra.sweep.dir=.: {tmp_path}/0 already contains a run's record; name another directory"
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (2, f"harness: job 0: {said}")
+
+
+def test_a_job_resolves_interpolations_itself(tmp_path: Path) -> None:
+    words = ("model=tiny,small", "seed=${nobody}", "hydra.sweep.subdir=${hydra.job.override_dirname}")
+    done = harness(tmp_path, "-m", *words, "hydra.sweep.dir=sweep")
+    names = {f"model={model},seed=$\\{{nobody\\}}" for model in ("tiny", "small")}  # as Hydra writes them
+    assert {each.name for each in (tmp_path / "sweep").iterdir()} == {"multirun.yaml", *names}
+    assert done.returncode == 2
+    assert "(model=small): seed=${nobody}: Interpolation key 'nobody' not found" in done.stderr
+
+
+def test_a_config_of_the_user_s_own_may_be_a_sweep(tmp_path: Path) -> None:
+    swept = "hydra: {mode: MULTIRUN, sweeper: {params: {seed: '1,2'}}}\ntrain: {sequence: 1}\n"
+    (tmp_path / "mine.yaml").write_text(f"defaults: [config, _self_]\n{swept}")
+    done = harness(tmp_path, "-m", "--config-dir=.", "--config-name=mine")
+    assert [line.partition(" (")[2] for line in done.stderr.splitlines()[-2:]] == [
+        f"seed={seed}): train.sequence=1: to predict a next token takes 2 or more" for seed in (1, 2)
+    ]
+
+
+def test_a_glob_covers_the_options_of_the_user_s_own(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.yaml").write_text("defaults: [tiny]\n")
+    done = harness(tmp_path, "-m", "-cd", ".", "model=glob(*in*)", "zero=glob(*)", "pipeline.stages=8")
+    jobs_named = [line for line in done.stderr.splitlines() if line.startswith("harness: job ")]
+    models_and_stages = [(model, stage) for model in ("mine", "tiny") for stage in range(4)]
+    assert [line.partition("(")[2].partition(")")[0] for line in jobs_named] == [
+        f"model={model} zero={stage}" for model, stage in models_and_stages
+    ]
+
+
 def test_tools_take_the_directory_of_a_sweep_for_its_runs(swept: tuple[Done, Path]) -> None:
     _, directory = swept
     assert [run.name for run in runs_in(directory)] == ["0", "2"]
@@ -102,6 +156,7 @@ def test_joblib_runs_rehearsals_beside_each_other_and_keeps_what_each_prints(tmp
         assert record["config"]["zero"]["stage"] == stage
         assert "record:" in (tmp_path / "sweep" / str(number) / jobs.OUTPUT).read_text()
         assert f"job {number} (zero={stage}): " in done.stdout
+    assert "leaked" not in done.stderr
 
 
 def test_a_job_of_two_ranks_goes_through_torchrun_and_submitit(tmp_path: Path) -> None:
@@ -312,6 +367,13 @@ def test_an_interrupt_ends_the_sweep_and_every_rank_of_its_job(tmp_path: Path) -
             "hydra.launcher.tasks_per_node=2: torchrun starts the ranks of a node",
         ),
         (("hydra.sweep.dir=a,b",), {}, "hydra.sweep.dir=a,b: "),
+        (("hydra.sweep.dir=",), {}, "hydra.sweep.dir=: is empty"),
+        (
+            ("hydra.sweep.dir=/dev/null/a",),
+            {},
+            "hydra.sweep.dir=/dev/null/a: it cannot be written: Not a dir",
+        ),
+        (("hydra.run.dir=a",), {}, "hydra.run.dir=a: it has an effect in a single run; a sweep has "),
     ],
 )
 def test_a_sweep_that_cannot_begin_is_one_sentence(

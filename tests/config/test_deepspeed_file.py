@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from harness.__main__ import main
 from harness.config.compose import compose
 from harness.config.deepspeed_file import expanded
 from harness.config.deepspeed_json import MOST_BYTES
@@ -230,6 +231,30 @@ def test_a_feature_that_is_off_is_accepted(file: Path) -> None:
     }
     actual = settings_of(file, off)
     assert (actual.precision, actual.zero.offload, actual.deepspeed.options) == ("bf16", "none", {})
+
+
+def test_quotes_around_a_typed_value_change_nothing(file: Path) -> None:
+    """The jobs of a sweep have them, around an option that looks like a number."""
+    auto = {"train_batch_size": 8, ZERO: {"stage": "auto"}}
+    plain = settings_of(file, auto, "zero=3", "world.size=2", "train.micro_batch=2")
+    assert settings_of(file, auto, "zero='3'", "world.size='2'", "train.micro_batch='2'") == plain
+    assert plain.deepspeed.options == {ZERO: {"overlap_comm": True}}
+    assert refused(file, {ZERO: {"stage": 2}}, "zero='3'").startswith(f"zero=3: {file} has ")
+
+
+def test_a_flag_s_value_is_no_typed_value(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file.write_text(json.dumps(MICRO))
+    assert main(["--cfg", "job", "--package", "train.micro_batch", f"deepspeed.config={file}"]) == 0
+    assert capsys.readouterr().out == "2\n"
+    words = ["--package", "deepspeed.config"]
+    assert expanded([*words, f"deepspeed.config={file}"]).arguments[:2] == words
+
+
+def test_a_config_of_the_user_s_own_cannot_name_it(file: Path) -> None:
+    file.write_text(json.dumps(MICRO))
+    (file.parent / "mine.yaml").write_text(f"defaults: [config, _self_]\ndeepspeed: {{config: {file}}}\n")
+    with pytest.raises(Refusal, match="it is read where it is typed"):
+        load(compose([f"--config-dir={file.parent}", "--config-name=mine"]))
 
 
 def test_comments_and_trailing_commas_are_read_as_deepspeed_reads_them(file: Path) -> None:

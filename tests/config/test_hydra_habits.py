@@ -134,6 +134,7 @@ def test_flags_print_what_hydra_prints(own: Own, said: Said) -> None:
         ("harness mode=train zer", {"zero.", "zero="}),
         ("harness comp", {"compare"}),
         ("harness --config-d", {"--config-dir"}),
+        ("harness compare ru", set()),
         ("harness --config-dir {own} model=mi", {"model=mine"}),
     ],
 )
@@ -143,8 +144,8 @@ def test_a_shell_completes_groups_keys_options_and_tools(
 ) -> None:
     line = line.replace("{own}", str(own))
     monkeypatch.setenv("COMP_LINE", line)
-    code, printed, _ = said("-sc", f"query={shell}")
-    assert code == 0
+    code, printed, error = said("-sc", f"query={shell}")
+    assert (code, error) == (0, "")
     assert {word for word in printed.split() if word.startswith(line.split(" ")[-1])} == expected
 
 
@@ -185,6 +186,7 @@ def test_a_shell_is_told_how_to_complete(shell: str, said: Said) -> None:
         ),
         ("hydra.output_subdir=x", "hydra.output_subdir=x: a run leaves config.yaml"),
         ("hydra.help.app_name=x", "hydra.help.app_name=x: of Hydra's own keys, only hydra.run.dir, "),
+        ("hydra.mode=multirun", "hydra.mode=multirun: should be one of RUN, MULTIRUN"),
         ("hydra.run.dirr=x", "hydra.run.dirr=x: of Hydra's own keys, only "),
     ],
 )
@@ -202,6 +204,26 @@ def test_a_primary_config_that_sweeps_says_so(own: Own, said: Said) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (b"seed: [1\n", "line 2, column 1"),
+        (b"seed: 1\nseed: 2\n", "found duplicate key seed"),
+        (b"seed: \xff\n", "can't decode byte 0xff"),
+        (b"defaults: {a: b}\n", "defaults must be a list"),
+        (b"defaults: [config, override zero: 2]\n", "(an option that looks like a number needs quotes)"),
+        (b"defaults: [config, wrong]\n", "does it take itself?"),
+    ],
+)
+def test_a_config_that_cannot_be_read_is_one_sentence(text: bytes, why: str, own: Own, said: Said) -> None:
+    (own / "wrong.yaml").write_bytes(text)
+    for words in (["--cfg", "job"], ["-m", "seed=1,2"]):
+        code, printed, error = said(*words, "-cd", own, "-cn", "wrong")
+        assert (code, printed, error.count("\n")) == (2, "", 1)
+        assert error.startswith("harness: config=wrong: Hydra cannot read it, or a file that it takes: ")
+        assert why in error
+
+
 def test_hydra_s_keys_reach_a_run(tmp_path: Path) -> None:
     cfg = compose.compose(
         [
@@ -216,6 +238,11 @@ def test_hydra_s_keys_reach_a_run(tmp_path: Path) -> None:
     assert compose.compose(
         ["data.path=${hydra:runtime.cwd}/a", "data=text"]
     ).data.path  # resolved where it is read
+
+
+def test_a_directory_named_by_overrides_has_the_words_that_are_typed() -> None:
+    words = ["model=small", "hardware=h100-sxm", "zero=2", "hydra.run.dir=${hydra.job.override_dirname}"]
+    assert compose.compose(words).hydra.run.dir == "hardware=h100-sxm,model=small,zero='2'"
 
 
 PATHS = (

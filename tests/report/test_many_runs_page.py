@@ -150,6 +150,10 @@ def test_words_filter_the_runs_and_a_click_chooses_one(browser: Browser, page: P
     field.clear()
     field.send_keys("nothing is named so")
     assert browser.find_element(By.ID, "filtered").text == "0 of 13"
+    for word, count in (("micro_batch=1", 4), ("train.micro_batch=16", 4), ("batch=", 12)):
+        field.clear()
+        field.send_keys(word)
+        assert browser.find_element(By.ID, "filtered").text == f"{count} of 13"
 
 
 def test_a_series_has_a_bar_for_each_run_in_order_and_one_scale(browser: Browser, page: Path) -> None:

@@ -12,7 +12,13 @@ OPTIONS = "deepspeed.options"
 
 
 def deepspeed(settings: Settings) -> None:
-    """Refuse options that are settings, have no effect, or cannot be honoured, and any in inference."""
+    """Refuse a file that no command line names; options that are settings, have no effect, or cannot be honoured."""
+    file = settings.deepspeed.config
+    if file is not None:
+        remedy = (
+            "it is read where it is typed, and here a config of yours has it; add it to the command instead"
+        )
+        raise Refusal("deepspeed.config", file, remedy)
     options = settings.deepspeed.options
     if settings.mode == "infer" and options:
         raise Refusal(
