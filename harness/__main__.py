@@ -50,7 +50,7 @@ TOOLS = {
     ),
     "fit": (
         "advice.fit",
-        "mode=... world.size=N hardware=NAME [...]   which configs fit, and the command of the cheapest; --json",
+        "mode=... world.size=N hardware=NAME [...]   which configs fit, and the cheapest's command; --html, --json",
     ),
     "roofline": (
         "analysis.roofline",

@@ -10,6 +10,8 @@ from harness.tables import size
 if TYPE_CHECKING:
     from jinja2 import Environment
 
+HERE = Path(__file__).parent
+
 LINE = "var(--back)"
 """The colour of a pattern's lines."""
 
@@ -29,7 +31,7 @@ def templates(directory: Path) -> "Environment":
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
-        loader=FileSystemLoader([directory, Path(__file__).parent]),
+        loader=FileSystemLoader([directory, HERE]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -89,9 +91,10 @@ def present(categories: Iterable[Mapping[str, int | None]]) -> list[str]:
 
 
 def css() -> str:
-    """The style of each category."""
+    """The style of text, of bars, and of each category."""
     looks = [(f".is-{name}", each) for name, each in LOOKS.items()] + [(".is-other", OTHER)]
-    return "\n".join(f"{selector} {{ {_declarations(each)} }}" for selector, each in looks)
+    rules = [f"{selector} {{ {_declarations(each)} }}" for selector, each in looks]
+    return "\n".join([(HERE / "bars.css").read_text("utf-8"), *rules])
 
 
 def _declarations(each: Look) -> str:

@@ -6,7 +6,6 @@ how the answer looks.
 
 import json
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 
 from harness.advice.fit.answer import Answer
@@ -41,8 +40,6 @@ def main(argv: Sequence[str]) -> int:
 
 def _check_place(path: Path) -> None:
     """Raise ValueError where a page could not be written after the search."""
-    if find_spec("jinja2") is None:
-        raise ValueError("--html: jinja2 is not installed; install it with pip install 'harness[report]'")
     if path.is_dir() or not path.parent.is_dir():
         raise ValueError(f"--html {path}: give a file in a directory that exists")
 

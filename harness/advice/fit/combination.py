@@ -9,6 +9,9 @@ from harness.rehearsal import moments
 from harness.rehearsal.moments import Moment
 from harness.rehearsal.pool import Worst
 
+NOT_EXPECTED = (float("inf"),)
+"""The cost of what is not expected to fit: it comes after all others."""
+
 PLAIN = ("zero.offload=none", "pipeline.stages=1", "checkpointing=none")
 """Overrides that change nothing: they are off by default."""
 
@@ -61,6 +64,8 @@ class Combination:
         self.trials: list[Trial] = []
         self.few: tuple[Sequence[Moment], int] | None = None
         """The moments that a few layers let expect, and with which value; None where they do not."""
+        self.expected_cost: tuple[float, ...] = NOT_EXPECTED
+        """As `ranking.cost` of what is expected to be the largest that fits."""
         self.climb = Climb(values, exactly, self._likely)
 
     @property

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Sequence
 
 from harness.advice.fit.answer import Answer
-from harness.advice.fit.combination import Combination, Trial, short
+from harness.advice.fit.combination import NOT_EXPECTED, Combination, Trial, short
 from harness.advice.fit.ranking import OFFLOADED, RECOMPUTED, cost
 from harness.advice.fit.request import Request
 from harness.config.settings import Refusal, Settings
@@ -16,9 +16,6 @@ from harness.tables import size
 CHECKPOINTING = "checkpointing="
 
 FIRST = "first answer, expected from a few layers: "
-
-LAST = (float("inf"),)
-"""The sort key of what is not expected to fit."""
 
 
 class Search:
@@ -84,7 +81,7 @@ class Search:
         """Search the largest value of each combination; those first that are expected to be the cheapest."""
         await asyncio.gather(*map(self._expect, combinations))
         left = [each for each in combinations if not each.trials]
-        left.sort(key=self._expected_cost)
+        left.sort(key=lambda each: each.expected_cost)
         if any(each.few for each in left):
             self._pace.say(self._first_answer(left[0]))
         chains: dict[tuple[str, ...], list[Combination]] = {}
@@ -102,15 +99,18 @@ class Search:
             self._add(combination, lowest, settings, worst)
         elif few := await in_worker(self._pool, bounds.by_few_layers, rehearsed):
             combination.few = few, lowest
+            combination.expected_cost = self._expected_cost(
+                combination
+            )  # composed while the workers are busy
 
     def _expected_cost(self, combination: Combination) -> tuple[float, ...]:
         value = combination.climb.highest()
         if value is None:
-            return LAST
+            return NOT_EXPECTED
         try:
             return cost(self.request.settings(self.request.with_value(combination.overrides, value)))
         except Refusal:
-            return LAST
+            return NOT_EXPECTED
 
     def _first_answer(self, best: Combination) -> str:
         value = best.climb.highest()
