@@ -1,4 +1,4 @@
-"""How long `harness fit` takes to its first answer, to the first config that is rehearsed, and to the end. Asserts nothing.
+"""How long `harness fit` takes to its first answer, and to the end. Asserts nothing.
 
     python tests/benchmarks/fit.py [rounds=3] [cores=2]
     python tests/benchmarks/fit.py [rounds=3] vs=DIR    beside another checkout, in turn; only ends are compared

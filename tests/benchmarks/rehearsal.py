@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-LARGE = (("llama2-7b", 3, 64), ("llama2-70b", 3, 64))
+LARGE = (("llama2-7b", 3, 64), ("llama2-70b", 3, 64), ("llama3-405b", 3, 64))
 WORLDS = (64, 512, 4_096, 16_384)
 GROWING = tuple(product(("tiny", "llama2-7b"), (1, 2, 3), WORLDS))
 SHAPE = ("train.micro_batch=1", "ledger.steps=2", "train.export=false")
@@ -67,10 +67,10 @@ def tell_machine() -> None:
 
 
 def tell_ratios(other: Path, rounds: int) -> None:
-    """Processor seconds of each large model here and in another checkout, in turn."""
+    """Processor seconds of each large model that another checkout has too, here and there, in turn."""
     tell_machine()
     print(f"{'model':<14}{'here':>8}{'there':>8}{'here/there':>12}  lowest to highest")
-    for case in LARGE:
+    for case in (case for case in LARGE if (other / "conf/model" / f"{case[0]}.yaml").exists()):
         pairs = [(measured(case), measured(case, root=other)) for _ in range(rounds)]
         here, there = ([each[side]["processor"] for each in pairs] for side in (0, 1))
         ratios = sorted(mine / its for mine, its in zip(here, there, strict=True))
