@@ -29,7 +29,7 @@ from harness.record.fields import flat
 from harness.record.memory import Rank
 from harness.record.results import Performance, Results
 from harness.record.schema import World as WorldRecord
-from harness.runtime import failure, launcher, memory_snapshot, peak_rates, world
+from harness.runtime import failure, faults, launcher, memory_snapshot, peak_rates, world
 from harness.runtime.files import put
 from harness.runtime.trackers import Trackers
 from harness.runtime.world import World
@@ -53,10 +53,12 @@ def run(settings: Settings, cfg: DictConfig, overrides: list[str], reasons: Reas
     _, size, _ = world.environment()
     check_world(settings, size, overrides)
     group_sizes = settings.pipeline.stages, settings.tensor_parallel
+    faults.at("connect")
     with world.connected(settings.hardware.device, settings.world.timeout, *group_sizes) as joined_world:
         memory_snapshot.check(settings, joined_world.device)
         plan = _by_rank_0(joined_world, lambda: resolve(settings, joined_world.device.type))
         plan = replace(plan, reasons={**reasons(plan.settings), **plan.reasons})
+        faults.at("directory")
         directory = _by_rank_0(
             joined_world, lambda: _make_directory(plan.settings, cfg, joined_world.dp_size)
         )
@@ -192,6 +194,7 @@ class _Run:
         failure.await_termination(lambda: self._fail(lambda: failure.peer_lost(self.directory, self.world)))
         if self.world.leads:
             self._write([], failure=record_file.unfinished())
+        faults.at("start")
         try:
             ranks = self.world.gather(self._run_mode())
             self._measure_limits()

@@ -22,6 +22,7 @@ from harness.generation.course import WHOLE, Decoding
 from harness.generation.timestamps import Marks, clock
 from harness.ledger import Ledger
 from harness.model.kv_cache import KvBytes, kv_bytes, make
+from harness.runtime import faults
 
 Show = Callable[[Batch, int, int], Tensor]
 """From a batch, a first column and an end column (exclusive) to the logits of the last column, [B, V]."""
@@ -109,6 +110,7 @@ def generate(
         with ledger.phase("compile", step):
             cache_or_kind, compile_seconds = cache.prepare(len(requests.prompts))
     with ledger.phase("prefill", step):
+        faults.at("prefill", step)
         batch, kv_cache = ready(requests, strategy, cache_or_kind, bits, model.config, model.device, ledger)
         choose = reporting(chooser(strategy, requests, batch.tokens, model.config, ledger), report)
         show = shown_to(model, kv_cache)
@@ -118,6 +120,7 @@ def generate(
         marks.mark()
         first_token_time = clock(model.device)
     with ledger.phase("decode", step):
+        faults.at("decode", step)
         if isinstance(cache, Compiled):
             show = cache.shown(batch.mask)
         columns = _columns(requests, kv_cache, strategy, ledger, course)

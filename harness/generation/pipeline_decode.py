@@ -27,6 +27,7 @@ from harness.ledger import Ledger
 from harness.ledger.timer import moment, seconds
 from harness.model.kv_cache import KvBytes, of_groups
 from harness.model.stage import Stage
+from harness.runtime import faults
 from harness.runtime.world import World
 
 Sent = tuple[Tensor, Any]
@@ -119,6 +120,7 @@ class Relay:
         start_time, in_flight = clock(device), []
         for number, requests in enumerate(groups):
             with ledger.phase("prefill", step, number):
+                faults.at("prefill", step)
                 batch, kv_cache = ready(requests, strategy, cache, bits, self.stage.config, device, ledger)
                 choose = reporting(self._chooser(strategy, requests, batch), report)
                 in_flight.append(Group(number, requests, batch, kv_cache, choose, Marks(device)))
@@ -129,6 +131,7 @@ class Relay:
             for group in in_flight:
                 if number < group.requests.new_columns and not group.ended:
                     with ledger.phase("decode", step, group.number, again=True):
+                        faults.at("decode", step)
                         course.skip(group.cache, skipped, ledger)
                         self._decode(group, number)
         tokens, kv = self._finish(in_flight, strategy.ends, step)

@@ -38,6 +38,7 @@ from harness.config.settings import Model, Refusal
 from harness.model import init_weights, shape, storages, tensor_parallel, widths
 from harness.quantization.method import Quantization
 from harness.record import results
+from harness.runtime import faults
 from harness.runtime.memory_limit import check_parameters
 
 TEXTS = ("*.json", "*.txt", "*.model", "*.jinja")
@@ -172,6 +173,7 @@ def export(
 
     The tokenizer's end token, which ends each training text, is added to the generation config's end tokens.
     """
+    faults.at("export")
     partial = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     assert isinstance(model, PreTrainedModel)

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from harness.runtime import faults
+
 
 @contextmanager
 def whole(file: Path) -> Iterator[Path]:
@@ -12,6 +14,7 @@ def whole(file: Path) -> Iterator[Path]:
 
     Raises OSError.
     """
+    faults.at(f"write {file.name}")
     partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
     try:
         yield partial

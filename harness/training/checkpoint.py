@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from harness.config.load import Refusal
 from harness.config.rules.sources import run_state
+from harness.runtime import faults
 from harness.runtime.world import World
 from harness.training.engine import Engine
 from harness.training.pipeline_engine import Pipeline
@@ -102,6 +103,7 @@ def save(
 
 def _write_rank(state: dict[str, torch.Tensor], file: Path) -> dict[str, Any]:
     """Write `state` and the random state of the host's libraries; return this rank's entry in the manifest."""
+    faults.at("write state")
     save_file(state, file)
     _flush(file)
     python_state = random.getstate()

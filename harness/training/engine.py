@@ -14,7 +14,7 @@ from harness.ledger import Ledger
 from harness.ledger.patch import DATA, DEEPSPEED, Patch, install, table
 from harness.model import activation_checkpointing
 from harness.model.init_weights import lasting
-from harness.runtime import imports
+from harness.runtime import faults, imports
 from harness.runtime.world import World
 from harness.training.deepspeed_config import engine_config
 
@@ -84,14 +84,17 @@ class Engine:
             losses.append(self._micro_step(tokens, step, micro_batch))
         set_rate(self.inner, self.settings.train, step)
         with self.ledger.phase("step", step):
+            faults.at("step", step)
             self.deepspeed.step()
         return self.world.mean(sum(losses) / len(losses))
 
     def _micro_step(self, tokens: torch.Tensor, step: int, micro_batch: int) -> float:
         """Run forward and backward over `tokens` [micro_batch, sequence]; return the loss per token."""
         with self.ledger.phase("forward", step, micro_batch):
+            faults.at("forward", step)
             loss = self.deepspeed(input_ids=tokens, labels=tokens, use_cache=False).loss
         with self.ledger.phase("backward", step, micro_batch):
+            faults.at("backward", step)
             self.deepspeed.backward(loss)
             if not self.deepspeed.is_gradient_accumulation_boundary():
                 self.deepspeed.step()  # counts the micro-batch; does not change the weights

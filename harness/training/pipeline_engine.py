@@ -16,6 +16,7 @@ from harness.ledger.patch import DATA, DEEPSPEED, Patch, install, table
 from harness.model import activation_checkpointing
 from harness.model.partition import ranges
 from harness.model.stage import Stage, parts
+from harness.runtime import faults
 from harness.runtime.world import World
 from harness.training.deepspeed_config import engine_config
 from harness.training.engine import adamw, import_deepspeed, norm_of, set_rate
@@ -170,6 +171,7 @@ class Pipeline:
         def watched(engine: Any, **arguments: Any) -> None:
             number = self._done.get(phase, self._done["forward"]) + offset if phase != "step" else 0
             with self.ledger.phase(phase if self._training else "validate", self._step, number):
+                faults.at(phase, self._step)
                 instruction(engine, **arguments)
             if name in ("ForwardPass", "BackwardPass"):
                 self._done[phase] += 1
