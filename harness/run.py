@@ -4,7 +4,7 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, replace
 from datetime import datetime
@@ -16,7 +16,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from harness.analysis.summary import decided, show
+from harness.analysis.summary import decided, out_of_memory, show
 from harness.config.load import Refusal, Settings
 from harness.config.rules import check_world
 from harness.config.settings import as_typed
@@ -327,25 +327,26 @@ class _Run:
         )
         if rank_failure is None or report is None or not failure.claim(self.directory, report):
             self._end(None)
+        details: list[str] = []
         with suppress(
             OSError, ValueError
         ):  # neither a full disk nor a figure that cannot be may hide the failure
             rank_record = self._rank_record() if rank_failure.rank == self.world.rank else None
-            self._write(
-                [rank_record] if rank_record else [], failure=record_file.failure_record(rank_failure)
-            )
+            described = record_file.failure_record(rank_failure, rank_record)
+            self._write([rank_record] if rank_record else [], failure=described)
+            details = [*out_of_memory(described, self.directory)]
             if rank_record:
                 self._write_trace()
-        self._end(report)
+        self._end(report, details)
 
-    def _end(self, own_report: failure.Report | None) -> NoReturn:
-        """Exit at once, with `own_report`, or with the report of the rank that was first.
+    def _end(self, own_report: failure.Report | None, details: Sequence[str] = ()) -> NoReturn:
+        """Exit at once, with `own_report` and its `details`, or with the report of the rank that was first.
 
         The other ranks have ended or are ending: an orderly exit would wait for them.
         """
         report = own_report or failure.first_report(self.directory)
         if own_report:
-            print(f"harness: {own_report.sentence}", file=sys.stderr, flush=True)
+            print(f"harness: {own_report.sentence}", *details, sep="\n", file=sys.stderr, flush=True)
         if report:
             launcher.report(report.sentence)
         self.trackers.fail(report.sentence if report else "it ended without a report")

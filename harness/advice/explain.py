@@ -102,6 +102,12 @@ def failure(run: Run) -> Iterator[Finding]:
         else f" in step {failure_record.where.step}, {failure_record.where.phase}"
     )
     yield Finding("failure", f"{rank}{where}: {failure_record.error or 'its record does not say why'}", None)
+    if failure_record.shortage is not None:
+        then = sorted(((b or 0, n) for n, b in failure_record.shortage.categories.items()), reverse=True)
+        parts = [f"{size(nbytes)} {name}" for nbytes, name in then[:LARGEST] if nbytes]
+        if parts:
+            total = sum(nbytes for nbytes, _ in then)
+            yield Finding("failure", f"Allocated then: {size(total)}, of it {', '.join(parts)}.", total)
     rank_count = len(record.peaks)
     if rank_count < run.size:
         coverage = (

@@ -1,11 +1,13 @@
 """What a run prints at its end: the memory of its worst rank, and the run's results."""
 
+import shlex
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from harness.analysis.roofline import line
 from harness.record.memory import UNHEARD, Rank, Where
-from harness.record.schema import Record, parse
+from harness.record.schema import Failure, Record, parse
 from harness.tables import AT_LEAST, Table, size
 
 
@@ -24,6 +26,22 @@ def show(record: Mapping[str, Any]) -> str:
     if world.rehearsed:
         lines += _rehearsed(run)
     return "\n".join([*lines, *_results(run), *filter(None, [line(run)])])
+
+
+def out_of_memory(failure: Failure, directory: Path) -> Iterator[str]:
+    """What was allocated where memory ran out, by category, and which tool says what to change. Nothing otherwise."""
+    if failure.shortage is None:
+        return
+    allocated = {name: count for name, count in failure.shortage.categories.items() if count}
+    if allocated:
+        table = Table(["allocated then"], ["share"])
+        total = sum(allocated.values())
+        for name, count in sorted(allocated.items(), key=lambda pair: -pair[1]):
+            table.row(f"  {name}", *_with_share(count, total))
+        table.rule()
+        table.row("  total", *_with_share(total, total))
+        yield table.text()
+    yield f"what would change it: python -m harness explain {shlex.quote(str(directory))}"
 
 
 def decided(reasons: Mapping[str, str]) -> Iterator[str]:

@@ -39,7 +39,7 @@ from harness.model import init_weights, shape, storages, tensor_parallel, widths
 from harness.quantization.method import Quantization
 from harness.record import results
 from harness.runtime import faults
-from harness.runtime.memory_limit import check_parameters
+from harness.runtime.memory_limit import check_parameters, shortage
 
 TEXTS = ("*.json", "*.txt", "*.model", "*.jinja")
 WEIGHTS = ("model*.safetensors",)
@@ -279,6 +279,8 @@ def loading(place: str, key: str = "model.path") -> Iterator[None]:
         remedy = "no such directory; give one that is there, or a name on the hub, as owner/name"
         raise Refusal(key, place, remedy) from error
     except Exception as error:  # tokenizers raises plain Exception, and model classes raise any type
+        if shortage(error):
+            raise
         raise Refusal(key, place, f"it cannot be loaded: {first_line(error)}") from error
 
 

@@ -13,7 +13,7 @@ from harness.record import memory
 from harness.record.places import FILE as FILE
 from harness.record.places import as_path
 from harness.record.results import Model, Results
-from harness.record.schema import Environment, Failure, Record, World
+from harness.record.schema import Environment, Failure, Record, Shortage, World
 from harness.runtime.files import put
 from harness.runtime.trackers import Trackers
 
@@ -154,13 +154,16 @@ def _phase(phase: "Phase") -> memory.Phase:
     )
 
 
-def failure_record(rank_failure: "failure.Failure") -> Failure:
-    """The record's `failure`."""
+def failure_record(rank_failure: "failure.Failure", rank: memory.Rank | None = None) -> Failure:
+    """The record's `failure`. `rank` has what was allocated then."""
+    missing = rank_failure.shortage
+    categories = {} if rank is None else {name: each.end for name, each in rank.categories.items()}
     return Failure(
         rank=rank_failure.rank,
         stage=rank_failure.stage,
         where=_place(rank_failure.where),
         error=rank_failure.error,
+        shortage=missing and Shortage(**missing._asdict(), categories=categories),
     )
 
 

@@ -46,13 +46,27 @@ class Environment(Part):
     command: list[Text] = Field(default_factory=list)
 
 
+class Shortage(Part):
+    """Memory that ran out: the bytes that were `asked` for, those of the device that were `free`, and its `total`.
+
+    `categories` has what the rank had allocated then.
+    """
+
+    asked: Bytes | None = None
+    free: Bytes | None = None
+    total: Bytes | None = None
+    device: Text = ""
+    categories: dict[Text, Bytes | None] = Field(default_factory=dict)
+
+
 class Failure(Part):
-    """The rank that failed, its pipeline stage, where it failed, and the error."""
+    """The rank that failed, its pipeline stage, where it failed, the error, and what memory ran out."""
 
     rank: Number | None = None
     stage: Number | None = None
     where: Where | None = None
     error: Text | None = None
+    shortage: Shortage | None = None
 
 
 class Record(Part):

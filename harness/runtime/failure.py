@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from harness.ledger import Where
+from harness.runtime.memory_limit import NotFree, Shortage, shortage
 from harness.runtime.world import World
 
 PATIENCE = 3.0
@@ -41,6 +42,7 @@ class Failure:
     where: Where | None
     error: str
     stage: int | None = None  # pipeline stage
+    shortage: Shortage | None = None  # of memory
 
     def sentence(self) -> str:
         """The failure in one line."""
@@ -95,10 +97,12 @@ def of_rehearsal(error: Exception, directory: Path) -> Failure:
 def _with_traceback(error: BaseException, rank: int, where: Where | None, directory: Path) -> Failure:
     with (directory / f"failure-rank{rank}.txt").open("w", encoding="utf-8") as stream:
         traceback.print_exception(error, file=stream)
-    return Failure(rank, where, _error_line(error))
+    return Failure(rank, where, _error_line(error), shortage=shortage(error))
 
 
 def _error_line(error: BaseException) -> str:
+    if missing := shortage(error):
+        return missing.sentence() if not isinstance(error, NotFree) else f"out of memory: {error}"
     message = " ".join(str(error).split())[:500]
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
 

@@ -1,14 +1,17 @@
-"""Refuses a request that needs more memory than the machine has, and names its key and the memory."""
+"""Refuses a request that needs more memory than the machine has, and says what was free where memory ran out."""
 
 import re
+import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import inf
+from typing import NamedTuple
 
 import psutil
 import torch
 
 from harness.config.settings import Model, Refusal, Settings
+from harness.tables import size
 
 GIB = 2**30
 WIDEST = 2**20
@@ -31,17 +34,53 @@ _SIZES = {
 """The config keys that set the size of a mode's tensors, each with a value that fits a small machine."""
 
 
-def check_parameters(settings: Model, needed: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Refuse a model, or a part of one, whose parameters need more bytes than are free."""
-    free, _ = _memory(device)
-    if needed > free:
-        key, value = _model_key(settings)
-        raise Refusal(
-            key,
-            value,
-            f"its parameters are {needed / GIB:,.1f} GiB in {str(dtype)[6:]}, and {free / GIB:.1f} GiB of "
-            f"{device.type} memory are free; use a smaller model or a machine with more",
+class Shortage(NamedTuple):
+    """An allocation that failed: the bytes that were `asked` for, and those of the `device` that were `free` then."""
+
+    asked: int | None
+    """None: not known."""
+    free: int
+    total: int
+    device: str
+
+    def sentence(self) -> str:
+        """The shortage in words."""
+        asked = "more" if self.asked is None else size(self.asked)
+        return (
+            f"out of memory: {asked} was asked for, and {size(self.free)} of the {self.device}'s "
+            f"{size(self.total)} are free"
         )
+
+
+class NotFree(MemoryError):
+    """The machine has the memory, and it is not free now."""
+
+
+def shortage(error: BaseException) -> Shortage | None:
+    """What was asked for and what is free now, where `error` says that an allocation failed; None for other errors."""
+    asked = bytes_wanted(error)
+    if asked is None and not isinstance(error, MemoryError):
+        return None
+    device = torch.device("cuda" if "CUDA out of memory" in str(error) else "cpu")
+    return Shortage(None if asked in (None, inf) else int(asked), *_memory(device), device.type)
+
+
+def check_parameters(settings: Model, needed: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse a model, or a part of one, whose parameters need more bytes than the machine has.
+
+    Raises NotFree where others use what it would need.
+    """
+    free, total = _memory(device)
+    if needed <= free:
+        return
+    key, value = _model_key(settings)
+    needs = f"its parameters are {needed / GIB:,.1f} GiB in {str(dtype)[6:]}"
+    if needed > total:
+        remedy = f"{needs}, and the {device.type} has {total / GIB:.1f} GiB; use a smaller model or a machine with more"
+        raise Refusal(key, value, remedy)
+    raise NotFree(
+        f"{key}={value}: {needs}, and {free / GIB:.1f} of the {device.type}'s {total / GIB:.1f} GiB are free"
+    )
 
 
 @contextmanager
@@ -65,7 +104,7 @@ def allocations(settings: Settings, device: torch.device) -> Iterator[None]:
         ) from error
 
 
-def bytes_wanted(error: Exception) -> float | None:
+def bytes_wanted(error: BaseException) -> float | None:
     """Bytes of the failed allocation, inf if they exceed 2**63. None if `error` is another error."""
     if match := _FAILED_ALLOCATION.search(str(error)):
         return round(float(match[1]) * _UNITS[match[2]])
@@ -78,7 +117,11 @@ def _memory(device: torch.device) -> tuple[int, int]:
         free, total = torch.cuda.mem_get_info(device)
         return free, total
     memory = psutil.virtual_memory()
-    return memory.available, memory.total
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit == resource.RLIM_INFINITY:
+        return memory.available, memory.total
+    left = max(0, limit - psutil.Process().memory_info().vms)
+    return min(memory.available, left), min(memory.total, limit)
 
 
 def _model_key(settings: Model) -> tuple[str, object]:

@@ -1,13 +1,17 @@
 """The product with a fault: `faulty.py KIND POINT NUMBER RANK words...`, under torchrun or in the warm ranks.
 
-KIND is `kill`, `stop` (SIGSTOP), `hang` (an endless loop), `full` (no space left), `denied` (no permission) or `raise`.
+KIND is `kill`, `stop` (SIGSTOP), `hang` (an endless loop), `full` (no space left), `denied` (no permission),
+`memory` (no more than a MiB from then on) or `raise`.
 POINT and NUMBER are as in `harness/runtime/faults.py`; NUMBER - is any. RANK - is every rank.
 """
 
 import errno
 import os
+import resource
 import signal
 import sys
+
+import psutil
 
 from harness.__main__ import main
 from harness.runtime import faults
@@ -27,6 +31,9 @@ def fail(passed: str, passed_number: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL if kind == "kill" else signal.SIGSTOP)
     while kind == "hang":
         pass
+    if kind == "memory":
+        limit = psutil.Process().memory_info().vms + 2**20
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     if kind == "full":
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), point)
     if kind == "denied":

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from harness.config.settings import Refusal, Settings
-from harness.runtime.memory_limit import allocations, bytes_wanted, check_parameters
+from harness.model.loader import loading
+from harness.runtime.memory_limit import NotFree, allocations, bytes_wanted, check_parameters, shortage
 
 CPU = torch.device("cpu")
 LARGER = 2 * psutil.virtual_memory().total
@@ -68,12 +69,42 @@ def test_how_large_the_allocation_was_that_failed(says: str, bytes_: float | Non
         ({}, "model=mine"),
     ],
 )
-def test_parameters_larger_than_what_is_free_are_refused_by_the_size_that_asks(
+def test_parameters_larger_than_the_machine_are_refused_by_the_size_that_asks(
     config: dict[str, int], key: str
 ) -> None:
     model = settings(mode="train", model={"name": "mine", "config": config}).model
-    with pytest.raises(Refusal, match=f"^{key}: its parameters are .* GiB in bfloat16, and .* are free"):
+    with pytest.raises(
+        Refusal, match=f"^{key}: its parameters are .* GiB in bfloat16, and the cpu has .* GiB"
+    ):
         check_parameters(model, LARGER, torch.bfloat16, CPU)
+
+
+def test_parameters_that_others_leave_no_room_for_are_no_wrong_request() -> None:
+    memory = psutil.virtual_memory()
+    between = (memory.available + memory.total) // 2
+    with pytest.raises(NotFree, match=r"^model=mine: its parameters are .* GiB in bfloat16, and .* are free"):
+        check_parameters(settings(mode="train", model={"name": "mine"}).model, between, torch.bfloat16, CPU)
+
+
+@pytest.mark.parametrize(
+    ("error", "asked", "device"),
+    [
+        (RuntimeError("DefaultCPUAllocator: you tried to allocate 4096 bytes."), 4096, "cpu"),
+        (MemoryError(), None, "cpu"),
+        (RuntimeError("Storage size calculation overflowed"), None, "cpu"),
+    ],
+)
+def test_an_allocation_that_failed_is_a_shortage(
+    error: BaseException, asked: int | None, device: str
+) -> None:
+    actual = shortage(error)
+    assert actual
+    assert (actual.asked, actual.device) == (asked, device)
+    assert 0 <= actual.free <= actual.total
+    assert actual.sentence().startswith(
+        f"out of memory: {'more' if asked is None else '4.0 KiB'} was asked for"
+    )
+    assert shortage(RuntimeError("out of luck")) is None
 
 
 def test_a_tensor_of_more_bytes_than_can_be_counted_is_refused_too() -> None:
@@ -81,3 +112,12 @@ def test_a_tensor_of_more_bytes_than_can_be_counted_is_refused_too() -> None:
     for size in ((2**53 - 1) * 2**20, (2**40, 2**40)):
         with pytest.raises(Refusal, match="more bytes than 64 bits can count"), allocations(asking, CPU):
             torch.zeros(size)
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("you tried to allocate 4096 bytes"), NotFree("model=mine: it has")]
+)
+def test_memory_that_runs_out_while_a_checkpoint_is_read_is_no_wrong_request(error: Exception) -> None:
+    with pytest.raises(type(error)) as raised, loading("mine"):
+        raise error
+    assert raised.value is error
