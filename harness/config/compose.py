@@ -24,7 +24,8 @@ from harness.config.deepspeed_file import expanded
 from harness.config.groups import directory as directory
 from harness.config.groups import groups as groups
 from harness.config.hydra_keys import RUN_DIR
-from harness.config.load import nearest, resolved, unresolved
+from harness.config.load import resolved, unresolved
+from harness.config.refusal import nearest
 from harness.config.rules.quantized import KEY, NAME
 from harness.config.settings import Refusal, described_fields
 

@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from harness.config.deepspeed_json import KEY, read
 from harness.config.deepspeed_keys import AUTO, KEYS, ZERO, Moot, Passed, Refused, Setting
-from harness.config.load import nearest
+from harness.config.refusal import nearest
 from harness.config.settings import Refusal, Settings, as_typed
 
 SPELLED = {"zero.stage": "zero", "checkpointing.mode": "checkpointing"}

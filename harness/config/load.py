@@ -1,10 +1,11 @@
 """Converts the config to typed settings: pydantic checks each field, then the rules check combinations."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from harness.config.refusal import nearest
 from harness.config.rules import check
 from harness.config.settings import (
     Checkpointing,
@@ -41,7 +42,6 @@ __all__ = [
     "Zero",
     "checked",
     "load",
-    "nearest",
     "typed",
 ]
 
@@ -103,18 +103,6 @@ def checked(settings: Settings) -> Settings:
     """Check `settings` with every rule that `load` applies, and return them. Raises `Refusal`."""
     check(settings)
     return settings
-
-
-def nearest(key: str, keys: Iterable[str]) -> str:
-    """The remedy for an unknown `key`: the closest known key, by the whole path or by its last part."""
-    import difflib
-
-    keys = list(keys)
-    close = difflib.get_close_matches(key, keys, n=1, cutoff=0.7)
-    last = key.rpartition(".")[2]
-    close = close or [each for each in keys if each.rpartition(".")[2] == last]
-    close = close or difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
-    return f"no such key; did you mean {close[0]}?" if close else "no such key; --help lists them all"
 
 
 def _refusal(error: ValidationError, tree: Mapping[str, Any]) -> Refusal:

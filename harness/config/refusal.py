@@ -1,4 +1,6 @@
-"""What a wrong request raises, and values as the command line writes them. It imports nothing."""
+"""What a wrong request raises, and values as the command line writes them. It imports nothing of ours."""
+
+from collections.abc import Iterable
 
 
 class Refusal(Exception):
@@ -23,3 +25,15 @@ def as_typed(value: object) -> str:
     if value is None:
         return "null"
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def nearest(key: str, keys: Iterable[str]) -> str:
+    """The remedy for an unknown `key`: the closest known key, by the whole path or by its last part."""
+    import difflib
+
+    keys = list(keys)
+    close = difflib.get_close_matches(key, keys, n=1, cutoff=0.7)
+    last = key.rpartition(".")[2]
+    close = close or [each for each in keys if each.rpartition(".")[2] == last]
+    close = close or difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
+    return f"no such key; did you mean {close[0]}?" if close else "no such key; --help lists them all"

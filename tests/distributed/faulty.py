@@ -2,7 +2,8 @@
 
 KIND is `kill`, `stop` (SIGSTOP), `hang` (an endless loop), `full` (no space left), `denied` (no permission),
 `memory` (no more than a MiB from then on) or `raise`.
-POINT and NUMBER are as in `harness/runtime/faults.py`; NUMBER - is any. RANK - is every rank.
+POINT and NUMBER are as in `harness/runtime/faults.py`; NUMBER - is any. RANK - is every rank. Where the variable ONCE
+names a file, the fault happens once, and leaves the file.
 """
 
 import errno
@@ -10,6 +11,7 @@ import os
 import resource
 import signal
 import sys
+from pathlib import Path
 
 import psutil
 
@@ -27,6 +29,11 @@ def fail(passed: str, passed_number: int) -> None:
         or rank not in ("-", os.environ.get("RANK", "0"))
     ):
         return
+    if once := os.environ.get("ONCE"):
+        try:
+            Path(once).touch(exist_ok=False)
+        except FileExistsError:
+            return
     if kind in ("kill", "stop"):
         os.kill(os.getpid(), signal.SIGKILL if kind == "kill" else signal.SIGSTOP)
     while kind == "hang":

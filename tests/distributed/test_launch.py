@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from harness.record import record_file
-from tests.distributed.conftest import NARROW, PRECISION, QUICK, ROOT, Launch, complete
+from tests.distributed.conftest import NARROW, PRECISION, QUICK, RATED, ROOT, Launch, complete
 
 SMALL = (PRECISION, "hardware=cpu", "mode=train", *QUICK, *NARROW, "zero=2")
 """On two ranks of one node or on one of each of two."""
@@ -272,3 +272,68 @@ def test_a_wrong_request_is_refused_before_any_node_of_slurm_s_is_asked(
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == "harness: mode=trian: should be 'train' or 'infer'\n"
     assert not (tmp_path / "asked").exists()
+
+
+def supervised(
+    directory: Path, *words: str, program: str, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """What `launch/supervised` says, with another program for it to supervise."""
+    return subprocess.run(
+        [ROOT / "launch/supervised", directory, *words],
+        env=environment(RANKS="2", PROGRAM=program, **variables),
+        text=True,
+        capture_output=True,
+        timeout=200,
+        check=False,
+    )
+
+
+def test_a_supervised_run_is_started_again_and_ends_as_if_it_had_never_failed(
+    tmp_path: Path, launch: Launch
+) -> None:
+    words = (*SMALL, "train.save_every=1", "train.export=true")
+    home = tmp_path / "run"
+    faulty = f"{ROOT}/tests/distributed/faulty.py kill backward 2 1"
+    done = supervised(home, *words, *RATED, program=faulty, ONCE=str(tmp_path / "once"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "launch/supervised: start 1, from step-00000002" in done.stderr
+    assert f"launch/supervised: complete after 2 starts: {home}/1/record.json" in done.stderr
+    assert record_file.read(home / "0")["failure"]["rank"] == 1
+    within = launch(*words)
+    weights = "checkpoint/model.safetensors"
+    assert (home / "1" / weights).read_bytes() == (within / weights).read_bytes()
+    assert complete(home / "1")["training"]["losses"] == complete(within)["training"]["losses"][2:]
+
+
+def test_a_supervised_run_that_gets_no_further_is_given_up(tmp_path: Path) -> None:
+    home, program = tmp_path / "run", tmp_path / "fails.py"
+    program.write_text(
+        "import pathlib, sys\n"
+        "run = pathlib.Path(sys.argv[-1].partition('=')[2])\n"
+        "run.mkdir(parents=True, exist_ok=True)\n"
+        "(run / 'record.json').touch()\n"
+        "sys.exit(3)\n"
+    )
+    done = supervised(home, *SMALL, program=str(program), GIVE_UP="2")
+    assert done.returncode == 3
+    assert done.stderr.splitlines()[-1] == (
+        f"launch/supervised: no newer checkpoint in 2 starts; the last one: {home}/1/record.json"
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("mode=train",), "mode=train: name a directory first"),
+        (
+            ("{tmp}/new", "mode=train", "train.resume=x"),
+            "train.resume=x: each start has a directory of its own",
+        ),
+        (("{tmp}", "mode=train"), "{tmp}: it is there already; name another directory"),
+    ],
+)
+def test_what_cannot_be_supervised_is_one_sentence(words: tuple[str, ...], said: str, tmp_path: Path) -> None:
+    result = typed("supervised", *(word.format(tmp=tmp_path) for word in words))
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith(f"launch/supervised: {said.format(tmp=tmp_path)}")
+    assert result.stderr.count("\n") == 1

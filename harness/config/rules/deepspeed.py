@@ -6,6 +6,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from harness.config.deepspeed_keys import KEYS, Passed, Read, Refused, Setting
+from harness.config.refusal import nearest
 from harness.config.settings import Refusal, Settings
 
 OPTIONS = "deepspeed.options"
@@ -49,8 +50,6 @@ def _remedy(key: str, entry: Any) -> str:
         return "it is no option; give it in a file by deepspeed.config="
     if entry is not None:
         return f"it has no effect here: {entry.why}; leave it out"
-    from harness.config.load import nearest
-
     passed = [name for name, each in KEYS.items() if isinstance(each, Passed)]
     return nearest(key, passed).replace("--help lists them all", "DeepSpeed has none of this name")
 
