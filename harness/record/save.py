@@ -1,6 +1,7 @@
 """The record of a loop outside the harness, for the same tools: compare, report, check."""
 
 import platform
+from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 from typing import TypeVar
@@ -40,16 +41,30 @@ def save(ledger: Ledger, directory: str | Path, *, model: torch.nn.Module, mode:
         error_sentence = f"{directory} already contains a run's record; name another directory"
     _raise_on_all(error_sentence)
     ranks = _gather_records(ledger, rank)
-    if rank == 0:
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            record_file.write(file.parent, _record(ledger, mode, model, ranks))
-        except OSError as error:
-            error_sentence = f"{directory} cannot be written: {error.strerror}"
-    _raise_on_all(error_sentence)
-    trace.write(file.parent, rank, trace.of_ledger(ledger))
-    _raise_on_all(None)  # a barrier: after it all files exist for every rank
+    _on_all(directory, lambda: file.parent.mkdir(parents=True, exist_ok=True) if rank == 0 else None)
+    try:
+        _on_all(directory, lambda: trace.write(file.parent, rank, trace.of_ledger(ledger)))
+        # last: with it the run is complete
+        _on_all(
+            directory,
+            lambda: (
+                record_file.write(file.parent, _record(ledger, mode, model, ranks)) if rank == 0 else None
+            ),
+        )
+    except ValueError:
+        trace.remove(file.parent, rank)
+        raise
     return file
+
+
+def _on_all(directory: str | Path, act: Callable[[], object]) -> None:
+    """Call `act` on every rank. Raises ValueError, on every rank, where any of them cannot write."""
+    try:
+        act()
+        error_sentence = None
+    except OSError as error:
+        error_sentence = f"{directory} cannot be written: {error.strerror}"
+    _raise_on_all(error_sentence)
 
 
 def _raise_on_all(error_sentence: str | None) -> None:
