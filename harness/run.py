@@ -154,12 +154,8 @@ def _make_directory(settings: Settings, cfg: DictConfig, dp_size: int, head: Rec
     """
     configured = OmegaConf.select(cfg, "hydra.run.dir")
     stamp = datetime.now().strftime("%Y-%m-%d/%H-%M-%S")
-    default = f"outputs/{stamp}-{settings.mode}"
-    for name in [configured] if configured else [default, *(f"{default}-{n}" for n in range(2, 100))]:
-        directory = Path(name).absolute()
-        if _claim(directory, head):
-            break
-    else:
+    directory = Path(configured or f"outputs/{stamp}-{settings.mode}").absolute()
+    if not _claim(directory, head):
         problem = "it already contains a run's record; name another directory"
         raise Refusal("hydra.run.dir", directory, problem)
     try:

@@ -92,7 +92,7 @@ def write(directory: Path, rank: int, table: "pa.Table") -> None:
 def remove(directory: Path, rank: int) -> None:
     """Delete a rank's table, if there is one."""
     with suppress(OSError):
-        _file(directory, rank).unlink()
+        _file(directory, rank).unlink(missing_ok=True)
         (directory / DIRECTORY).rmdir()
 
 

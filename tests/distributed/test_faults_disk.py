@@ -146,3 +146,21 @@ def test_of_two_runs_in_one_directory_one_runs_and_loses_nothing(
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         *("config.yaml", "deepspeed.json", "record.json"),
     ]
+
+
+def test_a_directory_without_a_record_is_used_and_a_file_in_its_place_is_refused(tmp_path: Path) -> None:
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    (killed / "config.yaml").write_text("seed: 7\n")
+    for name in ("killed", "file"):
+        cfg = compose([*TRAIN, f"hydra.run.dir={tmp_path / name}"])
+        settings = load(cfg)
+        head = record_file.head(settings, {}, [], World(kind="real", size=1, device="cpu"))
+        if name == "killed":
+            assert run._make_directory(settings, cfg, 1, head) == killed
+            assert "seed: 7" not in (killed / "config.yaml").read_text()
+            continue
+        (tmp_path / name).write_text("mine")
+        with pytest.raises(Refusal, match="it cannot be written: File exists"):
+            run._make_directory(settings, cfg, 1, head)
+        assert (tmp_path / name).read_text() == "mine"
