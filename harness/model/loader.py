@@ -187,16 +187,16 @@ def export(
     nbytes = storages.nbytes(model) if weights is None else sum(each.nbytes for each in weights.values())
     partial = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    try:
-        with quiet(), writing(directory, nbytes):
+    with quiet(), writing(directory, nbytes):
+        try:
             faults.at("export", nbytes)
             model.save_pretrained(partial, state_dict=weights)
             tokens.save_pretrained(partial)
             text = json.dumps(generation, indent=2)
             (partial / GENERATION_CONFIG_NAME).write_text(text, encoding="utf-8")
             move(partial, directory)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def whole_checkpoint(place: str) -> Path:

@@ -68,15 +68,15 @@ def whole(
     Raises NotWritten.
     """
     partial = file.with_name(f".{file.name}.{uuid4().hex[:8]}.partial")
-    try:
-        with writing(file, nbytes):
+    with writing(file, nbytes):  # outside: what is free counts without the part that was written
+        try:
             faults.at(f"write {file.name}", nbytes or 0)
             yield partial
             flush(partial)
             (place or move)(partial, file)
-    finally:
-        with suppress(OSError):  # where nothing can be deleted, the first error says more
-            partial.unlink(missing_ok=True)
+        finally:
+            with suppress(OSError):  # where nothing can be deleted, the first error says more
+                partial.unlink(missing_ok=True)
 
 
 def put(file: Path, content: str | bytes) -> None:
