@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from harness import __version__
 from harness.config.refusal import Refusal
-from harness.runtime import launcher
+from harness.runtime import launcher, tracebacks
+from harness.runtime.files import NotWritten
 from harness.runtime.imports import without_collection
 
 if TYPE_CHECKING:
@@ -84,7 +85,8 @@ Train a causal language model or generate with one, and see what every byte on e
 
 A run leaves record.json, config.yaml and its results in hydra.run.dir=DIR, else in outputs/DATE/TIME-MODE; a sweep
 leaves a directory for each run in hydra.sweep.dir=DIR, else in multirun/DATE/TIME.
-An error is one sentence on stderr; under torchrun a traceback follows that ends with the same sentence.
+An error is one sentence on stderr; under torchrun a traceback follows that ends with the same sentence. Where an
+error is unexpected, the sentence names the file that has its traceback.
 """
 
 
@@ -99,13 +101,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _carry_out(arguments)
     except (Absent, Refusal) as refusal:
         return _refuse(str(refusal))
+    except NotWritten as error:
+        return _refuse(str(error), code=3)
+    except BrokenPipeError:
+        raise  # `console` ends quietly
     except Exception as error:
-        if type(error).__name__ != "BrokenProcessPool":
-            raise
-        print(
-            "harness: a rehearsal's process ended without an error message; was it killed?", file=sys.stderr
-        )
-        return 3
+        return _failed(error)
 
 
 def usage() -> str:
@@ -243,12 +244,23 @@ def _say(text: str) -> int:
     return 0
 
 
-def _refuse(sentence: str) -> int:
-    """Print one line on stderr, once per node: a file may be missing on one node only."""
+def _refuse(sentence: str, code: int = 2) -> int:
+    """Print one line on stderr, once per node: a file may be missing on one node only. Returns `code`."""
     launcher.report(sentence)
     if os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0":
         print(f"harness: {sentence}", file=sys.stderr)
-    return 2
+    return code
+
+
+def _failed(error: Exception) -> int:
+    """Print what an unexpected error says, and the file that has its traceback. Returns the exit code."""
+    if type(error).__name__ == "BrokenProcessPool":
+        sentence = "a rehearsal's process ended without an error message; was it killed?"
+    else:
+        sentence = f"unexpected error: {tracebacks.sentence(error)}"
+    launcher.report(sentence)
+    print(f"harness: {sentence}", file=sys.stderr)
+    return 3
 
 
 def console() -> NoReturn:

@@ -1,5 +1,6 @@
 """One run from settings to record: join the world, create the directory, run the mode, write the record."""
 
+import errno
 import json
 import os
 import sys
@@ -28,9 +29,10 @@ from harness.record import ceilings, figures, phase_times, record_file, trace
 from harness.record.fields import flat
 from harness.record.memory import Rank
 from harness.record.results import Performance, Results
+from harness.record.schema import Record
 from harness.record.schema import World as WorldRecord
 from harness.runtime import failure, faults, launcher, memory_snapshot, peak_rates, world
-from harness.runtime.files import put
+from harness.runtime.files import NO_ROOM, NotWritten, put
 from harness.runtime.trackers import Trackers
 from harness.runtime.world import World
 from harness.training import deepspeed_config
@@ -59,22 +61,36 @@ def run(settings: Settings, cfg: DictConfig, overrides: list[str], reasons: Reas
         plan = _by_rank_0(joined_world, lambda: resolve(settings, joined_world.device.type))
         plan = replace(plan, reasons={**reasons(plan.settings), **plan.reasons})
         faults.at("directory")
-        directory = _by_rank_0(
-            joined_world, lambda: _make_directory(plan.settings, cfg, joined_world.dp_size)
+        head = record_file.head(
+            plan.settings, plan.reasons, overrides, _described(plan.settings, joined_world)
         )
-        return _Run(plan, overrides, joined_world, directory).carry_out()
+        directory = _by_rank_0(
+            joined_world, lambda: _make_directory(plan.settings, cfg, joined_world.dp_size, head)
+        )
+        return _Run(plan, head, joined_world, directory).carry_out()
+
+
+def _described(settings: Settings, joined_world: World) -> WorldRecord:
+    """The record's `world`."""
+    device = joined_world.device.type
+    return WorldRecord(
+        kind=settings.world.kind,
+        size=joined_world.size,
+        device=device,
+        device_name=joined_world.device_name,
+    )
 
 
 def _by_rank_0(joined_world: World, decide: Callable[[], T]) -> T:
-    """Rank 0's result of `decide`, on every rank. If it raises Refusal, every rank raises it."""
+    """Rank 0's result of `decide`, on every rank. If it raises Refusal or NotWritten, every rank raises it."""
     outcome: Any = None
     if joined_world.leads:
         try:
             outcome = decide()
-        except Refusal as refusal:
-            outcome = refusal
+        except (Refusal, NotWritten) as error:
+            outcome = error
     outcome = joined_world.broadcast(outcome)
-    if isinstance(outcome, Refusal):
+    if isinstance(outcome, (Refusal, NotWritten)):
         raise outcome
     return cast(T, outcome)
 
@@ -89,24 +105,24 @@ def _rehearse(settings: Settings, cfg: DictConfig, command: list[str], reasons: 
     check_world(settings, settings.world.size)
     plan = resolve(settings)
     plan = replace(plan, reasons={**reasons(plan.settings), **plan.reasons})
-    directory = _make_directory(plan.settings, cfg, plan.layout.dp_size)
     head = record_file.head(plan.settings, plan.reasons, command, rehearsal.described(plan))
+    directory = _make_directory(plan.settings, cfg, plan.layout.dp_size, head)
     for line in decided(plan.reasons):
         print(line)
-    record_file.write(directory, head.plus(failure=record_file.unfinished()))
     try:
         ranks, results = rehearsal.rehearse(plan, directory)
+        record = rehearsal.whole(head, ranks, results)
+        limits = ceilings.of_page(plan.settings.hardware, record.model.dtype or "")
+        record_file.write(directory, record.plus(ceilings=limits))
     except Refusal:
         _remove(directory)
         raise
     except Exception as error:
         rank_failure = failure.of_rehearsal(error, directory)
-        record_file.write(directory, head.plus(failure=record_file.failure_record(rank_failure)))
+        with suppress(OSError):  # a full disk must not hide the failure
+            record_file.write(directory, head.plus(failure=record_file.failure_record(rank_failure)))
         print(f"harness: {rank_failure.sentence()}", file=sys.stderr, flush=True)
         return 3
-    record = rehearsal.whole(head, ranks, results)
-    limits = ceilings.of_page(plan.settings.hardware, record.model.dtype or "")
-    record_file.write(directory, record.plus(ceilings=limits))
     _print_summary(directory, print)
     return 0
 
@@ -117,37 +133,66 @@ def _print_summary(directory: Path, say: Callable[[str], object]) -> None:
 
 
 def _remove(directory: Path, reason_received: bool = True) -> None:
-    """Delete the files of a refused run. Keep the reason unless every rank has received it."""
+    """Delete the files of a refused run, which owns `directory`. Keep the reason unless every rank has received it."""
     for name in (
-        record_file.FILE,
         "config.yaml",
         deepspeed_config.FILE,
         *([failure.CLAIM] if reason_received else []),
+        record_file.FILE,  # last: from then on the directory may be another run's
     ):
-        (directory / name).unlink(missing_ok=True)
+        with suppress(OSError):
+            (directory / name).unlink()
     with suppress(OSError):
         directory.rmdir()
 
 
-def _make_directory(settings: Settings, cfg: DictConfig, dp_size: int) -> Path:
-    """Create the run's own directory with its config, and DeepSpeed's. Raises Refusal if it already has a record."""
+def _make_directory(settings: Settings, cfg: DictConfig, dp_size: int, head: Record) -> Path:
+    """The run's own directory, with its first record and its config, and DeepSpeed's.
+
+    Of several runs that ask for a directory at once, one gets it. Raises Refusal where it has a record already or
+    cannot be made, and NotWritten where the disk is full.
+    """
     configured = OmegaConf.select(cfg, "hydra.run.dir")
     stamp = datetime.now().strftime("%Y-%m-%d/%H-%M-%S")
     directory = Path(configured or f"outputs/{stamp}-{settings.mode}").absolute()
-    if (directory / record_file.FILE).exists():
-        raise Refusal(
-            "hydra.run.dir", directory, "it already contains a run's record; name another directory"
-        )
+    if not _claim(directory, head):
+        problem = "it already contains a run's record; name another directory"
+        raise Refusal("hydra.run.dir", directory, problem)
     try:
-        directory.mkdir(parents=True, exist_ok=True)
         (directory / failure.CLAIM).unlink(missing_ok=True)  # from a refused run
         put(directory / "config.yaml", OmegaConf.to_yaml(asdict(settings)))
         if settings.mode == "train":
             whole = deepspeed_config.whole_config(settings, dp_size)
             put(directory / deepspeed_config.FILE, json.dumps(whole, indent=2) + "\n")
     except OSError as error:
-        raise Refusal("hydra.run.dir", directory, f"it cannot be written: {error.strerror}") from error
+        _remove(directory)
+        raise _unwritable(directory, error) from error
     return directory
+
+
+def _claim(directory: Path, head: Record) -> bool:
+    """Whether `directory` is this run's: the run that creates its record has it. Raises Refusal and NotWritten."""
+    first = head.plus(failure=record_file.unfinished())
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            return record_file.begin(directory, first)
+        except NotWritten as error:
+            if error.errno != errno.ENOENT:
+                raise
+        directory.mkdir(parents=True, exist_ok=True)  # a run that was refused has removed it meanwhile
+        return record_file.begin(directory, first)
+    except OSError as error:
+        with suppress(OSError):
+            directory.rmdir()
+        raise _unwritable(directory, error) from error
+
+
+def _unwritable(directory: Path, error: OSError) -> Exception:
+    """What to raise: where the disk is full another directory may be no remedy, so that is no wrong request."""
+    if isinstance(error, NotWritten) and error.errno in NO_ROOM:
+        return error
+    return Refusal("hydra.run.dir", directory, f"it cannot be written: {error.strerror}")
 
 
 def _hyperparameter(value: Any) -> bool | float | str:
@@ -158,8 +203,8 @@ def _hyperparameter(value: Any) -> bool | float | str:
 class _Run:
     """One rank's part of a run: its settings, ledger and results, and how it ends."""
 
-    def __init__(self, plan: Plan, command: list[str], joined_world: World, directory: Path) -> None:
-        self.plan, self.world, self.directory = plan, joined_world, directory
+    def __init__(self, plan: Plan, head: Record, joined_world: World, directory: Path) -> None:
+        self.plan, self.head, self.world, self.directory = plan, head, joined_world, directory
         settings = plan.settings
         self.ledger = Ledger(
             mode=settings.ledger.mode,
@@ -170,13 +215,6 @@ class _Run:
         )
         self.ending = threading.Lock()
         self.results = Results()
-        world_record = WorldRecord(
-            kind=settings.world.kind,
-            size=joined_world.size,
-            device=joined_world.device.type,
-            device_name=joined_world.device_name,
-        )
-        self.head = record_file.head(settings, plan.reasons, command, world_record)
         self.trackers = self._trackers()
         for line in decided(plan.reasons):
             self.say(line)
@@ -192,8 +230,6 @@ class _Run:
         Raises Refusal if this is the only rank. With several ranks, one of them reports it and all exit.
         """
         failure.await_termination(lambda: self._fail(lambda: failure.peer_lost(self.directory, self.world)))
-        if self.world.leads:
-            self._write([], failure=record_file.unfinished())
         faults.at("start")
         try:
             ranks = self.world.gather(self._run_mode())
@@ -328,9 +364,7 @@ class _Run:
         if rank_failure is None or report is None or not failure.claim(self.directory, report):
             self._end(None)
         details: list[str] = []
-        with suppress(
-            OSError, ValueError
-        ):  # neither a full disk nor a figure that cannot be may hide the failure
+        with suppress(Exception):  # neither a full disk nor a figure that cannot be may hide the failure
             rank_record = self._rank_record() if rank_failure.rank == self.world.rank else None
             described = record_file.failure_record(rank_failure, rank_record)
             self._write([rank_record] if rank_record else [], failure=described)

@@ -1,6 +1,7 @@
 """The one door, through its own process: what it prints, where, and the exit code."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 import harness
-from harness.__main__ import TOOLS
+from harness.__main__ import TOOLS, main
 from harness.config import compose
 from harness.config.load import load
 from harness.config.settings import described_fields
@@ -201,3 +202,21 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = [sys.executable, "-m", "harness", *words, f"hydra.run.dir={directory}"]
     subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
     return directory
+
+
+def test_an_unexpected_error_is_a_failed_run_in_one_sentence_that_names_its_traceback(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from harness.analysis import compare
+
+    def fail(words: object) -> int:
+        raise KeyError("out of luck")
+
+    monkeypatch.setattr(compare, "main", fail)
+    assert main(["compare", "RUN", "RUN"]) == 3
+    out, err = capsys.readouterr()
+    said = re.fullmatch(r"harness: unexpected error: KeyError: 'out of luck' \(traceback in (.+)\)\n", err)
+    assert (out, said is not None) == ("", True), err
+    assert said is not None
+    assert 'raise KeyError("out of luck")' in Path(said[1]).read_text()
+    Path(said[1]).unlink()

@@ -19,12 +19,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from harness.config import compose, hydra_keys
 from harness.config.command_line import Command
-from harness.config.errors import first_line
 from harness.config.settings import Refusal
 from harness.record.places import FILE as RECORD
 from harness.record.places import NUMBER, SWEEP
 from harness.record.record_file import read
 from harness.record.schema import parse
+from harness.runtime import tracebacks
 from harness.runtime.files import put
 from harness.tables import size
 
@@ -71,7 +71,7 @@ def sweep(command: Command) -> int:
     except (Refusal, SystemExit):
         raise
     except Exception as error:  # a launcher's or a sweeper's own
-        print(f"harness: the sweep ended early: {first_line(error, named=True)}", file=sys.stderr)
+        print(f"harness: the sweep ended early: {tracebacks.sentence(error)}", file=sys.stderr)
         code = 3
     finally:
         _end_workers()

@@ -223,3 +223,7 @@ def _results(run: Record) -> Iterator[str]:
         parts.append(f"KV {size(run.inference.kv_bytes_per_token)} a token")
     if parts:
         yield ", ".join(parts)
+    if unsaved := run.training.unsaved:
+        last = unsaved[-1]
+        times = "1 checkpoint" if len(unsaved) == 1 else f"{len(unsaved)} checkpoints"
+        yield f"{times} could not be written, the last after step {last.step}: {last.error}"

@@ -10,7 +10,7 @@ import time
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import as_completed
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from harness.analysis.args import Parser, refuse
@@ -21,6 +21,7 @@ from harness.config.refusal import Refusal
 from harness.record import record_file
 from harness.record.fields import printable
 from harness.record.schema import Record, parse
+from harness.runtime import tracebacks
 from harness.runtime.files import put
 from harness.runtime.progress import Pace, aside
 
@@ -29,7 +30,7 @@ EMPTY = "it has no baseline; RUN --baseline FILE --update makes one"
 
 
 def main(argv: Sequence[str]) -> int:
-    """`harness check`. Exit code: 0 every baseline holds, 1 one does not hold, 2 one could not be checked."""
+    """`harness check`. Exit code: 0 all hold, 1 one does not, 2 one was not checked, 3 a rehearsal failed."""
     try:
         options = _parser().parse_args(argv)
         files, amounts = _files(options), dict(map(_pair, options.tolerance))
@@ -46,7 +47,8 @@ def _parser() -> Parser:
         "check",
         description="Compare a run with a baseline, category by category, rank by rank and phase by phase.",
         usage="harness check [RUN] --baseline FILE | harness check --all    [--update] [--tolerance NAME=AMOUNT]",
-        epilog="Exit code 0: all hold. 1: a figure differs. 2: there is nothing to compare, or it cannot be compared.",
+        epilog="Exit code 0: all hold. 1: a figure differs. 2: there is nothing to compare, or it cannot be compared. "
+        "3: a rehearsal failed.",
     )
     parser.takes_runs("?", "; without one, the baseline's config is rehearsed")
     parser.takes_place("--baseline", metavar="FILE", help="the baseline to compare with")
@@ -122,9 +124,13 @@ def _rehearsed(options: Namespace, files: Sequence[Path], amounts: Mapping[str, 
         except ValueError as error:
             yield Verdict(file, failure=str(error))
 
-    def verdict_of(file: Path, result: Record | str, seconds: float) -> Verdict:
+    def verdict_of(file: Path, result: Record | str | Crashed, seconds: float) -> Verdict:
         if isinstance(result, str):
             return Verdict(file, failure=f"{file}: {result}", seconds=seconds)
+        if isinstance(result, Crashed):
+            return Verdict(
+                file, failure=f"{file}: its rehearsal failed: {result.error}", crashed=True, seconds=seconds
+            )
         return replace(_settled(file, result, str(file), options.update, amounts), seconds=seconds)
 
     if len(files) == 1:
@@ -144,8 +150,17 @@ def _rehearsed(options: Namespace, files: Sequence[Path], amounts: Mapping[str, 
             yield verdict_of(running[done], *done.result())
 
 
-def _rehearse(overrides: Sequence[str], size: int, parallel: bool = True) -> tuple[Record | str, float]:
-    """The record of a rehearsal of `overrides` on `size` ranks, or the reason why it failed; and its seconds."""
+@dataclass(frozen=True)
+class Crashed:
+    """A rehearsal failed with an error that no wrong request explains."""
+
+    error: str
+
+
+def _rehearse(
+    overrides: Sequence[str], size: int, parallel: bool = True
+) -> tuple[Record | str | Crashed, float]:
+    """The record of a rehearsal of `overrides` on `size` ranks, or why it is refused, or how it failed; its seconds."""
     from harness.config import compose
     from harness.config.load import load
     from harness.config.rules import check_world
@@ -161,8 +176,7 @@ def _rehearse(overrides: Sequence[str], size: int, parallel: bool = True) -> tup
         return str(refusal), time.monotonic() - start
     except Exception as error:
         # any class: it may have to cross a process, and the other baselines are still to check
-        message = " ".join(f"{type(error).__name__}: {error}".split())[:500]
-        return f"its rehearsal failed: {message}", time.monotonic() - start
+        return Crashed(tracebacks.sentence(error)), time.monotonic() - start
 
 
 def _report(options: Namespace, verdicts: Sequence[Verdict]) -> None:

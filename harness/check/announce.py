@@ -68,7 +68,7 @@ def data(verdict: Verdict) -> dict[str, Any]:
     """A verdict for `--json`, in bytes."""
     return {
         "baseline": str(verdict.file),
-        "verdict": {0: "holds", 1: "does not hold", 2: "not checked"}[verdict.code],
+        "verdict": ("holds", "does not hold", "not checked", "not checked")[verdict.code],
         "written": verdict.written or None,
         "failure": verdict.failure or None,
         "ranks": [
@@ -90,7 +90,7 @@ def data(verdict: Verdict) -> dict[str, Any]:
 
 def junit(verdicts: Sequence[Verdict]) -> str:
     """JUnit's XML: a case for each baseline, with a failure if it does not hold, and an error if it was not checked."""
-    failures, errors = (sum(each.code == code for each in verdicts) for code in (1, 2))
+    failures, errors = (sum(each.code in codes for each in verdicts) for codes in ((1,), (2, 3)))
     counts = {"tests": str(len(verdicts)), "failures": str(failures), "errors": str(errors)}
     suite = ElementTree.Element("testsuite", {"name": "harness check", **counts})
     for each in verdicts:
@@ -98,7 +98,7 @@ def junit(verdicts: Sequence[Verdict]) -> str:
         attributes = {"classname": "harness.check", "name": each.name, **time}
         case = ElementTree.SubElement(suite, "testcase", attributes)
         if each.code:
-            kind, line = "error" if each.code == 2 else "failure", printable(each.headline())
+            kind, line = "failure" if each.code == 1 else "error", printable(each.headline())
             ElementTree.SubElement(case, kind, {"message": line}).text = text([each])
     suites = ElementTree.Element("testsuites", counts)
     suites.append(suite)

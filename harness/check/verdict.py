@@ -78,6 +78,8 @@ class Verdict:
     notes: tuple[str, ...] = ()
     failure: str = ""
     """Why the baseline could not be checked; empty if it was."""
+    crashed: bool = False
+    """Whether its rehearsal failed, which no wrong request explains."""
     written: str = ""
     """What an update did: "made", "rewritten" or "unchanged"; empty without an update."""
     seconds: float | None = None
@@ -90,13 +92,15 @@ class Verdict:
 
     @property
     def code(self) -> int:
-        """The exit code: 0 it holds or was written, 1 it does not hold, 2 it was not checked."""
-        return 2 if self.failure else 1 if self.apart and not self.written else 0
+        """The exit code: 0 it holds or was written, 1 it does not, 2 it was not checked, 3 its rehearsal failed."""
+        if self.failure:
+            return 3 if self.crashed else 2
+        return 1 if self.apart and not self.written else 0
 
     @property
     def word(self) -> str:
         """The verdict in a word."""
-        return self.written or ("holds", "NO", "not checked")[self.code]
+        return self.written or ("holds", "NO", "not checked", "not checked")[self.code]
 
     def headline(self) -> str:
         """The verdict in one line."""

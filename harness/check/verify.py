@@ -27,6 +27,7 @@ from harness.record import record_file, verified
 from harness.record.fields import printable
 from harness.record.schema import Record, parse
 from harness.record.verified import Figure, Pair, Verified
+from harness.runtime import tracebacks
 from harness.runtime.files import put
 from harness.tables import seconds
 
@@ -213,7 +214,7 @@ def _rehearsed(case: Case, page: str) -> Run:
     except Refusal as refusal:
         raise Failed(f"{case.name}: its rehearsal is refused: {refusal}") from refusal
     except Exception as error:  # whatever the rehearsed code raises
-        raise Failed(f"{case.name}: its rehearsal failed: {type(error).__name__}: {error}") from error
+        raise Failed(f"{case.name}: its rehearsal failed: {tracebacks.sentence(error)}") from error
     return Run(record, time.monotonic() - began)
 
 

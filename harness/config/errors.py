@@ -1,6 +1,14 @@
-"""What a library's error says, short enough for a sentence of ours."""
+"""What a library's error says, short enough for a sentence of ours; and which errors are mistakes of ours."""
+
+import traceback
+from pathlib import Path
 
 LONGEST = 200
+
+PACKAGE = Path(__file__).parents[1]
+
+MISTAKES = (AssertionError, AttributeError, LookupError, NameError, TypeError, ZeroDivisionError)
+"""Errors that code raises where it is wrong, and not where its input is."""
 
 
 def first_line(error: BaseException, named: bool = False) -> str:
@@ -10,3 +18,9 @@ def first_line(error: BaseException, named: bool = False) -> str:
     if not line:
         return name
     return f"{name}: {line}" if named or " " not in line else line
+
+
+def ours(error: BaseException) -> bool:
+    """Whether `error` is a mistake of this package: a line of it raised an error that no wrong request should."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return isinstance(error, MISTAKES) and bool(frames) and PACKAGE in Path(frames[-1].filename).parents

@@ -16,8 +16,10 @@ from typing import Any
 import datasets
 from transformers import PreTrainedTokenizerBase
 
+from harness.config.errors import first_line, ours
 from harness.config.rules import sources
 from harness.config.settings import Data, Refusal
+from harness.runtime.files import writing
 
 STDLIB_BYTES = 2 * 2**20
 """How many bytes of the standard library's source are read: enough for a first run, tokenized within seconds."""
@@ -37,8 +39,9 @@ def stored(settings: Data, tokenizer: PreTrainedTokenizerBase) -> Any:
         cache.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=cache))
         try:
-            _make_row(settings, files, tokenizer, partial)
-            os.rename(partial / "row", row_directory)
+            with writing(row_directory):
+                _make_row(settings, files, tokenizer, partial)
+                os.rename(partial / "row", row_directory)
         except OSError:
             if not row_directory.is_dir():  # unless another process has stored it meanwhile
                 raise
@@ -141,8 +144,9 @@ def _hub_dataset(settings: Data) -> Any:
             settings.name, split=settings.split, streaming=settings.streaming, cache_dir=settings.cache_dir
         )
     except Exception as error:  # the hub's client raises what its transports raise
-        message = next(iter(str(error).splitlines()), type(error).__name__)
-        raise Refusal("data.name", settings.name, f"it cannot be loaded: {message}") from error
+        if ours(error):
+            raise
+        raise Refusal("data.name", settings.name, f"it cannot be loaded: {first_line(error)}") from error
     if dataset.column_names and settings.column not in dataset.column_names:
         raise Refusal("data.column", settings.column, f"it has the columns {', '.join(dataset.column_names)}")
     return dataset

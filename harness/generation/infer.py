@@ -47,7 +47,7 @@ from harness.quantization.method import Quantization
 from harness.record.figures import of_stretch
 from harness.record.record_file import Output
 from harness.record.results import Inference, Model, Performance
-from harness.runtime.files import whole
+from harness.runtime.files import put
 from harness.runtime.progress import Pace, peak_of
 from harness.runtime.world import World
 
@@ -323,16 +323,19 @@ def batches(numbers: Sequence[T], size: int) -> Iterator[Sequence[T]]:
 def write(
     file: Path, prompts: Sequence[Prompt], tokens: Sequence[Sequence[int]], texts: Sequence[str]
 ) -> None:
-    """Write a JSON line for each prompt, in order. The file appears complete or not at all."""
-    with whole(file) as partial, partial.open("w", encoding="ascii") as stream:
-        for prompt, new, text in zip(prompts, tokens, texts, strict=True):
-            line = {
+    """Write a JSON line for each prompt, in order. The file appears complete or not at all. Raises NotWritten."""
+    lines = [
+        json.dumps(
+            {
                 "prompt": prompt.text,
                 "prompt_tokens": list(prompt.tokens),
                 "tokens": list(new),
                 "text": text,
             }
-            stream.write(json.dumps(line) + "\n")
+        )
+        for prompt, new, text in zip(prompts, tokens, texts, strict=True)
+    ]
+    put(file, "".join(f"{line}\n" for line in lines))
 
 
 def _tell(

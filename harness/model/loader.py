@@ -33,12 +33,13 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
-from harness.config.errors import first_line
+from harness.config.errors import first_line, ours
 from harness.config.settings import Model, Refusal
 from harness.model import init_weights, shape, storages, tensor_parallel, widths
 from harness.quantization.method import Quantization
 from harness.record import results
 from harness.runtime import faults
+from harness.runtime.files import move, writing
 from harness.runtime.memory_limit import check_parameters, shortage
 
 TEXTS = ("*.json", "*.txt", "*.model", "*.jinja")
@@ -171,11 +172,9 @@ def export(
     """Write `model` with the weights in `state`, its tokenizer and its `generation` config. The directory appears
     complete or not at all.
 
-    The tokenizer's end token, which ends each training text, is added to the generation config's end tokens.
+    The tokenizer's end token, which ends each training text, is added to the generation config's end tokens. Raises
+    NotWritten.
     """
-    faults.at("export")
-    partial = directory.with_name(f".{directory.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     assert isinstance(model, PreTrainedModel)
     model.generation_config = (
         GenerationConfig()
@@ -184,11 +183,20 @@ def export(
     ends = [ends] if isinstance(ends, int) else [*ends]
     if tokens.eos_token_id not in (None, *ends):
         generation = {**generation, "eos_token_id": [tokens.eos_token_id, *ends]}
-    with quiet():
-        model.save_pretrained(partial, state_dict=dict(state) if state is not None else None)
-        tokens.save_pretrained(partial)
-    (partial / GENERATION_CONFIG_NAME).write_text(json.dumps(generation, indent=2), encoding="utf-8")
-    os.replace(partial, directory)
+    weights = dict(state) if state is not None else None
+    nbytes = storages.nbytes(model) if weights is None else sum(each.nbytes for each in weights.values())
+    partial = directory.with_name(f".{directory.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    with quiet(), writing(directory, nbytes):
+        try:
+            faults.at("export", nbytes)
+            model.save_pretrained(partial, state_dict=weights)
+            tokens.save_pretrained(partial)
+            text = json.dumps(generation, indent=2)
+            (partial / GENERATION_CONFIG_NAME).write_text(text, encoding="utf-8")
+            move(partial, directory)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def whole_checkpoint(place: str) -> Path:
@@ -279,7 +287,7 @@ def loading(place: str, key: str = "model.path") -> Iterator[None]:
         remedy = "no such directory; give one that is there, or a name on the hub, as owner/name"
         raise Refusal(key, place, remedy) from error
     except Exception as error:  # tokenizers raises plain Exception, and model classes raise any type
-        if shortage(error):
+        if shortage(error) or ours(error):
             raise
         raise Refusal(key, place, f"it cannot be loaded: {first_line(error)}") from error
 

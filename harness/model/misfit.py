@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
-from harness.config.errors import first_line
+from harness.config.errors import first_line, ours
 from harness.config.settings import Refusal
 from harness.model import init_weights
 from harness.model.loader import count, quiet
@@ -25,9 +25,11 @@ def misfits(plan: Plan) -> Iterator[None]:
     """
     try:
         yield
-    except Refusal:
+    except (Refusal, OSError):
         raise
     except Exception as error:
+        if ours(error):
+            raise
         small_error = _failure(plan)
         if type(small_error) is not type(error):
             raise
@@ -38,13 +40,17 @@ def misfits(plan: Plan) -> Iterator[None]:
 
 
 def _failure(plan: Plan) -> Exception | None:
-    """The error of a forward of a few layers of the model; None if it succeeds or is too large."""
-    settings, config = plan.settings, small(plan.config, {}, cut=True)
+    """The error of a forward of a few layers of the model; None if it succeeds, is too large or cannot be built."""
+    settings = plan.settings
     with torch.random.fork_rng(devices=[]), torch.no_grad(), quiet():
-        model = init_weights.outline(config, getattr(torch, settings.dtype), settings.model.attention)
-        if count(model) > LARGEST:
+        try:
+            config = small(plan.config, {}, cut=True)
+            model = init_weights.outline(config, getattr(torch, settings.dtype), settings.model.attention)
+            if count(model) > LARGEST:
+                return None
+            init_weights.make(model, list(init_weights.modules(model)), model, torch.device("cpu"), seed=0)
+        except Exception:  # it must not hide the error of the run
             return None
-        init_weights.make(model, list(init_weights.modules(model)), model, torch.device("cpu"), seed=0)
         try:
             model.eval()(input_ids=torch.ones(2, 8, dtype=torch.int64), use_cache=False)
         except Exception as error:  # the model's own code may raise any type

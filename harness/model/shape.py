@@ -26,7 +26,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from harness.config import compose
-from harness.config.errors import first_line
+from harness.config.errors import first_line, ours
 from harness.config.rules import quantized, widths
 from harness.config.settings import Model, Refusal
 
@@ -199,6 +199,8 @@ def building(config: PretrainedConfig) -> Iterator[None]:
     except Refusal:
         raise
     except Exception as error:  # a model's own code may raise any type
+        if ours(error):
+            raise
         raise Refusal(*_key(config), f"transformers cannot build it: {first_line(error)}") from error
 
 

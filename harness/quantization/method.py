@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.quantizers import AutoHfQuantizer, AutoQuantizationConfig
 
-from harness.config.errors import first_line
+from harness.config.errors import first_line, ours
 from harness.config.rules import quantized as rules
 from harness.config.rules.quantized import AT_FIRST, AT_LOAD
 from harness.config.settings import Model, Settings
@@ -142,6 +142,8 @@ def _check_known(settings: Settings, quantization_config: Mapping[str, Any]) -> 
     except ImportError:  # a rehearsal does not need the method's library
         return
     except Exception as error:  # each method's config may raise any type
+        if ours(error):
+            raise
         reason = f"transformers does not take it ({first_line(error)}); {remedy}"
         raise rules.refusal(
             settings.model, quantization_config, reason, _field_in_error(quantization_config, error)

@@ -14,7 +14,7 @@ from harness.record.places import FILE as FILE
 from harness.record.places import as_path
 from harness.record.results import Model, Results
 from harness.record.schema import Environment, Failure, Record, Shortage, World
-from harness.runtime.files import put
+from harness.runtime.files import create, put
 from harness.runtime.trackers import Trackers
 
 if TYPE_CHECKING:
@@ -179,6 +179,15 @@ def _place(where: "Where | None") -> memory.Where | None:
 def write(directory: Path, record: Record) -> None:
     """Write `record` into `directory`, completely or not at all."""
     put(directory / FILE, text(record))
+
+
+def begin(directory: Path, record: Record) -> bool:
+    """Write the first `record` into `directory`, which is then this run's. False: it is another run's."""
+    try:
+        create(directory / FILE, text(record))
+    except FileExistsError:
+        return False
+    return True
 
 
 def text(record: Record) -> str:

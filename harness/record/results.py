@@ -72,6 +72,13 @@ class Validation(Part):
     loss: float
 
 
+class Unsaved(Part):
+    """A checkpoint that could not be written: after how many steps, and why."""
+
+    step: Number
+    error: Text
+
+
 class Training(Part):
     """The results of a training run: the loss of each of its steps.
 
@@ -81,6 +88,7 @@ class Training(Part):
     first_step: Number = 0
     losses: list[float] = Field(default_factory=list)
     validation: list[Validation] = Field(default_factory=list)
+    unsaved: list[Unsaved] = Field(default_factory=list)
     optimizer: Text | None = None
 
 

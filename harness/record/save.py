@@ -1,6 +1,8 @@
 """The record of a loop outside the harness, for the same tools: compare, report, check."""
 
 import platform
+from collections.abc import Callable
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import TypeVar
@@ -35,21 +37,42 @@ def save(ledger: Ledger, directory: str | Path, *, model: torch.nn.Module, mode:
         raise ValueError(f"mode={mode!r}: a loop is one of {', '.join(MODES)}")
     file = as_path(directory) / record_file.FILE
     rank = dist.get_rank() if dist.is_initialized() else 0
-    error_sentence = "the ledger is still open: save its record after its block" if ledger.exact else None
-    if rank == 0 and file.exists():
-        error_sentence = f"{directory} already contains a run's record; name another directory"
-    _raise_on_all(error_sentence)
+    _raise_on_all("the ledger is still open: save its record after its block" if ledger.exact else None)
     ranks = _gather_records(ledger, rank)
-    if rank == 0:
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            record_file.write(file.parent, _record(ledger, mode, model, ranks))
-        except OSError as error:
-            error_sentence = f"{directory} cannot be written: {error.strerror}"
-    _raise_on_all(error_sentence)
-    trace.write(file.parent, rank, trace.of_ledger(ledger))
-    _raise_on_all(None)  # a barrier: after it all files exist for every rank
+    whole = _record(ledger, mode, model, ranks) if rank == 0 else None
+    _on_all(directory, partial(_begin, file, whole) if whole else None)
+    try:
+        _on_all(directory, lambda: trace.write(file.parent, rank, trace.of_ledger(ledger)))
+        _on_all(directory, partial(record_file.write, file.parent, whole) if whole else None)
+    except ValueError:
+        trace.remove(file.parent, rank)
+        if rank == 0:
+            file.unlink(missing_ok=True)
+        raise
     return file
+
+
+def _begin(file: Path, whole: Record) -> None:
+    """Make the directory of `file` this loop's: until all files are there, its record says failed. Raises OSError."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if not record_file.begin(file.parent, whole.plus(status="failed", failure=record_file.unfinished())):
+        raise FileExistsError
+
+
+def _on_all(directory: str | Path, act: Callable[[], object] | None) -> None:
+    """Call this rank's `act`, if it has one. Raises ValueError, on every rank, where any of them cannot write."""
+    error_sentence = None
+    try:
+        if act is not None:
+            act()
+    except OSError as error:
+        reason = error.strerror
+        error_sentence = (
+            f"{directory} cannot be written: {reason}"
+            if reason
+            else f"{directory} already contains a run's record; name another directory"
+        )
+    _raise_on_all(error_sentence)
 
 
 def _raise_on_all(error_sentence: str | None) -> None:

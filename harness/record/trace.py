@@ -4,10 +4,11 @@ One table per rank, `trace/rank-N.parquet` in the run's directory, in the order 
 """
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.runtime.files import whole
+from harness.runtime.files import put, writing
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -71,15 +72,28 @@ def schema() -> "pa.Schema":
 
 
 def write(directory: Path, rank: int, table: "pa.Table") -> None:
-    """Write a rank's `table` into a run's directory, completely or not at all. Without events there is no file."""
+    """Write a rank's `table` into a run's directory, completely or not at all. Without events there is no file.
+
+    Raises NotWritten.
+    """
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     if not table.num_rows:
         return
     file = _file(directory, rank)
-    file.parent.mkdir(exist_ok=True)
-    with whole(file) as partial:
-        pq.write_table(table, partial, compression="zstd")
+    content = pa.BufferOutputStream()
+    pq.write_table(table, content, compression="zstd")
+    with writing(file, content.tell()):
+        file.parent.mkdir(exist_ok=True)
+    put(file, content.getvalue().to_pybytes())
+
+
+def remove(directory: Path, rank: int) -> None:
+    """Delete a rank's table, if there is one."""
+    with suppress(OSError):
+        _file(directory, rank).unlink(missing_ok=True)
+        (directory / DIRECTORY).rmdir()
 
 
 def read(directory: Path, rank: int) -> "pa.Table | None":

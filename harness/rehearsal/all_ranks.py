@@ -20,7 +20,7 @@ from harness.record.schema import Record, World
 from harness.rehearsal import UNVERIFIED, kernels
 from harness.rehearsal.balance import Task, peak, resolved
 from harness.rehearsal.places import EVERY, Progress, layers_of, leave, left
-from harness.rehearsal.pool import progress, workers
+from harness.rehearsal.pool import portable, progress, workers
 from harness.rehearsal.representatives import Representative, representatives_of
 from harness.runtime.progress import Pace, aside
 
@@ -182,7 +182,7 @@ def balanced(plan: Plan) -> Plan:
 
         def measure(tasks: Sequence[Task]) -> list[int]:
             peaks = []
-            for highest in pool.map(peak, tasks):
+            for highest in pool.map(partial(portable, peak), tasks):
                 peaks.append(highest)
                 pace.advance()
             return peaks
@@ -212,7 +212,9 @@ def _results(
     with TemporaryDirectory() as folder, workers() as pool:  # a worker that is killed writes no more to it
         files = {each.rank: Path(folder, str(each.rank)) for each in representatives}
         running = {
-            pool.submit(one, plan, each.rank, directory, report=partial(leave, files[each.rank])): each
+            pool.submit(
+                portable, one, plan, each.rank, directory, report=partial(leave, files[each.rank])
+            ): each
             for each in representatives
         }
         while running:

@@ -4,10 +4,14 @@ This module imports no torch, so its callers need not load it. Its functions do,
 """
 
 from dataclasses import replace
+from functools import cache
 from typing import TYPE_CHECKING
 
+from harness.config.errors import ours
 from harness.config.settings import Settings
 from harness.rehearsal.moments import Moment, at_depth, moments_of
+from harness.runtime import tracebacks
+from harness.runtime.progress import aside
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -41,7 +45,8 @@ def by_shapes(settings: Settings) -> dict[str, int]:
         if getattr(config, "quantization_config", None) is not None or settings.deepspeed.options:
             return {}
         parameters = sum(each.numel() for each in init_weights.outline(config, torch.bfloat16).parameters())
-    except Exception:  # the rehearsal words it
+    except Exception as error:  # the rehearsal words it
+        _say_mistake(error)
         return {}
     of_rank = parameters // (layout.stages * layout.tp_size)
     if settings.mode == "infer":
@@ -76,8 +81,20 @@ def by_few_layers(settings: Settings) -> tuple[Moment, ...]:
             rank = max(representatives_of(plan), key=lambda each: each.size).rank
             of_depth[depth] = moments_of(rehearse(plan, rank)[0])
         return at_depth(of_depth, whole.number_of_layers)
-    except Exception:  # an estimate that cannot be had is none; the rehearsal words what is wrong
+    except Exception as error:  # an estimate that cannot be had is none; the rehearsal words what is wrong
+        _say_mistake(error)
         return ()
+
+
+def _say_mistake(error: Exception) -> None:
+    """Say it where no estimate can be had by a mistake of ours, which would else only make the search longer."""
+    if ours(error):
+        _say(tracebacks.sentence(error))
+
+
+@cache
+def _say(sentence: str) -> None:
+    aside(f"no estimate, so more is rehearsed: {sentence}")
 
 
 def _period(config: "PretrainedConfig") -> int:

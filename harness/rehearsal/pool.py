@@ -6,17 +6,19 @@ This module imports no torch, so its callers need not load it.
 import asyncio
 import gc
 import os
+import pickle
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import get_context, parent_process
 from threading import Thread
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from harness.config.load import Settings
+from harness.config.load import Refusal, Settings
 from harness.device.replay import Alternative
 from harness.rehearsal.moments import Moment, moments_of
+from harness.runtime import tracebacks
 from harness.runtime.progress import Pace, aside
 
 if TYPE_CHECKING:
@@ -167,7 +169,21 @@ async def worst_of(pool: ProcessPoolExecutor, settings: Settings, advised: bool 
 
 async def in_worker(pool: ProcessPoolExecutor, act: Callable[..., Result], *arguments: object) -> Result:
     """What `act` returns in a worker."""
-    return await asyncio.get_running_loop().run_in_executor(pool, act, *arguments)
+    return await asyncio.get_running_loop().run_in_executor(pool, portable, act, *arguments)
+
+
+def portable(act: Callable[..., Result], *arguments: Any, **options: Any) -> Result:
+    """What `act` returns, in a worker. An error that another process could not receive becomes a RuntimeError."""
+    try:
+        return act(*arguments, **options)
+    except Exception as error:
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:
+            sendable = RuntimeError(tracebacks.sentence(error))
+            vars(sendable).update({"rehearsed": getattr(error, "rehearsed", (0, None))})
+            raise sendable from None
+        raise
 
 
 def progress(total: int | None) -> Pace:
@@ -264,8 +280,12 @@ def _highest(candidates: Candidates, ranks: Sequence[Worst]) -> Worst:
 
 
 def _error_text(error: Exception) -> str:
-    """The error as text: its class may not exist in the process that receives it."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:400]
+    """The error as text: its class may not exist in the process that receives it. An unexpected one names the file that
+    has its traceback.
+    """
+    if isinstance(error, Refusal):
+        return f"{REFUSED}{error}"[:400]
+    return tracebacks.sentence(error, 300)
 
 
 def _of_stage(representatives: "Sequence[Representative]", stage: int) -> "list[Representative]":

@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from harness.ledger import Where
+from harness.runtime import faults, tracebacks
+from harness.runtime.files import put
 from harness.runtime.memory_limit import NotFree, Shortage, shortage
 from harness.runtime.world import World
 
@@ -95,8 +97,12 @@ def of_rehearsal(error: Exception, directory: Path) -> Failure:
 
 
 def _with_traceback(error: BaseException, rank: int, where: Where | None, directory: Path) -> Failure:
-    with (directory / f"failure-rank{rank}.txt").open("w", encoding="utf-8") as stream:
-        traceback.print_exception(error, file=stream)
+    file = directory / f"failure-rank{rank}.txt"
+    try:
+        put(file, "".join(traceback.format_exception(error)).encode(errors="backslashreplace"))
+    except OSError:  # a full disk must not hide the failure
+        if not isinstance(error, OSError):
+            return Failure(rank, where, tracebacks.sentence(error), shortage=shortage(error))
     return Failure(rank, where, _error_line(error), shortage=shortage(error))
 
 
@@ -126,6 +132,7 @@ def _stage(world: World, rank: int) -> int | None:
 def claim(directory: Path, report: Report) -> bool:
     """Whether `report` is the first report of the run's end. Only the first report is printed and recorded."""
     try:
+        faults.at(f"write {CLAIM}")
         with (directory / CLAIM).open("x") as stream:
             stream.write(json.dumps(asdict(report)) + "\n")
     except (FileExistsError, FileNotFoundError):  # a refused run removes its directory
@@ -136,7 +143,10 @@ def claim(directory: Path, report: Report) -> bool:
 
 
 def first_report(directory: Path) -> Report | None:
-    """The first report of the run's end. None if there is none, or if the run's directory was removed."""
+    """The first report of the run's end. None if there is none, or if the run's directory was removed.
+
+    One that is never complete is of a rank that failed on a full disk, and says so.
+    """
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         try:
@@ -145,7 +155,7 @@ def first_report(directory: Path) -> Report | None:
             return None
         except ValueError:  # not completely written yet
             time.sleep(0.05)
-    return None
+    return Report(None, f"a rank failed, and could not write why to {directory / CLAIM}", 3)
 
 
 def await_report(directory: Path) -> None:

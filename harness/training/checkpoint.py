@@ -6,11 +6,11 @@ and digest of each file. It is written under a temporary name and then renamed, 
 
 import hashlib
 import json
-import os
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -19,9 +19,12 @@ from safetensors.torch import load_file, save_file
 from harness.config.load import Refusal
 from harness.config.rules.sources import run_state
 from harness.runtime import faults
+from harness.runtime.files import NotWritten, flush, move, writing
 from harness.runtime.world import World
 from harness.training.engine import Engine
 from harness.training.pipeline_engine import Pipeline
+
+T = TypeVar("T")
 
 SCHEMA = "harness.checkpoint/1"
 
@@ -78,37 +81,69 @@ def save(
     """Write the state after `step` steps under `directory`, then delete all but the newest `keep` checkpoints.
     Collective.
 
-    Without `write` it allocates the same memory and writes nothing.
+    Without `write` it allocates the same memory and writes nothing. Raises NotWritten, on every rank, where any of them
+    cannot write its part: then nothing of the checkpoint is left, and the older ones are as they were.
     """
     final = directory / f"step-{step:08d}"
     partial = directory / f".{final.name}.partial"
-    if world.leads and write:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    world.barrier()
     file = partial / f"rank-{world.rank:05d}.safetensors"
-    state = {**tensors(engine), **_random_state(world.device)}
-    state = {name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}
-    entries = world.gather(_write_rank(state, file) if write else {})
-    if world.leads and write:
+    try:
+        _on_all(world, lambda: _begin(partial) if world.leads and write else None)
+        state = {**tensors(engine), **_random_state(world.device)}
+        state = {name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}
+        entries = _on_all(world, lambda: _write_rank(state, file, step) if write else {})
         manifest = {"schema": SCHEMA, "step": step, "identity": identity, "files": entries}
-        (partial / "manifest.json").write_text(json.dumps(manifest))
-        _flush(partial / "manifest.json")
-        os.replace(partial, final)
-        for old in sorted(directory.glob("step-*"))[:-keep]:
-            shutil.rmtree(old)
-    world.barrier()
+        _on_all(world, lambda: _complete(partial, final, manifest, keep) if world.leads and write else None)
+    except NotWritten:
+        if world.leads:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
     return final
 
 
-def _write_rank(state: dict[str, torch.Tensor], file: Path) -> dict[str, Any]:
+def _on_all(world: World, act: Callable[[], T]) -> list[T]:
+    """What `act` returns on each rank, in rank order. Raises NotWritten on every rank where any of them does."""
+    outcome: T | NotWritten
+    try:
+        outcome = act()
+    except NotWritten as error:
+        outcome = error
+    outcomes = world.gather(outcome)
+    for each in outcomes:
+        if isinstance(each, NotWritten):
+            raise each
+    return cast(list[T], outcomes)
+
+
+def _begin(partial: Path) -> None:
+    shutil.rmtree(partial, ignore_errors=True)
+    with writing(partial):
+        partial.mkdir(parents=True)
+
+
+def _complete(partial: Path, final: Path, manifest: dict[str, Any], keep: int) -> None:
+    """Write the manifest, give the checkpoint its name, and delete those before the newest `keep`."""
+    file, text = partial / "manifest.json", json.dumps(manifest)
+    with writing(file, len(text)):
+        faults.at("write manifest.json", manifest["step"])
+        file.write_text(text)
+        flush(file)
+        move(partial, final)
+    for old in sorted(final.parent.glob("step-*"))[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_rank(state: dict[str, torch.Tensor], file: Path, step: int) -> dict[str, Any]:
     """Write `state` and the random state of the host's libraries; return this rank's entry in the manifest."""
-    faults.at("write state")
-    save_file(state, file)
-    _flush(file)
+    nbytes = sum(tensor.nbytes for tensor in state.values())
+    with writing(file, nbytes):
+        faults.at("write state", step)
+        save_file(state, file)
+        flush(file)
+        written = {"name": file.name, "bytes": file.stat().st_size, "sha256": _digest(file)}
     python_state = random.getstate()
     host = {"python": [python_state[0], list(python_state[1]), python_state[2]], "numpy": _numpy_state()}
-    return {"name": file.name, "bytes": file.stat().st_size, "sha256": _digest(file), "host": host}
+    return {**written, "host": host}
 
 
 def newest_whole(directory: Path, key: str = "train.resume") -> tuple[Path, dict[str, Any], list[str]]:
@@ -194,8 +229,3 @@ def _numpy_state() -> list[Any]:
 def _digest(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _flush(file: Path) -> None:
-    with file.open("rb") as stream:
-        os.fsync(stream.fileno())

@@ -23,8 +23,9 @@ from harness.quantization import method
 from harness.quantization.method import Quantization
 from harness.record.figures import Figures, of_stretch
 from harness.record.record_file import Output
-from harness.record.results import Model, Performance, Training, Validation
+from harness.record.results import Model, Performance, Training, Unsaved, Validation
 from harness.runtime.course import WHOLE, Course
+from harness.runtime.files import NotWritten
 from harness.runtime.progress import Pace, peak_of
 from harness.runtime.world import World
 from harness.training import checkpoint
@@ -75,7 +76,11 @@ def run(plan: Plan, world: World, ledger: Ledger, out: Output, course: Course = 
         if _due(step, max(1, train.steps // 10), first + settings.ledger.steps):
             out.flush()
         if _due(step, train.save_every, None):
-            _save(settings, world, engine, out.directory, step, course.values)
+            try:
+                _save(settings, world, engine, out.directory, step, course.values)
+            except NotWritten as error:  # the run can go on
+                out.results.training = progress.unsaved(step, str(error))
+                out.flush()
     if not progress.whole:
         ledger.enough()  # the next step would do this; do it before anything is freed
     if course.values:
@@ -264,6 +269,13 @@ class Progress:
             return
         self.training.validation.append(Validation(step=step + 1, loss=loss))
         self.say(f"step {step + 1}/{self.settings.train.steps}  validation loss {loss:.3f}")
+
+    def unsaved(self, step: int, error: str) -> Training:
+        """Say and record that the checkpoint after `step` could not be written. Returns the record so far."""
+        self.say(f"step {step + 1}: no checkpoint, and the run goes on: {error}")
+        unsaved = [*self.training.unsaved, Unsaved(step=step + 1, error=error)]
+        self.training = self.training.plus(unsaved=unsaved)
+        return self.training
 
     def rates(self) -> Performance:
         """Tokens per second over all ranks, by the median step. Steps under an exact ledger count only where there are

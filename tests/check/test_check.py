@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from harness.check.tolerance import tolerances
 from harness.ledger.categories import CATEGORIES
 from harness.record import record_file
 from harness.record.schema import parse
+from harness.runtime import faults
 
 ROOT = Path(__file__).parents[2]
 KIB = 1024
@@ -764,6 +766,25 @@ def test_a_rehearsal_that_fails_is_said_and_not_hidden(gate: Run) -> None:
     assert code == 2
     assert err.startswith("harness: b.json: ")
     assert err.count("\n") == 1
+
+
+def test_a_rehearsal_that_fails_by_itself_is_no_wrong_request_and_its_traceback_is_in_a_file(
+    gate: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(point: str, number: int) -> None:
+        raise KeyError(f"out of luck at {point}")
+
+    Path("b.json").write_text(broken(mode="infer", world=1, config=[*QUICK, "precision=fp32"]))
+    monkeypatch.setattr(faults, "inject", fail)
+    code, _, err = gate("--baseline", "b.json")
+    assert code == 3
+    said = re.fullmatch(
+        r"harness: b.json: its rehearsal failed: KeyError: 'out of luck at prefill' \(traceback in (.+)\)\n",
+        err,
+    )
+    assert said is not None, err
+    assert "KeyError: 'out of luck at prefill'" in Path(said[1]).read_text().splitlines()[-1]
+    Path(said[1]).unlink()
 
 
 def test_the_committed_baselines_are_as_the_tool_writes_them() -> None:

@@ -1,8 +1,13 @@
-"""The line of a library's error that a sentence of ours repeats."""
+"""The line of a library's error that a sentence of ours repeats, and which errors are mistakes of ours."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from harness.config.errors import LONGEST, first_line
+from harness.config import errors
+from harness.config.errors import LONGEST, first_line, ours
 
 
 @pytest.mark.parametrize(
@@ -20,3 +25,24 @@ def test_it_is_the_first_with_the_class_where_it_is_no_sentence(
 ) -> None:
     assert first_line(error) == line
     assert first_line(error, named=True) == named
+
+
+@pytest.mark.parametrize(
+    ("act", "expected"),
+    [
+        (lambda: 1 + None, True),  # type: ignore[operator]
+        (lambda: dict[str, int]()["absent"], True),
+        (lambda: int("no number"), False),  # what an input may raise
+        (lambda: Path("/absent").read_text(), False),
+        (lambda: json.loads(None), False),  # type: ignore[arg-type]  # raised by another package
+    ],
+)
+def test_a_mistake_is_ours_where_a_line_of_ours_raises_it(
+    act: Callable[[], object], expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(errors, "PACKAGE", Path(__file__).parent)
+    with pytest.raises(Exception) as raised:  # noqa: PT011 - each has another
+        act()
+    assert ours(raised.value) is expected
+    monkeypatch.setattr(errors, "PACKAGE", Path(errors.__file__).parents[1])
+    assert not ours(raised.value)

@@ -1,9 +1,10 @@
 """The product with a fault: `faulty.py KIND POINT NUMBER RANK words...`, under torchrun or in the warm ranks.
 
-KIND is `kill`, `stop` (SIGSTOP), `hang` (an endless loop), `full` (no space left), `denied` (no permission),
-`memory` (no more than a MiB from then on) or `raise`.
-POINT and NUMBER are as in `harness/runtime/faults.py`; NUMBER - is any. RANK - is every rank. Where the variable ONCE
-names a file, the fault happens once, and leaves the file.
+KIND is `kill`, `stop` (SIGSTOP), `hang` (an endless loop), `full` (no space left), `denied` (no permission), `stale` (a
+network disk has lost its answer), `small` (no file of more than 500 kB), `memory` (no more than a MiB from then on) or
+`raise`. With `full-on` and `denied-on` no file can be written from the point on. POINT and NUMBER are as in
+`harness/runtime/faults.py`; NUMBER - is any. RANK - is every rank. After `and` comes another fault. Where the variable
+ONCE names a file, a fault happens once, and leaves the file.
 """
 
 import errno
@@ -18,17 +19,33 @@ import psutil
 from harness.__main__ import main
 from harness.runtime import faults
 
-kind, point, number, rank = sys.argv[1:5]
+SYSTEM = {"full": errno.ENOSPC, "denied": errno.EACCES, "stale": errno.ESTALE}
+"""The system's error of a kind."""
+
+wanted = [sys.argv[1:5]]
+del sys.argv[1:5]
+while sys.argv[1:2] == ["and"]:
+    wanted.append(sys.argv[2:6])
+    del sys.argv[1:6]
+lasting: list[str] = []
+"""The kinds of `full-on` and `denied-on` whose point is passed."""
 
 
 def fail(passed: str, passed_number: int) -> None:
-    """Fail at the point that was asked for."""
-    if (
-        passed != point
-        or number not in ("-", str(passed_number))
-        or rank not in ("-", os.environ.get("RANK", "0"))
-    ):
-        return
+    """Fail at the points that were asked for."""
+    for kind, point, number, rank in wanted:
+        if (
+            passed == point
+            and number in ("-", str(passed_number))
+            and rank in ("-", os.environ.get("RANK", "0"))
+        ):
+            act(kind, passed)
+    if lasting and passed.startswith("write "):
+        act(lasting[0], passed)
+
+
+def act(kind: str, point: str) -> None:
+    """Fail in the way of `kind`."""
     if once := os.environ.get("ONCE"):
         try:
             Path(once).touch(exist_ok=False)
@@ -41,14 +58,15 @@ def fail(passed: str, passed_number: int) -> None:
     if kind == "memory":
         limit = psutil.Process().memory_info().vms + 2**20
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    if kind == "full":
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), point)
-    if kind == "denied":
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), point)
+    if kind.endswith("-on"):
+        lasting.append(kind.removesuffix("-on"))
+    if kind == "small":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, resource.RLIM_INFINITY))
+    if kind in SYSTEM:
+        raise OSError(SYSTEM[kind], os.strerror(SYSTEM[kind]), point)
     if kind == "raise":
         raise ValueError("out of luck")
 
 
 faults.inject = fail
-sys.argv[1:] = sys.argv[5:]
 raise SystemExit(main(sys.argv[1:]))

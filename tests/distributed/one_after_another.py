@@ -61,6 +61,8 @@ def script(directory: str, path: str, *words: str) -> int:
     sys.argv = [path, *words]
     try:
         runpy.run_path(path, run_name="__main__")
+    except SystemExit as ended:  # a fork skips Python's shutdown
+        return int(ended.code or 0)
     except Exception:
         traceback.print_exc()
         return 1

@@ -4,16 +4,17 @@ import json
 import logging
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, LlamaConfig
 
 from harness.config.settings import Model, Refusal
-from harness.model import init_weights, loader, tensor_parallel
+from harness.model import init_weights, loader, shape, tensor_parallel
 from harness.model.generation_defaults import fields_of
 from harness.model.tokenizer import of_bytes, tokenizer_of
 
@@ -289,3 +290,13 @@ def test_code_that_comes_with_a_checkpoint_is_refused_and_not_run(
 def test_an_unknown_architecture_is_refused() -> None:
     with pytest.raises(Refusal, match=r"^model.config.model_type=no-such-model: this transformers has no "):
         loader.model_config(Model(name="test", config={"model_type": "no-such-model"}))
+
+
+@pytest.mark.parametrize("around", [lambda: loader.loading("mine"), lambda: shape.building(LlamaConfig())])
+def test_a_mistake_of_ours_is_never_told_as_the_user_s(
+    around: Callable[[], AbstractContextManager[None]],
+) -> None:
+    with pytest.raises(AttributeError), around():
+        loader.count(None)  # type: ignore[arg-type]
+    with pytest.raises(Refusal), around():
+        raise AttributeError("raised by another package")

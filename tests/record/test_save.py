@@ -1,5 +1,7 @@
 """A record of anybody's loop, and that the tools read it as they read a run's."""
 
+import errno
+import os
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,6 +13,7 @@ import harness
 from harness.__main__ import main
 from harness.analysis import compare
 from harness.record import record_file, schema, trace
+from harness.runtime import faults
 
 
 class Wrapper(torch.nn.Module):
@@ -152,3 +155,29 @@ def test_what_cannot_be_saved_is_refused_with_a_sentence_and_leaves_nothing(tmp_
     with pytest.raises(ValueError, match="file/run cannot be written: Not a directory"):
         harness.save(stepped(model), tmp_path / "file/run", model=model)
     assert [each.name for each in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(("name", "time"), [("record.json", 1), ("rank-0.parquet", 1), ("record.json", 2)])
+def test_where_the_disk_is_full_nothing_is_left_and_the_same_directory_can_be_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, time: int
+) -> None:
+    model, passed = small(), []
+    ledger = stepped(model)
+
+    def full(point: str, number: int) -> None:
+        passed.extend([point] * (point == f"write {name}"))
+        if len(passed) == time:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(faults, "inject", full)
+    with pytest.raises(
+        ValueError, match=r"cannot be written: No space left on device; [\d,]+ bytes to write, "
+    ):
+        harness.save(ledger, tmp_path / "out", model=model)
+    assert [*(tmp_path / "out").iterdir()] == []
+    monkeypatch.setattr(faults, "inject", None)
+    harness.save(ledger, tmp_path / "out", model=model)
+    with pytest.raises(ValueError, match="already contains a run's record"):
+        harness.save(ledger, tmp_path / "out", model=model)
+    assert harness.read(tmp_path / "out")["status"] == "complete"
+    assert trace.read(tmp_path / "out", 0) is not None

@@ -76,8 +76,14 @@ def test_the_first_word_about_the_end_is_everybody_s(tmp_path: Path) -> None:
 def test_where_nothing_is_left_of_a_run_nobody_has_a_word(tmp_path: Path) -> None:
     assert not failure.claim(tmp_path / "removed", failure.Report(0, "rank 0 failed", 3))
     assert failure.first_report(tmp_path / "removed") is None
-    (tmp_path / failure.CLAIM).write_text('{"rank": 0, "sente')  # and is never finished
-    assert failure.first_report(tmp_path) is None
+
+
+def test_a_report_that_is_never_complete_is_of_a_run_that_failed(tmp_path: Path) -> None:
+    (tmp_path / failure.CLAIM).write_text('{"rank": 0, "sente')
+    actual = failure.first_report(tmp_path)
+    assert actual is not None
+    assert (actual.rank, actual.code) == (None, 3)
+    assert failure.CLAIM in actual.sentence
 
 
 def test_other_ranks_of_this_host_are_ended_and_those_elsewhere_are_not_known_to_be() -> None:
