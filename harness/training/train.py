@@ -1,12 +1,13 @@
 """The training run: data, engine, steps, validation, checkpoints."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -27,7 +28,7 @@ from harness.record.results import Model, Performance, Training, Validation
 from harness.runtime.course import WHOLE, Course
 from harness.runtime.progress import Pace, peak_of
 from harness.runtime.world import World
-from harness.training import checkpoint
+from harness.training import checkpoint, nonfinite
 from harness.training.engine import Engine, learning_rate
 from harness.training.pipeline_engine import Pipeline
 
@@ -61,7 +62,12 @@ def run(plan: Plan, world: World, ledger: Ledger, out: Output, course: Course = 
     ledger.recent.take()  # the set-up
     for step in progress:
         ledger.begins(step)
-        progress.stepped(engine.train_step(batches, step))
+        loss = engine.train_step(batches, step)
+        if engine.guard.skipped:
+            if train.nonfinite == "stop":
+                _stop(engine, world, settings, corpus, step, loss)
+            progress.skipped(step, loss)
+        progress.stepped(loss)
         if out.trackers:
             rates = {
                 "train/learning_rate": learning_rate(train, step),
@@ -160,6 +166,30 @@ def _save(
         checkpoint.save(engine, world, state, step + 1, values, settings.train.keep, write)
 
 
+def _stop(
+    engine: Engine | Pipeline,
+    world: World,
+    settings: Settings,
+    corpus: token_batches.Corpus,
+    step: int,
+    loss: float,
+) -> NoReturn:
+    """End a run in whose `step` a loss or gradient is not finite. Raises FloatingPointError on the rank where it began,
+    which reports it for all.
+    """
+    engine.ledger.enough()  # what follows is no part of the run
+    train = settings.train
+    skip = step * train.accumulation
+    batches = token_batches.loader(corpus.train, train.micro_batch, world, settings.seed, skip)
+    searched = engine.not_finite_in(batches, step)
+    rank, micro_batch, phase, sentence = nonfinite.origin(searched, loss, world)
+    with engine.ledger.phase(phase, step, micro_batch):
+        if rank == world.rank:
+            raise FloatingPointError(f"{sentence}; the update was left out, and train.nonfinite=skip goes on")
+        world.barrier()  # until that rank has ended
+    raise FloatingPointError(sentence)
+
+
 def _validation_batches(
     settings: Settings, world: World, corpus: token_batches.Corpus
 ) -> Callable[[], Iterator[torch.Tensor]] | None:
@@ -223,7 +253,7 @@ class Progress:
         self.startup = startup
         train = settings.train
         self.tokens = train.micro_batch * train.accumulation * train.sequence * world.dp_size
-        self.training = Training(first_step=first, losses=[], validation=[])
+        self.training = Training(first_step=first, losses=[], validation=[], skipped=[])
 
     @property
     def whole(self) -> bool:
@@ -248,6 +278,13 @@ class Progress:
             return
         self.training.losses.append(loss)
         self.pace.advance(1, f"loss {loss:.3f}  {self.tokens / self.seconds[-1]:,.0f} tokens/s")
+
+    def skipped(self, step: int, loss: float) -> None:
+        """Record that the update of `step` was left out, and say so."""
+        self.training.skipped.append(step)
+        problem = "its gradients are not finite" if math.isfinite(loss) else f"its loss is {loss}"
+        number = len(self.training.skipped)
+        self.say(f"step {step + 1}/{self.settings.train.steps}  {problem}: update skipped, {number} so far")
 
     def figures(self) -> Figures:
         """The last step's, for trackers."""
