@@ -1,6 +1,7 @@
 """The product with a fault: `faulty.py KIND POINT NUMBER RANK words...`, under torchrun or in the warm ranks.
 
-KIND is `kill`, `stop` (SIGSTOP), `hang` (an endless loop), `full` (no space left), `denied` (no permission) or `raise`.
+KIND is `kill`, `stop` (SIGSTOP), `hang` (an endless loop), `full` (no space left), `denied` (no permission), `nan` (the
+weight of `tests/poison.py`) or `raise`.
 POINT and NUMBER are as in `harness/runtime/faults.py`; NUMBER - is any. RANK - is every rank.
 """
 
@@ -11,6 +12,7 @@ import sys
 
 from harness.__main__ import main
 from harness.runtime import faults
+from tests import poison
 
 kind, point, number, rank = sys.argv[1:5]
 
@@ -31,6 +33,8 @@ def fail(passed: str, passed_number: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), point)
     if kind == "denied":
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), point)
+    if kind == "nan":
+        poison.weight()
     if kind == "raise":
         raise ValueError("out of luck")
 
