@@ -8,9 +8,11 @@ import pytest
 from harness.config.compose import compose
 from harness.config.load import load
 from harness.ledger import Ledger
+from harness.ledger.patch import patched
 from harness.model.plan import Plan
 from harness.record.record_file import Output
 from harness.record.results import Results
+from harness.rehearsal.shims import process_world
 from harness.runtime.world import World, connected
 from harness.training.train import run
 
@@ -21,10 +23,10 @@ WORDS = (
 )
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def world() -> Iterator[World]:
-    """A world of one, joined once: DeepSpeed keeps its groups."""
-    with connected("cpu", 60) as joined:
+    """A world of one, which DeepSpeed forgets at its end."""
+    with patched(*process_world()), connected("cpu", 60) as joined:
         yield joined
 
 
