@@ -65,6 +65,7 @@ def _names(value: object) -> object:
     return list(dict.fromkeys(value)) if isinstance(value, list) else [value]
 
 
+Names = Annotated[list[str], BeforeValidator(_names)]
 Trackers = Annotated[list[Literal["tensorboard", "wandb", "mlflow"]], BeforeValidator(_names)]
 
 
@@ -188,6 +189,10 @@ class Train:
     """Number of complete full-state checkpoints kept."""
     resume: Place | None = None
     """Directory of the run to continue."""
+    resume_changes: Names = Field(default_factory=list)
+    """Keys that may differ from the run to continue, as [train.steps,data]."""
+    nonfinite: Literal["stop", "skip", "ignore"] = "stop"
+    """A loss or gradient that is NaN or infinite: stop before the update, skip the update, or go on."""
     export: bool = True
     """Write checkpoint/ in transformers' format at the end."""
 

@@ -19,18 +19,19 @@ from transformers import PreTrainedTokenizerBase
 from harness.config.errors import first_line, ours
 from harness.config.rules import sources
 from harness.config.settings import Data, Refusal
+from harness.data.text_digest import of_texts, of_tokenizer
 from harness.runtime.files import writing
 
 STDLIB_BYTES = 2 * 2**20
 """How many bytes of the standard library's source are read: enough for a first run, tokenized within seconds."""
-LAYOUT = 2
+LAYOUT = 3
 """Version of the stored rows. Another version has another place in the cache."""
 
 
 def stored(settings: Data, tokenizer: PreTrainedTokenizerBase) -> Any:
     """The row of tokens, memory-mapped, and created first if it is missing. Raises Refusal if there is no such text.
 
-    A row is renamed into place when it is complete.
+    Its `info.description` is the digest of the text. A row is renamed into place when it is complete.
     """
     cache = Path(settings.cache_dir or Path(datasets.config.HF_CACHE_HOME) / "harness").expanduser()
     files = _files(settings)
@@ -74,6 +75,9 @@ def _make_row(
     )
     if not len(row):
         raise Refusal(*named(settings), "there is no text in it")
+    column = settings.column
+    documents = (text for batch in texts.iter(batch_size=64) for text in batch[column])
+    row.info.description = of_texts(documents)
     row.save_to_disk(str(partial / "row"))
 
 
@@ -158,8 +162,8 @@ def _identity(settings: Data, files: list[Path] | None, tokenizer: PreTrainedTok
         source: Any = [settings.name, settings.split, settings.column]
     else:
         source = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    vocabulary = hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
-    parts = [LAYOUT, settings.kind, source, type(tokenizer).__name__, vocabulary, sys.version_info[:2]]
+    names = type(tokenizer).__name__, of_tokenizer(tokenizer)
+    parts = [LAYOUT, settings.kind, source, *names, sys.version_info[:2]]
     return f"{settings.kind}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]}"
 
 

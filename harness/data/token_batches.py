@@ -74,10 +74,14 @@ class Stream(IterableDataset[torch.Tensor]):
 
 @dataclass(frozen=True)
 class Corpus:
-    """The data to train on, and the held-out data; None if nothing is held out."""
+    """The data to train on, and the held-out data; None if nothing is held out.
+
+    `digest` is that of the text, in hexadecimal; "" for a stream.
+    """
 
     train: Blocks | Stream
     validation: Blocks | Stream | None
+    digest: str = ""
 
 
 def corpus(
@@ -117,7 +121,7 @@ def corpus(
             f"data.validation={settings.validation} holds out; give more text or a shorter train.sequence",
         )
     validation = Blocks(row, sequence, blocks - held_out_blocks, blocks) if held_out_blocks else None
-    return Corpus(Blocks(row, sequence, 0, blocks - held_out_blocks), validation)
+    return Corpus(Blocks(row, sequence, 0, blocks - held_out_blocks), validation, row.info.description)
 
 
 def loader(

@@ -79,10 +79,20 @@ class Unsaved(Part):
     error: Text
 
 
+class Change(Part):
+    """A setting in which a run differs from the one that it resumes: its key, the value saved there, and its own."""
+
+    key: Text
+    saved: Any
+    value: Any
+
+
 class Training(Part):
     """The results of a training run: the loss of each of its steps.
 
-    `first_step` is the number of steps before, of the run that it resumes. The lists grow during the run.
+    `first_step` is the number of steps before, of the run that it resumes. `skipped` are the steps, from 0, whose
+    update was left out because a loss or gradient was not finite. The lists grow during the run. A resumed run has
+    its `changes`, and the keys of which the checkpoint does not say whether they were the same (`unknown`).
     """
 
     first_step: Number = 0
@@ -90,6 +100,9 @@ class Training(Part):
     validation: list[Validation] = Field(default_factory=list)
     unsaved: list[Unsaved] = Field(default_factory=list)
     optimizer: Text | None = None
+    skipped: list[Number] = Field(default_factory=list)
+    changes: list[Change] = Field(default_factory=list)
+    unknown: list[Text] = Field(default_factory=list)
 
 
 class Setting(Part):

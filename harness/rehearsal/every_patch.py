@@ -9,11 +9,20 @@ from harness.rehearsal.card_tensors import CARD_SHIMS, COMPILE
 from harness.rehearsal.cuda_shims import CUDA_SHIMS
 from harness.rehearsal.shims import GPU_SHIMS, SHIMS, process_world
 from harness.runtime import imports
-from harness.training import engine, pipeline_engine
+from harness.training import engine, nonfinite, pipeline_engine
 
 
 def every_patch() -> tuple[Patch, ...]:
     """All patches, each with its reason and the releases it was checked with."""
-    rooms = (patch_table, imports, packed, tensor_parallel, engine, pipeline_engine, paged_choosing)
+    rooms = (
+        patch_table,
+        imports,
+        packed,
+        tensor_parallel,
+        engine,
+        nonfinite,
+        pipeline_engine,
+        paged_choosing,
+    )
     tables = [patch for room in rooms for patch in room.PATCHES.values()]
     return (*tables, *SHIMS, *CUDA_SHIMS, *CARD_SHIMS, COMPILE, *GPU_SHIMS, *process_world())

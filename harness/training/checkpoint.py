@@ -1,14 +1,15 @@
 """The full state of a training run on disk: everything that the next step depends on, without pickles.
 
 A checkpoint is a directory `step-00000010` with one safetensors file for each rank, and a manifest with the name, size
-and digest of each file. It is written under a temporary name and then renamed, so it is either complete or absent.
+and digest of each file, and a digest of its own. It is written under a temporary name and then renamed, so it is either
+complete or absent.
 """
 
 import hashlib
 import json
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -74,7 +75,7 @@ def save(
     world: World,
     directory: Path,
     step: int,
-    identity: dict[str, Any],
+    identity: Mapping[str, Any],
     keep: int,
     write: bool = True,
 ) -> Path:
@@ -92,7 +93,8 @@ def save(
         state = {**tensors(engine), **_random_state(world.device)}
         state = {name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}
         entries = _on_all(world, lambda: _write_rank(state, file, step) if write else {})
-        manifest = {"schema": SCHEMA, "step": step, "identity": identity, "files": entries}
+        manifest = {"schema": SCHEMA, "step": step, "identity": {**identity}, "files": entries}
+        manifest["sha256"] = _digest_of(manifest)
         _on_all(world, lambda: _complete(partial, final, manifest, keep) if world.leads and write else None)
     except NotWritten:
         if world.leads:
@@ -129,7 +131,7 @@ def _complete(partial: Path, final: Path, manifest: dict[str, Any], keep: int) -
         file.write_text(text)
         flush(file)
         move(partial, final)
-    for old in sorted(final.parent.glob("step-*"))[:-keep]:
+    for old in _by_step(final.parent)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -146,13 +148,20 @@ def _write_rank(state: dict[str, torch.Tensor], file: Path, step: int) -> dict[s
     return {**written, "host": host}
 
 
+def check_free(run: Path) -> None:
+    """Raise Refusal for a run's directory in which another run has left its checkpoints."""
+    if any((run / "state").glob("step-*")):
+        remedy = "its state/ has the checkpoints of another run; move that away, or name another directory"
+        raise Refusal("hydra.run.dir", run, remedy)
+
+
 def newest_whole(directory: Path, key: str = "train.resume") -> tuple[Path, dict[str, Any], list[str]]:
     """The newest complete checkpoint in a run's directory, its manifest, and the reasons why newer ones were skipped.
 
     Raises Refusal where there is none.
     """
     skipped: list[str] = []
-    for candidate in sorted(run_state(directory).glob("step-*"), reverse=True):
+    for candidate in reversed(_by_step(run_state(directory))):
         try:
             return candidate, _verified_manifest(candidate), skipped
         except (OSError, ValueError, KeyError, TypeError) as reason:
@@ -161,10 +170,19 @@ def newest_whole(directory: Path, key: str = "train.resume") -> tuple[Path, dict
     raise Refusal(key, directory, f"there is no complete checkpoint: {problems}")
 
 
+def _by_step(directory: Path) -> list[Path]:
+    """The checkpoints in `directory` by the step in their names, never by time."""
+    return sorted(directory.glob("step-*"), key=lambda each: (len(each.name), each.name))
+
+
 def _verified_manifest(candidate: Path) -> dict[str, Any]:
     manifest = json.loads((candidate / "manifest.json").read_text())
     if manifest["schema"] != SCHEMA:
         raise ValueError(f"its schema is {manifest['schema']}, and this version reads {SCHEMA}")
+    if "sha256" in manifest and manifest.pop("sha256") != _digest_of(manifest):
+        raise ValueError("manifest.json differs from what was written")
+    if candidate.name != f"step-{manifest['step']:08d}":
+        raise ValueError(f"its manifest is of step {manifest['step']}")
     for entry in manifest["files"]:
         file = candidate / entry["name"]
         if (
@@ -181,17 +199,8 @@ def load(
     world: World,
     checkpoint: Path,
     manifest: dict[str, Any],
-    identity: dict[str, Any],
 ) -> int:
-    """Load the state in place and return the number of completed steps. Raises Refusal where the checkpoint is of
-    another run.
-    """
-    for name, value in identity.items():
-        saved = manifest["identity"].get(name)
-        if saved != value:
-            raise Refusal(
-                "train.resume", checkpoint, f"it was saved with {name}={saved}, and this run has {value}"
-            )
+    """Load the state in place and return the number of completed steps. The checkpoint must be of this run."""
     entry = manifest["files"][world.rank]
     state = load_file(checkpoint / entry["name"])
     live = tensors(engine)
@@ -229,3 +238,7 @@ def _numpy_state() -> list[Any]:
 def _digest(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _digest_of(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

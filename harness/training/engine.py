@@ -17,6 +17,7 @@ from harness.model.init_weights import lasting
 from harness.runtime import faults, imports
 from harness.runtime.world import World
 from harness.training.deepspeed_config import engine_config
+from harness.training.nonfinite import Found, Guard, Watch
 
 PATCHES = table(
     Patch(
@@ -56,6 +57,7 @@ class Engine:
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=self.inner, config=config)
         self.inner.state.clear()  # without ZeRO, DeepSpeed has taken a step without gradients, and Adam would count it
         ledger.own(engine=self.deepspeed)
+        self.guard = Guard(settings, world, ledger, self.deepspeed, self.inner)
 
     @property
     def module(self) -> torch.nn.Module:
@@ -83,22 +85,32 @@ class Engine:
                 self.ledger.claim("inputs", "tokens", tokens)
             losses.append(self._micro_step(tokens, step, micro_batch))
         set_rate(self.inner, self.settings.train, step)
-        with self.ledger.phase("step", step):
+        with self.guard.update(), self.ledger.phase("step", step):
             faults.at("step", step)
             self.deepspeed.step()
         return self.world.mean(sum(losses) / len(losses))
+
+    def not_finite_in(self, batches: Iterator[torch.Tensor], step: int) -> Iterator[Found | None]:
+        """For each micro-batch of `step`, computed once more, what is not finite on this rank. Collective."""
+        for micro_batch in range(self.settings.train.accumulation):
+            tokens = next(batches).to(self.world.device)
+            with Watch(self.module).watching() as watch:
+                loss = self._micro_step(tokens, step, micro_batch)
+            yield watch.found(loss)
 
     def _micro_step(self, tokens: torch.Tensor, step: int, micro_batch: int) -> float:
         """Run forward and backward over `tokens` [micro_batch, sequence]; return the loss per token."""
         with self.ledger.phase("forward", step, micro_batch):
             faults.at("forward", step)
             loss = self.deepspeed(input_ids=tokens, labels=tokens, use_cache=False).loss
+        value = float(loss.detach())
+        loss = self.guard.seen(loss, value)
         with self.ledger.phase("backward", step, micro_batch):
             faults.at("backward", step)
             self.deepspeed.backward(loss)
             if not self.deepspeed.is_gradient_accumulation_boundary():
                 self.deepspeed.step()  # counts the micro-batch; does not change the weights
-        return float(loss.detach())
+        return value
 
     @property
     def gradient_norm(self) -> float | None:

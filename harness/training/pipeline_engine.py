@@ -20,6 +20,7 @@ from harness.runtime import faults
 from harness.runtime.world import World
 from harness.training.deepspeed_config import engine_config
 from harness.training.engine import adamw, import_deepspeed, norm_of, set_rate
+from harness.training.nonfinite import Found, Guard, Watch
 
 _ENGINE = "deepspeed.runtime.pipe.engine.PipelineEngine"
 _MODULE = "deepspeed.runtime.pipe.module.PipelineModule"
@@ -92,6 +93,7 @@ class Pipeline:
             module = _module(world, stage)
             self.deepspeed, *_ = deepspeed.initialize(model=module, optimizer=self.inner, config=config)
         ledger.own(engine=self.deepspeed)
+        self.guard = Guard(settings, world, ledger, self.deepspeed, self.inner)
         self._step, self._training = 0, True
         self._done = {"forward": 0, "backward": 0}
         for name, replacement in (
@@ -116,7 +118,16 @@ class Pipeline:
         """
         set_rate(self.inner, self.settings.train, step)
         self._begin(step, training=True)
-        return float(self.deepspeed.train_batch(self._pairs(batches)))
+        with self.guard.update():
+            return float(self.deepspeed.train_batch(self._pairs(batches)))
+
+    def not_finite_in(self, batches: Iterator[torch.Tensor], step: int) -> Iterator[Found | None]:
+        """What is not finite in this stage in `step`, computed once more: its micro-batches are on their way at once.
+        Collective.
+        """
+        with Watch(self.stage.model, self.world.stage).watching() as watch:
+            loss = self.train_step(batches, step)
+        yield watch.found(loss if self.stage.last else 0.0)
 
     @property
     def gradient_norm(self) -> float | None:
@@ -173,6 +184,9 @@ class Pipeline:
             with self.ledger.phase(phase if self._training else "validate", self._step, number):
                 faults.at(phase, self._step)
                 instruction(engine, **arguments)
+                if name == "ForwardPass" and self.stage.last and self._training and self.guard.on:
+                    with self.ledger.uncounted():
+                        engine.loss = self.guard.seen(engine.loss, float(engine.loss.detach()))
             if name in ("ForwardPass", "BackwardPass"):
                 self._done[phase] += 1
 

@@ -1,17 +1,19 @@
 """The training run: data, engine, steps, validation, checkpoints."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from harness.config.load import Refusal, Settings
+from harness.config.refusal import as_typed
 from harness.config.rules import check_layers, positions
 from harness.data import token_batches
 from harness.ledger import Ledger
@@ -23,13 +25,14 @@ from harness.quantization import method
 from harness.quantization.method import Quantization
 from harness.record.figures import Figures, of_stretch
 from harness.record.record_file import Output
-from harness.record.results import Model, Performance, Training, Unsaved, Validation
+from harness.record.results import Change, Model, Performance, Training, Unsaved, Validation
 from harness.runtime.course import WHOLE, Course
 from harness.runtime.files import NotWritten
 from harness.runtime.progress import Pace, peak_of
 from harness.runtime.world import World
-from harness.training import checkpoint
+from harness.training import checkpoint, nonfinite
 from harness.training.engine import Engine, learning_rate
+from harness.training.identity import compared, identity
 from harness.training.pipeline_engine import Pipeline
 
 Say = Callable[[str], None]
@@ -45,11 +48,15 @@ def run(plan: Plan, world: World, ledger: Ledger, out: Output, course: Course = 
     generation = fields_of(settings.model, config)
     corpus = token_batches.corpus(settings.data, tokenizer, train.sequence, world, course.values)
     validation_batches = _validation_batches(settings, world, corpus)
+    if train.save_every and course.values:
+        checkpoint.check_free(out.directory)
+    own = identity(plan, world, tokenizer, corpus) if course.values else {}
+    resumed = _found(settings, own, out.say)
     dtype = getattr(torch, settings.dtype)
     quantization = method.take(config, settings, "cpu")
     with ledger.phase("setup"):
         engine, out.results.model = _engine(plan, config, dtype, world, ledger, quantization, course.values)
-    first = _resume(settings, world, engine, out.say)
+    first = _resume(resumed, world, engine, out.say)
     batches = token_batches.loader(
         corpus.train, train.micro_batch, world, settings.seed, skip=first * train.accumulation
     )
@@ -57,12 +64,19 @@ def run(plan: Plan, world: World, ledger: Ledger, out: Output, course: Course = 
     out.say(f"{settings.model.name}: {parameters}, {engine.optimizer_class}, {world.size} ranks")
     progress = Progress(settings, world, ledger, first, out.say, time.perf_counter() - start, course)
     progress.training = progress.training.plus(optimizer=engine.optimizer_class)
+    if resumed is not None:
+        progress.training = progress.training.plus(changes=resumed.changes, unknown=resumed.unknown)
     out.results.training = progress.training
     out.trackers.start()
     ledger.recent.take()  # the set-up
     for step in progress:
         ledger.begins(step)
-        progress.stepped(engine.train_step(batches, step))
+        loss = engine.train_step(batches, step)
+        if engine.guard.skipped:
+            if train.nonfinite == "stop":
+                _stop(engine, world, settings, corpus, step, loss)
+            progress.skipped(step, loss)
+        progress.stepped(loss)
         if out.trackers:
             rates = {
                 "train/learning_rate": learning_rate(train, step),
@@ -77,7 +91,7 @@ def run(plan: Plan, world: World, ledger: Ledger, out: Output, course: Course = 
             out.flush()
         if _due(step, train.save_every, None):
             try:
-                _save(settings, world, engine, out.directory, step, course.values)
+                _save(engine, world, out.directory, step, own, course.values)
             except NotWritten as error:  # the run can go on
                 out.results.training = progress.unsaved(step, str(error))
                 out.flush()
@@ -117,52 +131,79 @@ def _engine(
     return Pipeline(settings, world, ledger, part, whole, plan.split), record
 
 
-def identity(settings: Settings, world: World) -> dict[str, Any]:
-    """The values that must be equal for a run to resume from a checkpoint."""
-    return {
-        "world.size": world.size,
-        "pipeline.stages": world.stages,
-        "zero.stage": settings.zero.stage,
-        "zero.offload": settings.zero.offload,
-        "precision": settings.precision,
-        "train.micro_batch": settings.train.micro_batch,
-        "train.accumulation": settings.train.accumulation,
-        "train.sequence": settings.train.sequence,
-        "train.fused": settings.train.fused,
-        "deepspeed.options": settings.deepspeed.options or None,
-        "model": settings.model.path or settings.model.name,
-        "seed": settings.seed,
-    }
+class Resumed(NamedTuple):
+    """A checkpoint to go on from: its directory, its manifest, and how this run differs from the one that saved it."""
+
+    directory: Path
+    manifest: dict[str, Any]
+    changes: list[Change]
+    unknown: list[str]
 
 
-def _resume(settings: Settings, world: World, engine: Engine | Pipeline, say: Say) -> int:
-    """Load the state to resume from, if any; return the number of completed steps."""
-    if settings.train.resume is None:
-        return 0
-    state_directory, manifest, skipped = checkpoint.newest_whole(Path(settings.train.resume))
-    for reason in skipped:
+def _found(settings: Settings, own: Mapping[str, Any], say: Say) -> Resumed | None:
+    """The newest complete checkpoint of `train.resume`, if there is one to resume from. `own` is this run's identity.
+
+    Raises Refusal where there is none, or it is of another run.
+    """
+    train = settings.train
+    if train.resume is None:
+        return None
+    directory, manifest, corrupt = checkpoint.newest_whole(Path(train.resume))
+    for reason in corrupt:
         say(reason)
+    changes, unknown = compared(manifest["identity"], own, train.resume_changes, directory)
+    for each in changes:
+        say(f"{each.key} is {as_typed(each.value)}, and was {as_typed(each.saved)} in {directory}")
+    if unknown:
+        say(f"{directory} does not say whether these were the same: {', '.join(unknown)}")
+    if manifest["step"] >= train.steps:
+        remedy = f"{directory} already has {manifest['step']} steps; ask for more in all"
+        raise Refusal("train.steps", train.steps, remedy)
+    return Resumed(directory, manifest, changes, unknown)
+
+
+def _resume(resumed: Resumed | None, world: World, engine: Engine | Pipeline, say: Say) -> int:
+    """Load the state to resume from, if any; return the number of completed steps."""
+    if resumed is None:
+        return 0
     with engine.ledger.phase("checkpoint"):
-        steps = checkpoint.load(engine, world, state_directory, manifest, identity(settings, world))
-    if steps >= settings.train.steps:
-        raise Refusal(
-            "train.steps",
-            settings.train.steps,
-            f"{state_directory} already has {steps} steps; ask for more in all",
-        )
+        steps = checkpoint.load(engine, world, resumed.directory, resumed.manifest)
     if engine.ledger.steps is not None:
         engine.ledger.steps += steps  # count from the first step of this run
-    say(f"resuming after step {steps}, from {state_directory}")
+    say(f"resuming after step {steps}, from {resumed.directory}")
     return steps
 
 
 def _save(
-    settings: Settings, world: World, engine: Engine | Pipeline, directory: Path, step: int, write: bool
+    engine: Engine | Pipeline, world: World, directory: Path, step: int, own: Mapping[str, Any], write: bool
 ) -> None:
     with engine.ledger.phase("checkpoint", step):
-        state = directory / "state"
-        values = identity(settings, world)
-        checkpoint.save(engine, world, state, step + 1, values, settings.train.keep, write)
+        keep = engine.settings.train.keep
+        checkpoint.save(engine, world, directory / "state", step + 1, own, keep, write)
+
+
+def _stop(
+    engine: Engine | Pipeline,
+    world: World,
+    settings: Settings,
+    corpus: token_batches.Corpus,
+    step: int,
+    loss: float,
+) -> NoReturn:
+    """End a run in whose `step` a loss or gradient is not finite. Raises FloatingPointError on the rank where it began,
+    which reports it for all.
+    """
+    engine.ledger.enough()  # what follows is no part of the run
+    train = settings.train
+    skip = step * train.accumulation
+    batches = token_batches.loader(corpus.train, train.micro_batch, world, settings.seed, skip)
+    searched = engine.not_finite_in(batches, step)
+    rank, micro_batch, phase, sentence = nonfinite.origin(searched, loss, world)
+    with engine.ledger.phase(phase, step, micro_batch):
+        if rank == world.rank:
+            raise FloatingPointError(f"{sentence}; the update was left out, and train.nonfinite=skip goes on")
+        world.barrier()  # until that rank has ended
+    raise FloatingPointError(sentence)
 
 
 def _validation_batches(
@@ -228,7 +269,7 @@ class Progress:
         self.startup = startup
         train = settings.train
         self.tokens = train.micro_batch * train.accumulation * train.sequence * world.dp_size
-        self.training = Training(first_step=first, losses=[], validation=[])
+        self.training = Training(first_step=first, losses=[], validation=[], skipped=[])
 
     @property
     def whole(self) -> bool:
@@ -253,6 +294,13 @@ class Progress:
             return
         self.training.losses.append(loss)
         self.pace.advance(1, f"loss {loss:.3f}  {self.tokens / self.seconds[-1]:,.0f} tokens/s")
+
+    def skipped(self, step: int, loss: float) -> None:
+        """Record that the update of `step` was left out, and say so."""
+        self.training.skipped.append(step)
+        problem = "its gradients are not finite" if math.isfinite(loss) else f"its loss is {loss}"
+        number = len(self.training.skipped)
+        self.say(f"step {step + 1}/{self.settings.train.steps}  {problem}: update skipped, {number} so far")
 
     def figures(self) -> Figures:
         """The last step's, for trackers."""

@@ -1,10 +1,10 @@
 """The product with a fault: `faulty.py KIND POINT NUMBER RANK words...`, under torchrun or in the warm ranks.
 
 KIND is `kill`, `stop` (SIGSTOP), `hang` (an endless loop), `full` (no space left), `denied` (no permission), `stale` (a
-network disk has lost its answer), `small` (no file of more than 500 kB), `memory` (no more than a MiB from then on) or
-`raise`. With `full-on` and `denied-on` no file can be written from the point on. POINT and NUMBER are as in
-`harness/runtime/faults.py`; NUMBER - is any. RANK - is every rank. After `and` comes another fault. Where the variable
-ONCE names a file, a fault happens once, and leaves the file.
+network disk has lost its answer), `small` (no file of more than 500 kB), `memory` (no more than a MiB from then on),
+`nan` (the weight of `tests/poison.py`) or `raise`. With `full-on` and `denied-on` no file can be written from the point
+on. POINT and NUMBER are as in `harness/runtime/faults.py`; NUMBER - is any. RANK - is every rank. After `and` comes
+another fault. Where the variable ONCE names a file, a fault happens once, and leaves the file.
 """
 
 import errno
@@ -18,6 +18,7 @@ import psutil
 
 from harness.__main__ import main
 from harness.runtime import faults
+from tests import poison
 
 SYSTEM = {"full": errno.ENOSPC, "denied": errno.EACCES, "stale": errno.ESTALE}
 """The system's error of a kind."""
@@ -64,6 +65,8 @@ def act(kind: str, point: str) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, resource.RLIM_INFINITY))
     if kind in SYSTEM:
         raise OSError(SYSTEM[kind], os.strerror(SYSTEM[kind]), point)
+    if kind == "nan":
+        poison.weight()
     if kind == "raise":
         raise ValueError("out of luck")
 

@@ -59,8 +59,8 @@ def test_a_checkpoint_of_another_run_is_refused(
 ) -> None:
     _, whole = saved
     sentence = warm.refused([*SAVED, "zero=1", f"train.resume={whole}", f"hydra.run.dir={tmp_path}/out"])
-    assert sentence.startswith("harness: train.resume=")
-    assert "zero.stage" in sentence
+    assert sentence.startswith(f"harness: zero.stage=1: {whole}/state/step-00000004 was saved with ")
+    assert sentence.endswith("begin a new run from its weights instead, with model.path=")
     assert not (tmp_path / "out/record.json").exists()
 
 

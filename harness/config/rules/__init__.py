@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 
+from harness.config.resume import check_changes
 from harness.config.rules import positions, quantized, widths
 from harness.config.rules.deepspeed import deepspeed
 from harness.config.rules.generation import generation
@@ -234,6 +235,7 @@ def _train(settings: Settings) -> None:
         raise Refusal(
             "train.save_every", train.save_every, f"would never save within train.steps={train.steps}"
         )
+    check_changes(train.resume_changes, train.resume is not None)
     if train.resume is not None and not os.path.isdir(os.path.expanduser(train.resume)):
         raise Refusal("train.resume", train.resume, "no such directory; give that of a run with checkpoints")
 

@@ -1,0 +1,44 @@
+"""Training runs in this process, one after another in a world of one."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from harness.config.compose import compose
+from harness.config.load import load
+from harness.ledger import Ledger
+from harness.ledger.patch import patched
+from harness.model.plan import Plan
+from harness.record.record_file import Output
+from harness.record.results import Results
+from harness.rehearsal.shims import process_world
+from harness.runtime.world import World, connected
+from harness.training.train import run
+
+WORDS = (
+    *("mode=train", "precision=fp32", "train.steps=3", "train.sequence=16", "train.micro_batch=1"),
+    *("train.validate_every=0", "train.export=false", "model.attention=sdpa"),
+    *("model.config.hidden_size=64", "model.config.intermediate_size=96", "model.config.num_hidden_layers=2"),
+)
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    """A world of one, which DeepSpeed forgets at its end."""
+    with patched(*process_world()), connected("cpu", 60) as joined:
+        yield joined
+
+
+def train(world: World, directory: Path, *words: str) -> tuple[Results, str]:
+    """The results of a short training run, and what it says."""
+    settings = load(compose([*WORDS, *words]))
+    said: list[str] = []
+    out = Output(directory, said.append, Results(), lambda: None)
+    ledger = Ledger(mode="exact", steps=3)
+    try:
+        with ledger:
+            run(Plan.of(settings), world, ledger, out)
+    except FloatingPointError as error:
+        said.append(f"{ledger.where.phase} {ledger.where.step}: {error}")
+    return out.results, "\n".join(said)
