@@ -111,7 +111,10 @@ class Ending:
             return find()
         except Exception as own_error:
             traceback.print_exc()
-            return Failure(self.world.rank, None, failure.error_line(error or own_error))
+            place = None
+            with suppress(Exception):
+                place = self.where()
+            return Failure(self.world.rank, place, failure.error_line(error or own_error))
 
     def end(self, own: Report | None) -> NoReturn:
         """Exit at once, with this rank's `own` report, or with the report of the rank that was first.
