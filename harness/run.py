@@ -28,12 +28,12 @@ from harness.record.live import LiveRecord
 from harness.record.memory import Rank
 from harness.record.results import Performance, Results
 from harness.record.schema import World as WorldRecord
-from harness.runtime import ending, failure, faults, launcher, memory_snapshot, neighbours, peak_rates, world
+from harness.runtime import ending, failure, faults, memory_snapshot, peak_rates, world
 from harness.runtime.course import Stopped
 from harness.runtime.ending import Ending
 from harness.runtime.files import put
 from harness.runtime.trackers import Trackers
-from harness.runtime.watcher import Watcher, watching
+from harness.runtime.watcher import Watcher
 from harness.runtime.world import World
 from harness.training import deepspeed_config
 
@@ -41,31 +41,34 @@ T = TypeVar("T")
 
 
 Reasons = Callable[[Settings], Mapping[str, str]]
+Say = Callable[[int, str, int], object]
 
 
-def run(settings: Settings, cfg: DictConfig, overrides: list[str], reasons: Reasons = lambda _: {}) -> int:
+def run(
+    settings: Settings, cfg: DictConfig, overrides: list[str], reasons: Reasons, watcher: Watcher, place: Say
+) -> int:
     """Carry out `settings` and return the exit code. `overrides` is the command line, which messages repeat.
 
-    `reasons` are those of values that were chosen before, by key.
+    `reasons` are those of values that were chosen before, by key. The `watcher` has begun; `place` says to the other
+    ranks of this host where this one is.
 
     Raises Refusal for problems that only a joined world can detect.
     """
     if settings.world.kind == "rehearsed":
         return _rehearse(settings, cfg, overrides, reasons)
-    rank, size, local_rank = world.environment()
+    _, size, _ = world.environment()
     check_world(settings, size, overrides)
     end = Ending()
-    with watching() as watcher, neighbours.known(launcher.directory(), rank, local_rank) as place:
-        watcher.on_signal, watcher.on_launcher_gone = end.on_signal, end.on_launcher_gone
-        watcher.now_and_then = end.on_peer_gone
-        try:
-            return _joined(settings, cfg, overrides, reasons, Company(watcher, end, place))
-        except Refusal:
+    watcher.on_signal, watcher.on_launcher_gone = end.on_signal, end.on_launcher_gone
+    watcher.now_and_then = end.on_peer_gone
+    try:
+        return _joined(settings, cfg, overrides, reasons, Company(watcher, end, place))
+    except Refusal:
+        raise
+    except Exception as error:
+        if size == 1:
             raise
-        except Exception as error:
-            if size == 1:
-                raise
-            end.before_directory(error)
+        end.before_directory(error)
 
 
 class Company(NamedTuple):
@@ -73,7 +76,7 @@ class Company(NamedTuple):
 
     watcher: Watcher
     end: Ending
-    place: Callable[[int, str, int], object]
+    place: Say
 
 
 def _joined(

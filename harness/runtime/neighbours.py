@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.config.refusal import Refusal
+from harness.runtime import launcher
 
 FILE, STACK = "rank.json", "stack.txt"
 
@@ -77,11 +78,14 @@ class Own:
 
 
 @contextmanager
-def known(directory: Path | None, rank: int, local_rank: int) -> Iterator[Callable[[int, str, int], object]]:
-    """In this context the neighbours know this rank; yields what tells them its place. It leaves it in order, or fails.
+def known(real: bool = True) -> Iterator[Callable[[int, str, int], object]]:
+    """In this context the neighbours know this rank; yields what tells them its place.
 
-    Without a `directory` nobody knows it.
+    It leaves it in order, unless with an error other than a refusal. Without torchrun, and if the run is not `real`, it
+    has no neighbours.
     """
+    directory = launcher.directory() if real else None
+    rank, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
     if directory is None:
         yield lambda step, phase, micro_batch: None
         return
