@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from importlib import import_module
 from importlib.util import find_spec
 from io import TextIOWrapper
@@ -14,6 +14,8 @@ from harness.config.refusal import Refusal
 from harness.runtime import launcher, tracebacks
 from harness.runtime.files import NotWritten
 from harness.runtime.imports import without_collection
+from harness.runtime.neighbours import known
+from harness.runtime.watcher import Watcher, watching
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -95,7 +97,10 @@ class Absent(Exception):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Carry out the arguments. Exit code: 0 done, 1 a check does not hold, 2 a wrong request, 3 a failed run."""
+    """Carry out the arguments. Exit code: 0 done, 1 a check does not hold, 2 a wrong request, 3 a failed run.
+
+    75: a run that a signal has ended, and that has saved its state before.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         return _carry_out(arguments)
@@ -183,10 +188,12 @@ def _run(command: "Command", arguments: list[str]) -> int:
         return _by_hydra(split(from_file.arguments))
     _require("run")
     _prepare(cfg.hydra)
-    with without_collection():
-        from harness.run import run  # imports torch, so only after the request is checked
+    real = settings.world.kind != "rehearsed"
+    with watching() if real else nullcontext(Watcher()) as watcher, known(real) as place:
+        with without_collection():
+            from harness.run import run  # imports torch, so only after the request is checked
 
-    return run(settings, cfg, from_file.arguments, from_file.reasons)
+        return run(settings, cfg, from_file.arguments, from_file.reasons, watcher, place)
 
 
 def _by_hydra(command: "Command") -> int:

@@ -2,16 +2,14 @@
 
 import errno
 import json
-import os
 import sys
-import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -22,18 +20,22 @@ from harness.config.load import Refusal, Settings
 from harness.config.rules import check_world
 from harness.config.settings import as_typed
 from harness.device.workspaces import of_this_gpu
-from harness.ledger import Ledger
+from harness.ledger import Ledger, Where
 from harness.model.plan import Plan
 from harness.model.resolve import resolve
 from harness.record import ceilings, figures, phase_times, record_file, trace
 from harness.record.fields import flat
+from harness.record.live import LiveRecord
 from harness.record.memory import Rank
 from harness.record.results import Performance, Results
 from harness.record.schema import Record
 from harness.record.schema import World as WorldRecord
-from harness.runtime import failure, faults, launcher, memory_snapshot, peak_rates, world
+from harness.runtime import ending, failure, faults, memory_snapshot, peak_rates, world
+from harness.runtime.course import Stopped
+from harness.runtime.ending import Ending
 from harness.runtime.files import NO_ROOM, NotWritten, put
 from harness.runtime.trackers import Trackers
+from harness.runtime.watcher import Watcher
 from harness.runtime.world import World
 from harness.training import deepspeed_config
 
@@ -41,12 +43,16 @@ T = TypeVar("T")
 
 
 Reasons = Callable[[Settings], Mapping[str, str]]
+Say = Callable[[int, str, int], object]
 
 
-def run(settings: Settings, cfg: DictConfig, overrides: list[str], reasons: Reasons = lambda _: {}) -> int:
+def run(
+    settings: Settings, cfg: DictConfig, overrides: list[str], reasons: Reasons, watcher: Watcher, place: Say
+) -> int:
     """Carry out `settings` and return the exit code. `overrides` is the command line, which messages repeat.
 
-    `reasons` are those of values that were chosen before, by key.
+    `reasons` are those of values that were chosen before, by key. The `watcher` has begun; `place` says to the other
+    ranks of this host where this one is.
 
     Raises Refusal for problems that only a joined world can detect.
     """
@@ -54,9 +60,35 @@ def run(settings: Settings, cfg: DictConfig, overrides: list[str], reasons: Reas
         return _rehearse(settings, cfg, overrides, reasons)
     _, size, _ = world.environment()
     check_world(settings, size, overrides)
+    end = Ending()
+    watcher.on_signal, watcher.on_launcher_gone = end.on_signal, end.on_launcher_gone
+    watcher.now_and_then = end.on_peer_gone
+    try:
+        return _joined(settings, cfg, overrides, reasons, Company(watcher, end, place))
+    except Refusal:
+        raise
+    except Exception as error:
+        if size == 1:
+            raise
+        end.before_directory(error)
+
+
+class Company(NamedTuple):
+    """What a rank has to do with others: it watches them, ends with them, and says its place."""
+
+    watcher: Watcher
+    end: Ending
+    place: Say
+
+
+def _joined(
+    settings: Settings, cfg: DictConfig, overrides: list[str], reasons: Reasons, company: Company
+) -> int:
+    """Meet the other ranks, and carry out `settings` in a directory of all."""
     group_sizes = settings.pipeline.stages, settings.tensor_parallel
     faults.at("connect")
     with world.connected(settings.hardware.device, settings.world.timeout, *group_sizes) as joined_world:
+        company.end.world = joined_world
         memory_snapshot.check(settings, joined_world.device)
         plan = _by_rank_0(joined_world, lambda: resolve(settings, joined_world.device.type))
         plan = replace(plan, reasons={**reasons(plan.settings), **plan.reasons})
@@ -67,7 +99,7 @@ def run(settings: Settings, cfg: DictConfig, overrides: list[str], reasons: Reas
         directory = _by_rank_0(
             joined_world, lambda: _make_directory(plan.settings, cfg, joined_world.dp_size, head)
         )
-        return _Run(plan, head, joined_world, directory).carry_out()
+        return _Run(plan, head, joined_world, directory, company).carry_out()
 
 
 def _described(settings: Settings, joined_world: World) -> WorldRecord:
@@ -203,8 +235,11 @@ def _hyperparameter(value: Any) -> bool | float | str:
 class _Run:
     """One rank's part of a run: its settings, ledger and results, and how it ends."""
 
-    def __init__(self, plan: Plan, head: Record, joined_world: World, directory: Path) -> None:
+    def __init__(
+        self, plan: Plan, head: Record, joined_world: World, directory: Path, company: Company
+    ) -> None:
         self.plan, self.head, self.world, self.directory = plan, head, joined_world, directory
+        self.company = company
         settings = plan.settings
         self.ledger = Ledger(
             mode=settings.ledger.mode,
@@ -213,8 +248,10 @@ class _Run:
             device=joined_world.device.type,
             libraries=of_this_gpu() if joined_world.device.type == "cuda" else None,
         )
-        self.ending = threading.Lock()
+        self.ledger.on_phase = self._enter
+        self.last_phase: Where | None = None
         self.results = Results()
+        self.record = LiveRecord(directory)
         self.trackers = self._trackers()
         for line in decided(plan.reasons):
             self.say(line)
@@ -229,18 +266,31 @@ class _Run:
 
         Raises Refusal if this is the only rank. With several ranks, one of them reports it and all exit.
         """
-        failure.await_termination(lambda: self._fail(lambda: failure.peer_lost(self.directory, self.world)))
+        end = self.company.end
+        end.directory, end.where, end.leave = self.directory, lambda: self.where, self._leave
+        if self.world.leads:
+            self.record.begun(self.head.plus(failure=record_file.unfinished()))
+        end.write = self._write_failure
+        end.saves = self.settings.mode == "train" and self.settings.train.save_on_term
+        self.company.watcher.now_and_then = self._note_place
         faults.at("start")
         try:
             ranks = self.world.gather(self._run_mode())
             self._measure_limits()
         except Refusal as refusal:
-            return self._end_refused(refusal)
+            if self.world.size == 1:
+                self.trackers.fail(str(refusal))
+                _remove(self.directory)
+                raise
+            end.refuse(refusal)
+        except Stopped as stopped:
+            error = f"ended by {end.asked or 'a signal to another rank'}; {stopped}"
+            outside = partial(failure.outside, error, self.where, self.directory, self.world)
+            end.fail(outside, ending.AGAIN, stopped)
         except BaseException as error:  # the record has any error before this process ends
-            where = self.ledger.where
-            return self._fail(partial(failure.of, error, where, self.directory, self.world))
+            end.fail(partial(failure.of, error, self.where, self.directory, self.world), error=error)
         if self.world.leads:
-            self._write(ranks, status="complete")
+            self._write(ranks, last=True, status="complete")
             self.trackers.finish(figures.of_run(ranks, self.results))
             _print_summary(self.directory, self.say)
         return 0
@@ -265,7 +315,9 @@ class _Run:
             self._memory_snapshot(),
             self.ledger,
         ):
-            out = record_file.Output(self.directory, self.say, self.results, self.flush, self.trackers)
+            out = record_file.Output(
+                self.directory, self.say, self.results, self.flush, self.trackers, self._stops_after
+            )
             mode.run(self.plan, self.world, self.ledger, out)
         self._write_trace()
         return self._rank_record()
@@ -334,58 +386,48 @@ class _Run:
     def flush(self) -> None:
         """Write the record so far, in case the run is killed and cannot report why."""
         if self.world.leads:
-            self._write([self._rank_record()], failure=record_file.unfinished(self.ledger.where))
+            self._write([self._rank_record()], failure=record_file.unfinished(self.where))
 
-    def _write(self, ranks: list[Rank], **more: Any) -> None:
-        record_file.write(self.directory, self.head.plus(**more, **self.results.parts, ranks=ranks))
+    def _write(self, ranks: list[Rank], last: bool = False, **more: Any) -> None:
+        self.record.write(self.head.plus(**more, **self.results.parts, ranks=ranks), last)
 
-    def _end_refused(self, refusal: Refusal) -> int:
-        """Let one rank report the refusal for all. Raises it if there is only one rank."""
-        if self.world.size == 1:
-            self.trackers.fail(str(refusal))
-            _remove(self.directory)
-            raise refusal
-        self.ending.acquire()  # never released: the second thread to notice waits for the exit
-        rank = self.world.rank
-        if not self.world.leads:
-            failure.await_report(self.directory)  # rank 0 most likely has the same refusal
-        sentence = str(refusal) if self.world.leads else f"rank {rank}: {refusal}"
-        report = failure.Report(rank, sentence, 2)
-        is_first = failure.claim(self.directory, report)
-        self._end(report if is_first else None)
+    @property
+    def where(self) -> Where:
+        """The phase that is running or has failed; between two phases the one before."""
+        where = self.ledger.where
+        return self.last_phase or where if where.phase == "idle" else where
 
-    def _fail(self, find_failure: Callable[[], failure.Failure | None]) -> int:
-        """Write a record of the failure, unless the first failed rank has written one. Then exit at once."""
-        self.ending.acquire()
-        rank_failure = find_failure()  # it waits for other ranks, so it runs inside the lock
-        report = (
-            None if rank_failure is None else failure.Report(rank_failure.rank, rank_failure.sentence(), 3)
-        )
-        if rank_failure is None or report is None or not failure.claim(self.directory, report):
-            self._end(None)
-        details: list[str] = []
-        with suppress(Exception):  # neither a full disk nor a figure that cannot be may hide the failure
-            rank_record = self._rank_record() if rank_failure.rank == self.world.rank else None
-            described = record_file.failure_record(rank_failure, rank_record)
-            self._write([rank_record] if rank_record else [], failure=described)
-            details = [*out_of_memory(described, self.directory)]
-            if rank_record:
-                self._write_trace()
-        self._end(report, details)
+    def _enter(self, where: Where) -> None:
+        self.last_phase = where
+        self.company.place(*where)
 
-    def _end(self, own_report: failure.Report | None, details: Sequence[str] = ()) -> NoReturn:
-        """Exit at once, with `own_report` and its `details`, or with the report of the rank that was first.
+    def _note_place(self) -> None:
+        """In the watcher's thread: keep the place in the record, in case the run is killed."""
+        if self.world.leads and self.last_phase is not None:
+            self.record.note(record_file.unfinished(self.where))
 
-        The other ranks have ended or are ending: an orderly exit would wait for them.
+    def _stops_after(self, step: int) -> bool:
+        """Whether all ranks save and end after `step`, because a signal has asked one of them to."""
+        end = self.company.end
+        return end.saves and self.world.stops_after(step, end.asked is not None)
+
+    def _write_failure(self, rank_failure: failure.Failure) -> list[str]:
+        """Write the record of a failure, with this rank's figures where they can be had, and its trace.
+
+        Returns what is printed below its sentence.
         """
-        report = own_report or failure.first_report(self.directory)
-        if own_report:
-            print(f"harness: {own_report.sentence}", *details, sep="\n", file=sys.stderr, flush=True)
-        if report:
-            launcher.report(report.sentence)
-        self.trackers.fail(report.sentence if report else "it ended without a report")
-        code = report.code if report else 2  # a refused run leaves no file
-        if code == 2 and self.world.leads:
+        ranks = []
+        with suppress(Exception):  # no figure that cannot be may hide the failure
+            ranks = [self._rank_record()]
+        own = ranks[0] if ranks and rank_failure.rank == self.world.rank else None
+        described = record_file.failure_record(rank_failure, own)
+        self._write(ranks, last=True, failure=described)
+        if own is not None:
+            self._write_trace()
+        return [*out_of_memory(described, self.directory)]
+
+    def _leave(self, report: failure.Report, own: bool) -> None:
+        """Before this process exits: trackers have the failure, and a refused run leaves no file."""
+        self.trackers.fail(report.sentence)
+        if report.code == 2 and self.world.leads:
             _remove(self.directory, failure.end_others(self.world))
-        sys.stdout.flush()
-        os._exit(code)

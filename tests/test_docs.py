@@ -96,6 +96,13 @@ def test_every_page_is_found_from_the_readme(page: str) -> None:
     assert f"(docs/{page}.md)" in (ROOT / "README.md").read_text()
 
 
+def test_every_promise_of_the_readme_is_a_test() -> None:
+    named = re.findall(r"`(test_\w+)` \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    tests = "".join(file.read_text() for file in (ROOT / "tests").rglob("test_*.py"))
+    assert named
+    assert [name for name in named if f"def {name}(" not in tests] == []
+
+
 @pytest.fixture(scope="module")
 def job() -> dict[str, Any]:
     """The one job of the workflow."""

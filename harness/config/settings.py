@@ -185,6 +185,8 @@ class Train:
     """Micro-batches a rank validates on."""
     save_every: NotNegative = 0
     """Steps between full-state checkpoints; 0 is never."""
+    save_on_term: bool = False
+    """On SIGTERM, end the step, write a full-state checkpoint, and exit with 75: run again with train.resume."""
     keep: Positive = 2
     """Number of complete full-state checkpoints kept."""
     resume: Place | None = None

@@ -1,6 +1,6 @@
 """`Ledger`: takes owners and phases, and returns peaks and the comparison with the allocator."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal, Self
 
@@ -104,6 +104,7 @@ class Ledger:
         self._allocator: CpuAllocator | CudaAllocator | None = None
         self._depth = 0
         self._failed_in: Where | None = None
+        self.on_phase: Callable[[Where], object] | None = None  # called when a phase with a name begins
         # in phases mode: the bytes by category that owners held when each phase last ended
         self._last_totals: dict[tuple[str, int], dict[str, int | None]] = {}
         self._account = empty_account()
@@ -162,6 +163,8 @@ class Ledger:
         self._phases.explicit = True
         where = Where(step, name, micro_batch)
         self._enter(where)
+        if self.on_phase is not None:
+            self.on_phase(where)
         began = None if self.exact else self._times.moment()
         try:
             yield

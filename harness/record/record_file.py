@@ -35,6 +35,8 @@ class Output:
     results: Results  # filled during the run
     flush: Callable[[], None]  # write the record so far to disk
     trackers: Trackers = field(default_factory=Trackers)  # who else gets the figures, on rank 0
+    # whether all ranks end after this step, because a signal has asked them to; asked by all after each step
+    stops_after: Callable[[int], bool] = lambda step: False
 
 
 def head(settings: Any, reasons: Mapping[str, str], command: Sequence[str], world: World) -> Record:
@@ -193,6 +195,17 @@ def begin(directory: Path, record: Record) -> bool:
 def text(record: Record) -> str:
     """The file of `record`, as JSON."""
     return json.dumps({"schema": SCHEMA, **record.tree()}, indent=1) + "\n"
+
+
+def without_failure(record: Record) -> str:
+    """The file of `record` without its failure, for `with_failure`."""
+    tree = {name: value for name, value in record.tree().items() if name != "failure"}
+    return json.dumps({"schema": SCHEMA, **tree}, indent=1) + "\n"
+
+
+def with_failure(rest: str, failure: Failure) -> str:
+    """The file of a record with `failure`, where `rest` is the file without it."""
+    return rest.removesuffix("\n}\n") + f',\n "failure": {json.dumps(failure.tree())}\n}}\n'
 
 
 def read(path: str | Path) -> dict[str, Any]:

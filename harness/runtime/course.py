@@ -12,5 +12,9 @@ class Course:
         return steps
 
 
+class Stopped(Exception):
+    """A signal has ended the run before its last step, and its state is saved."""
+
+
 WHOLE = Course()
 """The course of a real run."""

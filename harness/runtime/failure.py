@@ -4,18 +4,17 @@ import json
 import os
 import signal
 import socket
-import threading
 import time
 import traceback
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from harness.ledger import Where
-from harness.runtime import faults, tracebacks
+from harness.runtime import faults, launcher, neighbours, tracebacks
 from harness.runtime.files import put
 from harness.runtime.memory_limit import NotFree, Shortage, shortage
+from harness.runtime.neighbours import Neighbour, alive
 from harness.runtime.world import World
 
 PATIENCE = 3.0
@@ -23,33 +22,43 @@ PATIENCE = 3.0
 
 CLAIM = "failure.json"
 
+_TIMED_OUT = ("timed out waiting", "application timeout", "wait timeout after", "timed out after")
+"""Those of a rank that has waited for `world.timeout` seconds."""
+
 _LOST_PEER = (
     "connection closed by peer",
     "connection reset by peer",
     "connection refused",
     "broken pipe",
-    "timed out waiting",
-    "application timeout",
     "nccl communicator was aborted",
     "remote process exited",
+    "broken connection",
+    "connection was closed",
+    *_TIMED_OUT,
 )
-"""Messages of process groups on a rank whose peer has ended. Such an error is not the cause."""
+"""Messages of process groups on a rank whose peer has ended, or does not answer. Such an error is not the cause."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """The failed rank, where it failed, and the error. None: one of several ranks that this host cannot tell apart."""
+    """The failed rank, where it failed, and the error. None: one of several ranks that this host cannot tell apart; or,
+    if the run was ended from `outside`, none.
+    """
 
     rank: int | None
     where: Where | None
     error: str
     stage: int | None = None  # pipeline stage
     shortage: Shortage | None = None  # of memory
+    outside: bool = False
+    hanging: int | None = None  # its process on this host, which does not end by itself
 
     def sentence(self) -> str:
         """The failure in one line."""
-        where = self.where
+        where = self.where if self.where and self.where.phase != "idle" else None
         place = f" in step {where.step}, {where.phase} of micro-batch {where.micro_batch}" if where else ""
+        if self.outside:
+            return f"the run stopped{place}: {self.error}"
         stage = "" if self.stage is None else f", stage {self.stage},"
         rank = "a rank on another host" if self.rank is None else f"rank {self.rank}"
         return f"{rank}{stage} failed{place}: {self.error}"
@@ -65,13 +74,13 @@ class Report:
 
 
 def of(error: BaseException, where: Where, directory: Path, world: World) -> Failure | None:
-    """This rank's failure, or the peer's if `error` only says that a peer has ended.
+    """This rank's failure, or the peer's if `error` only says that a peer has ended or does not answer.
 
     None: that peer has reported its failure itself.
     """
-    if any(message in str(error).lower() for message in _LOST_PEER):
-        failure = peer_lost(directory, world)
-        if failure is not None or (directory / CLAIM).exists():
+    if _says(error, _LOST_PEER):
+        failure = peer_lost(directory, world, timed_out=_says(error, _TIMED_OUT))
+        if failure is not None or _claimed(directory):
             return failure
         if elsewhere := [
             rank for rank, (host, _) in enumerate(world.members) if host != socket.gethostname()
@@ -80,13 +89,45 @@ def of(error: BaseException, where: Where, directory: Path, world: World) -> Fai
     return replace(_with_traceback(error, world.rank, where, directory), stage=_stage(world, world.rank))
 
 
+def early(error: BaseException, directory: Path, world: World) -> Failure | None:
+    """As `of`, before the run has a directory: torchrun's `directory` has reports, and tracebacks go to stderr."""
+    if _says(error, _LOST_PEER):
+        failure = peer_lost(directory, world, timed_out=_says(error, _TIMED_OUT))
+        if failure is not None or _claimed(directory):
+            return failure
+    elif not isinstance(error, OSError):
+        traceback.print_exception(error)
+    return Failure(world.rank, None, error_line(error))
+
+
+def peer_failed(directory: Path, world: World) -> bool:
+    """Whether a rank has reported the run's end, or one of this host has ended."""
+    return _claimed(directory) or gone(world) is not None
+
+
+def outside(error: str, where: Where | None, directory: Path, world: World) -> Failure | None:
+    """The end of the run by something outside it, which all ranks notice. None: another rank has reported the end.
+
+    If a rank of this host has ended, its failure: torchrun then ends the others as it ends all.
+    """
+    here = all(host == socket.gethostname() for host, _ in world.members)
+    if failure := peer_lost(directory, world, patience=0 if here else PATIENCE):
+        return failure
+    if not world.leads:
+        await_report(directory)  # rank 0 notices the same, and its record has more
+    return None if _claimed(directory) else Failure(None, where, error, outside=True)
+
+
+def _says(error: BaseException, messages: tuple[str, ...]) -> bool:
+    return any(message in str(error).lower() for message in messages)
+
+
 def _lost_host(error: BaseException, elsewhere: list[int], world: World) -> Failure:
     """The failure if all ranks of this host live and no rank `elsewhere` has reported: a whole host may have ended."""
+    silence = "it did not answer" if _says(error, _TIMED_OUT) else "it ended without an error message"
     rank = elsewhere[0] if len(elsewhere) == 1 else None
     hosts = ", ".join(sorted({world.members[member][0] for member in elsewhere}))
-    description = (
-        f"it ended without an error message; its host or link may be down ({hosts}): {_error_line(error)}"
-    )
+    description = f"{silence}; its host or link may be down ({hosts}): {error_line(error)}"
     return Failure(rank, None, description, None if rank is None else _stage(world, rank))
 
 
@@ -97,31 +138,90 @@ def of_rehearsal(error: Exception, directory: Path) -> Failure:
 
 
 def _with_traceback(error: BaseException, rank: int, where: Where | None, directory: Path) -> Failure:
-    file = directory / f"failure-rank{rank}.txt"
+    file = _details(directory, rank)
     try:
         put(file, "".join(traceback.format_exception(error)).encode(errors="backslashreplace"))
     except OSError:  # a full disk must not hide the failure
         if not isinstance(error, OSError):
             return Failure(rank, where, tracebacks.sentence(error), shortage=shortage(error))
-    return Failure(rank, where, _error_line(error), shortage=shortage(error))
+    return Failure(rank, where, error_line(error), shortage=shortage(error))
 
 
-def _error_line(error: BaseException) -> str:
+def _details(directory: Path, rank: int) -> Path:
+    """The file with the traceback of `rank`."""
+    return directory / f"failure-rank{rank}.txt"
+
+
+def error_line(error: BaseException) -> str:
+    """The error in one line, with its class."""
     if missing := shortage(error):
         return missing.sentence() if not isinstance(error, NotFree) else f"out of memory: {error}"
     message = " ".join(str(error).split())[:500]
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
-def peer_lost(directory: Path, world: World) -> Failure | None:
-    """The rank on this host whose process ended without a report. None if a rank has reported, or if all live."""
-    deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline and not (directory / CLAIM).exists():
-        for rank, (host, pid) in enumerate(world.members):
-            if host == socket.gethostname() and not _alive(pid):
-                description = f"its process {pid} ended without an error message; was it killed?"
-                return Failure(rank, None, description, _stage(world, rank))
+def peer_lost(
+    directory: Path, world: World, *, timed_out: bool = False, patience: float = PATIENCE
+) -> Failure | None:
+    """The rank on this host whose process ended without a report. None if a rank has reported, or if all live.
+
+    If this rank has `timed_out`, also the rank on this host for which it waited. It looks at least once, and for
+    `patience` seconds.
+    """
+    deadline = time.monotonic() + patience
+    while not _claimed(directory):
+        if failure := gone(world) or (_hanging(directory, world) if timed_out else None):
+            return failure
+        if time.monotonic() >= deadline:
+            break
         time.sleep(0.05)
+        timed_out = False
+    return None
+
+
+def gone(world: World) -> Failure | None:
+    """The first rank on this host whose process has ended, and not in order. None: there is none."""
+    for each in of_this_host(world):
+        if each.gone:
+            description = f"its process {each.pid} ended without an error message; was it killed?"
+            return _failure_of(each, world, description)
+    return None
+
+
+def of_this_host(world: World) -> list[Neighbour]:
+    """The ranks of this host with what is known of each, in order."""
+    listed = neighbours.of_this_host(launcher.directory())
+    if not world.members:
+        return listed
+    known = {each.pid: each for each in listed}
+    local = [(rank, pid) for rank, (host, pid) in enumerate(world.members) if host == socket.gethostname()]
+    return [known.get(pid, Neighbour(rank, pid)) for rank, pid in local]
+
+
+def _failure_of(neighbour: Neighbour, world: World, description: str) -> Failure:
+    place = neighbour.place and Where(*neighbour.place)
+    return Failure(neighbour.rank, place, description, _stage(world, neighbour.rank))
+
+
+def _hanging(directory: Path, world: World) -> Failure | None:
+    """The rank on this host for which others wait: it is stopped, or its Python stands somewhere else than theirs."""
+    others = [each for each in of_this_host(world) if each.pid != os.getpid() and not each.left]
+    waited = f"rank {world.rank} waited {world.timeout:g} s for it"
+    for each in others:
+        if neighbours.stopped(each.pid):
+            description = f"its process {each.pid} is stopped, by a signal or a debugger; {waited}"
+            return replace(_failure_of(each, world, description), hanging=each.pid)
+    if (talk := launcher.directory()) is None:
+        return None
+    for each in others:
+        frames = neighbours.stack_of(each, talk)
+        if not neighbours.waits(frames):
+            stands = f"hangs at {frames[0]}" if frames else f"does not answer (process {each.pid})"
+            with suppress(OSError):
+                _details(directory, each.rank).write_text("".join(f"{frame}\n" for frame in frames))
+            return replace(
+                _failure_of(each, world, f"it {stands}; {waited} (world.timeout)"), hanging=each.pid
+            )
     return None
 
 
@@ -130,16 +230,23 @@ def _stage(world: World, rank: int) -> int | None:
 
 
 def claim(directory: Path, report: Report) -> bool:
-    """Whether `report` is the first report of the run's end. Only the first report is printed and recorded."""
+    """Whether `report` is the first report of the run's end. Only the first report is printed and recorded.
+
+    It also is the first where nothing can be written: better two reports than none.
+    """
     try:
         faults.at(f"write {CLAIM}")
         with (directory / CLAIM).open("x") as stream:
             stream.write(json.dumps(asdict(report)) + "\n")
-    except (FileExistsError, FileNotFoundError):  # a refused run removes its directory
+    except FileExistsError:
         return False
     except OSError:
-        pass  # no rank can write there: report twice rather than never
+        pass
     return True
+
+
+def _claimed(directory: Path) -> bool:
+    return (directory / CLAIM).exists()
 
 
 def first_report(directory: Path) -> Report | None:
@@ -161,7 +268,7 @@ def first_report(directory: Path) -> Report | None:
 def await_report(directory: Path) -> None:
     """Wait, for a limited time, until another rank has reported the run's end."""
     deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline and directory.exists() and not (directory / CLAIM).exists():
+    while time.monotonic() < deadline and directory.exists() and not _claimed(directory):
         time.sleep(0.05)
 
 
@@ -172,45 +279,6 @@ def end_others(world: World) -> bool:
     for pid in local_pids:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGTERM)
-    while time.monotonic() < deadline and any(map(_alive, local_pids)):
+    while time.monotonic() < deadline and any(map(alive, local_pids)):
         time.sleep(0.05)
-    return len(local_pids) + 1 == world.size and not any(map(_alive, local_pids))
-
-
-def await_termination(last: Callable[[], object]) -> None:
-    """Call `last` when the launcher ends this process, also while its main thread waits in a collective.
-
-    torchrun sends SIGTERM to the others as soon as one rank has ended.
-    """
-    read_end, write_end = os.pipe()
-    os.set_blocking(write_end, False)
-    signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
-    # the main thread may never run a Python handler; the pipe is enough
-    signal.signal(signal.SIGTERM, lambda *_: None)
-
-    def wait() -> None:
-        while signal.SIGTERM not in os.read(read_end, 1):
-            pass
-        last()
-
-    threading.Thread(target=wait, name="await-termination", daemon=True).start()
-
-
-def _alive(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        return state not in "ZX"
-    except FileNotFoundError:
-        return not Path("/proc/self").exists() and _accepts_signals(pid)
-    except OSError:
-        return _accepts_signals(pid)
-
-
-def _accepts_signals(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+    return len(local_pids) + 1 == world.size and not any(map(alive, local_pids))

@@ -1,4 +1,4 @@
-"""Reports a failure to torchrun, whose own report is printed after the output of all ranks."""
+"""torchrun, which has started this process: its report of a failure, its end, and the directory that it lends."""
 
 import json
 import os
@@ -16,3 +16,18 @@ def report(sentence: str) -> None:
         contents = {"message": {"message": f"harness: {sentence}", "extraInfo": extra_info}}
         with suppress(OSError):
             Path(file).write_text(json.dumps(contents))
+
+
+def directory() -> Path | None:
+    """The directory of all ranks that this torchrun has started; each has a folder in it, named by its local rank.
+
+    None: there is no torchrun, or it has no such directory.
+    """
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE", "")
+    folder = Path(file).parent
+    return folder.parent if file and folder.is_dir() else None
+
+
+def process() -> int | None:
+    """The process id of torchrun, or of what stands between it and this rank. None: torchrun has not started it."""
+    return os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None

@@ -6,6 +6,7 @@ import platform
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from itertools import count
@@ -24,6 +25,21 @@ ORDERED_GLOO = "gloo_in_order"
 """gloo with one thread, so that it releases tensors in the order of its collectives and memory is repeatable."""
 
 
+_STOP = "harness/stop"
+
+_timeout: ContextVar[timedelta | None] = ContextVar("timeout", default=None)
+"""How long a rank waits in the groups of this run. DeepSpeed makes some, and torch would give those 30 minutes."""
+
+
+@contextmanager
+def _waiting(seconds: float) -> Iterator[timedelta]:
+    before = _timeout.set(timedelta(seconds=seconds))
+    try:
+        yield timedelta(seconds=seconds)
+    finally:
+        _timeout.reset(before)
+
+
 @dataclass(frozen=True)
 class World:
     """The position of this process: `rank` of `size`, and its device."""
@@ -33,6 +49,7 @@ class World:
     local_rank: int
     device: torch.device
     members: tuple[tuple[str, int], ...] = ()  # every rank's host name and process id
+    timeout: float = 600.0  # the seconds that a rank waits for others
     fake: bool = False  # the other ranks do not exist
     stages: int = 1  # pipeline stages
     tp_size: int = 1  # ranks that share each layer
@@ -108,6 +125,19 @@ class World:
             return [value]
         return exchange(value, f"harness/{next(self._exchange_numbers)}")
 
+    def stops_after(self, step: int, asked: bool) -> bool:
+        """Whether all ranks end after `step`, because one of them was `asked` to. Every rank calls it after each step.
+
+        The first rank that was asked names the next step. No rank ends that step before all have begun it, so all of
+        them read the name in time, without a collective.
+        """
+        if self.alone:
+            return asked
+        store = dist.distributed_c10d._get_default_store()
+        if asked:
+            store.compare_set(_STOP, "", str(step + 1))
+        return store.check([_STOP]) and int(store.get(_STOP)) <= step
+
     def mean(self, value: float) -> float:
         """The mean of every rank's `value`."""
         if self.size == 1:
@@ -138,6 +168,12 @@ def environment() -> tuple[int, int, int]:
     return int(get("RANK", 0)), int(get("WORLD_SIZE", 1)), int(get("LOCAL_RANK", 0))
 
 
+def unmet() -> World:
+    """This process before it has met the other ranks: their processes and its device are not known."""
+    rank, size, local_rank = environment()
+    return World(rank, size, local_rank, torch.device("cpu"))
+
+
 @contextmanager
 def connected(device: str, timeout: float, stages: int = 1, tp_size: int = 1) -> Iterator[World]:
     """Join torchrun's process group, or create a group of one that opens no port. Leave it at the end.
@@ -153,13 +189,16 @@ def connected(device: str, timeout: float, stages: int = 1, tp_size: int = 1) ->
     if backend == ORDERED_GLOO and ORDERED_GLOO.upper() not in dist.Backend._plugins:
         dist.Backend.register_backend(ORDERED_GLOO, _ordered_gloo, devices=["cpu"])
     store = torch._C._distributed_c10d.HashStore() if size == 1 else None
-    with variables(DS_ACCELERATOR=own_device.type, LOCAL_RANK=local_rank, LOCAL_SIZE=local_size):
-        dist.init_process_group(
-            backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout)
-        )
+    with (
+        variables(DS_ACCELERATOR=own_device.type, LOCAL_RANK=local_rank, LOCAL_SIZE=local_size),
+        _waiting(timeout) as patience,
+    ):
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
         try:
             mesh = group_of(tp_size, own_device)
-            world = World(rank, size, local_rank, own_device, stages=stages, tp_size=tp_size, mesh=mesh)
+            world = World(
+                rank, size, local_rank, own_device, (), timeout, stages=stages, tp_size=tp_size, mesh=mesh
+            )
             yield replace(world, members=tuple(world.gather((socket.gethostname(), os.getpid()))))
         finally:
             dist.destroy_process_group()
@@ -197,7 +236,7 @@ def variables(**values: object) -> Iterator[None]:
 def _ordered_gloo(store: Any, rank: int, size: int, timeout: timedelta) -> Any:
     gloo: Any = dist.ProcessGroupGloo
     options = gloo._Options()
-    options._timeout = timeout
+    options._timeout = _timeout.get() or timeout
     options._threads = 1
     options._devices = [gloo.create_default_device()]
     return gloo(store, rank, size, options)

@@ -26,7 +26,7 @@ from harness.quantization.method import Quantization
 from harness.record.figures import Figures, of_stretch
 from harness.record.record_file import Output
 from harness.record.results import Change, Model, Performance, Training, Unsaved, Validation
-from harness.runtime.course import WHOLE, Course
+from harness.runtime.course import WHOLE, Course, Stopped
 from harness.runtime.files import NotWritten
 from harness.runtime.progress import Pace, peak_of
 from harness.runtime.world import World
@@ -95,6 +95,10 @@ def run(plan: Plan, world: World, ledger: Ledger, out: Output, course: Course = 
             except NotWritten as error:  # the run can go on
                 out.results.training = progress.unsaved(step, str(error))
                 out.flush()
+        if out.stops_after(step) and step + 1 < train.steps:
+            if not _due(step, train.save_every, None):
+                _save(engine, world, out.directory, step, own, course.values)
+            raise Stopped(f"its state after step {step + 1} is saved")
     if not progress.whole:
         ledger.enough()  # the next step would do this; do it before anything is freed
     if course.values:

@@ -70,8 +70,14 @@ class Warm:
                 stderr=subprocess.STDOUT,
             )
 
-    def run(self, words: Sequence[str], ranks: int = 2, code: int = 0, directory: Path | None = None) -> str:
-        """What `harness` with `words` says on the first `ranks`, each of which must end with `code`.
+    def run(
+        self,
+        words: Sequence[str],
+        ranks: int = 2,
+        code: int | Sequence[int] = 0,
+        directory: Path | None = None,
+    ) -> str:
+        """What `harness` with `words` says on the first `ranks`, each of which must end with `code`, or with its own.
 
         With a `directory`, `words` are a script and its words, and it runs there.
         """
@@ -81,7 +87,7 @@ class Warm:
         self.store.set(f"{number}/job", json.dumps(job))
         codes = [int(self.store.get(f"{number}/exit/{rank}")) for rank in range(ranks)]
         said = self.log.read_bytes()[before:].decode()
-        assert codes == [code] * ranks, said[-4000:]
+        assert codes == ([code] * ranks if isinstance(code, int) else [*code]), said[-4000:]
         return said
 
     def refused(self, words: Sequence[str], ranks: int = 2) -> str:

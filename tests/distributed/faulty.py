@@ -2,7 +2,8 @@
 
 KIND is `kill`, `stop` (SIGSTOP), `hang` (an endless loop), `full` (no space left), `denied` (no permission), `stale` (a
 network disk has lost its answer), `small` (no file of more than 500 kB), `memory` (no more than a MiB from then on),
-`nan` (the weight of `tests/poison.py`) or `raise`. With `full-on` and `denied-on` no file can be written from the point
+`nan` (the weight of `tests/poison.py`), `raise`; `noted` kills when the record has the place, `term` sends SIGTERM and
+goes on, `term-hang` sends it and hangs. With `full-on` and `denied-on` no file can be written from the point
 on. POINT and NUMBER are as in `harness/runtime/faults.py`; NUMBER - is any. RANK - is every rank. After `and` comes
 another fault. Where the variable ONCE names a file, a fault happens once, and leaves the file.
 """
@@ -13,10 +14,12 @@ import resource
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 from harness.__main__ import main
+from harness.record import record_file
 from harness.runtime import faults
 from tests import poison
 
@@ -32,6 +35,12 @@ lasting: list[str] = []
 """The kinds of `full-on` and `denied-on` whose point is passed."""
 
 
+def record() -> dict[str, Any]:
+    """The run's record as it is on disk."""
+    (directory,) = [word.partition("=")[2] for word in sys.argv if word.startswith("hydra.run.dir=")]
+    return record_file.read(directory)
+
+
 def fail(passed: str, passed_number: int) -> None:
     """Fail at the points that were asked for."""
     for kind, point, number, rank in wanted:
@@ -40,12 +49,12 @@ def fail(passed: str, passed_number: int) -> None:
             and number in ("-", str(passed_number))
             and rank in ("-", os.environ.get("RANK", "0"))
         ):
-            act(kind, passed)
+            act(kind, passed, passed_number)
     if lasting and passed.startswith("write "):
-        act(lasting[0], passed)
+        act(lasting[0], passed, passed_number)
 
 
-def act(kind: str, point: str) -> None:
+def act(kind: str, point: str, number: int) -> None:
     """Fail in the way of `kind`."""
     if once := os.environ.get("ONCE"):
         try:
@@ -54,7 +63,13 @@ def act(kind: str, point: str) -> None:
             return
     if kind in ("kill", "stop"):
         os.kill(os.getpid(), signal.SIGKILL if kind == "kill" else signal.SIGSTOP)
-    while kind == "hang":
+    if kind == "noted":
+        while record()["failure"]["where"] != {"step": number, "phase": point, "micro_batch": 0}:
+            pass
+        os.kill(os.getpid(), signal.SIGKILL)
+    if kind.startswith("term"):
+        os.kill(os.getpid(), signal.SIGTERM)
+    while kind.endswith("hang"):
         pass
     if kind == "memory":
         limit = psutil.Process().memory_info().vms + 2**20

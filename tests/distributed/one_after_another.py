@@ -9,6 +9,7 @@ import traceback
 from datetime import timedelta
 from importlib import import_module
 from itertools import count
+from pathlib import Path
 
 from torch._C._distributed_c10d import TCPStore
 
@@ -83,6 +84,10 @@ for number in count():
     os.environ["MASTER_PORT"] = tests.get(f"{number}/port").decode()
     child = os.fork()
     if child == 0:
+        # each run has a directory of its own in which its ranks know each other, as under a torchrun of its own
+        own_file = Path(os.environ["TORCHELASTIC_ERROR_FILE"]).parents[1] / f"job-{number}/{rank}/error.json"
+        own_file.parent.mkdir(parents=True)
+        os.environ["TORCHELASTIC_ERROR_FILE"] = str(own_file)
         os.environ["WORLD_SIZE"] = os.environ["LOCAL_WORLD_SIZE"] = str(job["ranks"])
         code = script(job["directory"], *job["words"]) if job["directory"] else main(job["words"])
         sys.stdout.flush()

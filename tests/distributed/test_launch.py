@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -190,9 +191,11 @@ def test_what_is_no_job_of_slurm_s_is_one_sentence(
 
 
 # Slurm itself is not here. These stand in for two of its programs, as their manuals have them: `scontrol show
-# hostnames` writes the hosts of a list one a line; `srun` runs a command once on each of them, here as processes of
-# this machine, and with --kill-on-bad-exit ends the others when one fails. They exercise launch/slurm, not Slurm.
+# hostnames` writes the hosts of a list one a line, and `scontrol requeue` takes a job; `srun` runs a command once on
+# each of them, here as processes of this machine, and with --kill-on-bad-exit ends the others when one fails. They
+# exercise launch/slurm, not Slurm.
 SCONTROL = """\
+[ "$1" != requeue ] || { echo "$*" >>"$ASKED"; exit; }
 [ "$*" = "show hostnames $SLURM_JOB_NODELIST" ] || exit 1
 echo "$SLURM_JOB_NODELIST" | tr , '\\n'
 """
@@ -219,10 +222,11 @@ def slurm(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     script.write_bytes((ROOT / "launch/slurm").read_bytes())
     script.chmod(0o755)
 
-    def start(*words: str, job: int, restarts: int) -> subprocess.CompletedProcess[str]:
+    def start(*words: str, job: int, restarts: int, end: float = 1e10) -> subprocess.CompletedProcess[str]:
         around = environment(
             SLURM_JOB_ID=str(job),
             SLURM_RESTART_COUNT=str(restarts),
+            SLURM_JOB_END_TIME=f"{end:.0f}",
             SLURM_SUBMIT_DIR=str(checkout),
             SLURM_JOB_NODELIST="localhost,localhost",
             SLURM_JOB_NUM_NODES="2",
@@ -256,6 +260,7 @@ def test_a_requeued_job_of_slurm_goes_on_from_what_its_first_start_left(
     assert "resuming after step 2" in requeued.stdout
     outputs = tmp_path / f"checkout/outputs/slurm-{job}"
     starts = [complete(outputs / number) for number in ("0", "2")]
+    assert starts[0]["config"]["train"]["save_on_term"] is True
     assert [len(start["ranks"]) for start in starts] == [2, 2]
     assert [len(start["training"]["losses"]) for start in starts] == [2, 1]
     # two nodes of one rank are one node of two, to the byte
@@ -263,6 +268,18 @@ def test_a_requeued_job_of_slurm_goes_on_from_what_its_first_start_left(
     assert first.stdout.count("record: ") == 1  # rank 0 speaks
     assert starts[0]["ranks"] == within["ranks"]
     assert starts[0]["training"]["losses"] == within["training"]["losses"]
+
+
+@pytest.mark.parametrize("left", [100, 10_000])
+def test_a_job_of_slurm_that_has_saved_is_queued_again_if_its_time_is_over(
+    slurm: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path, left: int
+) -> None:
+    saves = 'cd outputs/slurm-7/0 && echo \'{"rank": null, "sentence": "saved", "code": 75}\' >failure.json; exit 1'
+    (tmp_path / "bin/srun").write_text(f"#!/usr/bin/env bash\nmkdir -p outputs/slurm-7/0\n{saves}\n")
+    result = slurm(*SMALL, job=7, restarts=0, end=time.time() + left)
+    assert result.returncode == 1, result.stderr
+    asked = tmp_path / "asked"
+    assert (asked.read_text() == "requeue 7\n") if left == 100 else not asked.exists()
 
 
 def test_a_wrong_request_is_refused_before_any_node_of_slurm_s_is_asked(

@@ -73,8 +73,11 @@ def test_the_first_word_about_the_end_is_everybody_s(tmp_path: Path) -> None:
     assert failure.first_report(tmp_path) == first
 
 
-def test_where_nothing_is_left_of_a_run_nobody_has_a_word(tmp_path: Path) -> None:
-    assert not failure.claim(tmp_path / "removed", failure.Report(0, "rank 0 failed", 3))
+def test_where_nothing_can_be_written_a_report_is_made_rather_than_lost(tmp_path: Path) -> None:
+    report = failure.Report(0, "rank 0 failed", 3)
+    (tmp_path / "file").touch()
+    assert failure.claim(tmp_path / "removed", report)
+    assert failure.claim(tmp_path / "file", report)
     assert failure.first_report(tmp_path / "removed") is None
 
 
