@@ -113,7 +113,7 @@ def _change(node: Any, key: Any, random: Random) -> None:
 
 def _places(node: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
     """Each value in `node`: its path, and the container and key that it is at."""
-    if isinstance(node, dict) or isinstance(node, list):
+    if isinstance(node, dict | list):
         for key, value in node.items() if isinstance(node, dict) else enumerate(node):
             if path or key != "schema":
                 yield f"{path}.{key}", node, key
@@ -149,8 +149,8 @@ def _with_column_changed(table: pa.Table, random: Random) -> pa.Table:
         return table.drop_columns([name])
     if kind == 1:
         return table.append_column(name, table.column(index))
-    if kind == 2:
-        return table.slice(random.randrange(table.num_rows), random.choice((0, 1, 5, table.num_rows)))
+    if kind == 2 or not table.num_rows:
+        return table.slice(random.randrange(table.num_rows + 1), random.choice((0, 1, 5, table.num_rows)))
     column, values = table.column(index), table.column(index).to_pylist()
     for _ in range(random.choice((1, 3, len(values)))):
         values[random.randrange(len(values))] = _cell(column.type, random)
@@ -297,9 +297,9 @@ def rehearse(home: Path) -> dict[str, Path]:
 
 
 def carried_out(paths: dict[str, Path], name: str, number: int) -> Iterator[tuple[str, str | None, float]]:
-    """Mutate the record of the run `name`, or a "trace", and carry out every tool: its name, what is wrong, its seconds.
+    """Carry out every tool on a mutated record of the run `name`, or on a mutated "trace"; `number` is the seed.
 
-    `number` is the seed.
+    Yields each tool's name, what is wrong with how it ends, and its seconds of processor time.
     """
     random = Random(f"{name} {number}")
     of = random.choice(MUTATED) if name == "trace" else name

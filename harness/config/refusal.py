@@ -11,7 +11,12 @@ class Refusal(Exception):
     def __str__(self) -> str:
         flag = self.key.startswith("-") and self.value == ""
         what = self.key if flag else f"{self.key}={_shortened(as_typed(self.value))}"
-        return " ".join(f"{what}: {self.remedy}".split())
+        return printable(" ".join(f"{what}: {self.remedy}".split()))
+
+
+def printable(text: str) -> str:
+    """`text` without characters that control a terminal: control characters, line ends, changes of direction."""
+    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 LONGEST = 300

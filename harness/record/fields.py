@@ -6,15 +6,12 @@ from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo
 
+from harness.config.refusal import printable as printable
+
 T = TypeVar("T")
 
 FROM_DISK = {"from_disk": True}
 """The context of a validation whose texts are not trusted."""
-
-
-def printable(text: str) -> str:
-    """`text` without characters that control a terminal: control characters, line ends, changes of direction."""
-    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def short_repr(value: Any) -> str:

@@ -139,7 +139,7 @@ def _moderate(column: "pa.ChunkedArray") -> bool:
     import pyarrow.compute as pc
 
     ends = pc.min_max(column).as_py()
-    return bool(-HIGHEST <= ends["min"] and ends["max"] <= HIGHEST)
+    return bool(ends["min"] >= -HIGHEST and ends["max"] <= HIGHEST)
 
 
 def _printable(column: "pa.ChunkedArray") -> "pa.ChunkedArray":
