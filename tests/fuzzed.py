@@ -175,12 +175,16 @@ def _drawn(random: Random) -> tuple[str, str]:
     return key, random.choice(NUMBERS if random.random() < 0.7 else WORDS)
 
 
+class Hang(BaseException):
+    """A request did not end. It is no Exception, which the code under test may catch."""
+
+
 @contextmanager
 def bounded(seconds: int) -> Iterator[None]:
-    """Raise TimeoutError where what is within never ends."""
+    """Raise Hang where what is within never ends."""
 
     def end(number: int, frame: FrameType | None) -> None:
-        raise TimeoutError(f"it did not end in {seconds} s")
+        raise Hang(f"it did not end in {seconds} s")
 
     before = signal.signal(signal.SIGALRM, end)
     signal.alarm(seconds)

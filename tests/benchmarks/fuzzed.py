@@ -11,7 +11,7 @@ import traceback
 from collections import Counter
 from random import Random
 
-from tests.fuzzed import refused, request
+from tests.fuzzed import Hang, refused, request
 
 SLOW = 5.0
 
@@ -27,7 +27,7 @@ def main(count: int, first: int = 0, whole: int = 1) -> None:
             ends["refused" if sentence else "done"] += 1
             if sentence and (not sentence.isprintable() or len(sentence) > 700):
                 print(f"{number}: {words[5:]}: {sentence[:300]!r}", flush=True)
-        except Exception as error:
+        except (Exception, Hang) as error:
             ends[type(error).__name__] += 1
             place = [
                 each for each in traceback.extract_tb(error.__traceback__) if "/harness/" in each.filename
