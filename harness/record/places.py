@@ -47,7 +47,7 @@ def one_run_at(path: Path) -> Path:
 
 
 def check_inside(directory: Path, file: Path) -> None:
-    """Raise ValueError for a `file` of a run that is a link out of its `directory`, or no file: a run writes neither."""
+    """Raise ValueError for a `file` of a run that leads out of its `directory`, or is none: a run writes neither."""
     if not file.resolve().is_relative_to(directory.resolve()):
         raise ValueError(f"{file} leads out of the run's directory; a run's files lie in it")
     if not file.is_file():

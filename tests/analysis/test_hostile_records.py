@@ -14,7 +14,6 @@ import pytest
 from harness.__main__ import main
 from harness.record import trace
 from harness.record.places import runs_in
-from harness.record.schema import parse
 from tests import hostile
 
 COUNT = 8
@@ -100,14 +99,17 @@ def test_a_tree_that_is_too_deep_is_refused(said: Said, key: str) -> None:
 
 
 def test_a_peak_of_nothing_with_categories_has_no_share(said: Said) -> None:
-    change = lambda tree: (
-        tree["ranks"][0]["peak"].update(bytes=0) or tree["ranks"].__delitem__(slice(1, None))
-    )  # noqa: E731
+    def change(tree: Tree) -> None:
+        tree["ranks"] = tree["ranks"][:1]
+        tree["ranks"][0]["peak"]["bytes"] = 0
+
     assert "holds 0 B at its peak" in said("training", change, "explain", "--no-rehearsal")
 
 
 def test_stages_of_no_layers_share_nothing(said: Said) -> None:
-    change = lambda tree: tree["pipeline"].update(split=[0, 0])  # noqa: E731
+    def change(tree: Tree) -> None:
+        tree["pipeline"]["split"] = [0, 0]
+
     assert "forward" in said("rehearsal", change, "roofline", "--hardware", "rtx4090")
 
 
