@@ -1,4 +1,4 @@
-"""Files that no run leaves: records and traces with values that cannot be, drawn by seed, and what tools make of them."""
+"""Records and traces that no run leaves, with values that cannot be, drawn by seed, and what tools make of them."""
 
 import contextlib
 import copy

@@ -51,7 +51,7 @@ def planted(tmp_path: Path) -> Path:
 
 
 def write(checkpoint: Path, kind: str) -> None:
-    auto_map = {name: "planted.Planted" for name in CLASSES}
+    auto_map = dict.fromkeys(CLASSES, "planted.Planted")
     shape = {"model_type": kind, "architectures": ["Planted"], **SHAPE, "auto_map": auto_map}
     (checkpoint / "config.json").write_text(json.dumps(shape))
 
