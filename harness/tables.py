@@ -133,23 +133,23 @@ class Table:
         """The table in Markdown. Characters that would break it are escaped."""
 
         def line(row: Sequence[str]) -> str:
-            return "| " + " | ".join(escaped(cell) for cell in row) + " |"
+            return "| " + " | ".join(row) + " |"
 
         columns = len(self._heads[0])
-        headings = [" ".join(filter(None, lines)) for lines in zip(*self._heads, strict=True)]
+        headings = [escaped(" ".join(filter(None, lines))) for lines in zip(*self._heads, strict=True)]
         lines = [line(headings), "| --- |" + " ---: |" * (columns - 1)]
         for row in self._rows:
             if isinstance(row, str):
-                lines.append(line([f"**{row}**", *[""] * (columns - 1)]))
+                lines.append(line([f"**{escaped(row)}**", *[""] * (columns - 1)]))
             elif row is not None:
-                lines.append(line(row))
+                lines.append(line([*map(escaped, row)]))
         return "\n".join(lines)
 
 
 def escaped(cell: str) -> str:
     """`cell` without characters that Markdown or HTML interprets."""
     indent = (len(cell) - len(cell.lstrip())) // 2
-    text = cell.strip()
-    for character in "\\|<`":
+    text = cell.strip().replace("&", "&amp;")
+    for character in "\\|<`*[]":
         text = text.replace(character, f"\\{character}")
     return "&emsp;" * max(0, indent - 1) + text

@@ -148,7 +148,7 @@ def made_of(run: Run) -> Iterator[Finding]:
     largest = sorted(((figure or 0, name) for name, figure in peak.categories.items()), reverse=True)
     shown = [pair for pair in largest[:LARGEST] if pair[0]]
     rest = peak.bytes - sum(figure for figure, _ in shown)
-    parts = [f"{size(figure)} {name} ({figure / peak.bytes:.0%})" for figure, name in shown]
+    parts = [f"{size(figure)} {name}{_share(figure, peak.bytes)}" for figure, name in shown]
     parts += [f"{size(rest)} others"] if rest else []
     where = ""
     if peak.where is not None:
@@ -158,6 +158,10 @@ def made_of(run: Run) -> Iterator[Finding]:
     yield Finding(
         "peak", f"{_subject(run)} {size(peak.bytes)} at its peak: {', '.join(parts)}.{where}", peak.bytes
     )
+
+
+def _share(figure: int, total: int) -> str:
+    return f" ({figure / total:.0%})" if total else ""
 
 
 def reserved(run: Run) -> Iterator[Finding]:

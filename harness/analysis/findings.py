@@ -189,7 +189,8 @@ def checkpointing(run: Run) -> Iterator[Finding]:
     name, activations = f"checkpointing={options.mode}", run.bytes_of("activations")
     from harness.config.rules.sources import read
 
-    layers = int(read(settings.model.config, "num_hidden_layers")[1] or 0)  # 0: it does not say
+    layers = read(settings.model.config, "num_hidden_layers")[1]
+    layers = layers if isinstance(layers, int) else 0  # 0: it does not say
     recomputed = len(options.layers) or -(-layers // options.every)
     beside = sum(h.bytes for h in run.holdings if h.category == "activations" and not _in_layer(h))
     if where.phase not in ("forward", "backward"):

@@ -26,7 +26,12 @@ def stash(run: Run) -> Iterator[Finding]:
 def ends(run: Run) -> Iterator[Finding]:
     """The first or the last stage has more parameters than the others, because of the embedding or the head."""
     cut, ranks = run.record.pipeline, run.record.by_stage
-    if cut.stages < 2 or len(ranks) < cut.stages or len(cut.split) < cut.stages or min(cut.split) < 2:
+    if (
+        cut.stages < 2
+        or {*ranks} != {*range(cut.stages)}
+        or len(cut.split) < cut.stages
+        or min(cut.split) < 2
+    ):
         return
     layers = min(cut.split)
     parameters = {stage: rank.highest.get("parameters") or 0 for stage, rank in ranks.items()}

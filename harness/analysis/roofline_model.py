@@ -223,7 +223,9 @@ def _shape(
         return None
     tensor_parallel = settings.generation.tensor_parallel if record.mode == "infer" else 1
     split = record.pipeline.split
-    share = (split[rank.stage] / sum(split) if rank.stage < len(split) else 1.0) / tensor_parallel
+    share = (
+        split[rank.stage] / sum(split) if rank.stage < len(split) and any(split) else 1.0
+    ) / tensor_parallel
     weights = WEIGHTS[name] * matrices * share
     if record.mode == "train":
         return Shape(settings.train.micro_batch, weights)

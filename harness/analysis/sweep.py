@@ -100,6 +100,8 @@ def point(record: Record, source: str) -> Point:
     )
     new = record.inference.max_new_tokens or generation.max_new_tokens or NEW_TOKENS
     dp_size = settings.layout(record.world.size).dp_size
+    if not dp_size:
+        raise ValueError(f"{source} has fewer ranks than its stages and its generation.tensor_parallel need")
     return Point(
         record.model.short,
         generation.cache,

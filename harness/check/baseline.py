@@ -150,7 +150,8 @@ def of(run: Record, source: str) -> Baseline:
         raise ValueError(
             f"{source}: the run failed ({reason or 'its record does not say why'}); only a complete run counts"
         )
-    steps = run.config.get("ledger", {}).get("steps")
+    steps = run.value("ledger.steps")
+    steps = steps if isinstance(steps, int) else None
     by_memory: dict[str, tuple[Accounting, list[int]]] = {}
     for rank in sorted(run.ranks, key=lambda rank: rank.rank):
         measured = accounting_of(rank, steps)

@@ -175,6 +175,12 @@ def _named(override: Override) -> Override:
     if options is None or override.is_delete():
         return override
     value: Any = override.value()
+    if isinstance(value, dict) or (
+        isinstance(value, list) and not all(isinstance(each, str) for each in value)
+    ):
+        raise Refusal(
+            override.key_or_group, value, f"no such option; one of {', '.join(options)}"
+        )  # Hydra fails for these
     if isinstance(value, Glob):
         if all(map(_WORD.fullmatch, options)):
             return override  # Hydra knows the options of the user's own too

@@ -12,16 +12,34 @@ class Refusal(Exception):
 
     def __str__(self) -> str:
         flag = self.key.startswith("-") and self.value == ""
-        what = self.key if flag else f"{self.key}={as_typed(self.value)}"
-        return " ".join(f"{what}: {self.remedy}".split())
+        what = self.key if flag else f"{self.key}={_shortened(as_typed(self.value))}"
+        return printable(" ".join(f"{what}: {self.remedy}".split()))
 
 
-def as_typed(value: object) -> str:
-    """`value` as the command line writes it."""
+def printable(text: str) -> str:
+    """`text` without characters that control a terminal: control characters, line ends, changes of direction."""
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
+LONGEST = 300
+"""The most characters of a value in a sentence."""
+
+DEEPEST = 40
+"""The most levels of a value that is written out."""
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
+
+
+def as_typed(value: object, levels: int = DEEPEST) -> str:
+    """`value` as the command line writes it; what is deeper than `levels` is left out."""
+    if isinstance(value, list | dict) and not levels:
+        return "..."
     if isinstance(value, list):
-        return f"[{','.join(map(as_typed, value))}]"
+        return f"[{','.join(as_typed(each, levels - 1) for each in value)}]"
     if isinstance(value, dict):
-        return f"{{{','.join(f'{key}:{as_typed(each)}' for key, each in value.items())}}}"
+        return f"{{{','.join(f'{key}:{as_typed(each, levels - 1)}' for key, each in value.items())}}}"
     if value is None:
         return "null"
     return str(value).lower() if isinstance(value, bool) else str(value)

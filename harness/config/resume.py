@@ -57,7 +57,14 @@ FREE = frozenset(
             "checkpointing.every",
         ),  # what is computed again is the same
         *("pipeline.groups", "train.batch", "train.validate_every", "train.validation_batches"),
-        *("train.save_every", "train.keep", "train.resume", "train.resume_changes", "train.export"),
+        *(
+            "train.save_every",
+            "train.save_on_term",
+            "train.keep",
+            "train.resume",
+            "train.resume_changes",
+            "train.export",
+        ),
         "train.nonfinite",  # a run that stopped may go on with skip
     }
 )

@@ -28,6 +28,10 @@ def _no_truth(value: object) -> object:
 
 _Number = BeforeValidator(_no_truth)
 Positive = Annotated[int, Field(ge=1, le=MOST), _Number]
+Count = Annotated[int, Field(ge=1, le=2**20), _Number]
+"""A number of things that a run, or its rehearsal, has one by one. No run has a million of them at once."""
+Tokens = Annotated[int, Field(ge=1, lt=2**31), _Number]
+"""A number of tokens, or of what has some: torch counts their bytes in 64 bits."""
 NotNegative = Annotated[int, Field(ge=0, le=MOST), _Number]
 ZeroStage = Annotated[int, Field(ge=0, le=3), _Number]
 PositiveFloat = Annotated[float, Field(gt=0, le=1e30), _Number]
@@ -143,7 +147,7 @@ class Checkpointing:
 
 @dataclass(frozen=True, config=_STRICT)
 class Pipeline:
-    stages: Positive = 1
+    stages: Count = 1
     """How many stages the layers are cut into."""
     split: Literal["uniform", "parameters", "memory"] | list[Positive] = "uniform"
     """Layers of each stage: evenly, by parameters, by rehearsed peak, or as [3,5]."""
@@ -155,13 +159,13 @@ class Pipeline:
 class Train:
     steps: Positive = 100
     """Optimizer steps of the whole run, those before a resume included."""
-    micro_batch: Positive = 4
+    micro_batch: Count = 4
     """Sequences a rank takes at once."""
-    accumulation: Positive = 1
+    accumulation: Count = 1
     """Micro-batches in a step."""
     batch: Positive | None = None
     """Sequences in a step over all ranks; checked if set."""
-    sequence: Positive = 256
+    sequence: Tokens = 256
     """Tokens in a sequence."""
     learning_rate: PositiveFloat = 1e-3
     """AdamW's highest learning rate."""
@@ -181,13 +185,13 @@ class Train:
     """Largest gradient norm; 0 is off."""
     validate_every: NotNegative = 50
     """Steps between validations; 0 is never."""
-    validation_batches: Positive = 8
+    validation_batches: Count = 8
     """Micro-batches a rank validates on."""
     save_every: NotNegative = 0
     """Steps between full-state checkpoints; 0 is never."""
     save_on_term: bool = False
     """On SIGTERM, end the step, write a full-state checkpoint, and exit with 75: run again with train.resume."""
-    keep: Positive = 2
+    keep: Count = 2
     """Number of complete full-state checkpoints kept."""
     resume: Place | None = None
     """Directory of the run to continue."""
@@ -201,17 +205,17 @@ class Train:
 
 @dataclass(frozen=True, config=_STRICT)
 class Generation:
-    batch: Positive = 4
+    batch: Count = 4
     """Prompts a rank generates from at once."""
     prompts: Place | None = None
     """File of prompts, one a line."""
     prompt: list[str] = Field(default_factory=list)
     """Prompts, as ['first one','second one']."""
-    count: Positive = 8
+    count: Count = 8
     """Prompts sampled from the data where none are given."""
-    prompt_length: Positive = 64
+    prompt_length: Tokens = 64
     """Tokens of a sampled prompt."""
-    max_new_tokens: Positive | None = None
+    max_new_tokens: Tokens | None = None
     """Most tokens generated for a prompt; null is what the checkpoint says, else 64."""
     cache: Literal["dynamic", "static", "paged", "quantized", "offloaded", "none"] = "dynamic"
     """KV cache; none recomputes everything."""
@@ -219,17 +223,17 @@ class Generation:
     """cache=quantized: bits of an element; 4 and 2 by optimum-quanto."""
     batching: Literal["static", "continuous"] = "static"
     """Continuous: a finished prompt gives its place to the next; static: a batch waits for its longest."""
-    page_size: Annotated[int, Field(ge=4, le=MOST)] = 16
+    page_size: Annotated[int, Field(ge=4, lt=2**31)] = 16
     """cache=paged: tokens in a page."""
-    pages: Positive | None = None
+    pages: Tokens | None = None
     """cache=paged: pages of all layers; null is enough for the longest request in every place."""
-    batch_tokens: Positive | None = None
+    batch_tokens: Tokens | None = None
     """batching=continuous: most tokens in a forward; null is the longest prompt, or about 512 at once."""
     workload: Place | None = None
     """File of requests, a JSON object a line: a prompt or its prompt_length, and its own max_new_tokens."""
     lengths: Literal["fixed", "uniform", "skewed"] = "fixed"
     """Lengths of sampled prompts and of their answers: all the longest, or drawn by seed from 1 to the longest."""
-    tensor_parallel: Positive = 1
+    tensor_parallel: Count = 1
     """How many ranks share each layer, by transformers' own plan."""
     compile: bool = False
     """Compile the decoding step; needs cache=static."""

@@ -26,7 +26,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from harness.config import compose
-from harness.config.errors import first_line, ours
+from harness.config.errors import LONGEST, first_line, ours
 from harness.config.rules import quantized, widths
 from harness.config.settings import Model, Refusal
 
@@ -86,7 +86,7 @@ def _refused(settings: Model, error: Exception) -> Refusal:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     fields = re.findall(r"(?:field '|`)(\w+)['`]", " ".join(lines))
     last_line = lines[-1].strip().partition(" Errors: ")[0]
-    message = f"transformers refuses it: {last_line.partition('Error: ')[2] or last_line}"
+    message = f"transformers refuses it: {(last_line.partition('Error: ')[2] or last_line)[:LONGEST]}"
     named = next((name for name in fields if name in settings.config), "model_type")
     return Refusal(KEY + named, settings.config.get(named), message)
 

@@ -5,7 +5,17 @@ from functools import cached_property
 from pydantic import Field
 
 from harness.ledger.categories import pattern
-from harness.record.fields import Bytes, Difference, Figures, Index, Number, Operations, Part, Text
+from harness.record.fields import (
+    Bytes,
+    Difference,
+    Figures,
+    Index,
+    Number,
+    Operations,
+    Part,
+    RankNumber,
+    Text,
+)
 
 
 class Place(Part):
@@ -152,17 +162,17 @@ class Rank(Part):
     that peak no higher; `why` says why it was chosen. `unseen` names what the ledger did not see.
     """
 
-    rank: Number
-    stage: Number = 0
-    share: Number = 0
-    stands_for: list[Number] = Field(default_factory=list)
+    rank: RankNumber
+    stage: RankNumber = 0
+    share: RankNumber = 0
+    stands_for: list[RankNumber] = Field(default_factory=list)
     peak: Peak
     categories: dict[Text, Category]
     phases: list[Phase] = Field(default_factory=list)
     forwards: Forwards | None = None
     allocator: Allocator
     unseen: list[Text] = Field(default_factory=list)
-    bounds: list[Number] = Field(default_factory=list)
+    bounds: list[RankNumber] = Field(default_factory=list)
     why: Text = ""
 
     @property

@@ -26,9 +26,12 @@ def runs_in(path: Path) -> list[Path]:
 
     Raises ValueError with a sentence for a directory without any.
     """
-    if not path.is_dir() or (path / FILE).exists():
-        return [path]
-    runs = sorted(_below(path, DEPTH), key=_order)
+    try:
+        if not path.is_dir() or (path / FILE).exists():
+            return [path]
+        runs = sorted(_below(path, DEPTH), key=_order)
+    except OSError as error:  # a name that is too long, a directory that nobody may read
+        raise ValueError(f"{error.filename} cannot be read: {error.strerror}") from None
     if not runs:
         raise ValueError(f"{path} contains no {FILE}, and no directory in it does")
     return runs
@@ -41,6 +44,14 @@ def one_run_at(path: Path) -> Path:
         count = f"{len(runs)} runs" if len(runs) > 1 else "a run"
         raise ValueError(f"{path} contains {count}; name one, as {runs[0]}")
     return path
+
+
+def check_inside(directory: Path, file: Path) -> None:
+    """Raise ValueError for a `file` of a run that leads out of its `directory`, or is none: a run writes neither."""
+    if not file.resolve().is_relative_to(directory.resolve()):
+        raise ValueError(f"{file} leads out of the run's directory; a run's files lie in it")
+    if not file.is_file():
+        raise ValueError(f"{file} is no file")
 
 
 def _below(directory: Path, depth: int) -> Iterator[Path]:
@@ -64,7 +75,8 @@ def _order(run: Path) -> list[tuple[int, str]]:
 def _number(run: Path) -> int | None:
     """The number of the job that made the run; None where its record does not say."""
     try:
+        check_inside(run, run / FILE)
         words = json.loads((run / FILE).read_bytes())["environment"]["command"]
         return next(int(word.removeprefix(NUMBER)) for word in words if word.startswith(NUMBER))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, StopIteration):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, StopIteration):
         return None

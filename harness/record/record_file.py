@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from harness.ledger.categories import CATEGORIES
 from harness.record import memory
+from harness.record.fields import short_repr
 from harness.record.places import FILE as FILE
-from harness.record.places import as_path
+from harness.record.places import as_path, check_inside
 from harness.record.results import Model, Results
 from harness.record.schema import Environment, Failure, Record, Shortage, World
 from harness.runtime.files import create, put
@@ -211,7 +212,10 @@ def with_failure(rest: str, failure: Failure) -> str:
 def read(path: str | Path) -> dict[str, Any]:
     """The record in a run's directory, or in a file. Raises ValueError with a sentence if there is none to read."""
     path = as_path(path)
-    return tree(path / FILE if path.is_dir() else path, SCHEMA, f"{path} contains no {FILE}")
+    file = path / FILE if path.is_dir() else path
+    if path.is_dir() and file.exists():
+        check_inside(path, file)
+    return tree(file, SCHEMA, f"{path} contains no {FILE}")
 
 
 def tree(file: Path, schema: str, absent: str) -> dict[str, Any]:
@@ -224,7 +228,7 @@ def tree(file: Path, schema: str, absent: str) -> dict[str, Any]:
         raise ValueError(f"{file} cannot be read: {error}") from None
     found_schema = content.get("schema") if isinstance(content, dict) else None
     if found_schema != schema:
-        raise ValueError(f"{file} has schema {repr(found_schema)[:40]}, and this version reads {schema!r}")
+        raise ValueError(f"{file} has schema {short_repr(found_schema)}, and this version reads {schema!r}")
     return content  # type: ignore[no-any-return]
 
 

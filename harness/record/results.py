@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from harness.record.fields import Bytes, Number, Part, Seconds, Text
+from harness.record.fields import Bytes, Number, Open, Part, RankNumber, Rate, Seconds, Share, Text
 
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 """Bytes of an element that is not packed."""
@@ -59,10 +59,10 @@ class Model(Part):
 class Pipeline(Part):
     """The layers of each stage. `bubble` is the share of a training step in which a stage waits for the others."""
 
-    stages: Number = 1
+    stages: Annotated[int, Field(ge=1, le=2**20)] = 1
     split: list[Number] = Field(default_factory=list)
     micro_batches: Number | None = None
-    bubble: float | None = None
+    bubble: Share | None = None
 
 
 class Validation(Part):
@@ -108,7 +108,7 @@ class Training(Part):
 class Setting(Part):
     """A field of the generation config: its value, its source, and if it has no effect, why (`moot`)."""
 
-    value: Any
+    value: Open[Any]
     source: Text
     moot: Text = ""
 
@@ -152,9 +152,9 @@ class Inference(Part):
 class Idleness(Part):
     """A pipeline stage in generation: the seconds that a replica works, and the share of the time that it waits."""
 
-    stage: Number
-    busy_seconds: float
-    idle: float
+    stage: RankNumber
+    busy_seconds: Seconds
+    idle: Rate
 
 
 class Took(Part):
@@ -163,15 +163,15 @@ class Took(Part):
     phase: Text
     seconds: Seconds
     steps: Number
-    rank: Number = 0
+    rank: RankNumber = 0
 
 
 class Percentiles(Part):
     """Seconds at the 50th, 95th and 99th percentile."""
 
-    p50: float
-    p95: float
-    p99: float
+    p50: Seconds
+    p95: Seconds
+    p99: Seconds
 
 
 class Latency(Part):
@@ -190,29 +190,33 @@ class Performance(Part):
     request was `evicted`.
     """
 
-    startup_seconds: float | None = None
-    tokens_per_second: float | None = None
-    step_seconds: float | None = None
+    startup_seconds: Seconds | None = None
+    tokens_per_second: Rate | None = None
+    step_seconds: Seconds | None = None
     steps_timed: Number | None = None
-    prefill_tokens_per_second: float | None = None
-    decode_tokens_per_second: float | None = None
-    time_to_first_token_seconds: float | None = None
-    generation_seconds: float | None = None
-    compile_seconds: float | None = None
+    prefill_tokens_per_second: Rate | None = None
+    decode_tokens_per_second: Rate | None = None
+    time_to_first_token_seconds: Seconds | None = None
+    generation_seconds: Seconds | None = None
+    compile_seconds: Seconds | None = None
     latency: Latency = Latency()
     forwards: Bytes | None = None
-    tokens_per_forward: float | None = None
+    tokens_per_forward: Rate | None = None
     evicted: Bytes | None = None
     stages: list[Idleness] | None = None
     phases: list[Took] | None = None
+
+
+Ceiling = Annotated[float, Field(ge=1, le=1e30)]
+"""The most of anything that a device does in a second."""
 
 
 class Ceilings(Part):
     """The limits of a device: bytes and operations per second, from a page or measured. None: not known."""
 
     source: Text = ""
-    bandwidth: Annotated[float, Field(gt=0)] | None = None
-    flops: Annotated[float, Field(gt=0)] | None = None
+    bandwidth: Ceiling | None = None
+    flops: Ceiling | None = None
     dtype: Text = ""
 
     @property

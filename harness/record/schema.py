@@ -1,14 +1,26 @@
 """`record.json` as typed data, for its writers and its readers. A file from disk is validated once, by `parse`."""
 
+from collections import Counter
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
-from harness.record.fields import FROM_DISK, Bytes, Number, Part, Text, printable
+from harness.record.fields import (
+    FROM_DISK,
+    Bytes,
+    Number,
+    Open,
+    Part,
+    RankNumber,
+    Text,
+    printable,
+    short_repr,
+)
 from harness.record.memory import UNHEARD, Rank, Where
 from harness.record.results import Ceilings, Inference, Model, Performance, Pipeline, Training
+from harness.tables import tail
 
 
 class World(Part):
@@ -17,7 +29,7 @@ class World(Part):
     """
 
     kind: Text | None = None
-    size: Annotated[int, Field(ge=1, lt=2**31)]
+    size: Annotated[int, Field(ge=1, le=2**20)]
     device: Text
     device_name: Text | None = None
     memory: Bytes | None = None
@@ -62,11 +74,20 @@ class Shortage(Part):
 class Failure(Part):
     """The rank that failed, its pipeline stage, where it failed, the error, and what memory ran out."""
 
-    rank: Number | None = None
-    stage: Number | None = None
+    rank: RankNumber | None = None
+    stage: RankNumber | None = None
     where: Where | None = None
     error: Text | None = None
     shortage: Shortage | None = None
+
+
+def _each_once(ranks: list[Rank]) -> list[Rank]:
+    """Raise ValueError where two records of a rank say different things of it."""
+    times = Counter(number for rank in ranks for number in rank.numbers)
+    twice = [number for number, count in times.items() if count > 1]
+    if twice:
+        raise ValueError(f"should have each rank once, and rank {twice[0]} is there twice")
+    return ranks
 
 
 class Record(Part):
@@ -76,7 +97,7 @@ class Record(Part):
     mode: Text
     world: World
     model: Model
-    config: dict[str, Any] = Field(default_factory=dict)
+    config: Open[dict[str, Any]] = Field(default_factory=dict)
     resolved: dict[Text, Text] = Field(default_factory=dict)
     environment: Environment = Environment()
     failure: Failure | None = None
@@ -85,7 +106,7 @@ class Record(Part):
     inference: Inference = Inference()
     performance: Performance = Performance()
     ceilings: Ceilings | None = None
-    ranks: list[Rank]
+    ranks: Annotated[list[Rank], AfterValidator(_each_once)]
 
     @property
     def title(self) -> str:
@@ -135,6 +156,9 @@ def parse(record: Mapping[str, Any], source: str) -> Record:
     return validated(Record, record, source, "record")
 
 
+LONGEST = 120
+"""The most characters of a field's path in a sentence."""
+
 Kind = TypeVar("Kind", bound=BaseModel)
 
 
@@ -144,10 +168,9 @@ def validated(kind: type[Kind], tree: Mapping[str, Any], source: str, what: str)
         return kind.model_validate(tree, context=FROM_DISK)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        field = printable(".".join(map(str, first["loc"])))
+        field = tail(printable(".".join(map(str, first["loc"]))), LONGEST)
         if first["type"] == "missing":
             raise ValueError(f"{source} is not a complete {what}: {field} is missing") from None
-        value = printable(repr(first["input"]))
-        value = value if len(value) <= 40 else f"{value[:37]}..."
-        problem = first["msg"].removeprefix("Input ")
+        value = short_repr(first["input"])
+        problem = first["msg"].removeprefix("Input ").removeprefix("Value error, ")
         raise ValueError(f"{source} is not a complete {what}: {field}={value}: {problem}") from None

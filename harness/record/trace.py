@@ -8,6 +8,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness.config.errors import first_line
+from harness.record.fields import printable
+from harness.record.places import check_inside
 from harness.runtime.files import put, writing
 
 if TYPE_CHECKING:
@@ -31,6 +34,16 @@ COLUMNS = {
     "nanoseconds": "int64",  # since the first event; null in a rehearsal
 }
 """The columns of the table."""
+
+OPEN = ("category", "storage", "nanoseconds")
+"""The columns that may be null."""
+
+AMOUNTS = ("bytes", "saved")
+HIGHEST = 2**50
+"""The most bytes of one event."""
+
+MOST = 10_000_000
+"""The most events of a file that is read: a tool has all of them in memory."""
 
 
 def of_ledger(ledger: "Ledger", timed: bool = True) -> "pa.Table":
@@ -104,11 +117,52 @@ def read(directory: Path, rank: int) -> "pa.Table | None":
     file = _file(directory, rank)
     if not file.exists():
         return None
+    check_inside(directory, file)
     try:
         with pq.ParquetFile(file) as parquet:  # read_table would import pandas
-            return parquet.read().select(list(COLUMNS)).cast(schema())
+            if parquet.metadata.num_rows > MOST:
+                raise ValueError(f"it has {parquet.metadata.num_rows:,} events, more than {MOST:,}")
+            return _checked(parquet.read().select(list(COLUMNS)).cast(schema()))
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
-        raise ValueError(f"{file} is not a trace: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{file} is not a trace: {first_line(error)}") from None
+
+
+def _checked(table: "pa.Table") -> "pa.Table":
+    """`table`, with texts that are printable. Raises ValueError for a value that no event has."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    table.validate(full=True)
+    for index, name in enumerate(COLUMNS):
+        column = table.column(name)
+        if column.null_count and name not in OPEN:
+            raise ValueError(f"{name} is null in {column.null_count} of {table.num_rows} events")
+        if name in AMOUNTS and table.num_rows and not _moderate(column):
+            raise ValueError(f"{name} has a value that is no number of bytes")
+        if pa.types.is_string(column.type):
+            table = table.set_column(index, name, _printable(column))
+    if table.column("nanoseconds").null_count not in (0, table.num_rows):
+        raise ValueError("nanoseconds is null in some events, and not in all")
+    if not pc.all(pc.equal(table.column("category").is_null(), table.column("storage").is_null())).as_py():
+        raise ValueError("an event has a category without a storage, or a storage without one")
+    return table
+
+
+def _moderate(column: "pa.ChunkedArray") -> bool:
+    """Whether each value may be the bytes of an event."""
+    import pyarrow.compute as pc
+
+    ends = pc.min_max(column).as_py()
+    return bool(ends["min"] >= -HIGHEST and ends["max"] <= HIGHEST)
+
+
+def _printable(column: "pa.ChunkedArray") -> "pa.ChunkedArray":
+    """The texts of `column` in printable characters."""
+    import pyarrow as pa
+
+    encoded = column.combine_chunks().dictionary_encode()
+    texts = pa.array([printable(text) for text in encoded.dictionary.to_pylist()], pa.string())
+    return pa.chunked_array([pa.DictionaryArray.from_arrays(encoded.indices, texts).cast(pa.string())])
 
 
 def _file(directory: Path, rank: int) -> Path:

@@ -46,7 +46,7 @@ class ReportedRun:
     @cached_property
     def config(self) -> dict[str, str]:
         """The values of the config as text, by key."""
-        return _texts(self.raw.get("config", {}))
+        return _texts(self.record.config)
 
     @property
     def directory(self) -> Path:
@@ -90,7 +90,7 @@ def of_run(run: ReportedRun, modules: Sequence[Mapping[str, Any]]) -> dict[str, 
         "modules": modules,
         "roofline": _roofline(record),
         "config": run.config,
-        "environment": _texts(run.raw.get("environment", {})),
+        "environment": _texts(record.environment.tree()),
     }
 
 

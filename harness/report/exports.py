@@ -7,13 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from harness.ledger.categories import CATEGORIES
-from harness.runtime.files import put
+from harness.runtime.files import put, whole
 from harness.tables import escaped
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
     from harness.report.content import ReportedRun
+
+
+LONGEST = 50
+"""The most characters of a run's name in that of a directory: a file system takes 255 bytes."""
 
 
 class Form(NamedTuple):
@@ -83,7 +87,7 @@ def tensorboard(runs: Sequence["ReportedRun"], directory: Path) -> list[Path]:
         raise ValueError("--tensorboard: it needs TensorBoard; pip install 'harness[tensorboard]'") from None
     paths = []
     for index, run in enumerate(runs):
-        name = re.sub(r"[^\w.=-]+", "_", run.name)
+        name = re.sub(r"[^\w.=-]+", "_", run.name)[:LONGEST]
         paths.append(directory.joinpath("tensorboard", *([f"{index}-{name}"] if len(runs) > 1 else [])))
         writer = Writer(str(paths[-1]))
         for tag, figure, step in _scalars(run):
@@ -114,10 +118,27 @@ def tables(kind: str) -> Callable[[Sequence["ReportedRun"], Path], list[Path]]:
         for name, rows in (("phases", phases(runs)), ("events", events(runs))):
             if rows.num_rows:
                 paths.append(directory / f"{name}.{kind}")
-                write(rows, paths[-1])
+                with whole(paths[-1]) as partial:
+                    write(_without_formulas(rows) if kind == "csv" else rows, partial)
         return paths
 
     return write_tables
+
+
+FORMULA = "^[=+@-]"
+"""What a spreadsheet takes for the beginning of a formula."""
+
+
+def _without_formulas(rows: "pa.Table") -> "pa.Table":
+    """`rows`, with an apostrophe before each text that a spreadsheet would compute."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    for index, field in enumerate(rows.schema):
+        if pa.types.is_string(field.type):
+            texts = pc.replace_substring_regex(rows.column(index), f"({FORMULA})", r"'\1")
+            rows = rows.set_column(index, field.name, texts)
+    return rows
 
 
 def phases(runs: Sequence["ReportedRun"]) -> "pa.Table":
@@ -136,7 +157,7 @@ def phases(runs: Sequence["ReportedRun"]) -> "pa.Table":
             "micro_batch": phase.micro_batch,
             "peak": phase.peak,
             "end": phase.end,
-            **{name: phase.categories.get(name) for name in names},
+            **{_column(name): phase.categories.get(name) for name in names},
             "recomputed": phase.recomputed,
             "flops": None if phase.flops is None else float(phase.flops),
             "moved": None if phase.moved is None else float(phase.moved),
@@ -147,6 +168,18 @@ def phases(runs: Sequence["ReportedRun"]) -> "pa.Table":
         for phase in rank.phases
     ]
     return pa.Table.from_pylist(rows)
+
+
+OTHERS = (
+    *("run", "rank", "stage", "step", "phase", "micro_batch", "peak", "end"),
+    *("recomputed", "flops", "moved", "directory"),
+)
+"""The columns of the phases' table that are no categories."""
+
+
+def _column(category: str) -> str:
+    """The column of a category; one of another version may be called as another column is."""
+    return f"{category} (category)" if category in OTHERS else category
 
 
 def events(runs: Sequence["ReportedRun"]) -> "pa.Table":

@@ -98,6 +98,12 @@ def _parallelism(settings: Settings) -> None:
             "all",
             f"only zero=3 offloads parameters; with zero={zero.stage} use zero.offload=optimizer",
         )
+    if settings.mode == "train" and zero.stage in (1, 2) and zero.allgather_bucket_size % 2:
+        raise Refusal(
+            "zero.allgather_bucket_size",
+            zero.allgather_bucket_size,
+            f"DeepSpeed aligns two elements, and needs an even number; use {zero.allgather_bucket_size + 1}",
+        )
     if stages > 1 and zero.stage > 1:
         raise Refusal(
             "zero",

@@ -36,6 +36,14 @@ NEVER_NONE = (
 )
 """Names of whole numbers that must be 1 or more."""
 
+WIDEST = 2**24
+"""Sixteen times the widest vocabulary or layer that any model has. Products of wider ones have no number of bytes."""
+
+MOST_LAYERS = 10_000
+"""Modules are made one by one, also of a model without memory."""
+
+LAYERS = re.compile(r"(.*_)?layers|n_layers?")
+
 POSITIVE = ("rope_theta", "rotary_emb_base", "rope_local_base_freq", "factor")
 """Names of divisors and of bases of powers: they must be above 0."""
 
@@ -63,11 +71,15 @@ def check(shape: Mapping[str, Any], prefix: str) -> None:
 
 def _remedy(name: str, value: object) -> str | None:
     """What `value` should be, if it is impossible for `name`; else None."""
-    number = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    number = _number(value)
     if name in NEVER_NONE and not (_is_integer(value) and value >= 1):
         return "should be a whole number, 1 or more"
     if COUNTS.fullmatch(name) and number < 0:
         return "should be a whole number, 0 or more"
+    if LAYERS.fullmatch(name) and number > MOST_LAYERS:
+        return f"should be {MOST_LAYERS:,} or less: a layer has modules, which are made one by one"
+    if COUNTS.fullmatch(name) and number > WIDEST:
+        return f"should be {WIDEST:,} or less: no model is wider than a sixteenth of that"
     if name in POSITIVE and not 0 < number < math.inf:
         return "should be a number above 0"
     if name.endswith(("_eps", "_epsilon")) and not 0 <= number < math.inf:
@@ -75,6 +87,16 @@ def _remedy(name: str, value: object) -> str | None:
     if DROPPED.fullmatch(name) and not 0 <= number <= 1:
         return "should be a number from 0 to 1"
     return None
+
+
+def _number(value: object) -> float:
+    """`value`; not a number where it is none, and infinite where no float is as large."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def _is_integer(value: object) -> TypeGuard[int]:
