@@ -40,4 +40,4 @@ def main(count: int, first: int = 0, whole: int = 1) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:] or [1000]))
+    main(*map(int, sys.argv[1:] or ["1000"]))

@@ -75,9 +75,10 @@ def test_where_nothing_can_be_written_the_rank_still_says_why(tmp_path: Path, pl
     def fail() -> None:
         end.fail(lambda: failure.of(error, Where(3, "backward", 0), tmp_path / place, end.world), error=error)
 
-    code, said = ended(fail, tmp_path / "said")
-    assert (code, said[-1]) == (3, f"harness: {OWN.sentence()}")
-    assert "ValueError: out of luck" in said  # the traceback, which has no file
+    code, (said,) = ended(fail, tmp_path / "said")
+    sentence, _, file = said.partition(" (traceback in ")
+    assert (code, sentence) == (3, f"harness: {OWN.sentence()}")
+    assert "ValueError: out of luck" in Path(file.removesuffix(")")).read_text()
 
 
 def test_a_rank_without_any_report_has_not_been_refused(tmp_path: Path) -> None:
