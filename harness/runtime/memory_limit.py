@@ -19,7 +19,9 @@ WIDEST = 2**20
 
 _FAILED_ALLOCATION = re.compile(r"[Tt]ried to allocate ([\d.]+) ?(bytes|[KMGTP]iB)")
 """torch's message of a failed allocation: in bytes on a CPU, rounded on a GPU."""
-_SIZE_OVERFLOW = re.compile("Storage size calculation overflowed|Overflow when unpacking long")
+_SIZE_OVERFLOW = re.compile(
+    "Storage size calculation overflowed|Overflow when unpacking long|integer multiplication overflow"
+)
 _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": GIB, "TiB": 2**40, "PiB": 2**50}
 
 _SIZES = {

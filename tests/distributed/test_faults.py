@@ -93,6 +93,7 @@ def test_sigterm_to_all_ranks_is_what_ended_the_run_and_no_rank_is_blamed(warm: 
         "stage": None,
         "where": {"step": 3, "phase": "forward", "micro_batch": 0},
         "error": "ended by SIGTERM",
+        "shortage": None,
     }
     assert [rank["rank"] for rank in record["ranks"]] == [0]
     assert len(record["training"]["losses"]) == 3
@@ -124,7 +125,8 @@ def test_torchrun_that_is_ended_lets_its_ranks_save_and_the_run_goes_on(warm: Wa
     assert json.loads((out / failure.CLAIM).read_text())["code"] == 75
     assert (skipped, launcher.returncode) == ([], 1)  # torchrun's own code, whatever its ranks' is
     nothing_partial(out)
-    more = (f"train.steps={steps + 1}", f"train.resume={out}", f"hydra.run.dir={tmp_path}/more")
+    fewer = (f"train.steps={steps + 1}", "train.resume_changes=[train.steps]")
+    more = (*fewer, f"train.resume={out}", f"hydra.run.dir={tmp_path}/more")
     assert f"resuming after step {steps}" in warm.run([*ENDLESS, *more])
 
 
@@ -185,7 +187,7 @@ def test_under_torchrun_a_rank_that_is_killed_before_all_have_met_is_named_by_th
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
-        ("hang", r"it hangs at .*/faulty\.py line \d+ in fail; rank 0 waited 8 s for it \(world\.timeout\)"),
+        ("hang", r"it hangs at .*/faulty\.py line \d+ in act; rank 0 waited 8 s for it \(world\.timeout\)"),
         ("stop", r"its process \d+ is stopped, by a signal or a debugger; rank 0 waited 8 s for it"),
     ],
 )

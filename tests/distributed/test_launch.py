@@ -255,7 +255,8 @@ def test_a_requeued_job_of_slurm_goes_on_from_what_its_first_start_left(
     assert first.returncode == 0, first.stderr[-3000:]
     requested = set((tmp_path / "asked").read_text().split())
     assert {"--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--kill-on-bad-exit=1"} <= requested
-    requeued = slurm(*words, job=job, restarts=2)  # its second start left nothing
+    further = "train.resume_changes=[train.steps]"  # the first start was to end after 2
+    requeued = slurm(*words, further, job=job, restarts=2)  # its second start left nothing
     assert requeued.returncode == 0, requeued.stderr[-3000:]
     assert "resuming after step 2" in requeued.stdout
     outputs = tmp_path / f"checkout/outputs/slurm-{job}"

@@ -55,6 +55,7 @@ def test_a_failure_of_another_kind_stays_one(error: RuntimeError) -> None:
         ),
         ("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of", 20 * 2**30),
         ("Storage size calculation overflowed with sizes=[1099511627776, 1099511627776]", inf),
+        ("numel: integer multiplication overflow", inf),
         ("expected all tensors to be on the same device", None),
     ],
 )
