@@ -1,5 +1,6 @@
 """A sweep: Hydra's sweeper and launcher decide what runs and where, and each job is a command in its own process."""
 
+import gc
 import json
 import os
 import re
@@ -279,6 +280,8 @@ def _end_workers() -> None:
 
         executor = get_reusable_executor(reuse=True)
         getattr(executor, "terminate", executor.shutdown)(kill_workers=True)  # joblib's own has a folder too
+        del executor
+        gc.collect()  # Python warns of the semaphores of one that is not collected
 
 
 def _cancel(directory: Path, launcher: DictConfig) -> None:

@@ -161,7 +161,11 @@ def _printable(column: "pa.ChunkedArray") -> "pa.ChunkedArray":
     import pyarrow as pa
 
     encoded = column.combine_chunks().dictionary_encode()
-    texts = pa.array([printable(text) for text in encoded.dictionary.to_pylist()], pa.string())
+    texts = encoded.dictionary.to_pylist()
+    shown = [printable(text) for text in texts]
+    if shown == texts:
+        return column
+    texts = pa.array(shown, pa.string())  # this imports pandas
     return pa.chunked_array([pa.DictionaryArray.from_arrays(encoded.indices, texts).cast(pa.string())])
 
 

@@ -19,9 +19,7 @@ from typing import Any
 import psutil
 
 from harness.__main__ import main
-from harness.record import record_file
 from harness.runtime import faults
-from tests import poison
 
 SYSTEM = {"full": errno.ENOSPC, "denied": errno.EACCES, "stale": errno.ESTALE}
 """The system's error of a kind."""
@@ -37,6 +35,8 @@ lasting: list[str] = []
 
 def record() -> dict[str, Any]:
     """The run's record as it is on disk."""
+    from harness.record import record_file  # it imports torch: a rank watches for signals before that
+
     (directory,) = [word.partition("=")[2] for word in sys.argv if word.startswith("hydra.run.dir=")]
     return record_file.read(directory)
 
@@ -81,6 +81,8 @@ def act(kind: str, point: str, number: int) -> None:
     if kind in SYSTEM:
         raise OSError(SYSTEM[kind], os.strerror(SYSTEM[kind]), point)
     if kind == "nan":
+        from tests import poison
+
         poison.weight()
     if kind == "raise":
         raise ValueError("out of luck")

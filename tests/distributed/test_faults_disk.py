@@ -48,7 +48,9 @@ def test_a_disk_that_is_full_at_the_first_record_leaves_nothing(
     failing: Callable[..., tuple[str, Path]],
 ) -> None:
     sentence, directory = failing("full", "write record.json", "-", "0", *TRAIN)
-    assert re.fullmatch(rf"harness: {directory}/record.json: {NO_ROOM}", sentence), sentence
+    assert re.fullmatch(
+        rf"harness: rank 0 failed: NotWritten: {directory}/record.json: {NO_ROOM}", sentence
+    ), sentence
     assert not directory.exists()
 
 

@@ -181,7 +181,7 @@ def test_sizes_are_counted_without_making_anything() -> None:
 def test_a_model_larger_than_the_memory_is_refused() -> None:
     given = settings(hidden_size=2**16, num_hidden_layers=2000, intermediate_size=2**18)
     with pytest.raises(
-        Refusal, match=r"model=test: its parameters are [\d.,]+ GiB in bfloat16, and .* are free"
+        Refusal, match=r"model=test: its parameters are [\d.,]+ GiB in bfloat16, and the cpu has .* GiB"
     ):
         built_model(given, torch.bfloat16)
 

@@ -22,9 +22,9 @@ def settings(**given: Any) -> Settings:
 @pytest.mark.parametrize(
     ("mode", "given", "key"),
     [
-        ("infer", {"generation": {"max_new_tokens": 2**40}}, "generation.max_new_tokens"),
-        ("infer", {"generation": {"batch": 2**40, "prompt_length": 128}}, "generation.batch"),
-        ("infer", {"generation": {"pages": 2**40}}, "generation.pages"),
+        ("infer", {"generation": {"max_new_tokens": 2**30}}, "generation.max_new_tokens"),
+        ("infer", {"generation": {"batch": 2**20, "prompt_length": 128}}, "generation.batch"),
+        ("infer", {"generation": {"pages": 2**30}}, "generation.pages"),
         ("train", {"train": {"sequence": 2**30, "micro_batch": 8}}, "train.sequence"),
         ("train", {"model": {"config": {"intermediate_size": 2**40}}}, "model.config.intermediate_size"),
         ("train", {"model": {"name": "mine"}}, "model"),
@@ -109,7 +109,7 @@ def test_an_allocation_that_failed_is_a_shortage(
 
 
 def test_a_tensor_of_more_bytes_than_can_be_counted_is_refused_too() -> None:
-    asking = settings(mode="infer", generation={"pages": 2**53 - 1})
+    asking = settings(mode="infer", generation={"pages": 2**31 - 1})
     for size in ((2**53 - 1) * 2**20, (2**40, 2**40)):
         with pytest.raises(Refusal, match="more bytes than 64 bits can count"), allocations(asking, CPU):
             torch.zeros(size)
