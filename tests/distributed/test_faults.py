@@ -202,5 +202,5 @@ def test_the_rank_that_hangs_is_blamed_and_not_the_one_that_waits(
     assert record["failure"]["where"] == {"step": 3, "phase": "forward", "micro_batch": 0}
     if kind == "hang":
         innermost, *outer = (out / "failure-rank1.txt").read_text().splitlines()
-        assert re.search(r"faulty\.py line \d+ in fail$", innermost)
+        assert re.search(r"faulty\.py line \d+ in act$", innermost)
         assert any("in train_step" in frame for frame in outer)
