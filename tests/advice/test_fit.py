@@ -495,6 +495,9 @@ def test_an_interrupt_ends_the_search_with_what_is_known_by_then(tmp_path: Path)
         text=True,
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # a shell's background job ignores it
     )
     assert search.stderr
     assert any(line.startswith("first answer, expected from a few layers: zero=3") for line in search.stderr)

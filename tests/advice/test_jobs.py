@@ -339,6 +339,9 @@ def test_an_interrupt_ends_the_sweep_and_every_rank_of_its_job(tmp_path: Path) -
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # a shell's background job ignores it
     )
     assert sweep.stdout is not None
     assert any(line.startswith("tiny: ") for line in sweep.stdout)  # both ranks are at work
