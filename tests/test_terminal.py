@@ -85,4 +85,3 @@ def test_a_search_shows_how_many_configs_are_done_out_of_a_total_that_it_has_fro
         line for line in shown("fit", *words, "checkpointing=none", "train.micro_batch=1,2") if "/2 [" in line
     ]
     assert re.search(r" 0/2 \[00:00<\?", bars[0])
-    assert any(re.search(r"[12]/2 \[.*\d rehearsed, \d of them fit", line) for line in bars)
