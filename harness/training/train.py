@@ -48,7 +48,7 @@ def run(plan: Plan, world: World, ledger: Ledger, out: Output, course: Course = 
     generation = fields_of(settings.model, config)
     corpus = token_batches.corpus(settings.data, tokenizer, train.sequence, world, course.values)
     validation_batches = _validation_batches(settings, world, corpus)
-    if train.save_every and course.values:
+    if (train.save_every or train.save_on_term) and course.values:
         checkpoint.check_free(out.directory)
     own = identity(plan, world, tokenizer, corpus) if course.values else {}
     resumed = _found(settings, own, out.say)
@@ -89,15 +89,16 @@ def run(plan: Plan, world: World, ledger: Ledger, out: Output, course: Course = 
             out.trackers.log(step + 1, {"validation/loss": loss})
         if _due(step, max(1, train.steps // 10), first + settings.ledger.steps):
             out.flush()
+        saved = False
         if _due(step, train.save_every, None):
-            try:
-                _save(engine, world, out.directory, step, own, course.values)
-            except NotWritten as error:  # the run can go on
-                out.results.training = progress.unsaved(step, str(error))
+            problem = _save(engine, world, out.directory, step, own, course.values)
+            if problem is not None:  # the run can go on
+                out.results.training = progress.unsaved(step, str(problem))
                 out.flush()
+            saved = problem is None
         if out.stops_after(step) and step + 1 < train.steps:
-            if not _due(step, train.save_every, None):
-                _save(engine, world, out.directory, step, own, course.values)
+            if not saved and (problem := _save(engine, world, out.directory, step, own, course.values)):
+                raise problem
             raise Stopped(f"its state after step {step + 1} is saved")
     if not progress.whole:
         ledger.enough()  # the next step would do this; do it before anything is freed
@@ -180,10 +181,17 @@ def _resume(resumed: Resumed | None, world: World, engine: Engine | Pipeline, sa
 
 def _save(
     engine: Engine | Pipeline, world: World, directory: Path, step: int, own: Mapping[str, Any], write: bool
-) -> None:
+) -> NotWritten | None:
+    """Save the state after `step`. Returns why it could not be written, on every rank, within the phase: to the ledger
+    an error that leaves a phase is where the run failed.
+    """
     with engine.ledger.phase("checkpoint", step):
         keep = engine.settings.train.keep
-        checkpoint.save(engine, world, directory / "state", step + 1, own, keep, write)
+        try:
+            checkpoint.save(engine, world, directory / "state", step + 1, own, keep, write)
+        except NotWritten as problem:
+            return problem
+    return None
 
 
 def _stop(

@@ -114,6 +114,21 @@ def test_a_run_goes_on_without_checkpoints_that_cannot_be_written_and_keeps_the_
     assert not (directory / "checkpoint").exists()
 
 
+def test_a_run_that_a_signal_ends_does_not_say_that_it_has_saved_what_it_could_not(
+    failing: Callable[..., tuple[str, Path]],
+) -> None:
+    sentence, directory = failing(
+        *("term", "forward", "1", "0", "and", "full", "write state", "-", "1"),
+        *(*TRAIN, "train.steps=5", "train.save_every=1", "train.save_on_term=true"),
+    )
+    failure = record_file.read(directory)["failure"]
+    step, error = failure["where"]["step"], failure["error"]
+    assert failure["where"]["phase"] == "checkpoint"
+    assert re.search(rf"step-{step + 1:08d}.partial/rank-00001.safetensors: {NO_ROOM}$", error), error
+    assert sentence.endswith(error)
+    assert [*(directory / "state").iterdir()] == []
+
+
 @pytest.mark.parametrize("moment", ["write record.json", "write config.yaml", "write deepspeed.json"])
 def test_of_two_runs_in_one_directory_one_runs_and_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str

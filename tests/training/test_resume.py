@@ -205,10 +205,11 @@ def test_steps_are_ordered_as_numbers_and_a_renamed_checkpoint_is_not_taken(
     assert reasons == ["step-00000007 is corrupt: its manifest is of step 1"]
 
 
+@pytest.mark.parametrize("saves", ["train.save_every=1", "train.save_on_term=true"])
 def test_a_directory_with_the_checkpoints_of_another_run_is_refused(
-    world: World, saved: Path, tmp_path: Path
+    world: World, saved: Path, tmp_path: Path, saves: str
 ) -> None:
     shutil.copytree(saved / "state", tmp_path / "state")
     with pytest.raises(Refusal, match="its state/ has the checkpoints of another run"):
-        train(world, tmp_path, "train.save_every=1")
+        train(world, tmp_path, saves)
     assert len([*(tmp_path / "state").iterdir()]) == 3
