@@ -20,6 +20,13 @@ def first_line(error: BaseException, named: bool = False) -> str:
     return f"{name}: {line}" if named or " " not in line else line
 
 
+def one_line(error: BaseException, longest: int = 500) -> str:
+    """The class of `error`, and at most so many characters of its message, on one line."""
+    message = " ".join(str(error).split())[:longest]
+    name = type(error).__name__
+    return f"{name}: {message}" if message else name
+
+
 def ours(error: BaseException) -> bool:
     """Whether `error` is a mistake of this package: a line of it raised an error that no wrong request should."""
     frames = traceback.extract_tb(error.__traceback__)

@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from harness.config.errors import one_line
 from harness.ledger import Where
 from harness.runtime import faults, launcher, neighbours, tracebacks
 from harness.runtime.files import put
@@ -156,8 +157,7 @@ def error_line(error: BaseException) -> str:
     """The error in one line, with its class."""
     if missing := shortage(error):
         return missing.sentence() if not isinstance(error, NotFree) else f"out of memory: {error}"
-    message = " ".join(str(error).split())[:500]
-    return f"{type(error).__name__}: {message}" if message else type(error).__name__
+    return one_line(error)
 
 
 def peer_lost(

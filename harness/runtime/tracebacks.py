@@ -5,16 +5,16 @@ import tempfile
 import traceback
 from contextlib import suppress
 
+from harness.config.errors import one_line
+
 _written: dict[tuple[object, ...], str] = {}
 """The files of this process, by the class of the error and the line that raised it."""
 
 
 def sentence(error: BaseException, longest: int = 500) -> str:
     """The class and the message of `error` on one line, and the file that has its traceback."""
-    message = " ".join(str(error).split())[:longest]
-    name = type(error).__name__
     file = leave(error)
-    return (f"{name}: {message}" if message else name) + (f" (traceback in {file})" if file else "")
+    return one_line(error, longest) + (f" (traceback in {file})" if file else "")
 
 
 def leave(error: BaseException) -> str:

@@ -99,9 +99,8 @@ class Search:
             self._add(combination, lowest, settings, worst)
         elif few := await in_worker(self._pool, bounds.by_few_layers, rehearsed):
             combination.few = few, lowest
-            combination.expected_cost = self._expected_cost(
-                combination
-            )  # composed while the workers are busy
+            # here it is composed while the workers are busy
+            combination.expected_cost = self._expected_cost(combination)
 
     def _expected_cost(self, combination: Combination) -> tuple[float, ...]:
         value = combination.climb.highest()

@@ -105,6 +105,7 @@ def _unrehearsed(trials: Sequence[Trial]) -> Iterator[str]:
 
 
 def reason_of(trial: Trial) -> str:
+    """Why a config could not be rehearsed."""
     return printable(trial.worst.failure.removeprefix(REFUSED))
 
 
