@@ -33,9 +33,12 @@ class LiveRecord:
         """Write `record`; nothing is noted in it any more if it is the `last`. Raises OSError."""
         with self._lock:
             self._figures, self._noted = None, record.failure
-            record_file.write(self.directory, record)
-            if not last:
-                self._figures = record_file.without_failure(record)
+            if last or record.failure is None:
+                record_file.write(self.directory, record)
+                return
+            figures = record_file.without_failure(record)  # a record has megabytes: its text is made once
+            self._put(figures, record.failure)
+            self._figures = figures
 
     def note(self, failure: Failure) -> None:
         """Replace the record's failure by this one, if it is another and it is time. Raises OSError."""
@@ -45,6 +48,9 @@ class LiveRecord:
             if self._figures is None:
                 return
             start = time.monotonic()
-            put(self.directory / record_file.FILE, record_file.with_failure(self._figures, failure))
+            self._put(self._figures, failure)
             self._noted, now = failure, time.monotonic()
             self._next = now + max(EVERY, SHARE * (now - start))
+
+    def _put(self, figures: str, failure: Failure) -> None:
+        put(self.directory / record_file.FILE, record_file.with_failure(figures, failure))
