@@ -5,10 +5,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from torch._C._distributed_c10d import TCPStore
 
@@ -49,6 +51,27 @@ def torchrun(words: Sequence[str], ranks: int = 2, timeout: float = 240) -> Run:
         timeout=timeout,
         check=False,
     )
+
+
+@contextmanager
+def under_torchrun(*words: str) -> Iterator[tuple["subprocess.Popen[str]", list[psutil.Process]]]:
+    """torchrun of `harness` and its two ranks, when they have a model; nothing of them is left at the end."""
+    with subprocess.Popen(
+        [*LAUNCHER, "--nproc-per-node=2", "-m", "harness", *words],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as launcher:
+        assert launcher.stdout is not None
+        assert any("parameters" in line for line in launcher.stdout)
+        ranks = psutil.Process(launcher.pid).children()
+        try:
+            yield launcher, ranks
+        finally:
+            for process in (*ranks, launcher):
+                if process.is_running() if isinstance(process, psutil.Process) else process.poll() is None:
+                    process.kill()
 
 
 class Warm:

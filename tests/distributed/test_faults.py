@@ -8,8 +8,6 @@ import os
 import re
 import signal
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ import pytest
 from harness.record import record_file
 from harness.runtime import failure
 from harness.training import checkpoint
-from tests.distributed.conftest import LAUNCHER, NARROW, PRECISION, QUICK, RATED, ROOT, Warm
+from tests.distributed.conftest import LAUNCHER, NARROW, PRECISION, QUICK, RATED, ROOT, Warm, under_torchrun
 
 FAULTY = Path(__file__).with_name("faulty.py")
 SMALL = (
@@ -51,27 +49,6 @@ def faulty(
 def nothing_partial(out: Path) -> None:
     """No file in `out` is a part of one."""
     assert not [*out.rglob("*.partial"), *out.rglob("*.tmp*")]
-
-
-@contextmanager
-def under_torchrun(*words: str) -> Iterator[tuple["subprocess.Popen[str]", list[psutil.Process]]]:
-    """torchrun and its two ranks, when they have begun to train; nothing of them is left at the end."""
-    with subprocess.Popen(
-        [*LAUNCHER, "--nproc-per-node=2", "-m", "harness", *ENDLESS, *words],
-        cwd=ROOT,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    ) as launcher:
-        assert launcher.stdout is not None
-        assert any("parameters, " in line for line in launcher.stdout)
-        ranks = psutil.Process(launcher.pid).children()
-        try:
-            yield launcher, ranks
-        finally:
-            for process in (*ranks, launcher):
-                if process.is_running() if isinstance(process, psutil.Process) else process.poll() is None:
-                    process.kill()
 
 
 def test_ranks_that_are_all_killed_leave_a_record_of_where_they_were(warm: Warm, tmp_path: Path) -> None:
@@ -114,7 +91,7 @@ def test_a_signal_to_one_rank_lets_all_save_after_the_same_step(warm: Warm, tmp_
 
 def test_torchrun_that_is_ended_lets_its_ranks_save_and_the_run_goes_on(warm: Warm, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with under_torchrun("train.save_on_term=true", f"hydra.run.dir={out}") as (launcher, ranks):
+    with under_torchrun(*ENDLESS, "train.save_on_term=true", f"hydra.run.dir={out}") as (launcher, ranks):
         launcher.send_signal(signal.SIGTERM)
         _, said = launcher.communicate(timeout=60)
         assert not any(rank.is_running() for rank in ranks), said
@@ -132,7 +109,7 @@ def test_torchrun_that_is_ended_lets_its_ranks_save_and_the_run_goes_on(warm: Wa
 
 def test_ranks_end_when_torchrun_is_killed_and_say_so(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with under_torchrun(f"hydra.run.dir={out}") as (launcher, ranks):
+    with under_torchrun(*ENDLESS, f"hydra.run.dir={out}") as (launcher, ranks):
         launcher.kill()
         _, alive = psutil.wait_procs(ranks, timeout=10)
         assert not alive

@@ -7,13 +7,22 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from harness.record import record_file
-from tests.distributed.conftest import LAUNCHER, NARROW, PRECISION, QUICK, RATED, ROOT, Launch, Warm
+from tests.distributed.conftest import (
+    LAUNCHER,
+    NARROW,
+    PRECISION,
+    QUICK,
+    RATED,
+    ROOT,
+    Launch,
+    Warm,
+    under_torchrun,
+)
 from tests.tracked import READERS
 
 SAVED = (
@@ -98,21 +107,12 @@ def test_a_killed_rank_takes_the_run_down_and_is_the_one_named(
         "ledger.steps=1",
         *more,
     ]
-    with subprocess.Popen(
-        [*LAUNCHER, "--nproc-per-node=2", "-m", "harness", *words, "train.sequence=16"],
-        cwd=ROOT,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    ) as launcher:
-        assert launcher.stdout is not None
-        next(line for line in launcher.stdout if "parameters" in line)
-        ranks = psutil.Process(launcher.pid).children()
+    with under_torchrun(*words, "train.sequence=16") as (launcher, ranks):
         victim = next(rank for rank in ranks if rank.environ().get("RANK") == "1")
         victim.kill()
         _, said = launcher.communicate(timeout=30)
-    assert launcher.returncode != 0, said
-    assert not any(rank.is_running() for rank in ranks)
+        assert launcher.returncode != 0, said
+        assert not any(rank.is_running() for rank in ranks)
     failed = record_file.read(tmp_path / "out")
     assert (failed["status"], failed["failure"]["rank"]) == ("failed", 1), said
     assert failed["model"]["parameters"] == 3_098_880
