@@ -1,7 +1,7 @@
 """`Ledger`: takes owners and phases, and returns peaks and the comparison with the allocator."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, Self
 
 import torch
@@ -20,13 +20,16 @@ from harness.ledger.modules import Modules
 from harness.ledger.patch import DoesNotFit
 from harness.ledger.patch_table import import_owners
 from harness.ledger.phases import Phases
+from harness.ledger.process_groups import ProcessGroups
 from harness.ledger.recent import Recent
 from harness.ledger.reconcile import Accounting, Libraries
 from harness.ledger.replay import Category, Peak, Phase
 from harness.ledger.roster import Roster
 from harness.ledger.timer import Times
+from harness.ledger.traffic import Amounts, Traffic
 from harness.ledger.unseen import Gap, Unseen
 from harness.ledger.work import Work
+from harness.ledger.zero_parameters import ZeroParameters
 
 import_owners()
 
@@ -92,6 +95,9 @@ class Ledger:
             block = BLOCK if self.device == "cuda" else 1
         self._log = Log(self.device, block, lines, self._unseen)
         self.recent = Recent(self._log)
+        self.traffic = Traffic(self._log)
+        self._groups = ProcessGroups(self.traffic, self._log.report_failure)
+        self._watching = ExitStack()  # what watches in both modes
         self._times = Times(self.device == "cuda")
         self._modules = Modules(self._log)
         self._roster = Roster(self._log, self._modules, discover)
@@ -111,14 +117,19 @@ class Ledger:
         self.own(model=model, optimizer=optimizer, engine=engine, cache=cache)
 
     def __enter__(self) -> Self:
-        if not self._depth and self.mode == "exact":
-            self._begin()
+        if not self._depth:
+            self.traffic.restart()
+            if self.mode == "exact":
+                self._begin()
+            if self.mode != "off":
+                self._watch()
         self._depth += 1
         return self
 
     def __exit__(self, *exc: object) -> None:
         self._depth -= 1
         if not self._depth:
+            self._watching.close()
             self.enough()
             self._unseen.say()
 
@@ -137,6 +148,8 @@ class Ledger:
         """
         if self.mode != "off":
             self._roster.own(model, optimizer, engine, cache)
+            if engine is not None:
+                self.traffic.shares = ZeroParameters(engine).shares
 
     def disown(self, owner: Any) -> None:
         """Remove `owner`. What it named keeps its name."""
@@ -215,6 +228,7 @@ class Ledger:
             self._roster.walk()
         elif self.mode != "off":
             self._sum_owners()
+            self.traffic.ended(self._log.where)
         self._enter(before)
 
     def _sum_owners(self) -> None:
@@ -259,9 +273,11 @@ class Ledger:
         """Seconds of each phase by step, summed over micro-batches, from the unslowed steps. Waits for the device."""
         return self._times.by_phase()
 
-    def uncounted(self) -> AbstractContextManager[None]:
-        """Inside this context nothing counts as work: for operations that a normal run would not do."""
-        return self._log.work.off()
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Inside this context nothing counts as work or traffic: for operations that a normal run would not do."""
+        with self._log.work.off(), self.traffic.uncounted():
+            yield
 
     @property
     def last_peak(self) -> Peak | None:
@@ -334,6 +350,13 @@ class Ledger:
         with self._instruments.hidden(), self._log.opaque(name):
             yield
 
+    def _watch(self) -> None:
+        """Count what moves, in any mode."""
+        try:
+            self._watching.enter_context(self._groups.watching())
+        except DoesNotFit as error:
+            self._unseen.leave_out(error, "traffic", "what ranks send each other is not counted")
+
     def _begin(self) -> None:
         self._log.restart()
         self.recent.restart()
@@ -343,6 +366,8 @@ class Ledger:
         self._log.look()
         self._log.follow = self._phases.follow
         self._log.settle = settle if self._settle else None
+        self._log.functional = self._groups.functional
+        self._log.copied = self.traffic.copied if self.device != "cpu" else None
         watchers = [self._compiled.watching]
         self._allocator = None
         if self._with_allocator and not self._log.fakes:

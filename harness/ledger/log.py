@@ -97,6 +97,10 @@ class Log(TorchDispatchMode):
         # called before an operator if it is of a backward in a phase "forward", or of none in a phase "backward"
         self.follow: Callable[[], None] | None = None
         self.settle: Callable[[Any], None] | None = None  # called after each collective, with its arguments
+        # called after each collective of DTensor's, with its name and arguments
+        self.functional: Callable[[str, Any], None] | None = None
+        # called after each copy, with its source and its destination
+        self.copied: Callable[[Any, Any], None] | None = None
         self.kernels: Kernels | None = (
             None  # called after each operator, with it, its arguments and its result
         )
@@ -287,6 +291,8 @@ class Log(TorchDispatchMode):
         """Log that an operator returned `out` for these arguments."""
         if traits.rule is not None:
             self.work.count(traits.rule, args, kwargs, out)
+            if traits.copies is not None and self.copied is not None:
+                self.copied(args[traits.copies], out)
         if type(out) is torch.Tensor:
             self.see(out, traits.name, traits.view)
         elif out is not None:
@@ -303,6 +309,8 @@ class Log(TorchDispatchMode):
         self._write(traits, args, kwargs, out)
         if traits.collective:
             self._communicated((args, out), traits.name)
+            if traits.functional and self.functional is not None:
+                self.functional(traits.name, args)
         if kernel:
             self._scratch(traits.name, [memory for memory in kernel if not memory.first])
 

@@ -23,6 +23,9 @@ COLLECTIVES = ("c10d", "_c10d_functional")
 POINT_TO_POINT = ("send", "recv_", "recv_any_source_", "wait_tensor")
 """Operators that send, receive or wait for one tensor. It keeps its category."""
 
+COPIES = {_aten._to_copy: 0, _aten.copy_: 1}
+"""Operators that may copy from one device to another, and the position of the source. They return the destination."""
+
 
 def _packets(*names: str) -> frozenset[Any]:
     return frozenset(getattr(_aten, name) for name in names if hasattr(_aten, name))
@@ -159,7 +162,7 @@ UNKNOWN = Rule()
 class Traits:
     """What is the same in every call of an operator."""
 
-    __slots__ = ("call", "collective", "func", "name", "question", "rule", "view")
+    __slots__ = ("call", "collective", "copies", "func", "functional", "name", "question", "rule", "view")
 
     def __init__(self, func: Any) -> None:
         plain = type(func) is OpOverload
@@ -167,6 +170,8 @@ class Traits:
         self.call = func._op if plain else func  # without the frame that an OpOverload adds to each call
         self.question = func.namespace == "prim"  # about a tensor, such as its device
         self.collective = func.namespace in COLLECTIVES and self.name.partition(".")[0] not in POINT_TO_POINT
+        self.functional = func.namespace == "_c10d_functional"
+        self.copies = COPIES.get(func._overloadpacket) if plain else None
         try:
             self.view, self.rule = views(func), rule_of(func)
         except Exception:  # an unforeseen schema must not stop the run

@@ -9,7 +9,27 @@ _CALLBACK = "a compiler must find the program without the ledger's instruments"
 _RESET = "the most since the ledger began is read before the program resets it"
 _PROFILER = "the program's own profiler must find none that runs already"
 
+GROUP = "torch._C._distributed_c10d.ProcessGroup"
+_GROUP_METHODS = (
+    *("broadcast", "allreduce", "allreduce_coalesced", "reduce", "gather", "scatter", "send", "recv", "recv_anysource"),
+    *("allgather", "_allgather_base", "allgather_coalesced", "allgather_into_tensor_coalesced"),
+    *("all_gather_single", "all_gather_single_coalesced", "alltoall", "alltoall_base", "all_to_all_single"),
+    *("reduce_scatter", "_reduce_scatter_base", "reduce_scatter_tensor_coalesced"),
+    *("reduce_scatter_single", "reduce_scatter_single_coalesced"),
+)
+
 PATCHES = table(
+    *(
+        Patch(
+            GROUP,
+            name,
+            "what ranks send is counted where it is given to their group",
+            TORCH,
+            unchecked=BUILTIN,
+            optional=True,  # torch 2.13 has other names for some
+        )
+        for name in _GROUP_METHODS
+    ),
     Patch(_DYNAMO, "set_eval_frame", _CALLBACK, TORCH, unchecked=BUILTIN),
     Patch(_DYNAMO, "_maybe_set_eval_frame", _CALLBACK, TORCH, unchecked=BUILTIN, optional=True),
     Patch(

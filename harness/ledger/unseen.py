@@ -8,9 +8,9 @@ from typing import Literal
 from harness.ledger.lines import calling_level
 from harness.ledger.patch import DoesNotFit
 
-Figures = Literal["all", "storages", "saved", "allocator", "kernel"]
+Figures = Literal["all", "storages", "saved", "allocator", "kernel", "traffic"]
 """The figures that a gap makes incomplete: all; those of storages but not the allocator's; the bytes saved for
-backward; the allocator's own; or what kernels take."""
+backward; the allocator's own; what kernels take; or what moves."""
 
 
 class NotSeen(UserWarning):

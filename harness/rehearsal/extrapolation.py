@@ -1,43 +1,83 @@
-"""Compute the work of the tokens that a rehearsal leaves out, from the work of the tokens it runs.
+"""Compute the work and the traffic of the tokens that a rehearsal leaves out, from those of the tokens it runs.
 
-The work of a decode token is a polynomial in its number: of degree 1 with a cache, as each token attends to one more
-position; of degree 2 without one, as attention is over all pairs. So the first and second differences between tokens
-give the work of any token, in whole numbers.
+Either is a polynomial in a decode token's number: of degree 1 with a cache, as each token attends to one more position;
+of degree 2 without one, as attention is over all pairs. So the first and second differences between tokens give those
+of any token, in whole numbers.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from math import comb
+from typing import NamedTuple
 
 from harness.generation.course import Turns
 from harness.ledger import Ledger, Where, Work
+from harness.ledger.traffic import Moved
 
-NOTHING = Work(0, 0, 0)
+Figures = tuple[int, ...]
+"""The numbers of a `Work`, or the calls and bytes of what moved."""
+
+
+class Kind(NamedTuple):
+    """What is counted in a phase: its work, or how much moved of one kind."""
+
+    where: Where
+    moved: Moved | None = None
+
+    @property
+    def nothing(self) -> Figures:
+        """None of it."""
+        return (0,) * (len(Work._fields) if self.moved is None else 2)
+
+
+Counts = Mapping[Kind, Figures]
+
+
+def counts(ledger: Ledger) -> Counts:
+    """What `ledger` has counted so far."""
+    figures: dict[Kind, Figures] = {Kind(where): tuple(work) for where, work in ledger.work().items()}
+    for where, amounts in ledger.traffic.amounts().items():
+        figures.update({Kind(where, moved): amount for moved, amount in amounts.items()})
+    return figures
+
+
+def more(after: Counts, before: Counts) -> Counts:
+    """What `after` has more than `before`."""
+    return {kind: _less(figures, before.get(kind, kind.nothing)) for kind, figures in after.items()}
+
+
+def fill_in(ledger: Ledger, kind: Kind, figures: Figures | None) -> None:
+    """Give `ledger` the figures of what was left out. None: they are unknown."""
+    where, moved = kind
+    if moved is None:
+        ledger.fill_in(where, None if figures is None else Work(*figures))
+    elif figures is None:
+        ledger.traffic.unknown(f"how much of {moved.operation} the tokens of {where.phase} that are left out need")
+    else:
+        ledger.traffic.fill_in(where, {moved: (figures[0], figures[1])})
 
 
 def filled_in(ledger: Ledger, turns: Turns) -> Turns:
-    """Yield `turns` and measure the work of each; a turn ends when the next one is requested. At the end, `ledger` gets
-    the work of the tokens that were left out.
+    """Yield `turns` and measure the work and the traffic of each; a turn ends when the next one is requested. At the
+    end, `ledger` gets those of the tokens that were left out.
     """
-    before, measured = ledger.work(), list[tuple[int, Mapping[Where, Work]]]()
+    before, measured = counts(ledger), list[tuple[int, Counts]]()
     number = left_out = 0
     for column, skipped in turns:
         left_out, number = left_out + skipped, number + skipped
         yield column, skipped
-        after = ledger.work()
-        measured.append(
-            (number, {where: _less(work, before.get(where, NOTHING)) for where, work in after.items()})
-        )
+        after = counts(ledger)
+        measured.append((number, more(after, before)))
         before, number = after, number + 1
     if left_out:
-        for where in before:
-            work_by_number = {number: work_by_place.get(where, NOTHING) for number, work_by_place in measured}
-            if any(any(work) for work in work_by_number.values()):
-                ledger.fill_in(where, missing(work_by_number, number))
+        for kind in before:
+            by_number = {token: counted.get(kind, kind.nothing) for token, counted in measured}
+            if any(any(figures) for figures in by_number.values()):
+                fill_in(ledger, kind, missing(by_number, number))
 
 
-def missing(done: Mapping[int, Work], total: int) -> Work | None:
-    """The work of those of `total` tokens that are not in `done`. `done` has tokens by number from 0, four or more at
-    each end.
+def missing(done: Mapping[int, Figures], total: int) -> Figures | None:
+    """The figures of those of `total` tokens that are not in `done`. `done` has tokens by number from 0, four or more
+    at each end.
 
     The very first and last token may differ from all others. None where the rest do not lie on one polynomial of degree
     2.
@@ -52,7 +92,7 @@ def missing(done: Mapping[int, Work], total: int) -> Work | None:
         if any(fitted.get(number, value) != value for number, value in measured.items()):
             return None
         sums.append(sum(fitted[number] for number in left_out))
-    return Work(*sums)
+    return tuple(sums)
 
 
 class Alike:
@@ -62,37 +102,51 @@ class Alike:
 
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
-        self._taken: list[Work] = []  # work of the first two
+        self._taken: list[Counts] = []  # of the first two, as if in `_ANYWHERE`
         self._left_out: list[Where] = []
 
     def make(self, act: Callable[[], object], number: int) -> None:
-        """Run `act`, forward `number` (from 0) of a run of similar ones; then give the ledger the work of those left
-        out before it.
+        """Run `act`, forward `number` (from 0) of a run of similar ones; then give the ledger what those left out
+        before it have.
         """
-        where, before = self.ledger.where, self.ledger.work()
+        where, before = self.ledger.where, counts(self.ledger)
         act()
-        work = _less(self.ledger.work().get(where, NOTHING), before.get(where, NOTHING))
+        done = {
+            kind._replace(where=_ANYWHERE): figures
+            for kind, figures in more(counts(self.ledger), before).items()
+            if kind.where == where
+        }
         if self._left_out:
-            self._fill_in(work, number)
-        self._taken = [work] if number == 0 else [*self._taken, work]
+            self._fill_in(done, number)
+        self._taken = [done] if number == 0 else [*self._taken, done]
 
     def leave_out(self) -> None:
         """Leave out one of the similar forwards."""
         self._left_out.append(self.ledger.where)
 
-    def _fill_in(self, last: Work, number: int) -> None:
-        """Give the ledger the work of the forwards left out. It is unknown (None) unless `last`, the work of forward
-        `number`, lies on one line with the first two.
+    def _fill_in(self, last: Counts, number: int) -> None:
+        """Give the ledger the figures of the forwards left out. They are unknown (None) unless those of `last`, forward
+        `number`, lie on one line with the first two.
         """
         known = len(self._taken) == 2 and number == 1 + len(self._left_out) + 1
-        first, second = self._taken if known else (NOTHING, NOTHING)
-        slope = _less(second, first)
-        known = known and Work(*(a + b * number for a, b in zip(first, slope, strict=True))) == last
-        for place, where in enumerate(self._left_out, start=2):
-            work = Work(*(a + b * place for a, b in zip(first, slope, strict=True)))
-            self.ledger.fill_in(where, work if known else None)
+        first, second = self._taken if known else ({}, {})
+        for kind in {**first, **last}:
+            start, end = first.get(kind, kind.nothing), last.get(kind, kind.nothing)
+            slope = _less(second.get(kind, kind.nothing), start)
+            on_line = known and _on_line(start, slope, number) == end
+            for place, where in enumerate(self._left_out, start=2):
+                fill_in(
+                    self.ledger, kind._replace(where=where), _on_line(start, slope, place) if on_line else None
+                )
         self._left_out = []
 
 
-def _less(work: Work, other: Work) -> Work:
-    return Work(*(one - another for one, another in zip(work, other, strict=True)))
+_ANYWHERE = Where(0, "", 0)
+
+
+def _on_line(start: Figures, slope: Figures, number: int) -> Figures:
+    return tuple(first + step * number for first, step in zip(start, slope, strict=True))
+
+
+def _less(figures: Figures, other: Figures) -> Figures:
+    return tuple(one - another for one, another in zip(figures, other, strict=True))

@@ -1,0 +1,149 @@
+"""What moves: calls and bytes of this rank's transfers, by phase, operation, process group, and what they were for.
+
+The payload of a transfer is the larger of what goes in and what comes out on one rank, as NCCL's tests count it: the
+whole tensor that an all-gather fills or a reduce-scatter takes, the tensor of an all-reduce, a broadcast or a send. It
+does not depend on how a library sends it. A barrier and the messages of the rendezvous store carry no tensor and are
+not counted. `process_groups.py` sees what is given to process groups, the log sees copies, and a program reports what
+it reads and writes.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+
+from harness.ledger.events import Storage, Where
+from harness.ledger.log import Log
+from harness.ledger.tensors import device_of, storage_of
+
+HOST_TO_DEVICE, DEVICE_TO_HOST = "host-to-device", "device-to-host"
+READ, WRITE = "read", "write"
+
+
+class Moved(NamedTuple):
+    """What moved: an `operation` among `ranks`, which are none for a copy, a read or a write.
+
+    `cause` is what it was for: the owner's name of the tensor, or else the module that was running. None: not seen.
+    """
+
+    operation: str
+    ranks: tuple[int, ...]
+    cause: str | None
+
+
+Amounts = dict[Moved, tuple[int, int]]
+"""Calls and bytes by what moved."""
+
+
+class _Kind(NamedTuple):
+    operation: str
+    ranks: tuple[int, ...]
+    storage: Storage | None
+    cause: str | None
+
+    @property
+    def moved(self) -> Moved:
+        """With the name that the storage has now: an owner may have claimed it later."""
+        name = self.storage.name if self.storage is not None and self.storage.name else self.cause
+        return Moved(self.operation, self.ranks, name)
+
+
+_Sums = dict[_Kind, tuple[int, int]]
+
+
+class Traffic:
+    """Sums the transfers of this rank, by the phase of `log` in which they happen."""
+
+    def __init__(self, log: Log) -> None:
+        self._log = log
+        # the parameters of a collective's flat tensor: from its operation, elements and ranks, to elements by name
+        self.shares: Callable[[str, int, int], Mapping[str, int]] | None = None
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget everything."""
+        self._sums: dict[Where, _Sums] = {}
+        self._last: dict[tuple[str, int], _Sums] = {}
+        self._disabled = False
+
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Nothing counts inside this context."""
+        before, self._disabled = self._disabled, True
+        try:
+            yield
+        finally:
+            self._disabled = before
+
+    def add(
+        self,
+        operation: str,
+        nbytes: int,
+        ranks: tuple[int, ...] = (),
+        tensor: torch.Tensor | None = None,
+        cause: str | None = None,
+    ) -> None:
+        """Count one transfer of `nbytes`, if it has any. `tensor` is moved, or `cause` says what it was for."""
+        if not nbytes or self._disabled:
+            return
+        log, record = self._log, None
+        if log.recording:
+            storage = None if tensor is None else storage_of(tensor)
+            record = None if storage is None else log.alive(storage._cdata)
+            cause = cause or log.module
+        kind = _Kind(operation, ranks, record, cause)
+        if self.shares is not None and tensor is not None and log.recording and not (record and record.name):
+            shares = self.shares(operation, nbytes // tensor.itemsize, len(ranks))
+            self._count_shares(kind, nbytes, shares)
+        else:
+            self._count(log.where, kind, 1, nbytes)
+
+    def _count_shares(self, kind: _Kind, nbytes: int, shares: Mapping[str, int]) -> None:
+        """Count one transfer for these names, in proportion to `shares`. `kind` has what does not divide."""
+        calls, rest, whole = 1, nbytes, sum(shares.values())
+        for name, share in shares.items():
+            part = nbytes * share // whole
+            self._count(self._log.where, kind._replace(storage=None, cause=name), calls, part)
+            calls, rest = 0, rest - part
+        if rest:
+            self._count(self._log.where, kind, calls, rest)
+
+    def copied(self, source: Any, result: Any) -> None:
+        """Count a copy between the host and the log's device; a copy with a conversion sends the result's dtype."""
+        from_host, to_host = device_of(source) == "cpu", device_of(result) == "cpu"
+        if from_host is not to_host:
+            self.add(HOST_TO_DEVICE if from_host else DEVICE_TO_HOST, result.nbytes, tensor=result)
+
+    def ended(self, where: Where) -> None:
+        """Phase `where` has ended. If the same moved as when this phase last ended, it is not kept again."""
+        sums = self._sums.get(where, {})
+        if sums == self._last.get(where[1:], {}):
+            self._sums.pop(where, None)
+        else:
+            self._last[where[1:]] = {**sums}
+
+    def fill_in(self, where: Where, amounts: Amounts) -> None:
+        """Add `amounts` to `where`, for what was not run."""
+        for (operation, ranks, cause), (calls, nbytes) in amounts.items():
+            self._count(where, _Kind(operation, ranks, None, cause), calls, nbytes)
+
+    def unknown(self, what: str) -> None:
+        """Note that `what` is not in these figures."""
+        self._log.unseen.note(what, "traffic", f"{what} is not known, and not in the traffic")
+
+    def amounts(self) -> dict[Where, Amounts]:
+        """What moved so far."""
+        totals: dict[Where, Amounts] = {}
+        for where, sums in self._sums.items():
+            amounts = totals.setdefault(where, {})
+            for kind, (calls, nbytes) in sums.items():
+                if calls or nbytes:
+                    earlier = amounts.get(kind.moved, (0, 0))
+                    amounts[kind.moved] = earlier[0] + calls, earlier[1] + nbytes
+        return totals
+
+    def _count(self, where: Where, kind: _Kind, calls: int, nbytes: int) -> None:
+        sums = self._sums.setdefault(where, {})
+        earlier = sums.get(kind, (0, 0))
+        sums[kind] = earlier[0] + calls, earlier[1] + nbytes

@@ -1,0 +1,50 @@
+"""Which parameters a transfer of DeepSpeed's ZeRO is for, read off its engine when it calls the process group.
+
+ZeRO sends flat tensors of its own, with the parts of several parameters. It keeps which: gradients in `ipg_buckets`, and
+by `ds_status` the parameters that it is gathering (DeepSpeed 0.19).
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+REDUCTIONS = ("all-reduce", "reduce-scatter", "all-to-all", "reduce")
+IN_FLIGHT = "INFLIGHT"
+
+
+class ZeroParameters:
+    """The parameters of `engine` that are on their way."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self._sent: set[int] = set()  # in flight, and in a transfer
+
+    def shares(self, operation: str, elements: int, ranks: int) -> Mapping[str, int]:
+        """Elements by parameter of a transfer of so many `elements` among so many `ranks`. Empty: it is not known."""
+        if operation == "all-gather":
+            return dict(self._gathered(elements, ranks))
+        return dict(self._reduced()) if operation in REDUCTIONS else {}
+
+    def _gathered(self, elements: int, ranks: int) -> Iterator[tuple[str, int]]:
+        parameters = [
+            (name, parameter)
+            for name, parameter in self._engine.module.named_parameters()
+            if getattr(getattr(parameter, "ds_status", None), "name", "") == IN_FLIGHT
+        ]
+        self._sent &= {id(parameter) for _, parameter in parameters}
+        for name, parameter in parameters:
+            if elements > 0 and id(parameter) not in self._sent:
+                self._sent.add(id(parameter))
+                part = parameter.ds_tensor.ds_numel * ranks
+                elements -= part
+                yield name, part
+
+    def _reduced(self) -> Iterator[tuple[str, int]]:
+        optimizer = self._engine.optimizer
+        buckets = getattr(optimizer, "ipg_buckets", None) or {}
+        full = [bucket.params for bucket in buckets.values() if bucket.params]
+        if len(full) != 1:  # which of them is sent is not known
+            return
+        names = {id(parameter): name for name, parameter in self._engine.module.named_parameters()}
+        for each in full[0]:
+            parameter = optimizer.bit16_groups[each[0]][each[1]] if isinstance(each, tuple) else each
+            yield names.get(id(parameter), ""), getattr(parameter, "ds_numel", parameter.numel())
