@@ -25,6 +25,7 @@ from harness.model.plan import Plan
 from harness.model.resolve import resolve
 from harness.record import ceilings, figures, phase_times, record_file, trace
 from harness.record.fields import flat
+from harness.record.links import nodes_of
 from harness.record.live import LiveRecord
 from harness.record.memory import Rank
 from harness.record.results import Performance, Results
@@ -358,7 +359,9 @@ class _Run:
         return balanced(rehearsed).settings.pipeline.split
 
     def _rank_record(self) -> Rank:
-        return record_file.rank_record(self.ledger, self.world.rank, self.world.stage, self.world.tp_rank)
+        world = self.world
+        nodes = nodes_of(self.settings, world.kind, world.device_name)
+        return record_file.rank_record(self.ledger, world.rank, world.stage, world.tp_rank, nodes)
 
     def _memory_snapshot(self) -> AbstractContextManager[None]:
         if self.settings.ledger.snapshot:

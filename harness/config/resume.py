@@ -40,7 +40,7 @@ PARTS: Mapping[str, str] = {
 
 FREE = frozenset(
     {
-        *("mode", "tracker", "world.kind", "world.timeout", "deepspeed.config"),
+        *("mode", "tracker", "world.kind", "world.timeout", "world.per_node", "deepspeed.config"),
         *(
             "model.random",
             "model.trust_remote_code",

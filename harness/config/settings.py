@@ -269,6 +269,8 @@ class World:
     """Set by world=."""
     size: Annotated[int, Field(ge=1, le=2**20), _Number] | None = None
     """Number of ranks this config is for; any other number is refused."""
+    per_node: Annotated[int, Field(ge=1, le=2**20), _Number] | None = None
+    """Ranks on a node; null: as torchrun started them, and in a rehearsal 8 GPUs, or all ranks of CPUs."""
     timeout: Annotated[float, Field(ge=1, le=1e8), _Number] = 600.0
     """Seconds a rank waits for the others; 1e8 is three years."""
 
@@ -295,6 +297,8 @@ class Hardware:
     """Dense fp16 operations a second, accumulated in fp16."""
     link: PositiveFloat | None = None
     """Bytes a second between devices, sum of both directions."""
+    link_kind: Literal["nvlink", "infinity-fabric", "pcie"] | None = None
+    """What connects the devices of a node; null: unknown."""
     capability: PositiveFloat | None = None
     """A GPU's compute capability, as 8.9: it decides which kernels for packed weights exist."""
     multiprocessors: Positive | None = None

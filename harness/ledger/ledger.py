@@ -26,7 +26,7 @@ from harness.ledger.reconcile import Accounting, Libraries
 from harness.ledger.replay import Category, Peak, Phase
 from harness.ledger.roster import Roster
 from harness.ledger.timer import Times
-from harness.ledger.traffic import Amounts, Traffic
+from harness.ledger.traffic import Traffic
 from harness.ledger.unseen import Gap, Unseen
 from harness.ledger.work import Work
 from harness.ledger.zero_parameters import ZeroParameters

@@ -11,7 +11,17 @@ _PROFILER = "the program's own profiler must find none that runs already"
 
 GROUP = "torch._C._distributed_c10d.ProcessGroup"
 _GROUP_METHODS = (
-    *("broadcast", "allreduce", "allreduce_coalesced", "reduce", "gather", "scatter", "send", "recv", "recv_anysource"),
+    *(
+        "broadcast",
+        "allreduce",
+        "allreduce_coalesced",
+        "reduce",
+        "gather",
+        "scatter",
+        "send",
+        "recv",
+        "recv_anysource",
+    ),
     *("allgather", "_allgather_base", "allgather_coalesced", "allgather_into_tensor_coalesced"),
     *("all_gather_single", "all_gather_single_coalesced", "alltoall", "alltoall_base", "all_to_all_single"),
     *("reduce_scatter", "_reduce_scatter_base", "reduce_scatter_tensor_coalesced"),

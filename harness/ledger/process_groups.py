@@ -81,7 +81,9 @@ class ProcessGroups:
     def watching(self) -> AbstractContextManager[None]:
         """Count inside this context. Raises DoesNotFit."""
         self._ranks.clear()  # a later group may have an earlier one's name
-        return patched(*(PATCHES[f"{GROUP}.{name}"].by(partial(self._counted, METHODS[name])) for name in METHODS))
+        return patched(
+            *(PATCHES[f"{GROUP}.{name}"].by(partial(self._counted, METHODS[name])) for name in METHODS)
+        )
 
     def _counted(self, collective: Collective, original: Callable[..., Any]) -> Callable[..., Any]:
         def call(group: Any, *args: Any, **kwargs: Any) -> Any:
@@ -94,7 +96,9 @@ class ProcessGroups:
     def functional(self, name: str, args: Sequence[Any]) -> None:
         """Count the operator of `_c10d_functional` with this name and these arguments."""
         plain = name.partition(".")[0].removesuffix("_out").removesuffix("_").removesuffix("_coalesced")
-        groups = [each for each in args if isinstance(each, str)]  # the last one: the reduction comes before it
+        groups = [
+            each for each in args if isinstance(each, str)
+        ]  # the last one: the reduction comes before it
         if plain in OPERATORS and groups:
             resolve: Any = torch._C._distributed_c10d._resolve_process_group
             self._count(OPERATORS[plain], resolve(groups[-1]), args)

@@ -1,6 +1,7 @@
 """Replace `auto` in the settings before the run starts: the recorded config then says what ran, on any machine."""
 
 import copy
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,10 @@ def resolve(settings: Settings, device: str | None = None) -> Plan:
         value, why = _precision(settings, device)
         settings = replace(settings, precision=value)
         reasons["precision"] = f"{value}: {why}"
+    if settings.world.per_node is None:
+        value, why = _per_node(settings, device)
+        settings = replace(settings, world=replace(settings.world, per_node=value))
+        reasons["world.per_node"] = f"{value}: {why}"
     config = model_config(settings.model)
     value, why = _attention(settings.model, config)
     if settings.model.attention == "auto":
@@ -54,6 +59,21 @@ def _precision(settings: Settings, device: str | None) -> tuple[str, str]:
             return "bf16", "a GPU has units for it"
         return "fp32", "this GPU has no units for bf16"
     return peak_rates.precision_of_cpu()
+
+
+GPUS = 8
+"""The GPUs that a rehearsal assumes on a node."""
+
+
+def _per_node(settings: Settings, device: str | None) -> tuple[int | None, str]:
+    """The ranks on each node, and the reason. None: nodes have different numbers of them."""
+    if device is not None:
+        size, local = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+        return (local, "as torchrun started them") if size % local == 0 else (None, "nodes differ")
+    size = settings.world.size or 1
+    if settings.hardware.device == "cuda":
+        return min(GPUS, size), f"assumed; world.per_node= says how many of {size} ranks are on a node"
+    return size, "assumed: all on one node"
 
 
 def _has_bf16_units(hardware: Hardware, device: str | None) -> bool:

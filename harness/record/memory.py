@@ -111,6 +111,32 @@ class Phase(Part):
         return None if self.read is None or self.written is None else self.read + self.written
 
 
+class Cause(Part):
+    """The bytes of a transfer that were for one thing: parameters, a module, an owner's tensor."""
+
+    name: Text
+    bytes: Bytes
+
+
+class Transfer(Place):
+    """What moved in a phase, of one kind: an `operation` of the ranks in `group`, of which there are `ranks`.
+
+    `link` is the slowest that it crosses. `bytes` is the payload of all `calls`: the whole tensor that an all-gather
+    fills or a reduce-scatter takes, the tensor of the others. `by_ring` and `by_tree` are the bytes that this rank sends if
+    a library does it so. `causes` has the payload by name, layer numbers replaced by `*`.
+    """
+
+    operation: Text
+    group: Text = ""
+    ranks: Number = 0
+    link: Text | None = None
+    calls: Operations
+    bytes: Operations
+    by_ring: Operations | None = None
+    by_tree: Operations | None = None
+    causes: list[Cause] | None = None
+
+
 class Forwards(Part):
     """The most forwards that waited for their backward at once.
 
@@ -159,7 +185,8 @@ class Rank(Part):
     """The record of one rank, of a pipeline `stage`; `share` is its tensor-parallel rank.
 
     In a rehearsal `stands_for` are its equivalent ranks, which have the same bytes, itself included; `bounds` are ranks
-    that peak no higher; `why` says why it was chosen. `unseen` names what the ledger did not see.
+    that peak no higher; `why` says why it was chosen. `unseen` names what the ledger did not see. `traffic` is what moved,
+    by phase; where a phase is not there, the same moved as in the step before. None: it was not counted.
     """
 
     rank: RankNumber
@@ -169,6 +196,7 @@ class Rank(Part):
     peak: Peak
     categories: dict[Text, Category]
     phases: list[Phase] = Field(default_factory=list)
+    traffic: list[Transfer] | None = None
     forwards: Forwards | None = None
     allocator: Allocator
     unseen: list[Text] = Field(default_factory=list)

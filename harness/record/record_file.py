@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 from harness.ledger.categories import CATEGORIES
 from harness.record import memory
 from harness.record.fields import short_repr
+from harness.record.links import Nodes
 from harness.record.places import FILE as FILE
 from harness.record.places import as_path, check_inside
 from harness.record.results import Model, Results
 from harness.record.schema import Environment, Failure, Record, Shortage, World
+from harness.record.transfers import transfers
 from harness.runtime.files import create, put
 from harness.runtime.trackers import Trackers
 
@@ -68,8 +70,10 @@ def environment(command: Sequence[str] = ()) -> Environment:
     )
 
 
-def rank_record(ledger: "Ledger", rank: int, stage: int = 0, share: int = 0) -> memory.Rank:
-    """The record of one rank. What was not measured is None."""
+def rank_record(
+    ledger: "Ledger", rank: int, stage: int = 0, share: int = 0, nodes: Nodes | None = None
+) -> memory.Rank:
+    """The record of one rank. What was not measured is None. `nodes` says where the ranks are."""
     account = ledger.account()
     unknown = memory.Category(peak=None, end=None)
     own = {name: memory.Category(peak=each.peak, end=each.end) for name, each in account.categories.items()}
@@ -82,6 +86,7 @@ def rank_record(ledger: "Ledger", rank: int, stage: int = 0, share: int = 0) -> 
         peak=_peak(account.peak),
         categories={**dict.fromkeys(CATEGORIES, unknown), **own},
         phases=[_phase(each) for each in account.phases],
+        traffic=transfers(ledger, nodes or Nodes(None, ledger.device, None)),
         forwards=None if forwards is None else _forwards(forwards),
         allocator=memory.Allocator(
             source=accounting.source,

@@ -5,7 +5,7 @@ of degree 2 without one, as attention is over all pairs. So the first and second
 of any token, in whole numbers.
 """
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from math import comb
 from typing import NamedTuple
 
@@ -51,7 +51,9 @@ def fill_in(ledger: Ledger, kind: Kind, figures: Figures | None) -> None:
     if moved is None:
         ledger.fill_in(where, None if figures is None else Work(*figures))
     elif figures is None:
-        ledger.traffic.unknown(f"how much of {moved.operation} the tokens of {where.phase} that are left out need")
+        ledger.traffic.unknown(
+            f"how much of {moved.operation} the tokens of {where.phase} that are left out need"
+        )
     else:
         ledger.traffic.fill_in(where, {moved: (figures[0], figures[1])})
 
@@ -136,7 +138,9 @@ class Alike:
             on_line = known and _on_line(start, slope, number) == end
             for place, where in enumerate(self._left_out, start=2):
                 fill_in(
-                    self.ledger, kind._replace(where=where), _on_line(start, slope, place) if on_line else None
+                    self.ledger,
+                    kind._replace(where=where),
+                    _on_line(start, slope, place) if on_line else None,
                 )
         self._left_out = []
 

@@ -13,6 +13,7 @@ from harness.model.partition import as_record
 from harness.model.plan import Plan
 from harness.model.stage_check import prove
 from harness.record import record_file, trace
+from harness.record.links import nodes_of
 from harness.record.memory import Rank
 from harness.record.results import Results
 from harness.rehearsal import card_memory
@@ -73,7 +74,7 @@ def rehearse(
         ledger.snapshot(snapshot_file(directory, rank))
     if memory is not None:
         learn(memory)
-    return record_file.rank_record(ledger, rank, world.stage, world.tp_rank), results
+    return record_file.rank_record(ledger, rank, world.stage, world.tp_rank, nodes_of(settings)), results
 
 
 def _quiet(line: str) -> None:

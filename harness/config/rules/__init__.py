@@ -49,6 +49,8 @@ def check_world(settings: Settings, size: int, overrides: Sequence[str] = ()) ->
         raise Refusal(
             "world.size", world.size, f"{_ranks(size)} here; start {_torchrun(world.size, overrides)}"
         )
+    if world.per_node is not None and size > world.per_node and size % world.per_node:
+        raise Refusal("world.per_node", world.per_node, f"{_ranks(size)} do not fill nodes of so many evenly")
     tensor_parallel = settings.tensor_parallel
     if size % tensor_parallel:
         command = _torchrun(-(-size // tensor_parallel) * tensor_parallel, overrides)
