@@ -114,7 +114,9 @@ def _described(settings: Settings, joined_world: World) -> WorldRecord:
 
 
 def _by_rank_0(joined_world: World, decide: Callable[[], T]) -> T:
-    """Rank 0's result of `decide`, on every rank. If it raises Refusal or NotWritten, every rank raises it."""
+    """Rank 0's result of `decide`, on every rank. If it raises Refusal or NotWritten, every rank raises it; but of
+    what could not be written rank 0 says it.
+    """
     outcome: Any = None
     if joined_world.leads:
         try:
@@ -122,6 +124,8 @@ def _by_rank_0(joined_world: World, decide: Callable[[], T]) -> T:
         except (Refusal, NotWritten) as error:
             outcome = error
     outcome = joined_world.broadcast(outcome)
+    if isinstance(outcome, NotWritten) and not joined_world.leads:
+        joined_world.barrier()  # until rank 0 has ended
     if isinstance(outcome, (Refusal, NotWritten)):
         raise outcome
     return cast(T, outcome)
@@ -252,6 +256,7 @@ class _Run:
         self.last_phase: Where | None = None
         self.results = Results()
         self.record = LiveRecord(directory)
+        self.behind = False  # the record on disk is older than it should be
         self.trackers = self._trackers()
         for line in decided(plan.reasons):
             self.say(line)
@@ -277,6 +282,9 @@ class _Run:
         try:
             ranks = self.world.gather(self._run_mode())
             self._measure_limits()
+            if self.world.leads:
+                self._write(ranks, last=True, status="complete")
+            self.world.barrier()  # no rank ends well before the record is there
         except Refusal as refusal:
             if self.world.size == 1:
                 self.trackers.fail(str(refusal))
@@ -290,7 +298,6 @@ class _Run:
         except BaseException as error:  # the record has any error before this process ends
             end.fail(partial(failure.of, error, self.where, self.directory, self.world), error=error)
         if self.world.leads:
-            self._write(ranks, last=True, status="complete")
             self.trackers.finish(figures.of_run(ranks, self.results))
             _print_summary(self.directory, self.say)
         return 0
@@ -384,9 +391,19 @@ class _Run:
             tqdm.write(line, file=sys.stdout)
 
     def flush(self) -> None:
-        """Write the record so far, in case the run is killed and cannot report why."""
-        if self.world.leads:
+        """Write the record so far, in case the run is killed and cannot report why.
+
+        Where it cannot be written the run goes on, says so once, and tries at the next time.
+        """
+        if not self.world.leads:
+            return
+        try:
             self._write([self._rank_record()], failure=record_file.unfinished(self.where))
+            self.behind = False
+        except NotWritten as problem:
+            if not self.behind:
+                self.say(f"the record is as it was, and the run goes on: {problem}")
+            self.behind = True
 
     def _write(self, ranks: list[Rank], last: bool = False, **more: Any) -> None:
         self.record.write(self.head.plus(**more, **self.results.parts, ranks=ranks), last)

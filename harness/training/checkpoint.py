@@ -7,6 +7,7 @@ complete or absent.
 
 import hashlib
 import json
+import math
 import random
 import shutil
 from collections.abc import Callable, Mapping
@@ -70,6 +71,14 @@ def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
     return state
 
 
+class NotFinite(FloatingPointError):
+    """Weights of `rank` are not finite: a run that went on from them could not be repaired."""
+
+    def __init__(self, rank: int, name: str) -> None:
+        super().__init__(f"{name} is not finite after the update; no state of it is saved")
+        self.rank = rank
+
+
 def save(
     engine: Engine | Pipeline,
     world: World,
@@ -83,15 +92,19 @@ def save(
     Collective.
 
     Without `write` it allocates the same memory and writes nothing. Raises NotWritten, on every rank, where any of them
-    cannot write its part: then nothing of the checkpoint is left, and the older ones are as they were.
+    cannot write its part, and NotFinite, unless `train.nonfinite=ignore`: then nothing of the checkpoint is left, and
+    the older ones are as they were.
     """
     final = directory / f"step-{step:08d}"
     partial = directory / f".{final.name}.partial"
     file = partial / f"rank-{world.rank:05d}.safetensors"
+    state = {**tensors(engine), **_random_state(world.device)}
+    state = {name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}
+    if engine.settings.train.nonfinite != "ignore":
+        with engine.ledger.uncounted():
+            _check_finite(state, world, write)
     try:
         _on_all(world, lambda: _begin(partial) if world.leads and write else None)
-        state = {**tensors(engine), **_random_state(world.device)}
-        state = {name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}
         entries = _on_all(world, lambda: _write_rank(state, file, step) if write else {})
         manifest = {"schema": SCHEMA, "step": step, "identity": {**identity}, "files": entries}
         manifest["sha256"] = _digest_of(manifest)
@@ -101,6 +114,22 @@ def save(
             shutil.rmtree(partial, ignore_errors=True)
         raise
     return final
+
+
+def _check_finite(state: Mapping[str, torch.Tensor], world: World, read: bool) -> None:
+    """Raise NotFinite, on every rank, where a weight in the `state` of any of them is not finite.
+
+    Without `read` it allocates the same memory and looks at no value.
+    """
+    spoiled = None
+    for name, tensor in state.items():
+        if name.startswith(("weights/", "masters/")) and tensor.is_floating_point() and tensor.numel():
+            ends = tensor.aminmax()  # needs no memory, unlike isfinite; a NaN is both ends
+            if read and not all(math.isfinite(float(end)) for end in ends):
+                spoiled = spoiled or name
+    for rank, found in enumerate(world.gather(spoiled)):
+        if found is not None:
+            raise NotFinite(rank, found)
 
 
 def _on_all(world: World, act: Callable[[], T]) -> list[T]:

@@ -181,16 +181,23 @@ def _resume(resumed: Resumed | None, world: World, engine: Engine | Pipeline, sa
 
 def _save(
     engine: Engine | Pipeline, world: World, directory: Path, step: int, own: Mapping[str, Any], write: bool
-) -> NotWritten | None:
-    """Save the state after `step`. Returns why it could not be written, on every rank, within the phase: to the ledger
-    an error that leaves a phase is where the run failed.
+) -> NotWritten | checkpoint.NotFinite | None:
+    """Save the state after `step`. Returns why it is not saved, on every rank, within the phase: to the ledger an error
+    that leaves a phase is where the run failed. Raises NotFinite where `train.nonfinite=stop`; it is the failure of the
+    rank whose weights are not finite.
     """
     with engine.ledger.phase("checkpoint", step):
-        keep = engine.settings.train.keep
+        train = engine.settings.train
         try:
-            checkpoint.save(engine, world, directory / "state", step + 1, own, keep, write)
+            checkpoint.save(engine, world, directory / "state", step + 1, own, train.keep, write)
         except NotWritten as problem:
             return problem
+        except checkpoint.NotFinite as problem:
+            if train.nonfinite != "stop":
+                return problem
+            if problem.rank != world.rank:
+                world.barrier()  # until that rank has ended
+            raise
     return None
 
 
