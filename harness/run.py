@@ -33,7 +33,7 @@ from harness.record.schema import World as WorldRecord
 from harness.runtime import ending, failure, faults, memory_snapshot, peak_rates, world
 from harness.runtime.course import Stopped
 from harness.runtime.ending import Ending
-from harness.runtime.files import NO_ROOM, NotWritten, put
+from harness.runtime.files import NO_ROOM, NotWritten, put, sweep
 from harness.runtime.trackers import Trackers
 from harness.runtime.watcher import Watcher
 from harness.runtime.world import World
@@ -41,6 +41,8 @@ from harness.training import deepspeed_config
 
 T = TypeVar("T")
 
+PLACES = ("state", "checkpoint", trace.DIRECTORY, "tensorboard", "wandb", "mlflow", "mlflow.db")
+"""What a run and its trackers write into by its name, and would follow if it were a link. Other files are replaced."""
 
 Reasons = Callable[[Settings], Mapping[str, str]]
 Say = Callable[[int, str, int], object]
@@ -191,11 +193,17 @@ def _make_directory(settings: Settings, cfg: DictConfig, dp_size: int, head: Rec
     configured = OmegaConf.select(cfg, "hydra.run.dir")
     stamp = datetime.now().strftime("%Y-%m-%d/%H-%M-%S")
     directory = Path(configured or f"outputs/{stamp}-{settings.mode}").absolute()
+    for name in PLACES:
+        if (directory / name).is_symlink():
+            problem = f"its {name} is a link, and a run writes nothing outside its directory; remove the link, or let "
+            raise Refusal("hydra.run.dir", directory, f"{problem}hydra.run.dir itself lead to another disk")
     if not _claim(directory, head):
         problem = "it already contains a run's record; name another directory"
         raise Refusal("hydra.run.dir", directory, problem)
     try:
         (directory / failure.CLAIM).unlink(missing_ok=True)  # from a refused run
+        sweep(directory)
+        sweep(directory / "state")
         put(directory / "config.yaml", OmegaConf.to_yaml(asdict(settings)))
         if settings.mode == "train":
             whole = deepspeed_config.whole_config(settings, dp_size)

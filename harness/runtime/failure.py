@@ -218,7 +218,7 @@ def _hanging(directory: Path, world: World) -> Failure | None:
         if not neighbours.waits(frames):
             stands = f"hangs at {frames[0]}" if frames else f"does not answer (process {each.pid})"
             with suppress(OSError):
-                _details(directory, each.rank).write_text("".join(f"{frame}\n" for frame in frames))
+                put(_details(directory, each.rank), "".join(f"{frame}\n" for frame in frames))
             return replace(
                 _failure_of(each, world, f"it {stands}; {waited} (world.timeout)"), hanging=each.pid
             )

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from harness.config.load import Refusal
 from harness.config.rules.sources import run_state
 from harness.runtime import faults
-from harness.runtime.files import NotWritten, flush, move, writing
+from harness.runtime.files import NotWritten, digest, flush, folder, move, part_of, writing
 from harness.runtime.world import World
 from harness.training.engine import Engine
 from harness.training.pipeline_engine import Pipeline
@@ -96,7 +96,7 @@ def save(
     the older ones are as they were.
     """
     final = directory / f"step-{step:08d}"
-    partial = directory / f".{final.name}.partial"
+    partial = world.broadcast(part_of(final))
     file = partial / f"rank-{world.rank:05d}.safetensors"
     state = {**tensors(engine), **_random_state(world.device)}
     state = {name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}
@@ -147,9 +147,8 @@ def _on_all(world: World, act: Callable[[], T]) -> list[T]:
 
 
 def _begin(partial: Path) -> None:
-    shutil.rmtree(partial, ignore_errors=True)
-    with writing(partial):
-        partial.mkdir(parents=True)
+    folder(partial.parent)
+    folder(partial)
 
 
 def _complete(partial: Path, final: Path, manifest: dict[str, Any], keep: int) -> None:
@@ -171,7 +170,7 @@ def _write_rank(state: dict[str, torch.Tensor], file: Path, step: int) -> dict[s
         faults.at("write state", step)
         save_file(state, file)
         flush(file)
-        written = {"name": file.name, "bytes": file.stat().st_size, "sha256": _digest(file)}
+        written = {"name": file.name, "bytes": file.stat().st_size, "sha256": digest(file)}
     python_state = random.getstate()
     host = {"python": [python_state[0], list(python_state[1]), python_state[2]], "numpy": _numpy_state()}
     return {**written, "host": host}
@@ -217,7 +216,7 @@ def _verified_manifest(candidate: Path) -> dict[str, Any]:
         if (
             file.parent != candidate
             or file.stat().st_size != entry["bytes"]
-            or _digest(file) != entry["sha256"]
+            or digest(file) != entry["sha256"]
         ):
             raise ValueError(f"{entry['name']} differs from what was written")
     return manifest  # type: ignore[no-any-return]
@@ -262,11 +261,6 @@ def load(
 def _numpy_state() -> list[Any]:
     name, keys, *rest = np.random.get_state(legacy=True)
     return [name, np.asarray(keys).tolist(), *rest]
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _digest_of(manifest: Mapping[str, Any]) -> str:

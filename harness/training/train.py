@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from harness.config.load import Refusal, Settings
 from harness.config.refusal import as_typed
 from harness.config.rules import check_layers, positions
+from harness.config.rules.sources import run_state
 from harness.data import token_batches
 from harness.ledger import Ledger
 from harness.model import init_weights, loader, stage
@@ -27,7 +28,7 @@ from harness.record.figures import Figures, of_stretch
 from harness.record.record_file import Output
 from harness.record.results import Change, Model, Performance, Training, Unsaved, Validation
 from harness.runtime.course import WHOLE, Course, Stopped
-from harness.runtime.files import NotWritten
+from harness.runtime.files import NotWritten, sweep
 from harness.runtime.progress import Pace, peak_of
 from harness.runtime.world import World
 from harness.training import checkpoint, nonfinite
@@ -153,7 +154,10 @@ def _found(settings: Settings, own: Mapping[str, Any], say: Say) -> Resumed | No
     train = settings.train
     if train.resume is None:
         return None
-    directory, manifest, corrupt = checkpoint.newest_whole(Path(train.resume))
+    run = Path(train.resume)
+    sweep(run)
+    sweep(run_state(run))
+    directory, manifest, corrupt = checkpoint.newest_whole(run)
     for reason in corrupt:
         say(reason)
     changes, unknown = compared(manifest["identity"], own, train.resume_changes, directory)

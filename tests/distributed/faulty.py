@@ -3,8 +3,8 @@
 KIND is `kill`, `stop` (SIGSTOP), `hang` (an endless loop), `full` (no space left), `denied` (no permission), `stale` (a
 network disk has lost its answer), `small` (no file of more than 500 kB), `memory` (no more than a MiB from then on),
 `nan`, `inf` (the weight of `tests/poison.py`, `inf` the master weights too), `raise`; `noted` kills when the record has
-the place, `term` sends SIGTERM and goes on, `term-hang` sends it and hangs. With `full-on` and `denied-on` no file can be
-written from the point on, to that of `room`; only torchrun's directory, on another disk, takes one. POINT and NUMBER
+the place, `term` sends SIGTERM and goes on, `term-hang` sends it and hangs. With `full-on` and `denied-on` no file can
+be written from the point on, to that of `room`; only torchrun's directory, on another disk, takes one. POINT and NUMBER
 are as in `harness/runtime/faults.py`; NUMBER - is any. RANK - is every rank. After `and` comes another fault. Where the
 variable ONCE names a file, a fault happens once, and leaves the file.
 """

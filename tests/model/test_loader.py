@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, LlamaConfig
 
 from harness.config.settings import Model, Refusal
-from harness.model import init_weights, loader, shape, tensor_parallel
+from harness.model import init_weights, loader, manifest, shape, tensor_parallel
 from harness.model.generation_defaults import fields_of
 from harness.model.tokenizer import of_bytes, tokenizer_of
 
@@ -76,6 +76,36 @@ def test_what_ended_the_texts_that_were_trained_on_ends_what_the_export_generate
     loader.export(built_model(shape), None, of_bytes(), fields, tmp_path / "checkpoint")
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint")
     assert exported.generation_config.eos_token_id == expected
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer_config.json", manifest.FILE])
+def test_an_export_with_a_byte_changed_is_refused_by_its_file_and_allowed_by_hand(
+    exported: tuple[torch.nn.Module, Path], name: str
+) -> None:
+    built, directory = exported
+    content = bytearray((directory / name).read_bytes())
+    content[-3 if name == "model.safetensors" else content.index(b"1")] ^= 2
+    (directory / name).write_bytes(content)
+    given = Model(name="test", path=str(directory))
+    sentence = rf"model.path={directory}: {name} in it is not what was written.* delete {manifest.FILE} in it"
+    with pytest.raises(Refusal, match=sentence):
+        built_model(given, next(built.parameters()).dtype)
+    (directory / manifest.FILE).unlink()
+    built_model(given, next(built.parameters()).dtype)
+
+
+def test_a_text_of_an_export_that_is_gone_is_named_and_a_file_that_is_more_is_nothing(
+    exported: tuple[torch.nn.Module, Path],
+) -> None:
+    _, directory = exported
+    (directory / "more.json").write_text("{}")
+    given = Model(name="test", path=str(directory))
+    loader.model_config(given)
+    (directory / "generation_config.json").unlink()
+    with pytest.raises(
+        Refusal, match=r"generation_config.json in it is not what was written: it was removed"
+    ):
+        loader.model_config(given)
 
 
 def test_every_loaded_parameter_has_memory_of_its_own_and_of_its_size(
