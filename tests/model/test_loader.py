@@ -49,6 +49,13 @@ def exported(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[torch.nn.M
     return built, tmp_path / "checkpoint"
 
 
+@pytest.fixture
+def elsewhere(exported: tuple[torch.nn.Module, Path]) -> tuple[torch.nn.Module, Path]:
+    """The same as another program writes it, without a manifest."""
+    (exported[1] / manifest.FILE).unlink()
+    return exported
+
+
 def test_the_seed_alone_decides_the_weights() -> None:
     first, again, other = built_model(settings()), built_model(settings()), built_model(settings(), seed=1)
     pairs = zip(first.parameters(), again.parameters(), strict=True)
@@ -154,8 +161,8 @@ def test_every_architecture_comes_back_from_its_state_with_the_same_logits(
     assert loader.count(loaded) == loader.count(built)
 
 
-def test_a_checkpoint_in_shards_is_the_same_checkpoint(exported: tuple[torch.nn.Module, Path]) -> None:
-    built, directory = exported
+def test_a_checkpoint_in_shards_is_the_same_checkpoint(elsewhere: tuple[torch.nn.Module, Path]) -> None:
+    built, directory = elsewhere
     reshard(directory)
     loaded = built_model(Model(name="test", path=str(directory)), next(built.parameters()).dtype)
     for (name, a), (_, b) in zip(built.named_parameters(), loaded.named_parameters(), strict=True):
@@ -285,6 +292,7 @@ def test_a_damaged_checkpoint_is_refused_in_one_line_and_never_random(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     loader.export(built_model(settings()), None, ByT5Tokenizer(), {}, tmp_path / "checkpoint")
+    (tmp_path / "checkpoint" / manifest.FILE).unlink()  # as from elsewhere
     damage(tmp_path / "checkpoint")
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     caplog.clear()
@@ -305,9 +313,9 @@ def test_a_model_that_reads_ahead_is_refused() -> None:
 
 
 def test_code_that_comes_with_a_checkpoint_is_refused_and_not_run(
-    exported: tuple[torch.nn.Module, Path],
+    elsewhere: tuple[torch.nn.Module, Path],
 ) -> None:
-    directory = exported[1]
+    directory = elsewhere[1]
     config = json.loads((directory / "config.json").read_text())
     theirs = {"model_type": "theirs", "auto_map": {"AutoConfig": "theirs.Config"}}
     (directory / "config.json").write_text(json.dumps({**config, **theirs}))

@@ -186,8 +186,9 @@ def test_a_rename_that_is_done_is_done_whatever_the_disk_answers(
 def killed_while_it_writes(write: Callable[[], object]) -> None:
     """Let `write` be killed at the end of its writing, in a process of its own."""
     if (child := os.fork()) == 0:
-        os.fsync = lambda number: os.kill(os.getpid(), signal.SIGKILL)
-        write()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "fsync", lambda number: os.kill(os.getpid(), signal.SIGKILL))
+            write()
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
