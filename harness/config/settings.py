@@ -198,8 +198,7 @@ class Train:
     resume_changes: Names = Field(default_factory=list)
     """Keys that may differ from the run to continue, as [train.steps,data]."""
     nonfinite: Literal["stop", "skip", "ignore"] = "stop"
-    """A loss or gradient that is NaN or infinite: stop before the update, skip the update, or go on. Weights that
-    are not finite are saved only with `ignore`."""
+    """A loss or gradient that is NaN or infinite: stop before the update, skip the update, or go on."""
     export: bool = True
     """Write checkpoint/ in transformers' format at the end."""
 
