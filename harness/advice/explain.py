@@ -28,8 +28,8 @@ WHY = {
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run `harness explain RUN`. Exit code: 0 done, 2 a wrong request, 3 the run's own rehearsal failed: the record alone
-    is explained.
+    """Run `harness explain RUN`. Exit code: 0 done, 2 a wrong request, 3 the run's own rehearsal failed, so that the
+    record alone is explained.
     """
     try:
         options = _parser().parse_args(argv)

@@ -67,9 +67,7 @@ def find(
             text[:40] if value is None else value,
             own_limit is not None and key == workload.KEY,
         )
-        prompts.append(
-            Prompt(text, tokens, max_new_tokens, key, shown_value, place, sets_max_new_tokens)
-        )
+        prompts.append(Prompt(text, tokens, max_new_tokens, key, shown_value, place, sets_max_new_tokens))
     return prompts
 
 

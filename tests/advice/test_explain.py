@@ -443,7 +443,9 @@ def test_a_rehearsal_that_fails_by_itself_is_a_failure_and_the_record_is_explain
     out, err = capsys.readouterr()
     assert code == 3
     assert "peak" in {each["kind"] for each in json.loads(out)}
-    sentence = "no change was rehearsed, because the run's own rehearsal failed: KeyError: 'out of luck at forward'"
+    sentence = (
+        "no change was rehearsed, because the run's own rehearsal failed: KeyError: 'out of luck at forward'"
+    )
     said = [line for line in err.splitlines() if line.startswith("harness: ")]
     assert len(said) == 1
     assert said[0].startswith(f"harness: {sentence}")
