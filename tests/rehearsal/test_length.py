@@ -23,7 +23,7 @@ def settings_of(words: str) -> Settings:
         ("train.validate_every=1 train.validation_batches=100000", "train.validation_batches"),
         ("train.steps=1000000 ledger.steps=1000000", "ledger.steps"),
         ("train.steps=300 ledger.steps=300 train.accumulation=4", "ledger.steps"),
-        ("train.steps=2 train.accumulation=400", "train.accumulation"),
+        ("train.steps=2 train.accumulation=600", "train.accumulation"),
     ],
 )
 def test_a_long_rehearsal_is_refused_with_a_value_that_works(words: str, key: str) -> None:
