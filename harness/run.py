@@ -34,7 +34,7 @@ from harness.record.schema import World as WorldRecord
 from harness.runtime import ending, failure, faults, memory_snapshot, peak_rates, world
 from harness.runtime.course import Stopped
 from harness.runtime.ending import Ending
-from harness.runtime.files import NO_ROOM, NotWritten, put
+from harness.runtime.files import NO_ROOM, NotWritten, put, sweep
 from harness.runtime.trackers import Trackers
 from harness.runtime.watcher import Watcher
 from harness.runtime.world import World
@@ -42,6 +42,8 @@ from harness.training import deepspeed_config
 
 T = TypeVar("T")
 
+PLACES = ("state", "checkpoint", trace.DIRECTORY, "tensorboard", "wandb", "mlflow", "mlflow.db")
+"""What a run and its trackers write into by its name, and would follow if it were a link. Other files are replaced."""
 
 Reasons = Callable[[Settings], Mapping[str, str]]
 Say = Callable[[int, str, int], object]
@@ -115,7 +117,9 @@ def _described(settings: Settings, joined_world: World) -> WorldRecord:
 
 
 def _by_rank_0(joined_world: World, decide: Callable[[], T]) -> T:
-    """Rank 0's result of `decide`, on every rank. If it raises Refusal or NotWritten, every rank raises it."""
+    """Rank 0's result of `decide`, on every rank. If it raises Refusal or NotWritten, every rank raises it; but of
+    what could not be written rank 0 says it.
+    """
     outcome: Any = None
     if joined_world.leads:
         try:
@@ -123,6 +127,8 @@ def _by_rank_0(joined_world: World, decide: Callable[[], T]) -> T:
         except (Refusal, NotWritten) as error:
             outcome = error
     outcome = joined_world.broadcast(outcome)
+    if isinstance(outcome, NotWritten) and not joined_world.leads:
+        joined_world.barrier()  # until rank 0 has ended
     if isinstance(outcome, (Refusal, NotWritten)):
         raise outcome
     return cast(T, outcome)
@@ -188,11 +194,17 @@ def _make_directory(settings: Settings, cfg: DictConfig, dp_size: int, head: Rec
     configured = OmegaConf.select(cfg, "hydra.run.dir")
     stamp = datetime.now().strftime("%Y-%m-%d/%H-%M-%S")
     directory = Path(configured or f"outputs/{stamp}-{settings.mode}").absolute()
+    for name in PLACES:
+        if (directory / name).is_symlink():
+            problem = f"its {name} is a link, and a run writes nothing outside its directory; remove the link, or let "
+            raise Refusal("hydra.run.dir", directory, f"{problem}hydra.run.dir itself lead to another disk")
     if not _claim(directory, head):
         problem = "it already contains a run's record; name another directory"
         raise Refusal("hydra.run.dir", directory, problem)
     try:
         (directory / failure.CLAIM).unlink(missing_ok=True)  # from a refused run
+        sweep(directory)
+        sweep(directory / "state")
         put(directory / "config.yaml", OmegaConf.to_yaml(asdict(settings)))
         if settings.mode == "train":
             whole = deepspeed_config.whole_config(settings, dp_size)
@@ -253,6 +265,7 @@ class _Run:
         self.last_phase: Where | None = None
         self.results = Results()
         self.record = LiveRecord(directory)
+        self.behind = False  # the record on disk is older than it should be
         self.trackers = self._trackers()
         for line in decided(plan.reasons):
             self.say(line)
@@ -278,6 +291,9 @@ class _Run:
         try:
             ranks = self.world.gather(self._run_mode())
             self._measure_limits()
+            if self.world.leads:
+                self._write(ranks, last=True, status="complete")
+            self.world.barrier()  # no rank ends well before the record is there
         except Refusal as refusal:
             if self.world.size == 1:
                 self.trackers.fail(str(refusal))
@@ -291,7 +307,6 @@ class _Run:
         except BaseException as error:  # the record has any error before this process ends
             end.fail(partial(failure.of, error, self.where, self.directory, self.world), error=error)
         if self.world.leads:
-            self._write(ranks, last=True, status="complete")
             self.trackers.finish(figures.of_run(ranks, self.results))
             _print_summary(self.directory, self.say)
         return 0
@@ -387,9 +402,19 @@ class _Run:
             tqdm.write(line, file=sys.stdout)
 
     def flush(self) -> None:
-        """Write the record so far, in case the run is killed and cannot report why."""
-        if self.world.leads:
+        """Write the record so far, in case the run is killed and cannot report why.
+
+        Where it cannot be written the run goes on, says so once, and tries at the next time.
+        """
+        if not self.world.leads:
+            return
+        try:
             self._write([self._rank_record()], failure=record_file.unfinished(self.where))
+            self.behind = False
+        except NotWritten as problem:
+            if not self.behind:
+                self.say(f"the record is as it was, and the run goes on: {problem}")
+            self.behind = True
 
     def _write(self, ranks: list[Rank], last: bool = False, **more: Any) -> None:
         self.record.write(self.head.plus(**more, **self.results.parts, ranks=ranks), last)

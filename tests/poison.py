@@ -4,8 +4,11 @@ import gc
 from collections.abc import Iterator
 
 import torch
+from deepspeed.runtime.base_optimizer import DeepSpeedOptimizer
 from torch import nn
 from transformers import PreTrainedModel
+
+from harness.training.checkpoint import FLAT_MASTERS
 
 PLACE = "model.layers.1.mlp.down_proj"
 """The module that is poisoned."""
@@ -24,6 +27,14 @@ def weight(value: float = torch.nan) -> None:
     """Set the weight to `value`; under ZeRO-3, this rank's part of it."""
     for module in modules():
         getattr(module.weight, "ds_tensor", module.weight).data.fill_(value)
+
+
+def masters(value: float = torch.inf) -> None:
+    """Set the weight, and this rank's fp32 master weights where it has them."""
+    weight(value)
+    for wrapper in [each for each in gc.get_objects() if isinstance(each, DeepSpeedOptimizer)]:
+        for flat in (each for name in FLAT_MASTERS for each in getattr(wrapper, name, ())):
+            flat.data.fill_(value)
 
 
 def gradient() -> None:

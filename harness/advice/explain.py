@@ -1,6 +1,7 @@
 """`harness explain RUN`: the parts of a run's peak, unexpected findings, and the change that would save most."""
 
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from textwrap import fill
 
@@ -27,29 +28,37 @@ WHY = {
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run `harness explain RUN`; returns the exit code."""
+    """Run `harness explain RUN`. Exit code: 0 done, 2 a wrong request, 3 the run's own rehearsal failed, so that the
+    record alone is explained.
+    """
     try:
         options = _parser().parse_args(argv)
         record = parse(read(options.run), str(options.run))
     except ValueError as error:
         return refuse(error)
-    findings = list(explain(record))
+    findings, failed = list(explain(record)), ""
     if options.rehearsal:
-        from harness.advice.savings import savings  # its processes import torch
+        from harness.advice.savings import Failed, savings  # its processes import torch
 
-        findings += savings(record)
+        try:
+            findings += savings(record)
+        except Failed as error:
+            failed = str(error)
     if options.json:
         print(json.dumps([finding._asdict() for finding in findings], indent=1))
     else:
         print(text(record, findings))
-    return 0
+    if failed:
+        print(f"harness: {printable(failed)}", file=sys.stderr)
+    return 3 if failed else 0
 
 
 def _parser() -> Parser:
     parser = Parser(
         "explain",
         description="Say what uses a run's memory, what is unexpected in it, and which change would save most.",
-        epilog="The change is rehearsed with the run's own config. Exit code 2: there is no record that can be read.",
+        epilog="The change is rehearsed with the run's own config. Exit code 2: there is no record that can be read. "
+        "3: that rehearsal failed.",
     )
     parser.takes_runs()
     parser.add_argument(

@@ -114,8 +114,15 @@ class Rehearsed(NamedTuple):
         return self.peak - before if isinstance(self.peak, int) else 0
 
 
+class Failed(Exception):
+    """The rehearsal of the run as it is failed by itself: no change of it can be compared with it."""
+
+
 def savings(record: Record) -> Iterator[Finding]:
-    """Whether a rehearsal agrees with the record, which change would save most, and the other changes tried."""
+    """Whether a rehearsal agrees with the record, which change would save most, and the other changes tried.
+
+    Raises Failed before it yields anything.
+    """
     try:
         base = settings_of(record, {})
     except Refusal as refusal:
@@ -127,10 +134,11 @@ def savings(record: Record) -> Iterator[Finding]:
     rehearsals = rehearse([base, *(settings for settings, _, _ in changes)])
     peaks = [worst.failure or worst.bytes for worst in rehearsals]
     before = peaks[0]
+    if isinstance(before, str) and not before.startswith(REFUSED):
+        raise Failed(f"no change was rehearsed, because the run's own rehearsal failed: {before}")
     if isinstance(before, str):
-        yield Finding(
-            "saving", f"No change was rehearsed, because the run itself could not be: {before}", None
-        )
+        reason = before.removeprefix(REFUSED)
+        yield Finding("saving", f"No change was rehearsed, because the run itself cannot be: {reason}.", None)
         return
     tried = [
         Rehearsed(values, cost, peak) for (_, values, cost), peak in zip(changes, peaks[1:], strict=True)

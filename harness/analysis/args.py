@@ -1,6 +1,7 @@
 """The command line of a tool: `harness TOOL` and its arguments."""
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +9,9 @@ from typing import Any, NoReturn
 
 from harness.record.fields import printable
 from harness.record.places import as_path, one_run_at, runs_in
+
+LONGEST = 300
+"""The most characters of a word in a sentence: a path may be no longer than 4,096, and nobody reads that."""
 
 
 class _Runs(argparse.Action):
@@ -51,6 +55,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def refuse(error: ValueError) -> int:
-    """Say on stderr why a tool cannot do what it is asked; its exit code."""
-    print(f"harness: {printable(str(error))}", file=sys.stderr)
+    """Say on stderr why a tool cannot do what it is asked; its exit code. Words that are long are cut."""
+    sentence = re.sub(rf"(\S{{{LONGEST}}})\S+", r"\1...", printable(str(error)))
+    print(f"harness: {sentence}", file=sys.stderr)
     return 2

@@ -61,14 +61,13 @@ def find(
     for text, _, own_limit, place in requests:
         tokens = next(texts) if text is None else encode(tokenizer, text)
         max_new_tokens = limit(len(tokens)) if own_limit is None else own_limit
-        prompt_text = text_of(tokenizer, tokens) if text is None else text
+        if text is None:
+            text = text_of(tokenizer, tokens) if read else ""
         shown_value, sets_max_new_tokens = (
-            prompt_text[:40] if value is None else value,
+            text[:40] if value is None else value,
             own_limit is not None and key == workload.KEY,
         )
-        prompts.append(
-            Prompt(prompt_text, tokens, max_new_tokens, key, shown_value, place, sets_max_new_tokens)
-        )
+        prompts.append(Prompt(text, tokens, max_new_tokens, key, shown_value, place, sets_max_new_tokens))
     return prompts
 
 

@@ -273,7 +273,8 @@ def check_columns(model: PreTrainedModel, prompts: Sequence[Prompt], batch: int,
     every_batch = [
         row_numbers for replica_numbers in numbers for row_numbers in batches(replica_numbers, batch)
     ]
-    columns = max(_requests(dict(enumerate(prompts)), row_numbers).shown for row_numbers in every_batch)
+    by_number = dict(enumerate(prompts))
+    columns = max(_requests(by_number, row_numbers).shown for row_numbers in every_batch)
     if tables and columns > min(tables):
         problem = f"with padding a batch has {columns} columns, and the model's attention has {min(tables)}"
         raise Refusal(

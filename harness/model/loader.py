@@ -35,11 +35,11 @@ from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, 
 
 from harness.config.errors import first_line, ours
 from harness.config.settings import Model, Refusal
-from harness.model import init_weights, shape, storages, tensor_parallel, widths
+from harness.model import init_weights, manifest, shape, storages, tensor_parallel, widths
 from harness.quantization.method import Quantization
 from harness.record import results
 from harness.runtime import faults
-from harness.runtime.files import move, writing
+from harness.runtime.files import move, part_of, writing
 from harness.runtime.memory_limit import check_parameters, shortage
 
 TEXTS = ("*.json", "*.txt", "*.model", "*.jinja")
@@ -52,6 +52,7 @@ def model_config(settings: Model) -> PretrainedConfig:
     if settings.path is not None:
         with loading(settings.path):
             directory = directory_of(settings.path)
+            manifest.check(settings.path, directory, TEXTS)
             shape.check_stored(settings, directory)
             config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     else:
@@ -185,8 +186,7 @@ def export(
         generation = {**generation, "eos_token_id": [tokens.eos_token_id, *ends]}
     weights = dict(state) if state is not None else None
     nbytes = storages.nbytes(model) if weights is None else sum(each.nbytes for each in weights.values())
-    partial = directory.with_name(f".{directory.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = part_of(directory)
     with quiet(), writing(directory, nbytes):
         try:
             faults.at("export", nbytes)
@@ -194,6 +194,7 @@ def export(
             tokens.save_pretrained(partial)
             text = json.dumps(generation, indent=2)
             (partial / GENERATION_CONFIG_NAME).write_text(text, encoding="utf-8")
+            manifest.write(partial, TEXTS + WEIGHTS)
             move(partial, directory)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -204,6 +205,7 @@ def whole_checkpoint(place: str) -> Path:
     with loading(place):
         directory = directory_of(place, TEXTS + WEIGHTS)
         _check_files(place, directory)
+        manifest.check(place, directory, WEIGHTS)
     return directory
 
 

@@ -30,15 +30,17 @@ class LiveRecord:
         self._figures, self._noted = record_file.without_failure(record), record.failure
 
     def write(self, record: Record, last: bool = False) -> None:
-        """Write `record`; nothing is noted in it any more if it is the `last`. Raises OSError."""
+        """Write `record`; nothing is noted in it any more if it is the `last`. Raises OSError: what was written before
+        then stays, and places are noted in it.
+        """
         with self._lock:
-            self._figures, self._noted = None, record.failure
             if last or record.failure is None:
+                self._figures = None
                 record_file.write(self.directory, record)
                 return
             figures = record_file.without_failure(record)  # a record has megabytes: its text is made once
             self._put(figures, record.failure)
-            self._figures = figures
+            self._figures, self._noted = figures, record.failure
 
     def note(self, failure: Failure) -> None:
         """Replace the record's failure by this one, if it is another and it is time. Raises OSError."""

@@ -226,6 +226,8 @@ def read(path: str | Path) -> dict[str, Any]:
 def tree(file: Path, schema: str, absent: str) -> dict[str, Any]:
     """The JSON in `file`, of schema `schema`. Raises ValueError with a sentence: `absent` if there is no file."""
     try:
+        if file.exists() and not file.is_file():  # a pipe or a device may never end
+            raise ValueError("it is no regular file")
         content = json.loads(file.read_bytes())  # bytes: json accepts a byte order mark in them
     except FileNotFoundError:
         raise ValueError(absent) from None

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from harness.config.errors import first_line
 from harness.record.fields import printable
 from harness.record.places import check_inside
-from harness.runtime.files import put, writing
+from harness.runtime.files import folder, put
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -97,13 +97,14 @@ def write(directory: Path, rank: int, table: "pa.Table") -> None:
     file = _file(directory, rank)
     content = pa.BufferOutputStream()
     pq.write_table(table, content, compression="zstd")
-    with writing(file, content.tell()):
-        file.parent.mkdir(exist_ok=True)
+    folder(file.parent)
     put(file, content.getvalue().to_pybytes())
 
 
 def remove(directory: Path, rank: int) -> None:
     """Delete a rank's table, if there is one."""
+    if (directory / DIRECTORY).is_symlink():
+        return
     with suppress(OSError):
         _file(directory, rank).unlink(missing_ok=True)
         (directory / DIRECTORY).rmdir()

@@ -17,7 +17,7 @@ from harness.record import record_file, verified
 from harness.record.memory import Rank
 from harness.record.results import Inference, Model, Results
 from harness.record.schema import Record, World
-from harness.rehearsal import UNVERIFIED, kernels
+from harness.rehearsal import UNVERIFIED, kernels, length
 from harness.rehearsal.balance import Task, peak, resolved
 from harness.rehearsal.places import EVERY, Progress, layers_of, leave, left
 from harness.rehearsal.pool import portable, progress, workers
@@ -125,6 +125,7 @@ def rehearse(plan: Plan, directory: Path | None = None, parallel: bool = True) -
 
     Raises Refusal and any other exception as the run itself would, and RuntimeError where a shim does not fit.
     """
+    length.check(plan.settings)
     plan = balanced(plan) if parallel else resolved(plan)
     representatives = representatives_of(plan)
     by_rank: dict[int, tuple[Rank, Results]] = {}

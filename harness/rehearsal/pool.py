@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from harness.config.load import Refusal, Settings
 from harness.device.replay import Alternative
+from harness.rehearsal import length
 from harness.rehearsal.moments import Moment, moments_of
 from harness.runtime import tracebacks
 from harness.runtime.progress import Pace, aside
@@ -224,6 +225,7 @@ def candidates(settings: Settings) -> Candidates:
     from harness.rehearsal.representatives import representatives_of
 
     try:
+        length.check(settings)
         plan = resolved(resolve(settings))
         ordered = sorted(
             (representative for representative in representatives_of(plan) if not representative.dominated),

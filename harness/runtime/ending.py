@@ -83,8 +83,6 @@ class Ending:
             report = Report(rank_failure.rank, rank_failure.sentence(), code)
             if not failure.claim(self.directory, report):
                 self.end(None)
-            if self.directory != self.shared:  # ranks of this host may not know the run's directory yet
-                failure.claim(self.shared, report)
             details: Sequence[str] = ()
             with suppress(Exception):  # nothing may hide the failure
                 details = self.write(rank_failure)

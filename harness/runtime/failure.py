@@ -218,7 +218,7 @@ def _hanging(directory: Path, world: World) -> Failure | None:
         if not neighbours.waits(frames):
             stands = f"hangs at {frames[0]}" if frames else f"does not answer (process {each.pid})"
             with suppress(OSError):
-                _details(directory, each.rank).write_text("".join(f"{frame}\n" for frame in frames))
+                put(_details(directory, each.rank), "".join(f"{frame}\n" for frame in frames))
             return replace(
                 _failure_of(each, world, f"it {stands}; {waited} (world.timeout)"), hanging=each.pid
             )
@@ -234,19 +234,28 @@ def claim(directory: Path, report: Report) -> bool:
 
     It also is the first where nothing can be written: better two reports than none.
     """
-    try:
-        faults.at(f"write {CLAIM}")
-        with (directory / CLAIM).open("x") as stream:
-            stream.write(json.dumps(asdict(report)) + "\n")
-    except FileExistsError:
-        return False
-    except OSError:
-        pass
+    for place in reversed(_places(directory)):
+        try:
+            faults.at(f"write {CLAIM}" if place == directory else "meet")
+            with (place / CLAIM).open("x") as stream:
+                stream.write(json.dumps(asdict(report)) + "\n")
+        except FileExistsError:
+            return False
+        except OSError:
+            pass
     return True
 
 
+def _places(directory: Path) -> list[Path]:
+    """Where ranks look for a report: in the run's `directory`, and in torchrun's. The ranks of this host meet in that
+    one before they know the run's directory, and where that takes no file.
+    """
+    shared = launcher.directory()
+    return [directory] if shared in (None, directory) else [directory, shared]
+
+
 def _claimed(directory: Path) -> bool:
-    return (directory / CLAIM).exists()
+    return any((place / CLAIM).exists() for place in _places(directory))
 
 
 def first_report(directory: Path) -> Report | None:
@@ -255,13 +264,13 @@ def first_report(directory: Path) -> Report | None:
     One that is never complete is of a rank that failed on a full disk, and says so.
     """
     deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline:
-        try:
-            return Report(**json.loads((directory / CLAIM).read_text()))
-        except OSError:
-            return None
-        except ValueError:  # not completely written yet
-            time.sleep(0.05)
+    while _claimed(directory) and time.monotonic() < deadline:
+        for place in _places(directory):
+            with suppress(OSError, ValueError):  # not there, or not completely written yet
+                return Report(**json.loads((place / CLAIM).read_text()))
+        time.sleep(0.05)
+    if not _claimed(directory):
+        return None
     return Report(None, f"a rank failed, and could not write why to {directory / CLAIM}", 3)
 
 

@@ -12,8 +12,9 @@ inject: Callable[[str, int], None] | None = None
 def at(point: str, number: int = 0) -> None:
     """Pass a point: `connect`, `directory`, `start`; `forward`, `backward`, `step`; `prefill`, `decode`; `export`.
 
-    Before a file is written it is `write NAME`, with the bytes; before a checkpoint's `write state` and `write
-    manifest.json`, with the step. After a rename it is `renamed NAME`.
+    `meet`: a rank that ends is to say so in torchrun's directory. Before a file is written it is `write NAME`, with
+    the bytes; before a checkpoint's `write state` and `write manifest.json`, with the step. After a rename it is
+    `renamed NAME`.
     """
     if inject is not None:
         inject(point, number)

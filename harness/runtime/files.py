@@ -1,15 +1,18 @@
 """Files that are there completely or not at all, and what is said of one that cannot be written."""
 
 import errno
+import hashlib
 import os
 import re
 import shutil
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
 from harness.runtime import faults
+from harness.runtime.neighbours import alive
 
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 """The system's errors for a disk that is full, or full for this user or file."""
@@ -67,7 +70,7 @@ def whole(
     `nbytes` are to be written, where that is known. `place` gives the path the name of `file`; the default is `move`.
     Raises NotWritten.
     """
-    partial = file.with_name(f".{file.name}.{uuid4().hex[:8]}.partial")
+    partial = part_of(file)
     with writing(file, nbytes):  # outside: what is free counts without the part that was written
         try:
             faults.at(f"write {file.name}", nbytes or 0)
@@ -77,6 +80,35 @@ def whole(
         finally:
             with suppress(OSError):  # where nothing can be deleted, the first error says more
                 partial.unlink(missing_ok=True)
+
+
+def part_of(target: Path) -> Path:
+    """A new name beside `target` for a part of it. It says which process writes it, for `sweep`."""
+    return target.with_name(f".{target.name}.{os.getpid()}@{socket.gethostname()}.{uuid4().hex[:8]}.partial")
+
+
+def sweep(directory: Path) -> None:
+    """Delete from `directory` what processes of this host were writing when they were killed. What a living process
+    writes stays, and what one of another host may be writing.
+    """
+    for part in directory.glob(".*.partial"):
+        writer = re.search(r"\.(\d+)@(.+)\.[0-9a-f]{8}\.partial$", part.name)
+        if writer and writer[2] == socket.gethostname() and not alive(int(writer[1])):
+            with suppress(OSError):
+                shutil.rmtree(part) if part.is_dir() and not part.is_symlink() else part.unlink()
+
+
+def folder(path: Path) -> None:
+    """Make the directory `path`, if it is not there. Raises NotWritten, also for a link: it leads elsewhere."""
+    with writing(path):
+        if path.is_symlink():
+            raise OSError(
+                errno.ELOOP, f"{path.name} is a link, and a run writes nothing outside its directory"
+            )
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from None
 
 
 def put(file: Path, content: str | bytes) -> None:
@@ -130,6 +162,12 @@ def _sizes(path: Path) -> dict[str, int]:
     """The bytes of each file at `path`, or in it."""
     files = [each for each in (path, *path.rglob("*")) if each.is_file()]
     return {str(each.relative_to(path)): each.stat().st_size for each in files}
+
+
+def digest(file: Path) -> str:
+    """The SHA-256 of `file`. Raises OSError."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def flush(file: Path) -> None:

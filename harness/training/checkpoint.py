@@ -7,6 +7,7 @@ complete or absent.
 
 import hashlib
 import json
+import math
 import random
 import shutil
 from collections.abc import Callable, Mapping
@@ -20,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from harness.config.load import Refusal
 from harness.config.rules.sources import run_state
 from harness.runtime import faults
-from harness.runtime.files import NotWritten, flush, move, writing
+from harness.runtime.files import NotWritten, digest, flush, folder, move, part_of, writing
 from harness.runtime.world import World
 from harness.training.engine import Engine
 from harness.training.pipeline_engine import Pipeline
@@ -70,6 +71,14 @@ def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
     return state
 
 
+class NotFinite(FloatingPointError):
+    """Weights of `rank` are not finite: a run that went on from them could not be repaired."""
+
+    def __init__(self, rank: int, name: str) -> None:
+        super().__init__(f"{name} is not finite after the update; no state of it is saved")
+        self.rank = rank
+
+
 def save(
     engine: Engine | Pipeline,
     world: World,
@@ -83,15 +92,19 @@ def save(
     Collective.
 
     Without `write` it allocates the same memory and writes nothing. Raises NotWritten, on every rank, where any of them
-    cannot write its part: then nothing of the checkpoint is left, and the older ones are as they were.
+    cannot write its part, and NotFinite, unless `train.nonfinite=ignore`: then nothing of the checkpoint is left, and
+    the older ones are as they were.
     """
     final = directory / f"step-{step:08d}"
-    partial = directory / f".{final.name}.partial"
+    partial = world.broadcast(part_of(final))
     file = partial / f"rank-{world.rank:05d}.safetensors"
+    state = {**tensors(engine), **_random_state(world.device)}
+    state = {name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}
+    if engine.settings.train.nonfinite != "ignore":
+        with engine.ledger.uncounted():
+            _check_finite(state, world, write)
     try:
         _on_all(world, lambda: _begin(partial) if world.leads and write else None)
-        state = {**tensors(engine), **_random_state(world.device)}
-        state = {name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}
         entries = _on_all(world, lambda: _write_rank(state, file, step) if write else {})
         manifest = {"schema": SCHEMA, "step": step, "identity": {**identity}, "files": entries}
         manifest["sha256"] = _digest_of(manifest)
@@ -101,6 +114,22 @@ def save(
             shutil.rmtree(partial, ignore_errors=True)
         raise
     return final
+
+
+def _check_finite(state: Mapping[str, torch.Tensor], world: World, read: bool) -> None:
+    """Raise NotFinite, on every rank, where a weight in the `state` of any of them is not finite.
+
+    Without `read` it allocates the same memory and looks at no value.
+    """
+    spoiled = None
+    for name, tensor in state.items():
+        if name.startswith(("weights/", "masters/")) and tensor.is_floating_point() and tensor.numel():
+            ends = tensor.aminmax()  # needs no memory, unlike isfinite; a NaN is both ends
+            if read and not all(math.isfinite(float(end)) for end in ends):
+                spoiled = spoiled or name
+    for rank, found in enumerate(world.gather(spoiled)):
+        if found is not None:
+            raise NotFinite(rank, found)
 
 
 def _on_all(world: World, act: Callable[[], T]) -> list[T]:
@@ -118,9 +147,8 @@ def _on_all(world: World, act: Callable[[], T]) -> list[T]:
 
 
 def _begin(partial: Path) -> None:
-    shutil.rmtree(partial, ignore_errors=True)
-    with writing(partial):
-        partial.mkdir(parents=True)
+    folder(partial.parent)
+    folder(partial)
 
 
 def _complete(partial: Path, final: Path, manifest: dict[str, Any], keep: int) -> None:
@@ -142,7 +170,7 @@ def _write_rank(state: dict[str, torch.Tensor], file: Path, step: int) -> dict[s
         faults.at("write state", step)
         save_file(state, file)
         flush(file)
-        written = {"name": file.name, "bytes": file.stat().st_size, "sha256": _digest(file)}
+        written = {"name": file.name, "bytes": file.stat().st_size, "sha256": digest(file)}
     python_state = random.getstate()
     host = {"python": [python_state[0], list(python_state[1]), python_state[2]], "numpy": _numpy_state()}
     return {**written, "host": host}
@@ -188,7 +216,7 @@ def _verified_manifest(candidate: Path) -> dict[str, Any]:
         if (
             file.parent != candidate
             or file.stat().st_size != entry["bytes"]
-            or _digest(file) != entry["sha256"]
+            or digest(file) != entry["sha256"]
         ):
             raise ValueError(f"{entry['name']} differs from what was written")
     return manifest  # type: ignore[no-any-return]
@@ -233,11 +261,6 @@ def load(
 def _numpy_state() -> list[Any]:
     name, keys, *rest = np.random.get_state(legacy=True)
     return [name, np.asarray(keys).tolist(), *rest]
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _digest_of(manifest: Mapping[str, Any]) -> str:

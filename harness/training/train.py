@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from harness.config.load import Refusal, Settings
 from harness.config.refusal import as_typed
 from harness.config.rules import check_layers, positions
+from harness.config.rules.sources import run_state
 from harness.data import token_batches
 from harness.ledger import Ledger
 from harness.model import init_weights, loader, stage
@@ -27,7 +28,7 @@ from harness.record.figures import Figures, of_stretch
 from harness.record.record_file import Output
 from harness.record.results import Change, Model, Performance, Training, Unsaved, Validation
 from harness.runtime.course import WHOLE, Course, Stopped
-from harness.runtime.files import NotWritten
+from harness.runtime.files import NotWritten, sweep
 from harness.runtime.progress import Pace, peak_of
 from harness.runtime.world import World
 from harness.training import checkpoint, nonfinite
@@ -153,7 +154,10 @@ def _found(settings: Settings, own: Mapping[str, Any], say: Say) -> Resumed | No
     train = settings.train
     if train.resume is None:
         return None
-    directory, manifest, corrupt = checkpoint.newest_whole(Path(train.resume))
+    run = Path(train.resume)
+    sweep(run)
+    sweep(run_state(run))
+    directory, manifest, corrupt = checkpoint.newest_whole(run)
     for reason in corrupt:
         say(reason)
     changes, unknown = compared(manifest["identity"], own, train.resume_changes, directory)
@@ -181,16 +185,23 @@ def _resume(resumed: Resumed | None, world: World, engine: Engine | Pipeline, sa
 
 def _save(
     engine: Engine | Pipeline, world: World, directory: Path, step: int, own: Mapping[str, Any], write: bool
-) -> NotWritten | None:
-    """Save the state after `step`. Returns why it could not be written, on every rank, within the phase: to the ledger
-    an error that leaves a phase is where the run failed.
+) -> NotWritten | checkpoint.NotFinite | None:
+    """Save the state after `step`. Returns why it is not saved, on every rank, within the phase: to the ledger an error
+    that leaves a phase is where the run failed. Raises NotFinite where `train.nonfinite=stop`; it is the failure of the
+    rank whose weights are not finite.
     """
     with engine.ledger.phase("checkpoint", step):
-        keep = engine.settings.train.keep
+        train = engine.settings.train
         try:
-            checkpoint.save(engine, world, directory / "state", step + 1, own, keep, write)
+            checkpoint.save(engine, world, directory / "state", step + 1, own, train.keep, write)
         except NotWritten as problem:
             return problem
+        except checkpoint.NotFinite as problem:
+            if train.nonfinite != "stop":
+                return problem
+            if problem.rank != world.rank:
+                world.barrier()  # until that rank has ended
+            raise
     return None
 
 

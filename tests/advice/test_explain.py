@@ -4,8 +4,10 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from copy import deepcopy
 from functools import cache
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,10 @@ from harness.config.load import load
 from harness.model.plan import Plan
 from harness.record import record_file
 from harness.record.schema import Record, parse
-from harness.rehearsal import all_ranks
+from harness.rehearsal import all_ranks, pool
 from harness.rehearsal.one_rank import rehearse
 from harness.rehearsal.representatives import representatives_of
+from harness.runtime import faults
 from harness.tables import size
 
 QUICK = "train.steps=2 train.sequence=64"
@@ -423,6 +426,29 @@ def test_a_run_that_cannot_be_rehearsed_says_why(tmp_path: Path, capsys: pytest.
     assert "/no/such/model" in saving["sentence"]
     record["config"] = {}
     assert "saving" in {each["kind"] for each in json_findings(put(tmp_path, record), capsys)}
+
+
+def test_a_rehearsal_that_fails_by_itself_is_a_failure_and_the_record_is_explained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(point: str, number: int) -> None:
+        raise KeyError(f"out of luck at {point}")
+
+    put(tmp_path, record_of(f"{TRAIN} zero=2 {SHALLOW}"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(faults, "inject", fail)
+    with ProcessPoolExecutor(1, get_context("fork")) as workers:  # a child has what this process has
+        monkeypatch.setitem(pool._warm, str(tmp_path), workers)
+        code = explain.main([str(tmp_path), "--json"])
+    out, err = capsys.readouterr()
+    assert code == 3
+    assert "peak" in {each["kind"] for each in json.loads(out)}
+    sentence = (
+        "no change was rehearsed, because the run's own rehearsal failed: KeyError: 'out of luck at forward'"
+    )
+    said = [line for line in err.splitlines() if line.startswith("harness: ")]
+    assert len(said) == 1
+    assert said[0].startswith(f"harness: {sentence}")
 
 
 def test_a_command_that_would_be_another_run_is_not_given(

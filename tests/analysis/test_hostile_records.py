@@ -23,11 +23,6 @@ Tree = dict[str, Any]
 Said = Callable[..., str]
 
 
-@pytest.fixture(scope="session")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return hostile.rehearse(tmp_path_factory.mktemp("hostile"))
-
-
 @pytest.mark.parametrize("name", [*hostile.MUTATED, "trace"])
 def test_a_mutated_file_is_read_or_refused_by_a_sentence(runs: dict[str, Path], name: str) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -167,3 +167,8 @@ def test_a_token_that_the_model_does_not_know_is_refused() -> None:
         Refusal, match=r"line 3 has token 100, and the model's vocabulary has 100; .*data\.tokenizer="
     ):
         check([prompt(1)], LlamaConfig(vocab_size=100))
+
+
+def test_a_file_without_an_end_is_refused() -> None:
+    with pytest.raises(Refusal, match="it has more than 268,435,456 bytes; give a text file"):
+        prompts_of(Path("/dev/zero"))

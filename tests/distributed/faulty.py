@@ -2,10 +2,11 @@
 
 KIND is `kill`, `stop` (SIGSTOP), `hang` (an endless loop), `full` (no space left), `denied` (no permission), `stale` (a
 network disk has lost its answer), `small` (no file of more than 500 kB), `memory` (no more than a MiB from then on),
-`nan` (the weight of `tests/poison.py`), `raise`; `noted` kills when the record has the place, `term` sends SIGTERM and
-goes on, `term-hang` sends it and hangs. With `full-on` and `denied-on` no file can be written from the point
-on. POINT and NUMBER are as in `harness/runtime/faults.py`; NUMBER - is any. RANK - is every rank. After `and` comes
-another fault. Where the variable ONCE names a file, a fault happens once, and leaves the file.
+`nan`, `inf` (the weight of `tests/poison.py`, `inf` the master weights too), `raise`; `noted` kills when the record has
+the place, `term` sends SIGTERM and goes on, `term-hang` sends it and hangs. With `full-on` and `denied-on` no file can
+be written from the point on, to that of `room`; only torchrun's directory, on another disk, takes one. POINT and NUMBER
+are as in `harness/runtime/faults.py`; NUMBER - is any. RANK - is every rank. After `and` comes another fault. Where the
+variable ONCE names a file, a fault happens once, and leaves the file.
 """
 
 import errno
@@ -74,16 +75,18 @@ def act(kind: str, point: str, number: int) -> None:
     if kind == "memory":
         limit = psutil.Process().memory_info().vms + 2**20
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    if kind == "room":
+        lasting.clear()
     if kind.endswith("-on"):
         lasting.append(kind.removesuffix("-on"))
     if kind == "small":
         resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, resource.RLIM_INFINITY))
     if kind in SYSTEM:
         raise OSError(SYSTEM[kind], os.strerror(SYSTEM[kind]), point)
-    if kind == "nan":
+    if kind in ("nan", "inf"):
         from tests import poison
 
-        poison.weight()
+        (poison.weight if kind == "nan" else poison.masters)()
     if kind == "raise":
         raise ValueError("out of luck")
 

@@ -36,3 +36,26 @@ def test_the_rank_and_the_module_of_a_loss_that_is_nan_are_named(
     assert record["status"] == "failed"
     assert len(record["training"]["losses"]) == 1
     assert [each.name for each in (tmp_path / "out/state").iterdir()] == ["step-00000001"]
+
+
+def test_weights_that_an_update_made_infinite_are_the_failure_of_the_rank_that_has_them(
+    warm: Warm, tmp_path: Path
+) -> None:
+    run = [
+        "mode=train",
+        *QUICK,
+        *NARROW,
+        *RATED,
+        "hardware=cpu",
+        "zero=3",
+        "precision=bf16",
+        "train.save_every=1",
+    ]
+    said = warm.run(
+        [FAULTY, "inf", "step", "1", "1", *run, f"hydra.run.dir={tmp_path}/out"], code=3, directory=ROOT
+    )
+    (sentence,) = [line for line in said.splitlines() if line.startswith("harness: ")]
+    start = "harness: rank 1 failed in step 1, checkpoint of micro-batch 0: NotFinite: "
+    assert sentence.startswith(start)
+    assert sentence.endswith("is not finite after the update; no state of it is saved")
+    assert [each.name for each in (tmp_path / "out/state").iterdir()] == ["step-00000001"]

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, LlamaConfig
 
 from harness.config.settings import Model, Refusal
-from harness.model import init_weights, loader, shape, tensor_parallel
+from harness.model import init_weights, loader, manifest, shape, tensor_parallel
 from harness.model.generation_defaults import fields_of
 from harness.model.tokenizer import of_bytes, tokenizer_of
 
@@ -49,6 +49,13 @@ def exported(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[torch.nn.M
     return built, tmp_path / "checkpoint"
 
 
+@pytest.fixture
+def elsewhere(exported: tuple[torch.nn.Module, Path]) -> tuple[torch.nn.Module, Path]:
+    """The same as another program writes it, without a manifest."""
+    (exported[1] / manifest.FILE).unlink()
+    return exported
+
+
 def test_the_seed_alone_decides_the_weights() -> None:
     first, again, other = built_model(settings()), built_model(settings()), built_model(settings(), seed=1)
     pairs = zip(first.parameters(), again.parameters(), strict=True)
@@ -76,6 +83,36 @@ def test_what_ended_the_texts_that_were_trained_on_ends_what_the_export_generate
     loader.export(built_model(shape), None, of_bytes(), fields, tmp_path / "checkpoint")
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint")
     assert exported.generation_config.eos_token_id == expected
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer_config.json", manifest.FILE])
+def test_an_export_with_a_byte_changed_is_refused_by_its_file_and_allowed_by_hand(
+    exported: tuple[torch.nn.Module, Path], name: str
+) -> None:
+    built, directory = exported
+    content = bytearray((directory / name).read_bytes())
+    content[-3 if name == "model.safetensors" else content.index(b"1")] ^= 2
+    (directory / name).write_bytes(content)
+    given = Model(name="test", path=str(directory))
+    sentence = rf"model.path={directory}: {name} in it is not what was written.* delete {manifest.FILE} in it"
+    with pytest.raises(Refusal, match=sentence):
+        built_model(given, next(built.parameters()).dtype)
+    (directory / manifest.FILE).unlink()
+    built_model(given, next(built.parameters()).dtype)
+
+
+def test_a_text_of_an_export_that_is_gone_is_named_and_a_file_that_is_more_is_nothing(
+    exported: tuple[torch.nn.Module, Path],
+) -> None:
+    _, directory = exported
+    (directory / "more.json").write_text("{}")
+    given = Model(name="test", path=str(directory))
+    loader.model_config(given)
+    (directory / "generation_config.json").unlink()
+    with pytest.raises(
+        Refusal, match=r"generation_config.json in it is not what was written: it was removed"
+    ):
+        loader.model_config(given)
 
 
 def test_every_loaded_parameter_has_memory_of_its_own_and_of_its_size(
@@ -124,8 +161,8 @@ def test_every_architecture_comes_back_from_its_state_with_the_same_logits(
     assert loader.count(loaded) == loader.count(built)
 
 
-def test_a_checkpoint_in_shards_is_the_same_checkpoint(exported: tuple[torch.nn.Module, Path]) -> None:
-    built, directory = exported
+def test_a_checkpoint_in_shards_is_the_same_checkpoint(elsewhere: tuple[torch.nn.Module, Path]) -> None:
+    built, directory = elsewhere
     reshard(directory)
     loaded = built_model(Model(name="test", path=str(directory)), next(built.parameters()).dtype)
     for (name, a), (_, b) in zip(built.named_parameters(), loaded.named_parameters(), strict=True):
@@ -255,6 +292,7 @@ def test_a_damaged_checkpoint_is_refused_in_one_line_and_never_random(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     loader.export(built_model(settings()), None, ByT5Tokenizer(), {}, tmp_path / "checkpoint")
+    (tmp_path / "checkpoint" / manifest.FILE).unlink()  # as from elsewhere
     damage(tmp_path / "checkpoint")
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     caplog.clear()
@@ -275,9 +313,9 @@ def test_a_model_that_reads_ahead_is_refused() -> None:
 
 
 def test_code_that_comes_with_a_checkpoint_is_refused_and_not_run(
-    exported: tuple[torch.nn.Module, Path],
+    elsewhere: tuple[torch.nn.Module, Path],
 ) -> None:
-    directory = exported[1]
+    directory = elsewhere[1]
     config = json.loads((directory / "config.json").read_text())
     theirs = {"model_type": "theirs", "auto_map": {"AutoConfig": "theirs.Config"}}
     (directory / "config.json").write_text(json.dumps({**config, **theirs}))

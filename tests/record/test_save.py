@@ -181,3 +181,18 @@ def test_where_the_disk_is_full_nothing_is_left_and_the_same_directory_can_be_tr
         harness.save(ledger, tmp_path / "out", model=model)
     assert harness.read(tmp_path / "out")["status"] == "complete"
     assert trace.read(tmp_path / "out", 0) is not None
+
+
+@pytest.mark.parametrize("name", ["trace", "trace/rank-0.parquet", "record.json"])
+def test_a_link_that_leads_out_of_the_directory_is_not_written_through(tmp_path: Path, name: str) -> None:
+    model, outside, link = small(), tmp_path / "outside", tmp_path / "out" / name
+    outside.mkdir()
+    (outside / "rank-0.parquet").write_text("mine")
+    link.parent.mkdir(parents=True)
+    link.symlink_to(outside / "rank-0.parquet" if "." in name else outside)
+    if "/" in name:
+        harness.save(stepped(model), tmp_path / "out", model=model)  # the link is replaced
+    else:
+        with pytest.raises(ValueError, match=r"is a link|already contains a run"):
+            harness.save(stepped(model), tmp_path / "out", model=model)
+    assert (outside / "rank-0.parquet").read_text() == "mine"

@@ -5,6 +5,8 @@ import os
 import pickle
 import re
 import resource
+import signal
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from harness.runtime import faults
-from harness.runtime.files import NotWritten, create, move, put, whole, writing
+from harness.runtime.files import NotWritten, create, folder, move, part_of, put, sweep, whole, writing
 
 
 @pytest.fixture
@@ -179,3 +181,45 @@ def test_a_rename_that_is_done_is_done_whatever_the_disk_answers(
     put(tmp_path / "file", "text")
     assert (tmp_path / "file").read_text() == "text"
     assert [*tmp_path.iterdir()] == [tmp_path / "file"]
+
+
+def killed_while_it_writes(write: Callable[[], object]) -> None:
+    """Let `write` be killed at the end of its writing, in a process of its own."""
+    if (child := os.fork()) == 0:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "fsync", lambda number: os.kill(os.getpid(), signal.SIGKILL))
+            write()
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+def test_what_a_killed_process_left_half_is_swept_and_what_a_living_one_writes_is_not(tmp_path: Path) -> None:
+    killed_while_it_writes(lambda: put(tmp_path / "record.json", "text"))
+    (stale,) = tmp_path.iterdir()
+    directory = Path(str(stale).replace("record.json", "step-00000001"))
+    directory.mkdir()
+    (directory / "rank").touch()
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "mine").touch()
+    Path(str(stale).replace("record.json", "planted")).symlink_to(outside)
+    mine, own = part_of(tmp_path / "record.json"), tmp_path / ".notes.partial"
+    elsewhere = Path(str(stale).replace(f"@{socket.gethostname()}.", "@another-host."))
+    for each in (mine, own, elsewhere):
+        each.touch()
+    sweep(tmp_path)
+    assert {*tmp_path.iterdir()} == {mine, own, elsewhere, outside}
+    assert [*outside.iterdir()] == [outside / "mine"]
+
+
+def test_a_folder_is_made_once_and_is_neither_a_link_nor_a_file(tmp_path: Path) -> None:
+    for _ in range(2):
+        folder(tmp_path / "run/trace")
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        NotWritten, match="link: link is a link, and a run writes nothing outside its directory"
+    ):
+        folder(tmp_path / "link")
+    with pytest.raises(NotWritten, match="file: Not a directory"):
+        folder(tmp_path / "file")

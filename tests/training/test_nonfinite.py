@@ -1,6 +1,7 @@
 """A loss or gradient that is NaN or infinite: seen before the update, in every engine and precision."""
 
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -75,6 +76,27 @@ def test_a_loss_that_is_nan_stops_before_the_update_at_the_module_that_made_it(
     assert results.training is not None
     assert len(results.training.losses) == 1
     assert [each.name for each in (tmp_path / "state").iterdir()] == ["step-00000001"]
+
+
+@pytest.mark.parametrize("words", ["zero=0 precision=fp32", "zero=2 precision=bf16", "zero=3 precision=bf16"])
+@pytest.mark.parametrize("nonfinite", ["stop", "skip"])
+def test_weights_that_are_not_finite_are_not_saved_and_the_checkpoint_before_stays(
+    world: World, words: str, nonfinite: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def inject(point: str, number: int) -> None:
+        if (point, number) == ("step", 1):
+            poison.masters()
+
+    monkeypatch.setattr(faults, "inject", inject)
+    saves = (f"train.nonfinite={nonfinite}", "train.save_every=1", "train.keep=1")
+    results, said = train(world, tmp_path, *words.split(), *saves)
+    problem = "is not finite after the update; no state of it is saved"
+    assert re.search(rf"(weights|masters)/\S+ {problem}", said), said
+    assert ("checkpoint 1: " in said) == (nonfinite == "stop")
+    assert [each.name for each in (tmp_path / "state").iterdir()] == ["step-00000001"]
+    assert results.training is not None
+    assert len(results.training.losses) == (2 if nonfinite == "stop" else 3)
+    assert [each.step for each in results.training.unsaved] == ([] if nonfinite == "stop" else [2, 3])
 
 
 def test_a_gradient_that_is_nan_under_a_finite_loss_stops_at_the_module_that_has_it(

@@ -84,6 +84,10 @@ def files(key: str, path: str) -> list[str]:
     return paths
 
 
+MOST = 2**28
+"""The most bytes of a file that is read whole. A device such as /dev/zero has no end."""
+
+
 def text(key: str, path: str, remedy: str) -> str:
     """The text of a file in UTF-8, or in UTF-16 if it has that byte order mark; lines end in "\\n". Raises Refusal.
 
@@ -91,9 +95,11 @@ def text(key: str, path: str, remedy: str) -> str:
     """
     try:
         with open(os.path.expanduser(path), "rb") as file:
-            raw = file.read()
+            raw = file.read(MOST + 1)
     except OSError as error:
         raise Refusal(key, path, f"{error.strerror}; {remedy}") from None
+    if len(raw) > MOST:
+        raise Refusal(key, path, f"it has more than {MOST:,} bytes; {remedy}")
     utf16 = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
         decoded = raw.decode("utf-16" if utf16 else "utf-8-sig")
