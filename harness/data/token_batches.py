@@ -18,6 +18,9 @@ from transformers import PreTrainedTokenizerBase
 from harness.config.settings import Data, Refusal
 from harness.runtime.world import World
 
+STORED_BYTES = 4
+"""Bytes of a token in a stored row (int32)."""
+
 
 class Blocks(Dataset[torch.Tensor]):
     """Blocks `first` to `last` of a row of tokens, each int64 [sequence]."""

@@ -109,6 +109,11 @@ class Traffic:
         if rest:
             self._count(self._log.where, kind, calls, rest)
 
+    def report(self, operation: str, parts: Mapping[str, int]) -> None:
+        """Count a `READ` or a `WRITE` of these bytes by name, which no call of torch shows."""
+        if not self._disabled and (nbytes := sum(parts.values())):
+            self._count_shares(_Kind(operation, (), None, None), nbytes, parts)
+
     def copied(self, source: Any, result: Any) -> None:
         """Count a copy between the host and the log's device; a copy with a conversion sends the result's dtype."""
         from_host, to_host = device_of(source) == "cpu", device_of(result) == "cpu"

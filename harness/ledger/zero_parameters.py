@@ -1,7 +1,7 @@
 """Which parameters a transfer of DeepSpeed's ZeRO is for, read off its engine when it calls the process group.
 
-ZeRO sends flat tensors of its own, with the parts of several parameters. It keeps which: gradients in `ipg_buckets`, and
-by `ds_status` the parameters that it is gathering (DeepSpeed 0.19).
+ZeRO sends flat tensors of its own, with the parts of several parameters. It keeps which ones: gradients in
+`ipg_buckets`, and by `ds_status` the parameters that it is gathering (DeepSpeed 0.19).
 """
 
 from collections.abc import Iterator, Mapping

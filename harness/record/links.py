@@ -7,6 +7,7 @@ NCCL has no tree for the others, and a message between two ranks has neither.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 from harness.config import hardware_page
@@ -70,7 +71,7 @@ def by_tree(operation: str, payload: int, ranks: int) -> int | None:
 
 def as_text(ranks: Sequence[int]) -> str:
     """`ranks`, in order, as `0-7`, with a distance `0-56:8`, or as a list `0,3,4`; empty for none."""
-    steps = {later - earlier for earlier, later in zip(ranks, ranks[1:], strict=False)}
+    steps = {later - earlier for earlier, later in pairwise(ranks)}
     if len(ranks) < 3 or len(steps) != 1:
         return ",".join(map(str, ranks))
     step = steps.pop()

@@ -122,8 +122,8 @@ class Transfer(Place):
     """What moved in a phase, of one kind: an `operation` of the ranks in `group`, of which there are `ranks`.
 
     `link` is the slowest that it crosses. `bytes` is the payload of all `calls`: the whole tensor that an all-gather
-    fills or a reduce-scatter takes, the tensor of the others. `by_ring` and `by_tree` are the bytes that this rank sends if
-    a library does it so. `causes` has the payload by name, layer numbers replaced by `*`.
+    fills or a reduce-scatter takes, the tensor of the others. `by_ring` and `by_tree` are the bytes that this rank sends
+    if a library does it so. `causes` has the payload by name, layer numbers replaced by `*`.
     """
 
     operation: Text
@@ -185,8 +185,8 @@ class Rank(Part):
     """The record of one rank, of a pipeline `stage`; `share` is its tensor-parallel rank.
 
     In a rehearsal `stands_for` are its equivalent ranks, which have the same bytes, itself included; `bounds` are ranks
-    that peak no higher; `why` says why it was chosen. `unseen` names what the ledger did not see. `traffic` is what moved,
-    by phase; where a phase is not there, the same moved as in the step before. None: it was not counted.
+    that peak no higher; `why` says why it was chosen. `unseen` names what the ledger did not see. `traffic` is what
+    moved, by phase; where a phase is not there, the same moved as in the step before. None: it was not counted.
     """
 
     rank: RankNumber

@@ -57,7 +57,10 @@ def _differences(plan: Plan) -> Iterator[str]:
     """Sentences about the known differences from a real run of the same config."""
     settings = plan.settings
     if settings.model.path is not None and not settings.model.random:
-        yield "weights are initialised, not read: while a real run reads them, in setup, it has one parameter twice"
+        yield (
+            "weights are initialised, not read: while a real run reads them, in setup, it has one parameter twice, "
+            "and what it reads is not in the traffic"
+        )
     if settings.mode == "infer" and settings.generation.stop_at_eos:
         yield "no sequence ends early: generation continues to generation.max_new_tokens"
     if settings.mode == "infer" and _looks_up_ngrams(plan):
@@ -96,7 +99,8 @@ def of_packing(model: Model) -> Iterator[str]:
     if packed.method == "mxfp4":
         yield "transformers computes in mxfp4 where triton and kernels are installed, and unpacks weights elsewhere"
     if packed.whole == AT_FIRST:
-        yield "weights are unpacked all at once: a real run has a few copies of one layer meanwhile"
+        yield (
+            "weights are unpacked all at once: a real run has a few copies of one layer meanwhile"
 
 
 def rehearsed(settings: Settings, overrides: Sequence[str], parallel: bool = True) -> Record:

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from harness.config.load import Refusal
 from harness.config.rules.sources import run_state
+from harness.ledger.traffic import READ, WRITE
 from harness.runtime import faults
 from harness.runtime.files import NotWritten, digest, flush, folder, move, part_of, writing
 from harness.runtime.world import World
@@ -105,6 +106,7 @@ def save(
             _check_finite(state, world, write)
     try:
         _on_all(world, lambda: _begin(partial) if world.leads and write else None)
+        engine.ledger.traffic.report(WRITE, {name: tensor.nbytes for name, tensor in state.items()})
         entries = _on_all(world, lambda: _write_rank(state, file, step) if write else {})
         manifest = {"schema": SCHEMA, "step": step, "identity": {**identity}, "files": entries}
         manifest["sha256"] = _digest_of(manifest)
@@ -231,6 +233,7 @@ def load(
     """Load the state in place and return the number of completed steps. The checkpoint must be of this run."""
     entry = manifest["files"][world.rank]
     state = load_file(checkpoint / entry["name"])
+    engine.ledger.traffic.report(READ, {name: tensor.nbytes for name, tensor in state.items()})
     live = tensors(engine)
     for name in [name for name in live if not name.startswith("optimizer/")]:
         live[name].copy_(state[name])

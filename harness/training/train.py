@@ -18,8 +18,10 @@ from harness.config.rules import check_layers, positions
 from harness.config.rules.sources import run_state
 from harness.data import token_batches
 from harness.ledger import Ledger
+from harness.ledger.traffic import READ, WRITE
 from harness.model import init_weights, loader, stage
 from harness.model.generation_defaults import fields_of
+from harness.model.payload import payload
 from harness.model.plan import Plan
 from harness.model.tokenizer import opens_otherwise, tokenizer_of
 from harness.quantization import method
@@ -48,7 +50,7 @@ def run(plan: Plan, world: World, ledger: Ledger, out: Output, course: Course = 
     tokenizer = tokenizer_of(settings.model, config, settings.data.tokenizer)
     generation = fields_of(settings.model, config)
     corpus = token_batches.corpus(settings.data, tokenizer, train.sequence, world, course.values)
-    validation_batches = _validation_batches(settings, world, corpus)
+    validation_batches = _validation_batches(settings, world, ledger, corpus)
     if (train.save_every or train.save_on_term) and course.values:
         checkpoint.check_free(out.directory)
     own = identity(plan, world, tokenizer, corpus) if course.values else {}
@@ -61,6 +63,7 @@ def run(plan: Plan, world: World, ledger: Ledger, out: Output, course: Course = 
     batches = token_batches.loader(
         corpus.train, train.micro_batch, world, settings.seed, skip=first * train.accumulation
     )
+    batches = _reported(batches, ledger)
     parameters = f"{out.results.model.parameters:,} parameters"
     out.say(f"{settings.model.name}: {parameters}, {engine.optimizer_class}, {world.size} ranks")
     progress = Progress(settings, world, ledger, first, out.say, time.perf_counter() - start, course)
@@ -128,10 +131,12 @@ def _engine(
     spec, options = (settings.model, config, dtype, torch.device("cpu"), settings.seed), (None, quantization)
     if world.stages == 1:
         model = loader.build(*spec, read, *options)
+        ledger.traffic.report(READ, payload(settings.model, dict(model.named_parameters()), read))
         # before ZeRO-3 empties the parameters
         record = loader.sizes(settings.model, model, dtype, quantization)
         return Engine(settings, world, ledger, model), record
     part = stage.build(*spec, plan.layers[world.stage], read, *options)
+    ledger.traffic.report(READ, payload(settings.model, part.owned(), read))
     whole = init_weights.outline(config, dtype, settings.model.attention)
     record = loader.sizes(settings.model, whole, dtype, quantization)
     return Pipeline(settings, world, ledger, part, whole, plan.split), record
@@ -229,8 +234,15 @@ def _stop(
     raise FloatingPointError(sentence)
 
 
+def _reported(batches: Iterator[torch.Tensor], ledger: Ledger) -> Iterator[torch.Tensor]:
+    """`batches`, whose tokens are read from the stored row as they are asked for: each is 4 bytes there."""
+    for tokens in batches:
+        ledger.traffic.report(READ, {"tokens": tokens.numel() * token_batches.STORED_BYTES})
+        yield tokens
+
+
 def _validation_batches(
-    settings: Settings, world: World, corpus: token_batches.Corpus
+    settings: Settings, world: World, ledger: Ledger, corpus: token_batches.Corpus
 ) -> Callable[[], Iterator[torch.Tensor]] | None:
     """A function that returns the validation batches, the same ones at each call; None where validation is off."""
     train, blocks = settings.train, corpus.validation
@@ -246,7 +258,8 @@ def _validation_batches(
 
     def batches() -> Iterator[torch.Tensor]:
         stream = token_batches.loader(blocks, train.micro_batch, world, settings.seed)
-        return (tokens.to(world.device) for tokens in islice(stream, train.validation_batches))
+        stream = _reported(islice(stream, train.validation_batches), ledger)
+        return (tokens.to(world.device) for tokens in stream)
 
     return batches
 
@@ -260,6 +273,7 @@ def _export(
     write: bool,
 ) -> None:
     state = engine.full_state()
+    engine.ledger.traffic.report(WRITE, {name: tensor.nbytes for name, tensor in (state or {}).items()})
     if world.leads and write:
         directory = out.directory / "checkpoint"
         loader.export(engine.whole, state, tokenizer, generation, directory)
