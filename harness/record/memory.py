@@ -122,8 +122,8 @@ class Transfer(Place):
     """What moved in a phase, of one kind: an `operation` of the ranks in `group`, of which there are `ranks`.
 
     `link` is the slowest that it crosses. `bytes` is the payload of all `calls`: the whole tensor that an all-gather
-    fills or a reduce-scatter takes, the tensor of the others. `by_ring` and `by_tree` are the bytes that this rank sends
-    if a library does it so. `causes` has the payload by name, layer numbers replaced by `*`.
+    fills or a reduce-scatter takes, the tensor of the others. `by_ring` and `by_tree` are the bytes that this rank
+    sends if a library does it so. `causes` has the payload by name, layer numbers replaced by `*`.
     """
 
     operation: Text

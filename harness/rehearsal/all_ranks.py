@@ -99,8 +99,7 @@ def of_packing(model: Model) -> Iterator[str]:
     if packed.method == "mxfp4":
         yield "transformers computes in mxfp4 where triton and kernels are installed, and unpacks weights elsewhere"
     if packed.whole == AT_FIRST:
-        yield (
-            "weights are unpacked all at once: a real run has a few copies of one layer meanwhile"
+        yield "weights are unpacked all at once: a real run has a few copies of one layer meanwhile"
 
 
 def rehearsed(settings: Settings, overrides: Sequence[str], parallel: bool = True) -> Record:
