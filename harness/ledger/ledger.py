@@ -353,9 +353,14 @@ class Ledger:
     def _watch(self) -> None:
         """Count what moves, in any mode."""
         try:
-            self._watching.enter_context(self._groups.watching())
+            self._watching.enter_context(self._groups.watching(self._dtensor_sends))
         except DoesNotFit as error:
             self._unseen.leave_out(error, "traffic", "what ranks send each other is not counted")
+
+    def _dtensor_sends(self) -> None:
+        if not self.exact:
+            sentence = "what DTensor sends while the ledger is not exact is not in the traffic"
+            self._unseen.note("DTensor", "traffic", sentence)
 
     def _begin(self) -> None:
         self._log.restart()

@@ -28,7 +28,19 @@ _GROUP_METHODS = (
     *("reduce_scatter_single", "reduce_scatter_single_coalesced"),
 )
 
+FUNCTIONAL = "torch.distributed._functional_collectives"
+
 PATCHES = table(
+    *(
+        Patch(
+            FUNCTIONAL,
+            name,
+            "collectives of DTensor reach their group without Python, and without a log are not counted",
+            TORCH,
+            optional=True,  # torch 2.11 has another name
+        )
+        for name in ("_resolve_group", "_resolve_group_name")
+    ),
     *(
         Patch(
             GROUP,

@@ -12,9 +12,10 @@ import torch
 import torch.distributed as dist
 
 from harness.ledger.patch import patched
-from harness.ledger.patch_table import GROUP, PATCHES
+from harness.ledger.patch_table import FUNCTIONAL, GROUP, PATCHES
 from harness.ledger.tensors import tensors_in, without_torch_function
 from harness.ledger.traffic import Traffic
+from harness.ledger.unseen import Figures
 
 
 class Collective(NamedTuple):
@@ -74,15 +75,17 @@ OPERATORS = {
 class ProcessGroups:
     """Counts what this rank gives to its process groups. `failed` is told of what could not be counted."""
 
-    def __init__(self, traffic: Traffic, failed: Callable[[str, Exception], None]) -> None:
+    def __init__(self, traffic: Traffic, failed: Callable[[str, Exception, Figures], None]) -> None:
         self._traffic, self._failed = traffic, failed
         self._ranks: dict[str, tuple[int, ...]] = {}
 
-    def watching(self) -> AbstractContextManager[None]:
-        """Count inside this context. Raises DoesNotFit."""
+    def watching(self, missed: Callable[[], object]) -> AbstractContextManager[None]:
+        """Count inside this context. `missed` is called where DTensor sends. Raises DoesNotFit."""
         self._ranks.clear()  # a later group may have an earlier one's name
+        resolve = [f"{FUNCTIONAL}._resolve_group", f"{FUNCTIONAL}._resolve_group_name"]
         return patched(
-            *(PATCHES[f"{GROUP}.{name}"].by(partial(self._counted, METHODS[name])) for name in METHODS)
+            *(PATCHES[name].by(partial(_noticed, missed)) for name in resolve),
+            *(PATCHES[f"{GROUP}.{name}"].by(partial(self._counted, METHODS[name])) for name in METHODS),
         )
 
     def _counted(self, collective: Collective, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -114,10 +117,21 @@ class ProcessGroups:
             nbytes = times * sum(tensor.nbytes for tensor in tensors)
             self._traffic.add(collective.name, nbytes, ranks, tensors[0] if tensors else None)
         except Exception as error:  # an unforeseen kind of group or tensor must not stop the run
-            self._failed(f"a {collective.name}", error)
+            self._failed(collective.name, error, "traffic")
 
     def _ranks_of(self, group: Any) -> tuple[int, ...]:
         name = group.group_name
         if name not in self._ranks:
             self._ranks[name] = tuple(dist.get_process_group_ranks(group))
         return self._ranks[name]
+
+
+def _noticed(missed: Callable[[], object], resolve: Callable[..., Any]) -> Callable[..., Any]:
+    """`resolve`, which each collective of DTensor calls with its group."""
+
+    def call(group: Any, tag: str = "") -> Any:
+        if not torch.compiler.is_compiling():
+            missed()
+        return resolve(group, tag)
+
+    return call

@@ -301,6 +301,14 @@ def phase_memory(rank: RankRecord) -> dict[tuple[int, str, int], RankRecord]:
     }
 
 
+def traffic_of(rank: RankRecord, steps: int = 3) -> list[RankRecord]:
+    """What moves in the first steps, in the order of places."""
+    rows = [each for each in rank["traffic"] if each["step"] < steps]
+    return sorted(
+        rows, key=lambda row: [row[key] for key in ("step", "phase", "micro_batch", "operation", "group")]
+    )
+
+
 def differences(real: RankRecord, rehearsed: RankRecord) -> list[tuple[Any, ...]]:
     """Where the two books differ: the place, the figure, the run's bytes and the rehearsal's."""
     actual: list[tuple[Any, ...]] = [
@@ -316,6 +324,12 @@ def differences(real: RankRecord, rehearsed: RankRecord) -> list[tuple[Any, ...]
             actual.append((place, "is there", left is not None, right is not None))
         else:
             actual += [(place, key, left[key], right[key]) for key in left if left[key] != right[key]]
+    sent, assumed = traffic_of(real), traffic_of(rehearsed)
+    actual += [
+        ("traffic", row, row in sent, row in assumed)
+        for row in [*sent, *assumed]
+        if (row in sent) != (row in assumed)
+    ]
     return actual
 
 
