@@ -64,7 +64,8 @@ class Traffic:
     def restart(self) -> None:
         """Forget everything."""
         self._sums: dict[Where, _Sums] = {}
-        self._last: dict[tuple[str, int], _Sums] = {}
+        self._kept: dict[tuple[str, int], _Sums] = {}  # by phase, of the last step that is kept
+        self._newest: dict[tuple[str, int], Where] = {}  # by phase, the step in which it ended last
         self._disabled = False
 
     @contextmanager
@@ -121,12 +122,21 @@ class Traffic:
             self.add(HOST_TO_DEVICE if from_host else DEVICE_TO_HOST, result.nbytes, tensor=result)
 
     def ended(self, where: Where) -> None:
-        """Phase `where` has ended. If the same moved as when this phase last ended, it is not kept again."""
-        sums = self._sums.get(where, {})
-        if sums == self._last.get(where[1:], {}):
-            self._sums.pop(where, None)
-        else:
-            self._last[where[1:]] = {**sums}
+        """Phase `where` has ended, perhaps to be entered once more.
+
+        When this phase ends in another step, and the same moved as in the one before, the earlier step is not kept.
+        """
+        phase = where[1:]
+        newest = self._newest.get(phase, where)
+        if newest != where and not self._repeats(newest):
+            self._kept[phase] = self._sums.get(newest, {})
+        elif newest != where:
+            self._sums.pop(newest, None)
+        self._newest[phase] = where
+
+    def _repeats(self, where: Where) -> bool:
+        """Whether in `where` moved what is kept of an earlier step."""
+        return self._sums.get(where, {}) == self._kept.get(where[1:], {})
 
     def fill_in(self, where: Where, amounts: Amounts) -> None:
         """Add `amounts` to `where`, for what was not run."""
@@ -141,6 +151,8 @@ class Traffic:
         """What moved so far."""
         totals: dict[Where, Amounts] = {}
         for where, sums in self._sums.items():
+            if self._newest.get(where[1:]) == where and self._repeats(where):
+                continue
             amounts = totals.setdefault(where, {})
             for kind, (calls, nbytes) in sums.items():
                 if calls or nbytes:

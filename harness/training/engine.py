@@ -88,7 +88,7 @@ class Engine:
         with self.guard.update(), self.ledger.phase("step", step):
             faults.at("step", step)
             self.deepspeed.step()
-        return self.world.mean(sum(losses) / len(losses))
+            return self.world.mean(sum(losses) / len(losses))
 
     def not_finite_in(self, batches: Iterator[torch.Tensor], step: int) -> Iterator[Found | None]:
         """For each micro-batch of `step`, computed once more, what is not finite on this rank. Collective."""
@@ -126,7 +126,8 @@ class Engine:
             with self.ledger.phase("validate", step, index):
                 losses.append(float(self.deepspeed(input_ids=tokens, labels=tokens, use_cache=False).loss))
         self.deepspeed.train()
-        return self.world.mean(sum(losses) / len(losses))
+        with self.ledger.phase("validate", step, len(losses) - 1, again=True):
+            return self.world.mean(sum(losses) / len(losses))
 
     def full_state(self) -> dict[str, torch.Tensor] | None:
         """The whole model's weights on the CPU at rank 0, None elsewhere. Collective."""
