@@ -1,0 +1,67 @@
+"""Run by torchrun in a network of its own: what a ledger counts, and what the loopback device really carried, as JSON."""
+
+import json
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+
+from harness.ledger import Ledger, Where
+from harness.ledger.traffic import Moved
+from harness.record.links import by_ring
+
+TIMES, ELEMENTS = 10, 3 * 2**18
+"""ELEMENTS fp32 values, 3 MiB, which two and three ranks share evenly."""
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    rank, size = dist.get_rank(), dist.get_world_size()
+    whole, part = torch.ones(ELEMENTS), torch.ones(ELEMENTS // size)
+    into, share = torch.empty(ELEMENTS), torch.empty(ELEMENTS // size)
+    calls: dict[str, Callable[[], object]] = {
+        "all-reduce": lambda: dist.all_reduce(whole),
+        "all-gather": lambda: dist.all_gather_into_tensor(into, part),
+        "reduce-scatter": lambda: dist.reduce_scatter_tensor(share, whole),
+        "all-to-all": lambda: dist.all_to_all_single(into, whole),
+        "broadcast": lambda: dist.broadcast(whole, 0),
+        "send": lambda: (dist.send, dist.recv)[rank](whole, 1 - rank) if rank < 2 else None,
+    }
+    with Ledger(device="cpu", mode="phases") as ledger:
+        carried = {name: measured(call, ledger, name) for name, call in calls.items()}
+    if rank == 0:
+        print(json.dumps({name: [*counted(ledger, name, size), *seen] for name, seen in carried.items()}))
+    dist.destroy_process_group()
+
+
+def measured(call: Callable[[], object], ledger: Ledger, name: str) -> tuple[int, int]:
+    """Bytes and packets that the loopback device carries in `TIMES` calls."""
+    with ledger.uncounted():
+        dist.barrier()
+        before = loopback()
+        dist.barrier()  # nobody sends before all have read
+    with ledger.phase(name):
+        for _ in range(TIMES):
+            call()
+    dist.barrier()
+    after = loopback()
+    return after[0] - before[0], after[1] - before[1]
+
+
+def counted(ledger: Ledger, name: str, ranks: int) -> tuple[int, int | None]:
+    """The payload, and what a ring sends of it."""
+    (moved, (_, nbytes)), *others = ledger.traffic.amounts()[Where(0, name, 0)].items()
+    assert isinstance(moved, Moved) and moved.operation == name and not others
+    return nbytes, by_ring(name, nbytes, ranks)
+
+
+def loopback() -> tuple[int, int]:
+    """Bytes and packets that the loopback device has sent so far."""
+    with open("/proc/net/dev") as file:
+        line = next(line for line in file if line.strip().startswith("lo:"))
+    figures = line.partition(":")[2].split()
+    return int(figures[8]), int(figures[9])
+
+
+if __name__ == "__main__":
+    main()
