@@ -22,6 +22,8 @@ ALONE = ("unshare", "--user", "--map-root-user", "--net")
 
 HEADER = 86
 """The most bytes of Ethernet's, IPv6's and TCP's headers, with a time stamp, in a packet."""
+SEGMENT = 65_536
+"""The most bytes of a TCP segment on the loopback device. On a busy machine some are sent twice."""
 MESSAGES = 1.001
 """Gloo's own messages beside the payload: it announces each buffer, and the barriers around the calls."""
 
@@ -48,7 +50,7 @@ def test_the_bytes_on_the_wire_are_those_of_the_payload(ranks: int) -> None:
     assert done.returncode == 0, done.stderr
     figures = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
     payload = wire.TIMES * wire.ELEMENTS * 4
-    for name, (counted, by_ring, carried, packets) in figures.items():
+    for name, (counted, by_ring, carried, packets, again) in figures.items():
         assert counted == payload, name
         expected = {
             "send": payload,
@@ -56,7 +58,7 @@ def test_the_bytes_on_the_wire_are_those_of_the_payload(ranks: int) -> None:
             "reduce-scatter": 2 * by_ring * ranks if by_ring else 0,  # gloo reduces all, and takes a part
         }.get(name, (by_ring or 0) * ranks)
         assert expected <= carried, name
-        assert carried - packets * HEADER <= expected * MESSAGES, name
+        assert carried - packets * HEADER - again * SEGMENT <= expected * MESSAGES, name
 
 
 def _module(launcher: list[str]) -> list[str]:

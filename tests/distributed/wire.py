@@ -1,4 +1,4 @@
-"""Run by torchrun in a network of its own: what a ledger counts, and what the loopback device really carried, as JSON."""
+"""Run by torchrun in a network of its own: what a ledger counts, and what the loopback device carried, as JSON."""
 
 import json
 from collections.abc import Callable
@@ -7,7 +7,6 @@ import torch
 import torch.distributed as dist
 
 from harness.ledger import Ledger, Where
-from harness.ledger.traffic import Moved
 from harness.record.links import by_ring
 
 TIMES, ELEMENTS = 10, 3 * 2**18
@@ -34,8 +33,8 @@ def main() -> None:
     dist.destroy_process_group()
 
 
-def measured(call: Callable[[], object], ledger: Ledger, name: str) -> tuple[int, int]:
-    """Bytes and packets that the loopback device carries in `TIMES` calls."""
+def measured(call: Callable[[], object], ledger: Ledger, name: str) -> list[int]:
+    """Bytes and packets that the loopback device carries in `TIMES` calls, and the segments that TCP sends twice."""
     with ledger.uncounted():
         dist.barrier()
         before = loopback()
@@ -44,23 +43,25 @@ def measured(call: Callable[[], object], ledger: Ledger, name: str) -> tuple[int
         for _ in range(TIMES):
             call()
     dist.barrier()
-    after = loopback()
-    return after[0] - before[0], after[1] - before[1]
+    return [now - then for now, then in zip(loopback(), before, strict=True)]
 
 
 def counted(ledger: Ledger, name: str, ranks: int) -> tuple[int, int | None]:
     """The payload, and what a ring sends of it."""
     (moved, (_, nbytes)), *others = ledger.traffic.amounts()[Where(0, name, 0)].items()
-    assert isinstance(moved, Moved) and moved.operation == name and not others
+    assert moved.operation == name
+    assert not others
     return nbytes, by_ring(name, nbytes, ranks)
 
 
-def loopback() -> tuple[int, int]:
-    """Bytes and packets that the loopback device has sent so far."""
+def loopback() -> tuple[int, int, int]:
+    """Bytes and packets that the loopback device has sent so far, and the segments that TCP has sent again."""
     with open("/proc/net/dev") as file:
         line = next(line for line in file if line.strip().startswith("lo:"))
-    figures = line.partition(":")[2].split()
-    return int(figures[8]), int(figures[9])
+    with open("/proc/net/snmp") as file:
+        names, figures = (line.split() for line in file if line.startswith("Tcp:"))
+    sent = line.partition(":")[2].split()
+    return int(sent[8]), int(sent[9]), int(dict(zip(names, figures, strict=True))["RetransSegs"])
 
 
 if __name__ == "__main__":
