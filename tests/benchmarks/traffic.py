@@ -48,7 +48,8 @@ def main() -> None:
     print(
         "# What moves: published and counted\n\n"
         f"By `python -m tests.benchmarks.traffic`, torch {torch.__version__}. Payload bytes of one step of one rank, "
-        "counted in rehearsals\nwith DeepSpeed's own code; where a paper counts what is sent, a ring's (n - 1) / n is taken as 1.\n"
+        "counted in rehearsals\nwith DeepSpeed's own code; where a paper counts what is sent, a ring's "
+        "(n - 1) / n is taken as 1.\n"
     )
     print("| config | what | published, B | counted, B | difference | source, and why they differ |")
     print("|---|---|---:|---:|---:|---|")
