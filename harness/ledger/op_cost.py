@@ -14,6 +14,7 @@ import torch
 from torch._ops import OpOverload
 from torch.utils.flop_counter import flop_registry
 
+from harness.ledger.categories import CLASSES
 from harness.ledger.tensors import tensors_in
 
 _aten = torch.ops.aten
@@ -125,6 +126,21 @@ FORMULAS: dict[Any, Callable[..., int]] = {
 inference mode."""
 
 
+FLASH = _packets(
+    *(f"{_SDPA}flash_attention{rest}" for rest in ("", "_backward", "_for_cpu", "_for_cpu_backward")),
+    *("_flash_attention_forward", "_flash_attention_backward"),
+)
+"""Flash attention, also the one that a CPU has."""
+
+NAMES = {
+    "optimizer": "^_fused_(adam|adamw|sgd|adagrad)_$",
+    "normalization": "(layer|group|batch|rms|instance)_?norm",
+    "loss": "softmax|nll_loss|cross_entropy",
+    "lookup": "^(embedding|index|gather|take|scatter|_index_put)",
+}
+"""The other classes by what an operator's name has."""
+
+
 class Use(NamedTuple):
     """What an operator does with one of its arguments, a tensor or a list of tensors."""
 
@@ -150,6 +166,7 @@ class Rule(NamedTuple):
     adds: bool = False
     picks: bool = False  # it reads one element of each row
     flops: Callable[..., int] | None = None
+    kind: int = CLASSES.index("elementwise")
 
 
 UNKNOWN = Rule()
@@ -212,6 +229,7 @@ def rule_of(func: Any) -> Rule | None:
         uses = tuple(use._replace(written=use.written and use.place > 0) for use in uses)
     if packet is _aten._fused_adamw_ or packet is _aten._fused_adam_:  # written only if they are scaled
         uses = tuple(use._replace(written=use.written and use.name != "grads") for use in uses)
+    flops = _flops(packet)
     special = may_copy or packet in TAKES or packet in PUTS or packet is _aten.nll_loss_forward
     return Rule(
         tuple(use._replace(read=use.read and not may_copy) for use in uses),
@@ -223,8 +241,21 @@ def rule_of(func: Any) -> Rule | None:
         PUTS.get(packet),
         packet in ADDS,
         packet is _aten.nll_loss_forward,
-        _flops(packet),
+        flops,
+        CLASSES.index(_class_of(packet, flops is not None)),
     )
+
+
+def _class_of(packet: Any, multiplies: bool) -> str:
+    """The class of an operator. `multiplies`: it is a matrix product or a convolution."""
+    name = packet._qualified_op_name.partition("::")[2]
+    if packet in FLASH:
+        return "attention"
+    if "attention" in name:
+        return "other attention"
+    if multiplies:
+        return "matmul"
+    return next((kind for kind, pattern in NAMES.items() if re.search(pattern, name)), "elementwise")
 
 
 def _is_plain(func: OpOverload, uses: Sequence[Use]) -> bool:
