@@ -20,7 +20,8 @@ KERNEL = "kernel"
 
 CLASSES = (
     "matmul",
-    "attention",
+    "flash attention",
+    "cuDNN attention",
     "other attention",
     "normalization",
     "loss",
@@ -30,8 +31,8 @@ CLASSES = (
 )
 """The classes of operators by which work is counted. What is in no other is "elementwise".
 
-"attention" are flash attention's kernels, "loss" softmax and cross-entropy, "lookup" what picks rows of a table or adds
-to them, "optimizer" whole updates in one operator.
+"matmul" has convolutions too, "loss" softmax and cross-entropy, "lookup" what picks rows of a table or adds to them,
+"optimizer" whole updates in one operator.
 """
 
 

@@ -126,19 +126,16 @@ FORMULAS: dict[Any, Callable[..., int]] = {
 inference mode."""
 
 
-FLASH = _packets(
-    *(f"{_SDPA}flash_attention{rest}" for rest in ("", "_backward", "_for_cpu", "_for_cpu_backward")),
-    *("_flash_attention_forward", "_flash_attention_backward"),
-)
-"""Flash attention, also the one that a CPU has."""
-
 NAMES = {
+    "flash attention": "flash_attention",
+    "cuDNN attention": "cudnn_attention",
+    "other attention": "attention",
     "optimizer": "^_fused_(adam|adamw|sgd|adagrad)_$",
     "normalization": "(layer|group|batch|rms|instance)_?norm",
     "loss": "softmax|nll_loss|cross_entropy",
     "lookup": "^(embedding|index|gather|take|scatter|_index_put)",
 }
-"""The other classes by what an operator's name has."""
+"""The class by what an operator's name has, the first that fits. In no other are matrix products, then the rest."""
 
 
 class Use(NamedTuple):
@@ -247,15 +244,10 @@ def rule_of(func: Any) -> Rule | None:
 
 
 def _class_of(packet: Any, multiplies: bool) -> str:
-    """The class of an operator. `multiplies`: it is a matrix product or a convolution."""
+    """The class of an operator. `multiplies`: it has operations."""
     name = packet._qualified_op_name.partition("::")[2]
-    if packet in FLASH:
-        return "attention"
-    if "attention" in name:
-        return "other attention"
-    if multiplies:
-        return "matmul"
-    return next((kind for kind, pattern in NAMES.items() if re.search(pattern, name)), "elementwise")
+    named = next((kind for kind, pattern in NAMES.items() if re.search(pattern, name)), None)
+    return named or ("matmul" if multiplies else "elementwise")
 
 
 def _is_plain(func: OpOverload, uses: Sequence[Use]) -> bool:
