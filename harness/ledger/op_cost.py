@@ -131,7 +131,7 @@ NAMES = {
     "cuDNN attention": "cudnn_attention",
     "other attention": "attention",
     "optimizer": "^_fused_(adam|adamw|sgd|adagrad)_$",
-    "normalization": "(layer|group|batch|rms|instance)_?norm",
+    "normalization": "(layer|rms)_?norm",
     "loss": "softmax|nll_loss|cross_entropy",
     "lookup": "^(embedding|index|gather|take|scatter|_index_put)",
 }
