@@ -20,7 +20,7 @@ from torch.nn import functional
 
 import harness
 from harness.analysis import efficiency
-from harness.analysis.efficiency import OPERATORS, Timed
+from harness.analysis.efficiency import OPERATORS
 from harness.ledger import Ledger, Work
 from tests.benchmarks import measured_kernels
 from tests.benchmarks.measured import program
@@ -155,5 +155,13 @@ def fit() -> None:
     efficiency.write(efficiency.fit(efficiency.rows()))
 
 
+def steps() -> None:
+    """Write the page of whole steps."""
+    from tests.benchmarks import speed_steps  # it imports this module
+
+    page = speed_steps.page(speed_steps.steps())
+    speed_steps.STEPS.with_suffix(".md").write_text("\n".join(page) + "\n")
+
+
 if __name__ == "__main__":
-    {"count": count, "fit": fit}[sys.argv[1]]()
+    {"count": count, "fit": fit, "steps": steps}[sys.argv[1]]()
