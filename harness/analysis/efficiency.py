@@ -1,27 +1,18 @@
 """How fast each class of operators runs, as a share of the machine's peak rates, fitted on what others published.
 
-An efficiency is the seconds at best over the seconds published. Rows in which one class takes most of the time give
-that class's: the median over runs of each run's median, by the work of a call. A run is one benchmark on one GPU. With
-each run left out in turn, the efficiency of the others predicts its rows; the lowest and the highest of true / predicted
-are the error. A class and size of which fewer than two runs are known has none.
-
-`profiles/speed` has the rows and where they are from; `python -m tests.benchmarks.speed fit` writes `COMMITTED`.
+An efficiency is the seconds at best over the seconds published. `efficiency_fit.py` makes it from the rows in
+`profiles/speed`, and `python -m tests.benchmarks.speed fit` writes it into `COMMITTED`, which comes with the package.
 """
 
-import csv
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from statistics import median
 from typing import NamedTuple
 
-from harness.config import hardware_page
-from harness.record.ceilings import of_page
 from harness.record.results import Ceilings
 
 COMMITTED = Path(__file__).with_name("efficiency.json")
-OPERATORS = Path(__file__).parents[2] / "profiles" / "speed" / "operators.csv"
 
 COMPUTING = ("matmul", "flash attention", "cuDNN attention")
 """The classes that a device's operations per second bound. Their size is in operations, of the others in bytes."""
@@ -35,11 +26,6 @@ EDGES = {
 }
 """The sizes of a call that have an efficiency of their own. Below the first, launching a kernel counts as much."""
 
-PURE = 0.85
-"""The share of the time at best from which on a row is of one class."""
-SEEN = 0.15
-"""The share of the time at best from which on a row shows that a class runs on its GPU as on others."""
-
 FAMILY = {
     "a100-40gb": "A100",
     "a100-80gb": "A100",
@@ -49,23 +35,6 @@ FAMILY = {
 }
 """The chip of each page on which an estimate may be made."""
 
-PAGES = {
-    "A100": "a100-80gb",
-    "NVIDIA A100 80GB PCIe": "a100-80gb",
-    "NVIDIA A100-SXM4-80GB": "a100-80gb",
-    "NVIDIA B200": "b200",
-    "NVIDIA GeForce RTX 3090": "rtx3090",
-    "NVIDIA GeForce RTX 4090": "rtx4090",
-    "NVIDIA H100 80GB HBM3": "h100-sxm",
-    "NVIDIA H100 PCIe": "h100-pcie",
-    "NVIDIA H200": "h200",
-    "sm_90": "h100-sxm",
-}
-"""The page of each GPU, by the name that the rows give it."""
-
-OVER_ITS_PAGE = ("rtx4090",)
-"""Pages whose GPU computes products faster than their rate says: their rows tell nothing about computing."""
-
 
 class Amount(NamedTuple):
     """The work of one class: operations, bytes read and written, and calls."""
@@ -73,15 +42,6 @@ class Amount(NamedTuple):
     flops: float
     moved: float
     calls: float
-
-
-class Timed(NamedTuple):
-    """A row: its run, the page of its GPU, the seconds published and the work counted, by class."""
-
-    run: str
-    page: str
-    seconds: float
-    work: Mapping[str, Amount]
 
 
 class Efficiency(NamedTuple):
@@ -110,7 +70,8 @@ class Fit(NamedTuple):
 
 def at_best(name: str, amount: Amount, ceilings: Ceilings) -> float:
     """The least seconds for so much work of a class. The ceilings must be known."""
-    assert ceilings.bandwidth and ceilings.flops
+    assert ceilings.bandwidth is not None
+    assert ceilings.flops is not None
     moving = amount.moved / ceilings.bandwidth
     return max(amount.flops / ceilings.flops, moving) if name in COMPUTING else moving
 
@@ -118,115 +79,6 @@ def at_best(name: str, amount: Amount, ceilings: Ceilings) -> float:
 def size(name: str, amount: Amount) -> float:
     """The mean size of a call: operations or bytes."""
     return (amount.flops if name in COMPUTING else amount.moved) / amount.calls
-
-
-def rows(path: Path = OPERATORS) -> list[Timed]:
-    """The rows of the file at `path`."""
-    with path.open(encoding="utf-8", newline="") as file:
-        return [
-            Timed(
-                f"{line['source']} {line['path']} {line['kernel']} {line['gpu']}",
-                PAGES[line["gpu"]],
-                float(line["seconds"]),
-                {name: Amount(*figures) for name, figures in json.loads(line["work"]).items()},
-            )
-            for line in csv.DictReader(file)
-        ]
-
-
-class _Seen(NamedTuple):
-    """What a row says of one class: its share of the time at best, the row's efficiency, the size of a call."""
-
-    row: Timed
-    name: str
-    share: float
-    efficiency: float
-    size: float
-
-
-def _seen(row: Timed) -> list[_Seen]:
-    ceilings = of_page(hardware_page.named(row.page), "bfloat16") or Ceilings()
-    best = {name: at_best(name, amount, ceilings) for name, amount in row.work.items()}
-    whole = sum(best.values())
-    return [
-        _Seen(row, name, seconds / whole, whole / row.seconds, size(name, row.work[name]))
-        for name, seconds in best.items()
-        if seconds
-    ]
-
-
-def fit(timed: Iterable[Timed]) -> Fit:
-    """The efficiencies that these rows give."""
-    seen = [each for row in timed for each in _seen(row)]
-    pure = [each for each in seen if each.share >= PURE]
-    small = [
-        each.row.seconds / sum(amount.calls for amount in each.row.work.values())
-        for each in pure
-        if each.name not in COMPUTING and each.size < EDGES["elementwise"][0]
-    ]
-    classes: dict[str, list[Efficiency]] = {}
-    for name, edges in EDGES.items():
-        chips = {
-            FAMILY[each.row.page]
-            for each in seen
-            if each.name == name and each.share >= SEEN and each.row.page in FAMILY
-        }
-        for least, most in zip(edges, edges[1:], strict=False):
-            inside = [
-                each
-                for each in pure
-                if each.name == name
-                and least <= each.size < most
-                and not (name in COMPUTING and each.row.page in OVER_ITS_PAGE)
-            ]
-            if (found := _of_bucket(inside, least, most, chips)) is not None:
-                classes.setdefault(name, []).append(found)
-    return Fit(classes, min(each.efficiency for each in pure), median(small))
-
-
-def _of_bucket(inside: Sequence[_Seen], least: float, most: float, chips: set[str]) -> Efficiency | None:
-    """The efficiency of these rows, and its error on each run by the others. None for fewer than two runs."""
-    by_run: dict[str, list[float]] = {}
-    for each in inside:
-        by_run.setdefault(each.row.run, []).append(each.efficiency)
-    if len(by_run) < 2:
-        return None
-    middle = {run: median(values) for run, values in by_run.items()}
-    apart = [
-        median(other for name, other in middle.items() if name != run) / value
-        for run, values in by_run.items()
-        for value in values
-    ]
-    return Efficiency(
-        least,
-        most,
-        median(middle.values()),
-        min(apart),
-        max(apart),
-        len(inside),
-        len(by_run),
-        tuple(sorted(chips)),
-    )
-
-
-def write(fitted: Fit, path: Path = COMMITTED) -> None:
-    """Write `fitted` as JSON, its figures to four digits."""
-    path.write_text(json.dumps(as_json(fitted), indent=1) + "\n")
-
-
-def as_json(fitted: Fit) -> dict[str, object]:
-    """`fitted` as plain data; null: no upper limit."""
-
-    def short(figure: object) -> object:
-        if isinstance(figure, float):
-            return None if figure == float("inf") else float(f"{figure:.4g}")
-        return list(figure) if isinstance(figure, tuple) else figure
-
-    classes = {
-        name: [{key: short(figure) for key, figure in each._asdict().items()} for each in efficiencies]
-        for name, efficiencies in fitted.classes.items()
-    }
-    return {"classes": classes, "worst": short(fitted.worst), "launch": short(fitted.launch)}
 
 
 @cache

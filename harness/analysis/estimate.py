@@ -76,14 +76,16 @@ def of_step(phases: Sequence[Estimate], ranks: int, communication_seconds: Inter
     if ranks > 1 and communication_seconds is None:
         return Estimate(None, f"what {ranks} ranks send each other is not in the record")
     known = [each.interval for each in phases if each.interval is not None]
-    return Estimate(
-        together([*known, *([] if communication_seconds is None else [communication_seconds])])
-    )
+    return Estimate(together([*known, *([] if communication_seconds is None else [communication_seconds])]))
 
 
 def together(intervals: Sequence[Interval]) -> Interval:
     """One after the other."""
-    return Interval(*(sum(figures) for figures in zip(*intervals, strict=True))) if intervals else Interval(0, 0, 0)
+    return (
+        Interval(*(sum(figures) for figures in zip(*intervals, strict=True)))
+        if intervals
+        else Interval(0, 0, 0)
+    )
 
 
 def _unfit(ceilings: Ceilings) -> str:
@@ -101,11 +103,7 @@ def _efficiency(name: str, amount: Amount, ceilings: Ceilings, fit: Fit) -> Effi
     """The efficiency of calls of this size, if there are rows of them and of this chip."""
     mean, chip = size(name, amount), FAMILY[ceilings.source]
     return next(
-        (
-            each
-            for each in fit.classes.get(name, ())
-            if each.least <= mean < each.most and chip in each.chips
-        ),
+        (each for each in fit.classes.get(name, ()) if each.least <= mean < each.most and chip in each.chips),
         None,
     )
 

@@ -26,8 +26,8 @@ NOTES = (
     "if nothing stayed in the device's caches in between: what fits into caches can be faster than `at best`. What "
     "ranks send each other is not counted.",
     "The estimate goes by the efficiencies that others published of such operators on such GPUs, run one by one as "
-    "written, and says between which seconds: that held on their runs when each was left out (profiles/speed). It is of "
-    "nothing but operators: no loading of data, no checkpoint.",
+    "written; the seconds in brackets are limits that held on each of their runs by the fit of the others "
+    "(profiles/speed). It has nothing but operators: no loading of data, no checkpoint.",
     "MFU: the FLOPs, over seconds, over the dense peak. MBU, of a decode, as gpt-fast has it: weights and KV cache "
     "once for each token of a batch, over seconds, over the bandwidth.",
     "Seconds are of steps that no exact ledger slowed, the slowest rank's.",
@@ -114,7 +114,8 @@ def _lines(run: Against) -> Iterator[str]:
         yield "its record has no FLOPs and bytes moved; a run with ledger=exact of this version counts them"
         return
     yield machine(run.ceilings)
-    table = Table(["FLOP"], ["moved"], ["FLOP/B"], ["at best"], ["estimate"], ["seconds"], ["MFU"], ["MBU"], ["bound by"])
+    names = ("FLOP", "moved", "FLOP/B", "at best", "estimate", "seconds", "MFU", "MBU", "bound by")
+    table = Table(*([name] for name in names))
     for each in run.phases:
         if each is run.phases[-1]:
             table.rule()

@@ -29,6 +29,9 @@ COPIES = {"dynamic": 3, "static": 1}
 """How often a new token moves each cached position. A dynamic cache is copied (read and written), then read."""
 
 
+NO_ESTIMATE = Estimate(None)
+
+
 class Total(NamedTuple):
     """A phase's work in one step, summed over its micro-batches; by class of operators, where that was recorded."""
 
@@ -76,7 +79,7 @@ class Bound:
     seconds: float | None = None
     mbu: float | None = None
     turn: Turn | None = None
-    estimate: Estimate = Estimate(None)
+    estimate: Estimate = NO_ESTIMATE
 
     @property
     def intensity(self) -> float | None:

@@ -19,13 +19,13 @@ from torch import nn
 from torch.nn import functional
 
 import harness
-from harness.analysis import efficiency
-from harness.analysis.efficiency import OPERATORS
+from harness.analysis import efficiency_fit
 from harness.ledger import Ledger, Work
 from tests.benchmarks import measured_kernels
 from tests.benchmarks.measured import program
 from tests.benchmarks.measured_rows import CUDA, Measure, Row
 
+OPERATORS = Path(__file__).parents[2] / "profiles" / "speed" / "operators.csv"
 FIELDS = ("source", "path", "commit", "gpu", "kernel", "mode", "x", "shape", "seconds", "date", "work")
 
 
@@ -48,7 +48,7 @@ def count() -> None:
 def work_of(line: dict[str, str]) -> Work:
     """The work of the call that a row timed."""
     counted: list[Work] = []
-    with harness.rehearse(hardware=efficiency.PAGES[line["gpu"]], lines=False) as ledger:
+    with harness.rehearse(hardware=efficiency_fit.PAGES[line["gpu"]], lines=False) as ledger:
 
         def measure(call: Callable[[], object]) -> int:
             before = whole(ledger)
@@ -152,7 +152,7 @@ PROGRAMS: dict[str, Callable[[Row, Measure], int]] = {
 
 def fit() -> None:
     """Write the efficiencies that the rows give."""
-    efficiency.write(efficiency.fit(efficiency.rows()))
+    efficiency_fit.write(efficiency_fit.fit(efficiency_fit.rows(OPERATORS)))
 
 
 def steps() -> None:

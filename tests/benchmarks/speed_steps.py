@@ -30,11 +30,18 @@ from tests.benchmarks.speed import whole
 
 STEPS = Path(__file__).parents[2] / "profiles" / "speed" / "steps.csv"
 
-LLAMA_1B = {
-    **{"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "head_dim": 64},
-    **{"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256},
-    **{"max_position_embeddings": 131072, "tie_word_embeddings": True, "attn_implementation": "sdpa"},
-}
+LLAMA_1B = LlamaConfig(
+    hidden_size=2048,
+    intermediate_size=8192,
+    num_hidden_layers=16,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=64,
+    vocab_size=128256,
+    max_position_embeddings=131072,
+    tie_word_embeddings=True,
+    attn_implementation="sdpa",
+)
 
 
 class Step(NamedTuple):
@@ -72,9 +79,11 @@ def estimated(step: Step) -> Estimate:
 def of_run(step: Step) -> Estimate:
     """Of a run of the harness."""
     words = [f"hardware={step.page}", "world=rehearsed", *step.request.split()]
-    words += [] if "mode=infer" in words else ["mode=train", "train.steps=3"]
-    phases = bounds(rehearsed(load(compose(words)), words, parallel=False))
-    return of_step([each.estimate for each in phases[:-1]], 1, None)
+    words += [] if "mode=infer" in words else ["mode=train", "train.steps=2", "train.validate_every=0"]
+    record = rehearsed(load(compose(words)), words, parallel=False)
+    ceilings = of_page(hardware_page.named(step.page), record.model.dtype or "")
+    phases = [each.estimate for each in bounds(record, ceilings)[:-1]]
+    return next((each for each in phases if each.interval is None), of_step(phases, 1, None))
 
 
 def of_loop(step: Step) -> Estimate:
@@ -83,7 +92,7 @@ def of_loop(step: Step) -> Estimate:
     batch, length = int(given["batch"]), int(given["length"])
     kernel = getattr(SDPBackend, given["kernel"])
     with harness.rehearse(hardware=step.page, lines=False) as ledger, sdpa_kernel([kernel]):
-        model = LlamaForCausalLM(LlamaConfig(**LLAMA_1B)).to(CUDA, torch.bfloat16).train()
+        model = LlamaForCausalLM(LLAMA_1B).to(CUDA, torch.bfloat16).train()
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
         states = torch.randn(batch, length, model.config.hidden_size, dtype=torch.bfloat16, device=CUDA)
         mask = torch.ones(batch, length, dtype=torch.int64, device=CUDA)
@@ -118,7 +127,7 @@ def page(committed: Sequence[Step]) -> Iterator[str]:
     yield ""
     yield "By `python -m tests.benchmarks.speed steps`. No row here is in the fit. Sources: [steps.csv](steps.csv)."
     yield f"Rehearsed with torch {torch.__version__.partition('+')[0]} on Python {platform.python_version()}."
-    yield "*1: several ranks, estimated without what they send each other; such a run has no estimate in `harness roofline`."
+    yield "*1: several ranks, without what they send each other; `harness roofline` has no estimate of such a step."
     yield ""
     yield "| what | card | step | published | estimated | between | published / estimated | within |"
     yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
@@ -137,8 +146,9 @@ def page(committed: Sequence[Step]) -> Iterator[str]:
             ratio = f"{step.seconds / interval.seconds:.2f}"
             between = f"{text_of(interval.low)} to {text_of(interval.high)}"
             cells += [text_of(interval.seconds), between, ratio, "yes" if held else "no"]
+            kind = "MPT" if step.note.startswith("MPT") else step.note
             reason = next((why for end, why in REASONS.items() if step.note.endswith(end)), "*unexplained*")
-            notes[f"- {step.note.split(', ')[-1] if step.ranks > 1 and 'MPT' in step.note else step.note}: {reason}."] = None
+            notes[f"- {kind}: {reason}."] = None
         yield f"| {' | '.join(cells)} |"
     yield ""
     yield f"{inside} within, {outside} not, {refused} refused. Where they differ:"

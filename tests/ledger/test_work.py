@@ -74,7 +74,10 @@ def test_work_is_counted_by_the_class_of_the_operator() -> None:
             step.step()
     by_class = worked(ledger, "act").by_class
     assert list(by_class) == ["matmul", "flash attention", "normalization", "loss", "lookup", "elementwise"]
-    assert [by_class["matmul"].flops, by_class["flash attention"].flops] == [3 * 2 * 3 * 4 * 6, (4 + 10) * 9 * 4]
+    assert [by_class["matmul"].flops, by_class["flash attention"].flops] == [
+        3 * 2 * 3 * 4 * 6,
+        (4 + 10) * 9 * 4,
+    ]
     assert by_class["loss"].calls == 4  # log_softmax, nll_loss, and the backward of each
     (update,) = [part for name, part in worked(ledger, "step").by_class.items() if name == "optimizer"]
     assert (update.read, update.written, update.calls) == (F32 * (4 * 40 + 1), F32 * 3 * 40, 1)
