@@ -61,9 +61,11 @@ def steps() -> list[Step]:
     with STEPS.open(encoding="utf-8", newline="") as file:
         return [
             Step(
-                *(line[name] for name in ("gpu", "page")),
+                line["gpu"],
+                line["page"],
                 int(line["ranks"]),
-                *(line[name] for name in ("program", "request")),
+                line["program"],
+                line["request"],
                 float(line["seconds"]),
                 line["note"],
             )
