@@ -153,7 +153,7 @@ def page(committed: Sequence[Step]) -> Iterator[str]:
             notes[f"- {kind}: {reason}."] = None
         yield f"| {' | '.join(cells)} |"
     yield ""
-    yield f"{inside} within, {outside} not, {refused} refused. Where they differ:"
+    yield f"{inside} within, {outside} not, {refused} refused. What differs; how much each takes is *unexplained*:"
     yield ""
     yield from notes
 
