@@ -7,6 +7,7 @@ from textwrap import fill
 from typing import TYPE_CHECKING, NamedTuple
 
 from harness.analysis.args import Parser, refuse
+from harness.analysis.estimate import Interval
 from harness.analysis.roofline_model import Bound, Turn, bounds
 from harness.record.ceilings import of_page
 from harness.record.fields import printable
@@ -24,6 +25,9 @@ NOTES = (
     "FLOPs are those of matrix products and attention. Bytes are those of the tensors that operators take and make, as "
     "if nothing stayed in the device's caches in between: what fits into caches can be faster than `at best`. What "
     "ranks send each other is not counted.",
+    "The estimate goes by the efficiencies that others published of such operators on such GPUs, run one by one as "
+    "written; the seconds in brackets are limits that held on each of their runs by the fit of the others "
+    "(profiles/speed). It has nothing but operators: no loading of data, no checkpoint.",
     "MFU: the FLOPs, over seconds, over the dense peak. MBU, of a decode, as gpt-fast has it: weights and KV cache "
     "once for each token of a batch, over seconds, over the bandwidth.",
     "Seconds are of steps that no exact ledger slowed, the slowest rank's.",
@@ -110,13 +114,15 @@ def _lines(run: Against) -> Iterator[str]:
         yield "its record has no FLOPs and bytes moved; a run with ledger=exact of this version counts them"
         return
     yield machine(run.ceilings)
-    table = Table(["FLOP"], ["moved"], ["FLOP/B"], ["at best"], ["seconds"], ["MFU"], ["MBU"], ["bound by"])
+    names = ("FLOP", "moved", "FLOP/B", "at best", "estimate", "seconds", "MFU", "MBU", "bound by")
+    table = Table(*([name] for name in names))
     for each in run.phases:
         if each is run.phases[-1]:
             table.rule()
         table.row(*_cells(each))
     yield table.text()
     yield from (fill(line, WIDTH) for each in run.phases[:-1] if (line := sentence(each)))
+    yield from (fill(line, WIDTH) for line in _refusals(run))
 
 
 def machine(ceilings: Ceilings) -> str:
@@ -139,9 +145,25 @@ def _cells(bound: Bound) -> Iterator[str]:
     yield size(bound.moved)
     yield "-" if bound.intensity is None else f"{bound.intensity:,.2f}"
     yield seconds(bound.at_best)
+    yield _estimate_text(bound.estimate.interval)
     yield seconds(bound.seconds)
     yield from ("-" if share is None else f"{share:.1%}" for share in (bound.mfu, bound.mbu))
     yield _bound_text(bound)
+
+
+def _estimate_text(interval: Interval | None) -> str:
+    if interval is None:
+        return "-"
+    return f"{seconds(interval.seconds)} ({seconds(interval.low)} to {seconds(interval.high)})"
+
+
+def _refusals(run: Against) -> Iterator[str]:
+    """Why phases have no estimate, each reason once."""
+    names: dict[str, list[str]] = {}
+    for each in run.phases:
+        if each.estimate.why:
+            names.setdefault(each.estimate.why, []).append(each.phase)
+    yield from (f"no estimate of {' and '.join(phases)}: {why}." for why, phases in names.items())
 
 
 def _bound_text(bound: Bound) -> str:

@@ -9,12 +9,13 @@ a sequence's own intensity f / k is below b. In a decode, f and k grow with the 
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
+from harness.analysis.estimate import Estimate, Interval, of_phase, of_step
 from harness.analysis.run_settings import settings_in
 from harness.config.settings import Settings
-from harness.record.memory import Phase, Rank
+from harness.record.memory import Phase, Rank, Work
 from harness.record.results import Ceilings
 from harness.record.schema import Record
 
@@ -28,12 +29,16 @@ COPIES = {"dynamic": 3, "static": 1}
 """How often a new token moves each cached position. A dynamic cache is copied (read and written), then read."""
 
 
+NO_ESTIMATE = Estimate(None)
+
+
 class Total(NamedTuple):
-    """A phase's work in one step, summed over its micro-batches."""
+    """A phase's work in one step, summed over its micro-batches; by class of operators, where that was recorded."""
 
     flops: int
     moved: int
     forward_calls: int
+    work: dict[str, Work] | None
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,7 @@ class Bound:
     seconds: float | None = None
     mbu: float | None = None
     turn: Turn | None = None
+    estimate: Estimate = NO_ESTIMATE
 
     @property
     def intensity(self) -> float | None:
@@ -107,6 +113,8 @@ class Bound:
             "intensity": self.intensity,
             "balance": self.ceilings.balance,
             "at_best_seconds": self.at_best,
+            "estimate": None if self.estimate.interval is None else self.estimate.interval._asdict(),
+            "no_estimate": self.estimate.why or None,
             "seconds": self.seconds,
             "mfu": self.mfu,
             "mbu": self.mbu,
@@ -116,11 +124,17 @@ class Bound:
         }
 
 
-def bounds(record: Record, ceilings: Ceilings | None = None, timed: bool = True) -> list[Bound]:
+def bounds(
+    record: Record,
+    ceilings: Ceilings | None = None,
+    timed: bool = True,
+    communication_seconds: Interval | None = None,
+) -> list[Bound]:
     """Each phase of `record`, then the whole step, against `ceilings`; the default is the run's own machine.
 
     The work is that of the rank with the most work, in the last counted training step or the largest batch of
-    inference. The seconds are the slowest rank's; with `timed=False` there are none. Empty where nothing was counted.
+    inference. The seconds are the slowest rank's; with `timed=False` there are none. `communication_seconds` are those
+    of a step that no computing hides; None: not known. Empty where nothing was counted.
     """
     ceilings = ceilings or record.limits
     names = PHASES.get(record.mode, ())
@@ -137,8 +151,16 @@ def bounds(record: Record, ceilings: Ceilings | None = None, timed: bool = True)
     phases = []
     for name in totals:
         shape = None if settings is None else _shape(record, rank, settings, name, totals)
-        phases.append(_bound(name, totals[name], ceilings, seconds_of.get(name), shape))
-    return [*phases, _whole(record.mode, phases, ceilings)]
+        bound = _bound(name, totals[name], ceilings, seconds_of.get(name), shape)
+        phases.append(replace(bound, estimate=_estimate(record, totals[name], ceilings)))
+    whole = of_step([each.estimate for each in phases], record.world.size, communication_seconds)
+    return [*phases, replace(_whole(record.mode, phases, ceilings), estimate=whole)]
+
+
+def _estimate(record: Record, total: Total, ceilings: Ceilings) -> Estimate:
+    if record.world.device != "cuda":
+        return Estimate(None, "its operators are a CPU's; a rehearsal with hardware=NAME has a GPU's")
+    return of_phase(total.work, ceilings)
 
 
 def _totals(record: Record, rank: Rank, names: Sequence[str]) -> dict[str, Total]:
@@ -164,7 +186,25 @@ def _total(phases: Sequence[Phase]) -> Total | None:
         sum(each.flops or 0 for each in phases),
         sum(each.moved or 0 for each in phases),
         sum(each.passes or 0 for each in phases),
+        None if any(each.work is None for each in phases) else _by_class(phases),
     )
+
+
+def _by_class(phases: Sequence[Phase]) -> dict[str, Work]:
+    """The work of all `phases`, by class of operators."""
+    parts: dict[str, list[Work]] = {}
+    for phase in phases:
+        for name, part in (phase.work or {}).items():
+            parts.setdefault(name, []).append(part)
+    return {
+        name: Work(
+            flops=sum(each.flops for each in work),
+            read=sum(each.read for each in work),
+            written=sum(each.written for each in work),
+            calls=sum(each.calls for each in work),
+        )
+        for name, work in parts.items()
+    }
 
 
 def _bound(name: str, total: Total, ceilings: Ceilings, seconds: float | None, shape: Shape | None) -> Bound:

@@ -109,7 +109,7 @@ class Compiled:
         self._forward(self._tokens, self._mask, self._positions, cache)
         after = self.ledger.work()[where]
         cache.reset()
-        return Work(*(late - early for early, late in zip(before, after, strict=True)))
+        return Work(late - early for early, late in zip(before, after, strict=True))
 
     def _run(self) -> Tensor:
         assert self.cache is not None

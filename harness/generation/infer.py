@@ -72,7 +72,7 @@ def run(plan: Plan, world: World, ledger: Ledger, out: Output, course: Decoding 
     generation = settings.generation
     check_device(generation, world.kind)
     if generation.cache == "quantized" and course.values:
-        with ledger.opaque("check", Work(0, 0, 0)):  # not part of the run's work
+        with ledger.opaque("check", Work()):  # not part of the run's work
             check_bits(generation.cache_bits, world.device)
     dtype = getattr(torch, settings.dtype)
     quantization = method.take(config, settings, world.kind)

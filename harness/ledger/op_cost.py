@@ -14,6 +14,7 @@ import torch
 from torch._ops import OpOverload
 from torch.utils.flop_counter import flop_registry
 
+from harness.ledger.categories import CLASSES
 from harness.ledger.tensors import tensors_in
 
 _aten = torch.ops.aten
@@ -128,6 +129,18 @@ FORMULAS: dict[Any, Callable[..., int]] = {
 inference mode."""
 
 
+NAMES = {
+    "flash attention": "flash_attention",
+    "cuDNN attention": "cudnn_attention",
+    "other attention": "attention",
+    "optimizer": "^_fused_(adam|adamw|sgd|adagrad)_$",
+    "normalization": "(layer|rms)_?norm",
+    "loss": "softmax|nll_loss|cross_entropy",
+    "lookup": "^(embedding|index|gather|take|scatter|_index_put)",
+}
+"""The class by what an operator's name has, the first that fits. In no other are matrix products, then the rest."""
+
+
 class Use(NamedTuple):
     """What an operator does with one of its arguments, a tensor or a list of tensors."""
 
@@ -153,6 +166,7 @@ class Rule(NamedTuple):
     adds: bool = False
     picks: bool = False  # it reads one element of each row
     flops: Callable[..., int] | None = None
+    kind: int = CLASSES.index("elementwise")
 
 
 UNKNOWN = Rule()
@@ -217,6 +231,7 @@ def rule_of(func: Any) -> Rule | None:
         uses = tuple(use._replace(written=use.written and use.place > 0) for use in uses)
     if packet is _aten._fused_adamw_ or packet is _aten._fused_adam_:  # written only if they are scaled
         uses = tuple(use._replace(written=use.written and use.name != "grads") for use in uses)
+    flops = _flops(packet)
     special = may_copy or packet in TAKES or packet in PUTS or packet is _aten.nll_loss_forward
     return Rule(
         tuple(use._replace(read=use.read and not may_copy) for use in uses),
@@ -228,8 +243,16 @@ def rule_of(func: Any) -> Rule | None:
         PUTS.get(packet),
         packet in ADDS,
         packet is _aten.nll_loss_forward,
-        _flops(packet),
+        flops,
+        CLASSES.index(_class_of(packet, flops is not None)),
     )
+
+
+def _class_of(packet: Any, multiplies: bool) -> str:
+    """The class of an operator. `multiplies`: it has operations."""
+    name = packet._qualified_op_name.partition("::")[2]
+    named = next((kind for kind, pattern in NAMES.items() if re.search(pattern, name)), None)
+    return named or ("matmul" if multiplies else "elementwise")
 
 
 def _is_plain(func: OpOverload, uses: Sequence[Use]) -> bool:

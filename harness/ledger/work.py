@@ -7,12 +7,14 @@ table reads only those. A view and an empty tensor move nothing. Communication b
 inside a kernel is not seen.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from itertools import chain
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 
+from harness.ledger.categories import CLASSES
 from harness.ledger.op_cost import UNKNOWN, Rule
 from harness.ledger.tensors import storage_of
 
@@ -20,13 +22,46 @@ if TYPE_CHECKING:
     from harness.ledger.events import Where
 
 
-class Work(NamedTuple):
-    """Floating-point operations, bytes read and written, and the number of forward calls of the model."""
+class Part(NamedTuple):
+    """The work of one class of operators: floating-point operations, bytes read and written, and how many moved any."""
 
     flops: int
     read: int
     written: int
-    forward_calls: int = 0
+    calls: int
+
+
+class Work(tuple[int, ...]):
+    """The model's forward calls, then the four figures of a `Part` for each of `CLASSES`. All are whole numbers that
+    add up.
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, figures: Iterable[int] = ()) -> Self:
+        return super().__new__(cls, tuple(figures) or (0,) * (1 + len(Part._fields) * len(CLASSES)))
+
+    @property
+    def forward_calls(self) -> int:
+        return self[0]
+
+    @property
+    def by_class(self) -> dict[str, Part]:
+        """The work of each class that did any."""
+        parts = (Part(*self[1 + 4 * number : 5 + 4 * number]) for number in range(len(CLASSES)))
+        return {name: part for name, part in zip(CLASSES, parts, strict=True) if any(part)}
+
+    @property
+    def flops(self) -> int:
+        return sum(self[1::4])
+
+    @property
+    def read(self) -> int:
+        return sum(self[2::4])
+
+    @property
+    def written(self) -> int:
+        return sum(self[3::4])
 
 
 class Counter:
@@ -34,33 +69,38 @@ class Counter:
 
     def __init__(self, size: Callable[[torch.Tensor], int], where: "Where") -> None:
         self.size = size
-        self._totals: dict[Where, list[int]] = {}
+        self._totals: dict[Where, list[list[int]]] = {}  # by class; at the end, the forward calls
         self._unknown: set[Where] = set()
         self._disabled = False
         self.enter(where)
 
     def enter(self, where: "Where") -> None:
         """Work from now on belongs to `where`."""
-        self._where, self._current = where, self._totals.setdefault(where, [0, 0, 0, 0])
+        if where not in self._totals:
+            self._totals[where] = [[0, 0, 0, 0] for _ in CLASSES] + [[0]]
+        self._where, self._current = where, self._totals[where]
 
     def of(self, where: "Where") -> Work | None:
         """The work in `where`. None if part of it was not seen."""
-        return None if where in self._unknown else Work(*self._totals.get(where, (0, 0, 0)))
+        return None if where in self._unknown else _work(self._totals.get(where, ()))
 
     def all(self) -> dict["Where", Work]:
         """The work so far, by where."""
-        return {where: Work(*totals) for where, totals in self._totals.items()}
+        return {where: _work(totals) for where, totals in self._totals.items()}
 
     def add(self, where: "Where", work: Work | None) -> None:
         """Add `work` to `where`. None: the amount is unknown."""
         if work is None:
             self._unknown.add(where)
         else:
-            self._totals[where][:] = map(sum, zip(self._totals[where], work, strict=True))
+            figures = [first + second for first, second in zip(_work(self._totals[where]), work, strict=True)]
+            self._totals[where][-1][0] = figures[0]
+            for number, part in enumerate(self._totals[where][:-1]):
+                part[:] = figures[1 + 4 * number : 5 + 4 * number]
 
     def passed(self) -> None:
         """A forward begins that is not part of another."""
-        self._current[3] += 1
+        self._current[-1][0] += 1
 
     @contextmanager
     def off(self) -> Iterator[None]:
@@ -86,11 +126,13 @@ class Counter:
         else:
             self._unknown.add(self._where)
             return
-        current = self._current
-        current[1] += read
-        current[2] += written
-        if rule.flops is not None and (read or written):
-            current[0] += rule.flops(args, kwargs or {}, out)
+        if read or written:
+            part = self._current[rule.kind]
+            part[1] += read
+            part[2] += written
+            part[3] += 1
+            if rule.flops is not None:
+                part[0] += rule.flops(args, kwargs or {}, out)
 
     def _bytes_moved(self, rule: Rule, args: Any, kwargs: Any, out: Any) -> tuple[int, int]:
         """Bytes read and written."""
@@ -127,6 +169,11 @@ class Counter:
         if not self.size(source):
             return 0
         return int(source.itemsize * (pattern.numel() if isinstance(pattern, torch.Tensor) else 1))
+
+
+def _work(totals: Sequence[Sequence[int]]) -> Work:
+    *parts, forward_calls = totals or [()]
+    return Work(chain(forward_calls, *parts))
 
 
 def _result_tensors(out: Any) -> list[torch.Tensor]:

@@ -85,11 +85,21 @@ class Category(Part):
     end: Bytes | None
 
 
+class Work(Part):
+    """The work of one class of operators: operations, bytes read and written, and how many operators moved any."""
+
+    flops: Operations = 0
+    read: Operations = 0
+    written: Operations = 0
+    calls: Operations = 0
+
+
 class Phase(Part):
     """The live bytes of a phase, at the most and at its end; by category at the most.
 
     `saved` and `recomputed` are parts of the activations at the most, as at a `Peak`. `flops` are floating-point
-    operations, `read` and `written` the bytes that its operators move, `passes` the model's forward calls.
+    operations, `read` and `written` the bytes that its operators move, `passes` the model's forward calls; `work` has
+    the same by class of operators. A record of an older version has no `work`.
     """
 
     step: Index = 0
@@ -104,6 +114,7 @@ class Phase(Part):
     read: Operations | None = None
     written: Operations | None = None
     passes: Operations | None = None
+    work: dict[Text, Work] | None = None
 
     @property
     def moved(self) -> int | None:

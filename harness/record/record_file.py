@@ -21,7 +21,7 @@ from harness.runtime.files import create, put
 from harness.runtime.trackers import Trackers
 
 if TYPE_CHECKING:
-    from harness.ledger import Forwards, Holding, Ledger, Peak, Phase, Where
+    from harness.ledger import Forwards, Holding, Ledger, Peak, Phase, Where, Work
     from harness.ledger.reconcile import Reservation
     from harness.runtime import failure
 
@@ -155,11 +155,16 @@ def _phase(phase: "Phase") -> memory.Phase:
         categories=phase.categories,
         saved=phase.saved,
         recomputed=phase.recomputed,
-        flops=work and work.flops,
-        read=work and work.read,
-        written=work and work.written,
-        passes=work and work.forward_calls,
+        flops=None if work is None else work.flops,
+        read=None if work is None else work.read,
+        written=None if work is None else work.written,
+        passes=None if work is None else work.forward_calls,
+        work=None if work is None else _by_class(work),
     )
+
+
+def _by_class(work: "Work") -> dict[str, memory.Work]:
+    return {name: memory.Work(**part._asdict()) for name, part in work.by_class.items()}
 
 
 def failure_record(rank_failure: "failure.Failure", rank: memory.Rank | None = None) -> Failure:

@@ -26,7 +26,7 @@ class Kind(NamedTuple):
     @property
     def nothing(self) -> Figures:
         """None of it."""
-        return (0,) * (len(Work._fields) if self.moved is None else 2)
+        return tuple(Work()) if self.moved is None else (0, 0)
 
 
 Counts = Mapping[Kind, Figures]
@@ -49,7 +49,7 @@ def fill_in(ledger: Ledger, kind: Kind, figures: Figures | None) -> None:
     """Give `ledger` the figures of what was left out. None: they are unknown."""
     where, moved = kind
     if moved is None:
-        ledger.fill_in(where, None if figures is None else Work(*figures))
+        ledger.fill_in(where, None if figures is None else Work(figures))
     elif figures is None:
         ledger.traffic.unknown(
             f"how much of {moved.operation} the tokens of {where.phase} that are left out need"
@@ -87,6 +87,9 @@ def missing(done: Mapping[int, Figures], total: int) -> Figures | None:
     left_out = [number for number in range(total) if number not in done]
     sums = []
     for values in zip(*done.values(), strict=True):
+        if not any(values):  # most: a class of operators that does not run
+            sums.append(0)
+            continue
         measured = dict(zip(done, values, strict=True))
         slope = measured[2] - measured[1]
         curvature = measured[3] - measured[2] - slope

@@ -239,6 +239,26 @@ def test_a_run_is_held_against_another_machine_without_its_seconds(output_of: To
     )
 
 
+def test_an_estimate_stands_beside_what_is_at_best_and_a_phase_without_one_says_why(
+    output_of: ToolOutput,
+) -> None:
+    record = trained((40, 5, 0))
+    record["world"]["device"] = "cuda"
+    forward, *others = record["ranks"][0]["phases"]
+    forward["work"] = {"elementwise": {"flops": 0, "read": 10**10, "written": 10**10, "calls": 100}}
+    for each in others:
+        each["work"] = {"lookup": {"flops": 0, "read": 10**9, "written": 10**9, "calls": 1}}
+    (run,) = json.loads(output_of(record, options=("--json", "--hardware", "h200")))
+    first, *_, step = run["phases"]
+    assert first["estimate"]["low"] < first["estimate"]["seconds"] < first["estimate"]["high"]
+    assert first["no_estimate"] is None
+    assert (step["estimate"], step["no_estimate"]) == (None, "a phase has none")
+    printed = output_of(record, options=("--hardware", "h200"))
+    assert "no estimate of backward and step: there are no rows of lookup on h200 to go by." in printed
+    record["world"]["device"] = "cpu"
+    assert "its operators are a CPU's" in output_of(record, options=("--hardware", "h200"))
+
+
 def test_a_record_without_counts_or_ceilings_gets_a_sentence(output_of: ToolOutput) -> None:
     old = trained((40, 5, 0))
     old["ranks"][0]["phases"] = [{"step": 0, "phase": "forward", "micro_batch": 0, "categories": {}}]

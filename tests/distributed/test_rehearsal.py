@@ -294,7 +294,7 @@ def phases_of(rank: RankRecord, steps: int = 3) -> dict[tuple[int, str, int], Ra
 
 def phase_memory(rank: RankRecord) -> dict[tuple[int, str, int], RankRecord]:
     """What `phases_of` says but for the bytes moved: of an uneven shard the last rank copies no padding."""
-    moved = ("read", "written")
+    moved = ("read", "written", "work")
     return {
         place: {key: figure for key, figure in phase.items() if key not in moved}
         for place, phase in phases_of(rank).items()
