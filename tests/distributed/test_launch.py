@@ -331,8 +331,11 @@ def test_a_supervised_run_that_gets_no_further_is_given_up(tmp_path: Path) -> No
         "(run / 'record.json').touch()\n"
         "sys.exit(3)\n"
     )
-    done = supervised(home, *SMALL, program=str(program), GIVE_UP="2")
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    done = supervised(home, *SMALL, program=str(program), GIVE_UP="2", TMPDIR=str(temporary))
     assert done.returncode == 3
+    assert not [*temporary.iterdir()]
     assert done.stderr.splitlines()[-1] == (
         f"launch/supervised: no newer checkpoint in 2 starts; the last one: {home}/1/record.json"
     )
