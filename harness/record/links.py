@@ -39,9 +39,9 @@ class Nodes(NamedTuple):
             return STORAGE
         if operation in ("host-to-device", "device-to-host"):
             return PCIE
-        if self.per_node is None:
+        if len(ranks) > 1 and self.per_node is None:
             return None
-        if len({rank // self.per_node for rank in ranks}) > 1:
+        if len({rank // (self.per_node or 1) for rank in ranks}) > 1:
             return NETWORK
         return HOST_MEMORY if self.device == "cpu" else self.link
 

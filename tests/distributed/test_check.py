@@ -58,3 +58,15 @@ def test_a_run_with_one_knob_changed_fails_and_the_category_and_the_knob_are_nam
     assert "communication, peak" in reported
     assert "another config: zero.reduce_bucket_size=1000000, the baseline's 5000000" in reported
     assert "activations, peak" not in reported
+
+
+def test_a_run_that_moves_more_fails_and_says_what_moves_it(
+    rehearsed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["hardware=cpu", PRECISION, *RATED, *WORDS, "train.accumulation=2", "zero=3"]
+    assert main([*words, "world=rehearsed", "world.size=2", f"hydra.run.dir={tmp_path}/run"]) == 0
+    assert main(["check", f"{tmp_path}/run", "--baseline", str(rehearsed)]) == 1
+    reported = " ".join(capsys.readouterr().out.split())
+    assert "ranks 0-1: all-gather in forward over host-memory: " in reported
+    assert "the baseline's 0 B, most for model." in reported
+    assert "zero.stage=3, the baseline's 2" in reported
