@@ -4,8 +4,6 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-import torch
-
 from harness.analysis.transfers import flows, gaps, largest
 from harness.check.marks import ALL_LINKS, BUDGET, PER_NODE, TRAFFIC, Request
 from harness.config import hardware_page
@@ -49,6 +47,8 @@ def _nodes(ledger: "Ledger", request: Request) -> Nodes:
     """Where the test's ranks are: as its mark says, or as torchrun does."""
     page = request.hardware
     if page is None and ledger.device == "cuda":
+        import torch  # a GPU is in use
+
         page = hardware_page.of_device(torch.cuda.get_device_name())
     link = None if page is None else hardware_page.gpu(page).link_kind
     local = os.environ.get("LOCAL_WORLD_SIZE", "")
