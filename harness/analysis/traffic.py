@@ -138,16 +138,24 @@ def text(paths: Sequence[Path], runs: Sequence[Counted | Uncounted]) -> Iterator
 def _lines(run: Counted) -> Iterator[str]:
     yield f"{run.name}: {run.record.heading}"
     yield _table(run).text()
-    if parts := [f"{name} {size(nbytes)}" for name, nbytes in transfers.largest(run.moved, LARGEST)]:
-        rest = transfers.unnamed(run.moved)
-        nameless = f"; for {size(rest)} no name was seen" if rest > 0 else ""
-        yield fill(f"a {run.unit} moves most for {', '.join(parts)}{nameless}", WIDTH)
+    yield from (fill(line, WIDTH) for line in _causes(run))
     for phase, links in (transfers.outside(run.record, run.rank) or {}).items():
         yield f"outside of a {run.unit}, {phase}: {_links_text(links)}"
     assumed = run.record.resolved.get(PER_NODE, "")
     if "assumed" in assumed:
         yield f"{PER_NODE}={assumed}"
     yield from (fill(f"not counted: {sentence}", WIDTH) for sentence in transfers.gaps(run.rank))
+
+
+def _causes(run: Counted) -> Iterator[str]:
+    """What most of it is for, and how much has no name."""
+    named, rest = transfers.largest(run.moved, LARGEST), transfers.unnamed(run.moved)
+    nameless = f"for {size(rest)} of a {run.unit} no name was seen"
+    if named and named[0][1] >= rest:
+        parts = ", ".join(f"{name} {size(nbytes)}" for name, nbytes in named)
+        yield f"a {run.unit} moves most for {parts}" + f"; {nameless}" * (rest > 0)
+    elif rest > 0:
+        yield nameless
 
 
 def _links_text(links: dict[str, int]) -> str:
