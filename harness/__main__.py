@@ -59,6 +59,10 @@ TOOLS = {
         "analysis.roofline",
         "RUN [...]      whether it is compute-bound or memory-bound, and where that changes; --hardware NAME, --json",
     ),
+    "traffic": (
+        "analysis.traffic",
+        "RUN [...]       what a step, a batch and a token move, by link and phase, and what for; --json",
+    ),
     "explain": (
         "advice.explain",
         "RUN             what uses its memory, and the change that would save most; --no-rehearsal, --json",

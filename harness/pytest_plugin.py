@@ -4,6 +4,9 @@
     @pytest.mark.memory_baseline
     def test_a_step_holds_what_it_held(memory_ledger): ...
 
+    @pytest.mark.memory_budget(traffic={"network": "2 GiB"}, per_node=8)
+    def test_a_step_sends_no_more_between_nodes(): ...
+
     @pytest.mark.memory_budget(total="70 GiB", hardware="h100-sxm")
     def test_a_step_fits_a_gpu_that_is_not_there(): ...
 
@@ -29,7 +32,8 @@ if TYPE_CHECKING:
 
 MARKS = {
     "memory_budget": "memory_budget(**bytes): the most it may use, as activations='10 MiB', total='64 MiB', saved=0; "
-    "with hardware='h100-sxm' it is rehearsed for that GPU, and must fit",
+    "with hardware='h100-sxm' it is rehearsed for that GPU, and must fit; with traffic={'network': '2 GiB'} it may "
+    "move no more over a link",
     "memory_baseline": "memory_baseline: the memory of a test must equal, to the byte, the file next to it; with "
     "hardware='h100-sxm' it is rehearsed for that GPU",
 }

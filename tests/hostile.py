@@ -194,6 +194,8 @@ def commands(run: Path, others: Sequence[Path], baseline: Path, output: Path) ->
         ["caching", *beside, "--json"],
         ["roofline", str(run)],
         ["roofline", str(run), "--json", "--hardware", "h100-sxm"],
+        ["traffic", str(run)],
+        ["traffic", *beside, "--json"],
         ["explain", str(run), "--no-rehearsal"],
         ["explain", str(run), "--no-rehearsal", "--json"],
         ["check", str(run), "--baseline", str(baseline)],

@@ -172,6 +172,7 @@ def command(random: Random, home: Path, paths: Mapping[str, Path], baseline: Pat
             ["explain", run, "--no-rehearsal"],
             ["compare", run, other],
             ["roofline", run, "--hardware", "h100-sxm"],
+            ["traffic", run, other],
             ["contrast", run, other],
             ["batching", other, str(paths["another batch"])],
             ["caching", other, str(paths["no cache"])],

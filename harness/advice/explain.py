@@ -9,6 +9,7 @@ from harness.analysis.args import Parser, refuse
 from harness.analysis.findings import FINDINGS, Finding, Run
 from harness.analysis.findings_kv_cache import CACHED
 from harness.analysis.findings_pipeline import STAGES, kept_by
+from harness.analysis.findings_traffic import MOVED
 from harness.record.fields import printable
 from harness.record.memory import Rank
 from harness.record.record_file import read
@@ -82,6 +83,7 @@ def explain(record: Record) -> Iterator[Finding]:
         *STAGES,
         *CACHED,
         *FINDINGS,
+        *MOVED,
         not_in_them,
     ):
         yield from finder(run)

@@ -8,6 +8,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any, NamedTuple
 
+from harness.analysis import transfers
 from harness.analysis.args import Parser, refuse
 from harness.analysis.findings_pipeline import grew
 from harness.analysis.labels import Label, labels
@@ -110,6 +111,7 @@ def table(runs: Sequence[Run], markdown: bool = False, exact: bool = False) -> s
         "at the peak of the worst rank": at_peak,
         "each category's own peak, whenever that was": [*_own_peaks(records)],
         _ranks_title(records): [*(_stages(records) if _any_pipeline(records) else _ranks(records))],
+        "what the rank that moves most moves in a step, or a batch": [*_traffic(records)],
     }
     lines = Table(*map(_heading, records, named), *([["difference"], ["factor"]] if two else []))
     for title, rows in sections.items():
@@ -248,6 +250,23 @@ def _prefix(record: Record, number: int) -> str | None:
     return "worst " if number in record.worst.numbers and len(set(record.peaks.values())) > 1 else ""
 
 
+def _traffic(records: Sequence[Record]) -> Iterator[Row]:
+    """A row for each link, and the sum; none where a run has no traffic."""
+    moved = [_moved(record) for record in records]
+    known = [links for links in moved if links is not None]
+    if len(known) == len(records):
+        for link in dict.fromkeys(link for links in known for link in links):
+            yield Row.of(link, [links.get(link, 0) for links in known])
+        yield Row.of("all links", [sum(links.values()) for links in known])
+
+
+def _moved(record: Record) -> dict[str, int] | None:
+    """Payload bytes by link of a step or a batch. None: not counted."""
+    rank = transfers.worst(record)
+    moved = None if rank is None else transfers.of_step(record, rank)
+    return None if moved is None else transfers.by_link(moved)
+
+
 def failures(records: Sequence[Record], names: Sequence[str]) -> Iterator[str]:
     """A sentence for each failed run: where it failed, the error, and how many ranks left a record."""
     for record, name in zip(records, names, strict=True):
@@ -320,6 +339,7 @@ def as_json(runs: Sequence[Run]) -> dict[str, Any]:
                 "at_least": dict(worst.seen),
                 "ranks": [{"rank": number, "peak": peak} for number, peak in record.peaks.items()],
                 "allocator": worst.allocator.model_dump(),
+                "traffic": _moved(record),
             }
         )
     return {"runs": documents}

@@ -10,14 +10,16 @@ a sequence's own intensity f / k is below b. In a decode, f and k grow with the 
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from harness.analysis.estimate import Estimate, Interval, of_phase, of_step
 from harness.analysis.run_settings import settings_in
-from harness.config.settings import Settings
 from harness.record.memory import Phase, Rank, Work
 from harness.record.results import Ceilings
 from harness.record.schema import Record
+
+if TYPE_CHECKING:
+    from harness.config.settings import Settings
 
 PHASES = {"train": ("forward", "backward", "step"), "infer": ("prefill", "decode")}
 """The phases of a training step, and of a batch of inference."""
@@ -255,7 +257,7 @@ def _crossover(total: Total, ceilings: Ceilings, shape: Shape) -> Turn | None:
 
 
 def _shape(
-    record: Record, rank: Rank, settings: Settings, name: str, totals: Mapping[str, Total]
+    record: Record, rank: Rank, settings: "Settings", name: str, totals: Mapping[str, Total]
 ) -> Shape | None:
     """The shape of a forward call in phase `name`; None where the record lacks a figure for it."""
     matrices = record.model.matrices

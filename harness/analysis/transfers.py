@@ -1,14 +1,40 @@
 """What a run moves in a step or a batch, by link and phase, read from its record. It imports no torch."""
 
+import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from harness.analysis.roofline_model import PHASES
+from harness.record.links import SHARED, TWICE, WHOLE
 from harness.record.memory import Rank, Transfer
 from harness.record.schema import Record
 
 UNKNOWN = "unknown"
 """The link of a transfer whose link is not known: the record does not say where its ranks are."""
+
+GAPS = (
+    "traffic",
+    "what ranks send each other",
+    "is compiled:",
+    *(f"a {operation} is not in the figures" for operation in (*TWICE, *SHARED, *WHOLE, "send", "receive")),
+)
+"""What the sentences of a ledger's gaps say where something that moved is not counted."""
+
+
+class Flow(NamedTuple):
+    """What an operation moved over a link in a phase: the figures of a `Transfer`, of several groups together.
+
+    `by_ring` and `by_tree` are None where they are not known of each.
+    """
+
+    link: str
+    phase: str
+    operation: str
+    calls: int
+    bytes: int
+    by_ring: int | None
+    by_tree: int | None
 
 
 def of_step(record: Record, rank: Rank) -> list[Transfer] | None:
@@ -53,16 +79,79 @@ def worst(record: Record) -> Rank | None:
     return max(counted, key=lambda pair: (pair[0], -pair[1].rank), default=(0, None))[1]
 
 
-def members(group: str) -> Iterator[int]:
+def flows(transfers: Iterable[Transfer]) -> list[Flow]:
+    """The transfers summed by link, phase and operation; the links that most moves over first."""
+    sums: dict[tuple[str, str, str], Flow] = {}
+    totals: Counter[str] = Counter()
+    for each in transfers:
+        link = each.link or UNKNOWN
+        totals[link] += each.bytes
+        key = link, each.phase, each.operation
+        old = sums.get(key, Flow(*key, 0, 0, 0, 0))
+        wire = _plus(old.by_ring, each.by_ring), _plus(old.by_tree, each.by_tree)
+        sums[key] = Flow(*key, old.calls + each.calls, old.bytes + each.bytes, *wire)
+    return sorted(sums.values(), key=lambda flow: (-totals[flow.link], flow.link))
+
+
+def _plus(first: int | None, second: int | None) -> int | None:
+    return None if first is None or second is None else first + second
+
+
+def passes(record: Record, rank: Rank) -> int | None:
+    """The forward passes of a decode of the last batch that was seen exactly: each gives a token of every sequence.
+
+    None: there was none, or nothing counted them.
+    """
+    decodes = [each for each in rank.phases if each.phase == "decode" and each.passes]
+    if record.mode != "infer" or not decodes:
+        return None
+    last = max(each.step for each in decodes)
+    return max(each.passes or 0 for each in decodes if each.step == last)
+
+
+def outside(record: Record, rank: Rank) -> dict[str, dict[str, int]] | None:
+    """Payload bytes by link of each phase outside of steps; of one that comes again, the most at once."""
+    rows = beside(record, rank)
+    if rows is None:
+        return None
+    each_time: dict[tuple[str, int], list[Transfer]] = {}
+    for row in rows:
+        each_time.setdefault((row.phase, row.step), []).append(row)
+    most: dict[str, dict[str, int]] = {}
+    for (phase, _), moved in each_time.items():
+        most[phase] = max(most.get(phase, {}), by_link(moved), key=lambda links: sum(links.values()))
+    return most
+
+
+def gaps(rank: Rank) -> list[str]:
+    """The sentences that say what moved and is not counted."""
+    return [sentence for sentence in rank.unseen if any(words in sentence for words in GAPS)]
+
+
+def missing(record: Record) -> str:
+    """Why a record has no traffic, as the end of a sentence."""
+    if record.value("ledger.mode") == "off":
+        return "ledger=off counts none"
+    if not record.ranks:
+        return "none of its ranks left its figures"
+    if any("traffic" in rank.model_fields_set for rank in record.ranks):
+        sentences = [sentence for rank in record.ranks for sentence in rank.unseen]
+        return f"nothing counted it: {sentences[0]}" if sentences else "nothing counted it"
+    return "a run of this version counts it"
+
+
+def members(group: str) -> Sequence[int]:
     """The ranks of a transfer's `group`: `0-7`, `0-56:8` or `0,3,4`. Raises ValueError for another text."""
     if not group:
-        return
-    if "-" in group:
-        span, _, step = group.partition(":")
-        first, last = map(int, span.split("-"))
-        yield from range(first, last + 1, int(step or 1))
-    else:
-        yield from map(int, group.split(","))
+        return ()
+    listed = re.fullmatch(r"\d{1,7}(,\d{1,7})*", group, re.ASCII)
+    spanned = re.fullmatch(r"(\d{1,7})-(\d{1,7})(?::([1-9]\d{0,6}))?", group, re.ASCII)
+    if spanned:
+        first, last, step = (int(each or 1) for each in spanned.groups())
+        return range(first, last + 1, step)
+    if not listed:
+        raise ValueError(f"{group}: not a group of ranks, as 0-7, 0-56:8 or 0,3,4")
+    return [*map(int, group.split(","))]
 
 
 def largest(transfers: Sequence[Transfer], number: int) -> list[tuple[str, int]]:
@@ -72,3 +161,10 @@ def largest(transfers: Sequence[Transfer], number: int) -> list[tuple[str, int]]
         for cause in each.causes or ():
             totals[cause.name] += cause.bytes
     return [(name, nbytes) for name, nbytes in totals.most_common(number) if name]
+
+
+def unnamed(transfers: Iterable[Transfer]) -> int:
+    """The payload bytes for which nothing was seen that has a name."""
+    return sum(
+        each.bytes - sum(cause.bytes for cause in each.causes or () if cause.name) for each in transfers
+    )

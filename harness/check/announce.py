@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+from harness.check.tolerance import TRAFFIC
 from harness.check.verdict import Change, Verdict
 from harness.record.fields import printable
 from harness.tables import Table, difference, size
@@ -33,7 +34,16 @@ def details(verdict: Verdict) -> Iterator[str]:
         if apart.holdings:
             named = (f"{_named(each)} {each.sentence()}" for each in apart.holdings)
             yield f"{apart.ranks}: at the peak the furthest from the baseline are {'; '.join(named)}"
+        yield from (f"{apart.ranks}: {_moved(each)}" for each in apart.changes if each.figure == TRAFFIC)
     yield from verdict.notes
+
+
+def _moved(change: Change) -> str:
+    """What moved and what did before, to the byte, and what for."""
+    before, after = size(change.before, exact=True), size(change.after, exact=True)
+    return f"{change.name}: {after}, the baseline's {before}" + f", most for {change.cause}" * bool(
+        change.cause
+    )
 
 
 def _named(holding: Change) -> str:

@@ -14,9 +14,10 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 
+from harness.analysis.transfers import gaps, largest
 from harness.check.tolerance import tolerances
 from harness.record import memory, record_file
-from harness.record.fields import Bytes, Difference, Part, Text
+from harness.record.fields import Bytes, Difference, Operations, Part, Text
 from harness.record.memory import Named, Place
 from harness.record.schema import Record, validated
 from harness.runtime.files import put
@@ -84,10 +85,24 @@ class Allocator(_Part):
     unattributed: Difference
 
 
+class Moved(_Part):
+    """The payload that an operation moved over a link in all phases of one name, of the steps that have phases here.
+
+    `cause` is what most of it was for; the file does not have it.
+    """
+
+    phase: Text
+    operation: Text
+    link: Text | None
+    bytes: Operations
+    cause: Text = Field(default="", exclude=True)
+
+
 class Accounting(_Part):
     """The accounting of one rank: each category's [peak, end], every phase in order, the largest at the peak.
 
-    `reserved` is what a GPU's allocator had in segments at most; it is left out of the file where it is not known.
+    `reserved` is what a GPU's allocator had in segments at most, `traffic` what moved; each is left out of the file
+    where it is not known, or not all of it is.
     """
 
     categories: dict[Text, Annotated[list[Bytes], Field(min_length=2, max_length=2)]]
@@ -95,6 +110,7 @@ class Accounting(_Part):
     reserved: Bytes | None = None
     phases: list[Phase]
     holdings: list[Holding] = Field(default_factory=list)
+    traffic: list[Moved] | None = None
 
     @property
     def highest(self) -> tuple[Bytes, Place | None]:
@@ -209,7 +225,20 @@ def accounting_of(rank: memory.Rank, steps: int | None = None) -> Accounting:
             if each.peak is not None and (steps is None or each.step < steps)
         ],
         holdings=[*_holdings(rank.peak.holdings or [])],
+        traffic=None if rank.traffic is None or gaps(rank) else [*_traffic(rank.traffic, steps)],
     )
+
+
+def _traffic(rows: Sequence[memory.Transfer], steps: int | None) -> Iterator[Moved]:
+    """What moved in the first `steps`. Without what set-up reads, because a rehearsal reads no weights."""
+    alike: dict[tuple[str, str, str | None], list[memory.Transfer]] = {}
+    for row in rows:
+        if (steps is None or row.step < steps) and (row.phase, row.operation) != ("setup", "read"):
+            alike.setdefault((row.phase, row.operation, row.link), []).append(row)
+    for (phase, operation, link), moved in alike.items():
+        [(cause, _)] = largest(moved, 1) or [("", 0)]
+        total = sum(row.bytes for row in moved)
+        yield Moved(phase=phase, operation=operation, link=link, bytes=total, cause=cause)
 
 
 def _phase(phase: memory.Phase) -> Phase:
@@ -258,7 +287,7 @@ def update(file: Path, measured: Baseline, tolerance: Mapping[str, str]) -> str:
     """
     old = read(file) if file.exists() else None
     new = measured.model_copy(update={"tolerance": {**(old.tolerance if old else {}), **tolerance}})
-    if old == new:
+    if old is not None and text(old) == text(new):
         return "unchanged"
     write(file, new)
     return "rewritten" if old else "made"
@@ -271,7 +300,7 @@ def text(baseline: Baseline) -> str:
 
 
 def _figures(ranks: Ranks) -> dict[str, Any]:
-    unknown = {"reserved"} if ranks.reserved is None else set()
+    unknown = {name for name in ("reserved", "traffic") if getattr(ranks, name) is None}
     return ranks.model_dump(exclude={"ranks", *unknown})
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from harness.check import announce, baseline
+from harness.check import announce, baseline, traffic_budget
 from harness.check.marks import BUDGETED_ON_CARD, Request
 from harness.check.tolerance import tolerances
 from harness.check.verdict import judge
@@ -56,6 +56,7 @@ def exceeded(ledger: "Ledger", request: Request) -> Iterator[str]:
             total_known = gap.figures == "storages" and ledger.allocator.peak is not None
             instead = "; total can, by the allocator" if total_known else ""
             yield f"memory_budget({name}={size(limit)!r}) cannot be judged{instead}: {gap.sentence}"
+    yield from traffic_budget.exceeded(ledger, request)
 
 
 def _unfit(ledger: "CardLedger", hardware: str) -> Iterator[str]:
@@ -88,7 +89,9 @@ def off_baseline(
     """
     path = file.relative_to(root) if file.is_relative_to(root) else file
     try:
-        if gap := next((gap for gap in ledger.gaps if gap.figures not in ("allocator", "kernel")), None):
+        if gap := next(
+            (gap for gap in ledger.gaps if gap.figures not in ("allocator", "kernel", "traffic")), None
+        ):
             raise ValueError(f"{path}: the test cannot be compared with a baseline: {gap.sentence}")
         measured = _measured(ledger, name, device)
         if update:

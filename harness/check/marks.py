@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Protocol
 from harness.config import hardware_page
 from harness.device import allocator_settings
 from harness.ledger.categories import CATEGORIES, KERNEL
+from harness.record.links import LINKS, STORAGE
 from harness.tables import parse_size
 
 BUDGETED = (*CATEGORIES, "total", "saved")
@@ -15,6 +16,11 @@ BUDGETED_ON_CARD = (*CATEGORIES, KERNEL, "total", "saved", "reserved")
 """With `hardware`, what kernels take, and the most that the caching allocator reserves, can have a budget too."""
 OPTIONS = ("hardware", "allocator", "assume")
 """The options of a rehearsal, which either mark may have."""
+TRAFFIC, PER_NODE = "traffic", "per_node"
+"""The most that the test may move, by link, and how many consecutive ranks are on each node."""
+ALL_LINKS = "all"
+MOVED_OVER = (*(link for link in LINKS if link != STORAGE), ALL_LINKS)
+"""What `traffic` may have a limit for. Files are read and written without torch, so that no test's are counted."""
 BUDGET, BASELINE = "memory_budget", "memory_baseline"
 
 
@@ -28,7 +34,9 @@ class _Kind(NamedTuple):
 
 
 _KINDS = {
-    BUDGET: _Kind((*BUDGETED_ON_CARD, *OPTIONS), "limit", "category", "activations='10 MiB'"),
+    BUDGET: _Kind(
+        (*BUDGETED_ON_CARD, TRAFFIC, PER_NODE, *OPTIONS), "limit", "category", "activations='10 MiB'"
+    ),
     BASELINE: _Kind(OPTIONS, "option", "option", "hardware='h100-sxm'"),
 }
 
@@ -53,7 +61,8 @@ class Request(NamedTuple):
     """What the marks of one test ask.
 
     limits: bytes by name. hardware: the GPU's page for which the body is rehearsed; None: the body runs. allocator and
-    assume: as `harness.rehearse` takes them. fits: whether all must fit into that GPU.
+    assume: as `harness.rehearse` takes them. fits: whether all must fit into that GPU. traffic: the most payload bytes
+    by link. per_node: how many consecutive ranks are on each node; None: as torchrun says.
     """
 
     limits: dict[str, int]
@@ -61,6 +70,8 @@ class Request(NamedTuple):
     allocator: str | None = None
     assume: float | None = None
     fits: bool = False
+    traffic: Mapping[str, int] | None = None
+    per_node: int | None = None
 
 
 def read(marks: Iterable[Mark]) -> Request:
@@ -70,12 +81,40 @@ def read(marks: Iterable[Mark]) -> Request:
         _check_names(mark)
     budget, baseline = (_merged(mark for mark in marks if mark.name == kind) for kind in (BUDGET, BASELINE))
     options = _options(budget, baseline)
-    limits = {name: _bytes(name, value) for name, value in budget.items() if name not in OPTIONS}
+    traffic: dict[str, int] = {}
+    for mark in marks:
+        if TRAFFIC in mark.kwargs:
+            traffic = {**_traffic(mark.kwargs[TRAFFIC]), **traffic}
+    others = {*OPTIONS, TRAFFIC, PER_NODE}
+    limits = {name: _bytes(name, value) for name, value in budget.items() if name not in others}
     if options["hardware"] is None:
         for name, value in (*budget.items(), *baseline.items()):
-            if name not in BUDGETED and value is not None:
+            if name not in (*BUDGETED, TRAFFIC, PER_NODE) and value is not None:
                 raise ValueError(f"{name}={value!r} is of a rehearsal for a GPU: give hardware= too")
-    return Request(limits, **options, fits=bool(budget))
+    per_node = _per_node(budget.get(PER_NODE), traffic)
+    return Request(limits, **options, fits=bool(budget), traffic=traffic, per_node=per_node)
+
+
+def _traffic(limits: Any) -> dict[str, int]:
+    """The most payload bytes by link. Raises ValueError."""
+    if not isinstance(limits, Mapping) or not limits:
+        raise ValueError(f"{BUDGET}({TRAFFIC}={limits!r}): give limits by link, as {{'network': '2 GiB'}}")
+    for link in limits:
+        if link not in MOVED_OVER:
+            why = "what a test reads and writes is not counted" if link == STORAGE else "no such link"
+            raise ValueError(f"{BUDGET}({TRAFFIC}={limits!r}): {link}: {why}; one of {', '.join(MOVED_OVER)}")
+    return {link: _bytes(TRAFFIC, limit, f"{{{link!r}: {limit!r}}}") for link, limit in limits.items()}
+
+
+def _per_node(ranks: Any, traffic: Mapping[str, int]) -> int | None:
+    """The ranks on each node. Raises ValueError."""
+    if ranks is not None and (isinstance(ranks, bool) or not isinstance(ranks, int) or ranks < 1):
+        raise ValueError(f"{BUDGET}({PER_NODE}={ranks!r}): give how many ranks are on a node, 1 or more")
+    if ranks is not None and not traffic:
+        raise ValueError(
+            f"{BUDGET}({PER_NODE}={ranks!r}): it says which link is crossed: give {TRAFFIC}= too"
+        )
+    return ranks
 
 
 def _check_names(mark: Mark) -> None:
@@ -141,10 +180,10 @@ def _check_assume(value: Any) -> None:
 _CHECKS = {"hardware": _check_hardware, "allocator": _check_allocator, "assume": _check_assume}
 
 
-def _bytes(name: str, amount: Any) -> int:
+def _bytes(name: str, amount: Any, shown: str = "") -> int:
     try:
         if isinstance(amount, bool) or not isinstance(amount, (int, str)):
             raise ValueError("not a size; give bytes, or a text as '10 MiB'")
         return parse_size(str(amount))
     except ValueError as error:
-        raise ValueError(f"{BUDGET}({name}={amount!r}): {error}") from None
+        raise ValueError(f"{BUDGET}({name}={shown or repr(amount)}): {error}") from None

@@ -6,8 +6,11 @@ from typing import NamedTuple
 from harness.ledger.categories import CATEGORIES
 from harness.tables import parse_size
 
-TOLERATED = (*CATEGORIES, "kernel", "allocator", "unattributed", "reserved")
-"""Every figure that may have a tolerance. The last four are the allocator's, compared where both sides have them."""
+TRAFFIC = "traffic"
+TOLERATED = (*CATEGORIES, "kernel", "allocator", "unattributed", "reserved", TRAFFIC)
+"""Every figure that may have a tolerance. Those of the allocator and of traffic are compared where both sides have
+them.
+"""
 
 
 class Tolerance(NamedTuple):

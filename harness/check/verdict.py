@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from harness.check.baseline import Accounting, Baseline, rank_ranges
-from harness.check.tolerance import NONE, Tolerance
+from harness.check.tolerance import NONE, TRAFFIC, Tolerance
 from harness.config.refusal import as_typed
 from harness.record.fields import flat, printable
 from harness.tables import difference, size
@@ -24,6 +24,8 @@ class Change(NamedTuple):
     after: int
     since: str = ""
     """The first phase in which the category differs, and the number of such phases."""
+    cause: str = ""
+    """What most of it was for, where it is traffic."""
 
     @property
     def more(self) -> int:
@@ -129,6 +131,7 @@ def judge(
     apart = tuple(_apart(baseline, run, common, tolerances))
     unseen = {*range(baseline.world)}.difference(common)
     notes = [f"{_ranks(unseen)} not measured on both sides, and not compared"] if unseen else []
+    notes += _uncompared_traffic(baseline, run, common)
     if apart:
         notes += _causes(baseline, run, tree)
     peak = max(run.by_rank[number].highest[0] for number in common)
@@ -211,6 +214,7 @@ def _changes(before: Accounting, after: Accounting, tolerances: Mapping[str, Tol
     for name, old, new in _allocators(before, after):
         if not tolerances.get(name, NONE).allows(old, new):
             yield Change(name, "peak", old, new)
+    yield from _traffic(before, after, tolerances.get(TRAFFIC, NONE))
 
 
 def _allocators(before: Accounting, after: Accounting) -> Iterator[tuple[str, int, int]]:
@@ -220,6 +224,31 @@ def _allocators(before: Accounting, after: Accounting) -> Iterator[tuple[str, in
             yield name, getattr(before.allocator, attribute), getattr(after.allocator, attribute)
     if before.reserved is not None and after.reserved is not None:
         yield "reserved", before.reserved, after.reserved
+
+
+def _traffic(before: Accounting, after: Accounting, tolerance: Tolerance) -> Iterator[Change]:
+    """What moved more or less than the tolerance allows, by phase, operation and link; where both sides have it."""
+    if before.traffic is None or after.traffic is None:
+        return
+    old, new = (
+        {(each.phase, each.operation, each.link): each for each in side.traffic or ()}
+        for side in (before, after)
+    )
+    for key in dict.fromkeys([*old, *new]):
+        earlier, later = (side[key].bytes if key in side else 0 for side in (old, new))
+        if not tolerance.allows(earlier, later):
+            phase, operation, link = key
+            name = f"{operation} in {phase}{f' over {link}' if link else ''}"
+            yield Change(name, TRAFFIC, earlier, later, cause=new[key].cause if key in new else "")
+
+
+def _uncompared_traffic(baseline: Baseline, run: Baseline, common: Sequence[int]) -> Iterator[str]:
+    """A sentence where only one side has traffic."""
+    counted = [any(side.by_rank[number].traffic is not None for number in common) for side in (baseline, run)]
+    if counted == [False, True]:
+        yield "its traffic is not in the baseline; --update adds it"
+    elif counted == [True, False]:
+        yield "the run has no traffic counted, and the baseline's is not compared"
 
 
 def _phase_differences(before: Accounting, after: Accounting) -> Iterator[str]:

@@ -42,11 +42,18 @@ class _Kind(NamedTuple):
     storage: Storage | None
     cause: str | None
 
-    @property
-    def moved(self) -> Moved:
-        """With the name that the storage has now: an owner may have claimed it later."""
-        name = self.storage.name if self.storage is not None and self.storage.name else self.cause
-        return Moved(self.operation, self.ranks, name)
+    def causes(self, nbytes: int) -> Iterator[tuple[Moved, int]]:
+        """What it was for, and its part of `nbytes`, with the names that the storage has now: an owner may have claimed
+        it later. Where all of a storage moves that several parameters share, each of them has its part.
+        """
+        storage = self.storage
+        shares = [] if storage is None or not storage.nbytes or nbytes % storage.nbytes else storage.shares
+        if len(shares) < 2 or storage is None:
+            name = storage.name if storage is not None and storage.name else self.cause
+            yield Moved(self.operation, self.ranks, name), nbytes
+            return
+        for name, part in shares:
+            yield Moved(self.operation, self.ranks, name), nbytes // storage.nbytes * part
 
 
 _Sums = dict[_Kind, tuple[int, int]]
@@ -155,9 +162,10 @@ class Traffic:
                 continue
             amounts = totals.setdefault(where, {})
             for kind, (calls, nbytes) in sums.items():
-                if calls or nbytes:
-                    earlier = amounts.get(kind.moved, (0, 0))
-                    amounts[kind.moved] = earlier[0] + calls, earlier[1] + nbytes
+                for moved, part in kind.causes(nbytes) if calls or nbytes else ():
+                    earlier = amounts.get(moved, (0, 0))
+                    amounts[moved] = earlier[0] + calls, earlier[1] + part
+                    calls = 0  # counted once
         return totals
 
     def _count(self, where: Where, kind: _Kind, calls: int, nbytes: int) -> None:

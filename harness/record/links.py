@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
-from harness.config import hardware_page
-
 if TYPE_CHECKING:
     from harness.config.settings import Settings
 
@@ -41,15 +39,17 @@ class Nodes(NamedTuple):
             return STORAGE
         if operation in ("host-to-device", "device-to-host"):
             return PCIE
-        if self.per_node is None:
+        if len(ranks) > 1 and self.per_node is None:
             return None
-        if len({rank // self.per_node for rank in ranks}) > 1:
+        if len({rank // (self.per_node or 1) for rank in ranks}) > 1:
             return NETWORK
         return HOST_MEMORY if self.device == "cpu" else self.link
 
 
 def nodes_of(settings: "Settings", device: str = "", device_name: str = "") -> Nodes:
     """Where the ranks of a run of `settings` are, whose `per_node` is decided. A real run knows its `device`."""
+    from harness.config import hardware_page  # it reads YAML, which no reader of records needs
+
     link = settings.hardware.link_kind
     if link is None and device == "cuda" and (name := hardware_page.of_device(device_name)):
         link = hardware_page.gpu(name).link_kind

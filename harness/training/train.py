@@ -236,9 +236,12 @@ def _stop(
 
 def _reported(batches: Iterator[torch.Tensor], ledger: Ledger) -> Iterator[torch.Tensor]:
     """`batches`, whose tokens are read from the stored row as they are asked for: each is 4 bytes there."""
-    for tokens in batches:
+
+    def report(tokens: torch.Tensor) -> torch.Tensor:
         ledger.traffic.report(READ, {"tokens": tokens.numel() * token_batches.STORED_BYTES})
-        yield tokens
+        return tokens
+
+    return map(report, batches)  # a generator would keep the batch until the next
 
 
 def _validation_batches(

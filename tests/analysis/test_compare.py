@@ -568,6 +568,49 @@ def test_what_is_no_record_is_not_shown() -> None:
         show({key: value for key, value in train().items() if key != "ranks"})
 
 
+# What moves
+
+MOVES = "what the rank that moves most moves in a step, or a batch"
+
+
+def moving(record: dict[str, Any], phase: str, **by_link: int) -> dict[str, Any]:
+    """`record`, whose last rank moves so many bytes in a phase, and the others nothing."""
+    rows = [
+        {
+            "step": 0,
+            "phase": phase,
+            "micro_batch": 0,
+            "operation": "all-reduce",
+            "link": link,
+            "calls": 1,
+            "bytes": count,
+        }
+        for link, count in by_link.items()
+    ]
+    for rank in record["ranks"]:
+        rank["traffic"] = []
+    record["ranks"][-1]["traffic"] = rows
+    return record
+
+
+def test_what_moves_is_set_beside_by_link_where_all_runs_have_it(compared: Compared) -> None:
+    step = moving(record_of("train", ranks=2, **TRAIN), "backward", network=4 * KIB, nvlink=KIB)
+    batch = moving(infer(), "decode", nvlink=3 * KIB)
+    assert section(compared(step, batch), MOVES) == [
+        ["network", "4.0 KiB", "0 B", "-4.0 KiB"],
+        ["nvlink", "1.0 KiB", "3.0 KiB", "+2.0 KiB", "x 3.00"],
+        ["all links", "5.0 KiB", "3.0 KiB", "-2.0 KiB", "x 0.60"],
+    ]
+    assert "| network | 4,096 B | 0 B |" in compared(step, batch, options=("--markdown", "--bytes"))
+    runs = json.loads(compared(step, batch, infer(), options=("--json",)))["runs"]
+    assert [run["traffic"] for run in runs] == [
+        {"network": 4 * KIB, "nvlink": KIB},
+        {"nvlink": 3 * KIB},
+        None,
+    ]
+    assert MOVES not in compared(step, infer())
+
+
 # Byte counts
 
 

@@ -285,6 +285,72 @@ def test_a_peak_that_is_elsewhere_is_said(check_records: Run) -> None:
     assert "rank 0: the peak is in step 0, backward, the baseline's in step 0, setup" in lines(out)
 
 
+# What moves
+
+
+def moving(nbytes: int, link: str = "network", step: int = 0) -> dict[str, Any]:
+    """A record whose ranks gather so many bytes in forward."""
+    row = {"step": step, "phase": "forward", "micro_batch": 0, "operation": "all-gather", "link": link}
+    causes = [{"name": "layers.*.mlp.weight", "bytes": nbytes - 1}, {"name": "norm", "bytes": 1}]
+    read = {**row, "phase": "setup", "operation": "read", "link": "storage", "calls": 1, "bytes": 7}
+    record = record_of()
+    record["ranks"][0]["traffic"] = [{**row, "calls": 2, "bytes": nbytes, "causes": causes}, read]
+    return record
+
+
+def test_one_byte_more_that_moves_fails_naming_ranks_phase_operation_link_and_cause(
+    check_records: Run,
+) -> None:
+    code, out, err = check_records(moving(4096), moving(4097))
+    assert (code, err) == (1, "")
+    reported = lines(out)
+    assert reported[0] == "b NO ranks 0-1: all-gather in forward over network +1 B (+0.02%)"
+    assert "all-gather in forward over network, traffic 4.0 KiB 4.0 KiB +1 B +0.02%" in reported
+    said = "all-gather in forward over network: 4,097 B, the baseline's 4,096 B, most for layers.*.mlp.weight"
+    assert f"ranks 0-1: {said}" in reported
+    assert check_records(moving(4096), moving(4097), "--tolerance", "traffic=1")[0] == 0
+
+
+def test_another_link_is_another_figure(check_records: Run) -> None:
+    code, out, _ = check_records(moving(4096, "nvlink"), moving(4096, "network"), "--json")
+    assert code == 1
+    changes = json.loads(out)["baselines"][0]["ranks"][0]["changes"]
+    assert [(each["name"], each["before"], each["after"]) for each in changes] == [
+        ("all-gather in forward over nvlink", 4096, 0),
+        ("all-gather in forward over network", 0, 4096),
+    ]
+
+
+def test_what_moves_after_the_exact_steps_and_what_set_up_reads_is_not_held(check_records: Run) -> None:
+    after = moving(4096)
+    after["ranks"][0]["traffic"] += moving(5, step=3)["ranks"][0]["traffic"]
+    assert check_records(moving(4096), after)[0] == 0
+
+
+def test_a_baseline_has_no_causes_and_one_without_traffic_holds_and_says_so(
+    check_records: Run, gate: Run
+) -> None:
+    code, out, _ = check_records(record_of(), moving(4096))
+    assert code == 0
+    assert out.endswith("; its traffic is not in the baseline; --update adds it\n")
+    assert "traffic" not in Path("b.json").read_text()
+    assert "rewritten" in gate("after", "--baseline", "b.json", "--update")[1]
+    [row] = json.loads(Path("b.json").read_text())["ranks"][0]["traffic"]
+    assert row == {"phase": "forward", "operation": "all-gather", "link": "network", "bytes": 4096}
+    assert "unchanged" in gate("after", "--baseline", "b.json", "--update")[1]
+    code, out, _ = gate("before", "--baseline", "b.json")
+    assert code == 0
+    assert out.endswith("; the run has no traffic counted, and the baseline's is not compared\n")
+
+
+def test_traffic_that_is_known_in_part_is_not_compared(check_records: Run) -> None:
+    after = moving(4097)
+    after["ranks"][0]["unseen"] = [
+        "a all-gather is not in the figures of storages: the ledger could not read it"
+    ]
+    assert check_records(moving(4096), after)[0] == 0
+
+
 # Why it does not
 
 

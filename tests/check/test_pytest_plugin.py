@@ -265,6 +265,22 @@ def test_none():
         ("total=1, assume=1.0", "assume=1.0 is of a rehearsal for a GPU: give hardware= too"),
         ("hardware='t4', assume='1'", "assume='1': give a number, which is taken for every unknown value"),
         ("hardware='t4', allocator=1", "allocator=1: give a text, as 'expandable_segments:True'"),
+        ("traffic='1 MiB'", "memory_budget(traffic='1 MiB'): give limits by link, as {'network': '2 GiB'}"),
+        ("traffic={}", "memory_budget(traffic={}): give limits by link"),
+        (
+            "traffic={'ether': 1}",
+            "memory_budget(traffic={'ether': 1}): ether: no such link; one of host-memory",
+        ),
+        ("traffic={'storage': 1}", "*: storage: what a test reads and writes is not counted; one of"),
+        ("traffic={'pcie': 'x'}", "memory_budget(traffic={'pcie': 'x'}): not a size"),
+        ("traffic={'all': True}", "memory_budget(traffic={'all': True}): not a size"),
+        ("traffic={'all': -1}", "memory_budget(traffic={'all': -1}): not a size"),
+        ("traffic={'all': 1}, per_node=0", "memory_budget(per_node=0): give how many ranks are on a node"),
+        (
+            "traffic={'all': 1}, per_node='8'",
+            "memory_budget(per_node='8'): give how many ranks are on a node",
+        ),
+        ("per_node=8", "memory_budget(per_node=8): it says which link is crossed: give traffic= too"),
         (
             "hardware='t4', allocator='expandable_segments:yes'",
             "allocator='expandable_segments:yes': expandable_segments:yes: give True or False",
@@ -492,6 +508,100 @@ def test_step():
     otherwise = outcome(tests.format(options="hardware='rtx4090', allocator='large_segment_size_mb:64'"))
     otherwise.assert_outcomes(failed=1)
     otherwise.stdout.fnmatch_lines(["*reserved, peak*", "*torch *, the baseline's 2.0.0*"])
+
+
+# What is moved
+
+OF_16_RANKS = """
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+@pytest.fixture(autouse=True)
+def group():
+    dist.init_process_group("fake", rank=0, world_size=16, store=FakeStore())
+    yield
+    dist.destroy_process_group()
+
+@pytest.mark.memory_budget({mark})
+def test_it():
+    with torch.no_grad():
+        dist.all_reduce(torch.ones(1024))
+        dist.all_gather_into_tensor(torch.empty(64), torch.ones(4))
+"""
+
+
+@pytest.mark.parametrize(
+    ("mark", "said"),
+    [
+        ("traffic={'network': 4352}, per_node=8", ""),
+        ("traffic={'network': 0, 'host-memory': 4352}, per_node=16", ""),
+        (
+            "traffic={'network': '1 KiB'}, per_node=8",
+            "the test moved 4.2 KiB over network, 3.2 KiB over its budget of 1.0 KiB; most by all-reduce in",
+        ),
+        (
+            "traffic={'all': 4351}",
+            "the test moved 4.2 KiB over all links, 1 B over its budget of 4.2 KiB; most",
+        ),
+        (
+            "traffic={'network': 4351}",
+            "*cannot be judged: which link 4.2 KiB cross is not known; per_node= says how many ranks are on a node",
+        ),
+        ("traffic={'network': 4352}", ""),
+    ],
+)
+def test_what_ranks_send_each_other_has_a_budget_by_link(outcome: Outcome, mark: str, said: str) -> None:
+    result = outcome(OF_16_RANKS.replace("{mark}", mark))
+    result.assert_outcomes(failed=bool(said), passed=not said)
+    if said:
+        result.stdout.fnmatch_lines([f"{said.replace('[', '[[]')}*"])
+
+
+def test_a_world_of_one_moves_its_payload_on_its_own_node(outcome: Outcome) -> None:
+    result = outcome("""
+import torch.distributed as dist
+
+@pytest.fixture(autouse=True)
+def group(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+@pytest.mark.memory_budget(traffic={"host-memory": 4096, "network": 0})
+def test_kept():
+    dist.all_reduce(torch.ones(1024))
+
+@pytest.mark.memory_budget(traffic={"host-memory": 4095})
+def test_passed():
+    dist.all_reduce(torch.ones(1024))
+""")
+    result.assert_outcomes(passed=1, failed=1)
+    result.stdout.fnmatch_lines(["the test moved 4.0 KiB over host-memory, 1 B over its budget*1 calls*"])
+
+
+def test_copies_to_a_gpu_that_is_not_there_have_a_budget(outcome: Outcome) -> None:
+    result = outcome("""
+pytestmark = pytest.mark.memory_budget(hardware="rtx4090", traffic={"all": "1 MiB"})
+
+@pytest.mark.memory_budget(traffic={"pcie": 4096})
+def test_kept():
+    torch.ones(1024).cuda()
+
+@pytest.mark.memory_budget(traffic={"pcie": 4095})
+def test_passed():
+    torch.ones(1024).cuda()
+
+@pytest.mark.memory_budget(traffic={"pcie": "1 GiB"})
+def test_passed_by_all():
+    torch.ones(2**20).cuda()
+""")
+    result.assert_outcomes(passed=1, failed=2)
+    result.stdout.fnmatch_lines(
+        [
+            "the test moved 4.0 KiB over pcie, 1 B over its budget of 4.0 KiB; most by host-to-device in *",
+            "the test moved 4.0 MiB over all links, 3.0 MiB over its budget of 1.0 MiB; *",
+        ]
+    )
 
 
 # Baselines

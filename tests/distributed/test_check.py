@@ -1,6 +1,7 @@
 """The gate between a run and its rehearsal: one baseline is held by both, to the byte, until a knob is another."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -58,3 +59,18 @@ def test_a_run_with_one_knob_changed_fails_and_the_category_and_the_knob_are_nam
     assert "communication, peak" in reported
     assert "another config: zero.reduce_bucket_size=1000000, the baseline's 5000000" in reported
     assert "activations, peak" not in reported
+
+
+def test_a_run_that_moves_more_fails_and_says_what_moves_it(
+    rehearsed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["hardware=cpu", PRECISION, *RATED, *WORDS, "train.accumulation=2", "zero=3"]
+    assert main([*words, "world=rehearsed", "world.size=2", f"hydra.run.dir={tmp_path}/run"]) == 0
+    assert main(["check", f"{tmp_path}/run", "--baseline", str(rehearsed)]) == 1
+    reported = " ".join(capsys.readouterr().out.split())
+    named = re.search(
+        r"rank 1: all-gather in forward over host-memory: ([0-9,]+) B, the baseline's 0 B, most", reported
+    )
+    assert named is not None
+    assert int(named[1].replace(",", "")) > 2**20
+    assert "zero.stage=3, the baseline's 2" in reported
