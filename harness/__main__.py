@@ -59,6 +59,10 @@ TOOLS = {
         "analysis.roofline",
         "RUN [...]      whether it is compute-bound or memory-bound, and where that changes; --hardware NAME, --json",
     ),
+    "links": (
+        "analysis.links",
+        "[RUN]             what each link must carry, how long at best; --step-seconds S, --nodes N --gpus G, --json",
+    ),
     "explain": (
         "advice.explain",
         "RUN             what uses its memory, and the change that would save most; --no-rehearsal, --json",

@@ -194,6 +194,8 @@ def commands(run: Path, others: Sequence[Path], baseline: Path, output: Path) ->
         ["caching", *beside, "--json"],
         ["roofline", str(run)],
         ["roofline", str(run), "--json", "--hardware", "h100-sxm"],
+        ["links", str(run)],
+        ["links", str(run), "--json", "--step-seconds", "1", "--network", "aws-efa-p4d"],
         ["explain", str(run), "--no-rehearsal"],
         ["explain", str(run), "--no-rehearsal", "--json"],
         ["check", str(run), "--baseline", str(baseline)],

@@ -1,7 +1,7 @@
 """What a run moves in a step or a batch, by link and phase, read from its record. It imports no torch."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 from harness.analysis.roofline_model import PHASES
 from harness.record.memory import Rank, Transfer
@@ -53,16 +53,13 @@ def worst(record: Record) -> Rank | None:
     return max(counted, key=lambda pair: (pair[0], -pair[1].rank), default=(0, None))[1]
 
 
-def members(group: str) -> Iterator[int]:
+def members(group: str) -> Sequence[int]:
     """The ranks of a transfer's `group`: `0-7`, `0-56:8` or `0,3,4`. Raises ValueError for another text."""
-    if not group:
-        return
-    if "-" in group:
-        span, _, step = group.partition(":")
-        first, last = map(int, span.split("-"))
-        yield from range(first, last + 1, int(step or 1))
-    else:
-        yield from map(int, group.split(","))
+    if "-" not in group:
+        return [int(each) for each in group.split(",") if group]
+    span, _, step = group.partition(":")
+    first, last = map(int, span.split("-"))
+    return range(first, last + 1, int(step or 1))
 
 
 def largest(transfers: Sequence[Transfer], number: int) -> list[tuple[str, int]]:

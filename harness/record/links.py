@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
-from harness.config import hardware_page
-
 if TYPE_CHECKING:
     from harness.config.settings import Settings
 
@@ -50,6 +48,8 @@ class Nodes(NamedTuple):
 
 def nodes_of(settings: "Settings", device: str = "", device_name: str = "") -> Nodes:
     """Where the ranks of a run of `settings` are, whose `per_node` is decided. A real run knows its `device`."""
+    from harness.config import hardware_page  # not imported where a record is read
+
     link = settings.hardware.link_kind
     if link is None and device == "cuda" and (name := hardware_page.of_device(device_name)):
         link = hardware_page.gpu(name).link_kind
