@@ -558,7 +558,7 @@ def link_bound() -> Example:
         "  and 2.7 us of latency a call": ("nvlink", SHARED, contexts, port.bandwidth, late),
         "offloaded cache on PCIe, 64 GB/s": ("pcie", OFFLOADED, (TOKENS,), card.to_host, 0.0),
     }
-    rows = [
+    rows: list[Sequence[str]] = [
         (name, "", *(_batch(_turn(link, words, each, *rates)) if each in known else "" for each in contexts))
         for name, (link, words, known, *rates) in links.items()
     ]
