@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from harness.analysis import fabric
 from harness.analysis.args import Parser, refuse
-from harness.analysis.links_model import Need, needs, rates
+from harness.analysis.links_model import Need, machine, needs
 from harness.analysis.roofline_model import bounds
 from harness.analysis.run_settings import settings_in
 from harness.record.ceilings import of_page
@@ -129,12 +129,8 @@ def _check(options: argparse.Namespace) -> None:
 def _asked(options: argparse.Namespace) -> Asked:
     record = parse(read(options.run), str(options.run))
     hardware, network = pages(record, options.hardware, options.network)
-    found = needs(
-        record,
-        rates(hardware, network),
-        computing(record, options.hardware and hardware),
-        options.step_seconds,
-    )
+    at_best = computing(record, None if options.hardware is None else hardware)
+    found = needs(record, machine(hardware, network, at_best), options.step_seconds)
     name = printable(str(options.run))
     if not found:
         missing = "decoding with traffic" if record.mode == "infer" else "traffic"

@@ -58,11 +58,14 @@ class Flow(NamedTuple):
         return max(self)
 
 
-class Rates(NamedTuple):
-    """Bytes a second of each link in each direction, those of the network for a node, and the network's latency."""
+class Machine(NamedTuple):
+    """Bytes a second of each link in each direction, those of the network for a node; the network's latency in seconds;
+    and the seconds that each phase computes at best.
+    """
 
-    by_link: Mapping[str, float | None]
-    latency: float | None = None
+    rates: Mapping[str, float | None]
+    latency: float | None
+    computing: Mapping[str, float | None]
 
 
 @dataclass(frozen=True)
@@ -98,25 +101,26 @@ class Need:
         return {**asdict(self), "share": self.share, "not_hidden": self.shown}
 
 
-def rates(hardware: "Hardware | None", network: "Network | None") -> Rates:
-    """The rates of these pages."""
-    by_link: dict[str, float | None] = {} if hardware is None else {PCIE: hardware.to_host}
-    if hardware is not None and hardware.link_kind not in (None, PCIE):
-        by_link[str(hardware.link_kind)] = hardware.between
-    if network is None:
-        return Rates(by_link)
-    return Rates({**by_link, NETWORK: network.of_node}, network.latency)
+def machine(
+    hardware: "Hardware | None", network: "Network | None", computing: Mapping[str, float | None]
+) -> Machine:
+    """The machine of these pages."""
+    rates: dict[str, float | None] = {}
+    if hardware is not None:
+        rates = {hardware.link_kind or "": hardware.between, PCIE: hardware.to_host}
+    if network is not None:
+        rates[NETWORK] = network.of_node
+    return Machine(rates, None if network is None else network.latency, computing)
 
 
-def needs(
-    record: Record, rates: Rates, computing: Mapping[str, float | None], seconds: float | None = None
-) -> list[Need]:
+def needs(record: Record, machine: Machine, seconds: float | None = None) -> list[Need]:
     """Each link of a step, for the rank or node that moves most on it, the one with most bytes first.
 
-    `computing` has the seconds of each phase at best, `seconds` those that the step shall take. In inference a step is
-    one of decoding: a token of each sequence. Empty where no traffic is counted, or no decoding.
+    `seconds` are those that the step shall take. In inference a step is one of decoding: a token of each sequence.
+    Empty where no traffic is counted, or no decoding.
     """
     found: dict[str, Need] = {}
+    per_node = _per_node(record)
     for rank in record.ranks:
         steps = decoding_steps(rank) if record.mode == "infer" else 1
         rows = transfers.of_step(record, rank)
@@ -126,7 +130,7 @@ def needs(
             rows = [each for each in rows if each.phase == "decode"]
         for link in dict.fromkeys(each.link or transfers.UNKNOWN for each in rows):
             own = [each for each in rows if (each.link or transfers.UNKNOWN) == link]
-            need = _need(record, rank, link, own, rates, computing, seconds, steps)
+            need = _need(link, rank.rank, own, per_node if link == NETWORK else 1, machine, seconds, steps)
             if link not in found or (need.bytes or 0) > (found[link].bytes or 0):
                 found[link] = need
     return sorted(found.values(), key=lambda need: -(need.bytes or 0))
@@ -140,25 +144,23 @@ def decoding_steps(rank: Rank) -> int | None:
 
 
 def _need(
-    record: Record,
-    rank: Rank,
     link: str,
+    rank: int,
     rows: list[Transfer],
-    rates: Rates,
-    computing: Mapping[str, float | None],
+    per_node: int | None,
+    machine: Machine,
     seconds: float | None,
     steps: int,
 ) -> Need:
-    per_node = _per_node(record) if link == NETWORK else 1
     phases = dict.fromkeys(each.phase for each in rows)
     by_phase = {name: [each for each in rows if each.phase == name] for name in phases}
-    whole = [flow(own, rank.rank, per_node) for own in by_phase.values()]
-    alone = [flow(own, rank.rank, 1) for own in by_phase.values()]
-    bandwidth = rates.by_link.get(link)
-    latency = (rates.latency or 0) if link == NETWORK else 0
+    whole = [flow(own, rank, per_node) for own in by_phase.values()]
+    alone = [flow(own, rank, 1) for own in by_phase.values()]
+    bandwidth = machine.rates.get(link)
+    latency = (machine.latency or 0) if link == NETWORK else 0
 
     def at_best(own: list[Transfer]) -> float | None:
-        total = flow(own, rank.rank, per_node)
+        total = flow(own, rank, per_node)
         moving = over(None if total is None else total.busier, bandwidth)
         return None if moving is None else (moving + sum(each.calls for each in own) * latency) / steps
 
@@ -166,13 +168,13 @@ def _need(
         own = [each for each in by_phase[name] if each.operation in MAY_HIDE.get(name, ())]
         if not own:
             return 0.0
-        taken, beside = at_best(own), computing.get(name)
+        taken, beside = at_best(own), machine.computing.get(name)
         return None if taken is None or beside is None else min(taken, beside / steps)
 
     nbytes = sum_or_none(None if each is None else each.busier / steps for each in whole)
     return Need(
         link,
-        rank.rank,
+        rank,
         sum(each.calls for each in rows) / steps,
         sum_or_none(None if each is None else each.busier / steps for each in alone),
         nbytes,

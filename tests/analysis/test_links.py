@@ -9,7 +9,7 @@ import pytest
 
 from harness.__main__ import main
 from harness.analysis import fabric
-from harness.analysis.links_model import Need, Rates, needs, shared, turn
+from harness.analysis.links_model import Machine, Need, needs, shared, turn
 from harness.record.schema import parse
 
 Made = dict[str, Any]
@@ -58,13 +58,13 @@ def record_of(
     }
 
 
-RATES = Rates({"network": 1e9, "nvlink": 1e10}, 1e-3)
+RATES = {"network": 1e9, "nvlink": 1e10}
 
 
 def of(record: Made, link: str, seconds: float | None = None, computing: float | None = 1.0) -> Need:
     """That link of it; each phase computes for as long."""
     phases = ("forward", "backward", "step", "prefill", "decode")
-    found = needs(parse(record, "it"), RATES, dict.fromkeys(phases, computing), seconds)
+    found = needs(parse(record, "it"), Machine(RATES, 1e-3, dict.fromkeys(phases, computing)), seconds)
     (actual,) = [each for each in found if each.link == link]
     return actual
 

@@ -483,9 +483,8 @@ def answered(batch: int, context: int, *words: str) -> Rank:
     requested = {"batch": batch, "count": batch * replicas, "prompt_length": context - 1, "max_new_tokens": 2}
     options = [f"generation.{key}={value}" for key, value in requested.items()]
     return moving(
-        *("mode=infer", "model=llama2-70b", "generation.stop_at_eos=false", "ledger.steps=1"),
-        *options,
-        *words,
+        *("mode=infer", "model=llama2-70b", f"model.config.max_position_embeddings={2 * TOKENS}"),
+        *("generation.stop_at_eos=false", "ledger.steps=1", *options, *words),
     )
 
 
