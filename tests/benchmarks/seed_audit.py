@@ -528,6 +528,7 @@ def inference_links() -> Example:
     inside = [on_link(rank, "nvlink", "decode") for rank in shared]
     apart, between = ([on_link(rank, "network", "decode") for rank in ranks] for ranks in (shared, staged))
     moved = [on_link(rank, "pcie", "decode") for rank in offloaded]
+    bytes_alone = 1e6 * inside[0] / hardware("h100-sxm").between
     return Example(
         "What inference moves, and over which link",
         "input goes from storage to the GPU and results back to the host or the user, and needs low latency and high "
@@ -541,9 +542,10 @@ def inference_links() -> Example:
             ("the cache of 4,096 tokens is offloaded: from the host", "", *map(kib, moved)),
         ],
         "Right that latency matters, wrong of where",
-        "A prompt and an answer are a few KiB, and replicas send each other nothing. What waits for a link is each "
-        "layer that GPUs share: 2 all-reduces in each, one after another, so at a small batch their latency counts and "
-        "not their bytes. Stages send one hidden state a token. Only an offloaded cache moves much, over PCIe.",
+        f"A prompt is a few KiB, and replicas send each other nothing. What waits for a link is each layer that GPUs "
+        f"share: for one sequence {calls(shared[0])} all-reduces, one after another, whose bytes take "
+        f"{bytes_alone:.0f} us on NVLink at best, so it is their latency that counts. Stages send one hidden state a "
+        "token. Only an offloaded cache moves much, over PCIe.",
         ("1 sequence", "32 sequences"),
     )
 
@@ -567,10 +569,11 @@ def link_bound() -> Example:
         "link takes longer than an H100's memory:",
         rows,
         "It depends on the link",
-        "A step of B sequences takes (W + B k) / memory, where W are a rank's weights and k a sequence's cache, and "
-        "B w / link, where w is what a sequence moves on it. So the link bounds from W / memory / (w / link - k / "
-        "memory) sequences on, and never where k / memory is more than w / link. Both are counted, at batches of 1 and "
-        "32. On NVLink memory bounds all but large batches with short contexts; over a network the link does soon.",
+        "A step of B sequences takes (W + B k) / memory, where W are a rank's weights and k what a sequence moves in "
+        "memory, and B w / link, where w is what it moves on the link. So the link bounds from W / memory / (w / link - "
+        "k / memory) sequences on, and never where k / memory is more than w / link. Both are counted, at batches of 1 "
+        "and 32. On NVLink memory bounds any batch; over a network with a port for each GPU the link does in the end, "
+        "later with long contexts, whose caches are read from memory.",
         ("128 tokens of context", "4,096 tokens"),
     )
 
