@@ -570,10 +570,10 @@ def link_bound() -> Example:
         rows,
         "It depends on the link",
         "A step of B sequences takes (W + B k) / memory, where W are a rank's weights and k what a sequence moves in "
-        "memory, and B w / link, where w is what it moves on the link. So the link bounds from W / memory / (w / link "
-        "- k / memory) sequences on, and never where k / memory is more than w / link. Both are counted, at batches of 1 "
-        "and 32. On NVLink memory bounds any batch; over a network with a port for each GPU the link does in the end, "
-        "later with long contexts, whose caches are read from memory.",
+        "memory, and B w / link, where w is what it moves on the link. So the link bounds from W / memory / "
+        "(w / link - k / memory) sequences on, and never where k / memory is more than w / link. Both are counted, at "
+        "batches of 1 and 32. On NVLink memory bounds any batch; over a network with a port for each GPU the link does "
+        "in the end, later with long contexts, whose caches are read from memory.",
         ("128 tokens of context", "4,096 tokens"),
     )
 
