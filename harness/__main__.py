@@ -63,6 +63,10 @@ TOOLS = {
         "analysis.traffic",
         "RUN [...]       what a step, a batch and a token move, by link and phase, and what for; --json",
     ),
+    "links": (
+        "analysis.links",
+        "[RUN]             what each link must carry, how long at best; --step-seconds S, --nodes N --gpus G, --json",
+    ),
     "explain": (
         "advice.explain",
         "RUN             what uses its memory, and the change that would save most; --no-rehearsal, --json",

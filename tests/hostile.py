@@ -196,6 +196,8 @@ def commands(run: Path, others: Sequence[Path], baseline: Path, output: Path) ->
         ["roofline", str(run), "--json", "--hardware", "h100-sxm"],
         ["traffic", str(run)],
         ["traffic", *beside, "--json"],
+        ["links", str(run)],
+        ["links", str(run), "--json", "--step-seconds", "1", "--network", "aws-efa-p4d"],
         ["explain", str(run), "--no-rehearsal"],
         ["explain", str(run), "--no-rehearsal", "--json"],
         ["check", str(run), "--baseline", str(baseline)],

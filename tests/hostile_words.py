@@ -173,6 +173,8 @@ def command(random: Random, home: Path, paths: Mapping[str, Path], baseline: Pat
             ["compare", run, other],
             ["roofline", run, "--hardware", "h100-sxm"],
             ["traffic", run, other],
+            ["links", run, "--network", "aws-efa-p4d", "--step-seconds", "1"],
+            ["links", "--nodes", "4", "--gpus", "8"],
             ["contrast", run, other],
             ["batching", other, str(paths["another batch"])],
             ["caching", other, str(paths["no cache"])],

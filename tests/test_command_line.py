@@ -165,6 +165,7 @@ def test_a_package_that_an_extra_brings_is_named_with_it(
         (("explain", "RUN", "--no-rehearsal"), ("hydra", "omegaconf", "yaml", "pyarrow", "tqdm")),
         (("roofline", "RUN"), ("hydra", "omegaconf", "yaml", "pyarrow", "tqdm")),
         (("traffic", "RUN"), ("hydra", "omegaconf", "yaml", "pyarrow", "tqdm")),
+        (("links", "RUN"), ("hydra", "omegaconf", "pyarrow", "tqdm")),
         (("report", "RUN", "-o", "PAGE"), ("pandas",)),
         (("check", "RUN", "--baseline", "RUN.json", "--update"), ("hydra", "omegaconf", "pyarrow")),
     ],

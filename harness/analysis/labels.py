@@ -25,11 +25,12 @@ GROUPS = {
     "ledger.mode": "ledger",
     "world.kind": "world",
     "hardware.name": "hardware",
+    "network.name": "network",
 }
 """The key that an option of a group sets, and the group's name, with which the option is typed."""
 
-OF_HARDWARE = "hardware."
-"""A page of `conf/hardware/` sets all keys below it; the page's name stands for them."""
+PAGES = ("hardware", "network")
+"""Groups whose pages set all keys below them; a page's name stands for them."""
 
 UNSAID = ("train.", "generation.", "model.config.")
 """Prefixes of keys that their last part tells well enough."""
@@ -115,10 +116,11 @@ def settings_of(record: Record) -> dict[str, Any]:
 
 
 def differing(runs: Sequence[Values]) -> list[str]:
-    """The keys in which the runs differ, in the config's order. A page of hardware differs in its name alone."""
+    """The keys in which the runs differ, in the config's order. A page differs in its name alone."""
     keys = dict.fromkeys(key for run in runs for key in run)
     found = [key for key in keys if len({text_of(run.get(key)) for run in runs}) > 1]
-    return [key for key in found if not (key.startswith(OF_HARDWARE) and "hardware" in found)]
+    named = tuple(f"{page}." for page in PAGES if page in found)
+    return [key for key in found if not key.startswith(named)]
 
 
 def telling(runs: Sequence[Values]) -> list[str]:

@@ -47,8 +47,14 @@ def of_step(record: Record, rank: Rank) -> list[Transfer] | None:
     if rank.traffic is None:
         return None
     names = ("data", *PHASES.get(record.mode, ()))
-    rows = [each for each in rank.traffic if each.phase in names]
     exact = [each.step for each in rank.phases if each.phase in names and each.peak is not None]
+    return of_last(rank.traffic, record.mode, exact)
+
+
+def of_last(traffic: Iterable[Transfer], mode: str, exact: Sequence[int]) -> list[Transfer]:
+    """What moves in the last of the `exact` steps; without one, in each phase as it was recorded last."""
+    names = ("data", *PHASES.get(mode, ()))
+    rows = [each for each in traffic if each.phase in names]
     if exact:
         return [each for each in rows if each.step == max(exact)]
     last = {(each.phase, each.micro_batch): each.step for each in rows}

@@ -68,9 +68,9 @@ FREE = frozenset(
         "train.nonfinite",  # a run that stopped may go on with skip
     }
 )
-"""Fields that change no number of a training run, beside all of `generation`, `ledger` and `hardware`."""
+"""Fields that change no number of a training run, beside all of `generation`, `ledger`, `hardware` and `network`."""
 
-FREE_GROUPS = ("generation", "ledger", "hardware")
+FREE_GROUPS = ("generation", "ledger", "hardware", "network")
 
 AGAIN = "begin a new run from its weights instead, with model.path="
 

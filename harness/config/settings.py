@@ -299,6 +299,8 @@ class Hardware:
     """Bytes a second between devices, sum of both directions."""
     link_kind: Literal["nvlink", "infinity-fabric", "pcie"] | None = None
     """What connects the devices of a node; null: unknown."""
+    host_link: PositiveFloat | None = None
+    """Bytes a second between a device and its host, in each direction; null: half of link by PCIe, else unknown."""
     capability: PositiveFloat | None = None
     """A GPU's compute capability, as 8.9: it decides which kernels for packed weights exist."""
     multiprocessors: Positive | None = None
@@ -307,6 +309,37 @@ class Hardware:
     """In a rehearsal, the settings of torch's CUDA allocator; null: those in PYTORCH_ALLOC_CONF."""
     sources: dict[str, str] = Field(default_factory=dict)
     """Where a page's figures were read, by their keys."""
+
+    @property
+    def to_host(self) -> float | None:
+        """Bytes a second between a device and its host, in each direction. None: not known."""
+        return self.host_link or (self.between if self.link_kind == "pcie" else None)
+
+    @property
+    def between(self) -> float | None:
+        """Bytes a second from a device to the others of its node. None: not known."""
+        return None if self.link is None else self.link / 2
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Network:
+    name: str = "auto"
+    """The name in the record."""
+    bandwidth: PositiveFloat | None = None
+    """Bytes a second through a port, in each direction; null: unknown."""
+    ports: Count | None = None
+    """Ports of a node for what its devices send to other nodes; null: unknown."""
+    per_node: Count | None = None
+    """Devices of a node: what a rehearsal of GPUs takes world.per_node to be; null: unknown."""
+    latency: NotNegativeFloat | None = None
+    """Seconds that a step from one node to another takes at least; null: unknown."""
+    sources: dict[str, str] = Field(default_factory=dict)
+    """Where a page's figures were read, by their keys."""
+
+    @property
+    def of_node(self) -> float | None:
+        """Bytes a second out of a node, and as many into it. None: not known."""
+        return None if self.bandwidth is None or self.ports is None else self.bandwidth * self.ports
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -330,6 +363,7 @@ class Settings:
     ledger: Ledger = Ledger()
     world: World = World()
     hardware: Hardware = Hardware()
+    network: Network = Network()
 
     @property
     def dtype(self) -> str:

@@ -72,6 +72,8 @@ def _per_node(settings: Settings, device: str | None) -> tuple[int | None, str]:
         return (local, "as torchrun started them") if size % local == 0 else (None, "nodes differ")
     size = settings.world.size or 1
     if settings.hardware.device == "cuda":
+        if settings.network.per_node is not None:
+            return min(settings.network.per_node, size), f"as network={settings.network.name} has them"
         return min(GPUS, size), f"assumed; world.per_node= says how many of {size} ranks are on a node"
     return size, "assumed: all on one node"
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from harness.config.load import Refusal, Settings
 from harness.device.replay import Alternative
+from harness.record.memory import Transfer
 from harness.rehearsal import length
 from harness.rehearsal.moments import Moment, moments_of
 from harness.runtime import tracebacks
@@ -66,6 +67,9 @@ class Worst(NamedTuple):
 
     moments: tuple[Moment, ...] = ()
     """The highest of each phase."""
+
+    traffic: tuple[tuple[Transfer, ...] | None, ...] = ()
+    """What moved on each rank that was rehearsed. None: it was not counted."""
 
     @property
     def needs(self) -> int:
@@ -268,6 +272,7 @@ def _rehearsed(settings: Settings, rank: int, advised: bool = False) -> Worst:
         alternatives=tuple(alternatives),
         unseen=tuple(record.unseen),
         moments=moments_of(record),
+        traffic=(None if record.traffic is None else tuple(record.traffic),),
     )
 
 
@@ -278,7 +283,8 @@ def _highest(candidates: Candidates, ranks: Sequence[Worst]) -> Worst:
     worst = max(ranks, key=lambda rank: rank.bytes)
     fullest = max(ranks, key=lambda rank: (rank.exhausted, rank.needs))
     of_allocator = {name: getattr(fullest, name) for name in OF_ALLOCATOR}
-    return worst._replace(passed_over=candidates.passed_over, **of_allocator)
+    traffic = tuple(moved for rank in ranks for moved in rank.traffic)
+    return worst._replace(passed_over=candidates.passed_over, traffic=traffic, **of_allocator)
 
 
 def _error_text(error: Exception) -> str:

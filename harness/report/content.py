@@ -158,7 +158,11 @@ def pairs(runs: Sequence[ReportedRun]) -> Iterator[dict[str, Any]]:
 
 def _same_config(one: ReportedRun, other: ReportedRun) -> bool:
     config, other_config = (
-        {key: value for key, value in run.config.items() if not key.startswith(("world.", "hardware."))}
+        {
+            key: value
+            for key, value in run.config.items()
+            if not key.startswith(("world.", "hardware.", "network."))
+        }
         for run in (one, other)
     )
     return config == other_config and one.record.world.size == other.record.world.size

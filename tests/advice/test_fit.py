@@ -18,13 +18,16 @@ from harness.advice.fit.answer import Answer
 from harness.advice.fit.climb import HIGHEST, Climb
 from harness.advice.fit.combination import Combination, Trial
 from harness.advice.fit.data import data
-from harness.advice.fit.ranking import RECOMPUTED, cost
+from harness.advice.fit.ranking import BY, BY_FORMULA, RECOMPUTED, cost, sent
 from harness.advice.fit.request import Request
 from harness.advice.fit.text import text
+from harness.analysis import transfers
+from harness.analysis.links_model import flow
 from harness.config import compose
 from harness.config.load import load
 from harness.config.settings import Refusal
 from harness.device.outside import budget
+from harness.record.memory import Transfer
 from harness.rehearsal import decisive
 from harness.rehearsal.pool import Worst, worst
 from harness.tables import parse_size, size
@@ -467,6 +470,58 @@ def test_stages_are_an_axis_that_is_ranked_by_how_long_they_wait(capsys: pytest.
         ("1", "2", "8"),
         ("1", "4", "16"),
     ]  # ZeRO-2 has no stages
+
+
+@pytest.mark.parametrize("words", ["zero=2", "zero=1 pipeline.stages=2", "zero=3 world.per_node=1"])
+def test_what_a_rank_sends_for_a_sequence_is_what_a_rehearsal_of_all_micro_batches_counts(words: str) -> None:
+    given = [*SMALL, *words.split(), "model.config.num_hidden_layers=2", "train.accumulation=5"]
+    settings = load(compose.compose([*given, "world=rehearsed", "ledger.steps=2", "train.micro_batch=2"]))
+    few, all_of_them = worst(decisive(settings)), worst(settings)
+    moved = [transfers.of_last(rows or (), "train", [1]) for rows in all_of_them.traffic]
+    links = [
+        [
+            flow(row for row in rows if row.link != "storage" and (row.link == "network") is far)
+            for rows in moved
+        ]
+        for far in (True, False)
+    ]
+    far, near = ([each.busier / 10 for each in flows if each] for flows in links)
+    assert sent(Trial(2, (), settings, few, 0)) == max(zip(far, near, strict=True))
+    assert max(far + near) > 0
+
+
+def test_configs_are_ranked_by_counted_bytes_and_by_formula_only_where_none_were_counted() -> None:
+    request = Request([*SMALL, "hardware.memory=1000000", "zero=1,2", "checkpointing=none"])
+    place = {
+        "step": 1,
+        "phase": "step",
+        "micro_batch": 0,
+        "operation": "all-reduce",
+        "group": "0,1",
+        "ranks": 2,
+    }
+
+    def counted(zero: int, network: int, nvlink: int) -> Trial:
+        words = request.with_value(
+            (f"zero={zero}", "zero.offload=none", "pipeline.stages=1", "checkpointing=none"), 1
+        )
+        figures = {"network": network, "nvlink": nvlink}
+        rows = [Transfer(**place, link=k, calls=1, bytes=n, by_ring=n) for k, n in figures.items()]  # type: ignore[arg-type]
+        found = Worst(1000, 0, {"activations": 1000}, traffic=(tuple(rows),))
+        return Trial(1, words, request.settings(words), found, 999_000)
+
+    far, near = counted(1, 20, 10), counted(2, 10, 1000)
+    ranked = answer(request, far, near)
+    assert ranked.fitting == [near, far]
+    assert BY["train"] in text(ranked)
+    assert [each["sent"] for each in data(ranked)["trials"]] == [  # type: ignore[attr-defined]
+        {"between_nodes": 20.0, "within_node": 10.0},
+        {"between_nodes": 10.0, "within_node": 1000.0},
+    ]
+    uncounted = near._replace(worst=near.worst._replace(traffic=(None,)))
+    ranked = answer(request, far, uncounted)
+    assert ranked.fitting == [far, uncounted]
+    assert BY_FORMULA in text(ranked)
 
 
 def test_more_micro_batches_than_decide_a_peak_add_their_losses_and_no_more() -> None:

@@ -3,8 +3,9 @@
     python tests/benchmarks/seed_audit.py > profiles/seed-audit.md
 
 Prints a page. Its figures come from rehearsals of LLaMA-2-70B, as the text takes it to be (64 heads of keys and values)
-and as it is (8): from the ledger's bytes, and from the operations and bytes counted in the operators that ran. Takes a
-minute. `tests/rehearsal/test_seed_audit.py` holds the committed page against what is computed anew.
+and as it is (8): from the ledger's bytes, from the operations and bytes counted in the operators that ran, and from
+what ranks sent. Takes some minutes. `tests/rehearsal/test_seed_audit.py` holds the committed page against what is
+computed anew.
 """
 
 import platform
@@ -13,12 +14,16 @@ from functools import cache
 from textwrap import fill
 from typing import Any, NamedTuple
 
+from harness.analysis import transfers
+from harness.analysis.links_model import decoding_steps, flow
+from harness.analysis.links_model import turn as link_turn
 from harness.analysis.sweep_batch import crossing
 from harness.config.compose import compose
 from harness.config.load import load
 from harness.data.workload import lengths
 from harness.model.plan import Plan
 from harness.record import record_file
+from harness.record.memory import Rank
 from harness.rehearsal import one_rank
 from harness.rehearsal.all_ranks import rehearse
 
@@ -141,6 +146,11 @@ def kept(stages: int, layers: int) -> int:
 def hardware(name: str) -> Any:
     """A page of `conf/hardware`."""
     return load(compose([f"hardware={name}"])).hardware
+
+
+def network(name: str) -> Any:
+    """A page of `conf/network`."""
+    return load(compose([f"network={name}"])).network
 
 
 def balance(name: str) -> float:
@@ -436,16 +446,173 @@ def prompts() -> Example:
     )
 
 
+@cache
+def moving(*words: str) -> Rank:
+    """What a rehearsal of the first rank on nodes of 8 H100s counts."""
+    around = (
+        "world=rehearsed",
+        "hardware=h100-sxm",
+        "world.per_node=8",
+        "precision=bf16",
+        "model.attention=sdpa",
+    )
+    return one_rank.rehearse(Plan.of(load(compose([*around, *words]))), 0)[0]
+
+
+def on_link(rank: Rank, link: str, *phases: str) -> float:
+    """Bytes of the busier direction of a link in the last step, or in a decoding step."""
+    traffic = rank.traffic or ()
+    rows = transfers.of_last(
+        traffic, "train" if "step" in phases else "infer", [each.step for each in traffic]
+    )
+    found = flow(each for each in rows if each.link == link and each.phase in phases)
+    assert found is not None
+    return found.busier / (decoding_steps(rank) or 1 if phases == ("decode",) else 1)
+
+
+def trained(zero: int) -> Rank:
+    """LLaMA-2-7B, a sequence of 4,096 tokens a rank, on two nodes."""
+    words = ("train.sequence=4096", "train.micro_batch=1", "train.validate_every=0", "train.export=false")
+    steps = ("train.steps=2", "ledger.steps=2", "world.size=16")
+    return moving("mode=train", "model=llama2-7b", f"zero={zero}", *words, *steps)
+
+
+def answered(batch: int, context: int, *words: str) -> Rank:
+    """The real LLaMA-2-70B, generating a token for each of so many sequences with so many tokens of context."""
+    replicas = 2 if words == SHARED else 1
+    requested = {"batch": batch, "count": batch * replicas, "prompt_length": context - 1, "max_new_tokens": 2}
+    options = [f"generation.{key}={value}" for key, value in requested.items()]
+    return moving(
+        *("mode=infer", "model=llama2-70b", f"model.config.max_position_embeddings={2 * TOKENS}"),
+        *("generation.stop_at_eos=false", "ledger.steps=1", *options, *words),
+    )
+
+
+SHARED = ("generation.tensor_parallel=8", "generation.cache=static", "world.size=16")
+STAGED = ("generation.tensor_parallel=8", "generation.cache=static", "pipeline.stages=2", "world.size=16")
+OFFLOADED = ("generation.cache=offloaded", "world.size=1")
+STEP = ("data", "forward", "backward", "step")
+
+
+def training_links() -> Example:
+    ranks = [trained(zero) for zero in (1, 3)]
+    data, node = ([on_link(rank, link, *STEP) for rank in ranks] for link in ("storage", "network"))
+    copied = [on_link(rank, "pcie", *STEP) for rank in ranks]
+    rate = network("infiniband-ndr400").of_node
+    return Example(
+        "What training moves, and over which link",
+        "training data comes from storage through the host to the GPU, and there is so much of it that the link from "
+        "host to GPU needs high bandwidth, by optical transceivers. Here LLaMA-2-7B on two nodes of 8 H100s, a "
+        "sequence of 4,096 tokens a rank, and what a step moves:",
+        [
+            ("a rank from storage, KiB", "a lot", *(f"{each / 1024:,.1f}" for each in data)),
+            ("a rank from or to its host, KiB", "a lot", *(f"{each / 1024:,.1f}" for each in copied)),
+            ("a node to the other, GiB", "", *(f"{each / GIB:,.1f}" for each in node)),
+            ("  at best with 8 ports of 400 Gb/s, ms", "", *(f"{1000 * each / rate:,.0f}" for each in node)),
+        ],
+        "Right that it needs bandwidth, wrong of what moves",
+        f"The data are the least of it: a node sends {node[0] / (8 * data[0]):,.0f} times as many bytes as its ranks "
+        "read. What moves are gradients and parameters, from GPU to GPU, and the transceivers are in the network "
+        "between nodes; a host and its GPUs are in one box, joined by PCIe. A ring leaves a node once, so a node sends "
+        "what one of its ranks does.",
+        ("ZeRO-1", "ZeRO-3"),
+    )
+
+
+def inference_links() -> Example:
+    shared, staged, offloaded = (
+        [answered(batch, context, *words) for batch in (1, 32)]
+        for context, words in ((128, SHARED), (128, STAGED), (TOKENS, OFFLOADED))
+    )
+    prompt = [on_link(rank, "pcie", "prefill") for rank in shared]
+    inside = [on_link(rank, "nvlink", "decode") for rank in shared]
+    apart, between = ([on_link(rank, "network", "decode") for rank in ranks] for ranks in (shared, staged))
+    moved = [on_link(rank, "pcie", "decode") for rank in offloaded]
+    bytes_alone = 1e6 * inside[0] / hardware("h100-sxm").between
+    return Example(
+        "What inference moves, and over which link",
+        "input goes from storage to the GPU and results back to the host or the user, and needs low latency and high "
+        "throughput, by optical transceivers. Here LLaMA-2-70B on H100s, and what a rank moves for a token of each "
+        "sequence, in KiB:",
+        [
+            ("from the host, all 127 tokens of a prompt", "", *map(kib, prompt)),
+            ("8 GPUs share each layer: to the next of them", "", *map(kib, inside)),
+            ("2 such replicas on two nodes: to the other node", "", *map(kib, apart)),
+            ("2 such stages on two nodes: to the other node", "", *map(kib, between)),
+            ("the cache of 4,096 tokens is offloaded: from the host", "", *map(kib, moved)),
+        ],
+        "Right that latency matters, wrong of where",
+        f"A prompt is a few KiB, and replicas send each other nothing. What waits for a link is each layer that GPUs "
+        f"share: for one sequence {calls(shared[0])} all-reduces, one after another, whose bytes take "
+        f"{bytes_alone:.0f} us on NVLink at best, so it is their latency that counts. Stages send one hidden state a "
+        "token. Only an offloaded cache moves much, over PCIe.",
+        ("1 sequence", "32 sequences"),
+    )
+
+
+def link_bound() -> Example:
+    contexts, card, port = (128, TOKENS), hardware("h100-sxm"), network("infiniband-ndr400")
+    late = port.latency * calls(answered(1, 128, *SHARED))
+    links = {
+        "8 GPUs on NVLink, 450 GB/s": ("nvlink", SHARED, contexts, card.between, 0.0),
+        "8 GPUs, each with a port of 400 Gb/s": ("nvlink", SHARED, contexts, port.bandwidth, 0.0),
+        "  and 2.7 us of latency a call": ("nvlink", SHARED, contexts, port.bandwidth, late),
+        "offloaded cache on PCIe, 64 GB/s": ("pcie", OFFLOADED, (TOKENS,), card.to_host, 0.0),
+    }
+    rows: list[Sequence[str]] = [
+        (name, "", *(_batch(_turn(link, words, each, *rates)) if each in known else "" for each in contexts))
+        for name, (link, words, known, *rates) in links.items()
+    ]
+    return Example(
+        "From which batch a link, and not memory, bounds decoding",
+        "that transceivers speed up inference; no figure. Here the sequences in a batch of LLaMA-2-70B from which a "
+        "link takes longer than an H100's memory:",
+        rows,
+        "It depends on the link",
+        "A step of B sequences takes (W + B k) / memory, where W are a rank's weights and k what a sequence moves in "
+        "memory, and B w / link, where w is what it moves on the link. So the link bounds from W / memory / "
+        "(w / link - k / memory) sequences on, and never where k / memory is more than w / link. Both are counted, at "
+        "batches of 1 and 32. On NVLink memory bounds any batch; over a network with a port for each GPU the link does "
+        "in the end, later with long contexts, whose caches are read from memory.",
+        ("128 tokens of context", "4,096 tokens"),
+    )
+
+
+def _turn(link: str, words: Sequence[str], context: int, rate: float, waiting: float) -> float:
+    ranks = {batch: answered(batch, context, *words) for batch in (1, 32)}
+    one, other = ((batch, on_link(rank, link, "decode"), in_memory(rank)) for batch, rank in ranks.items())
+    return link_turn(one, other, rate, hardware("h100-sxm").bandwidth, waiting)
+
+
+def in_memory(rank: Rank) -> float:
+    """Bytes that a decoding step reads and writes."""
+    return sum(each.moved or 0 for each in rank.phases if each.phase == "decode") / (
+        decoding_steps(rank) or 1
+    )
+
+
+def calls(rank: Rank) -> int:
+    """All-reduces of a decoding step."""
+    return sum(
+        each.calls for each in rank.traffic or () if (each.phase, each.operation) == ("decode", "all-reduce")
+    )
+
+
 Computed = Callable[[], Example]
 EXAMPLES: tuple[Computed, ...] = (
     *(training, stages, cache_bytes, cache_operations, per_byte, reads),
     *(operations, bandwidth, ratio, ratios, waiting, prompts),
+    *(training_links, inference_links, link_bound),
 )
 """In the text's order."""
 
 
 def gib(count: int) -> str:
     return f"{count / GIB:,.1f}"
+
+
+def kib(count: float) -> str:
+    return f"{count / 1024:,.1f}"
 
 
 def mib(count: int) -> str:

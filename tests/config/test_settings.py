@@ -451,6 +451,27 @@ def test_an_unknown_card_is_refused_with_those_that_have_a_page() -> None:
     assert refusal("hardware=rtx6090").startswith("hardware=rtx6090: no such option; one of a100-40gb, ")
 
 
+def test_a_link_to_the_host_is_the_page_s_or_that_between_cards_by_pcie() -> None:
+    assert settings("hardware=h100-sxm").hardware.to_host == 6.4e10
+    assert settings("hardware=rtx4090").hardware.to_host == 3.2e10
+    assert settings("hardware=mi300x").hardware.to_host is None
+
+
+def test_a_network_page_has_the_rate_of_its_ports_and_where_it_was_read() -> None:
+    pages = [name for name in compose.groups()["network"] if name != "auto"]
+    rates = {name: settings(f"network={name}").network for name in pages}
+    assert {name: page.name for name, page in rates.items()} == dict(zip(pages, pages, strict=True))
+    assert all(page.of_node and page.sources for page in rates.values())
+    assert rates["aws-efa-p5"].of_node == 3200e9 / 8
+    assert settings().network.of_node is None
+
+
+def test_an_unknown_network_is_refused_with_those_that_have_a_page() -> None:
+    assert refusal("network=token-ring").startswith(
+        "network=token-ring: no such option; one of auto, aws-efa-p4d, "
+    )
+
+
 def test_a_memory_from_the_user_replaces_every_figure_of_the_page() -> None:
     page = settings("hardware=h100-sxm", "hardware.memory=80000000000").hardware
     assert (page.memory, page.memory_driver, page.memory_torch) == (80_000_000_000, None, None)

@@ -37,7 +37,8 @@ def test_a_figure_of_a_page_has_its_source_and_what_has_none_is_null(name: str) 
     page = hardware_page.named(name)
     for key in ("memory_driver", "memory_torch"):
         assert (getattr(page, key) is None) == (key not in page.sources)
-    assert set(page.sources) <= {"memory_driver", "memory_torch", "rates"}
+    assert (page.host_link is None) == ("host_link" not in page.sources)
+    assert set(page.sources) <= {"memory_driver", "memory_torch", "host_link", "rates"}
 
 
 @pytest.mark.parametrize("name", CARDS)

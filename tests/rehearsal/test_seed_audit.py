@@ -25,6 +25,9 @@ EXAMPLES = (
     audit.ratios,
     audit.waiting,
     audit.prompts,
+    audit.training_links,
+    audit.inference_links,
+    audit.link_bound,
 )
 
 COSTLY = {
@@ -35,6 +38,9 @@ COSTLY = {
         audit.per_byte,
         audit.bandwidth,
         audit.ratios,
+        audit.training_links,
+        audit.inference_links,
+        audit.link_bound,
     )
 }
 """Whole models again, with other batches and contexts. The rest are of every kind of figure that is computed."""

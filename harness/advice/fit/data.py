@@ -1,6 +1,8 @@
 """The answer of `harness fit` as data."""
 
 from harness.advice.fit.answer import Answer, would_fit_with
+from harness.advice.fit.combination import Trial
+from harness.advice.fit.ranking import basis, sent
 from harness.advice.fit.request import Request
 
 
@@ -27,13 +29,21 @@ def data(answer: Answer) -> dict[str, object]:
                 "rank": trial.worst.rank,
                 "roles_passed_over": trial.worst.passed_over,
                 "categories": trial.worst.categories,
+                "sent": _sent(trial),
                 "failure": trial.worst.failure or None,
             }
             for trial in answer.trials
         ],
+        "ranked_by": basis(answer.fitting, request.mode),
         "ranked": [list(trial.overrides) for trial in answer.fitting],
         "command": answer.command(),
     }
+
+
+def _sent(trial: Trial) -> dict[str, float] | None:
+    """The bytes that a rank sends for each sequence; None: not counted."""
+    counted = sent(trial)
+    return counted and dict(zip(("between_nodes", "within_node"), counted, strict=True))
 
 
 def _formed(request: Request) -> dict[str, object]:

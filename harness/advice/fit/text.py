@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from harness.advice.fit.answer import Answer, would_fit_with
 from harness.advice.fit.combination import Trial, short
-from harness.advice.fit.ranking import BY
+from harness.advice.fit.ranking import basis
 from harness.advice.fit.request import Request
 from harness.analysis.summary import decided
 from harness.record.fields import printable
@@ -72,7 +72,7 @@ def notes(answer: Answer) -> list[str]:
     lines = [
         *decided(request.reasons),
         request.budget.sentence(),
-        BY[request.mode],
+        basis(answer.fitting, request.mode),
         UNSEEN[answer.on_gpu],
         *dict.fromkeys(f"not seen: {gap}" for each in trials for gap in each.worst.unseen),
     ]
