@@ -1,4 +1,4 @@
-"""Exports runs to other tools: Perfetto, TensorBoard, CSV and Parquet tables, Markdown."""
+"""Exports runs to other tools: Perfetto, TensorBoard, Chakra, CSV and Parquet tables, Markdown."""
 
 import json
 import re
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from harness.ledger.categories import CATEGORIES
+from harness.report.chakra import chakra
 from harness.runtime.files import put, whole
 from harness.tables import escaped
 
@@ -214,6 +215,7 @@ def markdown(runs: Sequence["ReportedRun"], directory: Path) -> list[Path]:
 FORMS = {
     "perfetto": Form("a trace for ui.perfetto.dev: bytes by category, and phases", perfetto),
     "tensorboard": Form("TensorBoard's event files: the most in each step, by category", tensorboard),
+    "chakra": Form("a step as Chakra's execution traces, for ASTRA-sim: chakra/chakra.RANK.et", chakra),
     "csv": Form("phases.csv and events.csv", tables("csv")),
     "parquet": Form("phases.parquet and events.parquet", tables("parquet")),
     "markdown": Form("report.md, for an issue or a pull request", markdown),
