@@ -64,6 +64,30 @@ def worst(record: Record) -> Rank | None:
     return max(counted, key=lambda pair: (pair[0], -pair[1].rank), default=(0, None))[1]
 
 
+def passes(record: Record, rank: Rank) -> int | None:
+    """The forward passes of a decode of the last batch that was seen exactly: each gives a token of every sequence.
+
+    None: there was none, or nothing counted them.
+    """
+    decodes = [each for each in rank.phases if each.phase == "decode" and each.passes]
+    if record.mode != "infer" or not decodes:
+        return None
+    last = max(each.step for each in decodes)
+    return max(each.passes or 0 for each in decodes if each.step == last)
+
+
+def missing(record: Record) -> str:
+    """Why a record has no traffic, as the end of a sentence."""
+    if record.value("ledger.mode") == "off":
+        return "ledger=off counts none"
+    if not record.ranks:
+        return "none of its ranks left its figures"
+    if any("traffic" in rank.model_fields_set for rank in record.ranks):
+        sentences = [sentence for rank in record.ranks for sentence in rank.unseen]
+        return f"nothing counted it: {sentences[0]}" if sentences else "nothing counted it"
+    return "a run of this version counts it"
+
+
 def members(group: str) -> Iterator[int]:
     """The ranks of a transfer's `group`: `0-7`, `0-56:8` or `0,3,4`. Raises ValueError for another text."""
     if not group:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from harness.analysis.transfers import members, of_step, phases_of_step
+from harness.analysis.transfers import members, missing, of_step, phases_of_step
 from harness.record.links import as_text
 from harness.record.memory import Phase, Rank, Transfer
 from harness.record.schema import Record
@@ -38,6 +38,9 @@ MEMORY = {
     "device-to-host": "mem-store",
 }
 """What reaches a memory beyond the device's own."""
+
+MOST = 10**6
+"""The most calls of a rank in a step that a trace has: about 100 MB of nodes."""
 
 WORK = None
 """In place of a transfer: a piece of the phase's work."""
@@ -107,7 +110,10 @@ def write(record: Record, directory: Path) -> list[str]:
     Raises ValueError where traffic was not counted, and NotWritten.
     """
     if not record.ranks or any(rank.traffic is None for rank in record.ranks):
-        raise ValueError("its traffic was not counted; a run with ledger=exact counts it")
+        raise ValueError(f"its record has no traffic; {missing(record)}")
+    for rank in record.ranks:
+        if (calls := sum(row.calls for row in of_step(record, rank) or ())) > MOST:
+            raise ValueError(f"rank {rank.rank} has {calls:,} calls in a step, and a trace at most {MOST:,}")
     folder(directory)
     for old in directory.glob(f"{PREFIX}.*.et"):  # of a larger world, perhaps
         old.unlink()
