@@ -1,6 +1,7 @@
 """Chakra's traces have the record's bytes, by Chakra's schema, and all ranks get through them together."""
 
 import json
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from io import BytesIO
@@ -252,6 +253,15 @@ def test_work_that_was_not_counted_has_no_node(runs: dict[str, Path], tmp_path: 
 
     of_rank = exported(changed(runs["train"], tmp_path / "run", change), tmp_path / "report")
     assert not any(node["kind"] == "compute" for trace in of_rank.values() for node in trace)
+
+
+def test_without_protobuf_it_says_how_to_get_it(
+    runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "google.protobuf", None)
+    chakra_schema.messages.cache_clear()
+    assert main(["report", str(runs["train"]), "-o", str(tmp_path / "report"), "--chakra"]) == 2
+    assert "pip install 'harness[chakra]'" in capsys.readouterr().err
 
 
 def test_traffic_that_was_not_counted_is_no_trace_of_nothing(
