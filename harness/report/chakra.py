@@ -165,7 +165,7 @@ def _phases(record: Record, rank: Rank) -> Iterator[tuple[str, Phase | None, lis
     phases = {(each.phase, each.micro_batch): each for each in phases_of_step(record, rank)}
     rows: dict[tuple[str, int], list[Transfer]] = {key: [] for key in phases}
     for row in of_step(record, rank) or ():
-        if not (row.group and row.ranks < 2):
+        if row.operation not in COLLECTIVES or row.ranks > 1:
             rows.setdefault((row.phase, row.micro_batch), []).append(row)
     for key, each in rows.items():
         yield f"{key[0]} {key[1]}", phases.get(key), each
@@ -221,6 +221,8 @@ def peers(row: Transfer, own: int, other: int) -> tuple[int, ...] | None:
     if other in ranks:
         return ranks
     distance = ranks[1] - ranks[0] if len(ranks) > 1 else 1
+    if distance < 1:
+        return None
     return _beside(other, distance, len(ranks)) if _beside(own, distance, len(ranks)) == ranks else None
 
 

@@ -119,7 +119,7 @@ def rows(moved: Sequence[Transfer]) -> list[Row]:
     """A row for each phase, operation, group and link, in the order in which they first come."""
     found: dict[tuple[str, str, str, str], Row] = {}
     for each in moved:
-        ranks = f"{each.group} ({each.ranks:,} ranks)" if each.group else "-"
+        ranks = f"{each.group} ({each.ranks:,} rank{'s' * (each.ranks != 1)})" if each.group else "-"
         key = each.phase, each.operation, ranks, each.link or transfers.UNKNOWN
         old = found.get(key, Row(*key, 0, 0, 0, 0))
         wire = [_plus(*pair) for pair in ((old.by_ring, each.by_ring), (old.by_tree, each.by_tree))]

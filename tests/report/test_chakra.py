@@ -197,6 +197,7 @@ def replayed(of_rank: dict[int, Trace], groups: dict[str, list[int]]) -> dict[in
         ("0,4", 0, 3, "3,7"),
         ("0,1,4,5", 0, 2, None),
         ("2-5", 2, 6, None),
+        ("0,0", 0, 6, None),
     ],
 )
 def test_groups_of_ranks_that_were_not_rehearsed_lie_beside(
