@@ -37,7 +37,7 @@ TOOLS = {
     ),
     "report": (
         "report",
-        "RUN [...] -o DIR  an HTML page that shows them; --perfetto, --tensorboard, --csv, --parquet, --markdown",
+        "RUN [...] -o DIR  a page that shows them; --perfetto, --tensorboard, --chakra, --csv, --parquet, --markdown",
     ),
     "contrast": (
         "analysis.sweep_stages",

@@ -176,7 +176,7 @@ def _cell(kind: pa.DataType, random: Random) -> Any:
     return random.choice((0, 1, -1, most - 1, -most, random.randrange(most)))
 
 
-FORMS = ("--perfetto", "--tensorboard", "--csv", "--parquet", "--markdown")
+FORMS = ("--perfetto", "--tensorboard", "--chakra", "--csv", "--parquet", "--markdown")
 
 
 def commands(run: Path, others: Sequence[Path], baseline: Path, output: Path) -> list[list[str]]:

@@ -1,16 +1,19 @@
-"""Bars of bytes by category, drawn by the style alone: they need no script, and print as they are."""
+"""Bars of bytes by category or link, drawn by the style alone: they need no script, and print as they are."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from harness.analysis.palette import LOOKS, OTHER, Look
+from harness.analysis.palette import LINKS, LOOKS, OTHER, Look
 from harness.tables import size
 
 if TYPE_CHECKING:
     from jinja2 import Environment
 
 HERE = Path(__file__).parent
+
+KNOWN = LOOKS | LINKS
+"""What has a look of its own, in stacking order."""
 
 LINE = "var(--back)"
 """The colour of a pattern's lines."""
@@ -71,13 +74,13 @@ def stacked(categories: Mapping[str, int | None], total: int | None, scale: int)
 
 
 def part(name: str, nbytes: int, scale: int, told: str = "") -> Part:
-    """The stretch of a category's bytes."""
+    """The stretch of a category's or a link's bytes."""
     return Part(look(name), _percent(nbytes, scale), told or f"{name} {size(nbytes)}")
 
 
 def look(name: str) -> str:
-    """The class of a category."""
-    return f"is-{name}" if name in LOOKS else "is-other"
+    """The class of a category or a link."""
+    return f"is-{name}" if name in KNOWN else "is-other"
 
 
 def _percent(nbytes: int, scale: int) -> float:
@@ -87,12 +90,12 @@ def _percent(nbytes: int, scale: int) -> float:
 def present(categories: Iterable[Mapping[str, int | None]]) -> list[str]:
     """The categories that are above 0 in any of these, in stacking order."""
     names = {name for each in categories for name, nbytes in each.items() if nbytes}
-    return [*(name for name in LOOKS if name in names), *sorted(names - LOOKS.keys())]
+    return [*(name for name in KNOWN if name in names), *sorted(names - KNOWN.keys())]
 
 
 def css() -> str:
-    """The style of text, of bars, and of each category."""
-    looks = [(f".is-{name}", each) for name, each in LOOKS.items()] + [(".is-other", OTHER)]
+    """The style of text, of bars, and of each category and link."""
+    looks = [(f".is-{name}", each) for name, each in KNOWN.items()] + [(".is-other", OTHER)]
     rules = [f"{selector} {{ {_declarations(each)} }}" for selector, each in looks]
     return "\n".join([(HERE / "bars.css").read_text("utf-8"), *rules])
 

@@ -24,5 +24,15 @@ LOOKS = {
 }
 """By category, in the order in which they are stacked. The colours are those of Okabe and Ito (2008) and greys."""
 
+LINKS = {
+    "storage": Look("#8c8c8c", "+"),
+    "host-memory": Look("#b5b04a", "-"),
+    "pcie": Look("#e69f00", "/"),
+    "nvlink": Look("#009e73", ""),
+    "infinity-fabric": Look("#56b4e9", "|"),
+    "network": Look("#d55e00", "x"),
+}
+"""By link, from a rank outward."""
+
 OTHER = Look("#999999", ".")
-"""A category that this version does not know."""
+"""A category or a link that this version does not know."""

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from harness.analysis.roofline_model import PHASES
 from harness.record.links import SHARED, TWICE, WHOLE
-from harness.record.memory import Rank, Transfer
+from harness.record.memory import Phase, Rank, Transfer
 from harness.record.schema import Record
 
 UNKNOWN = "unknown"
@@ -59,6 +59,17 @@ def of_last(traffic: Iterable[Transfer], mode: str, exact: Sequence[int]) -> lis
         return [each for each in rows if each.step == max(exact)]
     last = {(each.phase, each.micro_batch): each.step for each in rows}
     return [each for each in rows if last[each.phase, each.micro_batch] == each.step]
+
+
+def phases_of_step(record: Record, rank: Rank) -> list[Phase]:
+    """The phases of `rank` in the step of `of_step`, in their order, also those in which nothing moves."""
+    names = ("data", *PHASES.get(record.mode, ()))
+    phases = [each for each in rank.phases if each.phase in names]
+    exact = [each.step for each in phases if each.peak is not None]
+    if exact:
+        return [each for each in phases if each.step == max(exact)]
+    last = {(each.phase, each.micro_batch): each for each in phases}
+    return list(last.values())
 
 
 def beside(record: Record, rank: Rank) -> list[Transfer] | None:

@@ -1,4 +1,4 @@
-"""Exports runs to other tools: Perfetto, TensorBoard, CSV and Parquet tables, Markdown."""
+"""Exports runs to other tools: Perfetto, TensorBoard, Chakra, CSV and Parquet tables, Markdown."""
 
 import json
 import re
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from harness.ledger.categories import CATEGORIES
+from harness.report.chakra import chakra
 from harness.runtime.files import put, whole
 from harness.tables import escaped
 
@@ -107,7 +108,7 @@ def _scalars(run: "ReportedRun") -> Iterator[tuple[str, float, int]]:
 
 
 def tables(kind: str) -> Callable[[Sequence["ReportedRun"], Path], list[Path]]:
-    """A function that writes all phases and all events as two files of this `kind`, "csv" or "parquet"."""
+    """A function that writes all phases, transfers and events, each as a file of this `kind`, "csv" or "parquet"."""
 
     def write_tables(runs: Sequence["ReportedRun"], directory: Path) -> list[Path]:
         import pyarrow.csv
@@ -115,7 +116,7 @@ def tables(kind: str) -> Callable[[Sequence["ReportedRun"], Path], list[Path]]:
 
         write = pyarrow.csv.write_csv if kind == "csv" else pyarrow.parquet.write_table
         paths = []
-        for name, rows in (("phases", phases(runs)), ("events", events(runs))):
+        for name, rows in (("phases", phases(runs)), ("traffic", traffic(runs)), ("events", events(runs))):
             if rows.num_rows:
                 paths.append(directory / f"{name}.{kind}")
                 with whole(paths[-1]) as partial:
@@ -182,6 +183,47 @@ def _column(category: str) -> str:
     return f"{category} (category)" if category in OTHERS else category
 
 
+def traffic(runs: Sequence["ReportedRun"]) -> "pa.Table":
+    """A row for each transfer of each rank of each run, in bytes; one without figures where nothing counted them."""
+    import pyarrow as pa
+
+    texts, places = ("run", "phase", "operation", "group", "link", "directory"), ("step", "micro_batch")
+    columns = ("run", "rank", "stage", *TRANSFER, "directory")
+    kinds = {name: pa.string() for name in texts} | {name: pa.int64() for name in ("rank", "stage", *places)}
+    rows = [
+        {
+            "run": run.name,
+            "rank": rank.rank,
+            "stage": rank.stage,
+            **{name: getattr(each, name, None) for name in TRANSFER},
+            "directory": run.path,
+        }
+        for run in runs
+        for rank in run.record.ranks
+        for each in ([None] if rank.traffic is None else rank.traffic)
+    ]
+    columns_of = {name: [row[name] for row in rows] for name in columns}
+    return pa.table(
+        {
+            name: pa.array(values, kinds[name])
+            if name in kinds
+            else pa.array([*map(_float, values)], pa.float64())
+            for name, values in columns_of.items()
+        }
+    )
+
+
+TRANSFER = (
+    *("step", "phase", "micro_batch", "operation", "group", "ranks", "link"),
+    *("calls", "bytes", "by_ring", "by_tree"),
+)
+"""The columns of a transfer. Its figures may be larger than an integer of a table."""
+
+
+def _float(figure: Any) -> float | None:
+    return None if figure is None else float(figure)
+
+
 def events(runs: Sequence["ReportedRun"]) -> "pa.Table":
     """All events of every rank that has a trace, with columns for the run and the rank."""
     import pyarrow as pa
@@ -205,17 +247,33 @@ def markdown(runs: Sequence["ReportedRun"], directory: Path) -> list[Path]:
     for run in runs:
         lines += [f"## {escaped(run.name)}", "", escaped(run.path), ""]
         lines += [*(f"- {escaped(printable(finding.sentence))}" for finding in explain(run.record)), ""]
+        lines += [*_what_moves(run), ""]
     if len(runs) > 1:
         lines += ["## Side by side", "", table([run.run for run in runs], markdown=True), ""]
     put(directory / "report.md", "\n".join(lines))
     return [directory / "report.md"]
 
 
+def _what_moves(run: "ReportedRun") -> Iterator[str]:
+    """What a step or a batch moves as a table in Markdown; a sentence where it was not counted."""
+    from harness.report import moves
+
+    moved = moves.moved(run.record)
+    if moved is None:
+        yield escaped(moves.absent(run))
+        return
+    yield f"What rank {moved.rank.rank} moves in its last {moves.unit(run.record)}:"
+    yield ""
+    for row in (moves.HEADINGS, ["---"] * len(moves.HEADINGS), *map(moves.cells, moves.rows(moved.rows))):
+        yield f"| {' | '.join(escaped(cell) for cell in row)} |"
+
+
 FORMS = {
     "perfetto": Form("a trace for ui.perfetto.dev: bytes by category, and phases", perfetto),
     "tensorboard": Form("TensorBoard's event files: the most in each step, by category", tensorboard),
-    "csv": Form("phases.csv and events.csv", tables("csv")),
-    "parquet": Form("phases.parquet and events.parquet", tables("parquet")),
+    "chakra": Form("a step as Chakra's execution traces, for ASTRA-sim: chakra/chakra.RANK.et", chakra),
+    "csv": Form("phases.csv, traffic.csv and events.csv", tables("csv")),
+    "parquet": Form("phases.parquet, traffic.parquet and events.parquet", tables("parquet")),
     "markdown": Form("report.md, for an issue or a pull request", markdown),
 }
 """The export formats, by the name of their option."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from harness.analysis import bars, compare
 from harness.analysis.summary import show
-from harness.report import content, contrast, points, series
+from harness.report import content, contrast, moves, points, series
 from harness.report.content import ReportedRun
 
 HERE = Path(__file__).parent
@@ -41,6 +41,7 @@ def html(runs: Sequence[ReportedRun]) -> str:
             runs=content_of_runs,
             contrast=contrast.contrast(runs),
             series=series.series(runs),
+            moves=moves.moves(runs),
             summary=series.table(runs),
             tables=list(_tables(runs)),
             differing=content.differing(runs),

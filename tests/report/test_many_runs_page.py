@@ -170,6 +170,21 @@ def test_a_series_has_a_bar_for_each_run_in_order_and_one_scale(browser: Browser
     assert browser.get_log("browser") == []
 
 
+def test_what_moves_is_told_in_words_beside_its_bars(restored: Browser, page: Path) -> None:
+    for width in (PHONE, 1200):
+        sized(restored, width)
+        opened(restored, page)
+        section = restored.find_element(By.ID, "moves")
+        rows = section.find_elements(By.CSS_SELECTOR, ".moving tr")
+        assert rows
+        for row in rows:
+            told = row.find_element(By.CSS_SELECTOR, "td .dim")
+            parts = row.find_elements(By.CSS_SELECTOR, ".bar > span")
+            assert told.is_displayed()
+            assert told.text == ", ".join(str(part.get_attribute("title")) for part in parts) or not parts
+            assert row.find_element(By.TAG_NAME, "th").size["width"] > 60
+
+
 def test_a_phone_needs_no_scrolling_across(restored: Browser, page: Path) -> None:
     sized(restored, PHONE)
     opened(restored, page)

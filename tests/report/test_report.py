@@ -52,7 +52,7 @@ def test_the_page_has_every_run_and_asks_the_network_for_nothing(
 
 def test_it_is_drawn_where_there_is_no_torch(runs: dict[str, Path], tmp_path: Path) -> None:
     without = "import sys; sys.modules.update(dict.fromkeys(('torch', 'deepspeed', 'transformers')))"
-    forms = ["--perfetto", "--csv", "--parquet", "--markdown"]
+    forms = ["--perfetto", "--chakra", "--csv", "--parquet", "--markdown"]
     words = ["report", *map(str, runs.values()), "-o", str(tmp_path / "report"), *forms]
     script = f"{without}; from harness.__main__ import main; sys.exit(main({words!r}))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
