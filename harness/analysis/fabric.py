@@ -3,8 +3,8 @@
 Every GPU has a port of its own. Up to k of them fit on one switch of k ports. More take two layers, a fat tree
 (Al-Fares et al. 2008): a leaf has k/2 ports down and k/2 up, so that as much can leave it as enters, and a spine has k
 ports down. Every leaf has as many links to each spine, so the number of spines divides k/2. There are k leaves of k/2
-ports at most: k^2 / 2 in all. The numbers are those of NVIDIA's tables for its B200 and B300 SuperPODs
-(docs.nvidia.com/dgx-superpod, "Larger DGX SuperPOD component counts"), which the tests hold this against.
+ports at most: k^2 / 2 in all. The numbers are those of NVIDIA's tables for its H100, B200 and B300
+SuperPODs (docs.nvidia.com/dgx-superpod, "component counts"), which the tests hold this against.
 
 A link has a transceiver at each end. The switches have 64 ports of 400G in 32 cages, each of which takes an 800G
 transceiver for two of them (Quantum-2 QM9700), and 64 cages of 800G, for as many ports or for 128 of 400G (Spectrum-4

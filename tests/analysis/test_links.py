@@ -187,6 +187,12 @@ def test_a_network_of_two_layers_is_nvidia_s(
     assert (number["transceivers of 400G"], number["transceivers of 800G"]) == (links, 3 * links // 2)
 
 
+def test_each_leaf_has_as_many_links_to_each_spine() -> None:
+    """NVIDIA's H100 SuperPOD of 95 nodes: its 24 leaves would fit on 12 spines, and 32 links do not divide by 12."""
+    number = {each.what: each.number for each in fabric.bill(fabric.Fabric(400, 64, 2), 95, 8)}
+    assert (number["leaves"], number["spines"], number["links to spines"]) == (24, 16, 768)
+
+
 def test_one_switch_is_enough_for_as_many_ports_as_it_has() -> None:
     number = {each.what: each.number for each in fabric.bill(fabric.Fabric(800, 64, 1), 8, 8)}
     assert (number["switches"], number["links"], number["transceivers of 800G"]) == (1, 64, 128)
