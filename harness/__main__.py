@@ -60,11 +60,11 @@ TOOLS = {
         "RUN [...]      whether it is compute-bound or memory-bound, and where that changes; --hardware NAME, --json",
     ),
     "traffic": (
-        "analysis.traffic",
+        "analysis.moves.traffic",
         "RUN [...]       what a step, a batch and a token move, by link and phase, and what for; --json",
     ),
     "links": (
-        "analysis.links",
+        "analysis.moves.links",
         "[RUN]             what each link must carry, how long at best; --step-seconds S, --nodes N --gpus G, --json",
     ),
     "explain": (

@@ -8,10 +8,10 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any, NamedTuple
 
-from harness.analysis import transfers
 from harness.analysis.args import Parser, refuse
 from harness.analysis.findings_pipeline import grew
 from harness.analysis.labels import Label, labels
+from harness.analysis.moves import transfers
 from harness.ledger.categories import CATEGORIES
 from harness.record.memory import UNHEARD
 from harness.record.places import as_path, runs_in

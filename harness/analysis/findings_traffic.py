@@ -3,9 +3,9 @@
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from harness.analysis import transfers
 from harness.analysis.findings import Finding, Run
-from harness.analysis.transfers import Flow
+from harness.analysis.moves import transfers
+from harness.analysis.moves.transfers import Flow
 from harness.record.links import STORAGE
 from harness.record.memory import Transfer
 from harness.tables import size

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 
-from harness.analysis.transfers import gaps, largest
+from harness.analysis.moves.transfers import gaps, largest
 from harness.check.tolerance import tolerances
 from harness.record import memory, record_file
 from harness.record.fields import Bytes, Difference, Operations, Part, Text

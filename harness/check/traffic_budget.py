@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from harness.analysis.transfers import flows, gaps, largest
+from harness.analysis.moves.transfers import flows, gaps, largest
 from harness.check.marks import ALL_LINKS, BUDGET, PER_NODE, TRAFFIC, Request
 from harness.config import hardware_page
 from harness.record import record_file

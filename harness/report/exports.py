@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from harness.analysis.moves.chakra import chakra
 from harness.ledger.categories import CATEGORIES
-from harness.report.chakra import chakra
 from harness.runtime.files import put, whole
 from harness.tables import escaped
 

@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from harness.analysis import transfers
 from harness.analysis.bars import Bar, present, stacked
+from harness.analysis.moves import transfers
 from harness.record.fields import printable
 from harness.record.memory import Rank, Transfer
 from harness.record.schema import Record

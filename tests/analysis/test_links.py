@@ -9,7 +9,7 @@ import pytest
 
 from harness.__main__ import main
 from harness.analysis import fabric
-from harness.analysis.links_model import Machine, Need, needs, shared, turn
+from harness.analysis.moves.links_model import Machine, Need, needs, shared, turn
 from harness.record.schema import parse
 
 Made = dict[str, Any]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from harness.__main__ import main
-from harness.analysis.transfers import members
+from harness.analysis.moves.transfers import members
 
 Tree = dict[str, Any]
 
@@ -153,3 +153,17 @@ def test_a_group_that_is_none_is_refused(group: str) -> None:
 )
 def test_a_group_is_read(group: str, ranks: list[int]) -> None:
     assert [*members(group)] == ranks
+
+
+def test_it_writes_the_traces_that_a_report_writes(
+    runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = str(runs["rehearsal"])
+    assert main(["traffic", run, "--chakra", str(tmp_path / "alone")]) == 0
+    assert main(["report", run, "-o", str(tmp_path / "page"), "--chakra"]) == 0
+    alone, beside = (sorted((tmp_path / name / "chakra").iterdir()) for name in ("alone", "page"))
+    assert [file.name for file in alone] == [file.name for file in beside]
+    assert [file.read_bytes() for file in alone] == [file.read_bytes() for file in beside]
+    (tmp_path / "file").touch()
+    assert main(["traffic", run, "--chakra", str(tmp_path / "file")]) == 2
+    assert "cannot be written: Not a directory" in capsys.readouterr().err

@@ -15,8 +15,8 @@ from textwrap import fill
 from typing import Any, NamedTuple
 
 from harness.analysis import transfers
-from harness.analysis.links_model import decoding_steps, flow
-from harness.analysis.links_model import turn as link_turn
+from harness.analysis.moves.links_model import decoding_steps, flow
+from harness.analysis.moves.links_model import turn as link_turn
 from harness.analysis.sweep_batch import crossing
 from harness.config.compose import compose
 from harness.config.load import load

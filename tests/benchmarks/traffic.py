@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from harness.analysis.transfers import of_step
+from harness.analysis.moves.transfers import of_step
 from harness.config.compose import compose
 from harness.config.load import load
 from harness.record.schema import Record

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from harness.analysis.transfers import of_step
+from harness.analysis.moves.transfers import of_step
 from harness.config.compose import compose
 from harness.config.layout import Layout
 from harness.config.load import load

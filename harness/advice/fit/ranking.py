@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from harness.advice.fit.combination import Combination, Trial
-from harness.analysis import transfers
-from harness.analysis.links_model import Flow, flow
+from harness.analysis.moves import transfers
+from harness.analysis.moves.links_model import Flow, flow
 from harness.config.settings import NEW_TOKENS, Settings
 from harness.record.links import NETWORK, STORAGE
 from harness.record.memory import Transfer

@@ -1,15 +1,16 @@
 """`harness traffic RUN [RUN ...]`: what a step, a batch and a token move, by link and phase. It imports no torch."""
 
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from textwrap import fill
 from typing import Any, NamedTuple
 
-from harness.analysis import transfers
 from harness.analysis.args import Parser, refuse
 from harness.analysis.labels import labels
-from harness.analysis.transfers import Flow
+from harness.analysis.moves import transfers
+from harness.analysis.moves.transfers import Flow
 from harness.record.fields import printable
 from harness.record.memory import Rank, Transfer
 from harness.record.record_file import read
@@ -40,6 +41,11 @@ class Counted(NamedTuple):
     moved: list[Transfer]
 
     @property
+    def path(self) -> str:
+        """Where the run is, in printable characters."""
+        return self.name
+
+    @property
     def unit(self) -> str:
         """What `moved` is of."""
         return "batch" if self.record.mode == "infer" else "step"
@@ -67,8 +73,15 @@ def main(argv: Sequence[str]) -> int:
         runs = [of(path, parse(read(path), str(path))) for path in options.run]
         if all(isinstance(run, Uncounted) for run in runs):
             raise ValueError("; ".join(_sentence(run) for run in runs if isinstance(run, Uncounted)))
+        if options.chakra is not None:
+            from harness.analysis.moves.chakra import chakra  # protobuf takes a while
+
+            for place in chakra([run for run in runs if isinstance(run, Counted)], options.chakra):
+                print(f"chakra: {place}", file=sys.stderr)
     except ValueError as error:
         return refuse(error)
+    except OSError as error:
+        return refuse(ValueError(f"--chakra {error.filename}: it cannot be written: {error.strerror}"))
     if options.json:
         print(json.dumps([as_json(run) for run in runs], indent=1))
     else:
@@ -85,6 +98,11 @@ def _parser() -> Parser:
     )
     parser.takes_runs("+", "; several are also set side by side")
     parser.add_argument("--json", action="store_true", help="the same in bytes, as JSON; null: not counted")
+    parser.takes_place(
+        "--chakra",
+        metavar="DIR",
+        help="write DIR/chakra too: a step as Chakra's execution traces, for ASTRA-sim (harness[chakra])",
+    )
     return parser
 
 

@@ -11,18 +11,15 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
-from harness.analysis.transfers import members, missing, of_step, phases_of_step
+from harness.analysis.moves import chakra_schema
+from harness.analysis.moves.chakra_schema import COLLECTIVES
+from harness.analysis.moves.transfers import members, missing, of_step, phases_of_step
 from harness.record.links import as_text
 from harness.record.memory import Phase, Rank, Transfer
 from harness.record.schema import Record
-from harness.report import chakra_schema
-from harness.report.chakra_schema import COLLECTIVES
 from harness.runtime.files import folder, put, whole
-
-if TYPE_CHECKING:
-    from harness.report.content import ReportedRun
 
 PREFIX = "chakra"
 GROUPS = f"{PREFIX}.groups.json"
@@ -82,7 +79,20 @@ class Groups:
         return json.dumps({str(number): ranks for ranks, number in self._numbers.items()}, indent=0)
 
 
-def chakra(runs: Sequence["ReportedRun"], directory: Path) -> list[Path]:
+class Traced(Protocol):
+    """A run: its name, its path as printable text, and its record."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def path(self) -> str: ...
+
+    @property
+    def record(self) -> Record: ...
+
+
+def chakra(runs: Sequence[Traced], directory: Path) -> list[Path]:
     """Write each run's traces to `directory`/chakra, of several runs each to a directory there; returns those.
 
     Raises ValueError where there is no protobuf, or a run's traffic was not counted.

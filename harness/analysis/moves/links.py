@@ -7,9 +7,9 @@ from contextlib import suppress
 from textwrap import fill
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from harness.analysis import fabric
 from harness.analysis.args import Parser, refuse
-from harness.analysis.links_model import Need, machine, needs
+from harness.analysis.moves import fabric
+from harness.analysis.moves.links_model import Need, machine, needs
 from harness.analysis.roofline_model import bounds
 from harness.analysis.run_settings import settings_in
 from harness.record.ceilings import of_page

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from harness.__main__ import main
-from harness.analysis.transfers import members, of_step, phases_of_step
+from harness.analysis.moves.transfers import members, of_step, phases_of_step
 from harness.record.memory import Transfer
 from harness.record.record_file import read
 from harness.record.schema import Record, parse

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from harness.analysis import transfers
+from harness.analysis.moves import transfers
 from harness.analysis.sweep_batch import crossing
 from harness.record.links import NETWORK, PCIE
 from harness.record.memory import Rank, Transfer
