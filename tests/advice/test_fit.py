@@ -21,7 +21,7 @@ from harness.advice.fit.data import data
 from harness.advice.fit.ranking import BY, BY_FORMULA, RECOMPUTED, cost, sent
 from harness.advice.fit.request import Request
 from harness.advice.fit.text import text
-from harness.analysis import transfers
+from harness.analysis.moves import transfers
 from harness.analysis.moves.links_model import flow
 from harness.config import compose
 from harness.config.load import load

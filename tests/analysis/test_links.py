@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from harness.__main__ import main
-from harness.analysis import fabric
+from harness.analysis.moves import fabric
 from harness.analysis.moves.links_model import Machine, Need, needs, shared, turn
 from harness.record.schema import parse
 

@@ -14,7 +14,7 @@ from functools import cache
 from textwrap import fill
 from typing import Any, NamedTuple
 
-from harness.analysis import transfers
+from harness.analysis.moves import transfers
 from harness.analysis.moves.links_model import decoding_steps, flow
 from harness.analysis.moves.links_model import turn as link_turn
 from harness.analysis.sweep_batch import crossing

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from harness.__main__ import main
+from harness.analysis.moves import chakra, chakra_schema
 from harness.analysis.moves.transfers import members, of_step, phases_of_step
 from harness.record.memory import Transfer
 from harness.record.record_file import read
 from harness.record.schema import Record, parse
-from harness.report import chakra, chakra_schema
 from tests.report.conftest import INFER
 from tests.report.test_report import changed
 
