@@ -266,6 +266,11 @@ def test_a_requeued_job_of_slurm_goes_on_from_what_its_first_start_left(
     # two nodes of one rank are one node of two, to the byte
     within = complete(launch(*words, "train.steps=2"))
     assert first.stdout.count("record: ") == 1  # rank 0 speaks
+    links = [
+        {row.pop("link") for rank in record["ranks"] for row in rank["traffic"] if row["ranks"] > 1}
+        for record in (starts[0], within)
+    ]
+    assert links == [{"network"}, {"host-memory"}]
     assert starts[0]["ranks"] == within["ranks"]
     assert starts[0]["training"]["losses"] == within["training"]["losses"]
 
