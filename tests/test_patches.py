@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from harness.ledger.patch import Patch, arguments
-from harness.ledger.patch_table import FUNCTIONAL, GROUP
+from harness.ledger.patch_table import GROUP
 from harness.rehearsal.cuda_shims import STAND_IN
 from harness.rehearsal.every_patch import every_patch
 
@@ -52,7 +52,6 @@ def test_every_patch_that_is_written_down_is_in_the_list() -> None:
         [patch for patch in EVERY.values() if patch.owner == "deepspeed.utils.groups"],
         [patch for patch in EVERY.values() if patch.reason == STAND_IN],
         [patch for patch in EVERY.values() if patch.owner == GROUP],
-        [patch for patch in EVERY.values() if patch.owner == FUNCTIONAL],
     )
     assert len(written) == len(EVERY) - sum(map(len, several)) + len(several)  # one for all of each
 

@@ -17,12 +17,12 @@ def settle(arguments: Any) -> None:
     without elements is queued behind it in that thread. Point-to-point operators have no such partner call.
     """
     for argument in arguments:
-        group = _group(argument)
+        group = group_of(argument)
         if group is not None:
             group.allreduce([torch.empty(0)]).wait()
 
 
-def _group(argument: Any) -> Any:
+def group_of(argument: Any) -> Any:
     """The process group that `argument` is or names. None if it is something else."""
     if isinstance(argument, torch.ScriptObject) and "ProcessGroup" in str(argument._type()):
         return torch.distributed.ProcessGroup.unbox(argument)

@@ -20,7 +20,7 @@ from harness.ledger.modules import Modules
 from harness.ledger.patch import DoesNotFit
 from harness.ledger.patch_table import import_owners
 from harness.ledger.phases import Phases
-from harness.ledger.process_groups import ProcessGroups
+from harness.ledger.process_groups import ProcessGroups, sends_unseen
 from harness.ledger.recent import Recent
 from harness.ledger.reconcile import Accounting, Libraries
 from harness.ledger.replay import Category, Peak, Phase
@@ -118,10 +118,9 @@ class Ledger:
 
     def __enter__(self) -> Self:
         if not self._depth:
-            self.traffic.restart()
             if self.mode == "exact":
                 self._begin()
-            if self.mode != "off":
+            elif self.mode == "phases":
                 self._watch()
         self._depth += 1
         return self
@@ -150,10 +149,15 @@ class Ledger:
             self._roster.own(model, optimizer, engine, cache)
             if engine is not None:
                 self.traffic.shares = ZeroParameters(engine).shares
+            for module in (model, getattr(engine, "module", None)):
+                if isinstance(module, torch.nn.Module):
+                    self._note_senders(module)
 
     def disown(self, owner: Any) -> None:
         """Remove `owner`. What it named keeps its name."""
         self._roster.disown(owner)
+        if owner is self._roster.engine:
+            self.traffic.shares = None
 
     def claim(self, category: str, name: str, tensor: torch.Tensor) -> None:
         """Set the category of `tensor`'s storage. Raises ValueError for an unknown category."""
@@ -206,6 +210,8 @@ class Ledger:
                 self._finish()
             except Exception as error:  # an error of the ledger must not stop the program
                 self._log.report_failure("the account", error, "all")
+            if self._depth and self.device == "cpu" and not any(map(sends_unseen, self._roster.models)):
+                self._watch()  # else the traffic ends here: it would be a part of it
 
     @property
     def where(self) -> Where:
@@ -351,19 +357,24 @@ class Ledger:
             yield
 
     def _watch(self) -> None:
-        """Count what moves, in any mode."""
+        """Count what ranks send without a log."""
         try:
-            self._watching.enter_context(self._groups.watching(self._dtensor_sends))
+            self._watching.enter_context(self._groups.watching())
         except DoesNotFit as error:
             self._unseen.leave_out(error, "traffic", "what ranks send each other is not counted")
+        if self.device != "cpu":
+            sentence = "copies between host and device are not in the traffic: only an exact ledger sees them"
+            self._unseen.note("copies", "traffic", sentence)
 
-    def _dtensor_sends(self) -> None:
-        if not self.exact:
-            sentence = "what DTensor sends while the ledger is not exact is not in the traffic"
-            self._unseen.note("DTensor", "traffic", sentence)
+    def _note_senders(self, model: torch.nn.Module) -> None:
+        """Note what `model` sends that only a log sees."""
+        if self.mode == "phases" and (senders := sends_unseen(model)):
+            sentence = f"what {senders} sends is not in the traffic: only an exact ledger sees it"
+            self._unseen.note(senders, "traffic", sentence)
 
     def _begin(self) -> None:
         self._log.restart()
+        self.traffic.restart()
         self.recent.restart()
         self._phases.restart()
         self._account, self._failed_in = empty_account(), None
@@ -371,7 +382,7 @@ class Ledger:
         self._log.look()
         self._log.follow = self._phases.follow
         self._log.settle = settle if self._settle else None
-        self._log.functional = self._groups.functional
+        self._log.transferred = self._groups.operator
         self._log.copied = self.traffic.copied if self.device != "cpu" else None
         watchers = [self._compiled.watching]
         self._allocator = None

@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import (
 from harness.ledger.categories import KERNEL
 from harness.ledger.events import Event, KernelMemory, Operator, Storage, Where
 from harness.ledger.lines import calling_line
-from harness.ledger.op_cost import Traits, traits_by_id, traits_of
+from harness.ledger.op_cost import Collective, Traits, traits_by_id, traits_of
 from harness.ledger.tensors import (
     PLAIN_TYPES,
     is_wrapper,
@@ -97,8 +97,8 @@ class Log(TorchDispatchMode):
         # called before an operator if it is of a backward in a phase "forward", or of none in a phase "backward"
         self.follow: Callable[[], None] | None = None
         self.settle: Callable[[Any], None] | None = None  # called after each collective, with its arguments
-        # called after each collective of DTensor's, with its name and arguments
-        self.functional: Callable[[str, Any], None] | None = None
+        # called after each operator of a process group, with its kind, its arguments and its result
+        self.transferred: Callable[[Collective, Any, Any], None] | None = None
         # called after each copy, with its source and its destination
         self.copied: Callable[[Any, Any], None] | None = None
         self.kernels: Kernels | None = (
@@ -277,6 +277,8 @@ class Log(TorchDispatchMode):
 
     def _note(self, traits: Traits, args: Any, kwargs: Any, out: Any) -> None:
         """Log that an operator returned `out`, without the ledger's own errors."""
+        if traits.transfer is not None and self.transferred is not None:
+            self.transferred(traits.transfer, args, out)
         try:
             if traits.collective or self.kernels is not None or _function_modes():
                 self._write_all(traits, args, kwargs, out)
@@ -309,8 +311,6 @@ class Log(TorchDispatchMode):
         self._write(traits, args, kwargs, out)
         if traits.collective:
             self._communicated((args, out), traits.name)
-            if traits.functional and self.functional is not None:
-                self.functional(traits.name, args)
         if kernel:
             self._scratch(traits.name, [memory for memory in kernel if not memory.first])
 

@@ -15,6 +15,8 @@ from torch._ops import OpOverload
 from torch.utils.flop_counter import flop_registry
 
 from harness.ledger.categories import CLASSES
+from harness.ledger.collective_kinds import Collective as Collective
+from harness.ledger.collective_kinds import kind_of
 from harness.ledger.tensors import tensors_in
 
 _aten = torch.ops.aten
@@ -176,7 +178,7 @@ UNKNOWN = Rule()
 class Traits:
     """What is the same in every call of an operator."""
 
-    __slots__ = ("call", "collective", "copies", "func", "functional", "name", "question", "rule", "view")
+    __slots__ = ("call", "collective", "copies", "func", "name", "question", "rule", "transfer", "view")
 
     def __init__(self, func: Any) -> None:
         plain = type(func) is OpOverload
@@ -184,7 +186,7 @@ class Traits:
         self.call = func._op if plain else func  # without the frame that an OpOverload adds to each call
         self.question = func.namespace == "prim"  # about a tensor, such as its device
         self.collective = func.namespace in COLLECTIVES and self.name.partition(".")[0] not in POINT_TO_POINT
-        self.functional = func.namespace == "_c10d_functional"
+        self.transfer = kind_of(func._schema.name) if isinstance(func, OpOverload) else None
         self.copies = COPIES.get(func._overloadpacket) if plain else None
         try:
             self.view, self.rule = views(func), rule_of(func)

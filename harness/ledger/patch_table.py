@@ -2,6 +2,7 @@
 and no compiler runs.
 """
 
+from harness.ledger.collective_kinds import METHODS
 from harness.ledger.patch import BUILTIN, DATA, PYTHON, TORCH, TRANSFORMERS, Patch, table
 
 _DYNAMO = "torch._dynamo.eval_frame"
@@ -10,37 +11,8 @@ _RESET = "the most since the ledger began is read before the program resets it"
 _PROFILER = "the program's own profiler must find none that runs already"
 
 GROUP = "torch._C._distributed_c10d.ProcessGroup"
-_GROUP_METHODS = (
-    *(
-        "broadcast",
-        "allreduce",
-        "allreduce_coalesced",
-        "reduce",
-        "gather",
-        "scatter",
-        "send",
-        "recv",
-        "recv_anysource",
-    ),
-    *("allgather", "_allgather_base", "allgather_coalesced", "allgather_into_tensor_coalesced"),
-    *("all_gather_single", "all_gather_single_coalesced", "alltoall", "alltoall_base", "all_to_all_single"),
-    *("reduce_scatter", "_reduce_scatter_base", "reduce_scatter_tensor_coalesced"),
-    *("reduce_scatter_single", "reduce_scatter_single_coalesced"),
-)
-
-FUNCTIONAL = "torch.distributed._functional_collectives"
 
 PATCHES = table(
-    *(
-        Patch(
-            FUNCTIONAL,
-            name,
-            "collectives of DTensor reach their group without Python, and without a log are not counted",
-            TORCH,
-            optional=True,  # torch 2.11 has another name
-        )
-        for name in ("_resolve_group", "_resolve_group_name")
-    ),
     *(
         Patch(
             GROUP,
@@ -50,7 +22,7 @@ PATCHES = table(
             unchecked=BUILTIN,
             optional=True,  # torch 2.13 has other names for some
         )
-        for name in _GROUP_METHODS
+        for name in METHODS
     ),
     Patch(_DYNAMO, "set_eval_frame", _CALLBACK, TORCH, unchecked=BUILTIN),
     Patch(_DYNAMO, "_maybe_set_eval_frame", _CALLBACK, TORCH, unchecked=BUILTIN, optional=True),

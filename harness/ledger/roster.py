@@ -29,14 +29,14 @@ class Roster:
 
     def __init__(self, log: Log, modules: Modules, discover: bool) -> None:
         self._log, self._modules, self._discover = log, modules, discover
-        self._models: list[torch.nn.Module] = []
+        self.models: list[torch.nn.Module] = []
         self._owners: dict[int, Claims] = {}
         self._optimizers: dict[int, torch.optim.Optimizer] = {}
         self._caches: dict[int, Claims] = {}
         self._discovered: WeakKeyDictionary[Any, Callable[[Any], Iterator[owners.Claim]]] = (
             WeakKeyDictionary()
         )
-        self._engine: Any = None
+        self.engine: Any = None
         self._hook_handles: dict[int, RemovableHandle] = {}  # by parameter
         self._hooks_enabled = False
 
@@ -56,7 +56,7 @@ class Roster:
                 self._optimizers[id(optimizer)] = optimizer
         if engine is not None:
             self._add_model(engine.module)
-            self._engine = engine
+            self.engine = engine
             new.append(partial(owners.engine_claims, engine))
             self._owners[id(engine)] = new[-1]
         if cache is not None:
@@ -176,8 +176,8 @@ class Roster:
 
     def _add_model(self, model: torch.nn.Module) -> None:
         self._modules.name(model)
-        if not any(model is owned_model for owned_model in self._models):
-            self._models.append(model)
+        if not any(model is owned_model for owned_model in self.models):
+            self.models.append(model)
             self._hook_model(model)
 
     # -- gradients: each is named at its creation, because its owner may free it within the backward
@@ -199,7 +199,7 @@ class Roster:
             handle.remove()
         self._hook_handles.clear()
         discovered = (owner for owner in self._discovered if isinstance(owner, torch.nn.Module))
-        for model in (*self._models, *discovered) if enabled else ():
+        for model in (*self.models, *discovered) if enabled else ():
             self._hook_model(model)
 
     def _hook_model(self, model: torch.nn.Module) -> None:
@@ -222,8 +222,8 @@ class Roster:
             return
         for claim in owners.parameter_claims(name, parameter):
             self._log.claim(*claim)
-        if self._engine is not None:
-            for claim in owners.bucket_claims(self._engine):
+        if self.engine is not None:
+            for claim in owners.bucket_claims(self.engine):
                 self._log.claim(*claim)
 
 

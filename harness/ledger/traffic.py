@@ -8,7 +8,7 @@ it reads and writes.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -101,16 +101,16 @@ class Traffic:
             record = None if storage is None else log.alive(storage._cdata)
             cause = cause or log.module
         kind = _Kind(operation, ranks, record, cause)
+        shares: Mapping[str, int] = {}
         if self.shares is not None and tensor is not None and log.recording and not (record and record.name):
-            shares = self.shares(operation, nbytes // tensor.itemsize, len(ranks))
-            self._count_shares(kind, nbytes, shares)
-        else:
-            self._count(log.where, kind, 1, nbytes)
+            with suppress(Exception):  # an engine of another kind: then it is not known what it is for
+                shares = self.shares(operation, nbytes // tensor.itemsize, len(ranks))
+        self._count_shares(kind, nbytes, shares)
 
     def _count_shares(self, kind: _Kind, nbytes: int, shares: Mapping[str, int]) -> None:
         """Count one transfer for these names, in proportion to `shares`. `kind` has what does not divide."""
         calls, rest, whole = 1, nbytes, sum(shares.values())
-        for name, share in shares.items():
+        for name, share in shares.items() if whole else ():
             part = nbytes * share // whole
             self._count(self._log.where, kind._replace(storage=None, cause=name), calls, part)
             calls, rest = 0, rest - part
@@ -157,11 +157,11 @@ class Traffic:
     def amounts(self) -> dict[Where, Amounts]:
         """What moved so far."""
         totals: dict[Where, Amounts] = {}
-        for where, sums in self._sums.items():
+        for where, sums in list(self._sums.items()):  # a thread may read while the run counts
             if self._newest.get(where[1:]) == where and self._repeats(where):
                 continue
             amounts = totals.setdefault(where, {})
-            for kind, (calls, nbytes) in sums.items():
+            for kind, (calls, nbytes) in list(sums.items()):
                 for moved, part in kind.causes(nbytes) if calls or nbytes else ():
                     earlier = amounts.get(moved, (0, 0))
                     amounts[moved] = earlier[0] + calls, earlier[1] + part

@@ -183,9 +183,8 @@ def allreduce_and_copy(original: Original) -> Original:
 
 
 def _send(elements: int, dtype: torch.dtype, group: Any) -> None:
-    """Send so many elements, which take no memory: the traffic counts them, and no log sees them."""
-    with torch._C._DisableTorchDispatch():
-        torch.distributed.all_reduce(torch.empty(elements, dtype=dtype, device="meta"), group=group)
+    """Send so many elements that have no memory: the traffic counts them."""
+    torch.distributed.all_reduce(torch.empty(elements, dtype=dtype, device="meta"), group=group)
 
 
 PARTITIONS = (

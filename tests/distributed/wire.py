@@ -1,13 +1,14 @@
 """Run by torchrun in a network of its own: what a ledger counts, and what the loopback device carried, as JSON."""
 
 import json
+from collections import Counter
 from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from harness.ledger import Ledger, Where
-from harness.record.links import by_ring
 
 TIMES, ELEMENTS = 10, 3 * 2**18
 """ELEMENTS fp32 values, 3 MiB, which two and three ranks share evenly."""
@@ -28,9 +29,20 @@ def main() -> None:
     }
     with Ledger(device="cpu", mode="phases") as ledger:
         carried = {name: measured(call, ledger, name) for name, call in calls.items()}
+    figures = {name: [counted(ledger, name), *seen] for name, seen in carried.items()}
+    with Ledger(device="cpu") as exact:
+        seen = measured(reduced(), exact, "DistributedDataParallel")
+    figures["DistributedDataParallel"] = [counted(exact, "DistributedDataParallel"), *seen]
     if rank == 0:
-        print(json.dumps({name: [*counted(ledger, name, size), *seen] for name, seen in carried.items()}))
+        print(json.dumps(figures))
     dist.destroy_process_group()
+
+
+def reduced() -> Callable[[], object]:
+    """A forward and backward of a model whose gradients C++ reduces."""
+    model = DistributedDataParallel(torch.nn.Linear(1024, 1024))
+    model(torch.ones(2, 1024)).sum().backward()  # the first one arranges its buckets
+    return lambda: model(torch.ones(2, 1024)).sum().backward()
 
 
 def measured(call: Callable[[], object], ledger: Ledger, name: str) -> list[int]:
@@ -46,12 +58,12 @@ def measured(call: Callable[[], object], ledger: Ledger, name: str) -> list[int]
     return [now - then for now, then in zip(loopback(), before, strict=True)]
 
 
-def counted(ledger: Ledger, name: str, ranks: int) -> tuple[int, int | None]:
-    """The payload, and what a ring sends of it."""
-    (moved, (_, nbytes)), *others = ledger.traffic.amounts()[Where(0, name, 0)].items()
-    assert moved.operation == name
-    assert not others
-    return nbytes, by_ring(name, nbytes, ranks)
+def counted(ledger: Ledger, phase: str) -> dict[str, int]:
+    """The payload of `phase` by operation."""
+    payload = Counter[str]()
+    for moved, (_, nbytes) in ledger.traffic.amounts()[Where(0, phase, 0)].items():
+        payload[moved.operation] += nbytes
+    return payload
 
 
 def loopback() -> tuple[int, int, int]:

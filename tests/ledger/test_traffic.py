@@ -2,13 +2,16 @@
 
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch._dynamo.utils import counters
+from torch.distributed import _functional_collectives as functional
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from harness.ledger import Ledger, Where
@@ -25,6 +28,11 @@ def world() -> Iterator[None]:
     dist.init_process_group("fake", rank=1, world_size=RANKS, store=FakeStore())
     yield
     dist.destroy_process_group()
+
+
+def everybody() -> Any:
+    """The group of all ranks."""
+    return vars(dist.distributed_c10d)["_get_default_group"]()
 
 
 def ones(*shape: int) -> torch.Tensor:
@@ -116,11 +124,84 @@ def test_a_ledger_that_sums_owners_counts_the_same(world: None, name: str) -> No
     assert moved(ledger) == expected
 
 
-def test_what_dtensor_sends_is_missing_aloud_without_a_log(world: None) -> None:
-    with warnings.catch_warnings(), Ledger(device="cpu", mode="phases") as ledger:
+class Sharded(torch.nn.Module):
+    """A module whose parameter is shared by all ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        mesh = DeviceMesh("cpu", torch.arange(RANKS))
+        self.weight = torch.nn.Parameter(DTensor.from_local(ones(2, 2), mesh, [Shard(0)]))
+
+
+UNSEEN: dict[str, Callable[[], torch.nn.Module]] = {
+    "DTensor": Sharded,
+    "DistributedDataParallel": lambda: DistributedDataParallel(torch.nn.Linear(2, 2)),
+    "a compiled module": lambda: cast(torch.nn.Module, torch.compile(torch.nn.Linear(2, 2))),
+}
+
+
+@pytest.mark.parametrize("sender", UNSEEN)
+def test_what_sends_without_python_is_missing_aloud_without_a_log(world: None, sender: str) -> None:
+    model = UNSEEN[sender]()
+    with warnings.catch_warnings(), Ledger(model, device="cpu", mode="phases") as ledger:
         warnings.simplefilter("ignore", NotSeen)
-        of_dtensor()
     assert [gap.figures for gap in ledger.gaps] == ["traffic"]
+    assert sender in ledger.gaps[0].sentence
+
+
+class Own(dist.ProcessGroup):
+    """A program's own kind of group."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(1, RANKS)  # type: ignore[call-arg]
+        self.calls = 0
+        backend = everybody()._get_backend(torch.device("cpu"))
+        self._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.CUSTOM, backend)
+        self._set_group_name(name)  # type: ignore[arg-type]
+
+    def allreduce(self, tensors: Any, opts: Any = None) -> Any:  # type: ignore[override]
+        self.calls += 1
+        return super().allreduce(tensors, opts or dist.AllreduceOptions())
+
+
+@pytest.mark.parametrize("mode", ["exact", "phases"])
+def test_a_program_s_own_group_works_as_without_a_ledger(world: None, mode: str) -> None:
+    group = Own(mode)
+    with warnings.catch_warnings(), Ledger(device="cpu", mode=mode):
+        warnings.simplefilter("ignore", NotSeen)
+        group.allreduce([ones(3)]).wait()
+        group.broadcast([ones(3)], dist.BroadcastOptions()).wait()
+    assert group.calls == 1
+
+
+def test_arguments_may_have_names(world: None) -> None:
+    group: Any = everybody()
+    for mode in ("exact", "phases"):
+        with Ledger(device="cpu", mode=mode) as ledger, ledger.phase("act"):
+            group.allreduce(tensors=[ones(3)]).wait()
+        assert moved(ledger) == [("all-reduce", WORLD, 1, 12)]
+
+
+def test_a_compiler_finds_the_program_without_a_ledger(world: None) -> None:
+    def gathered(rows: torch.Tensor) -> torch.Tensor:
+        return functional.all_gather_tensor(rows * 2, 0, everybody()) + 1
+
+    torch._dynamo.reset()
+    compiled = torch.compile(gathered, backend="aot_eager", fullgraph=True)
+    counts = []
+    for mode in ("off", "phases", "exact"):
+        with warnings.catch_warnings(), Ledger(device="cpu", mode=mode):
+            warnings.simplefilter("ignore", NotSeen)
+            compiled(ones(8))
+        counts.append(counters["stats"]["unique_graphs"])
+    assert len(set(counts)) == 1
+
+
+def test_nothing_moves_within_a_group_of_one(world: None) -> None:
+    for mode in ("exact", "phases"):
+        with Ledger(device="cpu", mode=mode) as ledger, ledger.phase("act"):
+            dist.all_reduce(ones(3), group=dist.new_group([1]))
+        assert moved(ledger) == []
 
 
 def test_calls_that_are_coalesced_count_each(world: None) -> None:
@@ -166,6 +247,14 @@ def test_a_phase_that_moves_what_it_did_before_is_kept_once(world: None) -> None
     assert sums == {0: 12, 2: 16}
 
 
+def test_a_call_that_fails_moves_nothing(world: None) -> None:
+    group: Any = everybody()
+    for mode in ("exact", "phases"):
+        with Ledger(device="cpu", mode=mode) as ledger, ledger.phase("act"), pytest.raises(TypeError):
+            group.allreduce("no tensor")
+        assert (moved(ledger), ledger.gaps) == ([], [])
+
+
 def amounts_of(ledger: Ledger) -> list[tuple[Where, Amounts]]:
     return [(where, amounts) for where, amounts in ledger.traffic.amounts().items() if amounts]
 
@@ -189,15 +278,3 @@ def test_a_read_has_the_bytes_that_the_program_reports() -> None:
         Moved(READ, (), "weights/a"): (1, 12),
         Moved(READ, (), "weights/b"): (0, 1),
     }
-
-
-def test_what_a_group_cannot_be_asked_is_a_gap_and_no_error(world: None) -> None:
-    method = dist.ProcessGroup.allreduce
-    group: Any = dist.group.WORLD
-    with warnings.catch_warnings(), Ledger(device="cpu") as ledger:
-        warnings.simplefilter("ignore", NotSeen)
-        assert dist.ProcessGroup.allreduce is not method
-        with pytest.raises(TypeError):
-            group.allreduce()
-    assert dist.ProcessGroup.allreduce is method
-    assert [gap.figures for gap in ledger.gaps] == ["traffic"]
