@@ -264,7 +264,9 @@ def _moved(record: Record) -> dict[str, int] | None:
     """Payload bytes by link of a step or a batch. None: not counted."""
     rank = transfers.worst(record)
     moved = None if rank is None else transfers.of_step(record, rank)
-    return None if moved is None else transfers.by_link(moved)
+    if rank is None or moved is None or transfers.gaps(rank):  # a part of it would be compared
+        return None
+    return transfers.by_link(moved)
 
 
 def failures(records: Sequence[Record], names: Sequence[str]) -> Iterator[str]:

@@ -1,6 +1,5 @@
 """Compares what a test moved with its budget by link, and words the failures for the pytest plugin."""
 
-import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -10,6 +9,7 @@ from harness.config import hardware_page
 from harness.record import record_file
 from harness.record.links import PCIE, Nodes
 from harness.record.memory import Transfer
+from harness.runtime.launcher import per_node
 from harness.tables import size
 
 if TYPE_CHECKING:
@@ -51,9 +51,7 @@ def _nodes(ledger: "Ledger", request: Request) -> Nodes:
 
         page = hardware_page.of_device(torch.cuda.get_device_name())
     link = None if page is None else hardware_page.gpu(page).link_kind
-    local = os.environ.get("LOCAL_WORLD_SIZE", "")
-    per_node = request.per_node or (int(local) if local.isdecimal() and int(local) else None)
-    return Nodes(per_node, "cpu" if ledger.device == "cpu" else "cuda", link)
+    return Nodes(request.per_node or per_node(), "cpu" if ledger.device == "cpu" else "cuda", link)
 
 
 def _bytes(rows: list[Transfer]) -> int:

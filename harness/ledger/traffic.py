@@ -7,6 +7,7 @@ not counted. `process_groups.py` sees what is given to process groups, the log s
 it reads and writes.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
@@ -31,6 +32,9 @@ class Moved(NamedTuple):
     ranks: tuple[int, ...]
     cause: str | None
 
+
+MOST_STEPS = 100
+"""The most steps of a phase that are kept without a log."""
 
 Amounts = dict[Moved, tuple[int, int]]
 """Calls and bytes by what moved."""
@@ -72,6 +76,7 @@ class Traffic:
         """Forget everything."""
         self._sums: dict[Where, _Sums] = {}
         self._kept: dict[tuple[str, int], _Sums] = {}  # by phase, of the last step that is kept
+        self._steps: dict[tuple[str, int], deque[Where]] = {}  # by phase, those that are kept
         self._newest: dict[tuple[str, int], Where] = {}  # by phase, the step in which it ended last
         self._disabled = False
 
@@ -136,10 +141,20 @@ class Traffic:
         phase = where[1:]
         newest = self._newest.get(phase, where)
         if newest != where and not self._repeats(newest):
-            self._kept[phase] = self._sums.get(newest, {})
+            self._keep(newest)
         elif newest != where:
             self._sums.pop(newest, None)
         self._newest[phase] = where
+
+    def _keep(self, where: Where) -> None:
+        """Keep what moved in `where`; of a phase that moves something else in every step, the newest ones."""
+        self._kept[where[1:]] = self._sums.get(where, {})
+        steps = self._steps.setdefault(where[1:], deque())
+        steps.append(where)
+        if len(steps) > MOST_STEPS:
+            self._sums.pop(steps.popleft(), None)
+            sentence = f"of a phase in which something else moves each time, the newest {MOST_STEPS} are in the traffic"
+            self._log.unseen.note("older steps", "traffic", sentence)
 
     def _repeats(self, where: Where) -> bool:
         """Whether in `where` moved what is kept of an earlier step."""

@@ -1,7 +1,6 @@
 """Replace `auto` in the settings before the run starts: the recorded config then says what ran, on any machine."""
 
 import copy
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from harness.model import init_weights, shape
 from harness.model.loader import model_config
 from harness.model.plan import Plan
 from harness.runtime import peak_rates
+from harness.runtime.launcher import per_node
 
 ATTENTIONS = ("sdpa", "eager")
 
@@ -68,8 +68,8 @@ GPUS = 8
 def _per_node(settings: Settings, device: str | None) -> tuple[int | None, str]:
     """The ranks on each node, and the reason. None: nodes have different numbers of them."""
     if device is not None:
-        size, local = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-        return (local, "as torchrun started them") if size % local == 0 else (None, "nodes differ")
+        local = per_node()
+        return local, "as torchrun started them" if local else "the launcher does not say, or nodes differ"
     size = settings.world.size or 1
     if settings.hardware.device == "cuda":
         if settings.network.per_node is not None:

@@ -59,7 +59,7 @@ def nodes_of(settings: "Settings", device: str = "", device_name: str = "") -> N
 def by_ring(operation: str, payload: int, ranks: int) -> int | None:
     """Bytes that a rank sends by ring, rounded up. None: a ring does not do that."""
     if operation in WHOLE:
-        return payload
+        return payload if ranks > 1 else 0
     times = 2 if operation in TWICE else 1 if operation in SHARED else None
     return None if times is None or not ranks else -(-times * payload * (ranks - 1) // ranks)
 
@@ -72,7 +72,7 @@ def by_tree(operation: str, payload: int, ranks: int) -> int | None:
 def as_text(ranks: Sequence[int]) -> str:
     """`ranks`, in order, as `0-7`, with a distance `0-56:8`, or as a list `0,3,4`; empty for none."""
     steps = {later - earlier for earlier, later in pairwise(ranks)}
-    if len(ranks) < 3 or len(steps) != 1:
+    if len(ranks) < 3 or len(steps) != 1 or min(steps) < 1:
         return ",".join(map(str, ranks))
     step = steps.pop()
     return f"{ranks[0]}-{ranks[-1]}" + f":{step}" * (step != 1)

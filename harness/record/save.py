@@ -10,13 +10,16 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from harness.config import hardware_page
 from harness.config.errors import first_line
 from harness.ledger import Ledger
 from harness.record import record_file, trace
+from harness.record.links import Nodes
 from harness.record.memory import Rank
 from harness.record.places import as_path
 from harness.record.results import Model
 from harness.record.schema import Record, World
+from harness.runtime.launcher import per_node
 from harness.runtime.world import exchange
 
 T = TypeVar("T")
@@ -86,7 +89,7 @@ def _gather_records(ledger: Ledger, rank: int) -> list[Rank]:
     """The record of every rank. Raises ValueError on every rank if the figures of any rank are no record."""
     own: Rank | str
     try:
-        own = record_file.rank_record(ledger, rank)
+        own = record_file.rank_record(ledger, rank, nodes=_nodes(ledger))
     except ValueError as error:
         own = f"the ledger's figures make no record: {first_line(error)}"
     records: list[Rank] = []
@@ -95,6 +98,12 @@ def _gather_records(ledger: Ledger, rank: int) -> list[Rank]:
             raise ValueError(each)
         records.append(each)
     return records
+
+
+def _nodes(ledger: Ledger) -> Nodes:
+    """Where ranks are, as the launcher says, and what connects the GPUs of a node."""
+    page = hardware_page.of_device(torch.cuda.get_device_name()) if ledger.device == "cuda" else None
+    return Nodes(per_node(), ledger.device, hardware_page.gpu(page).link_kind if page else None)
 
 
 def _gather(value: T) -> list[T]:

@@ -28,6 +28,22 @@ def directory() -> Path | None:
     return folder.parent if file and folder.is_dir() else None
 
 
+def per_node() -> int | None:
+    """The ranks that the launcher has started on each node. None: not known, or nodes have different numbers."""
+    size, local, nodes = (_number(name) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE"))
+    if size is None or size == 1:
+        return 1
+    if local is None or size % local or nodes not in (None, size // local):
+        return None
+    return local
+
+
+def _number(name: str) -> int | None:
+    """The variable of this name, if it is a number above 0."""
+    text = os.environ.get(name, "")
+    return int(text) if text.isascii() and text.isdecimal() and 0 < len(text) < 8 and int(text) else None
+
+
 def process() -> int | None:
     """The process id of torchrun, or of what stands between it and this rank. None: torchrun has not started it."""
     return os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None

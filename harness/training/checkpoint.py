@@ -106,8 +106,8 @@ def save(
             _check_finite(state, world, write)
     try:
         _on_all(world, lambda: _begin(partial) if world.leads and write else None)
-        engine.ledger.traffic.report(WRITE, {name: tensor.nbytes for name, tensor in state.items()})
         entries = _on_all(world, lambda: _write_rank(state, file, step) if write else {})
+        engine.ledger.traffic.report(WRITE, {name: tensor.nbytes for name, tensor in state.items()})
         manifest = {"schema": SCHEMA, "step": step, "identity": {**identity}, "files": entries}
         manifest["sha256"] = _digest_of(manifest)
         _on_all(world, lambda: _complete(partial, final, manifest, keep) if world.leads and write else None)

@@ -9,7 +9,7 @@ import pytest
 
 from harness.__main__ import main
 from harness.analysis.moves import fabric
-from harness.analysis.moves.links_model import Machine, Need, needs, shared, turn
+from harness.analysis.moves.links_model import Machine, Need, Place, needs, shared, turn
 from harness.record.schema import parse
 
 Made = dict[str, Any]
@@ -83,12 +83,25 @@ def of(record: Made, link: str, seconds: float | None = None, computing: float |
 def test_a_ring_leaves_a_node_once_and_groups_with_fewer_of_its_ranks_have_more_rings(
     group: str, rank: int, rings: int
 ) -> None:
-    assert shared(group, rank, 8) == rings
+    first = rank // 8 * 8
+    assert shared(group, Place(rank, range(first, first + 8), range(64))) == rings
 
 
 @pytest.mark.parametrize("group", ["16-31", "", "all", "0-15:0"])
 def test_of_a_group_without_the_rank_nothing_is_known(group: str) -> None:
-    assert shared(group, 0, 8) is None
+    assert shared(group, Place(0, range(8), range(64))) is None
+
+
+def test_a_node_that_is_not_full_has_the_rings_of_its_own_ranks() -> None:
+    assert shared("2-10:8", Place(10, range(8, 12), range(12))) == 4
+
+
+@pytest.mark.parametrize(
+    ("node", "stage", "peers"),
+    [(range(2, 4), range(1, 2), 0), (range(8), range(4, 8), 4), (range(8, 16), range(32), 8)],
+)
+def test_messages_are_those_of_the_ranks_of_a_stage_on_a_node(node: range, stage: range, peers: int) -> None:
+    assert Place(node.start, node, stage).peers == peers
 
 
 def test_a_node_sends_what_its_rings_do_and_a_direction_has_its_own_bytes() -> None:

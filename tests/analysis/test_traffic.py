@@ -125,7 +125,7 @@ def test_it_says_why_there_is_no_traffic(
 def test_what_was_not_counted_is_said(
     changed: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    gap = "a all-reduce is not in the figures of storages: the ledger could not read it (KeyError: 1)"
+    gap = "all-reduce is not in the figures of traffic: the ledger could not read it (KeyError: 1)"
 
     def add(tree: Tree) -> None:
         for rank in tree["ranks"]:

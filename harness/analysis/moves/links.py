@@ -8,7 +8,7 @@ from textwrap import fill
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from harness.analysis.args import Parser, refuse
-from harness.analysis.moves import fabric
+from harness.analysis.moves import fabric, transfers
 from harness.analysis.moves.links_model import Need, machine, needs
 from harness.analysis.roofline_model import bounds
 from harness.analysis.run_settings import settings_in
@@ -232,8 +232,9 @@ def text(asked: Asked) -> str:
     for need in asked.needs:
         table.row(*_cells(need))
     notes = [*NOTES, *([IN_A_RING] if any(need.link == NETWORK for need in asked.needs) else [])]
-    sentences = filter(None, map(sentence, asked.needs))
-    return "\n".join([*lines, table.text(), *(fill(each, WIDTH) for each in (*sentences, *notes))])
+    gaps = dict.fromkeys(gap for rank in asked.record.ranks for gap in transfers.gaps(rank))
+    said = (*filter(None, map(sentence, asked.needs)), *(f"not counted: {gap}" for gap in gaps), *notes)
+    return "\n".join([*lines, table.text(), *(fill(each, WIDTH) for each in said)])
 
 
 def _cells(need: Need) -> Iterator[str]:

@@ -120,7 +120,6 @@ def needs(record: Record, machine: Machine, seconds: float | None = None) -> lis
     Empty where no traffic is counted, or no decoding.
     """
     found: dict[str, Need] = {}
-    per_node = _per_node(record)
     for rank in record.ranks:
         steps = decoding_steps(rank) if record.mode == "infer" else 1
         rows = transfers.of_step(record, rank)
@@ -130,7 +129,8 @@ def needs(record: Record, machine: Machine, seconds: float | None = None) -> lis
             rows = [each for each in rows if each.phase == "decode"]
         for link in dict.fromkeys(each.link or transfers.UNKNOWN for each in rows):
             own = [each for each in rows if (each.link or transfers.UNKNOWN) == link]
-            need = _need(link, rank.rank, own, per_node if link == NETWORK else 1, machine, seconds, steps)
+            place = _place(record, rank) if link == NETWORK else ALONE
+            need = _need(link, rank.rank, own, place, machine, seconds, steps)
             if link not in found or (need.bytes or 0) > (found[link].bytes or 0):
                 found[link] = need
     return sorted(found.values(), key=lambda need: -(need.bytes or 0))
@@ -147,20 +147,20 @@ def _need(
     link: str,
     rank: int,
     rows: list[Transfer],
-    per_node: int | None,
+    place: "Place | None",
     machine: Machine,
     seconds: float | None,
     steps: int,
 ) -> Need:
     phases = dict.fromkeys(each.phase for each in rows)
     by_phase = {name: [each for each in rows if each.phase == name] for name in phases}
-    whole = [flow(own, rank, per_node) for own in by_phase.values()]
-    alone = [flow(own, rank, 1) for own in by_phase.values()]
+    whole = [flow(own, place) for own in by_phase.values()]
+    alone = [flow(own, ALONE) for own in by_phase.values()]
     bandwidth = machine.rates.get(link)
     latency = (machine.latency or 0) if link == NETWORK else 0
 
     def at_best(own: list[Transfer]) -> float | None:
-        total = flow(own, rank, per_node)
+        total = flow(own, place)
         moving = over(None if total is None else total.busier, bandwidth)
         return None if moving is None else (moving + sum(each.calls for each in own) * latency) / steps
 
@@ -197,11 +197,40 @@ def over(amount: float | None, rate: float | None) -> float | None:
     return None if ratio is None or not math.isfinite(ratio) else ratio
 
 
-def flow(rows: Iterable[Transfer], rank: int = 0, per_node: int | None = 1) -> Flow | None:
-    """What `rows` of `rank` move out of its node and into it, which has `per_node` ranks. None: not known."""
+class Place(NamedTuple):
+    """A rank, the `node` of ranks on which it is, and those of its pipeline stage."""
+
+    rank: int
+    node: range
+    stage: range
+
+    @property
+    def peers(self) -> int:
+        """The ranks of the stage on the node: each sends as many messages as this one."""
+        return len(range(max(self.node.start, self.stage.start), min(self.node.stop, self.stage.stop)))
+
+
+ALONE = Place(0, range(1), range(1))
+"""A rank that shares its link with no other."""
+
+
+def _place(record: Record, rank: Rank) -> Place | None:
+    per_node, size = record.value("world.per_node"), record.world.size
+    stages = record.value("pipeline.stages")
+    if not isinstance(per_node, int) or per_node < 1 or rank.rank >= size:
+        return None
+    first = rank.rank // per_node * per_node
+    each = max(1, size // stages) if isinstance(stages, int) and stages > 0 else size
+    start = rank.rank // each * each
+    return Place(rank.rank, range(first, min(first + per_node, size)), range(start, start + each))
+
+
+def flow(rows: Iterable[Transfer], place: Place | None = ALONE) -> Flow | None:
+    """What `rows` of the rank at `place`, and of those like it, move out of its node and into it. None: not known."""
     total = Flow()
     for each in rows:
-        rings = shared(each.group, rank, per_node)
+        message = each.operation in ("send", "receive")
+        rings = None if place is None else place.peers if message else shared(each.group, place)
         one_way = each.operation in (*INTO, *OUT)
         nbytes = each.bytes if one_way else each.by_ring
         if nbytes is None or rings is None:
@@ -212,25 +241,17 @@ def flow(rows: Iterable[Transfer], rank: int = 0, per_node: int | None = 1) -> F
     return total
 
 
-def shared(group: str, rank: int, per_node: int | None) -> float | None:
-    """How many groups of the kind of `group`, which has `rank`, have ranks on its node. None: not known."""
-    if per_node == 1:
+def shared(group: str, place: Place) -> float | None:
+    """How many groups of the kind of `group`, which has the rank, have ranks on its node. None: not known."""
+    if place == ALONE:
         return 1
-    if per_node is None:
-        return None
     try:
         members = transfers.members(group)
     except ValueError:
         return None
     ranks = members if isinstance(members, range) else frozenset(members)
-    first = rank // per_node * per_node
-    there = sum(number in ranks for number in range(first, first + per_node))
-    return per_node / there if there else None
-
-
-def _per_node(record: Record) -> int | None:
-    value = record.value("world.per_node")
-    return min(value, record.world.size) if isinstance(value, int) and value > 0 else None
+    there = sum(number in ranks for number in place.node)
+    return len(place.node) / there if there else None
 
 
 Counted = tuple[float, float, float]

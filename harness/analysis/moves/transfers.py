@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from harness.analysis.roofline_model import PHASES
-from harness.record.links import SHARED, TWICE, WHOLE
 from harness.record.memory import Phase, Rank, Transfer
 from harness.record.schema import Record
 
@@ -17,7 +16,6 @@ GAPS = (
     "traffic",
     "what ranks send each other",
     "is compiled:",
-    *(f"a {operation} is not in the figures" for operation in (*TWICE, *SHARED, *WHOLE, "send", "receive")),
 )
 """What the sentences of a ledger's gaps say where something that moved is not counted."""
 
