@@ -6,7 +6,7 @@ but that of its bytes. On the network all ranks of the nodes must be in the grou
 
 What `MAY_HIDE` in a phase hides, at best, behind all that its operators compute, and at worst not at all: these are the
 limits. The seconds are halfway between the two. A transfer without rows that takes at most `LITTLE` of the step counts
-as operators without rows do.
+as operators without rows do. Stages of a pipeline also wait for each other's work, so a step of them has no estimate.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -79,6 +79,8 @@ def _of_rank(record: Record, rank: Rank, known: Known) -> Interval:
         raise Unknown(f"not all that ranks send was counted: {gaps[0]}")
     if record.mode == "infer" and len({each.step for each in rank.phases if each.phase == "prefill"}) > 1:
         raise Unknown("it has several batches, and what ranks send is that of the last")
+    if any(each.operation in ("send", "receive") for each in rows):
+        raise Unknown("its stages wait for each other, and nothing says how long")
     names = PHASES.get(record.mode, ())
     return together([_of_phase(name, [each for each in rows if each.phase == name], known) for name in names])
 
