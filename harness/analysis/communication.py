@@ -15,7 +15,7 @@ from typing import NamedTuple
 from harness.analysis import transfers
 from harness.analysis.efficiency import FAMILY, KINDS, PER_NODE, SIZES, Fit, LinkEfficiency, committed
 from harness.analysis.estimate import LITTLE, Estimate, Interval, together
-from harness.analysis.links_model import MAY_HIDE, shared
+from harness.analysis.links_model import MAY_HIDE, over, shared
 from harness.analysis.roofline_model import PHASES, Bound
 from harness.record.links import NETWORK, by_ring
 from harness.record.memory import Rank, Transfer
@@ -108,10 +108,10 @@ def _of_row(row: Transfer, known: Known) -> Interval | None:
     if row.link is None:
         raise Unknown("the record does not say on which nodes its ranks are; world.per_node= says it")
     rate = known.rates.get(row.link)
-    if not rate:
+    best = over(wire, rate)
+    if rate is None or best is None:
         option = "--network NAME" if row.link == NETWORK else "--hardware NAME"
         raise Unknown(f"no page says how fast its {row.link} is; {option} gives one")
-    best = wire / rate
     try:
         efficiency = _efficiency(row, known)
     except Unknown:
