@@ -38,7 +38,7 @@ NOTES = (
 
 
 class Against(NamedTuple):
-    """A run and the ceilings of the machine that it is compared with."""
+    """A run, the ceilings of the machine that it is compared with, and what its ranks send in a step. None: one rank."""
 
     name: str
     record: Record
@@ -100,13 +100,12 @@ def against(path: Path, record: Record, hardware: str | None = None, network: st
 
 def as_json(run: Against) -> dict[str, object]:
     """The run, its ceilings and its phases as plain data."""
+    sent = None if run.communication is None else run.communication.interval
     return {
         "run": run.name,
         "ceilings": run.ceilings.model_dump() if run.ceilings.source else None,
         "phases": [{**each.as_dict(), "sentence": sentence(each)} for each in run.phases],
-        "communication": sent._asdict()
-        if run.communication and (sent := run.communication.interval)
-        else None,
+        "communication": None if sent is None else sent._asdict(),
     }
 
 
