@@ -38,7 +38,7 @@ NOTES = (
 
 
 class Against(NamedTuple):
-    """A run, the ceilings of the machine that it is compared with, and what its ranks send in a step. None: one rank."""
+    """A run, the ceilings that it is compared with, and how long its ranks send in a step. None: there is one rank."""
 
     name: str
     record: Record
