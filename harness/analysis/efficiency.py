@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from harness.record.results import Ceilings
 
@@ -35,6 +35,23 @@ FAMILY = {
 }
 """The chip of each page on which an estimate may be made."""
 
+SIZES = (*(4**power for power in range(8, 15)), float("inf"))
+"""The bytes of a collective that have an efficiency of their own: from 64 KiB on."""
+
+KINDS = {
+    "all-reduce": "all-reduce",
+    "all-gather": "all-gather, reduce-scatter",
+    "reduce-scatter": "all-gather, reduce-scatter",
+    "all-to-all": "all-to-all",
+}
+"""The operations of which there are rows, by kind: a reduce-scatter is an all-gather backwards."""
+
+GROUPS = {"nvlink": ((2, 2), (4, 4), (8, 8)), "network": ((16, 32),)}
+"""The ranks of groups that have an efficiency of their own, by link; on the network all ranks of their nodes."""
+
+PER_NODE = 8
+"""The ranks of a node in the rows of networks."""
+
 
 class Amount(NamedTuple):
     """The work of one class: operations, bytes read and written, and calls."""
@@ -60,12 +77,34 @@ class Efficiency(NamedTuple):
     chips: tuple[str, ...]
 
 
+class LinkEfficiency(NamedTuple):
+    """The share of a link's rate that collectives of a kind reach: of `least` to below `most` bytes a call, in groups
+    of `fewest` to `largest` ranks. The rest is as in `Efficiency`.
+    """
+
+    link: str
+    kind: str
+    least: float
+    most: float
+    fewest: int
+    largest: int
+    share: float
+    low: float
+    high: float
+    rows: int
+    runs: int
+    chips: tuple[str, ...]
+
+
 class Fit(NamedTuple):
-    """The efficiencies of each class; the least efficiency of any row; the seconds that a small call takes."""
+    """The efficiencies of each class; the least efficiency of any row; the seconds that a small call takes; and the
+    efficiencies of links.
+    """
 
     classes: Mapping[str, Sequence[Efficiency]]
     worst: float
     launch: float
+    links: Sequence[LinkEfficiency] = ()
 
 
 def at_best(name: str, amount: Amount, ceilings: Ceilings) -> float:
@@ -86,16 +125,13 @@ def committed() -> Fit:
     """The fit that comes with this version."""
     tree = json.loads(COMMITTED.read_text())
     classes = {
-        name: [
-            Efficiency(
-                **{
-                    **each,
-                    "most": float("inf") if each["most"] is None else each["most"],
-                    "chips": tuple(each["chips"]),
-                }
-            )
-            for each in efficiencies
-        ]
+        name: [Efficiency(**_read(each)) for each in efficiencies]
         for name, efficiencies in tree["classes"].items()
     }
-    return Fit(classes, tree["worst"], tree["launch"])
+    links = [LinkEfficiency(**_read(each)) for each in tree["links"]]
+    return Fit(classes, tree["worst"], tree["launch"], links)
+
+
+def _read(each: dict[str, Any]) -> dict[str, Any]:
+    most = float("inf") if each["most"] is None else each["most"]
+    return {**each, "most": most, "chips": tuple(each["chips"])}

@@ -22,6 +22,7 @@ from harness.analysis.efficiency import (
     Amount,
     Efficiency,
     Fit,
+    LinkEfficiency,
     at_best,
     size,
 )
@@ -130,6 +131,16 @@ def _of_bucket(inside: Sequence[_Seen], least: float, most: float, chips: set[st
     by_run: dict[str, list[float]] = {}
     for each in inside:
         by_run.setdefault(each.row.run, []).append(each.efficiency)
+    found = spread(by_run)
+    if found is None:
+        return None
+    return Efficiency(least, most, *found, len(inside), len(by_run), tuple(sorted(chips)))
+
+
+def spread(by_run: Mapping[str, Sequence[float]]) -> tuple[float, float, float] | None:
+    """The median over runs of each one's median; and the lowest and the highest true / predicted of a row's seconds,
+    predicted by the other runs. None for fewer than two runs.
+    """
     if len(by_run) < 2:
         return None
     middle = {run: median(values) for run, values in by_run.items()}
@@ -138,16 +149,7 @@ def _of_bucket(inside: Sequence[_Seen], least: float, most: float, chips: set[st
         for run, values in by_run.items()
         for value in values
     ]
-    return Efficiency(
-        least,
-        most,
-        median(middle.values()),
-        min(apart),
-        max(apart),
-        len(inside),
-        len(by_run),
-        tuple(sorted(chips)),
-    )
+    return median(middle.values()), min(apart), max(apart)
 
 
 def write(fitted: Fit, path: Path = COMMITTED) -> None:
@@ -163,8 +165,12 @@ def as_json(fitted: Fit) -> dict[str, object]:
             return None if figure == float("inf") else float(f"{figure:.4g}")
         return list(figure) if isinstance(figure, tuple) else figure
 
-    classes = {
-        name: [{key: short(figure) for key, figure in each._asdict().items()} for each in efficiencies]
-        for name, efficiencies in fitted.classes.items()
+    def plain(efficiencies: Sequence[Efficiency] | Sequence[LinkEfficiency]) -> list[dict[str, object]]:
+        return [{key: short(figure) for key, figure in each._asdict().items()} for each in efficiencies]
+
+    return {
+        "classes": {name: plain(efficiencies) for name, efficiencies in fitted.classes.items()},
+        "links": plain(fitted.links),
+        "worst": short(fitted.worst),
+        "launch": short(fitted.launch),
     }
-    return {"classes": classes, "worst": short(fitted.worst), "launch": short(fitted.launch)}

@@ -65,18 +65,22 @@ def of_phase(work: Mapping[str, Work] | None, ceilings: Ceilings, fit: Fit | Non
     return Estimate(interval)
 
 
-def of_step(phases: Sequence[Estimate], ranks: int, communication_seconds: Interval | None) -> Estimate:
+def of_step(phases: Sequence[Estimate], ranks: int, communication: Estimate | None) -> Estimate:
     """The estimate of a whole step: all phases, then what of its communication no computing hides.
 
-    `communication_seconds` is None where it is not known: then only one rank has an estimate.
+    `communication` is None where nobody asked for it: then only one rank has an estimate.
     """
     missing = next((each.why for each in phases if each.interval is None), None)
     if missing is not None:
         return Estimate(None, "a phase has none")
-    if ranks > 1 and communication_seconds is None:
-        return Estimate(None, f"what {ranks} ranks send each other is not in the record")
     known = [each.interval for each in phases if each.interval is not None]
-    return Estimate(together([*known, *([] if communication_seconds is None else [communication_seconds])]))
+    if ranks == 1:
+        return Estimate(together(known))
+    if communication is None:
+        return Estimate(None, f"what {ranks} ranks send each other is not in it")
+    if communication.interval is None:
+        return communication
+    return Estimate(together([*known, communication.interval]))
 
 
 def together(intervals: Sequence[Interval]) -> Interval:

@@ -2,12 +2,16 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from textwrap import fill
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
+from harness.analysis import communication
 from harness.analysis.args import Parser, refuse
-from harness.analysis.estimate import Interval
+from harness.analysis.estimate import Estimate, Interval, of_step
+from harness.analysis.links import pages
+from harness.analysis.links_model import machine as links_of
 from harness.analysis.roofline_model import Bound, Turn, bounds
 from harness.record.ceilings import of_page
 from harness.record.fields import printable
@@ -16,18 +20,17 @@ from harness.record.results import Ceilings
 from harness.record.schema import Record, parse
 from harness.tables import Table, count, seconds, size
 
-if TYPE_CHECKING:
-    from harness.config.settings import Hardware
-
 WIDTH = 120
 
 NOTES = (
     "FLOPs are those of matrix products and attention. Bytes are those of the tensors that operators take and make, as "
     "if nothing stayed in the device's caches in between: what fits into caches can be faster than `at best`. What "
-    "ranks send each other is not counted.",
+    "ranks send each other is in neither.",
     "The estimate goes by the efficiencies that others published of such operators on such GPUs, run one by one as "
     "written; the seconds in brackets are limits that held on each of their runs by the fit of the others "
-    "(profiles/speed). It has nothing but operators: no loading of data, no checkpoint.",
+    "(profiles/speed). It has nothing but operators: no loading of data, no checkpoint. Of several ranks, a step "
+    "also has what they send each other: at best all that an engine may do meanwhile is hidden behind the phase's "
+    "operators, at worst nothing; the seconds are halfway.",
     "MFU: the FLOPs, over seconds, over the dense peak. MBU, of a decode, as gpt-fast has it: weights and KV cache "
     "once for each token of a batch, over seconds, over the bandwidth.",
     "Seconds are of steps that no exact ledger slowed, the slowest rank's.",
@@ -35,30 +38,27 @@ NOTES = (
 
 
 class Against(NamedTuple):
-    """A run and the ceilings of the machine that it is compared with."""
+    """A run, the ceilings that it is compared with, and how long its ranks send in a step. None: there is one rank."""
 
     name: str
     record: Record
     ceilings: Ceilings
     phases: list[Bound]
+    communication: Estimate | None = None
 
 
 def main(argv: Sequence[str]) -> int:
     """Run `harness roofline RUN [RUN ...]`; returns the exit code."""
     try:
         options = _parser().parse_args(argv)
-        hardware = None if options.hardware is None else _page(options.hardware)
-        runs = [against(path, parse(read(path), str(path)), hardware) for path in options.run]
+        runs = [
+            against(path, parse(read(path), str(path)), options.hardware, options.network)
+            for path in options.run
+        ]
     except ValueError as error:
         return refuse(error)
     print(json.dumps([as_json(run) for run in runs], indent=1) if options.json else "\n\n".join(text(runs)))
     return 0
-
-
-def _page(name: str) -> "Hardware":
-    from harness.config import hardware_page  # not imported where no page is read
-
-    return hardware_page.named(name)
 
 
 def _parser() -> Parser:
@@ -72,30 +72,40 @@ def _parser() -> Parser:
     parser.add_argument(
         "--hardware", metavar="NAME", help="compare it with this page of conf/hardware instead"
     )
+    parser.add_argument("--network", metavar="NAME", help="a page of conf/network; else the run's own")
     parser.add_argument(
         "--json", action="store_true", help="the same as JSON; null: not measured, or not known"
     )
     return parser
 
 
-def against(path: Path, record: Record, hardware: "Hardware | None" = None) -> Against:
-    """Compare `record` with its own machine, or with `hardware`.
+def against(path: Path, record: Record, hardware: str | None = None, network: str | None = None) -> Against:
+    """Compare `record` with its own machine, or with the pages of these names. Raises ValueError for an unknown name.
 
     With `hardware`, measured seconds count only if the run used the same kind of device.
     """
+    card, joined = pages(record, hardware, network)
     ceilings, timed = record.limits, True
-    if hardware is not None:
-        ceilings = of_page(hardware, record.model.dtype or "") or Ceilings()
-        timed = hardware.device == record.world.device
-    return Against(printable(str(path)), record, ceilings, bounds(record, ceilings, timed))
+    if hardware is not None and card is not None:
+        ceilings = of_page(card, record.model.dtype or "") or Ceilings()
+        timed = card.device == record.world.device
+    phases = bounds(record, ceilings, timed)
+    if not phases or record.world.size == 1:
+        return Against(printable(str(path)), record, ceilings, phases)
+    sent = communication.of_step(record, phases[:-1], links_of(card, joined, {}).rates, ceilings.source)
+    whole = of_step([each.estimate for each in phases[:-1]], record.world.size, sent)
+    phases[-1] = replace(phases[-1], estimate=whole)
+    return Against(printable(str(path)), record, ceilings, phases, sent)
 
 
 def as_json(run: Against) -> dict[str, object]:
     """The run, its ceilings and its phases as plain data."""
+    sent = None if run.communication is None else run.communication.interval
     return {
         "run": run.name,
         "ceilings": run.ceilings.model_dump() if run.ceilings.source else None,
         "phases": [{**each.as_dict(), "sentence": sentence(each)} for each in run.phases],
+        "communication": None if sent is None else sent._asdict(),
     }
 
 
@@ -122,6 +132,11 @@ def _lines(run: Against) -> Iterator[str]:
         table.row(*_cells(each))
     yield table.text()
     yield from (fill(line, WIDTH) for each in run.phases[:-1] if (line := sentence(each)))
+    if run.communication is not None and (sent := run.communication.interval) is not None:
+        yield fill(
+            f"In the estimate of {run.phases[-1].phase}, {_estimate_text(sent)} are what ranks send each other.",
+            WIDTH,
+        )
     yield from (fill(line, WIDTH) for line in _refusals(run))
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from harness.analysis.estimate import Estimate, Interval, of_phase, of_step
+from harness.analysis.estimate import Estimate, of_phase, of_step
 from harness.analysis.run_settings import settings_in
 from harness.record.memory import Phase, Rank, Work
 from harness.record.results import Ceilings
@@ -126,17 +126,12 @@ class Bound:
         }
 
 
-def bounds(
-    record: Record,
-    ceilings: Ceilings | None = None,
-    timed: bool = True,
-    communication_seconds: Interval | None = None,
-) -> list[Bound]:
+def bounds(record: Record, ceilings: Ceilings | None = None, timed: bool = True) -> list[Bound]:
     """Each phase of `record`, then the whole step, against `ceilings`; the default is the run's own machine.
 
     The work is that of the rank with the most work, in the last counted training step or the largest batch of
-    inference. The seconds are the slowest rank's; with `timed=False` there are none. `communication_seconds` are those
-    of a step that no computing hides; None: not known. Empty where nothing was counted.
+    inference. The seconds are the slowest rank's; with `timed=False` there are none. A step of several ranks has no
+    estimate here: `communication.py` has what they send. Empty where nothing was counted.
     """
     ceilings = ceilings or record.limits
     names = PHASES.get(record.mode, ())
@@ -155,7 +150,7 @@ def bounds(
         shape = None if settings is None else _shape(record, rank, settings, name, totals)
         bound = _bound(name, totals[name], ceilings, seconds_of.get(name), shape)
         phases.append(replace(bound, estimate=_estimate(record, totals[name], ceilings)))
-    whole = of_step([each.estimate for each in phases], record.world.size, communication_seconds)
+    whole = of_step([each.estimate for each in phases], record.world.size, None)
     return [*phases, replace(_whole(record.mode, phases, ceilings), estimate=whole)]
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from harness.analysis import link_fit
 from harness.analysis.efficiency import COMMITTED, Amount, Efficiency, Fit, committed
 from harness.analysis.efficiency_fit import Timed, as_json, fit, rows
 from harness.analysis.estimate import Estimate, Interval, of_phase, of_step
@@ -12,6 +13,7 @@ from harness.record.memory import Work
 from harness.record.results import Ceilings
 
 OPERATORS = Path(__file__).parents[2] / "profiles" / "speed" / "operators.csv"
+COLLECTIVES = OPERATORS.with_name("collectives.csv")
 A100 = Ceilings(source="a100-80gb", bandwidth=2e12, flops=3e14, dtype="bfloat16")
 BANDWIDTH, LARGE = 2.039e12, 100e6
 """Of the page of that A100, in B/s; the bytes that a large call moves."""
@@ -33,7 +35,8 @@ def why(work: dict[str, Work] | None, ceilings: Ceilings = A100) -> str:
 
 
 def test_the_committed_efficiencies_are_those_that_the_rows_give() -> None:
-    assert as_json(fit(rows(OPERATORS))) == json.loads(COMMITTED.read_text())
+    anew = fit(rows(OPERATORS))._replace(links=link_fit.fit(link_fit.rows(COLLECTIVES)))
+    assert as_json(anew) == json.loads(COMMITTED.read_text())
     assert as_json(committed()) == json.loads(COMMITTED.read_text())
 
 
@@ -101,6 +104,7 @@ def test_a_phase_that_waits_for_its_launches_has_none() -> None:
 def test_a_step_of_several_ranks_has_an_estimate_only_with_what_they_send() -> None:
     phases = [Estimate(Interval(2.0, 1.0, 4.0)), Estimate(Interval(1.0, 1.0, 1.0))]
     assert of_step(phases, 1, None).interval == (3.0, 2.0, 5.0)
-    assert of_step(phases, 8, None) == (None, "what 8 ranks send each other is not in the record")
-    assert of_step(phases, 8, Interval(0.5, 0.1, 1.0)).interval == (3.5, 2.1, 6.0)
+    assert of_step(phases, 8, None) == (None, "what 8 ranks send each other is not in it")
+    assert of_step(phases, 8, Estimate(Interval(0.5, 0.1, 1.0))).interval == (3.5, 2.1, 6.0)
+    assert of_step(phases, 8, Estimate(None, "y")) == (None, "y")
     assert of_step([*phases, Estimate(None, "x")], 1, None) == (None, "a phase has none")

@@ -19,13 +19,14 @@ from torch import nn
 from torch.nn import functional
 
 import harness
-from harness.analysis import efficiency_fit
+from harness.analysis import efficiency_fit, link_fit
 from harness.ledger import Ledger, Work
 from tests.benchmarks import measured_kernels
 from tests.benchmarks.measured import program
 from tests.benchmarks.measured_rows import CUDA, Measure, Row
 
 OPERATORS = Path(__file__).parents[2] / "profiles" / "speed" / "operators.csv"
+COLLECTIVES = OPERATORS.with_name("collectives.csv")
 FIELDS = ("source", "path", "commit", "gpu", "kernel", "mode", "x", "shape", "seconds", "date", "work")
 
 
@@ -152,7 +153,8 @@ PROGRAMS: dict[str, Callable[[Row, Measure], int]] = {
 
 def fit() -> None:
     """Write the efficiencies that the rows give."""
-    efficiency_fit.write(efficiency_fit.fit(efficiency_fit.rows(OPERATORS)))
+    classes = efficiency_fit.fit(efficiency_fit.rows(OPERATORS))
+    efficiency_fit.write(classes._replace(links=link_fit.fit(link_fit.rows(COLLECTIVES))))
 
 
 def steps() -> None:

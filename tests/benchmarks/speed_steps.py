@@ -16,8 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import harness
-from harness.analysis.estimate import Estimate, of_phase, of_step
-from harness.analysis.roofline_model import bounds
+from harness.analysis.estimate import Estimate, of_phase
+from harness.analysis.roofline import against
 from harness.config import hardware_page
 from harness.config.compose import compose
 from harness.config.load import load
@@ -74,7 +74,7 @@ def steps() -> list[Step]:
 
 
 def estimated(step: Step) -> Estimate:
-    """What is estimated of the step; of several ranks without what they send each other."""
+    """What is estimated of the step."""
     return of_loop(step) if step.program == "loop" else of_run(step)
 
 
@@ -83,9 +83,8 @@ def of_run(step: Step) -> Estimate:
     words = [f"hardware={step.page}", "world=rehearsed", *step.request.split()]
     words += [] if "mode=infer" in words else ["mode=train", "train.steps=2", "train.validate_every=0"]
     record = rehearsed(load(compose(words)), words, parallel=False)
-    ceilings = of_page(hardware_page.named(step.page), record.model.dtype or "")
-    phases = [each.estimate for each in bounds(record, ceilings)[:-1]]
-    return next((each for each in phases if each.interval is None), of_step(phases, 1, None))
+    *phases, whole = (each.estimate for each in against(Path("it"), record, step.page).phases)
+    return next((each for each in phases if each.interval is None), whole)
 
 
 def of_loop(step: Step) -> Estimate:
@@ -116,9 +115,9 @@ def of_loop(step: Step) -> Estimate:
 REASONS = {
     "Llama 3.2 1B, SGD": "the clock was locked below the one that the page's peak rate is for",
     "Llama 3.1 8B, FSDP": "the card has 2.4 TB/s and 500 W, the page 3.35 TB/s and 700 W; torchtitan chooses what to "
-    "recompute otherwise; what ranks send is left out",
+    "recompute otherwise",
     "FSDP": "MPT has ALiBi and fused norms, and its weights in float32 under autocast; this is GPT-2 of the same "
-    "width, whose norms are torch's; what ranks send is left out",
+    "width, whose norms are torch's",
 }
 """What differs between a published step and the one that is estimated, by the end of its note."""
 
@@ -129,7 +128,8 @@ def page(committed: Sequence[Step]) -> Iterator[str]:
     yield ""
     yield "By `python -m tests.benchmarks.speed steps`. No row here is in the fit. Sources: [steps.csv](steps.csv)."
     yield f"Rehearsed with torch {torch.__version__.partition('+')[0]} on Python {platform.python_version()}."
-    yield "*1: several ranks, without what they send each other; `harness roofline` has no estimate of such a step."
+    sent = "with what they send each other by NVLink: hidden as far as it can be, or not at all."
+    yield f"*1: several ranks of a node, {sent}"
     yield ""
     yield "| what | card | step | published | estimated | between | published / estimated | within |"
     yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
