@@ -12,10 +12,10 @@ as operators without rows do. Stages of a pipeline also wait for each other's wo
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from harness.analysis import transfers
 from harness.analysis.efficiency import FAMILY, KINDS, PER_NODE, SIZES, Fit, LinkEfficiency, committed
 from harness.analysis.estimate import LITTLE, Estimate, Interval, together
-from harness.analysis.links_model import MAY_HIDE, over, shared
+from harness.analysis.moves import transfers
+from harness.analysis.moves.links_model import MAY_HIDE, Place, over, shared
 from harness.analysis.roofline_model import PHASES, Bound
 from harness.record.links import NETWORK, by_ring
 from harness.record.memory import Rank, Transfer
@@ -159,7 +159,11 @@ def _rings(row: Transfer) -> float | None:
         members = transfers.members(row.group)
     except ValueError:
         return None
-    return shared(row.group, members[0], PER_NODE) if members else None
+    if not members:
+        return None
+    first = members[0] // PER_NODE * PER_NODE
+    node = range(first, first + PER_NODE)
+    return shared(row.group, Place(members[0], node, node))
 
 
 def _spans(efficiencies: Sequence[LinkEfficiency]) -> str:
