@@ -104,9 +104,9 @@ def _apart(named: Sequence[Label], parts: Sequence[str]) -> list[Label]:
 def settings_of(record: Record) -> dict[str, Any]:
     """What the run's own mode reads of its config, by key as it is typed, in the config's order.
 
-    The size of the world is as it was.
+    The size of the world is as it was. Where its nodes were only assumed, they are no setting.
     """
-    left_out = "mode", "model.name", *WATCHING
+    left_out = {"mode", "model.name", *WATCHING} | ({"world.per_node"} & record.resolved.keys())
     values = {
         GROUPS.get(key, key): value
         for key, value in flat(record.config)
