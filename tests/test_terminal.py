@@ -80,7 +80,14 @@ def test_a_rehearsal_shows_which_role_is_at_which_layer_out_of_a_total_that_it_h
 
 
 def test_a_search_shows_how_many_configs_are_done_out_of_a_total_that_it_has_from_the_start() -> None:
-    words = ("mode=train", "model=tiny", "world.size=2", "hardware.memory=50000000", "zero=2,3")
+    words = (
+        "mode=train",
+        "model=tiny",
+        "precision=bf16",
+        "world.size=2",
+        "hardware.memory=50000000",
+        "zero=2,3",
+    )
     bars = [
         line for line in shown("fit", *words, "checkpointing=none", "train.micro_batch=1,2") if "/2 [" in line
     ]

@@ -45,9 +45,12 @@ def out_of_memory(failure: Failure, directory: Path) -> Iterator[str]:
 
 
 def decided(reasons: Mapping[str, str]) -> Iterator[str]:
-    """The keys whose `auto` resolved to something unusual, with the value and reason; sdpa attention is usual."""
+    """The keys whose `auto` resolved to something unusual, with the value and reason.
+
+    Usual are sdpa attention, and nodes that are assumed: those are said where what moves is.
+    """
     for key, why in reasons.items():
-        if (key, why.partition(":")[0]) != ("model.attention", "sdpa"):
+        if key != "world.per_node" and (key, why.partition(":")[0]) != ("model.attention", "sdpa"):
             yield f"{key}={why}"
 
 

@@ -37,7 +37,8 @@ def resolve(settings: Settings, device: str | None = None) -> Plan:
     if settings.world.per_node is None:
         value, why = _per_node(settings, device)
         settings = replace(settings, world=replace(settings.world, per_node=value))
-        reasons["world.per_node"] = f"{value}: {why}"
+        if why:
+            reasons["world.per_node"] = f"{value}: {why}"
     config = model_config(settings.model)
     value, why = _attention(settings.model, config)
     if settings.model.attention == "auto":
@@ -66,11 +67,13 @@ GPUS = 8
 
 
 def _per_node(settings: Settings, device: str | None) -> tuple[int | None, str]:
-    """The ranks on each node, and the reason. None: nodes have different numbers of them."""
+    """The ranks on each node, and the reason if they are assumed. None: not known, or nodes have different numbers."""
     if device is not None:
         local = per_node()
-        return local, "as torchrun started them" if local else "the launcher does not say, or nodes differ"
+        return local, "" if local else "the launcher does not say, or nodes have different numbers of ranks"
     size = settings.world.size or 1
+    if size == 1:
+        return 1, ""
     if settings.hardware.device == "cuda":
         if settings.network.per_node is not None:
             return min(settings.network.per_node, size), f"as network={settings.network.name} has them"

@@ -101,7 +101,7 @@ def test_ranks_that_one_stands_for_hold_what_it_holds(words: tuple[str, ...]) ->
         other = rehearse(requested, rank)[0].tree()
         for books in (first, other):
             for phase in books["phases"]:  # the last partition is padded, and less is copied into it
-                phase |= {"read": None, "written": None}
+                phase |= {"read": None, "written": None, "work": None}
         assert [other[key] for key in ("peak", "categories", "phases")] == [
             first[key] for key in ("peak", "categories", "phases")
         ]
