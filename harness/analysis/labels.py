@@ -104,9 +104,11 @@ def _apart(named: Sequence[Label], parts: Sequence[str]) -> list[Label]:
 def settings_of(record: Record) -> dict[str, Any]:
     """What the run's own mode reads of its config, by key as it is typed, in the config's order.
 
-    The size of the world is as it was. Where its nodes were only assumed, they are no setting.
+    The size of the world is as it was. Its nodes are a setting only where they were asked for.
     """
-    left_out = {"mode", "model.name", *WATCHING} | ({"world.per_node"} & record.resolved.keys())
+    left_out = {"mode", "model.name", *WATCHING}
+    if record.world.size == 1 or not record.world.rehearsed or "world.per_node" in record.resolved:
+        left_out.add("world.per_node")
     values = {
         GROUPS.get(key, key): value
         for key, value in flat(record.config)

@@ -1,6 +1,7 @@
 """Replace `auto` in the settings before the run starts: the recorded config then says what ran, on any machine."""
 
 import copy
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ GPUS = 8
 def _per_node(settings: Settings, device: str | None) -> tuple[int | None, str]:
     """The ranks on each node, and the reason if they are assumed. None: not known, or nodes have different numbers."""
     if device is not None:
-        local = per_node()
+        local = per_node() if "WORLD_SIZE" in os.environ else 1  # without a launcher, a world of one
         return local, "" if local else "the launcher does not say, or nodes have different numbers of ranks"
     size = settings.world.size or 1
     if size == 1:

@@ -29,11 +29,14 @@ def directory() -> Path | None:
 
 
 def per_node() -> int | None:
-    """The ranks that the launcher has started on each node. None: not known, or nodes have different numbers."""
+    """The ranks that the launcher has started on each node.
+
+    None: there is no launcher, it does not say, or nodes have different numbers of them.
+    """
     size, local, nodes = (_number(name) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE"))
-    if size is None or size == 1:
+    if size == 1:
         return 1
-    if local is None or size % local or nodes not in (None, size // local):
+    if size is None or local is None or size % local or nodes not in (None, size // local):
         return None
     return local
 

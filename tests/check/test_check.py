@@ -346,7 +346,7 @@ def test_a_baseline_has_no_causes_and_one_without_traffic_holds_and_says_so(
 def test_traffic_that_is_known_in_part_is_not_compared(check_records: Run) -> None:
     after = moving(4097)
     after["ranks"][0]["unseen"] = [
-        "a all-gather is not in the figures of storages: the ledger could not read it"
+        "all-gather is not in the figures of traffic: the ledger could not read it"
     ]
     assert check_records(moving(4096), after)[0] == 0
 

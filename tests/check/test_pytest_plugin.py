@@ -557,7 +557,7 @@ def test_what_ranks_send_each_other_has_a_budget_by_link(outcome: Outcome, mark:
         result.stdout.fnmatch_lines([f"{said.replace('[', '[[]')}*"])
 
 
-def test_a_world_of_one_moves_its_payload_on_its_own_node(outcome: Outcome) -> None:
+def test_a_world_of_one_moves_nothing(outcome: Outcome) -> None:
     result = outcome("""
 import torch.distributed as dist
 
@@ -567,16 +567,11 @@ def group(tmp_path):
     yield
     dist.destroy_process_group()
 
-@pytest.mark.memory_budget(traffic={"host-memory": 4096, "network": 0})
+@pytest.mark.memory_budget(traffic={"all": 0})
 def test_kept():
     dist.all_reduce(torch.ones(1024))
-
-@pytest.mark.memory_budget(traffic={"host-memory": 4095})
-def test_passed():
-    dist.all_reduce(torch.ones(1024))
 """)
-    result.assert_outcomes(passed=1, failed=1)
-    result.stdout.fnmatch_lines(["the test moved 4.0 KiB over host-memory, 1 B over its budget*1 calls*"])
+    result.assert_outcomes(passed=1)
 
 
 def test_copies_to_a_gpu_that_is_not_there_have_a_budget(outcome: Outcome) -> None:

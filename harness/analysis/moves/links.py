@@ -144,21 +144,21 @@ def pages(
     record: Record, hardware: str | None, network: str | None
 ) -> "tuple[Hardware | None, Network | None]":
     """The pages of these names, else those of the run. None: not known. Raises ValueError for an unknown name."""
-    from harness.config import hardware_page, network_page  # not imported where no page is read
-
     settings = settings_in(record)
-    card = None if settings is None else settings.hardware
-    if (
-        card is not None
-        and card.link is None
-        and (known := hardware_page.of_device(record.world.device_name or ""))
-    ):
-        card = hardware_page.gpu(known)
-    joined = None if settings is None else settings.network
-    return (
-        card if hardware is None else hardware_page.named(hardware),
-        joined if network is None else network_page.named(network),
-    )
+    card, joined = (None, None) if settings is None else (settings.hardware, settings.network)
+    unnamed = card is not None and card.link is None and record.world.device == "cuda"
+    if hardware is not None or unnamed:
+        from harness.config import hardware_page  # not imported where no page is read
+
+        if hardware is not None:
+            card = hardware_page.named(hardware)
+        elif known := hardware_page.of_device(record.world.device_name or ""):
+            card = hardware_page.gpu(known)
+    if network is not None:
+        from harness.config import network_page
+
+        joined = network_page.named(network)
+    return card, joined
 
 
 def computing(record: Record, hardware: "Hardware | None" = None) -> dict[str, float | None]:
