@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from harness.analysis.findings import Finding, Run
 from harness.analysis.moves import transfers
+from harness.analysis.moves.links_model import COPIES
 from harness.analysis.moves.transfers import Flow
 from harness.record.links import STORAGE
 from harness.record.memory import Transfer
@@ -13,7 +14,6 @@ from harness.tables import size
 if TYPE_CHECKING:
     from harness.config.settings import Settings
 
-COPIES = ("host-to-device", "device-to-host")
 REDUCES = ("all-reduce", "reduce-scatter", "reduce")
 
 

@@ -97,7 +97,7 @@ class Ledger:
         self.recent = Recent(self._log)
         self.traffic = Traffic(self._log)
         self._groups = ProcessGroups(self.traffic, self._log.report_failure)
-        self._watching = ExitStack()  # what watches in both modes
+        self._watching = ExitStack()  # what counts without a log
         self._times = Times(self.device == "cuda")
         self._modules = Modules(self._log)
         self._roster = Roster(self._log, self._modules, discover)

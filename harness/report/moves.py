@@ -122,13 +122,9 @@ def rows(moved: Sequence[Transfer]) -> list[Row]:
         ranks = f"{each.group} ({each.ranks:,} rank{'s' * (each.ranks != 1)})" if each.group else "-"
         key = each.phase, each.operation, ranks, each.link or transfers.UNKNOWN
         old = found.get(key, Row(*key, 0, 0, 0, 0))
-        wire = [_plus(*pair) for pair in ((old.by_ring, each.by_ring), (old.by_tree, each.by_tree))]
+        wire = [transfers.plus(*pair) for pair in ((old.by_ring, each.by_ring), (old.by_tree, each.by_tree))]
         found[key] = Row(*key, old.calls + each.calls, old.payload + each.bytes, *wire)
     return list(found.values())
-
-
-def _plus(first: int | None, second: int | None) -> int | None:
-    return None if first is None or second is None else first + second
 
 
 def largest(moved: Sequence[Transfer]) -> list[str]:

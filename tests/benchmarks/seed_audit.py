@@ -15,7 +15,7 @@ from textwrap import fill
 from typing import Any, NamedTuple
 
 from harness.analysis.moves import transfers
-from harness.analysis.moves.links_model import decoding_steps, flow
+from harness.analysis.moves.links_model import flow
 from harness.analysis.moves.links_model import turn as link_turn
 from harness.analysis.sweep_batch import crossing
 from harness.config.compose import compose
@@ -467,7 +467,7 @@ def on_link(rank: Rank, link: str, *phases: str) -> float:
     )
     found = flow(each for each in rows if each.link == link and each.phase in phases)
     assert found is not None
-    return found.busier / (decoding_steps(rank) or 1 if phases == ("decode",) else 1)
+    return found.busier / (transfers.decoding_steps(rank) or 1 if phases == ("decode",) else 1)
 
 
 def trained(zero: int) -> Rank:
@@ -587,7 +587,7 @@ def _turn(link: str, words: Sequence[str], context: int, rate: float, waiting: f
 def in_memory(rank: Rank) -> float:
     """Bytes that a decoding step reads and writes."""
     return sum(each.moved or 0 for each in rank.phases if each.phase == "decode") / (
-        decoding_steps(rank) or 1
+        transfers.decoding_steps(rank) or 1
     )
 
 

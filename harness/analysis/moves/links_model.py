@@ -121,7 +121,7 @@ def needs(record: Record, machine: Machine, seconds: float | None = None) -> lis
     """
     found: dict[str, Need] = {}
     for rank in record.ranks:
-        steps = decoding_steps(rank) if record.mode == "infer" else 1
+        steps = transfers.decoding_steps(rank) if record.mode == "infer" else 1
         rows = transfers.of_step(record, rank)
         if rows is None or not steps:
             continue
@@ -134,13 +134,6 @@ def needs(record: Record, machine: Machine, seconds: float | None = None) -> lis
             if link not in found or (need.bytes or 0) > (found[link].bytes or 0):
                 found[link] = need
     return sorted(found.values(), key=lambda need: -(need.bytes or 0))
-
-
-def decoding_steps(rank: Rank) -> int | None:
-    """The decoding steps of the last batch that was counted. None: not known."""
-    decoded = [each for each in rank.phases if each.phase == "decode" and each.passes]
-    last = max((each.step for each in decoded), default=0)
-    return max((each.passes or 0 for each in decoded if each.step == last), default=None)
 
 
 def _need(

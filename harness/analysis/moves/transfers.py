@@ -44,14 +44,19 @@ def of_step(record: Record, rank: Rank) -> list[Transfer] | None:
     """
     if rank.traffic is None:
         return None
-    names = ("data", *PHASES.get(record.mode, ()))
+    names = _names(record.mode)
     exact = [each.step for each in rank.phases if each.phase in names and each.peak is not None]
     return of_last(rank.traffic, record.mode, exact)
 
 
+def _names(mode: str) -> tuple[str, ...]:
+    """The phases of a step or a batch."""
+    return "data", *PHASES.get(mode, ())
+
+
 def of_last(traffic: Iterable[Transfer], mode: str, exact: Sequence[int]) -> list[Transfer]:
     """What moves in the last of the `exact` steps; without one, in each phase as it was recorded last."""
-    names = ("data", *PHASES.get(mode, ()))
+    names = _names(mode)
     rows = [each for each in traffic if each.phase in names]
     if exact:
         return [each for each in rows if each.step == max(exact)]
@@ -61,7 +66,7 @@ def of_last(traffic: Iterable[Transfer], mode: str, exact: Sequence[int]) -> lis
 
 def phases_of_step(record: Record, rank: Rank) -> list[Phase]:
     """The phases of `rank` in the step of `of_step`, in their order, also those in which nothing moves."""
-    names = ("data", *PHASES.get(record.mode, ()))
+    names = _names(record.mode)
     phases = [each for each in rank.phases if each.phase in names]
     exact = [each.step for each in phases if each.peak is not None]
     if exact:
@@ -72,7 +77,7 @@ def phases_of_step(record: Record, rank: Rank) -> list[Phase]:
 
 def beside(record: Record, rank: Rank) -> list[Transfer] | None:
     """What `rank` moves outside of steps and batches: in set-up, validation and checkpoints. None: not counted."""
-    names = ("data", *PHASES.get(record.mode, ()))
+    names = _names(record.mode)
     return None if rank.traffic is None else [each for each in rank.traffic if each.phase not in names]
 
 
@@ -103,12 +108,13 @@ def flows(transfers: Iterable[Transfer]) -> list[Flow]:
         totals[link] += each.bytes
         key = link, each.phase, each.operation
         old = sums.get(key, Flow(*key, 0, 0, 0, 0))
-        wire = _plus(old.by_ring, each.by_ring), _plus(old.by_tree, each.by_tree)
+        wire = plus(old.by_ring, each.by_ring), plus(old.by_tree, each.by_tree)
         sums[key] = Flow(*key, old.calls + each.calls, old.bytes + each.bytes, *wire)
     return sorted(sums.values(), key=lambda flow: (-totals[flow.link], flow.link))
 
 
-def _plus(first: int | None, second: int | None) -> int | None:
+def plus(first: int | None, second: int | None) -> int | None:
+    """The sum. None where one of them is."""
     return None if first is None or second is None else first + second
 
 
@@ -117,11 +123,14 @@ def passes(record: Record, rank: Rank) -> int | None:
 
     None: there was none, or nothing counted them.
     """
-    decodes = [each for each in rank.phases if each.phase == "decode" and each.passes]
-    if record.mode != "infer" or not decodes:
-        return None
-    last = max(each.step for each in decodes)
-    return max(each.passes or 0 for each in decodes if each.step == last)
+    return decoding_steps(rank) if record.mode == "infer" else None
+
+
+def decoding_steps(rank: Rank) -> int | None:
+    """The decoding steps of the last batch that was counted. None: not known."""
+    decoded = [each for each in rank.phases if each.phase == "decode" and each.passes]
+    last = max((each.step for each in decoded), default=0)
+    return max((each.passes or 0 for each in decoded if each.step == last), default=None)
 
 
 def outside(record: Record, rank: Rank) -> dict[str, dict[str, int]] | None:
