@@ -5,7 +5,7 @@ The list is that of DeepSpeed 0.19; `tests/config/test_deepspeed_keys.py` reads 
 
 from typing import Any, Literal, NamedTuple
 
-from harness.config.settings import (
+from harness.config.fields.kinds import (
     Beta,
     NotNegative,
     NotNegativeFloat,

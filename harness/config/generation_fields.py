@@ -4,14 +4,8 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field
 
-from harness.config.settings import (
-    NEW_TOKENS,
-    NotNegative,
-    NotNegativeFloat,
-    Positive,
-    PositiveFloat,
-    Temperature,
-)
+from harness.config.fields.generation import NEW_TOKENS
+from harness.config.fields.kinds import NotNegative, NotNegativeFloat, Positive, PositiveFloat, Temperature
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Below1 = Annotated[float, Field(ge=0, lt=1)]

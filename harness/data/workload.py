@@ -6,8 +6,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from harness.config.fields.kinds import Positive
 from harness.config.rules import sources
-from harness.config.settings import Generation, Positive, Refusal
+from harness.config.settings import Generation, Refusal
 from harness.record.fields import printable
 
 KEY = "generation.workload"

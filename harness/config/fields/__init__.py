@@ -1,0 +1,1 @@
+"""The fields of each group of the config. Nothing here imports torch."""

@@ -1,0 +1,112 @@
+"""The fields of training: ZeRO, DeepSpeed, checkpointing, stages and the loop."""
+
+from typing import Any, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from harness.config.fields.kinds import (
+    STRICT,
+    Beta,
+    Count,
+    Names,
+    NotNegative,
+    NotNegativeFloat,
+    Place,
+    Positive,
+    PositiveFloat,
+    Tokens,
+    ZeroStage,
+)
+
+
+@dataclass(frozen=True, config=STRICT)
+class Zero:
+    stage: ZeroStage = 1
+    """Set by zero=; 1 shards optimizer state, 2 gradients, 3 parameters."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """What lives in the host's memory."""
+    reduce_bucket_size: Positive = 5_000_000
+    """Elements of gradient reduced at once."""
+    allgather_bucket_size: Positive = 5_000_000
+    """Elements of parameter gathered at once."""
+    prefetch_bucket_size: NotNegative = 5_000_000
+    """Stage 3: elements fetched ahead."""
+    persistence_threshold: NotNegative = 10_000
+    """Stage 3: smaller parameters are never sharded."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Deepspeed:
+    config: str | None = None
+    """Training: a ds_config.json; its keys become the settings that they are."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Other keys of DeepSpeed's config: deepspeed.options.zero_optimization.overlap_comm=true."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Checkpointing:
+    mode: Literal["none", "selective", "full"] = "none"
+    """Set by checkpointing=; full keeps a layer's input, selective its matrix products and attention too."""
+    layers: list[NotNegative] = Field(default_factory=list)
+    """The layers to recompute, from 0, as [0,1]; empty is all."""
+    every: Positive = 1
+    """Recompute every n-th layer, from the first."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Pipeline:
+    stages: Count = 1
+    """How many stages the layers are cut into."""
+    split: Literal["uniform", "parameters", "memory"] | list[Positive] = "uniform"
+    """Layers of each stage: evenly, by parameters, by rehearsed peak, or as [3,5]."""
+    groups: Positive | None = None
+    """Generation: groups of prompts in flight; null is one a stage."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Train:
+    steps: Positive = 100
+    """Optimizer steps of the whole run, those before a resume included."""
+    micro_batch: Count = 4
+    """Sequences a rank takes at once."""
+    accumulation: Count = 1
+    """Micro-batches in a step."""
+    batch: Positive | None = None
+    """Sequences in a step over all ranks; checked if set."""
+    sequence: Tokens = 256
+    """Tokens in a sequence."""
+    learning_rate: PositiveFloat = 1e-3
+    """AdamW's highest learning rate."""
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    """AdamW's decay of its two means of gradients, as [0.9,0.95]."""
+    epsilon: NotNegativeFloat = 1e-8
+    """AdamW's term that keeps a division from 0."""
+    warmup_steps: NotNegative = 0
+    """Steps from zero to the learning rate."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """What follows the warm-up."""
+    weight_decay: NotNegativeFloat = 0.1
+    """AdamW's weight decay."""
+    fused: bool = False
+    """AdamW in one kernel, without temporaries."""
+    clip: NotNegativeFloat = 1.0
+    """Largest gradient norm; 0 is off."""
+    validate_every: NotNegative = 50
+    """Steps between validations; 0 is never."""
+    validation_batches: Count = 8
+    """Micro-batches a rank validates on."""
+    save_every: NotNegative = 0
+    """Steps between full-state checkpoints; 0 is never."""
+    save_on_term: bool = False
+    """On SIGTERM, end the step, write a full-state checkpoint, and exit with 75: run again with train.resume."""
+    keep: Count = 2
+    """Number of complete full-state checkpoints kept."""
+    resume: Place | None = None
+    """Directory of the run to continue."""
+    resume_changes: Names = Field(default_factory=list)
+    """Keys that may differ from the run to continue, as [train.steps,data]."""
+    nonfinite: Literal["stop", "skip", "ignore"] = "stop"
+    """A loss or gradient that is NaN or infinite: stop before the update, skip the update, or go on."""
+    export: bool = True
+    """Write checkpoint/ in transformers' format at the end."""
