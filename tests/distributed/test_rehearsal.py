@@ -4,7 +4,7 @@ and do the same work: operations, and bytes read and written.
 Every ZeRO stage meets every offload it may have, and every stage both precisions and both counts of accumulation. What
 else decides bytes varies by stage, one thing at a time: buckets smaller than a parameter, validation and checkpoints,
 eager attention and the end of what is seen, nothing or all kept whole, tied weights and learned positions, layers that
-are recomputed, a world that divides nothing evenly. Generation has every cache, padded or not, and layers with a window
+are recomputed, a loss in chunks, a world that divides nothing evenly. Generation has every cache, padded or not, and layers with a window
 or a state, on one rank where no second is needed; layers that ranks share; and requests that enter and leave, as many
 pages as they need, fewer, or in parts. The exhaustive cells are the rest of the products.
 
@@ -91,6 +91,14 @@ PIPELINED = [
         (1, 1, "precision=bf16"),
         (1, 3, "precision=fp32"),
     )
+]
+VALIDATED = ("train.steps=2", "train.validate_every=1", "train.validation_batches=2")
+CHUNKED = [
+    (*TINY, *TRAIN, *ZERO[0], "loss=chunked", "precision=bf16", UNCLIPPED, *VALIDATED),
+    (*TINY, *TRAIN, *ZERO[1], "loss=chunked", "precision=fp32", "loss.chunk=5"),
+    (*TINY, *TRAIN, *ZERO[2], "loss=chunked", "precision=fp32", "train.accumulation=2"),
+    (*TINY, *TRAIN, *ZERO[3], "loss=chunked", "precision=bf16", "model.config.tie_word_embeddings=true"),
+    (*TINY, *TRAIN, "pipeline.stages=2", "loss=chunked", "precision=fp32", "train.accumulation=2", *VALIDATED),
 ]
 FOUR_HEADS = "model.config.num_key_value_heads=4"
 """A token's keys fill a group of 64, which is what fewer bits come in."""
@@ -192,7 +200,7 @@ PARALLEL = {"pipeline.stages=2", "generation.tensor_parallel=2"}
 CELLS: dict[int, list[Words]] = {
     1: [words for words in GENERATION if not PARALLEL & {*words}],
     2: [
-        *(*MATRIX, *BY_STAGE, *SHARDED_WHOLLY, *TIED, *PIPELINED, *RECOMPUTED),
+        *(*MATRIX, *BY_STAGE, *SHARDED_WHOLLY, *TIED, *PIPELINED, *RECOMPUTED, *CHUNKED),
         *(words for words in GENERATION if PARALLEL & {*words}),
         *GENERATION[:3],  # replicas, of which one has more prompts
     ],
