@@ -321,7 +321,7 @@ class _Run:
             from harness.training import loss_check
             from harness.training import train as mode
 
-            loss_check.prove(self.plan)
+            loss_check.prove(self.plan, self.world.kind)
         else:
             from harness.generation import infer as mode  # type: ignore[no-redef]
         prove(self.plan)

@@ -66,7 +66,9 @@ TRAIN = (
         },
         "every activation kept",
     ),
-    Change(lambda s: {"loss.kind": "chunked"}, "the head's logits computed twice, a chunk of tokens at a time"),
+    Change(
+        lambda s: {"loss.kind": "chunked"}, "the head's logits computed twice, a chunk of tokens at a time"
+    ),
     Change(lambda s: {"model.attention": "sdpa"}, "nothing"),
     Change(lambda s: {"pipeline.split": "memory"}, "other layers on each stage"),
 )

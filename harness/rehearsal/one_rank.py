@@ -53,7 +53,7 @@ def rehearse(
         prove(plan)
         results.pipeline = as_record(settings, plan.split)
     cache_check.prove(plan)
-    loss_check.prove(plan)
+    loss_check.prove(plan, settings.hardware.device)
     with misfits(plan), warnings.catch_warnings(), rehearsed(rank, plan.layout, memory) as world:
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         warnings.filterwarnings("ignore", category=NotSeen)  # the record says it

@@ -67,6 +67,8 @@ def apply(model: PreTrainedModel, loss: Loss) -> None:
     """
     if loss.kind == "chunked":
         give_to_head(model, lambda hidden, labels, head: chunked(hidden, labels, head, loss.chunk))
+    if loss.kind == "fused":
+        give_to_head(model, fused)
 
 
 def give_to_head(model: PreTrainedModel, of_head: OfHead) -> None:
@@ -74,7 +76,7 @@ def give_to_head(model: PreTrainedModel, of_head: OfHead) -> None:
     head = model.get_output_embeddings()
 
     def forward(input: Tensor, *labels: Tensor) -> Tensor:
-        return of_head(input, *labels, head) if labels else input
+        return of_head(input, labels[0], head) if labels else input
 
     def loss_function(logits: Tensor, labels: Tensor, vocab_size: int, **_: Any) -> Tensor:
         loss: Tensor = head(logits, labels)
@@ -104,7 +106,21 @@ def chunked(hidden: Tensor, labels: Tensor, head: nn.Linear, chunk: int | None) 
             options=nn.LinearCrossEntropyOptions(batch_chunk_size=chunk),
         )
     count = (targets != IGNORED).sum()
-    mean = losses.float().sum() / count.clamp(min=1)
+    return _or_nan(losses.float().sum() / count.clamp(min=1), count)
+
+
+def fused(hidden: Tensor, labels: Tensor, head: nn.Linear) -> Tensor:
+    """`chunked` in liger-kernel's kernels, which choose the chunk themselves and make all gradients in forward."""
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    targets = next_labels(labels)
+    inputs = hidden.flatten(0, -2), head.weight, targets, head.bias
+    mean: Tensor = liger_fused_linear_cross_entropy(*inputs, ignore_index=IGNORED)
+    return _or_nan(mean.float(), (targets != IGNORED).sum())
+
+
+def _or_nan(mean: Tensor, count: Tensor) -> Tensor:
+    """The `mean` of `count` losses; NaN, with gradients of 0, where there are none."""
     return torch.where(count > 0, mean, math.nan)
 
 
@@ -122,4 +138,4 @@ def _seen_inside(operator: Any) -> Callable[..., Tensor]:
         setup_context = staticmethod(operator._setup_context_fn)
         backward = staticmethod(operator._backward_fn)
 
-    return Chunks.apply  # type: ignore[no-any-return]
+    return Chunks.apply

@@ -14,6 +14,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from harness.config.errors import first_line
+from harness.config.rules.loss import check_device
 from harness.config.settings import Refusal
 from harness.ledger.patch import patched
 from harness.model.loader import quiet
@@ -25,10 +26,11 @@ CLOSE = 1e-5
 """The relative difference that the order of additions in fp32 may make."""
 
 
-def prove(plan: Plan) -> None:
-    """Raise Refusal where the loss that `plan` wants is not the model's own."""
+def prove(plan: Plan, device: str) -> None:
+    """Raise Refusal where the loss that `plan` wants is not the model's own, or not one of `device`."""
     settings, config = plan.settings, plan.config
     loss = settings.loss
+    check_device(settings, device)
     if loss.kind == "full" or settings.mode != "train":
         return
     text = config.get_text_config(decoder=True)
@@ -52,7 +54,7 @@ def difference(shape: str, attention: str) -> str | None:
     """
     with torch.random.fork_rng(devices=[]), quiet():
         try:
-            model, (expected, reason) = narrowest(shape, torch.float32, attention, _own)
+            model, (expected, reason) = narrowest(shape, torch.float32, attention, own)
         except NoneRuns as error:
             return f"cannot be checked: no small model of its config runs ({error})"
         return reason or _other(model, expected)
@@ -63,14 +65,14 @@ def _inputs() -> dict[str, Any]:
     return {"input_ids": tokens, "labels": tokens.masked_fill(tokens % 5 == 0, IGNORED), "use_cache": False}
 
 
-def _own(model: PreTrainedModel) -> tuple[Tensor, str | None]:
+def own(model: PreTrainedModel) -> tuple[Tensor, str | None]:
     """The model's own loss, and what its forward does with its head that is not linear alone."""
-    head, outputs, logits = model.get_output_embeddings(), list[Tensor](), list[Tensor]()
+    head, outputs, given = model.get_output_embeddings(), list[Tensor](), list[Tensor]()
 
     def watched(loss_function: Any) -> Any:
-        def watch(**arguments: Any) -> Any:
-            logits.append(arguments["logits"])
-            return loss_function(**arguments)
+        def watch(logits: Tensor, *others: Any, **options: Any) -> Any:
+            given.append(logits)
+            return loss_function(logits, *others, **options)
 
         return watch
 
@@ -80,15 +82,16 @@ def _own(model: PreTrainedModel) -> tuple[Tensor, str | None]:
         loss = model(**_inputs()).loss
     if hook is not None:
         hook.remove()
-    return loss, _reason(head, outputs, logits)
+    return loss, _reason(head, outputs, given)
 
 
-def _reason(head: nn.Module | None, outputs: list[Tensor], logits: list[Tensor]) -> str | None:
+def _reason(head: nn.Module | None, outputs: list[Tensor], given: list[Tensor]) -> str | None:
     if type(head) is not nn.Linear:
-        return f"has {f'a {type(head).__name__}' if head is not None else 'no one module'} for a head, not a linear layer"
-    if len(outputs) != 1 or len(logits) != 1:
+        kind = "no one module" if head is None else f"a {type(head).__name__}"
+        return f"has {kind} for a head, not a linear layer"
+    if len(outputs) != 1 or len(given) != 1:
         return "does not compute its loss once from its head's output"
-    if not torch.equal(outputs[0].float(), logits[0].float()):
+    if not torch.equal(outputs[0].float(), given[0].float()):
         return "changes its logits after its head: it caps or scales them, or the like"
     return None
 
@@ -98,11 +101,15 @@ def _other(model: PreTrainedModel, expected: Tensor) -> str | None:
     give_to_head(model, _cross_entropy)
     try:
         actual = model(**_inputs()).loss
-    except Exception as error:  # a model's own code may raise any type on the hidden states that it takes for logits
+    except (
+        Exception
+    ) as error:  # a model's own code may raise any type on the hidden states that it takes for logits
         return f"needs its logits for more than its loss ({first_line(error, named=True)})"
     if torch.allclose(actual, expected, rtol=CLOSE, atol=0):
         return None
-    return f"has another loss than the mean cross entropy of its next tokens: {expected:.6g}, not {actual:.6g}"
+    return (
+        f"has another loss than the mean cross entropy of its next tokens: {expected:.6g}, not {actual:.6g}"
+    )
 
 
 def _cross_entropy(hidden: Tensor, labels: Tensor, head: nn.Linear) -> Tensor:
