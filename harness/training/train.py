@@ -17,6 +17,7 @@ from harness.config.refusal import as_typed
 from harness.config.rules import check_layers, positions
 from harness.config.rules.sources import run_state
 from harness.data import token_batches
+from harness.data.batch import Batch
 from harness.ledger import Ledger
 from harness.ledger.traffic import READ, WRITE
 from harness.model import init_weights, loader, stage
@@ -60,12 +61,14 @@ def run(plan: Plan, world: World, ledger: Ledger, out: Output, course: Course = 
     with ledger.phase("setup"):
         engine, out.results.model = _engine(plan, config, dtype, world, ledger, quantization, course.values)
     first = _resume(resumed, world, engine, out.say)
-    batches = token_batches.loader(
-        corpus.train, train.micro_batch, world, settings.seed, skip=first * train.accumulation
-    )
-    batches = _reported(batches, ledger)
+    spans = train.micro_batch, world, settings.seed, first * train.accumulation, train.accumulation
+    batches = _Reported(token_batches.loader(corpus.train, *spans), ledger)
     parameters = f"{out.results.model.parameters:,} parameters"
     out.say(f"{settings.model.name}: {parameters}, {engine.optimizer_class}, {world.size} ranks")
+    if corpus.cut:
+        out.say(
+            f"{corpus.cut:,} tokens of documents are beyond train.sequence={train.sequence}, and left out"
+        )
     progress = Progress(settings, world, ledger, first, out.say, time.perf_counter() - start, course)
     progress.training = progress.training.plus(optimizer=engine.optimizer_class)
     if resumed is not None:
@@ -224,7 +227,8 @@ def _stop(
     engine.ledger.enough()  # what follows is no part of the run
     train = settings.train
     skip = step * train.accumulation
-    batches = token_batches.loader(corpus.train, train.micro_batch, world, settings.seed, skip)
+    spans = train.micro_batch, world, settings.seed, skip, train.accumulation
+    batches = token_batches.loader(corpus.train, *spans)
     searched = engine.not_finite_in(batches, step)
     rank, micro_batch, phase, sentence = nonfinite.origin(searched, loss, world)
     with engine.ledger.phase(phase, step, micro_batch):
@@ -234,19 +238,31 @@ def _stop(
     raise FloatingPointError(sentence)
 
 
-def _reported(batches: Iterator[torch.Tensor], ledger: Ledger) -> Iterator[torch.Tensor]:
-    """`batches`, whose tokens are read from the stored row as they are asked for: each is 4 bytes there."""
+class _Reported:
+    """`batches`, whose tokens and labels are read from the stored rows as they are asked for: each is 4 bytes there.
 
-    def report(tokens: torch.Tensor) -> torch.Tensor:
-        ledger.traffic.report(READ, {"tokens": tokens.numel() * token_batches.STORED_BYTES})
-        return tokens
+    Padding counts with them: a rehearsal does not know the lengths. `text` is the sum of the shares of text.
+    """
 
-    return map(report, batches)  # a generator would keep the batch until the next
+    def __init__(self, batches: Iterator[Batch], ledger: Ledger) -> None:
+        self.batches, self.ledger, self.text = batches, ledger, 0.0
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        batch = next(self.batches)
+        stored = (tensor for name, tensor in batch.tensors.items() if name != "mask")
+        self.ledger.traffic.report(
+            READ, {"tokens": sum(token_batches.STORED_BYTES * each.numel() for each in stored)}
+        )
+        self.text += 0 if batch.share is None else batch.share.tokens
+        return batch
 
 
 def _validation_batches(
     settings: Settings, world: World, ledger: Ledger, corpus: token_batches.Corpus
-) -> Callable[[], Iterator[torch.Tensor]] | None:
+) -> Callable[[], Iterator[Batch]] | None:
     """A function that returns the validation batches, the same ones at each call; None where validation is off."""
     train, blocks = settings.train, corpus.validation
     if not train.validate_every or blocks is None:
@@ -259,10 +275,10 @@ def _validation_batches(
             "once; raise it, or use train.validate_every=0",
         )
 
-    def batches() -> Iterator[torch.Tensor]:
-        stream = token_batches.loader(blocks, train.micro_batch, world, settings.seed)
-        stream = _reported(islice(stream, train.validation_batches), ledger)
-        return (tokens.to(world.device) for tokens in stream)
+    def batches() -> Iterator[Batch]:
+        number = train.validation_batches
+        stream = token_batches.loader(blocks, train.micro_batch, world, settings.seed, accumulation=number)
+        return (batch.to(world.device) for batch in _Reported(islice(stream, number), ledger))
 
     return batches
 
