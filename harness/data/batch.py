@@ -74,7 +74,8 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device) -> "Batch":
         """The same on `device`."""
-        return self._replace(**{name: tensor.to(device) for name, tensor in self.tensors.items()})
+        moved = {name: tensor.to(device) for name, tensor in self.tensors.items()}
+        return Batch(moved["tokens"], moved.get("labels"), moved.get("mask"), self.share)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Conversations: read from JSON lines, and made tokens and labels by the tokenizer's chat template.
 
-The loss is taken on the answers alone, the messages of the assistant. A template that marks them with `{% generation %}`
+The loss is taken on the answers alone, the messages of the assistant. A template that marks them (`{% generation %}`)
 says which tokens they are; else they are what a conversation has more than the one before, if the template leaves that
 as it was.
 """

@@ -1,6 +1,6 @@
 """From text to one long row of tokens: documents end to end, separated by the tokenizer's end token, with datasets.
 
-Unpacked, each row is a document. Conversations have labels beside their tokens. All of it is tokenized once, stored, and
+Unpacked, each row is a document. Conversations have labels beside their tokens. All is tokenized once, stored, and
 memory-mapped later. A streamed row is tokenized while it is read.
 """
 
@@ -33,7 +33,7 @@ LAYOUT = 3
 
 
 def stored(settings: Data, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """The rows of tokens, memory-mapped, and created first if they are missing. Raises Refusal if there is no such text.
+    """The rows of tokens, memory-mapped, and created first if they are missing. Raises Refusal if there is no text.
 
     Packed, a row is one `token`, of conversations with its `label`. Else a row is a document of two tokens or more:
     `tokens`, `length`, and of conversations `labels`. Its `info.description` is the digest of what decides the tokens.

@@ -1,7 +1,7 @@
 """Batches of tokens, sharded over ranks, in an order set by the seed.
 
-A corpus is one long row of tokens, cut into blocks of one sequence each, with an incomplete last block left out; or, not
-packed, the beginnings of documents. Its end is held out for validation.
+A corpus is one long row of tokens, cut into blocks of one sequence each, and an incomplete last block is not used; or,
+not packed, the beginnings of documents. Its end is held out for validation.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
