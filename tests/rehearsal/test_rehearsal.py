@@ -143,6 +143,19 @@ def test_a_gpu_that_shares_layers_holds_its_part_alone() -> None:
     assert shared["categories"]["kv_cache"]["end"] * 2 == alone["categories"]["kv_cache"]["end"]
 
 
+def test_a_gpu_generates_by_pages_on_a_stream_of_its_own() -> None:
+    words = (
+        *("mode=infer", "model.config.num_hidden_layers=1", "precision=fp32", "generation.count=2"),
+        *("generation.batching=continuous", "generation.cache=paged", "generation.max_new_tokens=2"),
+    )
+    gpu, cpu = (
+        rehearse(plan(*words, f"hardware={name}", size=1), 0)[0].tree() for name in ("h100-sxm", "cpu")
+    )
+    assert gpu["categories"]["kv_cache"] == cpu["categories"]["kv_cache"]
+    assert gpu["categories"]["kv_cache"]["peak"] > 0
+    assert gpu["allocator"]["reserved"] > gpu["peak"]["bytes"]
+
+
 def test_ranks_with_prompts_of_other_lengths_are_rehearsed_apart(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("\n".join(["a", "a", "a longer one", "a"] * 2))
