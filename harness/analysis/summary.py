@@ -239,8 +239,8 @@ def _padding(training: Training) -> Iterator[str]:
     if training.padding_tokens:
         positions = training.padding_tokens + (training.tokens or 0)
         yield (
-            f"padding: {training.padding_tokens:,} of {positions:,} positions, so {training.padded:.1%} of operations and "
-            "activations; data.packing=true has none"
+            f"padding: {training.padding_tokens:,} of {positions:,} positions, and so {training.padded:.1%} of the "
+            "operations and activations; data.packing=true has none"
         )
     if training.label_tokens is not None:
         yield f"{training.tokens or 0:,} tokens, {training.label_tokens:,} of them with a loss"

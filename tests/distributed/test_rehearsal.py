@@ -190,7 +190,13 @@ GENERATION = [
     (*TINY, *INFER, *RELAYED, LONGER),
 ]
 PARALLEL = {"pipeline.stages=2", "generation.tensor_parallel=2"}
-PADDED = ("data=text", "data.path=SHORT", "data.packing=false")
+PADDED = (
+    "data=text",
+    "data.path=SHORT",
+    "data.packing=false",
+    "data.validation=0.2",
+    "train.validation_batches=2",
+)
 CHAT = ("data=chat", "data.path=CHAT", "data.tokenizer=CHATTER")
 UNPACKED = [
     (*TINY, *TRAIN, "zero=0", *PADDED, "model.attention=eager"),
