@@ -118,11 +118,15 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(self, batches: Iterator[Batch], step: int) -> float:
-        """The mean loss per token over `batches`, over all ranks."""
+        """The mean loss per token over `train.validation_batches` of `batches`, over all ranks."""
         self.deepspeed.eval()
         losses = []
-        for index, batch in enumerate(batches):
+        for index in range(self.settings.train.validation_batches):
             with self.ledger.phase("validate", step, index):
+                batch = next(batches, None)
+                if batch is None:  # a stream has ended
+                    break
+                claim(self.ledger, batch)
                 losses.append(float(self.deepspeed(**batch.arguments, use_cache=False).loss))
         self.deepspeed.train()
         with self.ledger.phase("validate", step, len(losses) - 1, again=True):

@@ -22,6 +22,7 @@ from harness.config.load import load
 from harness.ledger import Ledger
 from harness.ledger.cuda_allocator import BLOCK
 from harness.ledger.patch import DoesNotFit, Patch
+from harness.ledger.traffic import READ
 from harness.model.plan import Plan
 from harness.record import record_file
 from harness.rehearsal import UNVERIFIED, one_rank, shims, zero_shims
@@ -141,6 +142,19 @@ def test_a_gpu_that_shares_layers_holds_its_part_alone() -> None:
     assert abs(shared["categories"]["parameters"]["end"] - (whole + norms) // 2) <= BLOCK
     assert setup["peak"] == setup["end"]
     assert shared["categories"]["kv_cache"]["end"] * 2 == alone["categories"]["kv_cache"]["end"]
+
+
+def test_what_a_validation_reads_is_read_in_it() -> None:
+    words = ("train.steps=1", "train.validate_every=1", "train.validation_batches=2")
+    for stages in (1, 2):
+        rehearsed = rehearse(plan(*words, f"pipeline.stages={stages}"), 0)[0].tree()
+        read = [
+            (row["phase"], row["micro_batch"], row["bytes"])
+            for row in rehearsed["traffic"]
+            if row["operation"] == READ and row["phase"] != "setup"
+        ]
+        batch = 4 * 32
+        assert read == [("data", 0, batch), ("validate", 0, batch), ("validate", 1, batch)]
 
 
 def test_a_gpu_generates_by_pages_on_a_stream_of_its_own() -> None:
