@@ -76,14 +76,14 @@ class NoText(Blocks):
 class Stream(IterableDataset[Example]):
     """Sequences of a streamed dataset. Every `every`-th is held out; with `held_out` it yields only those.
 
-    Each has the share of its step: `step` are its sequences on all ranks in a micro-batch, and its micro-batches.
+    Each has the share of its step. `step`: sequences in a micro-batch, replicas, and micro-batches on each of them.
     """
 
     rows: Iterable[Any]
     form: Form
     every: int
     held_out: bool
-    step: tuple[int, int] | None = None
+    step: tuple[int, int, int] | None = None
 
     def __iter__(self) -> Iterator[Example]:
         numbered = enumerate(self._blocks() if self.form.packed else self._documents())
@@ -108,11 +108,13 @@ class Stream(IterableDataset[Example]):
                 yield Example(row["tokens"][: self.form.sequence])
 
     @staticmethod
-    def _with_shares(examples: Iterator[Example], at_once: int, batches: int) -> Iterator[Example]:
+    def _with_shares(
+        examples: Iterator[Example], micro_batch: int, replicas: int, batches: int
+    ) -> Iterator[Example]:
+        at_once = micro_batch * replicas
         while group := list(islice(examples, at_once * batches)):
-            whole = len(group) // at_once
-            used = group[: whole * at_once]  # the rest is no micro-batch
-            share = share_of([each.counts for each in used], whole) if used else None
+            used = group[: len(group) // at_once * at_once]  # the rest does not reach every replica
+            share = share_of([each.counts for each in used], len(used) // micro_batch) if used else None
             yield from (each._replace(share=share) for each in used)
 
 
@@ -200,7 +202,7 @@ def loader(
     """
     at_once = micro_batch * world.dp_size
     if isinstance(blocks, Stream):
-        stream = replace(blocks, step=(at_once, accumulation))
+        stream = replace(blocks, step=(micro_batch, world.dp_size, accumulation))
         return islice(_epoch(stream, micro_batch, world, None), skip, None)
     batches_per_epoch = len(blocks) // at_once
     if batches_per_epoch == 0:

@@ -256,6 +256,7 @@ FEWER_TOKENS_OR_ANOTHER_CACHE = {
 EXHAUSTIVE = {
     *PRODUCT,
     *(TIED[stage] for stage in (0, 2)),
+    *(UNPACKED[number] for number in (0, 5)),
     *(RECOMPUTED[number] for number in (0, 2, 4, 5)),
     *(CELLS[3][stage] for stage in (0, 2)),
     *(CELLS[4][number] for number in (2, 8, 10)),
