@@ -23,7 +23,7 @@ LATEST = TURNS.replace("message.content", "(message.content if loop.last else '.
 """A template that shortens all but the last message."""
 
 
-def chatter(template: str = TURNS) -> PreTrainedTokenizerFast:
+def chatter(template: str | None = TURNS) -> PreTrainedTokenizerFast:
     """The tokenizer of bytes, with a template."""
     tokenizer = of_bytes()
     tokenizer.chat_template = template
