@@ -7,6 +7,7 @@ from typing import Any
 
 from harness.analysis.roofline import line
 from harness.record.memory import UNHEARD, Rank, Where
+from harness.record.results import Training
 from harness.record.schema import Failure, Record, parse
 from harness.tables import AT_LEAST, Table, size
 
@@ -226,7 +227,20 @@ def _results(run: Record) -> Iterator[str]:
         parts.append(f"KV {size(run.inference.kv_bytes_per_token)} a token")
     if parts:
         yield ", ".join(parts)
+    yield from _padding(run.training)
     if unsaved := run.training.unsaved:
         last = unsaved[-1]
         times = "1 checkpoint" if len(unsaved) == 1 else f"{len(unsaved)} checkpoints"
         yield f"{times} could not be written, the last after step {last.step}: {last.error}"
+
+
+def _padding(training: Training) -> Iterator[str]:
+    """A line about the positions that hold no text, and one about tokens without a loss."""
+    if training.padding_tokens:
+        positions = training.padding_tokens + (training.tokens or 0)
+        yield (
+            f"padding: {training.padding_tokens:,} of {positions:,} positions, and so {training.padded:.1%} of the "
+            "operations and activations; data.packing=true has none"
+        )
+    if training.label_tokens is not None:
+        yield f"{training.tokens or 0:,} tokens, {training.label_tokens:,} of them with a loss"

@@ -17,7 +17,7 @@ FIXED = (
 """What the saved tensors, or the place in the data, depend on."""
 
 CHANGEABLE = (
-    *("model", "model.attention", "data", "data.tokenizer", "data.validation", "seed"),
+    *("model", "model.attention", "data", "data.tokenizer", "data.packing", "data.validation", "seed"),
     *(
         "train.steps",
         "train.learning_rate",

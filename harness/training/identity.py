@@ -44,6 +44,7 @@ def identity(
         },
         "data": _data(settings.data, corpus),
         "data.tokenizer": f"{type(tokenizer).__name__} {of_tokenizer(tokenizer)[:16]}",
+        "data.packing": settings.data.packing,
         "data.validation": settings.data.validation,
         "seed": settings.seed,
         "hardware.device": world.kind,

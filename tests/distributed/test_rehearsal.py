@@ -25,6 +25,7 @@ from harness.model.resolve import resolve
 from harness.rehearsal.all_ranks import rehearse as rehearse_all
 from harness.rehearsal.one_rank import rehearse
 from harness.rehearsal.representatives import Representative, representatives_of
+from tests.chats import chatter, conversations
 from tests.distributed.conftest import NARROW, PRECISION, Launch, complete
 
 Words = tuple[str, ...]
@@ -205,10 +206,26 @@ GENERATION = [
     (*TINY, *INFER, *RELAYED, LONGER),
 ]
 PARALLEL = {"pipeline.stages=2", "generation.tensor_parallel=2"}
+PADDED = (
+    "data=text",
+    "data.path=SHORT",
+    "data.packing=false",
+    "data.validation=0.2",
+    "train.validation_batches=2",
+)
+CHAT = ("data=chat", "data.path=CHAT", "data.tokenizer=CHATTER")
+UNPACKED = [
+    (*TINY, *TRAIN, "zero=0", *PADDED, "model.attention=eager"),
+    (*TINY, *TRAIN, "zero=1", *CHAT, "train.accumulation=2"),
+    (*TINY, *TRAIN, *ZERO[2], *PADDED, "train.accumulation=2", "train.validate_every=1", "train.steps=2"),
+    (*TINY, *TRAIN, *ZERO[3], *CHAT, "data.packing=false"),
+    (*TINY, *TRAIN, "pipeline.stages=2", "zero=1", *PADDED, "train.accumulation=2", "train.validate_every=1"),
+    (*TINY, *TRAIN, "pipeline.stages=2", "zero=0", UNCLIPPED, *CHAT, "train.accumulation=2"),
+]
 CELLS: dict[int, list[Words]] = {
     1: [words for words in GENERATION if not PARALLEL & {*words}],
     2: [
-        *(*MATRIX, *BY_STAGE, *SHARDED_WHOLLY, *TIED, *PIPELINED, *RECOMPUTED, *CHUNKED),
+        *(*MATRIX, *BY_STAGE, *SHARDED_WHOLLY, *TIED, *PIPELINED, *RECOMPUTED, *CHUNKED, *UNPACKED),
         *(words for words in GENERATION if PARALLEL & {*words}),
         *GENERATION[:3],  # replicas, of which one has more prompts
     ],
@@ -257,6 +274,7 @@ EXHAUSTIVE = (
         *PRODUCT,
         *(TIED[stage] for stage in (0, 2)),
         *(RECOMPUTED[number] for number in (0, 2, 4, 5)),
+        *(UNPACKED[number] for number in (0, 5)),
         CHUNKED[1],  # DeepSpeed's optimizer of stages 1 and 2 is one
         *(CELLS[3][stage] for stage in (0, 2)),
         *(CELLS[4][number] for number in (2, 8, 10)),
@@ -287,6 +305,11 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file of PROMPTS, whose lengths differ within a batch."""
     file = tmp_path_factory.mktemp("prompts") / "prompts.txt"
     file.write_text("\n".join(PROMPTS) + "\n")
+    (file.parent / "SHORT").mkdir()
+    for number in range(40):
+        (file.parent / "SHORT" / f"{number}.txt").write_text("a" * (4 + number % 20))
+    (file.parent / "CHAT").write_text(conversations(200))
+    chatter().save_pretrained(file.parent / "CHATTER")
     return file
 
 
@@ -297,7 +320,9 @@ def run(launch: Launch, prompts: Path) -> Callable[[int, Words], RankRecord]:
 
 
 def _placed(words: Words, prompts: Path) -> list[str]:
-    return [word.replace("=PROMPTS", f"={prompts}") for word in words]
+    files = {"PROMPTS": prompts, **{name: prompts.parent / name for name in ("SHORT", "CHAT", "CHATTER")}}
+    parts = [word.partition("=") for word in words]
+    return [f"{key}{sign}{files.get(value, value)}" for key, sign, value in parts]
 
 
 def plan_of(words: Words, size: int, prompts: Path) -> Plan:
