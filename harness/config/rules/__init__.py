@@ -5,10 +5,9 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 
 from harness.config.resume import check_changes
-from harness.config.rules import positions, quantized, widths
+from harness.config.rules import loss, positions, quantized, widths
 from harness.config.rules.deepspeed import deepspeed
 from harness.config.rules.generation import generation
-from harness.config.rules.loss import loss
 from harness.config.rules.sources import files, read, shape_of
 from harness.config.settings import Checkpointing, Pipeline, Refusal, Settings
 
@@ -28,7 +27,7 @@ def check(settings: Settings) -> None:
         _rehearsal,
         _model,
         _checkpointing,
-        loss,
+        loss.check,
         _data,
         _train,
         _trackers,
