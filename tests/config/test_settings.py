@@ -273,7 +273,6 @@ def test_a_number_out_of_its_range_is_refused_by_its_key(words: str) -> None:
             "are 64 tokens; give fewer, or use",
         ),
         ("loss=fused hardware=cpu", "loss=fused", "for a GPU, and this is a CPU; use loss=chunked"),
-        ("loss=fused hardware=h100-sxm", "loss=fused", "install it with pip install 'harness[fused]'"),
         (
             "loss=fused world=rehearsed world.size=2 hardware=h100-sxm",
             "loss=fused",
