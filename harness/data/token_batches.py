@@ -169,7 +169,7 @@ def corpus(
         size = (
             f"{len(row):,} tokens, too few for a block of {sequence}"
             if settings.packing
-            else "too few documents"
+            else f"{len(row):,} documents, too few"
         )
         raise Refusal(
             *text.named(settings),

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from tests.chats import chatter, conversations
-from tests.distributed.conftest import NARROW, Launch, complete
+from tests.distributed.conftest import NARROW, Launch, Warm, complete
 
 STEPS = 3
 ALONE = ("train.micro_batch=4", "train.validation_batches=2")
@@ -61,10 +61,13 @@ def test_what_is_padding_is_counted(shared: dict[str, Any]) -> None:
     assert all(rank["allocator"]["unattributed"] == 0 for rank in shared["ranks"])
 
 
-def test_a_resumed_run_goes_on_at_its_place_to_the_bit(
-    launch: Launch, words: tuple[str, ...], shared: dict[str, Any]
+def test_a_resumed_run_goes_on_at_its_place_to_the_bit_and_not_packed(
+    launch: Launch, warm: Warm, words: tuple[str, ...], shared: dict[str, Any]
 ) -> None:
     first: Path = launch(*words, *SHARED, "train.steps=1", "train.save_every=1", "train.validate_every=0")
     after = complete(launch(*words, *SHARED, f"train.steps={STEPS}", f"train.resume={first}"))["training"]
     assert after["losses"] == shared["training"]["losses"][1:]
     assert after["validation"] == shared["training"]["validation"]
+    sentence = warm.refused([*words, *SHARED, f"train.resume={first}", "data.packing=true"])
+    assert sentence.startswith("harness: data.packing=true: ")
+    assert "was saved with false" in sentence

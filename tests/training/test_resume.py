@@ -62,7 +62,6 @@ def refused(world: World, saved: Path, tmp_path: Path, *words: str) -> str:
         ("train.warmup_steps=2", "0"),
         ("model.attention=eager", "sdpa"),
         ("data.validation=0.5", "0.02"),
-        ("data.packing=false", "true"),
         ("seed=7", "0"),
     ],
 )
