@@ -14,7 +14,7 @@ from harness.config.deepspeed_keys import AUTO, KEYS, ZERO, Moot, Passed, Refuse
 from harness.config.refusal import nearest
 from harness.config.settings import Refusal, Settings, as_typed
 
-SPELLED = {"zero.stage": "zero", "checkpointing.mode": "checkpointing"}
+SPELLED = {"zero.stage": "zero", "checkpointing.mode": "checkpointing", "optimizer.kind": "optimizer"}
 """Settings that a group sets, and the group."""
 
 OPTIMIZERS = ("adam", "adamw")

@@ -32,12 +32,17 @@ def engine_config(settings: Settings, dp_size: int) -> dict[str, Any]:
         optimization["offload_optimizer"] = {"device": "cpu"}
     if zero.offload == "all":
         optimization["offload_param"] = {"device": "cpu"}
+    if settings.optimizer.kind == "muon" and zero.stage == 3:
+        optimization["reduce_scatter"] = False  # DeepSpeed's Muon needs whole gradients
+    bf16 = {"enabled": settings.dtype == "bfloat16", "check_grad_overflow": False}
+    if settings.optimizer.state == "bf16":
+        bf16 |= {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
     config = {
         "train_batch_size": train.micro_batch * train.accumulation * dp_size,
         "train_micro_batch_size_per_gpu": train.micro_batch,
         "gradient_accumulation_steps": train.accumulation,
         "gradient_clipping": train.clip,
-        "bf16": {"enabled": settings.dtype == "bfloat16", "check_grad_overflow": False},
+        "bf16": bf16,
         "zero_optimization": optimization,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # torch's AdamW needs no compiler, even with offload
