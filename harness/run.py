@@ -319,6 +319,9 @@ class _Run:
 
         if self.settings.mode == "train":
             from harness.training import train as mode
+            from harness.training.optimizers import import_library
+
+            import_library(self.settings)
         else:
             from harness.generation import infer as mode  # type: ignore[no-redef]
         prove(self.plan)

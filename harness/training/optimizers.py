@@ -12,10 +12,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from harness.config.rules.optimizer import MOMENTUM
+from harness.config.rules.optimizer import BY_LIBRARY, MOMENTUM
 from harness.config.settings import Settings
 from harness.runtime.imports import import_bitsandbytes
 from harness.runtime.world import World
+
+
+def import_library(settings: Settings) -> None:
+    """Import what the optimizer needs, before a ledger counts: tensors of its modules are no part of a run."""
+    if settings.optimizer.kind in BY_LIBRARY:
+        import_bitsandbytes()
 
 
 def build(settings: Settings, world: World, model: nn.Module) -> torch.optim.Optimizer:
