@@ -40,7 +40,7 @@ def build(settings: Settings, world: World, model: nn.Module) -> torch.optim.Opt
     if kind == "sgd":
         return torch.optim.SGD(parameters, **common, **kernels, momentum=momentum(settings))
     if kind == "muon":
-        return _muon(settings, model, common, moments, kernels)
+        return _muon(settings, model, common, moments, foreach)
     if kind == "lion":
         lion: torch.optim.Optimizer = import_bitsandbytes().optim.Lion(
             parameters, **common, betas=train.betas
@@ -65,7 +65,7 @@ def _muon(
     model: nn.Module,
     common: Mapping[str, Any],
     moments: Mapping[str, Any],
-    kernels: Mapping[str, Any],
+    foreach: bool,
 ) -> torch.optim.Optimizer:
     """DeepSpeed's Muon for the matrices between embedding and head, and torch's AdamW for all else.
 
@@ -76,7 +76,7 @@ def _muon(
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     outside = {id(parameter) for parameter in _embeddings(model)}
     for parameter in model.parameters():
-        matrix = len(getattr(parameter, "ds_shape", parameter.shape)) == 2  # ZeRO-3 has flattened the parameter
+        matrix = parameter.dim() >= 2 and min(parameter.shape[-2:]) > 1  # or one for each expert
         parameter.use_muon = matrix and id(parameter) not in outside  # type: ignore[attr-defined]
         groups[parameter.use_muon].append(parameter)  # type: ignore[attr-defined]
     own = {"momentum": momentum(settings), "ns_method": "standard"}
@@ -86,7 +86,7 @@ def _muon(
         if groups[use]
     ]
     optimizer: torch.optim.Optimizer = MuonWithAuxAdam(
-        listed, adam_optimizer=torch.optim.AdamW, adam_optimizer_kwargs=dict(kernels)
+        listed, adam_optimizer=torch.optim.AdamW, adam_optimizer_kwargs={"foreach": foreach}
     )
     return optimizer
 

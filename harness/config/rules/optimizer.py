@@ -10,7 +10,7 @@ USED = {
     "adamw": ("betas", "epsilon", "fused"),
     "adamw_8bit": ("betas", "epsilon"),
     "adafactor": (),
-    "muon": ("betas", "epsilon", "fused"),
+    "muon": ("betas", "epsilon"),
     "sgd": ("fused",),
     "lion": ("betas",),
 }
@@ -34,6 +34,7 @@ def check(settings: Settings) -> None:
     _options(settings)
     _library(settings)
     _matrices(settings)
+    _muon(settings)
     _state(settings)
 
 
@@ -70,6 +71,29 @@ def _matrices(settings: Settings) -> None:
     if kind == "adafactor" and zero.stage:
         remedy = f"zero={zero.stage} updates flat parts of all weights, and it needs whole matrices; use zero=0"
         raise Refusal(KEY, kind, remedy)
+
+
+def _muon(settings: Settings) -> None:
+    """Refuse what ZeRO would do to Muon's updates in the place of its gradients.
+
+    DeepSpeed (0.19) orthogonalizes before it takes the norm, so it would clip updates, and has moved the momentum
+    before a step can be left out.
+    """
+    train, zero = settings.train, settings.zero
+    if settings.optimizer.kind != "muon" or not zero.stage:
+        return
+    if zero.stage == 3:
+        remedy = "with zero=3 DeepSpeed's muon keeps messages that a rehearsal would not have; use zero=0, 1 or 2"
+        raise Refusal(KEY, "muon", remedy)
+    if train.clip:
+        remedy = f"with zero={zero.stage} DeepSpeed clips muon's updates, not its gradients; use train.clip=0"
+        raise Refusal("train.clip", train.clip, remedy)
+    if train.nonfinite == "skip":
+        remedy = f"with zero={zero.stage} muon's momentum moves before a step is left out; use train.nonfinite=stop"
+        raise Refusal("train.nonfinite", "skip", remedy)
+    if zero.offload != "none":
+        remedy = "muon computes where gradients are; use zero.offload=none"
+        raise Refusal("zero.offload", zero.offload, remedy)
 
 
 def _state(settings: Settings) -> None:
