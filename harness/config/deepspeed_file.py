@@ -271,7 +271,9 @@ class _File:
         """The type of the optimizer, and what it has where the file leaves it out."""
         kinds = {each.lower(): kind for each, kind in OPTIMIZERS.items()}
         if name.lower() not in kinds:
-            raise self.refusal("optimizer.type", name, f"no such optimizer here; one of {', '.join(OPTIMIZERS)}")
+            raise self.refusal(
+                "optimizer.type", name, f"no such optimizer here; one of {', '.join(OPTIMIZERS)}"
+            )
         kind = kinds[name.lower()]
         self._set("optimizer.kind", kind, "optimizer.type")
         method = self.read.get("optimizer.params.ns_method", "gram")

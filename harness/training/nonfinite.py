@@ -77,7 +77,11 @@ class Guard:
             if not self.on or SCALARS not in str(error):
                 raise
             group = self.deepspeed.optimizer.param_groups[0]
-            over = f" over 1 - {group['betas'][0]} (of betas) to the power of the step" if "betas" in group else ""
+            over = (
+                f" over 1 - {group['betas'][0]} (of betas) to the power of the step"
+                if "betas" in group
+                else ""
+            )
             raise FloatingPointError(
                 f"{type(self.inner).__name__}'s learning rate {group['lr']:g}{over} overflows fp32; "
                 "lower train.learning_rate"

@@ -45,7 +45,9 @@ def _options(settings: Settings) -> None:
         if value != getattr(own, name) and name not in USED[kind]:
             others = ", ".join(each for each, names in USED.items() if name in names)
             listed = list(value) if isinstance(value, tuple) else value
-            raise Refusal(f"train.{name}", listed, f"optimizer={kind} has none; leave it out, or use {others}")
+            raise Refusal(
+                f"train.{name}", listed, f"optimizer={kind} has none; leave it out, or use {others}"
+            )
     momentum = settings.optimizer.momentum
     if momentum is not None and kind not in MOMENTUM:
         remedy = f"optimizer={kind} has none; leave it out, or use {' or '.join(MOMENTUM)}"
@@ -69,7 +71,9 @@ def _matrices(settings: Settings) -> None:
         remedy = f"with pipeline.stages={stages} and {flat}, DeepSpeed updates flat parts of all weights, and it needs "
         raise Refusal(KEY, kind, f"{remedy}whole matrices; use zero=0 precision=fp32")
     if kind == "adafactor" and zero.stage:
-        remedy = f"zero={zero.stage} updates flat parts of all weights, and it needs whole matrices; use zero=0"
+        remedy = (
+            f"zero={zero.stage} updates flat parts of all weights, and it needs whole matrices; use zero=0"
+        )
         raise Refusal(KEY, kind, remedy)
 
 
@@ -83,7 +87,9 @@ def _muon(settings: Settings) -> None:
     if settings.optimizer.kind != "muon" or not zero.stage:
         return
     if zero.stage == 3:
-        remedy = "with zero=3 DeepSpeed's muon keeps messages that a rehearsal would not have; use zero=0, 1 or 2"
+        remedy = (
+            "with zero=3 DeepSpeed's muon keeps messages that a rehearsal would not have; use zero=0, 1 or 2"
+        )
         raise Refusal(KEY, "muon", remedy)
     if train.clip:
         remedy = f"with zero={zero.stage} DeepSpeed clips muon's updates, not its gradients; use train.clip=0"
