@@ -20,7 +20,7 @@ ELEMENT = {"bf16": 2, "fp32": 4}
 """Bytes of a parameter's element."""
 
 MOMENTS = {"adamw": 8, "adamw_8bit": 2, "lion": 4, "muon": 2, "sgd": 0, "adafactor": 0}
-"""Bytes that an optimizer's moments have at least for a parameter: two means of AdamW in fp32 (arXiv 1910.02054, 3.1), or
+"""Bytes that an optimizer's moments have at least for a parameter: AdamW's two means in fp32 (arXiv 1910.02054, 3.1) or
 in 8 bits; one of Lion; one of Muon in the gradient's precision; of SGD none where it has no momentum.
 """
 
