@@ -24,7 +24,7 @@ OPTIMIZERS = {
 }
 """DeepSpeed's optimizers, and the `optimizer.kind` of each. The last is not its own: a run leaves it in its file."""
 
-ABSENT = {
+ABSENT: dict[str, dict[str, Any]] = {
     "lion": {"betas": [0.9, 0.99], "weight_decay": 0.0},
     "muon": {"betas": [0.9, 0.95], "epsilon": 1e-10, "weight_decay": 0.0},
     "sgd": {"weight_decay": 0.0},
@@ -280,7 +280,7 @@ class _File:
         if kind == "muon" and method != "standard":
             why = "Muon's iteration is the standard one here; write standard"
             raise self.refusal("optimizer.params.ns_method", method, why)
-        adamw = {"weight_decay": 0.01 if self._has("optimizer.params.torch_adam") else 0.0}
+        adamw: dict[str, Any] = {"weight_decay": 0.01 if self._has("optimizer.params.torch_adam") else 0.0}
         for field_name, value in ABSENT.get(kind, adamw).items():
             if self._unset(f"train.{field_name}"):
                 self._by_deepspeed(f"train.{field_name}", value)

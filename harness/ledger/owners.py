@@ -30,6 +30,8 @@ DEEPSPEED = {
     "temp_grad_buffer_for_cpu_offload": "communication",
     "temp_grad_buffer_for_gpu_offload": "communication",
     "param_buffer_of_bit16_for_cpu_offload_groups": "parameters",
+    "_muon_pending_momentum": "optimizer",
+    "_muon_allgather_buffers": "communication",
     # ZeRO-3
     "fp16_partitioned_groups": "parameters",
     "fp16_partitioned_groups_flat": "parameters",
