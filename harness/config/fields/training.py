@@ -89,9 +89,9 @@ class Train:
     learning_rate: PositiveFloat = 1e-3
     """The optimizer's highest learning rate."""
     betas: tuple[Beta, Beta] = (0.9, 0.999)
-    """AdamW's decay of its two means of gradients, as [0.9,0.95]; lion's, and of muon's AdamW."""
+    """Decay of the two means of gradients of AdamW, also beside muon, and of lion, as [0.9,0.95]."""
     epsilon: NotNegativeFloat = 1e-8
-    """AdamW's term that keeps a division from 0, and muon's AdamW's."""
+    """AdamW's term that keeps a division from 0, also beside muon."""
     warmup_steps: NotNegative = 0
     """Steps from zero to the learning rate."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
