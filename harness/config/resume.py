@@ -12,6 +12,7 @@ from harness.config.settings import Refusal
 FIXED = (
     *("world.size", "pipeline.stages", "pipeline.split", "zero.stage", "zero.offload", "precision"),
     *("train.micro_batch", "train.accumulation", "train.sequence", "train.fused", "deepspeed.options"),
+    *("optimizer.kind", "optimizer.state", "optimizer.momentum"),
     "model.config",
 )
 """What the saved tensors, or the place in the data, depend on."""

@@ -17,7 +17,7 @@ from harness.model import activation_checkpointing
 from harness.model.init_weights import lasting
 from harness.runtime import faults, imports
 from harness.runtime.world import World
-from harness.training import head_loss
+from harness.training import head_loss, optimizers
 from harness.training.deepspeed_config import engine_config
 from harness.training.nonfinite import Found, Guard, Watch
 
@@ -56,9 +56,9 @@ class Engine:
         ledger.own(model=model)
         activation_checkpointing.apply(model, settings.checkpointing)
         head_loss.apply(model, settings.loss)
-        self.inner = adamw(settings, world, model)
+        self.inner = optimizers.build(settings, world, model)
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=self.inner, config=config)
-        self.inner.state.clear()  # without ZeRO, DeepSpeed has taken a step without gradients, and Adam would count it
+        self.inner.state.clear()  # without ZeRO, DeepSpeed has taken a step without gradients, and some would count it
         ledger.own(engine=self.deepspeed)
         self.guard = Guard(settings, world, ledger, self.deepspeed, self.inner)
 
@@ -151,21 +151,6 @@ class Engine:
                 name: buffer.detach().to("cpu", copy=True) for name, buffer in lasting(self.module).items()
             }
         return state if lead else None
-
-
-def adamw(settings: Settings, world: World, model: torch.nn.Module) -> torch.optim.AdamW:
-    """torch's AdamW for the parameters of `model`, with the options in `settings`."""
-    train = settings.train
-    return torch.optim.AdamW(
-        model.parameters(),
-        lr=train.learning_rate,
-        betas=train.betas,
-        eps=train.epsilon,
-        weight_decay=train.weight_decay,
-        # torch's own choice; set here because a rehearsal for a GPU does not run on one
-        foreach=world.kind == "cuda" and settings.zero.offload == "none" and not train.fused,
-        fused=train.fused,
-    )
 
 
 def claim(ledger: Ledger, batch: Batch) -> None:

@@ -32,6 +32,7 @@ def identity(
         "pipeline.split": plan.split if world.stages > 1 else None,
         **_of_group("zero", settings, "stage", "offload", "reduce_bucket_size"),
         "precision": settings.precision,
+        **_of_group("optimizer", settings, "kind", "state", "momentum"),
         **_of_group("train", settings, "micro_batch", "accumulation", "sequence", "fused"),
         **_of_group("train", settings, "steps", "learning_rate", "betas", "epsilon", "weight_decay", "clip"),
         **_of_group("train", settings, "warmup_steps", "schedule"),

@@ -19,9 +19,9 @@ from harness.model.partition import ranges
 from harness.model.stage import Stage, parts
 from harness.runtime import faults
 from harness.runtime.world import World
-from harness.training import head_loss
+from harness.training import head_loss, optimizers
 from harness.training.deepspeed_config import engine_config
-from harness.training.engine import adamw, claim, import_deepspeed, norm_of, set_rate
+from harness.training.engine import claim, import_deepspeed, norm_of, set_rate
 from harness.training.nonfinite import Found, Guard, Watch
 
 _ENGINE = "deepspeed.runtime.pipe.engine.PipelineEngine"
@@ -92,7 +92,7 @@ class Pipeline:
         activation_checkpointing.apply(stage.model, settings.checkpointing, ranges(split)[world.stage].start)
         if stage.last:
             head_loss.apply(stage.model, settings.loss)
-        self.inner = adamw(settings, world, stage)
+        self.inner = optimizers.build(settings, world, stage)
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its layers and parameter counts
             module = _module(world, stage)
             self.deepspeed, *_ = deepspeed.initialize(model=module, optimizer=self.inner, config=config)

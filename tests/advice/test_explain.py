@@ -425,6 +425,14 @@ def test_what_the_settings_refuse_is_not_tried() -> None:
     assert {"zero.offload": "all"} not in tried  # takes ZeRO-3
 
 
+def test_states_of_fewer_bits_are_tried_and_no_other_optimizer() -> None:
+    tried = changes(parse(record_of(f"{TRAIN} zero=2 precision=bf16"), "it"))
+    assert {"optimizer.kind": "adamw_8bit"} in tried
+    assert {"optimizer.state": "bf16"} in tried
+    tried = changes(parse(record_of(f"{TRAIN} zero=2 precision=fp32 optimizer=sgd"), "it"))
+    assert not any(key.startswith("optimizer.") for values in tried for key in values)
+
+
 def test_caches_of_which_each_holds_less_are_tried_and_those_that_cannot_be_are_not_told_of(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

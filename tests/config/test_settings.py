@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from harness.config import compose
 from harness.config.load import Refusal, Settings, Train, load
-from harness.config.rules import check_world
+from harness.config.rules import check_world, optimizer
 from harness.config.settings import described_fields
 
 MODELS = compose.groups()["model"]
@@ -225,6 +225,39 @@ def test_a_number_out_of_its_range_is_refused_by_its_key(words: str) -> None:
         ("zero=0 zero.offload=optimizer", "zero.offload=optimizer", "use zero=1, 2 or 3"),
         ("zero=2 zero.offload=all", "zero.offload=all", "use zero.offload=optimizer"),
         ("zero=2 pipeline.stages=2", "zero=2", "with pipeline.stages=2 use zero=0 or 1"),
+        ("optimizer=adafactor zero=1", "optimizer=adafactor", "it needs whole matrices; use zero=0"),
+        ("optimizer=muon zero=3 train.clip=0", "optimizer=muon", "use zero=0, 1 or 2"),
+        ("optimizer=muon zero=2", "train.clip=1.0", "muon's updates, not its gradients; use train.clip=0"),
+        (
+            "optimizer=muon zero=1 train.clip=0 train.nonfinite=skip",
+            "train.nonfinite=skip",
+            "use train.nonfinite=stop",
+        ),
+        (
+            "optimizer=muon zero=1 train.clip=0 zero.offload=optimizer",
+            "zero.offload=optimizer",
+            "use zero.offload=none",
+        ),
+        (
+            "optimizer=muon zero=0 precision=bf16 pipeline.stages=2",
+            "optimizer=muon",
+            "it needs whole matrices; use zero=0 precision=fp32",
+        ),
+        (
+            "optimizer=sgd train.betas=[0.9,0.95]",
+            "train.betas=[0.9,0.95]",
+            "or use adamw, adamw_8bit, muon, lion",
+        ),
+        ("optimizer=sgd train.epsilon=1e-6", "train.epsilon=1e-06", "or use adamw, adamw_8bit, muon"),
+        ("optimizer=muon zero=0 train.fused=true", "train.fused=true", "or use adamw, sgd"),
+        ("optimizer.momentum=0.9", "optimizer.momentum=0.9", "leave it out, or use sgd or muon"),
+        ("optimizer.state=bf16 precision=fp32", "optimizer.state=bf16", "use precision=bf16"),
+        ("optimizer.state=bf16 precision=bf16 zero=0", "optimizer.state=bf16", "use zero=1, 2 or 3"),
+        (
+            "optimizer.state=bf16 precision=bf16 zero.offload=optimizer",
+            "optimizer.state=bf16",
+            "use zero.offload=none",
+        ),
         ("pipeline.stages=5", "pipeline.stages=5", "the model has 4 layers; use 4 or fewer"),
         ("pipeline.split=memory", "pipeline.split=memory", "one stage needs none; add pipeline.stages="),
         ("pipeline.groups=2", "pipeline.groups=2", "one stage needs none; add pipeline.stages="),
@@ -558,3 +591,19 @@ def test_a_batch_that_micro_batches_do_not_make_up_is_refused_with_what_would() 
 
 def test_a_refusal_is_one_line_whatever_is_in_it() -> None:
     assert str(Refusal("a.b", "x\ny", "do\n this")) == "a.b=x y: do this"
+
+
+@pytest.mark.parametrize("kind", ["adamw_8bit", "lion"])
+def test_an_optimizer_without_its_package_is_refused_with_the_command_that_installs_it(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(optimizer, "LIBRARY", "bitsandbytes_of_nobody")
+    sentence = refusal(f"optimizer={kind}")
+    assert sentence.startswith(f"optimizer={kind}: bitsandbytes_of_nobody is not installed; ")
+    assert sentence.endswith("pip install 'harness[optimizers]'")
+
+
+def test_an_optimizer_of_no_such_name_is_refused_with_those_that_there_are() -> None:
+    sentence = refusal("optimizer=nonsense")
+    assert sentence.startswith("optimizer=nonsense: ")
+    assert all(kind in sentence for kind in optimizer.USED)

@@ -109,6 +109,20 @@ CHUNKED = [
         *VALIDATED,
     ),
 ]
+OPTIMIZERS = [
+    (*TINY, *TRAIN, *words.split())
+    for words in (
+        "zero=0 optimizer=adafactor precision=bf16",
+        "zero=0 optimizer=muon precision=fp32 train.accumulation=2",
+        "zero=1 optimizer=muon precision=bf16 train.clip=0 train.accumulation=2",
+        "zero=2 optimizer=muon precision=fp32 train.clip=0",
+        "zero=1 optimizer=adamw_8bit precision=fp32",
+        "zero=2 optimizer=lion precision=bf16",
+        "zero=3 optimizer=sgd optimizer.momentum=0.9 precision=bf16",
+        "zero=2 optimizer.state=bf16 precision=bf16",
+        "zero=3 optimizer.state=bf16 precision=bf16 train.accumulation=2",
+    )
+]
 FOUR_HEADS = "model.config.num_key_value_heads=4"
 """A token's keys fill a group of 64, which is what fewer bits come in."""
 QUANTIZED = ("generation.cache=quantized", "generation.prompts=PROMPTS")
@@ -225,7 +239,17 @@ UNPACKED = [
 CELLS: dict[int, list[Words]] = {
     1: [words for words in GENERATION if not PARALLEL & {*words}],
     2: [
-        *(*MATRIX, *BY_STAGE, *SHARDED_WHOLLY, *TIED, *PIPELINED, *RECOMPUTED, *CHUNKED, *UNPACKED),
+        *(
+            *MATRIX,
+            *BY_STAGE,
+            *SHARDED_WHOLLY,
+            *TIED,
+            *PIPELINED,
+            *RECOMPUTED,
+            *CHUNKED,
+            *UNPACKED,
+            *OPTIMIZERS,
+        ),
         *(words for words in GENERATION if PARALLEL & {*words}),
         *GENERATION[:3],  # replicas, of which one has more prompts
     ],
@@ -275,6 +299,7 @@ EXHAUSTIVE = (
         *(TIED[stage] for stage in (0, 2)),
         *(RECOMPUTED[number] for number in (0, 2, 4, 5)),
         *(UNPACKED[number] for number in (0, 5)),
+        *(OPTIMIZERS[number] for number in (1, 3, 6)),
         CHUNKED[1],  # DeepSpeed's optimizer of stages 1 and 2 is one
         *(CELLS[3][stage] for stage in (0, 2)),
         *(CELLS[4][number] for number in (2, 8, 10)),

@@ -63,6 +63,16 @@ class Loss:
 
 
 @dataclass(frozen=True, config=STRICT)
+class Optimizer:
+    kind: Literal["adamw", "adamw_8bit", "adafactor", "muon", "sgd", "lion"] = "adamw"
+    """Set by optimizer=; adamw_8bit keeps moments in 8 bits, adafactor a row and a column of each, muon and sgd one."""
+    state: Literal["fp32", "bf16"] = "fp32"
+    """Of master weights and moments in ZeRO; bf16 rounds each update."""
+    momentum: Beta | None = None
+    """Of sgd, where null is 0, and of muon, where null is 0.95."""
+
+
+@dataclass(frozen=True, config=STRICT)
 class Pipeline:
     stages: Count = 1
     """How many stages the layers are cut into."""
@@ -85,19 +95,19 @@ class Train:
     sequence: Tokens = 256
     """Tokens in a sequence."""
     learning_rate: PositiveFloat = 1e-3
-    """AdamW's highest learning rate."""
+    """The optimizer's highest learning rate."""
     betas: tuple[Beta, Beta] = (0.9, 0.999)
-    """AdamW's decay of its two means of gradients, as [0.9,0.95]."""
+    """Decay of the two means of gradients of AdamW, also beside muon, and of lion, as [0.9,0.95]."""
     epsilon: NotNegativeFloat = 1e-8
-    """AdamW's term that keeps a division from 0."""
+    """AdamW's term that keeps a division from 0, also beside muon."""
     warmup_steps: NotNegative = 0
     """Steps from zero to the learning rate."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """What follows the warm-up."""
     weight_decay: NotNegativeFloat = 0.1
-    """AdamW's weight decay."""
+    """Weight decay; sgd adds it to the gradient, the others take it from the weights."""
     fused: bool = False
-    """AdamW in one kernel, without temporaries."""
+    """adamw, or sgd, in one kernel, without temporaries."""
     clip: NotNegativeFloat = 1.0
     """Largest gradient norm; 0 is off."""
     validate_every: NotNegative = 50
