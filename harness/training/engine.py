@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from harness.config.load import Settings, Train
 from harness.ledger import Ledger
 from harness.ledger.patch import DATA, DEEPSPEED, Patch, install, table
-from harness.model import activation_checkpointing
+from harness.model import activation_checkpointing, activation_offload
 from harness.model.init_weights import lasting
 from harness.runtime import faults, imports
 from harness.runtime.world import World
@@ -53,6 +53,7 @@ class Engine:
         model.to(world.device)
         ledger.own(model=model)
         activation_checkpointing.apply(model, settings.checkpointing)
+        activation_offload.apply(model, settings.checkpointing, world.device, ledger)
         self.inner = adamw(settings, world, model)
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=self.inner, config=config)
         self.inner.state.clear()  # without ZeRO, DeepSpeed has taken a step without gradients, and Adam would count it

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from harness.config.load import Settings
 from harness.ledger import Ledger
 from harness.ledger.patch import DATA, DEEPSPEED, Patch, install, table
-from harness.model import activation_checkpointing
+from harness.model import activation_checkpointing, activation_offload
 from harness.model.partition import ranges
 from harness.model.stage import Stage, parts
 from harness.runtime import faults
@@ -88,6 +88,7 @@ class Pipeline:
         stage.receives = [settings.train.micro_batch, settings.train.sequence, stage.hidden]
         ledger.own(model=stage.model)
         activation_checkpointing.apply(stage.model, settings.checkpointing, ranges(split)[world.stage].start)
+        activation_offload.apply(stage.model, settings.checkpointing, world.device, ledger)
         self.inner = adamw(settings, world, stage)
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its layers and parameter counts
             module = _module(world, stage)
