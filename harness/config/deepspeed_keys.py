@@ -205,7 +205,7 @@ ENGINE: dict[str, Entry] = {
         for key in ("partition_activations", "contiguous_memory_optimization")
     },
     "activation_checkpointing.cpu_checkpointing": Refused(
-        "write checkpointing.offload=cpu beside it, and set it to false"
+        "checkpointing=full checkpointing.offload=cpu do that here; set it to false"
     ),
     **{
         f"activation_checkpointing.{key}": Moot("checkpointing= says which layers are recomputed")

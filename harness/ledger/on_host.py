@@ -59,6 +59,11 @@ class OnHost:
             del self._bytes[where]
 
     @property
+    def bytes(self) -> int:
+        """The bytes that are there now."""
+        return self._bytes.total()
+
+    @property
     def most(self) -> MostOnHost | None:
         """The most at once. None: nothing was there."""
         if self._most is None:

@@ -7,6 +7,7 @@ pipeline, whose forward ends long before its backward, would lose what they keep
 
 import weakref
 from collections.abc import Sequence
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -38,12 +39,15 @@ def apply(model: PreTrainedModel, checkpointing: Checkpointing, device: torch.de
 
 
 class _Saved(NamedTuple):
-    """What autograd keeps of a tensor of `device`. `stride` is None where the copy already has that layout."""
+    """What autograd keeps of a tensor of `device`: its elements, and its layout. With `gaps` it fills no stretch of
+    memory, as a part of a fused projection.
+    """
 
     device: torch.device
     copy: torch.Tensor
     size: Sequence[int]
-    stride: Sequence[int] | None
+    stride: Sequence[int]
+    gaps: bool
 
 
 class ActivationOffload(saved_tensors_hooks):
@@ -67,17 +71,20 @@ class ActivationOffload(saved_tensors_hooks):
         elsewhere = tensor.device.type != self._device or tensor.layout is not torch.strided
         if elsewhere or isinstance(owner, nn.Parameter) or not tensor.numel():
             return tensor
-        layout = None if _dense(tensor) else (tensor.size(), tensor.stride())
-        key = tensor.dtype, tensor.storage_offset(), tensor.numel(), layout, tensor._version
+        steps = [(length, step) for length, step in zip(tensor.size(), tensor.stride(), strict=True) if step]
+        elements = prod(length for length, _ in steps)  # each once, however often it is repeated
+        gaps = 1 + sum((length - 1) * step for length, step in steps) != elements
+        layout = (tensor.size(), tensor.stride()) if gaps else elements
+        key = tensor.dtype, tensor.storage_offset(), layout, tensor._version
         copies = self._of_storage.setdefault(tensor.untyped_storage(), weakref.WeakValueDictionary())
         copy = copies.get(key)
         if copy is None:
-            copy = copies[key] = self._copied(tensor, layout is None)
-        return _Saved(tensor.device, copy, tensor.size(), tensor.stride() if layout is None else None)
+            flat = _once(tensor).contiguous() if gaps else tensor.as_strided((elements,), (1,))
+            copy = copies[key] = self._copied(flat, made=gaps)
+        return _Saved(tensor.device, copy, tensor.size(), tensor.stride(), gaps)
 
-    def _copied(self, tensor: torch.Tensor, dense: bool) -> torch.Tensor:
-        flat = tensor.as_strided((tensor.numel(),), (1,)) if dense else tensor.contiguous()
-        if self._device == "cpu" and dense:
+    def _copied(self, flat: torch.Tensor, made: bool) -> torch.Tensor:
+        if self._device == "cpu" and not made:
             flat = flat.clone()  # torch copies nothing that is on the host
         _, copy = self._torch.pack_hook(flat)
         self._ledger.on_host.add(copy, self._pinned)
@@ -87,12 +94,15 @@ class ActivationOffload(saved_tensors_hooks):
         if isinstance(saved, torch.Tensor):
             return saved
         back: torch.Tensor = self._torch.unpack_hook((saved.device, saved.copy))
+        if saved.gaps:  # kernels may round otherwise in another layout
+            size = [length if step else 1 for length, step in zip(saved.size, saved.stride, strict=True)]
+            back = back.new_empty_strided(size, saved.stride).copy_(back)
         self._ledger.claim("activations", "back from the host", back)
-        return back if saved.stride is None else back.as_strided(saved.size, saved.stride)
+        return back.as_strided(saved.size, saved.stride)
 
 
-def _dense(tensor: torch.Tensor) -> bool:
-    """Whether the elements of `tensor` fill a stretch of memory, each once."""
-    steps = [(length, step) for length, step in zip(tensor.size(), tensor.stride(), strict=True) if length > 1]
-    last = sum((length - 1) * step for length, step in steps)
-    return all(step for _, step in steps) and last + 1 == tensor.numel()
+def _once(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` without repetitions."""
+    for dimension, step in enumerate(tensor.stride()):
+        tensor = tensor if step else tensor.narrow(dimension, 0, 1)
+    return tensor

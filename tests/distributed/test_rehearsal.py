@@ -132,6 +132,19 @@ RECOMPUTED = [
     (*TINY, *TRAIN, "train.validate_every=1", "checkpointing=full", "checkpointing.layers=[1]"),
     (*TINY, *TRAIN, "precision=fp32", "checkpointing=selective", "checkpointing.every=2"),
 ]
+OFFLOADED = [
+    (*TINY, *TRAIN, *words, "checkpointing.offload=cpu")
+    for words in (
+        ("zero=0", "checkpointing=full"),
+        ("zero=1", "train.accumulation=2"),
+        ("zero=2", "precision=bf16", "checkpointing=full", "checkpointing.layers=[1]"),
+        ("zero=3", "zero.persistence_threshold=0", "train.validate_every=1"),
+        ("pipeline.stages=2", "train.accumulation=3", "precision=fp32"),
+        ("zero=3", "zero.persistence_threshold=0", "checkpointing=full", "precision=bf16"),
+        ("pipeline.stages=2", "zero=0", "train.accumulation=3", "checkpointing=full"),
+    )
+]
+"""On a CPU the copies are made too, and lie in the same memory."""
 GENERATION = [
     *(
         (*TINY, *INFER, f"generation.cache={c}", "generation.prompts=PROMPTS")
@@ -192,7 +205,7 @@ PARALLEL = {"pipeline.stages=2", "generation.tensor_parallel=2"}
 CELLS: dict[int, list[Words]] = {
     1: [words for words in GENERATION if not PARALLEL & {*words}],
     2: [
-        *(*MATRIX, *BY_STAGE, *SHARDED_WHOLLY, *TIED, *PIPELINED, *RECOMPUTED),
+        *(*MATRIX, *BY_STAGE, *SHARDED_WHOLLY, *TIED, *PIPELINED, *RECOMPUTED, *OFFLOADED),
         *(words for words in GENERATION if PARALLEL & {*words}),
         *GENERATION[:3],  # replicas, of which one has more prompts
     ],
@@ -240,6 +253,7 @@ EXHAUSTIVE = {
     *PRODUCT,
     *(TIED[stage] for stage in (0, 2)),
     *(RECOMPUTED[number] for number in (0, 2, 4, 5)),
+    *OFFLOADED[5:],
     *(CELLS[3][stage] for stage in (0, 2)),
     *(CELLS[4][number] for number in (2, 8, 10)),
     *(words for words in GENERATION if words[len(TINY) + len(INFER) :] in FEWER_TOKENS_OR_ANOTHER_CACHE),
@@ -362,6 +376,7 @@ def test_a_rehearsal_holds_the_bytes_of_the_run(
         rank_record = real["ranks"][rank]
         rehearsed, done = rehearse(plan, rank)
         assert differences(rank_record, rehearsed.tree()) == []
+        assert rehearsed.tree()["on_host"] == rank_record["on_host"]
         assert rehearsed.peak.bytes == max(phase["peak"] for phase in phases_of(rank_record).values())
         assert done.tree()["model"] == real["model"]
         for other in alike:
