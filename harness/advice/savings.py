@@ -68,7 +68,9 @@ TRAIN = (
     ),
     Change(
         # a CPU's activations are in its host's memory already
-        lambda s: {"checkpointing.offload": "cpu" if s.hardware.device == "cuda" else s.checkpointing.offload},
+        lambda s: {
+            "checkpointing.offload": "cpu" if s.hardware.device == "cuda" else s.checkpointing.offload
+        },
         "activations over the host's link, both ways, in each micro-batch",
     ),
     Change(lambda s: {"model.attention": "sdpa"}, "nothing"),

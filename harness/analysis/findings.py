@@ -298,12 +298,12 @@ def waiting(run: Run) -> Iterator[Finding]:
         return
     text = size(on_host.activations)
     if run.record.world.device == "cpu":
-        sentence = f"checkpointing.offload=cpu saves nothing: the device is the host, and has the {text} of copies."
+        sentence = (
+            f"checkpointing.offload=cpu saves nothing: the device is the host, and has the {text} of copies."
+        )
     else:
         pinned = "" if on_host.pinned is None else f", for which {size(on_host.pinned)} or more are pinned"
-        sentence = (
-            f"{text} of activations wait for their backward in the host's memory, in no category here{pinned}."
-        )
+        sentence = f"{text} of activations wait for their backward in the host's memory, in no category here{pinned}."
     yield Finding("waiting", sentence, on_host.activations)
 
 

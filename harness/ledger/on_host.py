@@ -1,4 +1,4 @@
-"""What a program keeps in the host's memory in place of the device's: in no category, as the device does not have it."""
+"""What a program keeps in the host's memory in place of the device's: no category of the device counts it."""
 
 import weakref
 from collections import Counter

@@ -410,7 +410,9 @@ def test_what_the_settings_refuse_is_not_tried() -> None:
 def test_activations_are_offloaded_from_a_gpu_alone() -> None:
     offloaded = {"checkpointing.offload": "cpu"}
     assert offloaded in changes(parse(record_of(f"{TRAIN} zero=2 hardware=a100-80gb"), "it"))
-    assert not any("checkpointing.offload" in each for each in changes(parse(record_of(f"{TRAIN} zero=2"), "it")))
+    assert not any(
+        "checkpointing.offload" in each for each in changes(parse(record_of(f"{TRAIN} zero=2"), "it"))
+    )
     on_gpu = f"{TRAIN} zero=2 hardware=a100-80gb checkpointing.offload=cpu"
     waiting = findings_by_kind(record_of(on_gpu))["waiting"]
     assert waiting.sentence.endswith("or more are pinned.")

@@ -253,7 +253,7 @@ EXHAUSTIVE = {
     *PRODUCT,
     *(TIED[stage] for stage in (0, 2)),
     *(RECOMPUTED[number] for number in (0, 2, 4, 5)),
-    *OFFLOADED[5:],
+    *(OFFLOADED[number] for number in (1, 2, 5, 6)),
     *(CELLS[3][stage] for stage in (0, 2)),
     *(CELLS[4][number] for number in (2, 8, 10)),
     *(words for words in GENERATION if words[len(TINY) + len(INFER) :] in FEWER_TOKENS_OR_ANOTHER_CACHE),

@@ -1,4 +1,4 @@
-"""Activations that wait on the host: the gradients of those that stay, no parameter, and one copy of the same memory."""
+"""Activations that wait on the host: the same gradients, no parameter among them, one copy of the same memory."""
 
 from typing import Any
 
@@ -65,7 +65,9 @@ def test_a_forward_that_fails_leaves_no_hooks() -> None:
 def test_a_model_without_a_list_of_layers_is_refused() -> None:
     model = built_model("llama")
     model.config.num_hidden_layers = 99
-    with pytest.raises(Refusal, match=r"checkpointing\.offload=cpu: its 99 layers .* use checkpointing.offload=none"):
+    with pytest.raises(
+        Refusal, match=r"checkpointing\.offload=cpu: its 99 layers .* use checkpointing.offload=none"
+    ):
         apply(model, Checkpointing(offload="cpu"), CPU, Ledger())
 
 
