@@ -77,6 +77,13 @@ TRAIN = (
         lambda s: {"optimizer.state": "bf16"},
         "master weights and moments rounded to bf16, so that small updates are lost",
     ),
+    Change(
+        # a CPU's activations are in its host's memory already
+        lambda s: {
+            "checkpointing.offload": "cpu" if s.hardware.device == "cuda" else s.checkpointing.offload
+        },
+        "activations over the host's link, both ways, in each micro-batch",
+    ),
     Change(lambda s: {"model.attention": "sdpa"}, "nothing"),
     Change(lambda s: {"pipeline.split": "memory"}, "other layers on each stage"),
 )

@@ -100,6 +100,8 @@ def _table(run: Record) -> Table:
         table.row("  allocated, in blocks", size(worst.peak.allocated))
         table.row("  reserved, in segments", size(allocator.reserved))
         table.row("  slack: reserved then, not allocated", size(allocator.slack))
+    if worst.on_host is not None:
+        table.row("  activations that wait on the host", size(worst.on_host.activations))
     if allocator.foreign:
         table.row("  foreign, in no figure", size(allocator.foreign))
     return table

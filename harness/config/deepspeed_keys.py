@@ -211,8 +211,11 @@ ENGINE: dict[str, Entry] = {
     ),
     **{
         f"activation_checkpointing.{key}": Refused(_RECOMPUTE)
-        for key in ("partition_activations", "cpu_checkpointing", "contiguous_memory_optimization")
+        for key in ("partition_activations", "contiguous_memory_optimization")
     },
+    "activation_checkpointing.cpu_checkpointing": Refused(
+        "checkpointing=full checkpointing.offload=cpu do that here; set it to false"
+    ),
     **{
         f"activation_checkpointing.{key}": Moot("checkpointing= says which layers are recomputed")
         for key in ("number_checkpoints", "synchronize_checkpoint_boundary", "profile")

@@ -57,6 +57,7 @@ FREE = frozenset(
             "checkpointing.mode",
             "checkpointing.layers",
             "checkpointing.every",
+            "checkpointing.offload",
         ),  # what is computed again is the same
         *("pipeline.groups", "train.batch", "train.validate_every", "train.validation_batches"),
         *(

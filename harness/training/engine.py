@@ -13,7 +13,7 @@ from harness.config.load import Settings, Train
 from harness.data.batch import Batch
 from harness.ledger import Ledger
 from harness.ledger.patch import DATA, DEEPSPEED, Patch, install, table
-from harness.model import activation_checkpointing
+from harness.model import activation_checkpointing, activation_offload
 from harness.model.init_weights import lasting
 from harness.runtime import faults, imports
 from harness.runtime.world import World
@@ -55,6 +55,7 @@ class Engine:
         model.to(world.device)
         ledger.own(model=model)
         activation_checkpointing.apply(model, settings.checkpointing)
+        activation_offload.apply(model, settings.checkpointing, world.device, ledger)
         head_loss.apply(model, settings.loss)
         self.inner = optimizers.build(settings, world, model)
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=self.inner, config=config)

@@ -14,7 +14,7 @@ from harness.config.load import Settings
 from harness.data.batch import Batch
 from harness.ledger import Ledger
 from harness.ledger.patch import DATA, DEEPSPEED, Patch, install, table
-from harness.model import activation_checkpointing
+from harness.model import activation_checkpointing, activation_offload
 from harness.model.partition import ranges
 from harness.model.stage import Stage, parts
 from harness.runtime import faults
@@ -90,6 +90,7 @@ class Pipeline:
         stage.receives = [settings.train.micro_batch, settings.train.sequence, stage.hidden]
         ledger.own(model=stage.model)
         activation_checkpointing.apply(stage.model, settings.checkpointing, ranges(split)[world.stage].start)
+        activation_offload.apply(stage.model, settings.checkpointing, world.device, ledger)
         if stage.last:
             head_loss.apply(stage.model, settings.loss)
         self.inner = optimizers.build(settings, world, stage)

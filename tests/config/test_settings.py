@@ -132,6 +132,7 @@ def test_a_key_of_a_model_config_can_be_changed_or_added() -> None:
         ("checkpointing=some", "checkpointing=some: no such option; one of full, none, selective"),
         ("loss=nonsense", "loss=nonsense: no such option; one of chunked, full, fused"),
         ("zero.offload=some", "zero.offload=some: should be 'none', 'optimizer' or 'all'"),
+        ("checkpointing.offload=nvme", "checkpointing.offload=nvme: should be 'none' or 'cpu'"),
         (
             "generation.cache=page",
             "generation.cache=page: should be 'dynamic', 'static', 'paged', 'quantized', 'offloaded' or 'none'",
@@ -283,6 +284,16 @@ def test_a_number_out_of_its_range_is_refused_by_its_key(words: str) -> None:
             "each group needs a prompt, and generation.batch=4",
         ),
         ("mode=infer checkpointing=full", "checkpointing=full", "use checkpointing=none"),
+        (
+            "mode=infer checkpointing.offload=cpu",
+            "checkpointing.offload=cpu",
+            "inference saves no activations; leave it out",
+        ),
+        (
+            "checkpointing=selective checkpointing.offload=cpu",
+            "checkpointing.offload=cpu",
+            "use checkpointing=full or none",
+        ),
         ("checkpointing.layers=[1]", "checkpointing.layers=[1]", "use checkpointing=selective or full"),
         ("checkpointing.every=2", "checkpointing.every=2", "use checkpointing=selective or full"),
         (

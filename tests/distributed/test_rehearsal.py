@@ -163,6 +163,19 @@ RECOMPUTED = [
     (*TINY, *TRAIN, "train.validate_every=1", "checkpointing=full", "checkpointing.layers=[1]"),
     (*TINY, *TRAIN, "precision=fp32", "checkpointing=selective", "checkpointing.every=2"),
 ]
+OFFLOADED = [
+    (*TINY, *TRAIN, *words, "checkpointing.offload=cpu")
+    for words in (
+        ("zero=0", "checkpointing=full"),
+        ("zero=1", "train.accumulation=2"),
+        ("zero=2", "precision=bf16", "checkpointing=full", "checkpointing.layers=[1]"),
+        ("zero=3", "zero.persistence_threshold=0", "train.validate_every=1"),
+        ("pipeline.stages=2", "train.accumulation=3", "precision=fp32"),
+        ("zero=3", "zero.persistence_threshold=0", "checkpointing=full", "precision=bf16"),
+        ("pipeline.stages=2", "zero=0", "train.accumulation=3", "checkpointing=full"),
+    )
+]
+"""On a CPU the copies are made too, and lie in the same memory."""
 GENERATION = [
     *(
         (*TINY, *INFER, f"generation.cache={c}", "generation.prompts=PROMPTS")
@@ -236,20 +249,13 @@ UNPACKED = [
     (*TINY, *TRAIN, "pipeline.stages=2", "zero=1", *PADDED, "train.accumulation=2", "train.validate_every=1"),
     (*TINY, *TRAIN, "pipeline.stages=2", "zero=0", UNCLIPPED, *CHAT, "train.accumulation=2"),
 ]
+KNOBS = [*CHUNKED, *UNPACKED, *OPTIMIZERS, *OFFLOADED]
+"""What people turn to make it fit, one by one."""
+
 CELLS: dict[int, list[Words]] = {
     1: [words for words in GENERATION if not PARALLEL & {*words}],
     2: [
-        *(
-            *MATRIX,
-            *BY_STAGE,
-            *SHARDED_WHOLLY,
-            *TIED,
-            *PIPELINED,
-            *RECOMPUTED,
-            *CHUNKED,
-            *UNPACKED,
-            *OPTIMIZERS,
-        ),
+        *(*MATRIX, *BY_STAGE, *SHARDED_WHOLLY, *TIED, *PIPELINED, *RECOMPUTED, *KNOBS),
         *(words for words in GENERATION if PARALLEL & {*words}),
         *GENERATION[:3],  # replicas, of which one has more prompts
     ],
@@ -300,6 +306,7 @@ EXHAUSTIVE = (
         *(RECOMPUTED[number] for number in (0, 2, 4, 5)),
         *(UNPACKED[number] for number in (0, 5)),
         *(OPTIMIZERS[number] for number in (1, 3, 6)),
+        *(OFFLOADED[number] for number in (1, 2, 5, 6)),
         CHUNKED[1],  # DeepSpeed's optimizer of stages 1 and 2 is one
         *(CELLS[3][stage] for stage in (0, 2)),
         *(CELLS[4][number] for number in (2, 8, 10)),
@@ -432,6 +439,7 @@ def test_a_rehearsal_holds_the_bytes_of_the_run(
         rank_record = real["ranks"][rank]
         rehearsed, done = rehearse(plan, rank)
         assert differences(rank_record, rehearsed.tree()) == []
+        assert rehearsed.tree()["on_host"] == rank_record["on_host"]
         assert rehearsed.peak.bytes == max(phase["peak"] for phase in phases_of(rank_record).values())
         assert done.tree()["model"] == real["model"]
         for other in alike:

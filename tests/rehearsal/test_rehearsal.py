@@ -666,6 +666,41 @@ def test_what_is_offloaded_is_on_the_host_and_not_on_the_gpu(
     assert (on_gpu == buffers) == (offload == "all")
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("zero=1",),
+        ("zero=3", "zero.persistence_threshold=0"),
+        ("zero=1", "checkpointing=full"),
+        ("zero=0", "pipeline.stages=2", "train.accumulation=3"),
+    ],
+    ids=",".join,
+)
+def test_activations_of_a_gpu_wait_on_the_host_and_are_copied_there_once(words: tuple[str, ...]) -> None:
+    words = (*words, "hardware=h100-sxm", "train.sequence=128")
+    kept, _ = rehearse(plan(*words), 0)
+    record, _ = rehearse(plan(*words, "checkpointing.offload=cpu"), 0)
+    assert kept.on_host is None
+    assert record.on_host is not None
+    assert record.on_host.pinned is not None
+    assert record.on_host.activations <= record.on_host.pinned < 2 * record.on_host.activations
+    for name in ("parameters", "gathered", "gradients", "optimizer", "inputs"):
+        assert record.categories[name] == kept.categories[name]
+    before, after = (each.categories["activations"].peak or 0 for each in (kept, record))
+    assert after < before
+    assert kept.forwards is not None
+    assert record.forwards is not None
+    assert record.forwards.alive == kept.forwards.alive == (2 if "pipeline.stages=2" in words else 1)
+    moved = {
+        (row.phase, row.operation): row.bytes
+        for row in record.traffic or ()
+        if row.step == 0 and row.micro_batch == 0 and row.link == "pcie"
+    }
+    there, back = moved["forward", "device-to-host"], moved["backward", "host-to-device"]
+    assert there * record.forwards.alive == record.on_host.activations == sum(record.forwards.stashes)
+    assert back >= there  # each operator that keeps a tensor gets it back for itself
+
+
 def test_no_device_holds_a_zero_3_model_whole() -> None:
     words = ("zero=3", "hardware=h100-sxm", "model=small", "zero.reduce_bucket_size=100000")
     record, done = rehearse(plan(*words, size=64), 0)

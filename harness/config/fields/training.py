@@ -52,6 +52,8 @@ class Checkpointing:
     """The layers to recompute, from 0, as [0,1]; empty is all."""
     every: Positive = 1
     """Recompute every n-th layer, from the first."""
+    offload: Literal["none", "cpu"] = "none"
+    """Where what layers keep for backward waits: none is on the device, cpu in its host's memory."""
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -9,6 +9,7 @@ from harness.config.rules import loss, optimizer, positions, quantized, widths
 from harness.config.rules.data import data
 from harness.config.rules.deepspeed import deepspeed
 from harness.config.rules.generation import generation
+from harness.config.rules.offload import check_offload
 from harness.config.rules.sources import read, shape_of
 from harness.config.settings import Checkpointing, Pipeline, Refusal, Settings
 
@@ -204,6 +205,7 @@ def _checkpointing(settings: Settings) -> None:
         )
     if len(set(checkpointing.layers)) < len(checkpointing.layers):
         raise Refusal("checkpointing.layers", checkpointing.layers, "give each layer once")
+    check_offload(settings.mode, checkpointing)
     _, layers = read(shape_of(settings.model), "num_hidden_layers")
     if isinstance(layers, int):
         check_layers(checkpointing, layers)
