@@ -21,6 +21,7 @@ LONGEST = 40
 GROUPS = {
     "zero.stage": "zero",
     "checkpointing.mode": "checkpointing",
+    "adapter.kind": "adapter",
     "data.kind": "data",
     "ledger.mode": "ledger",
     "world.kind": "world",

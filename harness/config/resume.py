@@ -12,6 +12,7 @@ from harness.config.settings import Refusal
 FIXED = (
     *("world.size", "pipeline.stages", "pipeline.split", "zero.stage", "zero.offload", "precision"),
     *("train.micro_batch", "train.accumulation", "train.sequence", "train.fused", "deepspeed.options"),
+    *("adapter.kind", "adapter.rank", "adapter.alpha", "adapter.dropout", "adapter.targets", "adapter.path"),
     "model.config",
 )
 """What the saved tensors, or the place in the data, depend on."""
@@ -56,6 +57,7 @@ FREE = frozenset(
             "checkpointing.layers",
             "checkpointing.every",
         ),  # what is computed again is the same
+        "adapter.merge",  # how the end is written
         *("pipeline.groups", "train.batch", "train.validate_every", "train.validation_batches"),
         *(
             "train.save_every",

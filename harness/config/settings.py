@@ -20,6 +20,7 @@ from harness.config.fields.machine import Network as Network
 from harness.config.fields.machine import World as World
 from harness.config.fields.model import Data as Data
 from harness.config.fields.model import Model as Model
+from harness.config.fields.training import Adapter as Adapter
 from harness.config.fields.training import Checkpointing as Checkpointing
 from harness.config.fields.training import Deepspeed as Deepspeed
 from harness.config.fields.training import Pipeline as Pipeline
@@ -45,6 +46,7 @@ class Settings:
     zero: Zero = Zero()
     deepspeed: Deepspeed = Deepspeed()
     checkpointing: Checkpointing = Checkpointing()
+    adapter: Adapter = Adapter()
     pipeline: Pipeline = Pipeline()
     train: Train = Train()
     generation: Generation = Generation()

@@ -194,7 +194,7 @@ def export(
             tokens.save_pretrained(partial)
             text = json.dumps(generation, indent=2)
             (partial / GENERATION_CONFIG_NAME).write_text(text, encoding="utf-8")
-            manifest.write(partial, TEXTS + WEIGHTS)
+            manifest.write(partial, (*TEXTS, "*.safetensors"))
             move(partial, directory)
         finally:
             shutil.rmtree(partial, ignore_errors=True)

@@ -36,7 +36,7 @@ def by_shapes(settings: Settings) -> dict[str, int]:
     """
     import torch
 
-    from harness.model import init_weights
+    from harness.model import adapter
     from harness.model.resolve import resolve
 
     try:
@@ -44,7 +44,9 @@ def by_shapes(settings: Settings) -> dict[str, int]:
         layout, config, precision = plan.layout, plan.config, plan.settings.precision
         if getattr(config, "quantization_config", None) is not None or settings.deepspeed.options:
             return {}
-        parameters = sum(each.numel() for each in init_weights.outline(config, torch.bfloat16).parameters())
+        whole = adapter.outline(settings, config, torch.bfloat16)
+        parameters = sum(each.numel() for each in whole.parameters())
+        trained = sum(each.numel() for each in whole.parameters() if each.requires_grad)
     except Exception as error:  # the rehearsal words it
         _say_mistake(error)
         return {}
@@ -55,8 +57,8 @@ def by_shapes(settings: Settings) -> dict[str, int]:
     bound = {}
     if zero.offload != "all":
         bound["parameters"] = of_rank * ELEMENT[precision] // (layout.dp_size if zero.stage == 3 else 1)
-    if zero.offload == "none":
-        bound["optimizer"] = of_rank * ADAMW[precision] // (layout.dp_size if zero.stage else 1)
+    if zero.offload == "none" and (layout.stages == 1 or trained == parameters):
+        bound["optimizer"] = trained // layout.stages * ADAMW[precision] // (layout.dp_size if zero.stage else 1)
     return bound
 
 

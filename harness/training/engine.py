@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from harness.config.load import Settings, Train
 from harness.ledger import Ledger
 from harness.ledger.patch import DATA, DEEPSPEED, Patch, install, table
-from harness.model import activation_checkpointing
+from harness.model import activation_checkpointing, adapter
 from harness.model.init_weights import lasting
 from harness.runtime import faults, imports
 from harness.runtime.world import World
@@ -130,7 +130,7 @@ class Engine:
             return self.world.mean(sum(losses) / len(losses))
 
     def full_state(self) -> dict[str, torch.Tensor] | None:
-        """The whole model's weights on the CPU at rank 0, None elsewhere. Collective."""
+        """The whole model's weights that are exported, on the CPU at rank 0; None elsewhere. Collective."""
         deepspeed = import_deepspeed(self.world)
         if self.settings.zero.stage == 3:
             self.deepspeed.empty_partition_cache()  # prefetched parameters cannot be gathered
@@ -138,6 +138,8 @@ class Engine:
         state: dict[str, torch.Tensor] = {}
         lead = self.world.leads
         for parameter in self.module.parameters():  # one at a time: no device ever has the whole model
+            if not adapter.exported(self.settings, parameter):
+                continue
             with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_tensor")):
                 if lead:
                     state[names[id(parameter)]] = parameter.detach().to("cpu", copy=True)
@@ -152,7 +154,7 @@ def adamw(settings: Settings, world: World, model: torch.nn.Module) -> torch.opt
     """torch's AdamW for the parameters of `model`, with the options in `settings`."""
     train = settings.train
     return torch.optim.AdamW(
-        model.parameters(),
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
         lr=train.learning_rate,
         betas=train.betas,
         eps=train.epsilon,

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 
 from harness.config.resume import check_changes
-from harness.config.rules import positions, quantized, widths
+from harness.config.rules import adapter, positions, quantized, widths
 from harness.config.rules.deepspeed import deepspeed
 from harness.config.rules.generation import generation
 from harness.config.rules.sources import files, read, shape_of
@@ -33,7 +33,7 @@ def check(settings: Settings) -> None:
         deepspeed,
         generation,
     )
-    for rule in (*rules, quantized.check):
+    for rule in (*rules, quantized.check, adapter.check):
         rule(settings)
 
 
