@@ -74,9 +74,18 @@ def apply(settings: Settings, model: PreTrainedModel | Stage, whole: PreTrainedM
         _read(adapter.path, part, whole)
 
 
-def check_stages(settings: Settings, whole: PreTrainedModel, split: list[int]) -> None:
-    """Refuse targets with which a stage has nothing to train."""
-    for number, stage in enumerate(parts(whole, split)):
+def prove(plan: Plan) -> None:
+    """Refuse an adapter that does not fit the model of `plan`, or leaves a stage without anything to train.
+
+    It comes before any ledger: peft makes tensors where it is first imported.
+    """
+    settings = plan.settings
+    if not wanted(settings):
+        return
+    whole = outline(settings, plan.config, getattr(torch, settings.dtype))
+    if settings.mode == "infer" or settings.pipeline.stages == 1:
+        return
+    for number, stage in enumerate(parts(whole, plan.split)):
         if not any(parameter.requires_grad for parameter in stage.values()):
             remedy = f"stage {number} has none of them, and nothing to train; name layers of every stage"
             raise Refusal("adapter.targets", settings.adapter.targets, remedy)
@@ -186,10 +195,14 @@ def _targets(asked: list[str], whole: PreTrainedModel) -> list[str]:
             raise Refusal("adapter.targets", asked, f"the model has no {target}; {hint}")
         if other is not None:
             kind = type(whole.get_submodule(other)).__name__
-            raise Refusal("adapter.targets", asked, f"{other} is no linear layer but {kind}; name linear layers")
+            raise Refusal(
+                "adapter.targets", asked, f"{other} is no linear layer but {kind}; name linear layers"
+            )
         for name in named:
             if id(whole.get_submodule(name).weight) in tied:
-                raise Refusal("adapter.targets", asked, f"the weight of {name} is another layer's too; leave it out")
+                raise Refusal(
+                    "adapter.targets", asked, f"the weight of {name} is another layer's too; leave it out"
+                )
     return asked
 
 
@@ -210,7 +223,9 @@ def _stored_config(place: str) -> Any:
     try:
         config = LoraConfig.from_pretrained(place)
     except (TypeError, ValueError, KeyError) as error:
-        raise Refusal("adapter.path", place, f"peft does not take its {CONFIG}: {first_line(error)}") from error
+        raise Refusal(
+            "adapter.path", place, f"peft does not take its {CONFIG}: {first_line(error)}"
+        ) from error
     if not isinstance(config, LoraConfig):
         raise Refusal("adapter.path", place, f"its {CONFIG} is of another kind; give a LORA adapter")
     return config
@@ -223,7 +238,9 @@ def _read(place: str, model: PreTrainedModel, whole: PreTrainedModel) -> None:
     expected = {name: tuple(each.shape) for name, each in get_peft_model_state_dict(whole).items()}
     own = get_peft_model_state_dict(model)
     try:
-        with safe_open(Path(place) / WEIGHTS, framework="numpy") as file:  # "pt" maps the file, which would count
+        with safe_open(
+            Path(place) / WEIGHTS, framework="numpy"
+        ) as file:  # "pt" maps the file, which would count
             stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         _check(place, {name.removeprefix(PREFIX): shape for name, shape in stored.items()}, expected)
         with safe_open(Path(place) / WEIGHTS, framework="pt") as file:

@@ -58,7 +58,9 @@ def by_shapes(settings: Settings) -> dict[str, int]:
     if zero.offload != "all":
         bound["parameters"] = of_rank * ELEMENT[precision] // (layout.dp_size if zero.stage == 3 else 1)
     if zero.offload == "none" and (layout.stages == 1 or trained == parameters):
-        bound["optimizer"] = trained // layout.stages * ADAMW[precision] // (layout.dp_size if zero.stage else 1)
+        bound["optimizer"] = (
+            trained // layout.stages * ADAMW[precision] // (layout.dp_size if zero.stage else 1)
+        )
     return bound
 
 

@@ -140,7 +140,6 @@ def _engine(
     part = stage.build(*spec, plan.layers[world.stage], read, *options)
     ledger.traffic.report(READ, payload(settings.model, part.owned(), read))
     whole = adapter.outline(settings, config, dtype)
-    adapter.check_stages(settings, whole, plan.split)
     adapter.apply(settings, part, whole, read)
     record = adapter.sized(settings, loader.sizes(settings.model, whole, dtype, quantization), whole)
     return Pipeline(settings, world, ledger, part, whole, plan.split), record

@@ -4,7 +4,7 @@ and do the same work: operations, and bytes read and written.
 Every ZeRO stage meets every offload it may have, and every stage both precisions and both counts of accumulation. What
 else decides bytes varies by stage, one thing at a time: buckets smaller than a parameter, validation and checkpoints,
 eager attention and the end of what is seen, nothing or all kept whole, tied weights and learned positions, layers that
-are recomputed, a world that divides nothing evenly. Generation has every cache, padded or not, and layers with a window
+are recomputed, an adapter beside frozen weights, a world that divides nothing evenly. Generation has every cache, padded or not, and layers with a window
 or a state, on one rank where no second is needed; layers that ranks share; and requests that enter and leave, as many
 pages as they need, fewer, or in parts. The exhaustive cells are the rest of the products.
 
@@ -132,6 +132,14 @@ RECOMPUTED = [
     (*TINY, *TRAIN, "train.validate_every=1", "checkpointing=full", "checkpointing.layers=[1]"),
     (*TINY, *TRAIN, "precision=fp32", "checkpointing=selective", "checkpointing.every=2"),
 ]
+ADAPTED = [
+    (*TINY, *TRAIN, *ZERO[0], "adapter=lora"),
+    (*TINY, *TRAIN, *ZERO[1], "adapter=lora", "zero.offload=optimizer", "checkpointing=full"),
+    (*TINY, *TRAIN, *ZERO[2], "adapter=dora", "precision=bf16", *EVERYTHING),
+    (*TINY, *TRAIN, *ZERO[3], "adapter=lora", *EVERYTHING, "adapter.merge=true"),
+    (*TINY, *TRAIN, "pipeline.stages=2", "adapter=lora", "train.accumulation=2", *EVERYTHING),
+    (*GPT2, *TRAIN, *ZERO[2], "adapter=lora", "adapter.targets=[c_attn]", "adapter.dropout=0.1"),
+]
 GENERATION = [
     *(
         (*TINY, *INFER, f"generation.cache={c}", "generation.prompts=PROMPTS")
@@ -192,7 +200,7 @@ PARALLEL = {"pipeline.stages=2", "generation.tensor_parallel=2"}
 CELLS: dict[int, list[Words]] = {
     1: [words for words in GENERATION if not PARALLEL & {*words}],
     2: [
-        *(*MATRIX, *BY_STAGE, *SHARDED_WHOLLY, *TIED, *PIPELINED, *RECOMPUTED),
+        *(*MATRIX, *BY_STAGE, *SHARDED_WHOLLY, *TIED, *PIPELINED, *RECOMPUTED, *ADAPTED),
         *(words for words in GENERATION if PARALLEL & {*words}),
         *GENERATION[:3],  # replicas, of which one has more prompts
     ],

@@ -46,7 +46,9 @@ def check(settings: Settings) -> None:
                 raise Refusal(f"adapter.{name}", getattr(adapter, name), remedy)
         kind = KIND[bool(config_in(adapter.path).get("use_dora"))]
         if adapter.kind not in ("none", kind):
-            raise Refusal("adapter", adapter.kind, f"the one in adapter.path={adapter.path} is {kind}; use that")
+            raise Refusal(
+                "adapter", adapter.kind, f"the one in adapter.path={adapter.path} is {kind}; use that"
+            )
     config = quantized.merged(shape_of(settings.model), settings.model)
     if config is not None:
         reason = f"an adapter goes on whole weights here; {quantized.remedy(settings)}"
@@ -103,7 +105,9 @@ def config_in(place: str) -> Mapping[str, Any]:
         raise Refusal("adapter.path", place, f"its {CONFIG} is no adapter's config")
     if config.get("peft_type") != "LORA":
         kind = config.get("peft_type")
-        raise Refusal("adapter.path", place, f"its peft_type is {kind}; give a LORA adapter, with or without DoRA")
+        raise Refusal(
+            "adapter.path", place, f"its peft_type is {kind}; give a LORA adapter, with or without DoRA"
+        )
     for name, off in MORE.items():
         if config.get(name) not in (off, None, [], {}):
             remedy = f"it has {name}, which is more than LoRA's matrices; give one without"
