@@ -131,7 +131,8 @@ def _merged(whole: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, Te
         if isinstance(module, LoraLayer):
             module.merge()
             added |= {f"{name}.{each}" for each in module.state_dict() if not each.startswith("base_layer.")}
-    return {name.replace(".base_layer.", "."): each for name, each in state.items() if name not in added}
+    merged = {name: each for name, each in whole.state_dict().items() if name in state and name not in added}
+    return {name.replace(".base_layer.", "."): each for name, each in merged.items()}
 
 
 def _inject(model: PreTrainedModel, config: Any) -> None:
@@ -247,7 +248,8 @@ def _read(place: str, model: PreTrainedModel, whole: PreTrainedModel) -> None:
             state = {name: file.get_tensor(PREFIX + name) for name in own}
     except SafetensorError as error:
         raise Refusal("adapter.path", place, f"{WEIGHTS} in it is corrupt: {first_line(error)}") from error
-    set_peft_model_state_dict(model, state)
+    unread = set_peft_model_state_dict(model, state).unexpected_keys
+    assert not unread, unread
 
 
 def _check(place: str, stored: Mapping[str, Any], expected: Mapping[str, Any]) -> None:

@@ -4,9 +4,10 @@ and do the same work: operations, and bytes read and written.
 Every ZeRO stage meets every offload it may have, and every stage both precisions and both counts of accumulation. What
 else decides bytes varies by stage, one thing at a time: buckets smaller than a parameter, validation and checkpoints,
 eager attention and the end of what is seen, nothing or all kept whole, tied weights and learned positions, layers that
-are recomputed, an adapter beside frozen weights, a world that divides nothing evenly. Generation has every cache, padded or not, and layers with a window
-or a state, on one rank where no second is needed; layers that ranks share; and requests that enter and leave, as many
-pages as they need, fewer, or in parts. The exhaustive cells are the rest of the products.
+are recomputed, an adapter beside frozen weights, a world that divides nothing evenly. Generation has every cache,
+padded or not, and layers with a window or a state, on one rank where no second is needed; layers that ranks share; and
+requests that enter and leave, as many pages as they need, fewer, or in parts. The exhaustive cells are the rest of the
+products.
 
 What an allocator saw (`kernel`, and a peak with it) is no
 storage and not compared; a rehearsal has none.

@@ -32,6 +32,10 @@ MORE = {
 """Fields of peft that train or change more than LoRA's matrices, and the value with which they do not."""
 
 
+BESIDE = ("gaussian", "eva", "orthogonal")
+"""peft's ways to begin an adapter that leave the weights as they are."""
+
+
 def check(settings: Settings) -> None:
     """Refuse an adapter that cannot be trained or read, as far as that is known without torch."""
     adapter = settings.adapter
@@ -112,6 +116,10 @@ def config_in(place: str) -> Mapping[str, Any]:
         if config.get(name) not in (off, None, [], {}):
             remedy = f"it has {name}, which is more than LoRA's matrices; give one without"
             raise Refusal("adapter.path", place, remedy)
+    begins = config.get("init_lora_weights", True)
+    if isinstance(begins, str) and begins not in BESIDE:
+        remedy = f"its init_lora_weights={begins} changes the weights beside it; convert it to plain LoRA with peft"
+        raise Refusal("adapter.path", place, remedy)
     if not (directory / WEIGHTS).is_file():
         pickled = any(directory.glob("adapter_model*.bin"))
         remedy = (
