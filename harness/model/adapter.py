@@ -113,8 +113,9 @@ def to_export(
     settings = plan.settings
     if not settings.adapter.merge:
         if wanted(settings):
-            model._hf_peft_config_loaded = True  # transformers then writes the adapter alone
-            model.peft_config[NAME].inference_mode = True
+            whole: Any = model
+            whole._hf_peft_config_loaded = True  # transformers then writes the adapter alone
+            whole.peft_config[NAME].inference_mode = True
         return model, state
     dtype = getattr(torch, settings.dtype)
     plain = init_weights.outline(plan.config, dtype, settings.model.attention)

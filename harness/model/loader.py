@@ -142,7 +142,7 @@ def sizes(
     A packed weight counts as the elements that it stands for.
     """
     counted: torch.nn.Module = model
-    packed = {}
+    packed: dict[str, Any] = {}
     if quantization is not None:
         counted = init_weights.outline(copy.deepcopy(model.config), next(model.parameters()).dtype)
         packed["quantization"] = quantization.as_record(storages.nbytes(model))

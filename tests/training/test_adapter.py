@@ -71,6 +71,16 @@ def of(base: Path) -> tuple[str, ...]:
     return f"model.path={base}", "data=text", f"data.path={base}/text.txt"
 
 
+def losses_of(results: Results) -> list[float]:
+    assert results.training is not None
+    return results.training.losses
+
+
+def trainable(results: Results) -> int | None:
+    assert results.model is not None
+    return results.model.trainable
+
+
 def plan_of(base: Path, *words: str) -> Plan:
     return Plan.of(load(compose([*SHORT, *of(base), *words])))
 
@@ -121,7 +131,7 @@ def test_it_learns_bit_for_bit_what_peft_learns_and_peft_opens_what_it_writes(
 ) -> None:
     losses, model = by_peft(base, *words)
     results, directory = trained(*EXPORT, *words)
-    assert results.training.losses == losses
+    assert losses_of(results) == losses
     assert len({*losses}) == STEPS
     written = directory / "checkpoint"
     opened = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), written).eval()
@@ -129,7 +139,7 @@ def test_it_learns_bit_for_bit_what_peft_learns_and_peft_opens_what_it_writes(
     assert not torch.equal(logits(opened), logits(AutoModelForCausalLM.from_pretrained(base)))
     assert json.loads((written / FILES[1]).read_text())["base_model_name_or_path"] == str(base)
     assert not [*written.glob("model*")]
-    assert results.model.trainable == sum(each.numel() for each in load_file(written / FILES[0]).values())
+    assert trainable(results) == sum(each.numel() for each in load_file(written / FILES[0]).values())
     _, merging = trained(*EXPORT, *words, "adapter.merge=true")
     whole = AutoModelForCausalLM.from_pretrained(merging / "checkpoint").eval()
     assert torch.equal(logits(whole), logits(model.merge_and_unload()))
@@ -150,10 +160,10 @@ def test_a_resumed_run_ends_as_one_that_was_not_interrupted(
     results, directory = trained(*words)
     shutil.rmtree(directory / "state" / "step-00000003")
     resumed, _ = train(world, tmp_path, *of(base), *words, f"train.resume={directory}")
-    assert resumed.training.losses == results.training.losses[-1:]
+    assert losses_of(resumed) == losses_of(results)[-1:]
     files = [load_file(place / "checkpoint" / FILES[0]) for place in (directory, tmp_path)]
     assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
-    with pytest.raises(Refusal, match="adapter.rank=5: .* was saved with 4"):
+    with pytest.raises(Refusal, match=r"adapter\.rank=5: .* was saved with 4"):
         train(world, tmp_path / "b", *of(base), *words, "adapter.rank=5", f"train.resume={directory}")
 
 
@@ -245,8 +255,8 @@ def test_it_generates_the_tokens_of_peft_s_own_model(
 def test_training_goes_on_from_an_adapter(trained: Trained, base: Path, written: Path) -> None:
     results, _ = trained(*EXPORT, "adapter=lora", f"adapter.path={written}")
     first, _ = trained(*EXPORT, *LORA)
-    assert results.training.losses[0] < first.training.losses[0]
-    assert results.model.trainable == first.model.trainable
+    assert losses_of(results)[0] < losses_of(first)[0]
+    assert trainable(results) == trainable(first)
 
 
 def changed(written: Path, directory: Path, **values: Any) -> Path:
@@ -324,7 +334,7 @@ def test_an_exported_adapter_with_a_byte_changed_is_refused(
     ],
 )
 def test_targets_that_are_no_linear_layers_are_refused(base: Path, targets: str, sentence: str) -> None:
-    with pytest.raises(Refusal, match="adapter.targets=") as refused:
+    with pytest.raises(Refusal, match=r"adapter\.targets=") as refused:
         adapter.prove(plan_of(base, "adapter=lora", f"adapter.targets={targets}"))
     assert sentence in str(refused.value)
 
@@ -341,3 +351,8 @@ def test_a_tied_head_is_refused_and_a_rank_above_the_width_is_not(base: Path) ->
     with pytest.raises(Refusal, match="the weight of lm_head is another layer's too"):
         adapter.prove(plan)
     adapter.prove(plan_of(base, "adapter=lora", "adapter.rank=1000"))
+
+
+def test_an_adapter_in_the_place_of_a_model_is_refused_with_the_key_for_it(written: Path) -> None:
+    with pytest.raises(Refusal, match=r"it is an adapter: give its model here, and adapter\.path="):
+        load(compose(["mode=infer", f"model.path={written}"]))
