@@ -146,7 +146,8 @@ def _model_of_rank(
         model = loader.build(*spec, *options, quantization)
         ledger.traffic.report(READ, payload(settings.model, dict(model.named_parameters()), read))
         if adapter.wanted(settings):
-            adapter.apply(settings, model, adapter.outline(settings, config, dtype), read)
+            whole = adapter.outline(settings, config, dtype)
+            ledger.traffic.report(READ, adapter.apply(settings, model, whole, read))
         ledger.own(model=model.eval().requires_grad_(False))
         if quantization is not None and read:
             quantization = quantization.as_read(model)
@@ -154,7 +155,7 @@ def _model_of_rank(
     part = stage.build(*spec, plan.layers[world.stage], *options, quantization)
     ledger.traffic.report(READ, payload(settings.model, part.owned(), read))
     whole = adapter.outline(settings, config, dtype)
-    adapter.apply(settings, part, whole, read)
+    ledger.traffic.report(READ, adapter.apply(settings, part, whole, read))
     part.eval().requires_grad_(False)
     ledger.own(model=part.model)
     return part, loader.sizes(settings.model, whole, dtype, quantization)

@@ -57,21 +57,23 @@ def outline(settings: Settings, config: PretrainedConfig, dtype: torch.dtype) ->
     return whole
 
 
-def apply(settings: Settings, model: PreTrainedModel | Stage, whole: PreTrainedModel, read: bool) -> None:
+def apply(
+    settings: Settings, model: PreTrainedModel | Stage, whole: PreTrainedModel, read: bool
+) -> dict[str, int]:
     """Put the adapter of `settings` on `model`, all or a stage of `whole`, which is on `meta` and has it already.
 
     New matrices depend on the seed and their names alone, as all weights do: any number of ranks and stages has the
-    same. With `read` those of `adapter.path` are read. Raises Refusal where they are not this model's.
+    same. With `read` those of `adapter.path` are read, and their bytes are returned by name. Raises Refusal where they
+    are not this model's.
     """
     if not wanted(settings):
-        return
+        return {}
     adapter, part = settings.adapter, model.model if isinstance(model, Stage) else model
     _inject(part, whole.peft_config[NAME])
     if isinstance(model, Stage):
         model.renew_names("base_layer")
     _initialise(part, settings.seed)
-    if adapter.path is not None and read:
-        _read(adapter.path, part, whole)
+    return _read(adapter.path, part, whole) if adapter.path is not None and read else {}
 
 
 def prove(plan: Plan) -> None:
@@ -233,16 +235,18 @@ def _stored_config(place: str) -> Any:
     return config
 
 
-def _read(place: str, model: PreTrainedModel, whole: PreTrainedModel) -> None:
-    """Fill the adapter of `model` from the file in `place`. Raises Refusal where it is not an adapter of `whole`."""
+def _read(place: str, model: PreTrainedModel, whole: PreTrainedModel) -> dict[str, int]:
+    """Fill the adapter of `model` from the file in `place`; return what was read, in bytes by name.
+
+    Raises Refusal where it is not an adapter of `whole`.
+    """
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
     expected = {name: tuple(each.shape) for name, each in get_peft_model_state_dict(whole).items()}
     own = get_peft_model_state_dict(model)
     try:
-        with safe_open(
-            Path(place) / WEIGHTS, framework="numpy"
-        ) as file:  # "pt" maps the file, which would count
+        # framework="pt" maps the file, which would count as allocated memory
+        with safe_open(Path(place) / WEIGHTS, framework="numpy") as file:
             stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         _check(place, {name.removeprefix(PREFIX): shape for name, shape in stored.items()}, expected)
         with safe_open(Path(place) / WEIGHTS, framework="pt") as file:
@@ -251,6 +255,7 @@ def _read(place: str, model: PreTrainedModel, whole: PreTrainedModel) -> None:
         raise Refusal("adapter.path", place, f"{WEIGHTS} in it is corrupt: {first_line(error)}") from error
     unread = set_peft_model_state_dict(model, state).unexpected_keys
     assert not unread, unread
+    return {name: tensor.nbytes for name, tensor in state.items()}
 
 
 def _check(place: str, stored: Mapping[str, Any], expected: Mapping[str, Any]) -> None:

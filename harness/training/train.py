@@ -133,14 +133,15 @@ def _engine(
         model = loader.build(*spec, read, *options)
         ledger.traffic.report(READ, payload(settings.model, dict(model.named_parameters()), read))
         if adapter.wanted(settings):
-            adapter.apply(settings, model, adapter.outline(settings, config, dtype), read)
+            whole = adapter.outline(settings, config, dtype)
+            ledger.traffic.report(READ, adapter.apply(settings, model, whole, read))
         # before ZeRO-3 empties the parameters
         record = adapter.sized(settings, loader.sizes(settings.model, model, dtype, quantization), model)
         return Engine(settings, world, ledger, model), record
     part = stage.build(*spec, plan.layers[world.stage], read, *options)
     ledger.traffic.report(READ, payload(settings.model, part.owned(), read))
     whole = adapter.outline(settings, config, dtype)
-    adapter.apply(settings, part, whole, read)
+    ledger.traffic.report(READ, adapter.apply(settings, part, whole, read))
     record = adapter.sized(settings, loader.sizes(settings.model, whole, dtype, quantization), whole)
     return Pipeline(settings, world, ledger, part, whole, plan.split), record
 

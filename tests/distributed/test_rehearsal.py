@@ -249,6 +249,7 @@ EXHAUSTIVE = {
     *PRODUCT,
     *(TIED[stage] for stage in (0, 2)),
     *(RECOMPUTED[number] for number in (0, 2, 4, 5)),
+    *(ADAPTED[number] for number in (0, 5)),
     *(CELLS[3][stage] for stage in (0, 2)),
     *(CELLS[4][number] for number in (2, 8, 10)),
     *(words for words in GENERATION if words[len(TINY) + len(INFER) :] in FEWER_TOKENS_OR_ANOTHER_CACHE),

@@ -152,7 +152,7 @@ def test_recomputation_changes_no_bit_of_an_adapter(trained: Trained) -> None:
     assert all(torch.equal(plain[name], again[name]) for name in plain)
 
 
-@pytest.mark.parametrize("zero", [1, 3])
+@pytest.mark.parametrize("zero", [pytest.param(1, marks=pytest.mark.exhaustive), 3])
 def test_a_resumed_run_ends_as_one_that_was_not_interrupted(
     trained: Trained, world: World, base: Path, tmp_path: Path, zero: int
 ) -> None:
