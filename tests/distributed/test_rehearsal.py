@@ -258,8 +258,40 @@ UNPACKED = [
     (*TINY, *TRAIN, "pipeline.stages=2", "zero=1", *PADDED, "train.accumulation=2", "train.validate_every=1"),
     (*TINY, *TRAIN, "pipeline.stages=2", "zero=0", UNCLIPPED, *CHAT, "train.accumulation=2"),
 ]
-KNOBS = [*CHUNKED, *UNPACKED, *OPTIMIZERS, *OFFLOADED, *ADAPTED]
-"""What people turn to make it fit, one by one."""
+COMBINED = [
+    (*TINY, *TRAIN, *words.split(), *data)
+    for words, data in (
+        ("zero=1 loss=chunked optimizer=adamw_8bit checkpointing=full precision=bf16", ()),
+        (f"{' '.join(ZERO[3])} loss=chunked adapter=lora checkpointing=full checkpointing.offload=cpu", ()),
+        (
+            "zero=2 loss=chunked optimizer=sgd optimizer.state=bf16 precision=bf16 train.accumulation=2",
+            PADDED,
+        ),
+        ("pipeline.stages=2 loss=chunked adapter=dora checkpointing.offload=cpu train.accumulation=2", CHAT),
+        ("zero=0 optimizer=muon checkpointing.offload=cpu precision=bf16", PADDED),
+        (
+            "zero=2 optimizer=lion adapter=lora zero.offload=optimizer precision=fp32",
+            (*CHAT, "data.packing=false"),
+        ),
+        (
+            "zero=1 optimizer=muon train.clip=0 adapter=lora loss=chunked checkpointing=selective precision=fp32",
+            (),
+        ),
+    )
+]
+"""Three and more of what people turn to make it fit, at once."""
+KNOBS = [*COMBINED, *CHUNKED, *UNPACKED, *OPTIMIZERS, *OFFLOADED, *ADAPTED]
+"""What people turn to make it fit, together and one by one."""
+
+EACH_CHANGE = {
+    *COMBINED,
+    CHUNKED[4],
+    *(UNPACKED[number] for number in (2, 4)),
+    *(OPTIMIZERS[number] for number in (0, 8)),
+    OFFLOADED[3],
+    ADAPTED[3],
+}
+"""Those of `KNOBS` that are not exhaustive: each knob, and each stage of ZeRO with some of them."""
 
 CELLS: dict[int, list[Words]] = {
     1: [words for words in GENERATION if not PARALLEL & {*words}],
@@ -308,28 +340,21 @@ FEWER_TOKENS_OR_ANOTHER_CACHE = {
     *((*RELAYED, f"generation.cache={c}") for c in ("dynamic", "none")),
 }
 
-EXHAUSTIVE = (
-    {
-        *PRODUCT,
-        *(TIED[stage] for stage in (0, 2)),
-        *(RECOMPUTED[number] for number in (0, 2, 4, 5)),
-        *(UNPACKED[number] for number in (0, 5)),
-        *(OPTIMIZERS[number] for number in (1, 3, 6)),
-        *(OFFLOADED[number] for number in (1, 2, 5, 6)),
-        *(ADAPTED[number] for number in (0, 5)),
-        CHUNKED[1],  # DeepSpeed's optimizer of stages 1 and 2 is one
-        *(CELLS[3][stage] for stage in (0, 2)),
-        *(CELLS[4][number] for number in (2, 8, 10)),
-        *(words for words in GENERATION if words[len(TINY) + len(INFER) :] in FEWER_TOKENS_OR_ANOTHER_CACHE),
-        *(words for index, words in enumerate(BY_STAGE) if index % 4 not in (0, 3)),
-        *(
-            words
-            for words in GENERATION
-            if "generation.sample=true" in words and "pipeline.stages=2" not in words
-        ),
-    }
-    - {*MATRIX}
-)
+EXHAUSTIVE = {
+    *PRODUCT,
+    *(TIED[stage] for stage in (0, 2)),
+    *(RECOMPUTED[number] for number in (0, 2, 4, 5)),
+    *(words for words in KNOBS if words not in EACH_CHANGE),
+    *(CELLS[3][stage] for stage in (0, 2)),
+    *(CELLS[4][number] for number in (2, 8, 10)),
+    *(words for words in GENERATION if words[len(TINY) + len(INFER) :] in FEWER_TOKENS_OR_ANOTHER_CACHE),
+    *(words for index, words in enumerate(BY_STAGE) if index % 4 not in (0, 3)),
+    *(
+        words
+        for words in GENERATION
+        if "generation.sample=true" in words and "pipeline.stages=2" not in words
+    ),
+} - {*MATRIX}
 
 
 def cells(*counts: int, keeps: Callable[[Words], bool] = lambda words: True) -> list[Any]:
