@@ -59,6 +59,8 @@ def title(run: Record) -> str:
     """One line about what ran."""
     model = run.model
     parameters = "parameters not counted" if model.parameters is None else f"{model.parameters:,} parameters"
+    if model.trainable is not None:
+        parameters += f", {model.trainable:,} of them trained"
     rehearsed = ", rehearsed" * run.world.rehearsed
     dtype = model.dtype or "-"
     packed = "" if model.quantization is None else f", {model.quantization.short}"

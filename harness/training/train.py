@@ -63,7 +63,9 @@ def run(plan: Plan, world: World, ledger: Ledger, out: Output, course: Course = 
     first = _resume(resumed, world, engine, out.say)
     spans = train.micro_batch, world, settings.seed, first * train.accumulation, train.accumulation
     batches = Reported(token_batches.loader(corpus.train, *spans), ledger)
-    parameters = f"{out.results.model.parameters:,} parameters"
+    record = out.results.model
+    trained = "" if record.trainable is None else f", {record.trainable:,} of them trained"
+    parameters = f"{record.parameters:,} parameters{trained}"
     out.say(f"{settings.model.name}: {parameters}, {engine.optimizer_class}, {world.size} ranks")
     if corpus.cut:
         out.say(

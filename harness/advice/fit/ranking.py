@@ -85,10 +85,10 @@ def cost(settings: Settings, sent: Sent | None = None) -> tuple[float, ...]:
     """The sort key of a config, the cheapest first.
 
     In inference it is the number of tokens in memory at once, the most first. In training it is, in this order:
-    the offload to the host, the recomputation, the share of a step that stages wait for each other, what a rank sends,
-    and ZeRO's stage. `sent` is what was counted. Without it, it is elements by formula, per parameter of the rank's
-    stage and per sequence: 2 a step under ZeRO-0 and 1, 1 a step and 1 a micro-batch under ZeRO-2, 3 a micro-batch
-    under ZeRO-3 (Rajbhandari et al. 2020, arXiv 1910.02054, section 7).
+    the offload of the state to the host and of the activations, the recomputation, the share of a step that stages wait
+    for each other, what a rank sends, and ZeRO's stage. `sent` is what was counted. Without it, it is elements by
+    formula, per parameter of the rank's stage and per sequence: 2 a step under ZeRO-0 and 1, 1 a step and 1 a
+    micro-batch under ZeRO-2, 3 a micro-batch under ZeRO-3 (Rajbhandari et al. 2020, arXiv 1910.02054, section 7).
     """
     if settings.mode == "infer":
         generation = settings.generation
@@ -99,7 +99,8 @@ def cost(settings: Settings, sent: Sent | None = None) -> tuple[float, ...]:
     recompute = RECOMPUTED.index(settings.checkpointing.mode)
     stages = settings.pipeline.stages
     waits = (stages - 1) / (train.accumulation + stages - 1)
-    return offload, recompute, waits, *(sent or (_by_formula(settings),)), zero.stage
+    waiting = settings.checkpointing.offload == "cpu"
+    return offload, waiting, recompute, waits, *(sent or (_by_formula(settings),)), zero.stage
 
 
 def _by_formula(settings: Settings) -> float:
