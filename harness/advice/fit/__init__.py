@@ -14,7 +14,7 @@ from harness.advice.fit.data import data
 from harness.advice.fit.request import Request
 from harness.advice.fit.search import Search
 from harness.advice.fit.text import reason_of, text
-from harness.advice.fit.worlds import Tried, Worlds, open_worlds
+from harness.advice.fit.worlds import Worlds, open_worlds
 from harness.analysis.args import Parser, refuse
 from harness.rehearsal.pool import REFUSED
 from harness.runtime.files import put
@@ -40,13 +40,13 @@ def main(argv: Sequence[str]) -> int:
     return answer.code
 
 
-def _answer(overrides: Sequence[str], reserve: int) -> tuple[Answer, list[Tried]]:
-    """The answer in the world of the request, or in the smallest that is enough, and the worlds that were tried."""
+def _answer(overrides: Sequence[str], reserve: int) -> tuple[Answer, Worlds | None]:
+    """The answer in the world of the request; or in the smallest that is enough, with the search for it."""
     listed = open_worlds(overrides)
     if listed is None:
-        return Search(Request(overrides, reserve)).run(), []
+        return Search(Request(overrides, reserve)).run(), None
     worlds = Worlds(overrides, reserve, listed)
-    return worlds.run(), worlds.tried
+    return worlds.run(), worlds
 
 
 def _check_place(path: Path) -> None:

@@ -1,23 +1,22 @@
 """The answer of `harness fit` as data."""
 
-from collections.abc import Sequence
-
 from harness.advice.fit.answer import Answer, would_fit_with
 from harness.advice.fit.combination import Trial
 from harness.advice.fit.ranking import basis, sent
 from harness.advice.fit.request import Request
-from harness.advice.fit.worlds import Tried
+from harness.advice.fit.worlds import Worlds
 
 
-def data(answer: Answer, worlds: Sequence[Tried] = ()) -> dict[str, object]:
-    """The result for `--json`, with every rehearsal. Figures are in bytes. `worlds`: those that were tried."""
+def data(answer: Answer, worlds: Worlds | None = None) -> dict[str, object]:
+    """The result for `--json`, with every rehearsal. Figures are in bytes. `worlds`: the search for the smallest."""
     request = answer.request
     return {
         "memory": request.memory,
         "budget": _formed(request),
         "reserve": request.reserve,
         "world_size": request.world,
-        "worlds": [each._asdict() for each in worlds],
+        "worlds": [each._asdict() for each in sorted(worlds.tried)] if worlds else [],
+        "not_tried": worlds.not_tried if worlds else [],
         "impossible": {override: str(refusal) for override, refusal in request.impossible.items()},
         "resolved": request.reasons,
         "trials": [

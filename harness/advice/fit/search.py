@@ -8,7 +8,6 @@ from harness.advice.fit.answer import Answer
 from harness.advice.fit.combination import NOT_EXPECTED, Combination, Trial, short
 from harness.advice.fit.ranking import OFFLOADED, RECOMPUTED, cost
 from harness.advice.fit.request import Request
-from harness.config.fields.kinds import MOST
 from harness.config.settings import Refusal, Settings
 from harness.rehearsal import bounds
 from harness.rehearsal.pool import Worst, cores, decided, in_worker, started, workers, worst_of
@@ -16,9 +15,6 @@ from harness.runtime.progress import Pace, aside
 from harness.tables import size
 
 CHECKPOINTING = "checkpointing="
-
-UNKNOWN = MOST * MOST
-"""Stands for the bytes that nothing lets expect: more than any."""
 
 FIRST = "first answer, expected from a few layers: "
 
@@ -29,8 +25,10 @@ class Search:
     def __init__(self, request: Request) -> None:
         self.request, self.room = request, request.room
         self.combinations: list[Combination] = []
-        self.not_tried = 0
-        """How many combinations `lowest` has left out: expected to need too much, or not needed after one that fits."""
+        self.expected: tuple[int, Combination] | None = None
+        """After `lowest`: the fewest bytes that a few layers let expect, and of what."""
+        self.not_tried: list[Combination] = []
+        """After `cheapest`: what may fit too, and is expected to be less cheap."""
         self._at_once = cores()
         self._refusals: list[Refusal] = []
 
@@ -42,11 +40,21 @@ class Search:
         return self._answer(self._all)
 
     def lowest(self) -> Answer:
-        """Only whether anything fits with the lowest value of the searched key; the first config that does ends it.
-
-        Raises what `run` does.
+        """Only whether anything fits with the lowest value of the searched key: what a few layers let expect is not
+        rehearsed, and of the others the first config that fits ends it. Raises what `run` does.
         """
         return self._answer(self._any)
+
+    def cheapest(self) -> Answer:
+        """Only the largest of the combination that is expected to be the cheapest of those that fit. Raises what `run`
+        does.
+        """
+        return self._answer(self._cheapest)
+
+    @property
+    def expected_to_fit(self) -> bool:
+        """Whether something is expected to fit, after `lowest`."""
+        return self.expected is not None and self.expected[0] <= self.room
 
     def _answer(self, search: Callable[[], Coroutine[Any, Any, None]]) -> Answer:
         interrupted = False
@@ -100,27 +108,26 @@ class Search:
     async def _any(self) -> None:
         await asyncio.gather(*map(self._expect, self.combinations))
         value = self.request.lowest
-        expected = {
-            each: sum((each.expected(value) or {"": UNKNOWN}).values())
-            for each in self.combinations
-            if not each.trials
-        }
-        ratio = 0.0  # how many times what was expected a rehearsal came to, at least
-        left = sorted(expected, key=lambda combination: expected[combination])
-        while left and not any(trial.fits for trial in self._trials):
-            likely = [
-                each for each in left if expected[each] == UNKNOWN or expected[each] * ratio <= self.room
-            ]
-            group, left = likely[: self._at_once], likely[self._at_once :]
+        left = [each for each in self.combinations if not each.trials]
+        expected = [(sum(categories.values()), each) for each in left if (categories := each.expected(value))]
+        self.expected = min(expected, key=lambda pair: pair[0], default=None)
+        if self.expected_to_fit:
+            return
+        unknown = [each for each in left if each.expected(value) is None]
+        while unknown and not any(trial.fits for trial in self._trials):
+            group, unknown = unknown[: self._at_once], unknown[self._at_once :]
             await asyncio.gather(*(self._rehearse(each, value) for each in group))
-            came_to = [
-                trial.worst.needs / expected[each]
-                for each in group
-                for trial in each.trials
-                if trial.rehearsed and expected[each] < UNKNOWN
-            ]
-            ratio = min([*came_to, *[ratio] * bool(ratio)], default=ratio)
-        self.not_tried = sum(not each.trials for each in expected)
+
+    async def _cheapest(self) -> None:
+        await asyncio.gather(*map(self._expect, self.combinations))
+        left = sorted(
+            (each for each in self.combinations if not each.trials), key=lambda each: each.expected_cost
+        )
+        for number, each in enumerate(left):
+            await self._climb(each)
+            if each.largest is not None:
+                self.not_tried = left[number + 1 :]
+                return
 
     async def _rehearse(self, combination: Combination, value: int) -> None:
         settings = self.request.settings(self.request.with_value(combination.overrides, value))

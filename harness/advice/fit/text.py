@@ -6,7 +6,7 @@ from harness.advice.fit.answer import Answer, would_fit_with
 from harness.advice.fit.combination import Trial, short
 from harness.advice.fit.ranking import basis
 from harness.advice.fit.request import Request
-from harness.advice.fit.worlds import Tried
+from harness.advice.fit.worlds import Worlds
 from harness.analysis.summary import decided
 from harness.record.fields import printable
 from harness.rehearsal.pool import REFUSED
@@ -32,8 +32,8 @@ PASSED_OVER = (
 )
 
 
-def text(answer: Answer, worlds: Sequence[Tried] = ()) -> str:
-    """The table as text, and the `worlds` that were tried. Where something fits, the last line is the command."""
+def text(answer: Answer, worlds: Worlds | None = None) -> str:
+    """The table as text, and what `worlds` has tried. Where something fits, the last line is the command."""
     failed = [*_unrehearsed(answer.trials)]
     if not answer.known:
         unknown = (
@@ -41,7 +41,11 @@ def text(answer: Answer, worlds: Sequence[Tried] = ()) -> str:
         )
         return "\n".join([*failed, "", unknown])
     remedies = [_remedy(trial) for trial in answer.closest[:LISTED] if trial.fragmented]
-    tried = [f"world.size={each.size}: {each.seen}" for each in sorted(worlds)]
+    tried = [f"world.size={each.size}: {each.seen}" for each in sorted(worlds.tried)] if worlds else []
+    if worlds and worlds.not_tried:
+        tried.append(
+            f"not tried here: {'; '.join(worlds.not_tried)}; world.size={answer.request.world} tries all"
+        )
     lines = [_table(answer), *remedies, *failed, "", *tried, *[""] * bool(tried), *notes(answer), ""]
     return "\n".join([*lines, answer.command() or _nearest(answer, bool(failed))])
 

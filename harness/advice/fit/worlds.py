@@ -1,7 +1,8 @@
 """The smallest world in which anything fits, for `harness fit world.size=?` or a list.
 
 Worlds are tried from the smallest: each power of two, and on several nodes then each number of whole nodes between the
-last that is too small and the first that is not. In each, what a few layers let expect decides what is rehearsed first.
+last that is too small and the first that is not. Of a large model a few layers say what to expect of each world, and
+the smallest that is expected to be enough is rehearsed, then the next, until something fits. A small one is rehearsed.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -34,7 +35,9 @@ class Tried(NamedTuple):
     fits: bool
     seen: str
     needs: int | None = None
-    """The bytes that the config needs which needs least. None: not rehearsed."""
+    """The bytes that the config needs which needs least. None: not known."""
+    expected: bool = False
+    """Whether that is what a few layers let expect, and was not rehearsed."""
 
 
 def open_worlds(overrides: Sequence[str]) -> str | None:
@@ -54,6 +57,8 @@ class Worlds:
             sorted({positive_integer(KEY, each) for each in worlds.split(",")}) if worlds != OPEN else []
         )
         self.tried: list[Tried] = []
+        self.not_tried: list[str] = []
+        """Configs of the answer's world that may fit too, and are expected to be less cheap."""
         self._refusal: Refusal | None = None
         self._last: Answer | None = None
 
@@ -61,17 +66,35 @@ class Worlds:
         """The answer for the smallest world in which something fits; for the last that was tried, where nothing does.
         `tried` has all worlds by then.
         """
-        world = (
-            smallest(self._fits, self.listed, 0)
-            if self.listed
-            else smallest(self._fits, self._doubling(), NODE)
-        )
-        if world is not None:
-            return Search(self._request(world)).run()
+        world = smallest(self._may_fit, self.listed or self._doubling(), 0 if self.listed else NODE)
+        while world is not None:
+            answer = self._answer(world)
+            if answer.fitting:
+                return answer
+            world = self._after(world)
         if self._last is None:
             assert self._refusal is not None
             raise self._refusal
         return self._last
+
+    def _answer(self, world: int) -> Answer:
+        """What fits in `world`, by rehearsals: of a large model what is expected to be the cheapest alone."""
+        search = Search(self._request(world))
+        large = any(each.size == world and each.expected for each in self.tried)
+        answer = search.cheapest() if large else search.run()
+        if answer.interrupted:
+            raise KeyboardInterrupt
+        self._last = answer
+        self.not_tried = [" ".join(short(each.overrides)) for each in search.not_tried]
+        self._add(Tried(world, bool(answer.fitting), seen(answer)))
+        return answer
+
+    def _after(self, world: int) -> int | None:
+        """The world to try after one that only was expected to be large enough."""
+        larger = [
+            each for each in self.listed or (2 * world if world < NODE else world + NODE,) if each > world
+        ]
+        return larger[0] if larger and larger[0] <= max(MOST, *self.listed, 0) else None
 
     def _doubling(self) -> Iterator[int]:
         """The powers of two up to `MOST`, as long as a larger world needs less."""
@@ -81,22 +104,29 @@ class Worlds:
             if 2**power > LEVEL and before and after > LESS * before:
                 return
 
-    def _fits(self, world: int) -> bool:
-        """Whether something fits in a world of so many ranks."""
+    def _may_fit(self, world: int) -> bool:
+        """Whether something fits in a world of so many ranks, or is expected to."""
         try:
             search = Search(self._request(world))
             answer = search.lowest()
         except Refusal as refusal:
             self._refusal = refusal
             return self._add(Tried(world, False, f"refused: {refusal}"))
-        self._last = answer
         if answer.interrupted:
             raise KeyboardInterrupt
+        self._last = answer
+        if search.expected is not None and not answer.fitting:
+            nbytes, combination = search.expected
+            fits = nbytes <= answer.request.room
+            words = f"{'something' if fits else 'nothing'} is expected to fit, by a few layers: "
+            chosen = " ".join(short(combination.overrides))
+            words += f"{chosen} needs about {size(nbytes)} of {size(answer.request.room)}"
+            return self._add(Tried(world, fits, words, nbytes, expected=True))
         needs = min((trial.worst.needs for trial in answer.rehearsed), default=None)
-        return self._add(Tried(world, bool(answer.fitting), seen(answer, search.not_tried), needs))
+        return self._add(Tried(world, bool(answer.fitting), seen(answer), needs))
 
     def _add(self, tried: Tried) -> bool:
-        self.tried.append(tried)
+        self.tried = [*(each for each in self.tried if each.size != tried.size), tried]
         aside(f"{KEY}={tried.size}: {tried.seen}")
         return tried.fits
 
@@ -127,8 +157,8 @@ def _between(fits: Callable[[int], bool], too_small: int, enough: int, node: int
     return enough
 
 
-def seen(answer: Answer, not_tried: int) -> str:
-    """What a world's search for anything that fits has seen; `not_tried` configs were expected to need too much."""
+def seen(answer: Answer) -> str:
+    """What was seen in a world."""
     if answer.fitting:
         best = answer.fitting[0]
         return f"fits with {' '.join(short(best.overrides))}, {size(best.worst.needs)} of {size(answer.request.room)}"
@@ -136,8 +166,5 @@ def seen(answer: Answer, not_tried: int) -> str:
         return "not known: nothing could be rehearsed"
     nearest = answer.closest[0]
     least = "at least " * nearest.worst.bound
-    rehearsed = sum(trial.rehearsed for trial in answer.trials)
-    how = f"{rehearsed} rehearsed" if rehearsed else "by shapes alone"
-    more = f", {not_tried} expected to need more and not tried" * bool(not_tried)
-    chosen = " ".join(short(nearest.overrides))
-    return f"nothing fits; {chosen} needs {least}{size(-nearest.left)} too much ({how}{more})"
+    how = f"{len(answer.rehearsed)} rehearsed" if answer.rehearsed else "by shapes alone"
+    return f"nothing fits; {' '.join(short(nearest.overrides))} needs {least}{size(-nearest.left)} too much ({how})"
