@@ -318,7 +318,10 @@ class _Run:
         from harness.runtime.memory_limit import allocations
 
         if self.settings.mode == "train":
+            from harness.training import loss_check
             from harness.training import train as mode
+
+            loss_check.prove(self.plan, self.world.kind)
         else:
             from harness.generation import infer as mode  # type: ignore[no-redef]
         prove(self.plan)

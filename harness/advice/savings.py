@@ -66,6 +66,9 @@ TRAIN = (
         },
         "every activation kept",
     ),
+    Change(
+        lambda s: {"loss.kind": "chunked"}, "the head's logits computed twice, a chunk of tokens at a time"
+    ),
     Change(lambda s: {"model.attention": "sdpa"}, "nothing"),
     Change(lambda s: {"pipeline.split": "memory"}, "other layers on each stage"),
 )
@@ -86,7 +89,7 @@ INFER = (
     Change(lambda s: {"model.attention": "sdpa"}, "nothing"),
 )
 
-SPELLED = {"zero.stage": "zero", "checkpointing.mode": "checkpointing"}
+SPELLED = {"zero.stage": "zero", "checkpointing.mode": "checkpointing", "loss.kind": "loss"}
 """Keys that the command line spells as an option of their group."""
 
 

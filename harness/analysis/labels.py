@@ -21,6 +21,7 @@ LONGEST = 40
 GROUPS = {
     "zero.stage": "zero",
     "checkpointing.mode": "checkpointing",
+    "loss.kind": "loss",
     "data.kind": "data",
     "ledger.mode": "ledger",
     "world.kind": "world",
@@ -35,7 +36,7 @@ PAGES = ("hardware", "network")
 UNSAID = ("train.", "generation.", "model.config.")
 """Prefixes of keys that their last part tells well enough."""
 
-OTHER_MODE = {"train": ("generation.",), "infer": ("train.", "zero", "checkpointing")}
+OTHER_MODE = {"train": ("generation.",), "infer": ("train.", "zero", "checkpointing", "loss")}
 """By mode, the beginnings of keys that have no effect in it."""
 
 WATCHING = ("ledger.trace", "ledger.snapshot", "world.timeout")

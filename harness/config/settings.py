@@ -22,6 +22,7 @@ from harness.config.fields.model import Data as Data
 from harness.config.fields.model import Model as Model
 from harness.config.fields.training import Checkpointing as Checkpointing
 from harness.config.fields.training import Deepspeed as Deepspeed
+from harness.config.fields.training import Loss as Loss
 from harness.config.fields.training import Pipeline as Pipeline
 from harness.config.fields.training import Train as Train
 from harness.config.fields.training import Zero as Zero
@@ -45,6 +46,7 @@ class Settings:
     zero: Zero = Zero()
     deepspeed: Deepspeed = Deepspeed()
     checkpointing: Checkpointing = Checkpointing()
+    loss: Loss = Loss()
     pipeline: Pipeline = Pipeline()
     train: Train = Train()
     generation: Generation = Generation()

@@ -122,7 +122,7 @@ class Stage(nn.Module):
         return logits
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The model's own mean loss per token, from logits [B, T, V] and labels [B, T]."""
+        """The model's own mean loss per token, from what `forward` returned and labels [B, T]."""
         vocabulary = _text(self.config).vocab_size
         loss: Tensor = self.model.loss_function(logits=logits, labels=labels, vocab_size=vocabulary)
         return loss

@@ -8,7 +8,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from harness.config.errors import ours
-from harness.config.settings import Settings
+from harness.config.settings import Model, Settings
 from harness.rehearsal.moments import Moment, at_depth, moments_of
 from harness.runtime import tracebacks
 from harness.runtime.progress import aside
@@ -32,21 +32,17 @@ def by_shapes(settings: Settings) -> dict[str, int]:
     N parameters on s stages, each with d data-parallel ranks: some stage has N / s or more. ZeRO-1 and
     above keeps 1/d of the optimizer's state, ZeRO-3 of the parameters too (Rajbhandari et al. 2020, arXiv 1910.02054,
     section 5). What is offloaded is not counted. Empty where nothing is sure: packed weights, options of DeepSpeed's
-    that may change the state, a config that is refused.
+    that may change the state, a config that is refused. `precision` must be resolved.
     """
-    import torch
-
-    from harness.model import init_weights
-    from harness.model.resolve import resolve
+    from harness.model.plan import Plan
 
     try:
-        plan = resolve(settings)
-        layout, config, precision = plan.layout, plan.config, plan.settings.precision
-        if getattr(config, "quantization_config", None) is not None or settings.deepspeed.options:
-            return {}
-        parameters = sum(each.numel() for each in init_weights.outline(config, torch.bfloat16).parameters())
+        layout, precision = Plan.of(settings).layout, settings.precision
+        parameters = None if settings.deepspeed.options else _parameters(settings.model)
     except Exception as error:  # the rehearsal words it
         _say_mistake(error)
+        return {}
+    if parameters is None:
         return {}
     of_rank = parameters // (layout.stages * layout.tp_size)
     if settings.mode == "infer":
@@ -58,6 +54,26 @@ def by_shapes(settings: Settings) -> dict[str, int]:
     if zero.offload == "none":
         bound["optimizer"] = of_rank * ADAMW[precision] // (layout.dp_size if zero.stage else 1)
     return bound
+
+
+_counted: dict[str, int | None] = {}
+"""The parameters of the models that this process has counted."""
+
+
+def _parameters(model: Model) -> int | None:
+    """The elements of a model's parameters. None: its weights are packed."""
+    import torch
+
+    from harness.model import init_weights
+    from harness.model.loader import model_config
+
+    key = repr(model)
+    if key not in _counted:
+        config = model_config(model)
+        packed = getattr(config, "quantization_config", None) is not None
+        parameters = () if packed else init_weights.outline(config, torch.bfloat16).parameters()
+        _counted[key] = None if packed else sum(each.numel() for each in parameters)
+    return _counted[key]
 
 
 def by_few_layers(settings: Settings) -> tuple[Moment, ...]:

@@ -24,7 +24,7 @@ from harness.rehearsal.fake_mode import existing_objects_frozen
 from harness.rehearsal.places import Place, watched
 from harness.rehearsal.world import rehearsed
 from harness.runtime.memory_snapshot import snapshot_file
-from harness.training import train
+from harness.training import loss_check, train
 
 
 def rehearse(
@@ -53,6 +53,7 @@ def rehearse(
         prove(plan)
         results.pipeline = as_record(settings, plan.split)
     cache_check.prove(plan)
+    loss_check.prove(plan, settings.hardware.device)
     with misfits(plan), warnings.catch_warnings(), rehearsed(rank, plan.layout, memory) as world:
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         warnings.filterwarnings("ignore", category=NotSeen)  # the record says it

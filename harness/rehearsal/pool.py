@@ -101,7 +101,7 @@ def started() -> ProcessPoolExecutor:
         end()
         context = get_context("forkserver")
         context.set_forkserver_preload(["harness.rehearsal.balance"])
-        _warm[directory] = ProcessPoolExecutor(_cores(), context, _begin)
+        _warm[directory] = ProcessPoolExecutor(cores(), context, _begin)
         _warm[directory].submit(int)
     return _warm[directory]
 
@@ -120,7 +120,8 @@ def end() -> None:
     gc.collect()  # Python warns of the semaphores of a pool that is not collected
 
 
-def _cores() -> int:
+def cores() -> int:
+    """How many rehearsals run at once: the cores that this process may use."""
     if limit := os.environ.get("LOKY_MAX_CPU_COUNT", ""):  # joblib's; a sweep gives each of its jobs a part
         return int(limit)
     if hasattr(os, "sched_getaffinity"):  # a container or a job may be limited to a few cores

@@ -16,6 +16,7 @@ from harness.model import activation_checkpointing
 from harness.model.init_weights import lasting
 from harness.runtime import faults, imports
 from harness.runtime.world import World
+from harness.training import head_loss
 from harness.training.deepspeed_config import engine_config
 from harness.training.nonfinite import Found, Guard, Watch
 
@@ -53,6 +54,7 @@ class Engine:
         model.to(world.device)
         ledger.own(model=model)
         activation_checkpointing.apply(model, settings.checkpointing)
+        head_loss.apply(model, settings.loss)
         self.inner = adamw(settings, world, model)
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=self.inner, config=config)
         self.inner.state.clear()  # without ZeRO, DeepSpeed has taken a step without gradients, and Adam would count it

@@ -18,6 +18,7 @@ from harness.model.partition import ranges
 from harness.model.stage import Stage, parts
 from harness.runtime import faults
 from harness.runtime.world import World
+from harness.training import head_loss
 from harness.training.deepspeed_config import engine_config
 from harness.training.engine import adamw, import_deepspeed, norm_of, set_rate
 from harness.training.nonfinite import Found, Guard, Watch
@@ -88,6 +89,8 @@ class Pipeline:
         stage.receives = [settings.train.micro_batch, settings.train.sequence, stage.hidden]
         ledger.own(model=stage.model)
         activation_checkpointing.apply(stage.model, settings.checkpointing, ranges(split)[world.stage].start)
+        if stage.last:
+            head_loss.apply(stage.model, settings.loss)
         self.inner = adamw(settings, world, stage)
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its layers and parameter counts
             module = _module(world, stage)

@@ -328,6 +328,25 @@ def json_findings(path: Path, capsys: pytest.CaptureFixture[str], *options: str)
     return findings
 
 
+def test_a_loss_in_chunks_is_proposed_where_logits_fill_the_peak_and_its_cost_is_said() -> None:
+    record, before = parse(record_of(LOGITS), "it"), peak_of(LOGITS)
+    (proposed,) = (
+        Rehearsed(values, cost, peak_of(f"{LOGITS} loss=chunked"))
+        for _, values, cost in candidates(record, settings_of(record, {}))
+        if values == {"loss.kind": "chunked"}
+    )
+    saving, command, *_ = ranked(record, before, [proposed])
+    assert saving.sentence.startswith(
+        f"loss=chunked would save {size(before - peak_of(f'{LOGITS} loss=chunked'))}"
+    )
+    assert "logits computed twice" in saving.sentence
+    assert command.sentence.endswith(" loss=chunked")
+    chunked = parse(record_of(f"{LOGITS} loss=chunked"), "it")
+    assert "loss.kind" not in [
+        key for _, values, _ in candidates(chunked, settings_of(chunked, {})) for key in values
+    ]
+
+
 def test_a_saving_is_what_the_two_runs_differ_by(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record = record_of(f"{TRAIN} zero=3 {SHALLOW}")
     record["world"]["kind"] = "torchrun"  # as if it had been measured

@@ -21,6 +21,7 @@ from harness.advice.fit.data import data
 from harness.advice.fit.ranking import BY, BY_FORMULA, RECOMPUTED, cost, sent
 from harness.advice.fit.request import Request
 from harness.advice.fit.text import text
+from harness.advice.fit.worlds import smallest
 from harness.analysis.moves import transfers
 from harness.analysis.moves.links_model import flow
 from harness.config import compose
@@ -562,3 +563,59 @@ def test_an_interrupt_ends_the_search_with_what_is_known_by_then(tmp_path: Path)
     assert "Traceback" not in err
     assert "interrupted: 1 configs are known, and others were still to come" in out.splitlines()
     assert re.search(r"zero=0 train.micro_batch=1 .*at least optimizer .*: not rehearsed", out)
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 8, 9, 16, 17, 24, 72, 97, 4096, 4097])
+def test_the_smallest_world_is_a_power_of_two_or_a_number_of_whole_nodes(limit: int) -> None:
+    """The candidates up to a node are powers of two, then multiples of 8; each world is asked for once."""
+    asked: list[int] = []
+
+    def fits(world: int) -> bool:
+        asked.append(world)
+        return world >= limit
+
+    candidates = [1, 2, 4, *range(8, 4097, 8)]
+    expected = next((world for world in candidates if world >= limit), None)
+    assert smallest(fits, (2**power for power in range(13)), 8) == expected
+    assert len(set(asked)) == len(asked) <= 26
+
+
+def test_of_the_listed_worlds_the_smallest_that_fits_is_taken() -> None:
+    assert smallest(lambda world: world >= 5, [2, 6, 12], 0) == 6
+    assert smallest(lambda world: False, [2, 6, 12], 0) is None
+
+
+def test_a_question_mark_is_every_value_the_default_first() -> None:
+    request = Request([*SMALL, "checkpointing=?", "zero=?", "pipeline.stages=?", "train.micro_batch=?"])
+    assert request.axes["checkpointing"] == "none,full,selective"
+    assert request.axes["zero"] == "1,0,2,3"
+    assert request.axes["pipeline.stages"] == "1,2,4,8,16"
+    assert request.axes["train.micro_batch"] == ""
+    assert all("pipeline.stages=1" in each for each in request.combinations())
+    assert set(request.impossible) == {f"pipeline.stages={stages}" for stages in (2, 4, 8, 16)}
+
+
+@pytest.mark.parametrize("word", ["train.sequence=?", "seed=?", "hardware.memory=?"])
+def test_a_question_mark_that_stands_for_no_list_is_refused(
+    word: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["fit", *SMALL, "hardware.memory=1e9", word]) == 2
+    error = capsys.readouterr().err
+    assert word.removesuffix("=?") in error
+    assert "list" in error or "checkpointing" in error
+
+
+def test_the_smallest_world_is_given_with_those_that_are_too_small(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = [word for word in SMALL if not word.startswith("world.size")]
+    words += ["zero=3", "checkpointing=full", "hardware.memory=18e6", "world.size=?"]
+    assert main(["fit", *words, "train.micro_batch=1", "--json"]) == 0
+    actual = json.loads(capsys.readouterr().out)
+    tried = {each["size"]: each["fits"] for each in actual["worlds"]}
+    assert actual["world_size"] == min(world for world, fits in tried.items() if fits)
+    assert not any(tried[world] for world in tried if world < actual["world_size"])
+    alone = [*words[:-1], "train.micro_batch=1", "--json"]
+    for world, fits in tried.items():
+        assert main(["fit", *alone, f"world.size={world}"]) == (0 if fits else 1)
+    capsys.readouterr()

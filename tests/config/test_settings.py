@@ -130,6 +130,7 @@ def test_a_key_of_a_model_config_can_be_changed_or_added() -> None:
         ("checkpointing.layers.0=1", "checkpointing.layers.0=1: checkpointing.layers is a list; give it "),
         ("tracker={a:1}", "tracker={a:1}: should be a valid list, as [a,b]"),
         ("checkpointing=some", "checkpointing=some: no such option; one of full, none, selective"),
+        ("loss=nonsense", "loss=nonsense: no such option; one of chunked, full, fused"),
         ("zero.offload=some", "zero.offload=some: should be 'none', 'optimizer' or 'all'"),
         (
             "generation.cache=page",
@@ -195,6 +196,7 @@ def test_what_does_not_exist_or_does_not_fit_is_refused(words: str, expected: st
         "ledger.steps=0",
         "pipeline.stages=0",
         "checkpointing.every=0",
+        "loss.chunk=0",
         "world.size=0",
         "world.timeout=0",
         "world.timeout=0.5",
@@ -263,6 +265,20 @@ def test_a_number_out_of_its_range_is_refused_by_its_key(words: str) -> None:
         ),
         ("checkpointing=full checkpointing.every=5", "checkpointing.every=5", "the model has 4 layers"),
         ("model=gpt2 checkpointing=full checkpointing.every=13", "checkpointing.every=13", "has 12 layers"),
+        ("mode=infer loss=chunked", "loss=chunked", "inference has no loss; use loss=full"),
+        ("loss.chunk=64", "loss.chunk=64", "loss=full has no chunks to choose; use loss=chunked"),
+        (
+            "loss=chunked train.sequence=16 loss.chunk=64",
+            "loss.chunk=64",
+            "are 64 tokens; give fewer, or use",
+        ),
+        ("loss=fused hardware=cpu", "loss=fused", "for a GPU, and this is a CPU; use loss=chunked"),
+        ("loss=fused hardware=h100-sxm", "loss=fused", "install it with pip install 'harness[fused]'"),
+        (
+            "loss=fused world=rehearsed world.size=2 hardware=h100-sxm",
+            "loss=fused",
+            "it cannot be rehearsed; use loss=chunked or full",
+        ),
         ("world=rehearsed", "world.size=null", "needs world.size="),
         ("world=rehearsed world.size=2 ledger=phases", "ledger=phases", "use ledger=exact"),
         (

@@ -1,7 +1,7 @@
 """`harness fit`: rehearses the sensible configs, lists those that fit into a device's memory, ranks them by cost.
 
-`request.py` is what is asked, `search.py` how it is answered with few rehearsals, `text.py`, `data.py` and `map.py`
-how the answer looks.
+`axes.py` and `request.py` are what is asked, `search.py` how it is answered with few rehearsals, in one world or in
+`worlds.py` in the smallest, `text.py`, `data.py` and `map.py` how the answer looks.
 """
 
 import json
@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from harness.advice.fit.answer import Answer
+from harness.advice.fit.axes import AXES
 from harness.advice.fit.data import data
-from harness.advice.fit.request import AXES, Request
+from harness.advice.fit.request import Request
 from harness.advice.fit.search import Search
 from harness.advice.fit.text import reason_of, text
+from harness.advice.fit.worlds import Tried, Worlds, open_worlds
 from harness.analysis.args import Parser, refuse
 from harness.rehearsal.pool import REFUSED
 from harness.runtime.files import put
@@ -27,15 +29,24 @@ def main(argv: Sequence[str]) -> int:
         options, overrides = _parser().parse_known_args(argv)
         if options.html:
             _check_place(options.html)
-        answer = Search(Request(overrides, _reserve(options.reserve))).run()
+        answer, worlds = _answer(overrides, _reserve(options.reserve))
         if answer.trials and all(trial.worst.failure.startswith(REFUSED) for trial in answer.trials):
             raise ValueError(reason_of(answer.trials[0]))
-        print(json.dumps(data(answer), indent=1) if options.json else text(answer))
+        print(json.dumps(data(answer, worlds), indent=1) if options.json else text(answer, worlds))
         if options.html:
             _draw(answer, options.html)
     except ValueError as error:
         return refuse(error)
     return answer.code
+
+
+def _answer(overrides: Sequence[str], reserve: int) -> tuple[Answer, list[Tried]]:
+    """The answer in the world of the request, or in the smallest that is enough, and the worlds that were tried."""
+    listed = open_worlds(overrides)
+    if listed is None:
+        return Search(Request(overrides, reserve)).run(), []
+    worlds = Worlds(overrides, reserve, listed)
+    return worlds.run(), worlds.tried
 
 
 def _check_place(path: Path) -> None:
@@ -66,7 +77,9 @@ def _parser() -> Parser:
         "fit",
         description="Rehearse the configs that could run on a device, and rank those that fit.",
         usage="harness fit mode=train|infer world.size=N hardware=NAME [key=value[,value...] ...]",
-        epilog="Lists may be given for " + ", ".join(key for axes in AXES.values() for key in axes) + ".",
+        epilog="A list, or ? for all there is, may be given for "
+        + ", ".join(dict.fromkeys(key for axes in AXES.values() for key in axes))
+        + ". world.size=? finds the smallest world in which anything fits.",
     )
     parser.add_argument("--reserve", default="0", metavar="SIZE", help="memory to keep free, as 2GiB")
     parser.add_argument("--json", action="store_true", help="every rehearsal, as data")

@@ -34,7 +34,7 @@ class Answer:
     @cached_property
     def fitting(self) -> list[Trial]:
         """The largest config that fits of each combination, the cheapest first."""
-        return ranked(self.combinations)
+        return ranked(self.combinations, self.request.preference)
 
     @property
     def known(self) -> list[Trial]:

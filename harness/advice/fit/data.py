@@ -1,19 +1,24 @@
 """The answer of `harness fit` as data."""
 
+from collections.abc import Sequence
+
 from harness.advice.fit.answer import Answer, would_fit_with
 from harness.advice.fit.combination import Trial
 from harness.advice.fit.ranking import basis, sent
 from harness.advice.fit.request import Request
+from harness.advice.fit.worlds import Tried
 
 
-def data(answer: Answer) -> dict[str, object]:
-    """The result for `--json`, with every rehearsal. Figures are in bytes."""
+def data(answer: Answer, worlds: Sequence[Tried] = ()) -> dict[str, object]:
+    """The result for `--json`, with every rehearsal. Figures are in bytes. `worlds`: those that were tried."""
     request = answer.request
     return {
         "memory": request.memory,
         "budget": _formed(request),
         "reserve": request.reserve,
         "world_size": request.world,
+        "worlds": [each._asdict() for each in worlds],
+        "impossible": {override: str(refusal) for override, refusal in request.impossible.items()},
         "resolved": request.reasons,
         "trials": [
             {

@@ -1,6 +1,6 @@
 """The configs that fit, the cheapest first."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from harness.advice.fit.combination import Combination, Trial
 from harness.analysis.moves import transfers
@@ -26,6 +26,9 @@ BY_FORMULA = (
     "those that recompute after those, offloaded ones last"
 )
 
+Preference = tuple[int, ...]
+"""For each axis the place of a config's value in its list."""
+
 Sent = tuple[float, float]
 """Bytes that a rank sends for each sequence, between nodes and within its own."""
 
@@ -35,11 +38,17 @@ def basis(trials: Sequence[Trial], mode: str) -> str:
     return BY[mode] if mode != "train" or all(map(sent, trials)) else BY_FORMULA
 
 
-def ranked(combinations: Sequence[Combination]) -> list[Trial]:
-    """The largest config that fits of each combination, the cheapest first."""
+def ranked(
+    combinations: Sequence[Combination], preference: Callable[[Sequence[str]], Preference]
+) -> list[Trial]:
+    """The largest config that fits of each combination, the cheapest first; among equals by the user's `preference`."""
     largest = [trial for each in combinations if (trial := each.largest)]
     counted = all(map(sent, largest))
-    return sorted(largest, key=lambda trial: cost(trial.settings, sent(trial) if counted else None))
+
+    def order(trial: Trial) -> tuple[float, ...]:
+        return *cost(trial.settings, sent(trial) if counted else None), *preference(trial.overrides)
+
+    return sorted(largest, key=order)
 
 
 def sent(trial: Trial) -> Sent | None:

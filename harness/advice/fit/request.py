@@ -8,6 +8,7 @@ from itertools import product
 from math import prod
 from typing import Any
 
+from harness.advice.fit.axes import AXES, OPEN, axes
 from harness.config import compose
 from harness.config.deepspeed_file import expanded
 from harness.config.load import load
@@ -16,22 +17,6 @@ from harness.config.settings import Refusal, Settings
 from harness.device.outside import Budget, budget
 from harness.rehearsal import decisive
 from harness.tables import size
-
-AXES = {
-    "train": {
-        "zero": "0,1,2,3",
-        "zero.offload": "none",
-        "pipeline.stages": "1",
-        "checkpointing": "none,selective,full",
-        "train.sequence": "",
-        "train.micro_batch": "",
-    },
-    "infer": {"generation.prompt_length": "64", "generation.max_new_tokens": "64", "generation.batch": ""},
-}
-"""Keys that take a list, with their defaults. The last key is searched: a larger value needs more bytes."""
-
-OPTIONAL = ("train.sequence",)
-"""Axes that are none where the user gives no list."""
 
 MANAGED = ("world", "world.size", "ledger", "ledger.steps", "generation.count")
 """Keys that `fit` sets itself."""
@@ -56,11 +41,7 @@ class Request:
             raise Refusal("mode", self.mode, "no such mode; one of train, infer")
         if self.mode == "infer" and any(key in self.typed for key in PROMPTS):
             raise Refusal("generation.prompts", "...", "fit needs lengths; give generation.prompt_length=")
-        self.axes = {
-            key: self.typed.get(key, values)
-            for key, values in AXES[self.mode].items()
-            if key not in OPTIONAL or "," in self.typed.get(key, "")
-        }
+        self.axes = axes(self.mode, {key: value for key, value in self.typed.items() if key != "world.size"})
         self.overrides = [each for each in overrides if each.partition("=")[0] not in {*self.axes, *MANAGED}]
         world_size = self.typed.get("world.size", "")
         self.world = int(world_size) if world_size.isdecimal() else 1
@@ -68,6 +49,8 @@ class Request:
         self._decided: Callable[[Settings], Settings] = lambda settings: settings
         self.reasons: dict[str, str] = {}
         """The reasons for the resolved values of keys at `auto`; empty until `decide`."""
+        self.impossible: dict[str, Refusal] = {}
+        """Values that `?` stands for and no config allows, as overrides, and why; empty until `combinations`."""
 
     @property
     def searched(self) -> str:
@@ -119,8 +102,12 @@ class Request:
         if changed:
             return possible
         for override, reason in refused.items():
-            nowhere = not any(override in each for each in possible)
-            if nowhere and override.partition("=")[0] in self.typed:
+            if any(override in each for each in possible):
+                continue
+            typed = self.typed.get(override.partition("=")[0])
+            if typed == OPEN:
+                self.impossible[override] = reason
+            elif typed is not None:
                 raise reason
         if not possible:
             raise next(iter(refused.values()))
@@ -131,6 +118,12 @@ class Request:
         return product(
             *([f"{key}={value}" for value in changed.get(key, self.axes[key]).split(",")] for key in others)
         )
+
+    def preference(self, overrides: Sequence[str]) -> tuple[int, ...]:
+        """For each axis but the searched one the place of a config's value in its list: the first is preferred."""
+        *others, _ = self.axes
+        values = dict(override.partition("=")[::2] for override in overrides)
+        return tuple(self.axes[key].split(",").index(values[key]) for key in others if key != "zero.offload")
 
     def with_value(self, combination: Sequence[str], value: int) -> tuple[str, ...]:
         """The overrides of a config: a combination, a value of the searched key, and what follows. Raises Refusal."""

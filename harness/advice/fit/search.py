@@ -1,19 +1,24 @@
 """The search of `harness fit`: what shapes rule out, what a few layers let expect, and the rehearsals that decide."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
 
 from harness.advice.fit.answer import Answer
 from harness.advice.fit.combination import NOT_EXPECTED, Combination, Trial, short
 from harness.advice.fit.ranking import OFFLOADED, RECOMPUTED, cost
 from harness.advice.fit.request import Request
+from harness.config.fields.kinds import MOST
 from harness.config.settings import Refusal, Settings
 from harness.rehearsal import bounds
-from harness.rehearsal.pool import Worst, decided, in_worker, started, workers, worst_of
+from harness.rehearsal.pool import Worst, cores, decided, in_worker, started, workers, worst_of
 from harness.runtime.progress import Pace, aside
 from harness.tables import size
 
 CHECKPOINTING = "checkpointing="
+
+UNKNOWN = MOST * MOST
+"""Stands for the bytes that nothing lets expect: more than any."""
 
 FIRST = "first answer, expected from a few layers: "
 
@@ -24,6 +29,9 @@ class Search:
     def __init__(self, request: Request) -> None:
         self.request, self.room = request, request.room
         self.combinations: list[Combination] = []
+        self.not_tried = 0
+        """How many combinations `lowest` has left out: expected to need too much, or not needed after one that fits."""
+        self._at_once = cores()
         self._refusals: list[Refusal] = []
 
     def run(self) -> Answer:
@@ -31,13 +39,23 @@ class Search:
 
         Raises Refusal where every config is refused, and KeyboardInterrupt where nothing is known.
         """
+        return self._answer(self._all)
+
+    def lowest(self) -> Answer:
+        """Only whether anything fits with the lowest value of the searched key; the first config that does ends it.
+
+        Raises what `run` does.
+        """
+        return self._answer(self._any)
+
+    def _answer(self, search: Callable[[], Coroutine[Any, Any, None]]) -> Answer:
         interrupted = False
         with Pace(self.request.number, "config", aside, more=self._so_far) as self._pace:
             started()  # the workers import while this process composes
             self._join(self.request.combinations())
             self._count()
             try:
-                asyncio.run(self._all())
+                asyncio.run(self._begun(search))
             except KeyboardInterrupt:
                 if not self._trials:
                     raise
@@ -45,6 +63,11 @@ class Search:
         if not self._trials and self._refusals:
             raise self._refusals[0]
         return Answer(self.request, self.combinations, interrupted)
+
+    async def _begun(self, search: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        with workers() as self._pool:
+            self.request.decide(*await in_worker(self._pool, decided, self.request.first))
+            await search()
 
     @property
     def _trials(self) -> list[Trial]:
@@ -65,17 +88,44 @@ class Search:
 
     async def _all(self) -> None:
         request = self.request
-        with workers() as self._pool:
-            request.decide(*await in_worker(self._pool, decided, request.first))
-            await self._largest_of_each(self.combinations)
-            if request.mode == "train" and "zero.offload" not in request.typed:
-                for offload in OFFLOADED[1:]:
-                    if any(each.known for each in self._trials) and not any(
-                        each.fits for each in self._trials
-                    ):
-                        more = self._join(request.combinations({"zero.offload": offload}))
-                        self._pace.more_to_come(len(more))
-                        await self._largest_of_each(more)
+        await self._largest_of_each(self.combinations)
+        if request.mode != "train" or "zero.offload" in request.typed:
+            return
+        for offload in OFFLOADED[1:]:
+            if any(each.known for each in self._trials) and not any(each.fits for each in self._trials):
+                more = self._join(request.combinations({"zero.offload": offload}))
+                self._pace.more_to_come(len(more))
+                await self._largest_of_each(more)
+
+    async def _any(self) -> None:
+        await asyncio.gather(*map(self._expect, self.combinations))
+        value = self.request.lowest
+        expected = {
+            each: sum((each.expected(value) or {"": UNKNOWN}).values())
+            for each in self.combinations
+            if not each.trials
+        }
+        ratio = 0.0  # how many times what was expected a rehearsal came to, at least
+        left = sorted(expected, key=lambda combination: expected[combination])
+        while left and not any(trial.fits for trial in self._trials):
+            likely = [
+                each for each in left if expected[each] == UNKNOWN or expected[each] * ratio <= self.room
+            ]
+            group, left = likely[: self._at_once], likely[self._at_once :]
+            await asyncio.gather(*(self._rehearse(each, value) for each in group))
+            came_to = [
+                trial.worst.needs / expected[each]
+                for each in group
+                for trial in each.trials
+                if trial.rehearsed and expected[each] < UNKNOWN
+            ]
+            ratio = min([*came_to, *[ratio] * bool(ratio)], default=ratio)
+        self.not_tried = sum(not each.trials for each in expected)
+
+    async def _rehearse(self, combination: Combination, value: int) -> None:
+        settings = self.request.settings(self.request.with_value(combination.overrides, value))
+        worst = await worst_of(self._pool, self.request.rehearsed(settings))
+        self._add(combination, value, settings, worst)
 
     async def _largest_of_each(self, combinations: Sequence[Combination]) -> None:
         """Search the largest value of each combination; those first that are expected to be the cheapest."""

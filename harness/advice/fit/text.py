@@ -6,6 +6,7 @@ from harness.advice.fit.answer import Answer, would_fit_with
 from harness.advice.fit.combination import Trial, short
 from harness.advice.fit.ranking import basis
 from harness.advice.fit.request import Request
+from harness.advice.fit.worlds import Tried
 from harness.analysis.summary import decided
 from harness.record.fields import printable
 from harness.rehearsal.pool import REFUSED
@@ -31,8 +32,8 @@ PASSED_OVER = (
 )
 
 
-def text(answer: Answer) -> str:
-    """The table as text. Where something fits, the last line is the command to run."""
+def text(answer: Answer, worlds: Sequence[Tried] = ()) -> str:
+    """The table as text, and the `worlds` that were tried. Where something fits, the last line is the command."""
     failed = [*_unrehearsed(answer.trials)]
     if not answer.known:
         unknown = (
@@ -40,7 +41,8 @@ def text(answer: Answer) -> str:
         )
         return "\n".join([*failed, "", unknown])
     remedies = [_remedy(trial) for trial in answer.closest[:LISTED] if trial.fragmented]
-    lines = [_table(answer), *remedies, *failed, "", *notes(answer), ""]
+    tried = [f"world.size={each.size}: {each.seen}" for each in sorted(worlds)]
+    lines = [_table(answer), *remedies, *failed, "", *tried, *[""] * bool(tried), *notes(answer), ""]
     return "\n".join([*lines, answer.command() or _nearest(answer, bool(failed))])
 
 
@@ -74,6 +76,7 @@ def notes(answer: Answer) -> list[str]:
         request.budget.sentence(),
         basis(answer.fitting, request.mode),
         UNSEEN[answer.on_gpu],
+        *(f"not tried: {override}, {refusal.remedy}" for override, refusal in request.impossible.items()),
         *dict.fromkeys(f"not seen: {gap}" for each in trials for gap in each.worst.unseen),
     ]
     if any(trial.worst.passed_over for trial in trials):

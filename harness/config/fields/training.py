@@ -55,6 +55,14 @@ class Checkpointing:
 
 
 @dataclass(frozen=True, config=STRICT)
+class Loss:
+    kind: Literal["full", "chunked", "fused"] = "full"
+    """Set by loss=; chunked makes the logits of some tokens at a time, fused in liger-kernel's kernels on a GPU."""
+    chunk: Tokens | None = None
+    """loss=chunked: tokens whose logits are there at once; null is torch's choice, by vocabulary and hidden size."""
+
+
+@dataclass(frozen=True, config=STRICT)
 class Pipeline:
     stages: Count = 1
     """How many stages the layers are cut into."""

@@ -8,6 +8,7 @@ from harness.config.resume import check_changes
 from harness.config.rules import positions, quantized, widths
 from harness.config.rules.deepspeed import deepspeed
 from harness.config.rules.generation import generation
+from harness.config.rules.loss import loss
 from harness.config.rules.sources import files, read, shape_of
 from harness.config.settings import Checkpointing, Pipeline, Refusal, Settings
 
@@ -27,6 +28,7 @@ def check(settings: Settings) -> None:
         _rehearsal,
         _model,
         _checkpointing,
+        loss,
         _data,
         _train,
         _trackers,

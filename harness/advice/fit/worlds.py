@@ -1,0 +1,143 @@
+"""The smallest world in which anything fits, for `harness fit world.size=?` or a list.
+
+Worlds are tried from the smallest: each power of two, and on several nodes then each number of whole nodes between the
+last that is too small and the first that is not. In each, what a few layers let expect decides what is rehearsed first.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+from harness.advice.fit.answer import NODE, Answer
+from harness.advice.fit.axes import OPEN
+from harness.advice.fit.combination import short
+from harness.advice.fit.request import Request, positive_integer
+from harness.advice.fit.search import Search
+from harness.config.deepspeed_file import expanded
+from harness.config.settings import Refusal
+from harness.runtime.progress import aside
+from harness.tables import size
+
+KEY = "world.size"
+
+MOST = 4096
+"""The largest world that `?` tries."""
+
+
+LEVEL, LESS = 64, 0.99
+"""Above so many ranks, a world that needs more than this part of what half of it needs is the last that is tried."""
+
+
+class Tried(NamedTuple):
+    """A world of `size` ranks, whether something fits, and what was seen there, as a sentence."""
+
+    size: int
+    fits: bool
+    seen: str
+    needs: int | None = None
+    """The bytes that the config needs which needs least. None: not rehearsed."""
+
+
+def open_worlds(overrides: Sequence[str]) -> str | None:
+    """The list of worlds in a request, or `?`; None where it names one world, or none."""
+    typed = dict(override.partition("=")[::2] for override in expanded(overrides).arguments)
+    worlds = typed.get(KEY, "")
+    return worlds if worlds == OPEN or "," in worlds else None
+
+
+class Worlds:
+    """The search over the worlds of a request: `worlds` is `?` or a list. Raises what a request of one world raises."""
+
+    def __init__(self, overrides: Sequence[str], reserve: int, worlds: str) -> None:
+        self.overrides = [each for each in overrides if not each.startswith(f"{KEY}=")]
+        self.reserve = reserve
+        self.listed = (
+            sorted({positive_integer(KEY, each) for each in worlds.split(",")}) if worlds != OPEN else []
+        )
+        self.tried: list[Tried] = []
+        self._refusal: Refusal | None = None
+        self._last: Answer | None = None
+
+    def run(self) -> Answer:
+        """The answer for the smallest world in which something fits; for the last that was tried, where nothing does.
+        `tried` has all worlds by then.
+        """
+        world = (
+            smallest(self._fits, self.listed, 0)
+            if self.listed
+            else smallest(self._fits, self._doubling(), NODE)
+        )
+        if world is not None:
+            return Search(self._request(world)).run()
+        if self._last is None:
+            assert self._refusal is not None
+            raise self._refusal
+        return self._last
+
+    def _doubling(self) -> Iterator[int]:
+        """The powers of two up to `MOST`, as long as a larger world needs less."""
+        for power in range(MOST.bit_length()):
+            yield 2**power
+            before, after = ([0, 0] + [each.needs or 0 for each in self.tried])[-2:]
+            if 2**power > LEVEL and before and after > LESS * before:
+                return
+
+    def _fits(self, world: int) -> bool:
+        """Whether something fits in a world of so many ranks."""
+        try:
+            search = Search(self._request(world))
+            answer = search.lowest()
+        except Refusal as refusal:
+            self._refusal = refusal
+            return self._add(Tried(world, False, f"refused: {refusal}"))
+        self._last = answer
+        if answer.interrupted:
+            raise KeyboardInterrupt
+        needs = min((trial.worst.needs for trial in answer.rehearsed), default=None)
+        return self._add(Tried(world, bool(answer.fitting), seen(answer, search.not_tried), needs))
+
+    def _add(self, tried: Tried) -> bool:
+        self.tried.append(tried)
+        aside(f"{KEY}={tried.size}: {tried.seen}")
+        return tried.fits
+
+    def _request(self, world: int) -> Request:
+        return Request([*self.overrides, f"{KEY}={world}"], self.reserve)
+
+
+def smallest(fits: Callable[[int], bool], worlds: Iterable[int], node: int) -> int | None:
+    """The smallest of `worlds`, in their order, that `fits`; None: not one does. With a `node` of so many ranks also
+    those numbers of whole nodes that lie between two of them. What fits in a world is taken to fit in each larger one.
+    """
+    below = 0
+    for world in worlds:
+        if fits(world):
+            return _between(fits, below, world, node) if node else world
+        below = world
+    return None
+
+
+def _between(fits: Callable[[int], bool], too_small: int, enough: int, node: int) -> int:
+    """The smallest number of whole nodes that fits, above one world and up to another."""
+    while enough > node and enough - too_small > node:
+        middle = (too_small + enough) // 2 // node * node
+        if fits(middle):
+            enough = middle
+        else:
+            too_small = middle
+    return enough
+
+
+def seen(answer: Answer, not_tried: int) -> str:
+    """What a world's search for anything that fits has seen; `not_tried` configs were expected to need too much."""
+    if answer.fitting:
+        best = answer.fitting[0]
+        return f"fits with {' '.join(short(best.overrides))}, {size(best.worst.needs)} of {size(answer.request.room)}"
+    if not answer.known:
+        return "not known: nothing could be rehearsed"
+    nearest = answer.closest[0]
+    least = "at least " * nearest.worst.bound
+    rehearsed = sum(trial.rehearsed for trial in answer.trials)
+    how = f"{rehearsed} rehearsed" if rehearsed else "by shapes alone"
+    more = f", {not_tried} expected to need more and not tried" * bool(not_tried)
+    chosen = " ".join(short(nearest.overrides))
+    return f"nothing fits; {chosen} needs {least}{size(-nearest.left)} too much ({how}{more})"
