@@ -320,8 +320,10 @@ class _Run:
         if self.settings.mode == "train":
             from harness.training import loss_check
             from harness.training import train as mode
+            from harness.training.optimizers import import_library
 
             loss_check.prove(self.plan, self.world.kind)
+            import_library(self.settings)
         else:
             from harness.generation import infer as mode  # type: ignore[no-redef]
         prove(self.plan)

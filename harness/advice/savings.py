@@ -69,6 +69,21 @@ TRAIN = (
     Change(
         lambda s: {"loss.kind": "chunked"}, "the head's logits computed twice, a chunk of tokens at a time"
     ),
+    Change(
+        lambda s: {"optimizer.kind": "adamw_8bit"} if s.optimizer.kind == "adamw" else {},
+        "moments rounded to 8 bits in blocks of 256, so that losses differ a little",
+    ),
+    Change(
+        lambda s: {"optimizer.state": "bf16"},
+        "master weights and moments rounded to bf16, so that small updates are lost",
+    ),
+    Change(
+        # a CPU's activations are in its host's memory already
+        lambda s: {
+            "checkpointing.offload": "cpu" if s.hardware.device == "cuda" else s.checkpointing.offload
+        },
+        "activations over the host's link, both ways, in each micro-batch",
+    ),
     Change(lambda s: {"model.attention": "sdpa"}, "nothing"),
     Change(lambda s: {"pipeline.split": "memory"}, "other layers on each stage"),
 )
@@ -89,7 +104,12 @@ INFER = (
     Change(lambda s: {"model.attention": "sdpa"}, "nothing"),
 )
 
-SPELLED = {"zero.stage": "zero", "checkpointing.mode": "checkpointing", "loss.kind": "loss"}
+SPELLED = {
+    "zero.stage": "zero",
+    "checkpointing.mode": "checkpointing",
+    "loss.kind": "loss",
+    "optimizer.kind": "optimizer",
+}
 """Keys that the command line spells as an option of their group."""
 
 

@@ -291,6 +291,22 @@ def offload(run: Run) -> Iterator[Finding]:
         yield Finding("offload", sentence, optimizer)
 
 
+def waiting(run: Run) -> Iterator[Finding]:
+    """Activations wait for their backward in the host's memory, which no category of a GPU counts."""
+    on_host = run.worst.on_host
+    if on_host is None:
+        return
+    text = size(on_host.activations)
+    if run.record.world.device == "cpu":
+        sentence = (
+            f"checkpointing.offload=cpu saves nothing: the device is the host, and has the {text} of copies."
+        )
+    else:
+        pinned = "" if on_host.pinned is None else f", for which {size(on_host.pinned)} or more are pinned"
+        sentence = f"{text} of activations wait for their backward in the host's memory, in no category here{pinned}."
+    yield Finding("waiting", sentence, on_host.activations)
+
+
 FINDINGS: tuple[Callable[[Run], Iterator[Finding]], ...] = (
     outside_a_step,
     first_step,
@@ -299,6 +315,7 @@ FINDINGS: tuple[Callable[[Run], Iterator[Finding]], ...] = (
     bucket,
     still_gathered,
     offload,
+    waiting,
     same_on_more_ranks,
 )
 """The findings in printing order."""

@@ -22,6 +22,7 @@ GROUPS = {
     "zero.stage": "zero",
     "checkpointing.mode": "checkpointing",
     "loss.kind": "loss",
+    "optimizer.kind": "optimizer",
     "data.kind": "data",
     "ledger.mode": "ledger",
     "world.kind": "world",
@@ -36,7 +37,7 @@ PAGES = ("hardware", "network")
 UNSAID = ("train.", "generation.", "model.config.")
 """Prefixes of keys that their last part tells well enough."""
 
-OTHER_MODE = {"train": ("generation.",), "infer": ("train.", "zero", "checkpointing", "loss")}
+OTHER_MODE = {"train": ("generation.",), "infer": ("train.", "zero", "checkpointing", "loss", "optimizer")}
 """By mode, the beginnings of keys that have no effect in it."""
 
 WATCHING = ("ledger.trace", "ledger.snapshot", "world.timeout")

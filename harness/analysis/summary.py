@@ -7,6 +7,7 @@ from typing import Any
 
 from harness.analysis.roofline import line
 from harness.record.memory import UNHEARD, Rank, Where
+from harness.record.results import Training
 from harness.record.schema import Failure, Record, parse
 from harness.tables import AT_LEAST, Table, size
 
@@ -99,6 +100,8 @@ def _table(run: Record) -> Table:
         table.row("  allocated, in blocks", size(worst.peak.allocated))
         table.row("  reserved, in segments", size(allocator.reserved))
         table.row("  slack: reserved then, not allocated", size(allocator.slack))
+    if worst.on_host is not None:
+        table.row("  activations that wait on the host", size(worst.on_host.activations))
     if allocator.foreign:
         table.row("  foreign, in no figure", size(allocator.foreign))
     return table
@@ -226,7 +229,20 @@ def _results(run: Record) -> Iterator[str]:
         parts.append(f"KV {size(run.inference.kv_bytes_per_token)} a token")
     if parts:
         yield ", ".join(parts)
+    yield from _padding(run.training)
     if unsaved := run.training.unsaved:
         last = unsaved[-1]
         times = "1 checkpoint" if len(unsaved) == 1 else f"{len(unsaved)} checkpoints"
         yield f"{times} could not be written, the last after step {last.step}: {last.error}"
+
+
+def _padding(training: Training) -> Iterator[str]:
+    """A line about the positions that hold no text, and one about tokens without a loss."""
+    if training.padding_tokens:
+        positions = training.padding_tokens + (training.tokens or 0)
+        yield (
+            f"padding: {training.padding_tokens:,} of {positions:,} positions, and so {training.padded:.1%} of the "
+            "operations and activations; data.packing=true has none"
+        )
+    if training.label_tokens is not None:
+        yield f"{training.tokens or 0:,} tokens, {training.label_tokens:,} of them with a loss"

@@ -64,6 +64,12 @@ CASES = (
     Case("train-zero3", (*_TRAIN, "zero=3")),
     Case("train-checkpointing-full", (*_TRAIN, "zero=1", "checkpointing=full")),
     Case("train-checkpointing-selective", (*_TRAIN, "zero=1", "checkpointing=selective")),
+    Case("train-offload", (*_TRAIN, "zero=3", "checkpointing.offload=cpu"), gpu=True),
+    Case(
+        "train-offload-full",
+        (*_TRAIN, "zero=1", "checkpointing=full", "checkpointing.offload=cpu"),
+        gpu=True,
+    ),
     Case(
         "train-snapshot",
         (*_TRAIN, "zero=0"),
@@ -259,6 +265,10 @@ def figures(real: Record, rehearsed: Record, judged: Sequence[str] | None = None
     )
     unattributed = ours.allocator.unattributed
     yield Figure(name="unattributed", real=unattributed, rehearsed=0, judged=everything)
+    if ours.on_host is not None and theirs.on_host is not None:
+        for name in ("activations", "pinned"):
+            waiting = getattr(ours.on_host, name), getattr(theirs.on_host, name)
+            yield Figure(name=f"{name} on the host", real=waiting[0], rehearsed=waiting[1], judged=everything)
     for name in ("kv_reserved", "kv_filled", "kv_host"):
         cache = getattr(real.inference, name), getattr(rehearsed.inference, name)
         yield Figure(

@@ -14,10 +14,24 @@ from harness.config.deepspeed_keys import AUTO, KEYS, ZERO, Moot, Passed, Refuse
 from harness.config.refusal import nearest
 from harness.config.settings import Refusal, Settings, as_typed
 
-SPELLED = {"zero.stage": "zero", "checkpointing.mode": "checkpointing"}
+SPELLED = {"zero.stage": "zero", "checkpointing.mode": "checkpointing", "optimizer.kind": "optimizer"}
 """Settings that a group sets, and the group."""
 
-OPTIMIZERS = ("adam", "adamw")
+OPTIMIZERS = {
+    **dict.fromkeys(("Adam", "AdamW"), "adamw"),
+    **{name: name.lower() for name in ("Adafactor", "Lion", "Muon", "SGD")},
+    "AdamW8bit": "adamw_8bit",
+}
+"""DeepSpeed's optimizers, and the `optimizer.kind` of each. The last is not its own: a run leaves it in its file."""
+
+ABSENT: dict[str, dict[str, Any]] = {
+    "lion": {"betas": [0.9, 0.99], "weight_decay": 0.0},
+    "muon": {"betas": [0.9, 0.95], "epsilon": 1e-10, "weight_decay": 0.0},
+    "sgd": {"weight_decay": 0.0},
+    "adafactor": {"weight_decay": 0.0},
+    "adamw_8bit": {"weight_decay": 0.01},
+}
+"""The values of fields of `train` that a type without them has."""
 SCHEDULES = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
 """DeepSpeed's schedules, and the `train.schedule` of each."""
 
@@ -204,6 +218,13 @@ class _File:
             self._set("precision", "bf16" if enabled else "fp32", "bf16.enabled")
         elif self._unset("precision"):
             self._by_deepspeed("precision", "fp32")
+        names = ("bf16.bf16_master_weights_and_grads", "bf16.bf16_optimizer_states")
+        masters, states = (self.read.get(name) is True for name in names)
+        if masters != states:
+            why = "DeepSpeed would compile an AdamW of its own for one without the other; set both, or none"
+            raise self.refusal(names[0], masters, why)
+        if masters:
+            self._set("optimizer.state", "bf16", names[0])
 
     def _zero(self) -> None:
         devices = {
@@ -234,11 +255,8 @@ class _File:
 
     def _optimizer(self) -> None:
         kind = self.read.get("optimizer.type", AUTO)
-        if kind != AUTO and kind.lower() not in OPTIMIZERS:
-            raise self.refusal("optimizer.type", kind, "the optimizer is AdamW here; write AdamW")
-        if kind != AUTO and self._unset("train.weight_decay"):
-            torch_s = self._has("optimizer.params.torch_adam")
-            self._by_deepspeed("train.weight_decay", 0.01 if torch_s else 0.0)
+        if kind != AUTO:
+            self._kind(kind)
         name = self.read.get("scheduler.type", AUTO)
         if name != AUTO:
             if name not in SCHEDULES:
@@ -248,6 +266,24 @@ class _File:
             self._set("train.schedule", SCHEDULES[name], "scheduler.type")
             if self._unset("train.warmup_steps"):
                 self._by_deepspeed("train.warmup_steps", 1000)
+
+    def _kind(self, name: str) -> None:
+        """The type of the optimizer, and what it has where the file leaves it out."""
+        kinds = {each.lower(): kind for each, kind in OPTIMIZERS.items()}
+        if name.lower() not in kinds:
+            raise self.refusal(
+                "optimizer.type", name, f"no such optimizer here; one of {', '.join(OPTIMIZERS)}"
+            )
+        kind = kinds[name.lower()]
+        self._set("optimizer.kind", kind, "optimizer.type")
+        method = self.read.get("optimizer.params.ns_method", "gram")
+        if kind == "muon" and method != "standard":
+            why = "Muon's iteration is the standard one here; write standard"
+            raise self.refusal("optimizer.params.ns_method", method, why)
+        adamw: dict[str, Any] = {"weight_decay": 0.01 if self._has("optimizer.params.torch_adam") else 0.0}
+        for field_name, value in ABSENT.get(kind, adamw).items():
+            if self._unset(f"train.{field_name}"):
+                self._by_deepspeed(f"train.{field_name}", value)
 
     def _checkpointing(self) -> None:
         interval = self.read.get("pipeline.activation_checkpoint_interval", AUTO)

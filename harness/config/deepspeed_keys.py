@@ -94,8 +94,8 @@ PRECISION: dict[str, Entry] = {
     "bf16.enabled": Read(bool),
     "bf16.check_grad_overflow": Refused("no step is left out here; set it to false"),
     "bf16.immediate_grad_update": Refused(f"{_OTHER_BYTES}; set it to false"),
-    "bf16.bf16_master_weights_and_grads": Refused(f"{_OTHER_BYTES}; set it to false"),
-    "bf16.bf16_optimizer_states": Refused(f"{_OTHER_BYTES}; set it to false"),
+    "bf16.bf16_master_weights_and_grads": Read(bool),
+    "bf16.bf16_optimizer_states": Read(bool),
     "bfloat16": Refused("the old name of bf16; write bf16"),
     "fp16": Refused('precision is bf16 or fp32 here; write "bf16": {"enabled": true}', switch="enabled"),
     "torch_autocast": Refused(
@@ -153,7 +153,7 @@ ZERO_KEYS: dict[str, Entry] = {
     ),
     f"{ZERO}pipeline_loading_checkpoint": Moot(_CHECKPOINTS),
     f"{ZERO}log_trace_cache_warnings": Moot("it only prints"),
-    f"{ZERO}save_muon_momentum_buffer_in_memory": Moot("the optimizer is AdamW"),
+    f"{ZERO}save_muon_momentum_buffer_in_memory": Moot("the momentum is in memory here"),
     **_offload("offload_optimizer"),
     **dict.fromkeys(
         [f"{ZERO}offload_optimizer.{key}" for key in ("pipeline_read", "pipeline_write", "fast_init")],
@@ -174,9 +174,18 @@ OPTIMIZER: dict[str, Entry] = {
     "optimizer.params.betas": Setting("train.betas", tuple[Beta, Beta]),
     "optimizer.params.eps": Setting("train.epsilon", NotNegativeFloat),
     "optimizer.params.fused": Setting("train.fused", bool),
+    "optimizer.params.momentum": Setting("optimizer.momentum", Beta),
+    "optimizer.params.ns_method": Read(str),
     "optimizer.params.foreach": Moot("torch's own choice is taken"),
-    "optimizer.params.torch_adam": Moot("the optimizer is torch's AdamW always"),
+    "optimizer.params.torch_adam": Moot("AdamW is torch's always"),
     "optimizer.params.adam_w_mode": Refused("the optimizer is AdamW; set it to true", (True,)),
+    **dict.fromkeys(
+        [f"optimizer.params.{key}" for key in ("muon_lr", "adam_lr")],
+        Refused("one learning rate is for all weights here; leave it out"),
+    ),
+    "optimizer.params.per_head_muon": Refused("Muon takes whole matrices here; set it to false"),
+    "optimizer.params.nesterov": Refused("momentum is plain here; set it to false"),
+    "optimizer.params.dampening": Refused("momentum is plain here; set it to 0", (0,)),
     "optimizer.params.bias_correction": Refused("AdamW corrects its bias; set it to true", (True,)),
     "optimizer.params.amsgrad": Refused("AMSGrad is not supported; set it to false"),
     "optimizer.params.max_grad_norm": Refused('DeepSpeed ignores it there; write "gradient_clipping"', (0,)),
@@ -202,8 +211,11 @@ ENGINE: dict[str, Entry] = {
     ),
     **{
         f"activation_checkpointing.{key}": Refused(_RECOMPUTE)
-        for key in ("partition_activations", "cpu_checkpointing", "contiguous_memory_optimization")
+        for key in ("partition_activations", "contiguous_memory_optimization")
     },
+    "activation_checkpointing.cpu_checkpointing": Refused(
+        "checkpointing=full checkpointing.offload=cpu do that here; set it to false"
+    ),
     **{
         f"activation_checkpointing.{key}": Moot("checkpointing= says which layers are recomputed")
         for key in ("number_checkpoints", "synchronize_checkpoint_boundary", "profile")

@@ -12,12 +12,13 @@ from harness.config.settings import Refusal
 FIXED = (
     *("world.size", "pipeline.stages", "pipeline.split", "zero.stage", "zero.offload", "precision"),
     *("train.micro_batch", "train.accumulation", "train.sequence", "train.fused", "deepspeed.options"),
+    *("optimizer.kind", "optimizer.state", "optimizer.momentum"),
     "model.config",
 )
 """What the saved tensors, or the place in the data, depend on."""
 
 CHANGEABLE = (
-    *("model", "model.attention", "data", "data.tokenizer", "data.validation", "seed"),
+    *("model", "model.attention", "data", "data.tokenizer", "data.packing", "data.validation", "seed"),
     *(
         "train.steps",
         "train.learning_rate",
@@ -56,6 +57,7 @@ FREE = frozenset(
             "checkpointing.mode",
             "checkpointing.layers",
             "checkpointing.every",
+            "checkpointing.offload",
         ),  # what is computed again is the same
         *("pipeline.groups", "train.batch", "train.validate_every", "train.validation_batches"),
         *(

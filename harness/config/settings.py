@@ -23,6 +23,7 @@ from harness.config.fields.model import Model as Model
 from harness.config.fields.training import Checkpointing as Checkpointing
 from harness.config.fields.training import Deepspeed as Deepspeed
 from harness.config.fields.training import Loss as Loss
+from harness.config.fields.training import Optimizer as Optimizer
 from harness.config.fields.training import Pipeline as Pipeline
 from harness.config.fields.training import Train as Train
 from harness.config.fields.training import Zero as Zero
@@ -47,6 +48,7 @@ class Settings:
     deepspeed: Deepspeed = Deepspeed()
     checkpointing: Checkpointing = Checkpointing()
     loss: Loss = Loss()
+    optimizer: Optimizer = Optimizer()
     pipeline: Pipeline = Pipeline()
     train: Train = Train()
     generation: Generation = Generation()

@@ -1,6 +1,7 @@
 """From text to one long row of tokens: documents end to end, separated by the tokenizer's end token, with datasets.
 
-A row is tokenized once, stored, and memory-mapped later. A streamed row is tokenized while it is read.
+Unpacked, each row is a document. Conversations have labels beside their tokens. All is tokenized once, stored, and
+memory-mapped later. A streamed row is tokenized while it is read.
 """
 
 import hashlib
@@ -10,15 +11,18 @@ import shutil
 import sys
 import sysconfig
 import tempfile
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from harness.config.errors import first_line, ours
 from harness.config.rules import sources
 from harness.config.settings import Data, Refusal
+from harness.data import chat
 from harness.data.text_digest import of_texts, of_tokenizer
 from harness.runtime.files import writing
 
@@ -29,9 +33,11 @@ LAYOUT = 3
 
 
 def stored(settings: Data, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """The row of tokens, memory-mapped, and created first if it is missing. Raises Refusal if there is no such text.
+    """The rows of tokens, memory-mapped, and created first if they are missing. Raises Refusal if there is no text.
 
-    Its `info.description` is the digest of the text. A row is renamed into place when it is complete.
+    Packed, a row is one `token`, of conversations with its `label`. Else a row is a document of two tokens or more:
+    `tokens`, `length`, and of conversations `labels`. Its `info.description` is the digest of what decides the tokens.
+    It is renamed into place when it is complete.
     """
     cache = Path(settings.cache_dir or Path(datasets.config.HF_CACHE_HOME) / "harness").expanduser()
     files = _files(settings)
@@ -51,6 +57,12 @@ def stored(settings: Data, tokenizer: PreTrainedTokenizerBase) -> Any:
     return datasets.load_from_disk(str(row_directory))
 
 
+def beyond(rows: Any, sequence: int) -> int:
+    """The tokens of stored documents that come after their first `sequence`."""
+    lengths = rows.with_format("numpy")["length"][:]
+    return int(np.maximum(lengths - sequence, 0).sum())
+
+
 def streamed(settings: Data, tokenizer: PreTrainedTokenizerBase) -> Any:
     """The documents of `data=hub` while they are read, each a list `tokens`. Raises Refusal."""
     return _tokenized(_hub_dataset(settings), tokenizer, settings.column)
@@ -60,25 +72,55 @@ def _make_row(
     settings: Data, files: list[Path] | None, tokenizer: PreTrainedTokenizerBase, partial: Path
 ) -> None:
     datasets.disable_progress_bars()
-    texts = (
-        datasets.Dataset.from_dict({settings.column: _texts_of(settings, files)})
-        if files
-        else _hub_dataset(settings)
-    )
-    tokenized = _tokenized(texts, tokenizer, settings.column)
-    row = tokenized.map(
-        lambda batch: {"token": [token for tokens in batch["tokens"] for token in tokens]},
+    prefix: list[str] = []
+    if settings.kind == "chat":
+        texts = datasets.Dataset.from_list(list(chat.documents(settings, files or [], tokenizer)))
+        tokenized, prefix = texts.remove_columns("text"), [str(tokenizer.get_chat_template())]
+    else:
+        texts = (
+            datasets.Dataset.from_dict({settings.column: _texts_of(settings, files)})
+            if files
+            else _hub_dataset(settings)
+        )
+        tokenized = _tokenized(texts, tokenizer, settings.column)
+    labelled = "labels" in tokenized.column_names
+    rows = tokenized.map(
+        _end_to_end if settings.packing else _apart,
         batched=True,
         remove_columns=tokenized.column_names,
-        features=datasets.Features({"token": datasets.Value("int32")}),
+        features=_features(settings.packing, labelled),
         cache_file_name=str(partial / "flat.arrow"),
     )
-    if not len(row):
+    if not len(rows):
         raise Refusal(*named(settings), "there is no text in it")
-    column = settings.column
+    column = "text" if settings.kind == "chat" else settings.column
     documents = (text for batch in texts.iter(batch_size=64) for text in batch[column])
-    row.info.description = of_texts(documents)
-    row.save_to_disk(str(partial / "row"))
+    rows.info.description = of_texts(chain(prefix, documents))
+    rows.save_to_disk(str(partial / "row"))
+
+
+SINGULAR = {"tokens": "token", "labels": "label"}
+"""The columns of a document, and what each becomes in a packed row."""
+
+
+def _features(packed: bool, labelled: bool) -> datasets.Features:
+    names, number = list(SINGULAR)[: 1 + labelled], datasets.Value("int32")
+    if packed:
+        return datasets.Features({SINGULAR[name]: number for name in names})
+    return datasets.Features({**{name: datasets.List(number) for name in names}, "length": number})
+
+
+def _end_to_end(batch: dict[str, list[list[int]]]) -> dict[str, list[int]]:
+    return {SINGULAR[name]: list(chain.from_iterable(lists)) for name, lists in batch.items()}
+
+
+def _apart(batch: dict[str, list[list[int]]]) -> dict[str, list[Any]]:
+    """The documents in which a token follows another, with their lengths."""
+    lengths = [len(tokens) for tokens in batch["tokens"]]
+    numbers = [number for number, length in enumerate(lengths) if length > 1]
+    return {name: [lists[number] for number in numbers] for name, lists in batch.items()} | {
+        "length": [lengths[number] for number in numbers]
+    }
 
 
 def _tokenized(texts: Any, tokenizer: PreTrainedTokenizerBase, column: str) -> Any:
@@ -164,6 +206,8 @@ def _identity(settings: Data, files: list[Path] | None, tokenizer: PreTrainedTok
         source = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     names = type(tokenizer).__name__, of_tokenizer(tokenizer)
     parts = [LAYOUT, settings.kind, source, *names, sys.version_info[:2]]
+    parts += [] if settings.packing else ["documents"]
+    parts += [tokenizer.get_chat_template()] if settings.kind == "chat" else []
     return f"{settings.kind}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]}"
 
 
@@ -172,5 +216,6 @@ def named(settings: Data) -> tuple[str, object]:
     return {
         "stdlib": ("data", "stdlib"),
         "text": ("data.path", settings.path),
+        "chat": ("data.path", settings.path),
         "hub": ("data.name", settings.name),
     }[settings.kind]

@@ -17,6 +17,7 @@ from harness.ledger.in_flight import Forwards, most_saved
 from harness.ledger.instruments import Instruments
 from harness.ledger.log import Log
 from harness.ledger.modules import Modules
+from harness.ledger.on_host import OnHost
 from harness.ledger.patch import DoesNotFit
 from harness.ledger.patch_table import import_owners
 from harness.ledger.phases import Phases
@@ -96,6 +97,7 @@ class Ledger:
         self._log = Log(self.device, block, lines, self._unseen)
         self.recent = Recent(self._log)
         self.traffic = Traffic(self._log)
+        self.on_host = OnHost(self._log)
         self._groups = ProcessGroups(self.traffic, self._log.report_failure)
         self._watching = ExitStack()  # what counts without a log
         self._times = Times(self.device == "cuda")

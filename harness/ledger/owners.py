@@ -30,6 +30,8 @@ DEEPSPEED = {
     "temp_grad_buffer_for_cpu_offload": "communication",
     "temp_grad_buffer_for_gpu_offload": "communication",
     "param_buffer_of_bit16_for_cpu_offload_groups": "parameters",
+    "_muon_pending_momentum": "optimizer",
+    "_muon_allgather_buffers": "communication",
     # ZeRO-3
     "fp16_partitioned_groups": "parameters",
     "fp16_partitioned_groups_flat": "parameters",
@@ -51,6 +53,17 @@ DEEPSPEED = {
     "fp32_groups": "optimizer",
 }
 """DeepSpeed 0.19's attributes with tensors, and the category of each."""
+
+
+STATES = {
+    "state1": "exp_avg",
+    "absmax1": "exp_avg.absmax",
+    "qmap1": "exp_avg.qmap",
+    "state2": "exp_avg_sq",
+    "absmax2": "exp_avg_sq.absmax",
+    "qmap2": "exp_avg_sq.qmap",
+}
+"""Names of bitsandbytes for the states of its optimizers, and what each is in torch's words."""
 
 
 def module_claims(module: torch.nn.Module) -> Iterator[Claim]:
@@ -150,12 +163,23 @@ def optimizer_claims(optimizer: Any) -> Iterator[Claim]:
     """A torch optimizer's state, and the gradients of its parameters."""
     for index, state in enumerate(optimizer.state.values()):
         for key, value in state.items():
-            if isinstance(value, torch.Tensor):
-                yield "optimizer", f"state[{index}].{key}", value
+            for part, tensor in _parts(value):
+                yield "optimizer", f"state[{index}].{STATES.get(key, key)}{part}", tensor
     for group in optimizer.param_groups:
         for index, parameter in enumerate(group["params"]):
             if parameter.grad is not None:
                 yield "gradients", f"grad[{index}]", parameter.grad
+
+
+def _parts(value: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """A state that is a tensor; for one that consists of others, as codes and their scales, those by name."""
+    if isinstance(value, torch.Tensor):
+        names = value.__tensor_flatten__()[0] if hasattr(value, "__tensor_flatten__") else ()
+        if not names:
+            yield "", value
+        for name in names:
+            for part, tensor in _parts(getattr(value, name)):
+                yield f".{name}{part}", tensor
 
 
 def engine_claims(engine: Any, asked: Collection[Any] = ()) -> Iterator[Claim]:

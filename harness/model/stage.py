@@ -68,6 +68,8 @@ class Stage(nn.Module):
         self.model = model
         self.receives: list[int] = []
         """The shape of the hidden states that this stage receives in training, once known."""
+        self.items: float | None = None
+        """In training, the mean number of labels in a micro-batch of the step; None where each position has one."""
         self.config: PretrainedConfig = model.config
         """The model's config with only this stage's layers: its cache is built from it."""
         self._within = (parent, numbered)  # a tuple: nn.Module must not register them a second time
@@ -122,9 +124,10 @@ class Stage(nn.Module):
         return logits
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The model's own mean loss per token, from what `forward` returned and labels [B, T]."""
+        """The model's own mean loss per token, or the sum by `items`, of what `forward` returned and labels [B, T]."""
         vocabulary = _text(self.config).vocab_size
-        loss: Tensor = self.model.loss_function(logits=logits, labels=labels, vocab_size=vocabulary)
+        items = {} if self.items is None else {"num_items_in_batch": self.items}
+        loss: Tensor = self.model.loss_function(logits=logits, labels=labels, vocab_size=vocabulary, **items)
         return loss
 
 

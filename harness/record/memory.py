@@ -148,10 +148,21 @@ class Transfer(Place):
     causes: list[Cause] | None = None
 
 
+class OnHost(Part):
+    """The most bytes of `activations` that waited in the host's memory at once, in no category of the device.
+
+    `pinned` is what CUDA's allocator of pinned memory reserves for them, or more: it rounds each to a power of two.
+    """
+
+    activations: Bytes
+    pinned: Bytes | None = None
+    where: Place | None = None
+
+
 class Forwards(Part):
     """The most forwards that waited for their backward at once.
 
-    `stashes` has the bytes of saved activations of each, the oldest first.
+    `stashes` has the bytes of saved activations of each, the oldest first; where some wait in the host's memory, those.
     """
 
     alive: Number
@@ -198,6 +209,7 @@ class Rank(Part):
     In a rehearsal `stands_for` are its equivalent ranks, which have the same bytes, itself included; `bounds` are ranks
     that peak no higher; `why` says why it was chosen. `unseen` names what the ledger did not see. `traffic` is what
     moved, by phase; where a phase is not there, the same moved as in the step before. None: it was not counted.
+    `on_host` is what waited in the host's memory in place of the device's. None: nothing did.
     """
 
     rank: RankNumber
@@ -209,6 +221,7 @@ class Rank(Part):
     phases: list[Phase] = Field(default_factory=list)
     traffic: list[Transfer] | None = None
     forwards: Forwards | None = None
+    on_host: OnHost | None = None
     allocator: Allocator
     unseen: list[Text] = Field(default_factory=list)
     bounds: list[RankNumber] = Field(default_factory=list)

@@ -22,6 +22,7 @@ from harness.runtime.trackers import Trackers
 
 if TYPE_CHECKING:
     from harness.ledger import Forwards, Holding, Ledger, Peak, Phase, Where, Work
+    from harness.ledger.on_host import MostOnHost
     from harness.ledger.reconcile import Reservation
     from harness.runtime import failure
 
@@ -77,7 +78,8 @@ def rank_record(
     account = ledger.account()
     unknown = memory.Category(peak=None, end=None)
     own = {name: memory.Category(peak=each.peak, end=each.end) for name, each in account.categories.items()}
-    forwards, accounting = account.forwards, account.accounting
+    on_host, accounting = ledger.on_host.most, account.accounting
+    forwards = account.forwards if on_host is None else on_host.forwards
     return memory.Rank(
         rank=rank,
         stage=stage,
@@ -88,6 +90,7 @@ def rank_record(
         phases=[_phase(each) for each in account.phases],
         traffic=transfers(ledger, nodes or Nodes(None, ledger.device, None)),
         forwards=None if forwards is None else _forwards(forwards),
+        on_host=None if on_host is None else _on_host(on_host),
         allocator=memory.Allocator(
             source=accounting.source,
             peak=accounting.peak,
@@ -106,6 +109,12 @@ def _forwards(forwards: "Forwards") -> memory.Forwards:
         bytes=sum(forwards.saved_bytes),
         stashes=list(forwards.saved_bytes),
         where=_place(forwards.where),
+    )
+
+
+def _on_host(most: "MostOnHost") -> memory.OnHost:
+    return memory.OnHost(
+        activations=most.bytes, pinned=most.pinned, where=memory.Place(**most.where._asdict())
     )
 
 

@@ -93,6 +93,9 @@ class Training(Part):
     `first_step` is the number of steps before, of the run that it resumes. `skipped` are the steps, from 0, whose
     update was left out because a loss or gradient was not finite. The lists grow during the run. A resumed run has
     its `changes`, and the keys of which the checkpoint does not say whether they were the same (`unknown`).
+
+    Where documents are padded or only answers are learnt: its steps had so many `tokens` on all ranks, `label_tokens`
+    of them with a loss, and `padding_tokens` beside. `cut_tokens` of the documents are beyond the sequence.
     """
 
     first_step: Number = 0
@@ -103,6 +106,15 @@ class Training(Part):
     skipped: list[Number] = Field(default_factory=list)
     changes: list[Change] = Field(default_factory=list)
     unknown: list[Text] = Field(default_factory=list)
+    tokens: Bytes | None = None
+    label_tokens: Bytes | None = None
+    padding_tokens: Bytes | None = None
+    cut_tokens: Bytes | None = None
+
+    @property
+    def padded(self) -> float:
+        """The share of padding in what is computed: of its positions, and so of its operations and activations."""
+        return (self.padding_tokens or 0) / max(1, (self.tokens or 0) + (self.padding_tokens or 0))
 
 
 class Setting(Part):
@@ -185,13 +197,14 @@ class Performance(Part):
     """Seconds, and rates over all ranks.
 
     `startup_seconds` are those before the first step or batch. Training has the median `step_seconds` of `steps_timed`
-    steps. Generation has the median `time_to_first_token_seconds`, and the `generation_seconds` and `compile_seconds`
-    of the slowest replica. Continuous batching has its `forwards`, the mean `tokens_per_forward`, and how often a
-    request was `evicted`.
+    steps; its `tokens_per_second` are those of text, with padding `padded_tokens_per_second`. Generation has the median
+    `time_to_first_token_seconds`, and the `generation_seconds` and `compile_seconds` of the slowest replica. Continuous
+    batching has its `forwards`, the mean `tokens_per_forward`, and how often a request was `evicted`.
     """
 
     startup_seconds: Seconds | None = None
     tokens_per_second: Rate | None = None
+    padded_tokens_per_second: Rate | None = None
     step_seconds: Seconds | None = None
     steps_timed: Number | None = None
     prefill_tokens_per_second: Rate | None = None

@@ -74,6 +74,8 @@ def _differences(plan: Plan) -> Iterator[str]:
         yield "overlap_comm sends on a stream of its own: a GPU reserves its blocks apart, and frees them later"
     if settings.mode == "train" and settings.train.clip and settings.pipeline.stages > 1:
         yield "gradients have no norm: where a real norm is above train.clip, gradients may be copied once more"
+    if settings.mode == "train" and not settings.data.packing and settings.pipeline.stages == 1:
+        yield "every micro-batch has padding: a real one that is full has no mask, and attention then needs less"
     if settings.mode == "train":
         yield "no text is read: where a real run's data ends and starts again, it has no next batch ready"
 

@@ -19,8 +19,13 @@ if TYPE_CHECKING:
 ELEMENT = {"bf16": 2, "fp32": 4}
 """Bytes of a parameter's element."""
 
-ADAMW = {"bf16": 12, "fp32": 8}
-"""Bytes of AdamW's state for a parameter: two means in fp32, and with bf16 the fp32 master (arXiv 1910.02054, 3.1)."""
+MOMENTS = {"adamw": 8, "adamw_8bit": 2, "lion": 4, "muon": 2, "sgd": 0, "adafactor": 0}
+"""Bytes that an optimizer's moments have at least for a parameter: AdamW's two means in fp32 (arXiv 1910.02054, 3.1) or
+in 8 bits; one of Lion; one of Muon in the gradient's precision; of SGD none where it has no momentum.
+"""
+
+MASTER = {"bf16": 4, "fp32": 0}
+"""Bytes of a parameter's fp32 master weight."""
 
 WORTH = 3
 """A few layers are rehearsed where the whole model has at least so many times more of them."""
@@ -52,7 +57,9 @@ def by_shapes(settings: Settings) -> dict[str, int]:
     if zero.offload != "all":
         bound["parameters"] = of_rank * ELEMENT[precision] // (layout.dp_size if zero.stage == 3 else 1)
     if zero.offload == "none":
-        bound["optimizer"] = of_rank * ADAMW[precision] // (layout.dp_size if zero.stage else 1)
+        state = MASTER[precision] + MOMENTS[settings.optimizer.kind]
+        state //= 2 if settings.optimizer.state == "bf16" else 1
+        bound["optimizer"] = of_rank * state // (layout.dp_size if zero.stage else 1)
     return bound
 
 

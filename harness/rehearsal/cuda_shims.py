@@ -194,6 +194,10 @@ def current_accelerator(check_available: bool = False) -> torch.device:
     return torch.device("cuda")
 
 
+def get_device_module(device: Any = None) -> Any:
+    return torch.cuda if device is None else getattr(torch, torch.device(device).type)
+
+
 def by(stand_in: Any) -> Callable[[Any], Any]:
     """A replacement by `stand_in`, whatever the original is."""
     return lambda original: stand_in
@@ -267,6 +271,7 @@ CUDA_SHIMS = (
     ),
     Patch("torch.cuda.memory", "_record_memory_history", NO_CARD, TORCH, by(_record_memory_history)),
     Patch("torch.cuda.nvtx", "_nvtx", NO_CARD, TORCH, by(Ranges()), unchecked=DATA),
+    Patch("torch", "get_device_module", NO_CARD, TORCH, by(get_device_module)),
     Patch("torch.cuda", "Stream", NO_CARD, TORCH, by(Stream), unchecked="it is a class with other options"),
     Patch("torch", "Stream", NO_CARD, TORCH, by(Stream), unchecked="it is a class with other options"),
     Patch("torch", "Event", NO_CARD, TORCH, by(Event), unchecked="it is a class with other options"),

@@ -112,6 +112,9 @@ class KnownValues:
 
     def _computed(self, func: Any, args: Any, kwargs: Any) -> Any:
         """The result of `func` for the real values of its arguments, on the host. None where one is unknown."""
+        kwargs = (
+            {**kwargs, "pin_memory": False} if kwargs.get("pin_memory") else kwargs
+        )  # no GPU, none pinned
         leaves, spec = tree_flatten((args, kwargs))
         for index, leaf in enumerate(leaves):
             if isinstance(leaf, torch.device):

@@ -25,6 +25,7 @@ from harness.rehearsal.places import Place, watched
 from harness.rehearsal.world import rehearsed
 from harness.runtime.memory_snapshot import snapshot_file
 from harness.training import loss_check, train
+from harness.training.optimizers import import_library
 
 
 def rehearse(
@@ -48,6 +49,8 @@ def rehearse(
         except ValueError as error:
             raise Refusal("hardware.allocator", settings.hardware.allocator, str(error)) from None
     mode = train if settings.mode == "train" else infer
+    if mode is train:
+        import_library(settings)
     results = Results()
     if settings.pipeline.stages > 1:
         prove(plan)

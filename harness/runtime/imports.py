@@ -1,6 +1,7 @@
 """Imports that take seconds, without what a run does not use."""
 
 import gc
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,8 +33,16 @@ def import_deepspeed() -> Any:
     """DeepSpeed, without what only its autotuner and another optimizer need: MLflow, and torch's compiler."""
     with without_collection(), _absent("mlflow"), patched(PATCHES["torch.compile"].by(_when_called)):
         deepspeed = import_module("deepspeed")
-        import_module(_MUON)
+        with patched(PATCHES["torch.compile"].by(_not_at_all)):
+            import_module(_MUON)
     return deepspeed
+
+
+def import_bitsandbytes() -> Any:
+    """bitsandbytes, without torch's compiler, and without what it says of kernels for packed weights."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    with without_collection(), patched(PATCHES["torch.compile"].by(_when_called)):
+        return import_module("bitsandbytes")
 
 
 @contextmanager
@@ -47,6 +56,13 @@ def _absent(name: str) -> Iterator[None]:
         yield
     finally:
         del sys.modules[name]
+
+
+def _not_at_all(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`torch.compile` that leaves a function as it is: Muon's would be compiled for each shape of a matrix, by a C++
+    compiler on a CPU, and a ledger would not see inside.
+    """
+    return lambda model=None, **options: (lambda model: model) if model is None else model
 
 
 def _when_called(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -25,6 +25,7 @@ from harness.runtime import faults
 from harness.runtime.files import NotWritten, digest, flush, folder, move, part_of, writing
 from harness.runtime.world import World
 from harness.training.engine import Engine
+from harness.training.optimizers import load_state, state_of
 from harness.training.pipeline_engine import Pipeline
 
 T = TypeVar("T")
@@ -60,7 +61,7 @@ def tensors(engine: Engine | Pipeline) -> dict[str, torch.Tensor]:
     for index, master in enumerate(masters(engine)):
         if engine.deepspeed.optimizer is not engine.inner:
             named[f"masters/{index}"] = master.data
-        for key, value in engine.inner.state.get(master, {}).items():
+        for key, value in state_of(engine.inner, master).items():
             named[f"optimizer/{index}/{key}"] = value
     return named
 
@@ -247,10 +248,7 @@ def load(
             name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)
         }
         if optimizer_state:
-            engine.inner.state[master] = {
-                key: value.to(master.device) if value.dim() else value
-                for key, value in optimizer_state.items()
-            }
+            load_state(engine.inner, master, optimizer_state)
     torch.set_rng_state(state["random/cpu"])
     if "random/cuda" in state and world.device.type == "cuda":
         torch.cuda.set_rng_state(state["random/cuda"], world.device)

@@ -10,13 +10,14 @@ import torch
 from transformers import PreTrainedModel
 
 from harness.config.load import Settings, Train
+from harness.data.batch import Batch
 from harness.ledger import Ledger
 from harness.ledger.patch import DATA, DEEPSPEED, Patch, install, table
-from harness.model import activation_checkpointing
+from harness.model import activation_checkpointing, activation_offload
 from harness.model.init_weights import lasting
 from harness.runtime import faults, imports
 from harness.runtime.world import World
-from harness.training import head_loss
+from harness.training import head_loss, optimizers
 from harness.training.deepspeed_config import engine_config
 from harness.training.nonfinite import Found, Guard, Watch
 
@@ -54,10 +55,11 @@ class Engine:
         model.to(world.device)
         ledger.own(model=model)
         activation_checkpointing.apply(model, settings.checkpointing)
+        activation_offload.apply(model, settings.checkpointing, world.device, ledger)
         head_loss.apply(model, settings.loss)
-        self.inner = adamw(settings, world, model)
+        self.inner = optimizers.build(settings, world, model)
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=self.inner, config=config)
-        self.inner.state.clear()  # without ZeRO, DeepSpeed has taken a step without gradients, and Adam would count it
+        self.inner.state.clear()  # without ZeRO, DeepSpeed has taken a step without gradients, and some would count it
         ledger.own(engine=self.deepspeed)
         self.guard = Guard(settings, world, ledger, self.deepspeed, self.inner)
 
@@ -76,35 +78,33 @@ class Engine:
         """DeepSpeed chooses the class by stage and precision; the record has its name."""
         return type(self.deepspeed.optimizer).__name__
 
-    def train_step(self, batches: Iterator[torch.Tensor], step: int) -> float:
-        """Run one optimizer step over the next micro-batches [micro_batch, sequence]; return the mean loss per token of
-        all ranks.
-        """
+    def train_step(self, batches: Iterator[Batch], step: int) -> float:
+        """Run one optimizer step over the next micro-batches; return the mean loss per token of all ranks."""
         losses = []
         for micro_batch in range(self.settings.train.accumulation):
             with self.ledger.phase("data", step, micro_batch):
-                tokens = next(batches).to(self.world.device)
-                self.ledger.claim("inputs", "tokens", tokens)
-            losses.append(self._micro_step(tokens, step, micro_batch))
+                batch = next(batches).to(self.world.device)
+                claim(self.ledger, batch)
+            losses.append(self._micro_step(batch, step, micro_batch))
         set_rate(self.inner, self.settings.train, step)
         with self.guard.update(), self.ledger.phase("step", step):
             faults.at("step", step)
             self.deepspeed.step()
             return self.world.mean(sum(losses) / len(losses))
 
-    def not_finite_in(self, batches: Iterator[torch.Tensor], step: int) -> Iterator[Found | None]:
+    def not_finite_in(self, batches: Iterator[Batch], step: int) -> Iterator[Found | None]:
         """For each micro-batch of `step`, computed once more, what is not finite on this rank. Collective."""
         for micro_batch in range(self.settings.train.accumulation):
-            tokens = next(batches).to(self.world.device)
+            batch = next(batches).to(self.world.device)
             with Watch(self.module).watching() as watch:
-                loss = self._micro_step(tokens, step, micro_batch)
+                loss = self._micro_step(batch, step, micro_batch)
             yield watch.found(loss)
 
-    def _micro_step(self, tokens: torch.Tensor, step: int, micro_batch: int) -> float:
-        """Run forward and backward over `tokens` [micro_batch, sequence]; return the loss per token."""
+    def _micro_step(self, batch: Batch, step: int, micro_batch: int) -> float:
+        """Run forward and backward over `batch`; return its loss."""
         with self.ledger.phase("forward", step, micro_batch):
             faults.at("forward", step)
-            loss = self.deepspeed(input_ids=tokens, labels=tokens, use_cache=False).loss
+            loss = self.deepspeed(**batch.arguments, use_cache=False).loss
         value = float(loss.detach())
         loss = self.guard.seen(loss, value)
         with self.ledger.phase("backward", step, micro_batch):
@@ -120,13 +120,17 @@ class Engine:
         return norm_of(self.deepspeed, self.ledger)
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterator[torch.Tensor], step: int) -> float:
-        """The mean loss per token over `batches` of [micro_batch, sequence], over all ranks."""
+    def evaluate(self, batches: Iterator[Batch], step: int) -> float:
+        """The mean loss per token over `train.validation_batches` of `batches`, over all ranks."""
         self.deepspeed.eval()
         losses = []
-        for index, tokens in enumerate(batches):
+        for index in range(self.settings.train.validation_batches):
             with self.ledger.phase("validate", step, index):
-                losses.append(float(self.deepspeed(input_ids=tokens, labels=tokens, use_cache=False).loss))
+                batch = next(batches, None)
+                if batch is None:  # a stream has ended
+                    break
+                claim(self.ledger, batch)
+                losses.append(float(self.deepspeed(**batch.arguments, use_cache=False).loss))
         self.deepspeed.train()
         with self.ledger.phase("validate", step, len(losses) - 1, again=True):
             return self.world.mean(sum(losses) / len(losses))
@@ -150,19 +154,10 @@ class Engine:
         return state if lead else None
 
 
-def adamw(settings: Settings, world: World, model: torch.nn.Module) -> torch.optim.AdamW:
-    """torch's AdamW for the parameters of `model`, with the options in `settings`."""
-    train = settings.train
-    return torch.optim.AdamW(
-        model.parameters(),
-        lr=train.learning_rate,
-        betas=train.betas,
-        eps=train.epsilon,
-        weight_decay=train.weight_decay,
-        # torch's own choice; set here because a rehearsal for a GPU does not run on one
-        foreach=world.kind == "cuda" and settings.zero.offload == "none" and not train.fused,
-        fused=train.fused,
-    )
+def claim(ledger: Ledger, batch: Batch) -> None:
+    """Register the tensors of `batch` with the ledger as inputs."""
+    for name, tensor in batch.tensors.items():
+        ledger.claim("inputs", name, tensor)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, train: Train, step: int) -> None:

@@ -14,7 +14,7 @@ the logits again.
 
 import math
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from harness.config.settings import Loss
+from harness.data.batch import IGNORED
 from harness.ledger.patch import DATA, TORCH, TRANSFORMERS, Patch, install, patched, table
 
 _STAYS = "as long as the model lives"
@@ -54,11 +55,10 @@ PATCHES = table(
     ),
 )
 
-IGNORED = -100
-"""The label of a token that has no loss, as transformers has it."""
-
-OfHead = Callable[[Tensor, Tensor, nn.Linear], Tensor]
-"""From hidden states [B, T, H], labels [B, T] and the head to the mean loss per token."""
+OfHead = Callable[[Tensor, Tensor, nn.Linear, float | None], Tensor]
+"""From hidden states [B, T, H], labels [B, T] and the head to the mean loss per token; with a number of items, to their
+sum by that number.
+"""
 
 
 def apply(model: PreTrainedModel, loss: Loss) -> None:
@@ -66,7 +66,7 @@ def apply(model: PreTrainedModel, loss: Loss) -> None:
     states.
     """
     if loss.kind == "chunked":
-        give_to_head(model, lambda hidden, labels, head: chunked(hidden, labels, head, loss.chunk))
+        give_to_head(model, partial(chunked, chunk=loss.chunk))
     if loss.kind == "fused":
         give_to_head(model, fused)
 
@@ -75,11 +75,16 @@ def give_to_head(model: PreTrainedModel, of_head: OfHead) -> None:
     """Let the head of `model` compute the loss by `of_head`."""
     head = model.get_output_embeddings()
 
-    def forward(input: Tensor, *labels: Tensor) -> Tensor:
-        return of_head(input, labels[0], head) if labels else input
+    def forward(input: Tensor, *others: Any) -> Tensor:
+        if not others:
+            return input
+        labels, items = others
+        return of_head(input, labels, head, items)
 
-    def loss_function(logits: Tensor, labels: Tensor, vocab_size: int, **_: Any) -> Tensor:
-        loss: Tensor = head(logits, labels)
+    def loss_function(
+        logits: Tensor, labels: Tensor, vocab_size: int, num_items_in_batch: float | None = None, **_: Any
+    ) -> Tensor:
+        loss: Tensor = head(logits, labels, num_items_in_batch)
         return loss
 
     install(PATCHES["torch.nn.Linear.forward"].by(lambda _: forward, head))
@@ -87,12 +92,16 @@ def give_to_head(model: PreTrainedModel, of_head: OfHead) -> None:
     install(PATCHES[name].by(lambda _: loss_function, model))
 
 
-def chunked(hidden: Tensor, labels: Tensor, head: nn.Linear, chunk: int | None) -> Tensor:
+def chunked(
+    hidden: Tensor, labels: Tensor, head: nn.Linear, items: float | None = None, chunk: int | None = None
+) -> Tensor:
     """The mean loss per token in fp32, as transformers' `ForCausalLMLoss` has it, from the logits of `chunk` tokens at
     a time.
 
-    `hidden` is [B, T, H], `labels` [B, T] with -100 where there is no loss; where all are, the loss is NaN and its
-    gradients are 0. Without `chunk` torch chooses: logits of at most about the size of the hidden states.
+    `hidden` is [B, T, H], `labels` [B, T] with -100 where there is no loss; where all are, the mean is NaN and its
+    gradients are 0. With `items` it is the sum of the losses by that number.
+
+    Without `chunk` torch chooses: logits of at most about the size of the hidden states.
     """
     targets = next_labels(labels)
     with patched(PATCHES[f"torch.nn.modules.linear_cross_entropy.{_OPERATOR}"].by(_seen_inside)):
@@ -105,16 +114,22 @@ def chunked(hidden: Tensor, labels: Tensor, head: nn.Linear, chunk: int | None) 
             ignore_index=IGNORED,
             options=nn.LinearCrossEntropyOptions(batch_chunk_size=chunk),
         )
+    total = losses.float().sum()
+    if items is not None:
+        return total / items
     count = (targets != IGNORED).sum()
-    return _or_nan(losses.float().sum() / count.clamp(min=1), count)
+    return _or_nan(total / count.clamp(min=1), count)
 
 
-def fused(hidden: Tensor, labels: Tensor, head: nn.Linear) -> Tensor:
+def fused(hidden: Tensor, labels: Tensor, head: nn.Linear, items: float | None = None) -> Tensor:
     """`chunked` in liger-kernel's kernels, which choose the chunk themselves and make all gradients in forward."""
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
     targets = next_labels(labels)
     inputs = hidden.flatten(0, -2), head.weight, targets, head.bias
+    if items is not None:
+        total: Tensor = liger_fused_linear_cross_entropy(*inputs, ignore_index=IGNORED, reduction="sum")
+        return total.float() / items
     mean: Tensor = liger_fused_linear_cross_entropy(*inputs, ignore_index=IGNORED)
     return _or_nan(mean.float(), (targets != IGNORED).sum())
 

@@ -16,11 +16,12 @@ from transformers import PreTrainedModel
 from harness.config.errors import first_line
 from harness.config.rules.loss import check_device
 from harness.config.settings import Refusal
+from harness.data.batch import IGNORED
 from harness.ledger.patch import patched
 from harness.model.loader import quiet
 from harness.model.narrow import NoneRuns, narrowest
 from harness.model.plan import Plan
-from harness.training.head_loss import IGNORED, PATCHES, give_to_head, next_labels
+from harness.training.head_loss import PATCHES, give_to_head, next_labels
 
 CLOSE = 1e-5
 """The relative difference that the order of additions in fp32 may make."""
@@ -112,6 +113,7 @@ def _other(model: PreTrainedModel, expected: Tensor) -> str | None:
     )
 
 
-def _cross_entropy(hidden: Tensor, labels: Tensor, head: nn.Linear) -> Tensor:
+def _cross_entropy(hidden: Tensor, labels: Tensor, head: nn.Linear, items: float | None = None) -> Tensor:
+    assert items is None
     logits = functional.linear(hidden, head.weight, head.bias).flatten(0, -2)
     return functional.cross_entropy(logits, next_labels(labels), ignore_index=IGNORED)

@@ -29,7 +29,7 @@ PATCHES = table(
 )
 
 SCALARS = "converted to type float without overflow"
-"""What torch says where AdamW multiplies a tensor by a number that no fp32 can be."""
+"""What torch says where an optimizer multiplies a tensor by a number that no fp32 can be."""
 
 
 class Guard:
@@ -41,7 +41,7 @@ class Guard:
     def __init__(
         self, settings: Settings, world: World, ledger: Ledger, deepspeed: Any, inner: torch.optim.Optimizer
     ) -> None:
-        self.world, self.ledger, self.deepspeed = world, ledger, deepspeed
+        self.world, self.ledger, self.deepspeed, self.inner = world, ledger, deepspeed, inner
         self.skipped = False  # whether the last update was left out
         self._norm: float | None = None
         self._groups: list[dict[str, Any]] | None = None
@@ -69,7 +69,7 @@ class Guard:
 
     @contextmanager
     def update(self) -> Iterator[None]:
-        """Around the update of a step. Raises FloatingPointError where a scalar of AdamW overflows."""
+        """Around the update of a step. Raises FloatingPointError where a scalar of the optimizer overflows."""
         self.skipped = self.on  # DeepSpeed leaves some updates out itself, and then calls no hook
         try:
             yield
@@ -77,9 +77,14 @@ class Guard:
             if not self.on or SCALARS not in str(error):
                 raise
             group = self.deepspeed.optimizer.param_groups[0]
+            over = (
+                f" over 1 - {group['betas'][0]} (of betas) to the power of the step"
+                if "betas" in group
+                else ""
+            )
             raise FloatingPointError(
-                f"AdamW's learning rate {group['lr']:g} over 1 - {group['betas'][0]} (of betas) to the power of the "
-                "step overflows fp32; lower train.learning_rate"
+                f"{type(self.inner).__name__}'s learning rate {group['lr']:g}{over} overflows fp32; "
+                "lower train.learning_rate"
             ) from error
 
     def _before_update(self, inner: torch.optim.Optimizer, *_: object) -> None:

@@ -11,16 +11,17 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from harness.config.load import Settings
+from harness.data.batch import Batch
 from harness.ledger import Ledger
 from harness.ledger.patch import DATA, DEEPSPEED, Patch, install, table
-from harness.model import activation_checkpointing
+from harness.model import activation_checkpointing, activation_offload
 from harness.model.partition import ranges
 from harness.model.stage import Stage, parts
 from harness.runtime import faults
 from harness.runtime.world import World
-from harness.training import head_loss
+from harness.training import head_loss, optimizers
 from harness.training.deepspeed_config import engine_config
-from harness.training.engine import adamw, import_deepspeed, norm_of, set_rate
+from harness.training.engine import claim, import_deepspeed, norm_of, set_rate
 from harness.training.nonfinite import Found, Guard, Watch
 
 _ENGINE = "deepspeed.runtime.pipe.engine.PipelineEngine"
@@ -89,9 +90,10 @@ class Pipeline:
         stage.receives = [settings.train.micro_batch, settings.train.sequence, stage.hidden]
         ledger.own(model=stage.model)
         activation_checkpointing.apply(stage.model, settings.checkpointing, ranges(split)[world.stage].start)
+        activation_offload.apply(stage.model, settings.checkpointing, world.device, ledger)
         if stage.last:
             head_loss.apply(stage.model, settings.loss)
-        self.inner = adamw(settings, world, stage)
+        self.inner = optimizers.build(settings, world, stage)
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its layers and parameter counts
             module = _module(world, stage)
             self.deepspeed, *_ = deepspeed.initialize(model=module, optimizer=self.inner, config=config)
@@ -115,16 +117,14 @@ class Pipeline:
         """DeepSpeed chooses the class by stage and precision; the record has its name."""
         return type(self.deepspeed.optimizer).__name__
 
-    def train_step(self, batches: Iterator[torch.Tensor], step: int) -> float:
-        """Run one optimizer step over the next micro-batches [micro_batch, sequence]; return the mean loss per token of
-        all ranks.
-        """
+    def train_step(self, batches: Iterator[Batch], step: int) -> float:
+        """Run one optimizer step over the next micro-batches; return the mean loss per token of all ranks."""
         set_rate(self.inner, self.settings.train, step)
         self._begin(step, training=True)
         with self.guard.update():
             return float(self.deepspeed.train_batch(self._pairs(batches)))
 
-    def not_finite_in(self, batches: Iterator[torch.Tensor], step: int) -> Iterator[Found | None]:
+    def not_finite_in(self, batches: Iterator[Batch], step: int) -> Iterator[Found | None]:
         """What is not finite in this stage in `step`, computed once more: its micro-batches are on their way at once.
         Collective.
         """
@@ -138,7 +138,7 @@ class Pipeline:
         return norm_of(self.deepspeed, self.ledger)
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterator[torch.Tensor], step: int) -> float:
+    def evaluate(self, batches: Iterator[Batch], step: int) -> float:
         """The mean loss per token over `train.validation_batches` of `batches`, over all ranks."""
         self._begin(step, training=False)
         number = self.settings.train.validation_batches
@@ -169,11 +169,12 @@ class Pipeline:
         self._step, self._training = step, training
         self._done = {"forward": 0, "backward": 0}
 
-    def _pairs(self, batches: Iterator[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Inputs and labels, which are the same tokens: the first stage uses the inputs, the last the labels."""
-        for tokens in batches:
-            self.ledger.claim("inputs", "tokens", tokens)
-            yield tokens, tokens
+    def _pairs(self, batches: Iterator[Batch]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Inputs and labels: the first stage uses the inputs, the last the labels."""
+        for batch in batches:
+            claim(self.ledger, batch)
+            self.stage.items = None if batch.share is None else batch.share.labels
+            yield batch.tokens, batch.targets
 
     def _instructions_in_phases(self, instructions: Mapping[type, Callable[..., None]]) -> dict[type, Any]:
         return {kind: self._in_phase(kind.__name__, each) for kind, each in instructions.items()}

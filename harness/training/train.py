@@ -3,9 +3,8 @@
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -17,6 +16,7 @@ from harness.config.refusal import as_typed
 from harness.config.rules import check_layers, positions
 from harness.config.rules.sources import run_state
 from harness.data import token_batches
+from harness.data.batch import Share
 from harness.ledger import Ledger
 from harness.ledger.traffic import READ, WRITE
 from harness.model import init_weights, loader, stage
@@ -37,6 +37,7 @@ from harness.training import checkpoint, nonfinite
 from harness.training.engine import Engine, learning_rate
 from harness.training.identity import compared, identity
 from harness.training.pipeline_engine import Pipeline
+from harness.training.reading import Reported, validation_batches
 
 Say = Callable[[str], None]
 
@@ -50,7 +51,7 @@ def run(plan: Plan, world: World, ledger: Ledger, out: Output, course: Course = 
     tokenizer = tokenizer_of(settings.model, config, settings.data.tokenizer)
     generation = fields_of(settings.model, config)
     corpus = token_batches.corpus(settings.data, tokenizer, train.sequence, world, course.values)
-    validation_batches = _validation_batches(settings, world, ledger, corpus)
+    validation = validation_batches(settings, world, ledger, corpus)
     if (train.save_every or train.save_on_term) and course.values:
         checkpoint.check_free(out.directory)
     own = identity(plan, world, tokenizer, corpus) if course.values else {}
@@ -60,14 +61,18 @@ def run(plan: Plan, world: World, ledger: Ledger, out: Output, course: Course = 
     with ledger.phase("setup"):
         engine, out.results.model = _engine(plan, config, dtype, world, ledger, quantization, course.values)
     first = _resume(resumed, world, engine, out.say)
-    batches = token_batches.loader(
-        corpus.train, train.micro_batch, world, settings.seed, skip=first * train.accumulation
-    )
-    batches = _reported(batches, ledger)
+    spans = train.micro_batch, world, settings.seed, first * train.accumulation, train.accumulation
+    batches = Reported(token_batches.loader(corpus.train, *spans), ledger)
     parameters = f"{out.results.model.parameters:,} parameters"
     out.say(f"{settings.model.name}: {parameters}, {engine.optimizer_class}, {world.size} ranks")
+    if corpus.cut:
+        out.say(
+            f"{corpus.cut:,} tokens of documents are beyond train.sequence={train.sequence}, and left out"
+        )
     progress = Progress(settings, world, ledger, first, out.say, time.perf_counter() - start, course)
     progress.training = progress.training.plus(optimizer=engine.optimizer_class)
+    if corpus.cut is not None:
+        progress.training = progress.training.plus(cut_tokens=corpus.cut)
     if resumed is not None:
         progress.training = progress.training.plus(changes=resumed.changes, unknown=resumed.unknown)
     out.results.training = progress.training
@@ -80,18 +85,20 @@ def run(plan: Plan, world: World, ledger: Ledger, out: Output, course: Course = 
             if train.nonfinite == "stop":
                 _stop(engine, world, settings, corpus, step, loss)
             progress.skipped(step, loss)
-        progress.stepped(loss)
+        progress.stepped(loss, batches.shares)
+        batches.shares.clear()
         if out.trackers:
             rates = {
                 "train/learning_rate": learning_rate(train, step),
                 "train/grad_norm": engine.gradient_norm,
             }
             out.trackers.log(step + 1, {**progress.figures(), **rates})
-        if validation_batches is not None and _due(step, train.validate_every, train.steps):
-            loss = engine.evaluate(validation_batches(), step)
+        if validation is not None and _due(step, train.validate_every, train.steps):
+            loss = engine.evaluate(validation(), step)
             progress.validated(step, loss)
             out.trackers.log(step + 1, {"validation/loss": loss})
         if _due(step, max(1, train.steps // 10), first + settings.ledger.steps):
+            out.results.training = progress.counted()
             out.flush()
         saved = False
         if _due(step, train.save_every, None):
@@ -107,6 +114,7 @@ def run(plan: Plan, world: World, ledger: Ledger, out: Output, course: Course = 
     if not progress.whole:
         ledger.enough()  # the next step would do this; do it before anything is freed
     if course.values:
+        out.results.training = progress.counted()
         out.results.performance = progress.rates()
     if train.export and progress.whole:
         with ledger.phase("checkpoint", train.steps):
@@ -224,7 +232,8 @@ def _stop(
     engine.ledger.enough()  # what follows is no part of the run
     train = settings.train
     skip = step * train.accumulation
-    batches = token_batches.loader(corpus.train, train.micro_batch, world, settings.seed, skip)
+    spans = train.micro_batch, world, settings.seed, skip, train.accumulation
+    batches = token_batches.loader(corpus.train, *spans)
     searched = engine.not_finite_in(batches, step)
     rank, micro_batch, phase, sentence = nonfinite.origin(searched, loss, world)
     with engine.ledger.phase(phase, step, micro_batch):
@@ -232,39 +241,6 @@ def _stop(
             raise FloatingPointError(f"{sentence}; the update was left out, and train.nonfinite=skip goes on")
         world.barrier()  # until that rank has ended
     raise FloatingPointError(sentence)
-
-
-def _reported(batches: Iterator[torch.Tensor], ledger: Ledger) -> Iterator[torch.Tensor]:
-    """`batches`, whose tokens are read from the stored row as they are asked for: each is 4 bytes there."""
-
-    def report(tokens: torch.Tensor) -> torch.Tensor:
-        ledger.traffic.report(READ, {"tokens": tokens.numel() * token_batches.STORED_BYTES})
-        return tokens
-
-    return map(report, batches)  # a generator would keep the batch until the next
-
-
-def _validation_batches(
-    settings: Settings, world: World, ledger: Ledger, corpus: token_batches.Corpus
-) -> Callable[[], Iterator[torch.Tensor]] | None:
-    """A function that returns the validation batches, the same ones at each call; None where validation is off."""
-    train, blocks = settings.train, corpus.validation
-    if not train.validate_every or blocks is None:
-        return None
-    if isinstance(blocks, token_batches.Blocks) and len(blocks) < train.micro_batch * world.dp_size:
-        raise Refusal(
-            "data.validation",
-            settings.data.validation,
-            f"it holds out {len(blocks)} sequences, and {world.dp_size} ranks validate {train.micro_batch} each at "
-            "once; raise it, or use train.validate_every=0",
-        )
-
-    def batches() -> Iterator[torch.Tensor]:
-        stream = token_batches.loader(blocks, train.micro_batch, world, settings.seed)
-        stream = _reported(islice(stream, train.validation_batches), ledger)
-        return (tokens.to(world.device) for tokens in stream)
-
-    return batches
 
 
 def _export(
@@ -308,7 +284,9 @@ class Progress:
         self.seconds: list[float] = []
         self.startup = startup
         train = settings.train
-        self.tokens = train.micro_batch * train.accumulation * train.sequence * world.dp_size
+        self.positions = train.micro_batch * train.accumulation * train.sequence * world.dp_size
+        self.tokens: list[int] = []
+        self.labels = 0
         self.training = Training(first_step=first, losses=[], validation=[], skipped=[])
 
     @property
@@ -325,15 +303,28 @@ class Progress:
                 self.began = time.perf_counter()
                 yield step
 
-    def stepped(self, loss: float) -> None:
-        """Record the end of a step."""
+    def stepped(self, loss: float, shares: Sequence[Share]) -> None:
+        """Record the end of a step. `shares` are those of its micro-batches; empty where all positions count."""
         if self.world.device.type == "cuda":
             torch.cuda.synchronize(self.world.device)
         self.seconds.append(time.perf_counter() - self.began)
         if not self.values:
             return
         self.training.losses.append(loss)
-        self.pace.advance(1, f"loss {loss:.3f}  {self.tokens / self.seconds[-1]:,.0f} tokens/s")
+        counts = [round(sum(each) * self.world.dp_size) for each in zip(*shares, strict=True)]
+        self.labels += counts[0] if counts else 0
+        self.tokens.append(counts[1] if counts else self.positions)
+        self.pace.advance(1, f"loss {loss:.3f}  {self.tokens[-1] / self.seconds[-1]:,.0f} tokens/s")
+
+    def counted(self) -> Training:
+        """The record so far, with the tokens of all steps where not all positions count."""
+        if self.labels:
+            tokens = sum(self.tokens)
+            padding = len(self.tokens) * self.positions - tokens
+            self.training = self.training.plus(
+                tokens=tokens, label_tokens=self.labels, padding_tokens=padding
+            )
+        return self.training
 
     def skipped(self, step: int, loss: float) -> None:
         """Record that the update of `step` was left out, and say so."""
@@ -346,7 +337,7 @@ class Progress:
         """The last step's, for trackers."""
         return {
             "train/loss": self.training.losses[-1],
-            "train/tokens_per_second": self.tokens / self.seconds[-1],
+            "train/tokens_per_second": self.tokens[-1] / self.seconds[-1],
             "train/step_seconds": self.seconds[-1],
             **of_stretch(self.ledger.recent.take()),
         }
@@ -372,10 +363,13 @@ class Progress:
         ledger = self.settings.ledger
         exact_steps = ledger.steps if ledger.mode == "exact" else 1
         timed = self.seconds[exact_steps:] or self.seconds[1:] or self.seconds
-        median = statistics.median(timed)
-        return Performance(
+        median, tokens = statistics.median(timed), statistics.mean(self.tokens[-len(timed) :])
+        performance = Performance(
             startup_seconds=self.startup,
-            tokens_per_second=self.tokens / median,
+            tokens_per_second=tokens / median,
             step_seconds=median,
             steps_timed=len(timed),
         )
+        if not self.training.padding_tokens:
+            return performance
+        return performance.plus(padded_tokens_per_second=self.positions / median)

@@ -147,6 +147,7 @@ SHOWN = {
     "checkpointing": (f"{LOGITS} checkpointing=full", f"{LARGE} checkpointing=selective"),
     "gathered": (GATHERED, f"{GATHERED} train.validate_every=0"),
     "offload": (f"{TRAIN} zero=2 zero.offload=optimizer", f"{TRAIN} zero=2"),
+    "waiting": (f"{TRAIN} zero=2 checkpointing.offload=cpu", f"{TRAIN} zero=2"),
     "ranks": (f"{TRAIN} zero=2", f"{TRAIN} zero=2 world.size=1"),
     "kv_cache": (f"{INFER} generation.prompt_length=512 generation.count=16 generation.batch=8", INFER),
     "padding": (UNEVEN, INFER),
@@ -423,6 +424,26 @@ def test_what_the_settings_refuse_is_not_tried() -> None:
     tried = changes(parse(record_of(f"{TRAIN} zero=2"), "it"))
     assert {"zero.stage": 3} in tried
     assert {"zero.offload": "all"} not in tried  # takes ZeRO-3
+
+
+def test_states_of_fewer_bits_are_tried_and_no_other_optimizer() -> None:
+    tried = changes(parse(record_of(f"{TRAIN} zero=2 precision=bf16"), "it"))
+    assert {"optimizer.kind": "adamw_8bit"} in tried
+    assert {"optimizer.state": "bf16"} in tried
+    tried = changes(parse(record_of(f"{TRAIN} zero=2 precision=fp32 optimizer=sgd"), "it"))
+    assert not any(key.startswith("optimizer.") for values in tried for key in values)
+
+
+def test_activations_are_offloaded_from_a_gpu_alone() -> None:
+    offloaded = {"checkpointing.offload": "cpu"}
+    assert offloaded in changes(parse(record_of(f"{TRAIN} zero=2 hardware=a100-80gb"), "it"))
+    assert not any(
+        "checkpointing.offload" in each for each in changes(parse(record_of(f"{TRAIN} zero=2"), "it"))
+    )
+    on_gpu = f"{TRAIN} zero=2 hardware=a100-80gb checkpointing.offload=cpu"
+    waiting = findings_by_kind(record_of(on_gpu))["waiting"]
+    assert waiting.sentence.endswith("or more are pinned.")
+    assert waiting.bytes == record_of(on_gpu)["ranks"][0]["on_host"]["activations"]
 
 
 def test_caches_of_which_each_holds_less_are_tried_and_those_that_cannot_be_are_not_told_of(

@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from harness.config.compose import compose
 from harness.config.load import load
+from harness.data.batch import Batch
 from harness.ledger import Ledger
 from harness.model import loader
 from harness.model.resolve import resolve
@@ -53,7 +54,7 @@ def main(words: list[str]) -> None:
 
         def harness_step(ledger: Ledger) -> None:
             engine.ledger = ledger
-            engine.train_step(repeat(tokens), 0)
+            engine.train_step(repeat(Batch(tokens)), 0)
 
         def bare_step() -> None:
             for _ in range(train.accumulation):

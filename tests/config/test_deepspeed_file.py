@@ -2,6 +2,7 @@
 
 import base64
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from harness.config.compose import compose
 from harness.config.deepspeed_file import expanded
 from harness.config.deepspeed_json import MOST_BYTES
 from harness.config.load import load
+from harness.config.rules import optimizer
 from harness.config.settings import Refusal, Settings
+from harness.training.deepspeed_config import whole_config
 
 ZERO = "zero_optimization"
 MICRO = {"train_micro_batch_size_per_gpu": 2}
@@ -90,6 +93,45 @@ def test_a_schedule_and_an_optimizer_bring_deepspeed_s_defaults(file: Path) -> N
     tree = {"optimizer": {"type": "AdamW"}, "scheduler": {"type": "WarmupLR"}}
     actual = settings_of(file, tree, "train.steps=2000").train
     assert (actual.weight_decay, actual.warmup_steps, actual.schedule) == (0.0, 1000, "constant")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "optimizer=adamw train.betas=[0.8,0.9] train.fused=true",
+        "optimizer=adamw_8bit train.epsilon=1e-6",
+        "optimizer=adafactor zero=0 train.weight_decay=0.5",
+        "optimizer=muon zero=2 train.clip=0 optimizer.momentum=0.5",
+        "optimizer=sgd",
+        "optimizer=sgd optimizer.momentum=0.9 zero=2 precision=bf16 optimizer.state=bf16",
+        "optimizer=lion train.betas=[0.9,0.99]",
+    ],
+)
+def test_the_file_of_a_run_means_its_own_optimizer(
+    file: Path, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(optimizer, "find_spec", lambda name: name)  # a file is read without the packages too
+    given = load(compose(["mode=train", "precision=fp32", *words.split()]))
+    read = settings_of(file, whole_config(given, 1))
+    momentum = {"sgd": 0.0, "muon": 0.95}.get(given.optimizer.kind)
+    own = (
+        given.optimizer
+        if given.optimizer.momentum is not None
+        else replace(given.optimizer, momentum=momentum)
+    )
+    assert read.optimizer == own
+    assert read.train == given.train
+    assert read.precision == given.precision
+
+
+def test_an_optimizer_that_a_file_names_without_its_options_has_deepspeed_s(file: Path) -> None:
+    tree = {**MICRO, "optimizer": {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}}}
+    given = settings_of(file, tree)
+    assert (given.optimizer.kind, given.optimizer.momentum, given.train.weight_decay) == ("sgd", 0.9, 0.0)
+    muon = {"type": "Muon", "params": {"ns_method": "standard"}}
+    given = settings_of(file, {**MICRO, "optimizer": muon})
+    assert (given.train.betas, given.train.epsilon, given.train.weight_decay) == ((0.9, 0.95), 1e-10, 0.0)
+    assert refused(file, {**MICRO, "optimizer": muon}, "optimizer=sgd").startswith("optimizer=sgd: ")
 
 
 def test_what_it_leaves_out_yields_to_the_user(file: Path) -> None:
@@ -185,6 +227,9 @@ def test_of_the_batch_two_parts_give_the_third(
         ({"autotuning": {"enabled": True}}, "harness fit"),
         ({"tensorboard": {"enabled": True}}, "record.json"),
         ({"optimizer": {"type": "Lamb"}}, "AdamW"),
+        ({"optimizer": {"type": "Muon"}}, "write standard"),
+        ({"optimizer": {"type": "SGD", "params": {"nesterov": True}}}, "momentum is plain here"),
+        ({"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}, "set both, or none"),
         ({"optimizer": {"type": "AdamW", "params": {"betas": [0.9]}}}, "betas"),
         ({"scheduler": {"type": "OneCycle"}}, "no such schedule"),
         ({"scheduler": {"type": "WarmupLR", "params": {"warmup_type": "log"}}}, "linear"),

@@ -18,3 +18,11 @@ def test_a_loss_in_chunks_is_refused_with_the_torch_that_has_it(
         f"loss=chunked: it needs torch 2.13, and {release} is installed; use loss=full"
     )
     load(compose(["loss=full"]))
+
+
+def test_kernels_that_are_not_installed_are_refused_with_the_extra_that_has_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(loss, "find_spec", lambda package: None)
+    with pytest.raises(Refusal, match=r"loss=fused: liger_kernel is not installed; .*'harness\[fused\]'"):
+        load(compose(["loss=fused", "hardware=h100-sxm"]))

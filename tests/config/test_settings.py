@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from harness.config import compose
 from harness.config.load import Refusal, Settings, Train, load
-from harness.config.rules import check_world
+from harness.config.rules import check_world, optimizer
 from harness.config.settings import described_fields
 
 MODELS = compose.groups()["model"]
@@ -132,6 +132,7 @@ def test_a_key_of_a_model_config_can_be_changed_or_added() -> None:
         ("checkpointing=some", "checkpointing=some: no such option; one of full, none, selective"),
         ("loss=nonsense", "loss=nonsense: no such option; one of chunked, full, fused"),
         ("zero.offload=some", "zero.offload=some: should be 'none', 'optimizer' or 'all'"),
+        ("checkpointing.offload=nvme", "checkpointing.offload=nvme: should be 'none' or 'cpu'"),
         (
             "generation.cache=page",
             "generation.cache=page: should be 'dynamic', 'static', 'paged', 'quantized', 'offloaded' or 'none'",
@@ -225,6 +226,39 @@ def test_a_number_out_of_its_range_is_refused_by_its_key(words: str) -> None:
         ("zero=0 zero.offload=optimizer", "zero.offload=optimizer", "use zero=1, 2 or 3"),
         ("zero=2 zero.offload=all", "zero.offload=all", "use zero.offload=optimizer"),
         ("zero=2 pipeline.stages=2", "zero=2", "with pipeline.stages=2 use zero=0 or 1"),
+        ("optimizer=adafactor zero=1", "optimizer=adafactor", "it needs whole matrices; use zero=0"),
+        ("optimizer=muon zero=3 train.clip=0", "optimizer=muon", "use zero=0, 1 or 2"),
+        ("optimizer=muon zero=2", "train.clip=1.0", "muon's updates, not its gradients; use train.clip=0"),
+        (
+            "optimizer=muon zero=1 train.clip=0 train.nonfinite=skip",
+            "train.nonfinite=skip",
+            "use train.nonfinite=stop",
+        ),
+        (
+            "optimizer=muon zero=1 train.clip=0 zero.offload=optimizer",
+            "zero.offload=optimizer",
+            "use zero.offload=none",
+        ),
+        (
+            "optimizer=muon zero=0 precision=bf16 pipeline.stages=2",
+            "optimizer=muon",
+            "it needs whole matrices; use zero=0 precision=fp32",
+        ),
+        (
+            "optimizer=sgd train.betas=[0.9,0.95]",
+            "train.betas=[0.9,0.95]",
+            "or use adamw, adamw_8bit, muon, lion",
+        ),
+        ("optimizer=sgd train.epsilon=1e-6", "train.epsilon=1e-06", "or use adamw, adamw_8bit, muon"),
+        ("optimizer=muon zero=0 train.fused=true", "train.fused=true", "or use adamw, sgd"),
+        ("optimizer.momentum=0.9", "optimizer.momentum=0.9", "leave it out, or use sgd or muon"),
+        ("optimizer.state=bf16 precision=fp32", "optimizer.state=bf16", "use precision=bf16"),
+        ("optimizer.state=bf16 precision=bf16 zero=0", "optimizer.state=bf16", "use zero=1, 2 or 3"),
+        (
+            "optimizer.state=bf16 precision=bf16 zero.offload=optimizer",
+            "optimizer.state=bf16",
+            "use zero.offload=none",
+        ),
         ("pipeline.stages=5", "pipeline.stages=5", "the model has 4 layers; use 4 or fewer"),
         ("pipeline.split=memory", "pipeline.split=memory", "one stage needs none; add pipeline.stages="),
         ("pipeline.groups=2", "pipeline.groups=2", "one stage needs none; add pipeline.stages="),
@@ -250,6 +284,16 @@ def test_a_number_out_of_its_range_is_refused_by_its_key(words: str) -> None:
             "each group needs a prompt, and generation.batch=4",
         ),
         ("mode=infer checkpointing=full", "checkpointing=full", "use checkpointing=none"),
+        (
+            "mode=infer checkpointing.offload=cpu",
+            "checkpointing.offload=cpu",
+            "inference saves no activations; leave it out",
+        ),
+        (
+            "checkpointing=selective checkpointing.offload=cpu",
+            "checkpointing.offload=cpu",
+            "use checkpointing=full or none",
+        ),
         ("checkpointing.layers=[1]", "checkpointing.layers=[1]", "use checkpointing=selective or full"),
         ("checkpointing.every=2", "checkpointing.every=2", "use checkpointing=selective or full"),
         (
@@ -273,7 +317,6 @@ def test_a_number_out_of_its_range_is_refused_by_its_key(words: str) -> None:
             "are 64 tokens; give fewer, or use",
         ),
         ("loss=fused hardware=cpu", "loss=fused", "for a GPU, and this is a CPU; use loss=chunked"),
-        ("loss=fused hardware=h100-sxm", "loss=fused", "install it with pip install 'harness[fused]'"),
         (
             "loss=fused world=rehearsed world.size=2 hardware=h100-sxm",
             "loss=fused",
@@ -358,6 +401,11 @@ def test_a_number_out_of_its_range_is_refused_by_its_key(words: str) -> None:
         ("data=hub", "data.name=null", "needs data.name="),
         ("data.name=a/b", "data.name=a/b", "use data=hub"),
         ("data.streaming=true", "data.streaming=true", "only data=hub streams"),
+        ("data=chat", "data.path=null", "data=chat needs data.path="),
+        ("data=chat data.path=/nowhere/*.jsonl", "data.path=/nowhere/*.jsonl", "no such file"),
+        ("data=chat data.path=/etc/hostname mode=infer", "data=chat", "conversations are for training"),
+        ("data.packing=false mode=infer", "data.packing=false", "pads no document"),
+        ("data.packing=2", "data.packing=2", ""),
         ("model.path=/nowhere", "model.path=/nowhere", "no such directory"),
         ("model.trust_remote_code=true", "model.trust_remote_code=true", "should be false"),
     ],
@@ -554,3 +602,19 @@ def test_a_batch_that_micro_batches_do_not_make_up_is_refused_with_what_would() 
 
 def test_a_refusal_is_one_line_whatever_is_in_it() -> None:
     assert str(Refusal("a.b", "x\ny", "do\n this")) == "a.b=x y: do this"
+
+
+@pytest.mark.parametrize("kind", ["adamw_8bit", "lion"])
+def test_an_optimizer_without_its_package_is_refused_with_the_command_that_installs_it(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(optimizer, "LIBRARY", "bitsandbytes_of_nobody")
+    sentence = refusal(f"optimizer={kind}")
+    assert sentence.startswith(f"optimizer={kind}: bitsandbytes_of_nobody is not installed; ")
+    assert sentence.endswith("pip install 'harness[optimizers]'")
+
+
+def test_an_optimizer_of_no_such_name_is_refused_with_those_that_there_are() -> None:
+    sentence = refusal("optimizer=nonsense")
+    assert sentence.startswith("optimizer=nonsense: ")
+    assert all(kind in sentence for kind in optimizer.USED)

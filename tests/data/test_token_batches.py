@@ -31,7 +31,7 @@ def text(tmp_path: Path) -> Data:
 
 def blocks(part: token_batches.Blocks | token_batches.Stream | None) -> list[list[int]]:
     assert isinstance(part, token_batches.Blocks)
-    return [part[index].tolist() for index in range(len(part))]
+    return [part[index].tokens for index in range(len(part))]
 
 
 def test_the_row_is_every_document_in_order_with_ends_between(text: Data) -> None:
@@ -58,7 +58,7 @@ def test_ranks_share_an_epoch_out_with_nothing_twice(text: Data, size: int) -> N
         tuple(row)
         for rank in range(size)
         for batch in islice(token_batches.loader(_numbered(train), 2, world(rank, size), 0), each)
-        for row in batch.tolist()
+        for row in batch.tokens.tolist()
     ]
     assert len(seen) == len(set(seen)) == each * 2 * size
 
@@ -66,8 +66,8 @@ def test_ranks_share_an_epoch_out_with_nothing_twice(text: Data, size: int) -> N
 def test_a_step_takes_the_same_sequences_however_many_ranks_share_it(text: Data) -> None:
     numbered = _numbered(token_batches.corpus(text, BYTES, 10).train)
     alone = next(token_batches.loader(numbered, 4, world(), 3))
-    shared = [next(token_batches.loader(numbered, 2, world(rank, 2), 3)) for rank in (0, 1)]
-    assert torch.equal(torch.cat(shared), alone)
+    shared = [next(token_batches.loader(numbered, 2, world(rank, 2), 3)).tokens for rank in (0, 1)]
+    assert torch.equal(torch.cat(shared), alone.tokens)
 
 
 @pytest.mark.parametrize("skip", [0, 1, 21, 22, 23, 50, 100])
@@ -75,7 +75,7 @@ def test_a_skip_goes_on_exactly_where_it_says(text: Data, skip: int) -> None:
     numbered = _numbered(token_batches.corpus(text, BYTES, 10).train)
     whole = list(islice(token_batches.loader(numbered, 2, world(1, 2), 7), skip + 3))
     after = list(islice(token_batches.loader(numbered, 2, world(1, 2), 7, skip=skip), 3))
-    assert [batch.tolist() for batch in after] == [batch.tolist() for batch in whole[skip:]]
+    assert [batch.tokens.tolist() for batch in after] == [batch.tokens.tolist() for batch in whole[skip:]]
 
 
 def test_epochs_are_shuffled_anew_and_the_seed_decides_how(text: Data) -> None:
@@ -83,7 +83,8 @@ def test_epochs_are_shuffled_anew_and_the_seed_decides_how(text: Data) -> None:
 
     def order(seed: int) -> list[list[int]]:
         return [
-            batch[:, 0].tolist() for batch in islice(token_batches.loader(numbered, 9, world(), seed), 20)
+            batch.tokens[:, 0].tolist()
+            for batch in islice(token_batches.loader(numbered, 9, world(), seed), 20)
         ]
 
     first, second = order(0)[:10], order(0)[10:]
@@ -194,11 +195,11 @@ def test_a_dataset_of_the_hubs_kind_is_read_and_streamed(tmp_path: Path) -> None
     mapped = Data(kind="hub", name=str(tmp_path / "rows"), cache_dir=str(tmp_path / "cache"), validation=0.1)
     streamed = Data(kind="hub", name=str(tmp_path / "rows"), streaming=True, validation=0.1)
     whole, stream = token_batches.corpus(mapped, BYTES, 10), token_batches.corpus(streamed, BYTES, 10)
-    rows = [block.tolist() for block in stream.train]  # type: ignore[union-attr]
+    rows = [block.tokens for block in stream.train]  # type: ignore[union-attr]
     assert len(rows) == 202 - 21
     assert len(blocks(whole.train)) == 202 - 21
     pairs = [list(islice(token_batches.loader(stream.train, 2, world(rank, 2), 0), 3)) for rank in (0, 1)]
-    assert [b.tolist() for pair in zip(*pairs, strict=True) for b in pair] == [
+    assert [b.tokens.tolist() for pair in zip(*pairs, strict=True) for b in pair] == [
         rows[i : i + 2] for i in range(0, 12, 2)
     ]
 
@@ -217,6 +218,6 @@ def _numbered(train: token_batches.Blocks | token_batches.Stream) -> token_batch
 
     class Row:
         def __getitem__(self, part: slice) -> dict[str, list[int]]:
-            return {"token": [part.start // train.sequence] * train.sequence}
+            return {"token": [part.start // train.form.sequence] * train.form.sequence}
 
-    return token_batches.Blocks(Row(), train.sequence, 0, len(train))
+    return token_batches.Blocks(Row(), train.form, 0, len(train))

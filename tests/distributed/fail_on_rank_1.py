@@ -4,17 +4,17 @@ import os
 import sys
 
 from harness.__main__ import main
+from harness.data.batch import Batch
 from harness.training import engine
 
 if os.environ["RANK"] == "1":
-    import torch
 
     class Fails(engine.Engine):
-        def _micro_step(self, tokens: torch.Tensor, step: int, micro_batch: int) -> float:
+        def _micro_step(self, batch: Batch, step: int, micro_batch: int) -> float:
             if step == 1:
                 with self.ledger.phase("backward", step, micro_batch):
                     raise ValueError("out of luck")
-            return super()._micro_step(tokens, step, micro_batch)
+            return super()._micro_step(batch, step, micro_batch)
 
     engine.Engine = Fails  # type: ignore[misc]
 

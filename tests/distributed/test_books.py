@@ -93,6 +93,19 @@ def test_recomputation_changes_no_loss_and_every_byte_of_it_is_named(trained: Tr
             assert recomputed <= {"backward"}
 
 
+@pytest.mark.parametrize("name", ["zero=3", "stages"])
+def test_an_offload_of_activations_changes_no_loss_and_every_byte_of_it_is_named(
+    trained: Trained, name: str
+) -> None:
+    words = RECOMPUTING[name]
+    record = trained(*words, "checkpointing=full", "checkpointing.offload=cpu")
+    assert record["training"]["losses"] == trained(*words)["training"]["losses"]
+    for rank in record["ranks"]:
+        assert rank["allocator"]["unattributed"] == 0
+        assert sum(rank["peak"]["categories"].values()) == rank["allocator"]["peak"]
+        assert rank["on_host"]["activations"] == sum(rank["forwards"]["stashes"]) > 0
+
+
 def test_zero3_states_are_exact(trained: Trained) -> None:
     record = trained("zero=3", "zero.persistence_threshold=0", *STATES)
     assert record["model"]["parameters"] == N

@@ -25,6 +25,7 @@ from harness.model.resolve import resolve
 from harness.rehearsal.all_ranks import rehearse as rehearse_all
 from harness.rehearsal.one_rank import rehearse
 from harness.rehearsal.representatives import Representative, representatives_of
+from tests.chats import chatter, conversations
 from tests.distributed.conftest import NARROW, PRECISION, Launch, complete
 
 Words = tuple[str, ...]
@@ -108,6 +109,20 @@ CHUNKED = [
         *VALIDATED,
     ),
 ]
+OPTIMIZERS = [
+    (*TINY, *TRAIN, *words.split())
+    for words in (
+        "zero=0 optimizer=adafactor precision=bf16",
+        "zero=0 optimizer=muon precision=fp32 train.accumulation=2",
+        "zero=1 optimizer=muon precision=bf16 train.clip=0 train.accumulation=2",
+        "zero=2 optimizer=muon precision=fp32 train.clip=0",
+        "zero=1 optimizer=adamw_8bit precision=fp32",
+        "zero=2 optimizer=lion precision=bf16",
+        "zero=3 optimizer=sgd optimizer.momentum=0.9 precision=bf16",
+        "zero=2 optimizer.state=bf16 precision=bf16",
+        "zero=3 optimizer.state=bf16 precision=bf16 train.accumulation=2",
+    )
+]
 FOUR_HEADS = "model.config.num_key_value_heads=4"
 """A token's keys fill a group of 64, which is what fewer bits come in."""
 QUANTIZED = ("generation.cache=quantized", "generation.prompts=PROMPTS")
@@ -148,6 +163,19 @@ RECOMPUTED = [
     (*TINY, *TRAIN, "train.validate_every=1", "checkpointing=full", "checkpointing.layers=[1]"),
     (*TINY, *TRAIN, "precision=fp32", "checkpointing=selective", "checkpointing.every=2"),
 ]
+OFFLOADED = [
+    (*TINY, *TRAIN, *words, "checkpointing.offload=cpu")
+    for words in (
+        ("zero=0", "checkpointing=full"),
+        ("zero=1", "train.accumulation=2"),
+        ("zero=2", "precision=bf16", "checkpointing=full", "checkpointing.layers=[1]"),
+        ("zero=3", "zero.persistence_threshold=0", "train.validate_every=1"),
+        ("pipeline.stages=2", "train.accumulation=3", "precision=fp32"),
+        ("zero=3", "zero.persistence_threshold=0", "checkpointing=full", "precision=bf16"),
+        ("pipeline.stages=2", "zero=0", "train.accumulation=3", "checkpointing=full"),
+    )
+]
+"""On a CPU the copies are made too, and lie in the same memory."""
 GENERATION = [
     *(
         (*TINY, *INFER, f"generation.cache={c}", "generation.prompts=PROMPTS")
@@ -205,10 +233,29 @@ GENERATION = [
     (*TINY, *INFER, *RELAYED, LONGER),
 ]
 PARALLEL = {"pipeline.stages=2", "generation.tensor_parallel=2"}
+PADDED = (
+    "data=text",
+    "data.path=SHORT",
+    "data.packing=false",
+    "data.validation=0.2",
+    "train.validation_batches=2",
+)
+CHAT = ("data=chat", "data.path=CHAT", "data.tokenizer=CHATTER")
+UNPACKED = [
+    (*TINY, *TRAIN, "zero=0", *PADDED, "model.attention=eager"),
+    (*TINY, *TRAIN, "zero=1", *CHAT, "train.accumulation=2"),
+    (*TINY, *TRAIN, *ZERO[2], *PADDED, "train.accumulation=2", "train.validate_every=1", "train.steps=2"),
+    (*TINY, *TRAIN, *ZERO[3], *CHAT, "data.packing=false"),
+    (*TINY, *TRAIN, "pipeline.stages=2", "zero=1", *PADDED, "train.accumulation=2", "train.validate_every=1"),
+    (*TINY, *TRAIN, "pipeline.stages=2", "zero=0", UNCLIPPED, *CHAT, "train.accumulation=2"),
+]
+KNOBS = [*CHUNKED, *UNPACKED, *OPTIMIZERS, *OFFLOADED]
+"""What people turn to make it fit, one by one."""
+
 CELLS: dict[int, list[Words]] = {
     1: [words for words in GENERATION if not PARALLEL & {*words}],
     2: [
-        *(*MATRIX, *BY_STAGE, *SHARDED_WHOLLY, *TIED, *PIPELINED, *RECOMPUTED, *CHUNKED),
+        *(*MATRIX, *BY_STAGE, *SHARDED_WHOLLY, *TIED, *PIPELINED, *RECOMPUTED, *KNOBS),
         *(words for words in GENERATION if PARALLEL & {*words}),
         *GENERATION[:3],  # replicas, of which one has more prompts
     ],
@@ -257,6 +304,9 @@ EXHAUSTIVE = (
         *PRODUCT,
         *(TIED[stage] for stage in (0, 2)),
         *(RECOMPUTED[number] for number in (0, 2, 4, 5)),
+        *(UNPACKED[number] for number in (0, 5)),
+        *(OPTIMIZERS[number] for number in (1, 3, 6)),
+        *(OFFLOADED[number] for number in (1, 2, 5, 6)),
         CHUNKED[1],  # DeepSpeed's optimizer of stages 1 and 2 is one
         *(CELLS[3][stage] for stage in (0, 2)),
         *(CELLS[4][number] for number in (2, 8, 10)),
@@ -287,6 +337,11 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file of PROMPTS, whose lengths differ within a batch."""
     file = tmp_path_factory.mktemp("prompts") / "prompts.txt"
     file.write_text("\n".join(PROMPTS) + "\n")
+    (file.parent / "SHORT").mkdir()
+    for number in range(40):
+        (file.parent / "SHORT" / f"{number}.txt").write_text("a" * (4 + number % 20))
+    (file.parent / "CHAT").write_text(conversations(200))
+    chatter().save_pretrained(file.parent / "CHATTER")
     return file
 
 
@@ -297,7 +352,9 @@ def run(launch: Launch, prompts: Path) -> Callable[[int, Words], RankRecord]:
 
 
 def _placed(words: Words, prompts: Path) -> list[str]:
-    return [word.replace("=PROMPTS", f"={prompts}") for word in words]
+    files = {"PROMPTS": prompts, **{name: prompts.parent / name for name in ("SHORT", "CHAT", "CHATTER")}}
+    parts = [word.partition("=") for word in words]
+    return [f"{key}{sign}{files.get(value, value)}" for key, sign, value in parts]
 
 
 def plan_of(words: Words, size: int, prompts: Path) -> Plan:
@@ -382,6 +439,7 @@ def test_a_rehearsal_holds_the_bytes_of_the_run(
         rank_record = real["ranks"][rank]
         rehearsed, done = rehearse(plan, rank)
         assert differences(rank_record, rehearsed.tree()) == []
+        assert rehearsed.tree()["on_host"] == rank_record["on_host"]
         assert rehearsed.peak.bytes == max(phase["peak"] for phase in phases_of(rank_record).values())
         assert done.tree()["model"] == real["model"]
         for other in alike:

@@ -22,6 +22,7 @@ from harness.config.load import load
 from harness.ledger import Ledger
 from harness.ledger.cuda_allocator import BLOCK
 from harness.ledger.patch import DoesNotFit, Patch
+from harness.ledger.traffic import READ
 from harness.model.plan import Plan
 from harness.record import record_file
 from harness.rehearsal import UNVERIFIED, one_rank, shims, zero_shims
@@ -141,6 +142,32 @@ def test_a_gpu_that_shares_layers_holds_its_part_alone() -> None:
     assert abs(shared["categories"]["parameters"]["end"] - (whole + norms) // 2) <= BLOCK
     assert setup["peak"] == setup["end"]
     assert shared["categories"]["kv_cache"]["end"] * 2 == alone["categories"]["kv_cache"]["end"]
+
+
+def test_what_a_validation_reads_is_read_in_it() -> None:
+    words = ("train.steps=1", "train.validate_every=1", "train.validation_batches=2")
+    for stages in (1, 2):
+        rehearsed = rehearse(plan(*words, f"pipeline.stages={stages}"), 0)[0].tree()
+        read = [
+            (row["phase"], row["micro_batch"], row["bytes"])
+            for row in rehearsed["traffic"]
+            if row["operation"] == READ and row["phase"] != "setup"
+        ]
+        batch = 4 * 32
+        assert read == [("data", 0, batch), ("validate", 0, batch), ("validate", 1, batch)]
+
+
+def test_a_gpu_generates_by_pages_on_a_stream_of_its_own() -> None:
+    words = (
+        *("mode=infer", "model.config.num_hidden_layers=1", "precision=fp32", "generation.count=2"),
+        *("generation.batching=continuous", "generation.cache=paged", "generation.max_new_tokens=2"),
+    )
+    gpu, cpu = (
+        rehearse(plan(*words, f"hardware={name}", size=1), 0)[0].tree() for name in ("h100-sxm", "cpu")
+    )
+    assert gpu["categories"]["kv_cache"] == cpu["categories"]["kv_cache"]
+    assert gpu["categories"]["kv_cache"]["peak"] > 0
+    assert gpu["allocator"]["reserved"] > gpu["peak"]["bytes"]
 
 
 def test_ranks_with_prompts_of_other_lengths_are_rehearsed_apart(tmp_path: Path) -> None:
@@ -637,6 +664,41 @@ def test_what_is_offloaded_is_on_the_host_and_not_on_the_gpu(
     on_gpu = whole.categories["parameters"].end
     buffers = 512 * 2  # rotary frequencies, which nothing shards
     assert (on_gpu == buffers) == (offload == "all")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("zero=1",),
+        ("zero=3", "zero.persistence_threshold=0"),
+        ("zero=1", "checkpointing=full"),
+        ("zero=0", "pipeline.stages=2", "train.accumulation=3"),
+    ],
+    ids=",".join,
+)
+def test_activations_of_a_gpu_wait_on_the_host_and_are_copied_there_once(words: tuple[str, ...]) -> None:
+    words = (*words, "hardware=h100-sxm", "train.sequence=128")
+    kept, _ = rehearse(plan(*words), 0)
+    record, _ = rehearse(plan(*words, "checkpointing.offload=cpu"), 0)
+    assert kept.on_host is None
+    assert record.on_host is not None
+    assert record.on_host.pinned is not None
+    assert record.on_host.activations <= record.on_host.pinned < 2 * record.on_host.activations
+    for name in ("parameters", "gathered", "gradients", "optimizer", "inputs"):
+        assert record.categories[name] == kept.categories[name]
+    before, after = (each.categories["activations"].peak or 0 for each in (kept, record))
+    assert after < before
+    assert kept.forwards is not None
+    assert record.forwards is not None
+    assert record.forwards.alive == kept.forwards.alive == (2 if "pipeline.stages=2" in words else 1)
+    moved = {
+        (row.phase, row.operation): row.bytes
+        for row in record.traffic or ()
+        if row.step == 0 and row.micro_batch == 0 and row.link == "pcie"
+    }
+    there, back = moved["forward", "device-to-host"], moved["backward", "host-to-device"]
+    assert there * record.forwards.alive == record.on_host.activations == sum(record.forwards.stashes)
+    assert back >= there  # each operator that keeps a tensor gets it back for itself
 
 
 def test_no_device_holds_a_zero_3_model_whole() -> None:

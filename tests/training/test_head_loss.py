@@ -14,13 +14,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from harness.config.compose import compose
 from harness.config.load import Refusal, load
 from harness.config.settings import Loss
+from harness.data.batch import IGNORED
 from harness.ledger import Ledger
 from harness.model.plan import Plan
 from harness.rehearsal.one_rank import rehearse
 from harness.runtime import faults
 from harness.runtime.world import World
 from harness.training import loss_check
-from harness.training.head_loss import IGNORED, apply
+from harness.training.head_loss import apply
 from tests import poison
 from tests.training.conftest import WORDS, train
 
@@ -61,7 +62,7 @@ def batch(ignored: float = 0.2) -> dict[str, torch.Tensor]:
     }
 
 
-def step(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def step(model: PreTrainedModel, inputs: dict[str, Any]) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The loss and the gradients of all parameters."""
     loss = model(**inputs, use_cache=False).loss
     loss.backward()
@@ -90,6 +91,16 @@ def test_in_chunks_the_loss_and_all_gradients_are_those_of_the_whole(kind: str, 
     assert (
         max(map(distance, gradients, expected_gradients)) < 1e-5
     )  # that of a key's bias is a sum of almost 0
+
+
+def test_with_a_number_of_items_the_loss_is_the_sum_by_that_number_as_of_the_whole() -> None:
+    inputs = {**batch(), "num_items_in_batch": 20.5}
+    expected, expected_gradients = step(made("llama"), inputs)
+    model = made("llama")
+    apply(model, Loss(kind="chunked"))
+    actual, gradients = step(model, inputs)
+    assert math.isclose(actual, expected, rel_tol=1e-6)
+    assert distance(joined(gradients), joined(expected_gradients)) < 1e-6
 
 
 def test_a_bf16_model_has_a_loss_that_is_not_rounded_to_bf16() -> None:

@@ -42,6 +42,9 @@ ENGINES = [
     "zero=2 precision=fp32 train.clip=0",
     "zero=3 precision=bf16 train.accumulation=2",
     "zero=2 precision=bf16 zero.offload=optimizer",
+    "zero=0 precision=fp32 optimizer=lion",
+    "zero=0 precision=bf16 optimizer=muon",
+    "zero=2 precision=bf16 optimizer=adamw_8bit",
 ]
 
 

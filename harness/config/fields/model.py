@@ -26,18 +26,20 @@ class Model:
 
 @dataclass(frozen=True, config=STRICT)
 class Data:
-    kind: Literal["stdlib", "text", "hub"] = "stdlib"
+    kind: Literal["stdlib", "text", "hub", "chat"] = "stdlib"
     """Set by data=."""
     name: str | None = None
     """data=hub: the dataset's name."""
     path: Place | None = None
-    """data=text: a file, a directory or a quoted glob."""
+    """data=text or data=chat: a file, a directory or a quoted glob."""
     split: str = "train"
     """data=hub: the split."""
     column: str = "text"
     """data=hub: the column that has the text."""
     streaming: bool = False
     """data=hub: read the data during the run and store nothing."""
+    packing: bool = True
+    """Training: cut sequences from documents end to end; false pads each document to train.sequence."""
     tokenizer: Place | None = None
     """Replaces the model's own tokenizer; without either, bytes are tokens."""
     validation: Annotated[float, Field(ge=0, lt=1)] = 0.02

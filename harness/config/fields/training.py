@@ -52,6 +52,8 @@ class Checkpointing:
     """The layers to recompute, from 0, as [0,1]; empty is all."""
     every: Positive = 1
     """Recompute every n-th layer, from the first."""
+    offload: Literal["none", "cpu"] = "none"
+    """Where what layers keep for backward waits: none is on the device, cpu in its host's memory."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -60,6 +62,16 @@ class Loss:
     """Set by loss=; chunked makes the logits of some tokens at a time, fused in liger-kernel's kernels on a GPU."""
     chunk: Tokens | None = None
     """loss=chunked: tokens whose logits are there at once; null is torch's choice, by vocabulary and hidden size."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Optimizer:
+    kind: Literal["adamw", "adamw_8bit", "adafactor", "muon", "sgd", "lion"] = "adamw"
+    """Set by optimizer=; adamw_8bit keeps moments in 8 bits, adafactor a row and a column of each, muon and sgd one."""
+    state: Literal["fp32", "bf16"] = "fp32"
+    """Of master weights and moments in ZeRO; bf16 rounds each update."""
+    momentum: Beta | None = None
+    """Of sgd, where null is 0, and of muon, where null is 0.95."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -85,19 +97,19 @@ class Train:
     sequence: Tokens = 256
     """Tokens in a sequence."""
     learning_rate: PositiveFloat = 1e-3
-    """AdamW's highest learning rate."""
+    """The optimizer's highest learning rate."""
     betas: tuple[Beta, Beta] = (0.9, 0.999)
-    """AdamW's decay of its two means of gradients, as [0.9,0.95]."""
+    """Decay of the two means of gradients of AdamW, also beside muon, and of lion, as [0.9,0.95]."""
     epsilon: NotNegativeFloat = 1e-8
-    """AdamW's term that keeps a division from 0."""
+    """AdamW's term that keeps a division from 0, also beside muon."""
     warmup_steps: NotNegative = 0
     """Steps from zero to the learning rate."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """What follows the warm-up."""
     weight_decay: NotNegativeFloat = 0.1
-    """AdamW's weight decay."""
+    """Weight decay; sgd adds it to the gradient, the others take it from the weights."""
     fused: bool = False
-    """AdamW in one kernel, without temporaries."""
+    """adamw, or sgd, in one kernel, without temporaries."""
     clip: NotNegativeFloat = 1.0
     """Largest gradient norm; 0 is off."""
     validate_every: NotNegative = 50

@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 
 from harness.config.resume import check_changes
-from harness.config.rules import positions, quantized, widths
+from harness.config.rules import loss, optimizer, positions, quantized, widths
+from harness.config.rules.data import data
 from harness.config.rules.deepspeed import deepspeed
 from harness.config.rules.generation import generation
-from harness.config.rules.loss import loss
-from harness.config.rules.sources import files, read, shape_of
+from harness.config.rules.offload import check_offload
+from harness.config.rules.sources import read, shape_of
 from harness.config.settings import Checkpointing, Pipeline, Refusal, Settings
 
 TRACKERS = {
@@ -28,14 +29,14 @@ def check(settings: Settings) -> None:
         _rehearsal,
         _model,
         _checkpointing,
-        loss,
-        _data,
+        loss.check,
+        data,
         _train,
         _trackers,
         deepspeed,
         generation,
     )
-    for rule in (*rules, quantized.check):
+    for rule in (*rules, optimizer.check, quantized.check):
         rule(settings)
 
 
@@ -204,27 +205,10 @@ def _checkpointing(settings: Settings) -> None:
         )
     if len(set(checkpointing.layers)) < len(checkpointing.layers):
         raise Refusal("checkpointing.layers", checkpointing.layers, "give each layer once")
+    check_offload(settings.mode, checkpointing)
     _, layers = read(shape_of(settings.model), "num_hidden_layers")
     if isinstance(layers, int):
         check_layers(checkpointing, layers)
-
-
-def _data(settings: Settings) -> None:
-    data = settings.data
-    if data.kind == "text":
-        if data.path is None:
-            raise Refusal(
-                "data.path", None, "data=text needs data.path=, a file, a directory or a quoted glob"
-            )
-        files("data.path", data.path)
-    elif data.path is not None:
-        raise Refusal("data.path", data.path, f"data={data.kind} reads no path; use data=text")
-    if data.kind == "hub" and data.name is None:
-        raise Refusal("data.name", None, "data=hub needs data.name=, the dataset's name")
-    if data.kind != "hub" and data.name is not None:
-        raise Refusal("data.name", data.name, f"data={data.kind} takes no name; use data=hub")
-    if data.kind != "hub" and data.streaming:
-        raise Refusal("data.streaming", True, f"data={data.kind} is memory-mapped; only data=hub streams")
 
 
 def _train(settings: Settings) -> None:

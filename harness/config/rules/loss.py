@@ -9,7 +9,7 @@ TORCH = (2, 13)
 """The first release of torch that computes a loss chunk by chunk."""
 
 
-def loss(settings: Settings) -> None:
+def check(settings: Settings) -> None:
     """Refuse a loss that cannot be, as far as that is known without torch."""
     kind, chunk, train = settings.loss.kind, settings.loss.chunk, settings.train
     if settings.mode == "infer" and kind != "full":
