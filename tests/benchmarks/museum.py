@@ -226,7 +226,7 @@ categories. What a checkpoint's or an engine's setup takes for a while is in `re
 LEFT_OUT = """\
 ## Left out
 
-These need keys that this checkout's config does not have:
+These need keys that this checkout's config refuses:
 
 {lines}
 
@@ -246,11 +246,9 @@ def results() -> Iterator[tuple[Row, Change | str]]:
 
 def page() -> str:
     """All of it."""
-    done = [(row, found) for row, found in results() if isinstance(found, Change)]
-    names = {row.name for row, _ in done}
-    absent = [
-        f"- {row.name} ({row.source}): {', '.join(row.needs)}" for row in rows() if row.name not in names
-    ]
+    every = list(results())
+    done = [(row, found) for row, found in every if isinstance(found, Change)]
+    absent = [f"- {row.name} ({row.source}): {said}" for row, said in every if isinstance(said, str)]
     packages = record_file.environment().packages
     numbered = [(index, row, found) for index, (row, found) in enumerate(done, 1)]
     head = f"| {' | '.join(COLUMNS)} |\n|{' --- |' * len(COLUMNS)}"
