@@ -314,6 +314,7 @@ class _Run:
     def _run_mode(self) -> Rank:
         """Run the mode under the ledger and return this rank's record."""
         from harness.generation.cache_check import prove
+        from harness.model import adapter
         from harness.model.misfit import misfits
         from harness.runtime.memory_limit import allocations
 
@@ -329,6 +330,7 @@ class _Run:
         prove(self.plan)
         if self.world.stages > 1:
             self._partition()
+        adapter.prove(self.plan)
         settings = self.settings
         with (
             misfits(self.plan),

@@ -7,6 +7,7 @@ from textwrap import fill
 
 from harness.analysis.args import Parser, refuse
 from harness.analysis.findings import FINDINGS, Finding, Run
+from harness.analysis.findings_adapter import ADAPTED
 from harness.analysis.findings_kv_cache import CACHED
 from harness.analysis.findings_pipeline import STAGES, kept_by
 from harness.analysis.findings_traffic import MOVED
@@ -81,6 +82,7 @@ def explain(record: Record) -> Iterator[Finding]:
         packed,
         ranks,
         *STAGES,
+        *ADAPTED,
         *CACHED,
         *FINDINGS,
         *MOVED,

@@ -157,10 +157,11 @@ def first_step(run: Run) -> Iterator[Finding]:
 
 
 def _moments(run: Run) -> int:
-    """Bytes of Adam's moments for a rank's share of the parameters; 0 where that is not known."""
+    """Bytes of Adam's moments for a rank's share of the parameters that are trained; 0 where that is not known."""
     if run.stage is None or run.record.model.parameters is None or run.record.pipeline.stages > 1:
         return 0
-    return MOMENTS * -(-run.record.model.parameters // (run.size if run.stage else 1))
+    trained = run.record.model.trainable or run.record.model.parameters
+    return MOMENTS * -(-trained // (run.size if run.stage else 1))
 
 
 def logits(run: Run) -> Iterator[Finding]:

@@ -23,6 +23,7 @@ GROUPS = {
     "checkpointing.mode": "checkpointing",
     "loss.kind": "loss",
     "optimizer.kind": "optimizer",
+    "adapter.kind": "adapter",
     "data.kind": "data",
     "ledger.mode": "ledger",
     "world.kind": "world",

@@ -13,6 +13,7 @@ FIXED = (
     *("world.size", "pipeline.stages", "pipeline.split", "zero.stage", "zero.offload", "precision"),
     *("train.micro_batch", "train.accumulation", "train.sequence", "train.fused", "deepspeed.options"),
     *("optimizer.kind", "optimizer.state", "optimizer.momentum"),
+    *("adapter.kind", "adapter.rank", "adapter.alpha", "adapter.dropout", "adapter.targets", "adapter.path"),
     "model.config",
 )
 """What the saved tensors, or the place in the data, depend on."""
@@ -59,6 +60,7 @@ FREE = frozenset(
             "checkpointing.every",
             "checkpointing.offload",
         ),  # what is computed again is the same
+        "adapter.merge",  # how the end is written
         *("pipeline.groups", "train.batch", "train.validate_every", "train.validation_batches"),
         *(
             "train.save_every",

@@ -20,6 +20,7 @@ from harness.config.fields.machine import Network as Network
 from harness.config.fields.machine import World as World
 from harness.config.fields.model import Data as Data
 from harness.config.fields.model import Model as Model
+from harness.config.fields.training import Adapter as Adapter
 from harness.config.fields.training import Checkpointing as Checkpointing
 from harness.config.fields.training import Deepspeed as Deepspeed
 from harness.config.fields.training import Loss as Loss
@@ -49,6 +50,7 @@ class Settings:
     checkpointing: Checkpointing = Checkpointing()
     loss: Loss = Loss()
     optimizer: Optimizer = Optimizer()
+    adapter: Adapter = Adapter()
     pipeline: Pipeline = Pipeline()
     train: Train = Train()
     generation: Generation = Generation()

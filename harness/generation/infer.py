@@ -38,7 +38,7 @@ from harness.generation.paged_cache import limits_of
 from harness.generation.pipeline_decode import Relay
 from harness.ledger import Ledger, Work
 from harness.ledger.traffic import READ
-from harness.model import init_weights, loader, stage
+from harness.model import adapter, loader, stage
 from harness.model.kv_cache import attention_flops_per_position, check_bits, kv_bytes_per_token
 from harness.model.payload import payload
 from harness.model.plan import Plan
@@ -145,15 +145,19 @@ def _model_of_rank(
     if world.stages == 1:
         model = loader.build(*spec, *options, quantization)
         ledger.traffic.report(READ, payload(settings.model, dict(model.named_parameters()), read))
+        if adapter.wanted(settings):
+            whole = adapter.outline(settings, config, dtype)
+            ledger.traffic.report(READ, adapter.apply(settings, model, whole, read))
         ledger.own(model=model.eval().requires_grad_(False))
         if quantization is not None and read:
             quantization = quantization.as_read(model)
         return model, loader.sizes(settings.model, model, dtype, quantization)
     part = stage.build(*spec, plan.layers[world.stage], *options, quantization)
     ledger.traffic.report(READ, payload(settings.model, part.owned(), read))
+    whole = adapter.outline(settings, config, dtype)
+    ledger.traffic.report(READ, adapter.apply(settings, part, whole, read))
     part.eval().requires_grad_(False)
     ledger.own(model=part.model)
-    whole = init_weights.outline(config, dtype, settings.model.attention)
     return part, loader.sizes(settings.model, whole, dtype, quantization)
 
 

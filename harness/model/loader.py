@@ -142,7 +142,7 @@ def sizes(
     A packed weight counts as the elements that it stands for.
     """
     counted: torch.nn.Module = model
-    packed = {}
+    packed: dict[str, Any] = {}
     if quantization is not None:
         counted = init_weights.outline(copy.deepcopy(model.config), next(model.parameters()).dtype)
         packed["quantization"] = quantization.as_record(storages.nbytes(model))
@@ -194,7 +194,7 @@ def export(
             tokens.save_pretrained(partial)
             text = json.dumps(generation, indent=2)
             (partial / GENERATION_CONFIG_NAME).write_text(text, encoding="utf-8")
-            manifest.write(partial, TEXTS + WEIGHTS)
+            manifest.write(partial, (*TEXTS, "*.safetensors"))
             move(partial, directory)
         finally:
             shutil.rmtree(partial, ignore_errors=True)

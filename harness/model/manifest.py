@@ -26,25 +26,25 @@ def write(directory: Path, patterns: Sequence[str]) -> None:
     flush(directory / FILE)
 
 
-def check(place: str, directory: Path, patterns: Sequence[str]) -> None:
+def check(place: str, directory: Path, patterns: Sequence[str], key: str = "model.path") -> None:
     """Compare the files of `patterns` in `directory` with its manifest, if it has one.
 
-    Raises Refusal about `place` for the first that is not as it was written.
+    Raises Refusal about `place`, the value of `key`, for the first that is not as it was written.
     """
     if not (directory / FILE).exists():
         return
     try:
         files = _read(directory)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise _changed(place, FILE, "it was changed") from error
+        raise _changed(key, place, FILE, "it was changed") from error
     for name, (nbytes, sha256) in files.items():
         file = directory / name
         if not any(file.match(pattern) for pattern in patterns):
             continue
         if not file.is_file():
-            raise _changed(place, name, "it was removed")
+            raise _changed(key, place, name, "it was removed")
         if file.stat().st_size != nbytes or digest(file) != sha256:
-            raise _changed(place, name, "it was changed")
+            raise _changed(key, place, name, "it was changed")
 
 
 def _read(directory: Path) -> dict[str, tuple[int, str]]:
@@ -55,6 +55,6 @@ def _read(directory: Path) -> dict[str, tuple[int, str]]:
     return {name: (each["bytes"], each["sha256"]) for name, each in content["files"].items()}
 
 
-def _changed(place: str, name: str, what: str) -> Refusal:
+def _changed(key: str, place: str, name: str, what: str) -> Refusal:
     remedy = f"{name} in it is not what was written: {what}, or the disk lost bytes; give a whole copy, or, where the "
-    return Refusal("model.path", place, f"{remedy}change is meant, delete {FILE} in it")
+    return Refusal(key, place, f"{remedy}change is meant, delete {FILE} in it")

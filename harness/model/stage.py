@@ -91,6 +91,17 @@ class Stage(nn.Module):
         """Its parameters by their first names in the whole model."""
         return {self._names[name]: parameter for name, parameter in self.model.named_parameters()}
 
+    def renew_names(self, within: str) -> None:
+        """Take up the names of its parameters again, after layers were put into others, each under the name `within`.
+
+        The names of the others, which are new, are those of the whole model: layers keep their numbers.
+        """
+        before = self._names
+        self._names = {}
+        for name, _ in self.model.named_parameters():
+            old = name.replace(f".{within}.", ".")
+            self._names[name] = name if before.get(old, old) == old else before[old]
+
     def stored(self) -> dict[str, Tensor]:
         """Its parameters and persistent buffers by their first names in the whole model: what a
         checkpoint has of it.

@@ -32,12 +32,14 @@ class Quantization(Part):
 class Model(Part):
     """The model of the run: its number of parameters, and of those in lookup tables (`embeddings`).
 
-    A packed parameter counts as one.
+    A packed parameter counts as one. `trainable` is the number that is trained beside an adapter's frozen ones; None:
+    no adapter is trained.
     """
 
     name: Text
     parameters: Bytes | None
     embeddings: Bytes | None = None
+    trainable: Bytes | None = None
     quantization: Quantization | None = None
     dtype: Text | None
 

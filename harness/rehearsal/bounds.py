@@ -8,7 +8,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from harness.config.errors import ours
-from harness.config.settings import Model, Settings
+from harness.config.settings import Settings
 from harness.rehearsal.moments import Moment, at_depth, moments_of
 from harness.runtime import tracebacks
 from harness.runtime.progress import aside
@@ -43,12 +43,13 @@ def by_shapes(settings: Settings) -> dict[str, int]:
 
     try:
         layout, precision = Plan.of(settings).layout, settings.precision
-        parameters = None if settings.deepspeed.options else _parameters(settings.model)
+        counted = None if settings.deepspeed.options else _parameters(settings)
     except Exception as error:  # the rehearsal words it
         _say_mistake(error)
         return {}
-    if parameters is None:
+    if counted is None:
         return {}
+    parameters, trained = counted
     of_rank = parameters // (layout.stages * layout.tp_size)
     if settings.mode == "infer":
         return {"parameters": of_rank * ELEMENT[precision]}
@@ -56,30 +57,32 @@ def by_shapes(settings: Settings) -> dict[str, int]:
     bound = {}
     if zero.offload != "all":
         bound["parameters"] = of_rank * ELEMENT[precision] // (layout.dp_size if zero.stage == 3 else 1)
-    if zero.offload == "none":
+    if zero.offload == "none" and (layout.stages == 1 or trained == parameters):
         state = MASTER[precision] + MOMENTS[settings.optimizer.kind]
         state //= 2 if settings.optimizer.state == "bf16" else 1
-        bound["optimizer"] = of_rank * state // (layout.dp_size if zero.stage else 1)
+        bound["optimizer"] = trained // layout.stages * state // (layout.dp_size if zero.stage else 1)
     return bound
 
 
-_counted: dict[str, int | None] = {}
-"""The parameters of the models that this process has counted."""
+_counted: dict[str, tuple[int, int] | None] = {}
+"""The parameters of the models that this process has counted, and those of them that are trained."""
 
 
-def _parameters(model: Model) -> int | None:
-    """The elements of a model's parameters. None: its weights are packed."""
+def _parameters(settings: Settings) -> tuple[int, int] | None:
+    """The elements of a model's parameters, and of those that are trained. None: its weights are packed."""
     import torch
 
-    from harness.model import init_weights
+    from harness.model import adapter
     from harness.model.loader import model_config
 
-    key = repr(model)
+    key = repr((settings.model, settings.adapter))
     if key not in _counted:
-        config = model_config(model)
-        packed = getattr(config, "quantization_config", None) is not None
-        parameters = () if packed else init_weights.outline(config, torch.bfloat16).parameters()
-        _counted[key] = None if packed else sum(each.numel() for each in parameters)
+        _counted[key] = None
+        config = model_config(settings.model)
+        if getattr(config, "quantization_config", None) is None:
+            parameters = [*adapter.outline(settings, config, torch.bfloat16).parameters()]
+            trained = (each.numel() for each in parameters if each.requires_grad)
+            _counted[key] = sum(each.numel() for each in parameters), sum(trained)
     return _counted[key]
 
 

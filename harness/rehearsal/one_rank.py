@@ -8,6 +8,7 @@ from harness.config.settings import Refusal
 from harness.generation import cache_check, infer
 from harness.ledger import Ledger
 from harness.ledger.unseen import NotSeen
+from harness.model import adapter
 from harness.model.misfit import misfits
 from harness.model.partition import as_record
 from harness.model.plan import Plan
@@ -57,6 +58,7 @@ def rehearse(
         results.pipeline = as_record(settings, plan.split)
     cache_check.prove(plan)
     loss_check.prove(plan, settings.hardware.device)
+    adapter.prove(plan)
     with misfits(plan), warnings.catch_warnings(), rehearsed(rank, plan.layout, memory) as world:
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         warnings.filterwarnings("ignore", category=NotSeen)  # the record says it

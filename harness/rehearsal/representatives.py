@@ -20,7 +20,7 @@ Only the ranks that no other rank dominates are rehearsed.
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -32,7 +32,7 @@ from harness.config.load import Settings
 from harness.data import prompts
 from harness.generation.generation_config import strategy_of
 from harness.generation.infer import batches, of_replica
-from harness.model import init_weights
+from harness.model import adapter, init_weights
 from harness.model.plan import Plan
 from harness.model.stage import layer_kinds, parts
 from harness.model.tokenizer import tokenizer_of
@@ -118,25 +118,30 @@ def _sharded(settings: Settings, dp_size: int) -> bool:
 class Cut(NamedTuple):
     """A stage of the model, or the whole model if there is only one stage."""
 
-    sizes: list[int]  # elements of each parameter, in the model's order
+    sizes: list[int]  # elements of each parameter that is trained, in the model's order
     kinds: list[Hashable]  # the kind of each layer
     layers: str  # the range of its layers, as text
 
 
 def _cut(plan: Plan) -> list[Cut]:
     """The stages of the model."""
-    whole = init_weights.outline(plan.config, torch.bfloat16)
+    whole = adapter.outline(plan.settings, plan.config, torch.bfloat16)
     if plan.layout.stages == 1:
-        return [Cut([parameter.numel() for parameter in whole.parameters()], [], "")]
+        return [Cut(_trained(whole.parameters()), [], "")]
     kinds = layer_kinds(whole)
     return [
         Cut(
-            [parameter.numel() for parameter in part.values()],
+            _trained(part.values()),
             kinds[layers.start : layers.stop],
             f"{layers.start} to {layers.stop - 1}",
         )
         for part, layers in zip(parts(whole, plan.split), plan.layers, strict=True)
     ]
+
+
+def _trained(parameters: Iterable[torch.Tensor]) -> list[int]:
+    """Elements of each parameter that is trained: those alone have gradients and optimizer state to share."""
+    return [parameter.numel() for parameter in parameters if parameter.requires_grad]
 
 
 def _group_equal(

@@ -13,7 +13,7 @@ from harness.config.load import Settings, Train
 from harness.data.batch import Batch
 from harness.ledger import Ledger
 from harness.ledger.patch import DATA, DEEPSPEED, Patch, install, table
-from harness.model import activation_checkpointing, activation_offload
+from harness.model import activation_checkpointing, activation_offload, adapter
 from harness.model.init_weights import lasting
 from harness.runtime import faults, imports
 from harness.runtime.world import World
@@ -136,7 +136,7 @@ class Engine:
             return self.world.mean(sum(losses) / len(losses))
 
     def full_state(self) -> dict[str, torch.Tensor] | None:
-        """The whole model's weights on the CPU at rank 0, None elsewhere. Collective."""
+        """The whole model's weights that are exported, on the CPU at rank 0; None elsewhere. Collective."""
         deepspeed = import_deepspeed(self.world)
         if self.settings.zero.stage == 3:
             self.deepspeed.empty_partition_cache()  # prefetched parameters cannot be gathered
@@ -144,6 +144,8 @@ class Engine:
         state: dict[str, torch.Tensor] = {}
         lead = self.world.leads
         for parameter in self.module.parameters():  # one at a time: no device ever has the whole model
+            if not adapter.exported(self.settings, parameter):
+                continue
             with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_tensor")):
                 if lead:
                     state[names[id(parameter)]] = parameter.detach().to("cpu", copy=True)

@@ -37,6 +37,7 @@ def identity(
         **_of_group("train", settings, "steps", "learning_rate", "betas", "epsilon", "weight_decay", "clip"),
         **_of_group("train", settings, "warmup_steps", "schedule"),
         **_of_group("loss", settings, "kind", "chunk"),
+        **_of_group("adapter", settings, "kind", "rank", "alpha", "dropout", "targets", "path"),
         "deepspeed.options": settings.deepspeed.options or None,
         "model": settings.model.path or settings.model.name,
         "model.attention": settings.model.attention,

@@ -25,7 +25,7 @@ def import_library(settings: Settings) -> None:
 
 
 def build(settings: Settings, world: World, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer of `settings` for the parameters of `model`."""
+    """The optimizer of `settings` for the parameters of `model` that are trained."""
     kind, train = settings.optimizer.kind, settings.train
     # without ZeRO, DeepSpeed takes a step without gradients at first: only decay could change a weight in it
     rate = train.learning_rate if kind == "adamw" else 0.0
@@ -34,7 +34,7 @@ def build(settings: Settings, world: World, model: nn.Module) -> torch.optim.Opt
     foreach = world.kind == "cuda" and settings.zero.offload == "none" and not train.fused
     moments: dict[str, Any] = {"betas": train.betas, "eps": train.epsilon}
     kernels: dict[str, Any] = {"foreach": foreach, "fused": train.fused}
-    parameters = list(model.parameters())
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if kind == "adafactor":
         return torch.optim.Adafactor(parameters, **common, foreach=foreach)
     if kind == "sgd":
@@ -75,7 +75,7 @@ def _muon(
 
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     outside = {id(parameter) for parameter in _embeddings(model)}
-    for parameter in model.parameters():
+    for parameter in filter(lambda each: each.requires_grad, model.parameters()):
         matrix = parameter.dim() >= 2 and min(parameter.shape[-2:]) > 1  # or one for each expert
         parameter.use_muon = matrix and id(parameter) not in outside  # type: ignore[attr-defined]
         groups[parameter.use_muon].append(parameter)  # type: ignore[attr-defined]

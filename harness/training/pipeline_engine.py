@@ -14,7 +14,7 @@ from harness.config.load import Settings
 from harness.data.batch import Batch
 from harness.ledger import Ledger
 from harness.ledger.patch import DATA, DEEPSPEED, Patch, install, table
-from harness.model import activation_checkpointing, activation_offload
+from harness.model import activation_checkpointing, activation_offload, adapter
 from harness.model.partition import ranges
 from harness.model.stage import Stage, parts
 from harness.runtime import faults
@@ -145,13 +145,13 @@ class Pipeline:
         return float(self.deepspeed.eval_batch(self._pairs(batches), num_micro_batches=number))
 
     def full_state(self) -> dict[str, torch.Tensor] | None:
-        """The whole model's weights on the CPU at rank 0, None elsewhere. Collective."""
+        """The whole model's weights that are exported, on the CPU at rank 0; None elsewhere. Collective."""
         own, world = self.stage.stored(), self.world
         state: dict[str, torch.Tensor] = {}
         visited: set[int] = set()  # a tied parameter is in two stages
         for stage, part in enumerate(parts(self.whole, self.split, buffers=True)):
             for name, meta_tensor in part.items():
-                if id(meta_tensor) in visited:
+                if id(meta_tensor) in visited or not adapter.exported(self.settings, meta_tensor):
                     continue
                 visited.add(id(meta_tensor))
                 if world.rank == world.layout.rank(stage) and not world.leads:
@@ -217,7 +217,7 @@ def _module(world: World, stage: Stage) -> nn.Module:
     groups = [(name, _first_and_last_group(world)) for name in sorted(stage.tied)]
 
     def tied_weights_and_groups() -> list[tuple[nn.Parameter, Any]]:
-        return [(own[name], group) for name, group in groups if name in own]
+        return [(own[name], group) for name, group in groups if name in own and own[name].requires_grad]
 
     install(PATCHES[f"{_MODULE}.get_tied_weights_and_groups"].by(lambda _: tied_weights_and_groups, module))
     for name, parameter in own.items():

@@ -19,7 +19,7 @@ from harness.data import token_batches
 from harness.data.batch import Share
 from harness.ledger import Ledger
 from harness.ledger.traffic import READ, WRITE
-from harness.model import init_weights, loader, stage
+from harness.model import adapter, loader, stage
 from harness.model.generation_defaults import fields_of
 from harness.model.payload import payload
 from harness.model.plan import Plan
@@ -118,7 +118,7 @@ def run(plan: Plan, world: World, ledger: Ledger, out: Output, course: Course = 
         out.results.performance = progress.rates()
     if train.export and progress.whole:
         with ledger.phase("checkpoint", train.steps):
-            _export(engine, world, tokenizer, generation, out, course.values)
+            _export(plan, engine, world, tokenizer, generation, out, course.values)
 
 
 def _engine(
@@ -140,13 +140,17 @@ def _engine(
     if world.stages == 1:
         model = loader.build(*spec, read, *options)
         ledger.traffic.report(READ, payload(settings.model, dict(model.named_parameters()), read))
+        if adapter.wanted(settings):
+            whole = adapter.outline(settings, config, dtype)
+            ledger.traffic.report(READ, adapter.apply(settings, model, whole, read))
         # before ZeRO-3 empties the parameters
-        record = loader.sizes(settings.model, model, dtype, quantization)
+        record = adapter.sized(settings, loader.sizes(settings.model, model, dtype, quantization), model)
         return Engine(settings, world, ledger, model), record
     part = stage.build(*spec, plan.layers[world.stage], read, *options)
     ledger.traffic.report(READ, payload(settings.model, part.owned(), read))
-    whole = init_weights.outline(config, dtype, settings.model.attention)
-    record = loader.sizes(settings.model, whole, dtype, quantization)
+    whole = adapter.outline(settings, config, dtype)
+    ledger.traffic.report(READ, adapter.apply(settings, part, whole, read))
+    record = adapter.sized(settings, loader.sizes(settings.model, whole, dtype, quantization), whole)
     return Pipeline(settings, world, ledger, part, whole, plan.split), record
 
 
@@ -244,6 +248,7 @@ def _stop(
 
 
 def _export(
+    plan: Plan,
     engine: Engine | Pipeline,
     world: World,
     tokenizer: PreTrainedTokenizerBase,
@@ -252,10 +257,11 @@ def _export(
     write: bool,
 ) -> None:
     state = engine.full_state()
+    model, state = adapter.to_export(plan, engine.whole, state)
     engine.ledger.traffic.report(WRITE, {name: tensor.nbytes for name, tensor in (state or {}).items()})
     if world.leads and write:
         directory = out.directory / "checkpoint"
-        loader.export(engine.whole, state, tokenizer, generation, directory)
+        loader.export(model, state, tokenizer, generation, directory)
         if warning := opens_otherwise(directory, tokenizer):
             out.say(f"checkpoint/: {warning}")
     world.barrier()

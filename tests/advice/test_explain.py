@@ -598,3 +598,18 @@ def test_a_field_of_another_type_is_named(
 def test_a_wrong_request_is_one_sentence(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert explain.main(words) == 2
     assert capsys.readouterr().err.startswith("harness: explain: ")
+
+
+def test_an_adapter_is_said_to_spare_state_and_to_leave_what_is_saved_for_backward() -> None:
+    words = f"{TRAIN} zero=1 adapter=lora"
+    record = parse(record_of(words), "it")
+    finding = findings_by_kind(record_of(words))["adapter"]
+    saved, whole, model = record.worst.peak.saved or 0, record.worst.peak.bytes or 0, record.model
+    assert finding.bytes == saved > 0
+    assert f"{saved / whole:.0%}) are activations saved for backward" in finding.sentence
+    frozen = (model.parameters or 0) - (model.trainable or 0)
+    assert f"{size(12 * frozen // 2)} more on this rank (12 bytes a parameter)" in finding.sentence
+    assert "checkpointing=full keeps" in finding.sentence
+    recomputed = findings_by_kind(record_of(f"{words} checkpointing=full"))["adapter"].sentence
+    assert "checkpointing=full keeps" not in recomputed
+    assert "adapter" not in findings_by_kind(record_of(f"{TRAIN} zero=1"))

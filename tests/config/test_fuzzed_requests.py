@@ -34,7 +34,7 @@ def test_a_request_is_planned_or_refused_by_one_printable_sentence(part: int) ->
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (f"{TRAIN} data=[1,2]", "data=[1,2]: no such option; one of hub, stdlib, text"),
+        (f"{TRAIN} data=[1,2]", "data=[1,2]: no such option; one of chat, hub, stdlib, text"),
         (
             f"{TRAIN} checkpointing={{a:1}}",
             "checkpointing={a:1}: no such option; one of full, none, selective",

@@ -322,6 +322,17 @@ def test_a_number_out_of_its_range_is_refused_by_its_key(words: str) -> None:
             "loss=fused",
             "it cannot be rehearsed; use loss=chunked or full",
         ),
+        (
+            "mode=infer adapter=lora",
+            "adapter=lora",
+            "give adapter.path=, a directory with adapter_config.json",
+        ),
+        ("mode=infer adapter.merge=true", "adapter.merge=true", "it says how training writes its weights"),
+        ("adapter.merge=true", "adapter.merge=true", "adapter=none has none; add adapter=lora or dora"),
+        ("adapter.rank=4", "adapter.rank=4", "adapter=none has none; add adapter=lora or dora"),
+        ("adapter.targets=[q_proj]", "adapter.targets=[q_proj]", "add adapter=lora or dora"),
+        ("adapter=lora adapter.merge=true train.export=false", "adapter.merge=true", "writes nothing"),
+        ("adapter=lora adapter.path=/nowhere", "adapter.path=/nowhere", "no such directory; give one that"),
         ("world=rehearsed", "world.size=null", "needs world.size="),
         ("world=rehearsed world.size=2 ledger=phases", "ledger=phases", "use ledger=exact"),
         (
@@ -414,6 +425,36 @@ def test_what_cannot_go_together_is_refused_with_a_remedy(words: str, key: str, 
     sentence = refusal(*words.split(" "))
     assert sentence.startswith(f"{key}: ")
     assert remedy in sentence
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "remedy"),
+    [
+        ("mode=infer adapter.path=ADAPTER adapter.rank=4", "adapter.rank=4", "has its own; leave it out"),
+        ("adapter=lora adapter.path=ADAPTER adapter.alpha=4", "adapter.alpha=4", "has its own; leave it out"),
+        ("mode=infer adapter=dora adapter.path=ADAPTER", "adapter=dora", "is lora; use that"),
+        ("adapter.path=ADAPTER", "adapter.path=ADAPTER", "add adapter=lora or dora"),
+        (
+            "mode=infer adapter.path=ADAPTER generation.tensor_parallel=2",
+            "adapter.path=ADAPTER",
+            "use generation.tensor_parallel=1",
+        ),
+        (
+            "mode=infer adapter.path=ADAPTER model.config.quantization_config={load_in_4bit:true} world=rehearsed "
+            "world.size=1",
+            "model.config.quantization_config.quant_method=bitsandbytes",
+            "an adapter goes on whole weights here",
+        ),
+    ],
+)
+def test_what_cannot_go_together_with_an_adapter_is_refused(
+    tmp_path: Path, words: str, key: str, remedy: str
+) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "use_dora": false}')
+    (tmp_path / "adapter_model.safetensors").touch()
+    said = refusal(*words.replace("ADAPTER", str(tmp_path)).split())
+    assert said.startswith(key.replace("ADAPTER", str(tmp_path)) + ": ")
+    assert remedy in said
 
 
 def test_an_empty_data_file_is_refused(tmp_path: Path) -> None:

@@ -4,9 +4,10 @@ and do the same work: operations, and bytes read and written.
 Every ZeRO stage meets every offload it may have, and every stage both precisions and both counts of accumulation. What
 else decides bytes varies by stage, one thing at a time: buckets smaller than a parameter, validation and checkpoints,
 eager attention and the end of what is seen, nothing or all kept whole, tied weights and learned positions, layers that
-are recomputed, a loss in chunks, a world that divides nothing evenly. Generation has every cache, padded or not, and
-layers with a window or a state, on one rank where no second is needed; layers that ranks share; and requests that enter
-and leave, as many pages as they need, fewer, or in parts. The exhaustive cells are the rest of the products.
+are recomputed, each knob that makes a run fit, a world that divides nothing evenly. Generation has every cache, padded
+or not, and layers with a window or a state, on one rank where no second is needed; layers that ranks share; and
+requests that enter and leave, as many pages as they need, fewer, or in parts. The exhaustive cells are the rest of the
+products.
 
 What an allocator saw (`kernel`, and a peak with it) is no
 storage and not compared; a rehearsal has none.
@@ -176,6 +177,14 @@ OFFLOADED = [
     )
 ]
 """On a CPU the copies are made too, and lie in the same memory."""
+ADAPTED = [
+    (*TINY, *TRAIN, *ZERO[0], "adapter=lora"),
+    (*TINY, *TRAIN, *ZERO[1], "adapter=lora", "zero.offload=optimizer", "checkpointing=full"),
+    (*TINY, *TRAIN, *ZERO[2], "adapter=dora", "precision=bf16", *EVERYTHING),
+    (*TINY, *TRAIN, *ZERO[3], "adapter=lora", *EVERYTHING, "adapter.merge=true"),
+    (*TINY, *TRAIN, "pipeline.stages=2", "adapter=lora", "train.accumulation=2", *EVERYTHING),
+    (*GPT2, *TRAIN, *ZERO[2], "adapter=lora", "adapter.targets=[c_attn]", "adapter.dropout=0.1"),
+]
 GENERATION = [
     *(
         (*TINY, *INFER, f"generation.cache={c}", "generation.prompts=PROMPTS")
@@ -249,7 +258,7 @@ UNPACKED = [
     (*TINY, *TRAIN, "pipeline.stages=2", "zero=1", *PADDED, "train.accumulation=2", "train.validate_every=1"),
     (*TINY, *TRAIN, "pipeline.stages=2", "zero=0", UNCLIPPED, *CHAT, "train.accumulation=2"),
 ]
-KNOBS = [*CHUNKED, *UNPACKED, *OPTIMIZERS, *OFFLOADED]
+KNOBS = [*CHUNKED, *UNPACKED, *OPTIMIZERS, *OFFLOADED, *ADAPTED]
 """What people turn to make it fit, one by one."""
 
 CELLS: dict[int, list[Words]] = {
@@ -307,6 +316,7 @@ EXHAUSTIVE = (
         *(UNPACKED[number] for number in (0, 5)),
         *(OPTIMIZERS[number] for number in (1, 3, 6)),
         *(OFFLOADED[number] for number in (1, 2, 5, 6)),
+        *(ADAPTED[number] for number in (0, 5)),
         CHUNKED[1],  # DeepSpeed's optimizer of stages 1 and 2 is one
         *(CELLS[3][stage] for stage in (0, 2)),
         *(CELLS[4][number] for number in (2, 8, 10)),

@@ -1,6 +1,6 @@
 """The fields of training: ZeRO, DeepSpeed, checkpointing, stages and the loop."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -12,6 +12,7 @@ from harness.config.fields.kinds import (
     Names,
     NotNegative,
     NotNegativeFloat,
+    Number,
     Place,
     Positive,
     PositiveFloat,
@@ -72,6 +73,24 @@ class Optimizer:
     """Of master weights and moments in ZeRO; bf16 rounds each update."""
     momentum: Beta | None = None
     """Of sgd, where null is 0, and of muon, where null is 0.95."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Adapter:
+    kind: Literal["none", "lora", "dora"] = "none"
+    """Set by adapter=; the weights are frozen, and small matrices beside them are trained."""
+    rank: Positive = 8
+    """The inner size of these matrices."""
+    alpha: Positive = 16
+    """What they add is scaled by alpha / rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1), Number] = 0.0
+    """Share of their inputs left out at random."""
+    targets: Names = Field(default_factory=list)
+    """Linear layers that get them, by the ends of their names, as [q_proj,v_proj]; empty is all inside the layers."""
+    path: Place | None = None
+    """Directory of an adapter as peft writes it: to generate with, or to train further."""
+    merge: bool = False
+    """Write checkpoint/ as a whole model with the adapter merged, and not as an adapter."""
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -29,6 +29,9 @@ def shape_of(model: Model) -> Mapping[str, Any]:
     if not os.path.isfile(config):
         inside = os.path.join(model.path, "checkpoint")
         exists = os.path.isfile(os.path.join(os.path.expanduser(inside), "config.json"))
+        if os.path.isfile(os.path.join(path, "adapter_config.json")):
+            remedy = f"it is an adapter: give its model here, and adapter.path={model.path}"
+            raise Refusal("model.path", model.path, remedy)
         remedy = f"did you mean model.path={inside}?" if exists else "give a directory that contains one"
         raise Refusal("model.path", model.path, f"it contains no config.json; {remedy}")
     try:
