@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from harness.config.load import Refusal
 from tests.benchmarks import museum
 from tests.benchmarks.museum import Change, Row
 from tests.pages import installed_as_pinned, pinned
@@ -99,7 +100,7 @@ def test_a_refusal_ends_the_command_unless_the_row_says_which_key_it_needs(
 ) -> None:
     refused = row(name="one", before=["zero=4"])
     monkeypatch.setattr(museum, "rows", lambda: [refused])
-    with pytest.raises(museum.Refusal):
+    with pytest.raises(Refusal):
         list(museum.results())
     monkeypatch.setattr(museum, "rows", lambda: [refused._replace(needs=["zero"])])
     ((_, said),) = museum.results()
