@@ -46,8 +46,8 @@ class Search:
         return self._answer(self._any)
 
     def cheapest(self) -> Answer:
-        """Only the largest of the combination that is expected to be the cheapest of those that fit. Raises what `run`
-        does.
+        """Only the largest of the combination that is expected to be the cheapest of those that fit; what is expected
+        not to fit is not tried. Raises what `run` does.
         """
         return self._answer(self._cheapest)
 
@@ -120,9 +120,10 @@ class Search:
 
     async def _cheapest(self) -> None:
         await asyncio.gather(*map(self._expect, self.combinations))
-        left = sorted(
-            (each for each in self.combinations if not each.trials), key=lambda each: each.expected_cost
-        )
+        value = self.request.lowest
+        left = [each for each in self.combinations if not each.trials]
+        left = [each for each in left if sum((each.expected(value) or {}).values()) <= self.room]
+        left.sort(key=lambda each: each.expected_cost)
         for number, each in enumerate(left):
             await self._climb(each)
             if each.largest is not None:

@@ -59,6 +59,8 @@ class Worlds:
         self.tried: list[Tried] = []
         self.not_tried: list[str] = []
         """Configs of the answer's world that may fit too, and are expected to be less cheap."""
+        self._more = 1.0
+        """How many times more a rehearsal has come to than what was expected: what a GPU's allocator has beside."""
         self._refusal: Refusal | None = None
         self._last: Answer | None = None
 
@@ -66,12 +68,12 @@ class Worlds:
         """The answer for the smallest world in which something fits; for the last that was tried, where nothing does.
         `tried` has all worlds by then.
         """
-        world = smallest(self._may_fit, self.listed or self._doubling(), 0 if self.listed else NODE)
-        while world is not None:
+        node, above = 0 if self.listed else NODE, 0
+        while (world := smallest(self._may_fit, self._candidates(above), node, above)) is not None:
             answer = self._answer(world)
             if answer.fitting:
                 return answer
-            world = self._after(world)
+            above = world
         if self._last is None:
             assert self._refusal is not None
             raise self._refusal
@@ -85,20 +87,22 @@ class Worlds:
         if answer.interrupted:
             raise KeyboardInterrupt
         self._last = answer
+        before = {each.size: each for each in self.tried}[world]
+        if before.expected and before.needs and answer.rehearsed:
+            least = min(trial.worst.needs for trial in answer.rehearsed)
+            self._more = max(self._more, self._more * least / before.needs)
         self.not_tried = [" ".join(short(each.overrides)) for each in search.not_tried]
         self._add(Tried(world, bool(answer.fitting), seen(answer)))
         return answer
 
-    def _after(self, world: int) -> int | None:
-        """The world to try after one that only was expected to be large enough."""
-        larger = [
-            each for each in self.listed or (2 * world if world < NODE else world + NODE,) if each > world
-        ]
-        return larger[0] if larger and larger[0] <= max(MOST, *self.listed, 0) else None
-
-    def _doubling(self) -> Iterator[int]:
-        """The powers of two up to `MOST`, as long as a larger world needs less."""
-        for power in range(MOST.bit_length()):
+    def _candidates(self, above: int) -> Iterator[int]:
+        """The worlds of more than `above` ranks: those listed, else the powers of two up to `MOST`, as long as a larger
+        world needs less.
+        """
+        if self.listed:
+            yield from (each for each in self.listed if each > above)
+            return
+        for power in range(above.bit_length(), MOST.bit_length()):
             yield 2**power
             before, after = ([0, 0] + [each.needs or 0 for each in self.tried])[-2:]
             if 2**power > LEVEL and before and after > LESS * before:
@@ -117,6 +121,7 @@ class Worlds:
         self._last = answer
         if search.expected is not None and not answer.fitting:
             nbytes, combination = search.expected
+            nbytes = int(nbytes * self._more)
             fits = nbytes <= answer.request.room
             words = f"{'something' if fits else 'nothing'} is expected to fit, by a few layers: "
             chosen = " ".join(short(combination.overrides))
@@ -134,11 +139,11 @@ class Worlds:
         return Request([*self.overrides, f"{KEY}={world}"], self.reserve)
 
 
-def smallest(fits: Callable[[int], bool], worlds: Iterable[int], node: int) -> int | None:
+def smallest(fits: Callable[[int], bool], worlds: Iterable[int], node: int, below: int = 0) -> int | None:
     """The smallest of `worlds`, in their order, that `fits`; None: not one does. With a `node` of so many ranks also
-    those numbers of whole nodes that lie between two of them. What fits in a world is taken to fit in each larger one.
+    those numbers of whole nodes that lie between two of them; `below` is known to be too small. What fits in a world is
+    taken to fit in each larger one.
     """
-    below = 0
     for world in worlds:
         if fits(world):
             return _between(fits, below, world, node) if node else world
