@@ -44,6 +44,7 @@ def apply(model: PreTrainedModel, backend: Backend) -> None:
         _, layers = layers_of(model)
     except Uncuttable as error:
         raise Refusal("train.compile", True, f"{error}; leave it out") from error
+    torch.compiler.reset()  # it compiles a function a few times only, and those of an earlier run would count
     for layer in layers:
         program = torch.compile(layer._call_impl, fullgraph=True, dynamic=False, **_options(backend))
         install(PATCHES[f"torch.nn.Module.{_CALL}"].by(lambda _, program=program: _checked(program), layer))
