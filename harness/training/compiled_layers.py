@@ -71,13 +71,19 @@ def _checked(program: Callable[..., Any]) -> Callable[..., Any]:
         try:
             output = program(*args, **kwargs)
         except not_compiled() as error:
-            remedy = f"a layer of the model cannot be compiled ({first_line(error)}); leave it out"
+            remedy = f"a layer of the model cannot be compiled ({first_line(_cause(error))}); leave it out"
             raise Refusal("train.compile", True, remedy) from error
         if _graphs() != before:
             gc.collect()
         return output
 
     return call
+
+
+def _cause(error: Exception) -> Exception:
+    """What went wrong: torch's own error may say only whose it is."""
+    cause: Exception = getattr(error, "inner_exception", error)
+    return cause
 
 
 def _graphs() -> int:
