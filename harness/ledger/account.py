@@ -82,6 +82,9 @@ def _of(log: Log, events: list[Event], accounting: Accounting, allocator_peak: P
     peak = allocator_peak or peak
     for phase in phases:
         phase.work = log.work.of(phase.where)
+    if log.recomputes_unseen:
+        for each in phases if peak is None else (peak, *phases):
+            each.recomputed = None
     if not log.unseen.lacks("saved"):
         return Account(peak, categories, phases, accounting, in_flight(events))
     peak.saved = None

@@ -12,7 +12,7 @@ def check(settings: Settings) -> None:
     if settings.mode == "infer":
         raise Refusal(KEY, True, "it is for training; in inference use generation.compile=true")
     if settings.zero.stage == 3:
-        # DeepSpeed's hooks in a layer, which gather its parameters, are closed to the compiler
+        # torch: "Skip calling `torch.compiler.disable()`d function", which are DeepSpeed's hooks inside of a layer
         raise Refusal(KEY, True, "zero=3 gathers parameters inside of a layer; use zero=0, 1 or 2")
     if settings.checkpointing.mode == "selective":
         # torch: "`context_fn` must generate a tuple of two `TorchDispatchMode`s", and ours are nested
