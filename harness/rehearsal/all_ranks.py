@@ -70,8 +70,8 @@ def _differences(plan: Plan) -> Iterator[str]:
     if settings.mode == "train" and settings.train.compile and settings.hardware.device != "cuda":
         yield (
             "compiled layers run operator by operator, in the forward and backward that the compiler makes of them: "
-            "what their programs need meanwhile is in no figure, nor the numbers that a program keeps, of 8 bytes each; "
-            "a peak inside of a program may be higher"
+            "what their programs need meanwhile is in no figure, nor the numbers that one keeps, of 8 bytes each; a "
+            "peak inside of a program may be higher"
         )
     if settings.hardware.device == "cuda" and (kernels_differ := kernels.difference(plan)):
         yield kernels_differ

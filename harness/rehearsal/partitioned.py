@@ -16,8 +16,12 @@ def partition(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..
     from torch._functorch import config
     from torch._inductor.compile_fx import compile_fx
 
+    as_it_is: Any = _as_it_is
     with config.patch(enable_autograd_cache=False):  # it may have the programs of a real run
-        return compile_fx(graph, inputs, inner_compile=_as_it_is, config_patches={"fallback_random": True})
+        program: Any = compile_fx(
+            graph, inputs, inner_compile=as_it_is, config_patches={"fallback_random": True}
+        )
+    return program  # type: ignore[no-any-return]
 
 
 def _as_it_is(graph: torch.fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:

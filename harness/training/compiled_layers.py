@@ -46,13 +46,19 @@ def apply(model: PreTrainedModel, backend: Backend) -> None:
         raise Refusal("train.compile", True, f"{error}; leave it out") from error
     torch.compiler.reset()  # it compiles a function a few times only, and those of an earlier run would count
     for layer in layers:
-        program = torch.compile(layer._call_impl, fullgraph=True, dynamic=False, **_options(backend))
-        install(PATCHES[f"torch.nn.Module.{_CALL}"].by(lambda _, program=program: _checked(program), layer))
+        _compile(layer, backend)
 
 
 def uncompiled() -> AbstractContextManager[None]:
     """Inside this context the layers run as they are written, so that hooks of their modules are called."""
-    return torch.compiler.set_stance("force_eager")
+    stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
+    return stance
+
+
+def _compile(layer: torch.nn.Module, backend: Backend) -> None:
+    program = torch.compile(layer._call_impl, fullgraph=True, dynamic=False, **_options(backend))
+    call = _checked(program)
+    install(PATCHES[f"torch.nn.Module.{_CALL}"].by(lambda _: call, layer))
 
 
 def _options(backend: Backend) -> dict[str, Any]:

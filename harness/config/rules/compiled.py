@@ -16,7 +16,9 @@ def check(settings: Settings) -> None:
         raise Refusal(KEY, True, "zero=3 gathers parameters inside of a layer; use zero=0, 1 or 2")
     if settings.checkpointing.mode == "selective":
         # torch: "`context_fn` must generate a tuple of two `TorchDispatchMode`s", and ours are nested
-        remedy = "checkpointing=selective chooses by operators, and a compiled layer has none; use full or none"
+        remedy = (
+            "checkpointing=selective chooses by operators, and a compiled layer has none; use full or none"
+        )
         raise Refusal(KEY, True, remedy)
     if settings.checkpointing.offload != "none":
         # the losses are right, but what layers save is then the hooks', and not known of a compiled one
