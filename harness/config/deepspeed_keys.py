@@ -253,7 +253,10 @@ AROUND: dict[str, Entry] = {
     "data_efficiency": Refused(_DATA, switch="enabled"),
     "curriculum_learning": Refused(_DATA, switch="enabled"),
     "hybrid_engine": Refused("training and generation are runs of their own; leave it out", switch="enabled"),
-    "compile": Refused("a step is not compiled; leave it out", switch="deepcompile"),
+    "compile": Refused(
+        "a step is not compiled whole; leave it out, or use train.compile=true",
+        switch="deepcompile",
+    ),
     "tensor_parallel": Refused("training has whole layers; use pipeline.stages=", switch="autotp_size"),
     "expert_parallel": Refused("experts are whole here; leave it out", switch="enabled"),
     "sequence_parallel_size": Refused("sequences are whole here; set it to 1", (1,)),

@@ -29,7 +29,7 @@ CHANGEABLE = (
         "train.clip",
     ),
     *("train.warmup_steps", "train.schedule", "zero.reduce_bucket_size", "hardware.device"),
-    *("loss.kind", "loss.chunk"),
+    *("loss.kind", "loss.chunk", "train.compile"),
 )
 """What may differ if `train.resume_changes` names it."""
 

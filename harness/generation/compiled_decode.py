@@ -17,6 +17,7 @@ from harness.config.settings import Refusal
 from harness.generation.timestamps import clock
 from harness.ledger import Ledger, Work
 from harness.model.kv_cache import make
+from harness.runtime.compiler import not_compiled
 
 WARM = 3
 """Warm-up steps of a program: CUDA graphs are recorded in the second."""
@@ -168,18 +169,9 @@ def compiled(step: Step, choices: Mapping[str, Any]) -> Step:
     def run(tokens: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
         try:
             logits: Tensor = program(tokens, mask, positions, cache)
-        except _not_compiled() as error:
+        except not_compiled() as error:
             remedy = f"the decoding step cannot be compiled ({first_line(error)}); leave it out"
             raise Refusal("generation.compile", True, remedy) from error
         return logits
 
     return run
-
-
-def _not_compiled() -> tuple[type[Exception], ...]:
-    """What the compiler raises. Its modules take time to import."""
-    return (
-        torch._dynamo.exc.TorchDynamoException,
-        torch._dynamo.exc.FailOnRecompileLimitHit,
-        torch._inductor.exc.InductorError,
-    )

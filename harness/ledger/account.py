@@ -82,6 +82,11 @@ def _of(log: Log, events: list[Event], accounting: Accounting, allocator_peak: P
     peak = allocator_peak or peak
     for phase in phases:
         phase.work = log.work.of(phase.where)
+    if log.recomputes_unseen:
+        if peak is not None:
+            peak.recomputed = None
+        for phase in phases:
+            phase.recomputed = None
     if not log.unseen.lacks("saved"):
         return Account(peak, categories, phases, accounting, in_flight(events))
     peak.saved = None

@@ -53,7 +53,8 @@ _RUNTIME = "torch._functorch._aot_autograd.runtime_wrappers"
 
 NOT_SEEN = (
     "its operators are not seen one by one. What it allocates and frees inside is kernel where the "
-    "allocator is recorded, and elsewhere in no figure; its work is not counted"
+    "allocator is recorded, and elsewhere in no figure; its work is not counted, nor what "
+    "its backward computes again"
 )
 """The note about a compiled program."""
 
@@ -163,6 +164,7 @@ class Compiled:
             with self._log.opaque(NAME):
                 output = real(*args, **kwargs)
             self._log.work.add(self._log.where, None)
+            self._log.recomputes_unseen = True
             self._see_results(output)
             return output
 

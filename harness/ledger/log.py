@@ -94,6 +94,7 @@ class Log(TorchDispatchMode):
         self.work = Counter(sizes(device, False), self.where)
         self.module = ""
         self.recomputing = False
+        self.recomputes_unseen = False  # whether a backward ran that may compute activations again inside
         # called before an operator if it is of a backward in a phase "forward", or of none in a phase "backward"
         self.follow: Callable[[], None] | None = None
         self.settle: Callable[[Any], None] | None = None  # called after each collective, with its arguments
@@ -137,7 +138,7 @@ class Log(TorchDispatchMode):
     def restart(self) -> None:
         """Clear the log."""
         self._be_in(Where(0, "idle", 0))
-        self.module, self.recomputing = "", False
+        self.module, self.recomputing, self.recomputes_unseen = "", False, False
         self.work = Counter(sizes(self.device, self.fakes), self.where)
         self.events, self.operators, self._alive = [], [], {}
         self._paused, self._modes_above = False, None

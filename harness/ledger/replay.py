@@ -24,7 +24,7 @@ class Peak:
     op: str
     categories: dict[str, int | None]
     saved: int | None
-    recomputed: int
+    recomputed: int | None
     holdings: list[Holding] = field(default_factory=list)  # largest first; small ones merged per category
     allocated: int | None = None
     reserved: int | None = None

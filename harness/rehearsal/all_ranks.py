@@ -67,6 +67,12 @@ def _differences(plan: Plan) -> Iterator[str]:
         yield "encoder_no_repeat_ngram_size forbids other tokens, and so a few bytes of numbers are more or fewer"
     if settings.mode == "infer" and settings.generation.compile:
         yield "the decoding step is not compiled: what its program needs besides the cache is the compiler's choice"
+    if settings.mode == "train" and settings.train.compile and settings.hardware.device != "cuda":
+        yield (
+            "compiled layers run operator by operator, in the forward and backward that the compiler makes of them: "
+            "what their programs need meanwhile is in no figure, nor the numbers that one keeps, of 8 bytes each; a "
+            "peak inside of a program may be higher"
+        )
     if settings.hardware.device == "cuda" and (kernels_differ := kernels.difference(plan)):
         yield kernels_differ
     overlaps = settings.deepspeed.options.get("zero_optimization", {}).get("overlap_comm", False)

@@ -17,6 +17,7 @@ from harness.generation.paged_choosing import Choosers
 from harness.ledger import Ledger, Work
 from harness.rehearsal import cache_growth
 from harness.rehearsal.extrapolation import Alike
+from harness.runtime.course import Backend
 
 
 def uncompiled(step: Step, device: torch.device, windows: bool, ledger: Ledger) -> Program:
@@ -33,6 +34,9 @@ class Shortened(Decoding):
 
     values = False
     program = staticmethod(uncompiled)
+
+    def __init__(self, compiler: Backend | None = None) -> None:
+        self.compiler = compiler
 
     def steps(self, steps: range, recorded: int) -> range:
         """The steps that the ledger records: the next one would do the same."""

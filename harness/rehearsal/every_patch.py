@@ -9,7 +9,7 @@ from harness.rehearsal.card_tensors import CARD_SHIMS, COMPILE
 from harness.rehearsal.cuda_shims import CUDA_SHIMS
 from harness.rehearsal.shims import GPU_SHIMS, SHIMS, process_world
 from harness.runtime import imports
-from harness.training import engine, head_loss, nonfinite, pipeline_engine
+from harness.training import compiled_layers, engine, head_loss, nonfinite, pipeline_engine
 
 
 def every_patch() -> tuple[Patch, ...]:
@@ -19,6 +19,7 @@ def every_patch() -> tuple[Patch, ...]:
         imports,
         packed,
         tensor_parallel,
+        compiled_layers,
         engine,
         head_loss,
         nonfinite,

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch._ops import HigherOrderOperator
+from torch._prims.rng_prims import run_and_save_rng_state, run_with_rng_state
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -82,6 +83,11 @@ _EQUAL = torch.ops.aten.equal.default
 _WAIT = torch.ops._c10d_functional.wait_tensor.default
 """The real operator returns its argument; its `meta` kernel returns another tensor."""
 
+_WITH_RANDOM_STATE = frozenset({run_and_save_rng_state, run_with_rng_state})
+"""With these a compiled layer computes an operator again in backward."""
+
+_BACKEND = torch._C.DispatchKey.BackendSelect
+
 
 class _Rule(NamedTuple):
     """What `Fakes` does with an operator."""
@@ -136,6 +142,9 @@ class Fakes(FakeTensorMode):
             return NotImplemented
         if self._inside:
             return self._result(func, types, args, kwargs)
+        if func in _WITH_RANDOM_STATE:
+            with self:
+                return func.py_kernels[_BACKEND](*args, **kwargs)
         if isinstance(func, HigherOrderOperator):
             raise RuntimeError(
                 f"{calling_line()}: {func} is an operator on functions, and these are not rehearsed"

@@ -22,6 +22,7 @@ from harness.rehearsal.card_ledger import CardLedger
 from harness.rehearsal.card_memory import CardMemory
 from harness.rehearsal.course import Shortened
 from harness.rehearsal.fake_mode import existing_objects_frozen
+from harness.rehearsal.partitioned import partition
 from harness.rehearsal.places import Place, watched
 from harness.rehearsal.world import rehearsed
 from harness.runtime.memory_snapshot import snapshot_file
@@ -49,6 +50,9 @@ def rehearse(
             memory = card_memory.of(settings.hardware, plan.layout.size)
         except ValueError as error:
             raise Refusal("hardware.allocator", settings.hardware.allocator, str(error)) from None
+    compiler = partition if memory is None else None
+    if memory is not None and settings.train.compile:
+        memory.uncompiled = True
     mode = train if settings.mode == "train" else infer
     if mode is train:
         import_library(settings)
@@ -70,7 +74,7 @@ def rehearse(
         try:
             with existing_objects_frozen(), ledger, watched(ledger, report):
                 output = record_file.Output(Path("/dev/null"), _quiet, results, _nothing)
-                mode.run(plan, world, ledger, output, Shortened())
+                mode.run(plan, world, ledger, output, Shortened(compiler))
         except Exception as error:
             error.rehearsed = rank, ledger.where  # type: ignore[attr-defined]
             raise

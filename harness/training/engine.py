@@ -16,8 +16,9 @@ from harness.ledger.patch import DATA, DEEPSPEED, Patch, install, table
 from harness.model import activation_checkpointing, activation_offload, adapter
 from harness.model.init_weights import lasting
 from harness.runtime import faults, imports
+from harness.runtime.course import Backend
 from harness.runtime.world import World
-from harness.training import head_loss, optimizers
+from harness.training import compiled_layers, head_loss, optimizers
 from harness.training.deepspeed_config import engine_config
 from harness.training.nonfinite import Found, Guard, Watch
 
@@ -44,9 +45,19 @@ def learning_rate(train: Train, step: int) -> float:
 
 
 class Engine:
-    """A model wrapped by DeepSpeed. `settings` decide the ZeRO stage, precision, accumulation and optimizer."""
+    """A model wrapped by DeepSpeed. `settings` decide the ZeRO stage, precision, accumulation and optimizer.
 
-    def __init__(self, settings: Settings, world: World, ledger: Ledger, model: PreTrainedModel) -> None:
+    `compiler` compiles its layers; None compiles nothing.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        world: World,
+        ledger: Ledger,
+        model: PreTrainedModel,
+        compiler: Backend | None = None,
+    ) -> None:
         self.settings, self.world, self.ledger = settings, world, ledger
         deepspeed, config = import_deepspeed(world), engine_config(settings, world.dp_size)
         if settings.zero.stage == 3:  # one parameter at a time: no device ever has them all
@@ -57,6 +68,8 @@ class Engine:
         activation_checkpointing.apply(model, settings.checkpointing)
         activation_offload.apply(model, settings.checkpointing, world.device, ledger)
         head_loss.apply(model, settings.loss)
+        if compiler is not None:
+            compiled_layers.apply(model, compiler)
         self.inner = optimizers.build(settings, world, model)
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=self.inner, config=config)
         self.inner.state.clear()  # without ZeRO, DeepSpeed has taken a step without gradients, and some would count it
@@ -96,7 +109,7 @@ class Engine:
         """For each micro-batch of `step`, computed once more, what is not finite on this rank. Collective."""
         for micro_batch in range(self.settings.train.accumulation):
             batch = next(batches).to(self.world.device)
-            with Watch(self.module).watching() as watch:
+            with compiled_layers.uncompiled(), Watch(self.module).watching() as watch:
                 loss = self._micro_step(batch, step, micro_batch)
             yield watch.found(loss)
 

@@ -35,7 +35,7 @@ def identity(
         **_of_group("optimizer", settings, "kind", "state", "momentum"),
         **_of_group("train", settings, "micro_batch", "accumulation", "sequence", "fused"),
         **_of_group("train", settings, "steps", "learning_rate", "betas", "epsilon", "weight_decay", "clip"),
-        **_of_group("train", settings, "warmup_steps", "schedule"),
+        **_of_group("train", settings, "warmup_steps", "schedule", "compile"),
         **_of_group("loss", settings, "kind", "chunk"),
         **_of_group("adapter", settings, "kind", "rank", "alpha", "dropout", "targets", "path"),
         "deepspeed.options": settings.deepspeed.options or None,

@@ -59,7 +59,7 @@ def run(plan: Plan, world: World, ledger: Ledger, out: Output, course: Course = 
     dtype = getattr(torch, settings.dtype)
     quantization = method.take(config, settings, "cpu")
     with ledger.phase("setup"):
-        engine, out.results.model = _engine(plan, config, dtype, world, ledger, quantization, course.values)
+        engine, out.results.model = _engine(plan, config, dtype, world, ledger, quantization, course)
     first = _resume(resumed, world, engine, out.say)
     spans = train.micro_batch, world, settings.seed, first * train.accumulation, train.accumulation
     batches = Reported(token_batches.loader(corpus.train, *spans), ledger)
@@ -130,13 +130,13 @@ def _engine(
     world: World,
     ledger: Ledger,
     quantization: Quantization | None,
-    read: bool,
+    course: Course,
 ) -> tuple[Engine | Pipeline, Model]:
     """The DeepSpeed engine for this rank's part of the model, and the record of the whole model.
 
-    `read`: read its weights, if it has any stored.
+    `course` says whether its weights are read, if it has any stored, and what compiles its layers, if they are.
     """
-    settings = plan.settings
+    settings, read = plan.settings, course.values
     check_layers(settings.checkpointing, plan.number_of_layers)
     spec, options = (settings.model, config, dtype, torch.device("cpu"), settings.seed), (None, quantization)
     if world.stages == 1:
@@ -147,7 +147,8 @@ def _engine(
             ledger.traffic.report(READ, adapter.apply(settings, model, whole, read))
         # before ZeRO-3 empties the parameters
         record = adapter.sized(settings, loader.sizes(settings.model, model, dtype, quantization), model)
-        return Engine(settings, world, ledger, model), record
+        compiler = course.compiler if settings.train.compile else None
+        return Engine(settings, world, ledger, model, compiler), record
     part = stage.build(*spec, plan.layers[world.stage], read, *options)
     ledger.traffic.report(READ, payload(settings.model, part.owned(), read))
     whole = adapter.outline(settings, config, dtype)

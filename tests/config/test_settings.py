@@ -386,6 +386,16 @@ def test_a_number_out_of_its_range_is_refused_by_its_key(words: str) -> None:
             "leave out generation.prompt=",
         ),
         ("mode=infer generation.compile=true", "generation.compile=true", "add generation.cache=static"),
+        ("mode=infer train.compile=true", "train.compile=true", "use generation.compile=true"),
+        ("train.compile=true zero=3", "train.compile=true", "use zero=0, 1 or 2"),
+        ("train.compile=true checkpointing=selective", "train.compile=true", "use full or none"),
+        (
+            "train.compile=true checkpointing.offload=cpu",
+            "train.compile=true",
+            "use checkpointing.offload=none",
+        ),
+        ("train.compile=true adapter=lora", "train.compile=true", "use adapter=none"),
+        ("train.compile=true pipeline.stages=2", "train.compile=true", "use pipeline.stages=1"),
         (
             "mode=infer generation.tensor_parallel=2 generation.compile=true generation.cache=static",
             "generation.tensor_parallel=2",

@@ -129,6 +129,8 @@ class Train:
     """Weight decay; sgd adds it to the gradient, the others take it from the weights."""
     fused: bool = False
     """adamw, or sgd, in one kernel, without temporaries."""
+    compile: bool = False
+    """Compile each layer with torch.compile; the results are those of eager layers, but for rounding."""
     clip: NotNegativeFloat = 1.0
     """Largest gradient norm; 0 is off."""
     validate_every: NotNegative = 50

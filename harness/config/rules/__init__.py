@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 
 from harness.config.resume import check_changes
-from harness.config.rules import adapter, loss, optimizer, positions, quantized, widths
+from harness.config.rules import adapter, compiled, loss, optimizer, positions, quantized, widths
 from harness.config.rules.data import data
 from harness.config.rules.deepspeed import deepspeed
 from harness.config.rules.generation import generation
@@ -36,7 +36,7 @@ def check(settings: Settings) -> None:
         deepspeed,
         generation,
     )
-    for rule in (*rules, optimizer.check, quantized.check, adapter.check):
+    for rule in (*rules, optimizer.check, quantized.check, adapter.check, compiled.check):
         rule(settings)
 
 
