@@ -141,7 +141,9 @@ def of_adapter(settings: Settings) -> Quantization | None:
     """How `adapter=qlora` packs the weights as they are read; None for others."""
     if settings.mode != "train" or settings.adapter.kind != "qlora":
         return None
-    return Quantization("bitsandbytes", nf4.config_for(settings.dtype), stored=False, packed=True, trained=True)
+    return Quantization(
+        "bitsandbytes", nf4.config_for(settings.dtype), stored=False, packed=True, trained=True
+    )
 
 
 def _check_known(settings: Settings, quantization_config: Mapping[str, Any]) -> None:

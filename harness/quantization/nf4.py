@@ -1,8 +1,8 @@
 """Weights of linear layers in NF4 for training beside them: QLoRA (Dettmers et al. 2023, arXiv 2305.14314).
 
-The layers, the packing and the product are those of bitsandbytes, as transformers and peft use it: torchao has an NF4 of
-its own no more, and peft has no layer for one. A rehearsal runs the same layers: their operators have shapes without
-values, and only their class of parameter has none (`rehearsal/tensor_shims.py`).
+The layers, the packing and the product are those of bitsandbytes, which transformers and peft use too; torchao has no
+NF4 since 0.18. A rehearsal runs the same layers on fake tensors: each operator of theirs gives the shape of its result,
+and only their class of parameter cannot be fake (`rehearsal/tensor_shims.py`).
 """
 
 from collections.abc import Iterator, Mapping
@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from harness.ledger.op_cost import flop_registry
 from harness.quantization.packing import layers_to_pack
 from harness.runtime.imports import import_bitsandbytes
 
@@ -65,7 +64,7 @@ class Packer:
     def finish(self) -> None:
         """Pack the rest, and mark the model as transformers marks one that it has packed: peft looks for that."""
         self("", self.whole)
-        self.whole.is_loaded_in_4bit = True  # type: ignore[assignment]
+        self.whole.is_loaded_in_4bit = True
         keep_layout(self.whole)
 
 

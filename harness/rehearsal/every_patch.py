@@ -26,4 +26,13 @@ def every_patch() -> tuple[Patch, ...]:
         paged_choosing,
     )
     tables = [patch for room in rooms for patch in room.PATCHES.values()]
-    return (*tables, *SHIMS, *CUDA_SHIMS, *CARD_SHIMS, COMPILE, PACKED_PARAMETER, *GPU_SHIMS, *process_world())
+    return (
+        *tables,
+        *SHIMS,
+        *CUDA_SHIMS,
+        *CARD_SHIMS,
+        COMPILE,
+        PACKED_PARAMETER,
+        *GPU_SHIMS,
+        *process_world(),
+    )

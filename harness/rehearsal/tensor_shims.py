@@ -24,6 +24,8 @@ def apply_in_place(original: Original) -> Original:
                     self._parameters[name] = torch.nn.Parameter(fn(parameter), parameter.requires_grad)
                 elif parameter is not None:
                     parameter.data = fn(parameter)
+                    if (scales := getattr(parameter, "quant_state", None)) is not None:
+                        scales.to(parameter.device)  # as a packed weight's own `to` does
                     if parameter.grad is not None:
                         parameter.grad.data = fn(parameter.grad)
         for name, buffer in self._buffers.items():

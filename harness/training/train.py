@@ -139,7 +139,7 @@ def _engine(
     spec, options = (settings.model, config, dtype, torch.device("cpu"), settings.seed), (None, quantization)
     if world.stages == 1:
         model = loader.build(*spec, read, *options)
-        packs = quantization is not None and quantization.trained
+        packs = quantization if quantization is not None and quantization.trained else None
         stored = init_weights.outline(config, dtype) if packs else model
         ledger.traffic.report(READ, payload(settings.model, dict(stored.named_parameters()), read))
         if adapter.wanted(settings):
@@ -148,7 +148,7 @@ def _engine(
         # before ZeRO-3 empties the parameters
         record = (
             loader.sizes(settings.model, whole, dtype).plus(
-                quantization=quantization.as_record(storages.nbytes(model))
+                quantization=packs.as_record(storages.nbytes(model))
             )
             if packs
             else loader.sizes(settings.model, model, dtype, quantization)

@@ -184,6 +184,9 @@ ADAPTED = [
     (*TINY, *TRAIN, *ZERO[3], "adapter=lora", *EVERYTHING, "adapter.merge=true"),
     (*TINY, *TRAIN, "pipeline.stages=2", "adapter=lora", "train.accumulation=2", *EVERYTHING),
     (*GPT2, *TRAIN, *ZERO[2], "adapter=lora", "adapter.targets=[c_attn]", "adapter.dropout=0.1"),
+    (*TINY, *TRAIN, *ZERO[0], "adapter=qlora"),
+    (*TINY, *TRAIN, *ZERO[2], "adapter=qlora", "precision=bf16", *EVERYTHING),
+    (*GPT2, *TRAIN, *ZERO[1], "adapter=qlora", "zero.offload=optimizer", "checkpointing=full"),
 ]
 GENERATION = [
     *(
@@ -316,7 +319,7 @@ EXHAUSTIVE = (
         *(UNPACKED[number] for number in (0, 5)),
         *(OPTIMIZERS[number] for number in (1, 3, 6)),
         *(OFFLOADED[number] for number in (1, 2, 5, 6)),
-        *(ADAPTED[number] for number in (0, 5)),
+        *(ADAPTED[number] for number in (0, 5, 6)),
         CHUNKED[1],  # DeepSpeed's optimizer of stages 1 and 2 is one
         *(CELLS[3][stage] for stage in (0, 2)),
         *(CELLS[4][number] for number in (2, 8, 10)),

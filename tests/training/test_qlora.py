@@ -20,7 +20,7 @@ from harness.model import loader
 from harness.quantization import method, nf4
 from harness.runtime.world import World
 from tests.training.conftest import Trained, of, train
-from tests.training.test_adapter import CPU, EXPORT, FILES, STEPS, by_peft, logits, losses_of, plan_of
+from tests.training.test_adapter import CPU, EXPORT, FILES, by_peft, logits, losses_of, plan_of
 
 QLORA = ("adapter=qlora", "adapter.rank=4", "adapter.targets=[q_proj,down_proj]")
 NF4 = BitsAndBytesConfig(
