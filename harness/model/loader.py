@@ -134,6 +134,7 @@ def build(
     storages.give_own_storage(loaded)
     if quantization is not None and quantization.trained:
         nf4.keep_layout(loaded)
+        del loaded.hf_quantizer  # else saving an adapter would take the state of the whole model
     return loaded
 
 
