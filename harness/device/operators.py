@@ -266,8 +266,19 @@ _ATTENTIONS = {
     ),
 }
 
-SCRATCH: dict[str, Scratch] = {**_SORTING, **_NORMS, **_REDUCTIONS, **_MATRICES, **_ATTENTIONS}
-"""Scratch by the operator's name in ATen, without its overload; an operator that is not here is taken to have none."""
+_PACKED = {
+    "gemm_4bit": Scratch(
+        "unpacks the weight and its scales where its own kernels would be slower",
+        "bitsandbytes/backends/cuda/ops.py",
+        norms.unpacked,
+    )
+}
+
+SCRATCH: dict[str, Scratch] = {**_SORTING, **_NORMS, **_REDUCTIONS, **_MATRICES, **_ATTENTIONS, **_PACKED}
+"""Scratch by the operator's name, without its overload; an operator that is not here is taken to have none."""
+
+NAMESPACES = ("aten", "bitsandbytes")
+"""The libraries whose operators are in the table."""
 
 
 def scratch(
@@ -278,9 +289,8 @@ def scratch(
     args, kwargs, out: as a dispatch mode sees them. Returns () where there are none, and None where they cannot be
     derived: cuDNN's workspaces, sizes that depend on values, and what depends on a number of `card` that is unknown.
     """
-    name = func._schema.name.removeprefix("aten::")
-    entry = SCRATCH.get(name)
-    if entry is None or not func._schema.name.startswith("aten::"):
+    entry = SCRATCH.get(func._schema.name.rpartition("::")[2])
+    if entry is None or func.namespace not in NAMESPACES:
         return ()
     tensors = torch.utils._pytree.tree_leaves((args, kwargs, out))
     if any(isinstance(each, torch.Tensor) and _symbolic(each) for each in tensors):

@@ -168,6 +168,19 @@ class Matrices:
         return once(*(nbytes(each) for each in (call[name] for name in self.names) if not readable(each)))
 
 
+UNPACKED_ROWS = 1536
+"""Above so many rows bitsandbytes always unpacks a weight of 4 bits (backends/cuda/ops.py); below, it asks the card."""
+
+
+def unpacked(call: Call) -> Moments:
+    """A weight of 4 bits and its fp32 scales, before and after their mean is added."""
+    taken, packed, scales = call["A"], prod(call["shapeB"]), call["absmax_8bit"]
+    if taken.numel() // taken.shape[-1] <= UNPACKED_ROWS and taken.shape[-1] % call["blocksize"] == 0:
+        return None
+    nested = () if scales is None else (4 * scales.numel(), 4 * scales.numel())
+    return once(*nested, packed * taken.element_size())
+
+
 def readable(matrix: torch.Tensor) -> bool:
     """Whether one of a matrix's last two axes is contiguous and the other's rows do not overlap."""
     (height, width), (down, right) = matrix.shape[-2:], matrix.stride()[-2:]

@@ -129,8 +129,8 @@ def auxiliary_tensors(module: torch.nn.Module) -> Iterator[tuple[str, dict[str, 
                 yield from _tensor_places(f"{name}.{key}".removeprefix("."), holder, key)
 
 
-PLAIN = frozenset(vars(torch.nn.Module())) | {"grad", "module"}
-"""Attributes of every module, and those that lead from a weight back to its module."""
+PLAIN = frozenset(vars(torch.nn.Module())) | {"grad", "module", "fake_mode"}
+"""Attributes of every module, and those that lead from a weight to its module, or a fake one to all others."""
 
 
 def _tensor_places(

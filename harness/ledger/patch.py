@@ -23,7 +23,7 @@ Replacement = Callable[[Any], Any]
 """From the original to what replaces it. It may return the original, which then stays."""
 
 TORCH, DEEPSPEED, TRANSFORMERS = ("2.11", "2.13"), ("0.19.8",), ("5.23",)
-ACCELERATE, PYTHON = ("1.15",), ("3.11",)
+ACCELERATE, BITSANDBYTES, PYTHON = ("1.15",), ("0.50",), ("3.11",)
 
 BUILTIN = "it is compiled code, which has no signature"
 DATA = "it is data, and takes no arguments"
@@ -79,7 +79,7 @@ class Use(NamedTuple):
     instance: Any = None
 
 
-_VERSIONED = frozenset({"torch", "deepspeed", "transformers", "accelerate"})
+_VERSIONED = frozenset({"torch", "deepspeed", "transformers", "accelerate", "bitsandbytes"})
 
 
 class DoesNotFit(RuntimeError):

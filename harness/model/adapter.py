@@ -26,7 +26,10 @@ from harness.config.settings import Refusal, Settings
 from harness.model import init_weights, manifest
 from harness.model.plan import Plan
 from harness.model.stage import Stage, Uncuttable, layers_of, parts
+from harness.quantization import nf4
+from harness.quantization.packing import default_dtype
 from harness.record import results
+from harness.runtime.imports import import_peft
 
 LINEAR = (nn.Linear, Conv1D)
 NAME = "default"
@@ -84,6 +87,8 @@ def prove(plan: Plan) -> None:
     settings = plan.settings
     if not wanted(settings):
         return
+    if settings.adapter.kind == "qlora":
+        nf4.import_library()
     whole = outline(settings, plan.config, getattr(torch, settings.dtype))
     if settings.mode == "infer" or settings.pipeline.stages == 1:
         return
@@ -141,7 +146,8 @@ def _merged(whole: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, Te
 def _inject(model: PreTrainedModel, config: Any) -> None:
     from peft import inject_adapter_in_model
 
-    with warnings.catch_warnings():
+    # beside packed weights peft takes the default dtype, and beside others theirs
+    with warnings.catch_warnings(), default_dtype(model.dtype):
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to")  # peft sets it right
         inject_adapter_in_model(copy.copy(config), model, NAME)
 
@@ -161,13 +167,12 @@ def _initialise(model: PreTrainedModel, seed: int) -> None:
 
 def _config(settings: Settings, whole: PreTrainedModel) -> Any:
     """peft's config: that of `adapter.path`, or a new one."""
-    from peft import LoraConfig
-
+    peft = import_peft()
     adapter = settings.adapter
     if adapter.path is not None:
         config = _stored_config(adapter.path)
     else:
-        config = LoraConfig(
+        config = peft.LoraConfig(
             r=adapter.rank,
             lora_alpha=adapter.alpha,
             lora_dropout=adapter.dropout,

@@ -5,7 +5,7 @@ seed. So a part has the same weights as the whole model, whichever rank has it.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -61,12 +61,14 @@ def make(
     part: nn.Module,
     device: torch.device,
     seed: int,
+    settled: Callable[[str, nn.Module], object] = lambda name, module: None,
 ) -> set[str]:
     """Allocate the parameters and buffers of `part`, a part of `model`, on `device` and give them random values.
 
     `tree` is `modules(model)` of the whole model. A parameter with two names is initialised under the first. Of a
-    DTensor the whole tensor is initialised first, and then only this rank's part is kept. Returns the names of tensors
-    that transformers does not initialise: they have uninitialised memory.
+    DTensor the whole tensor is initialised first, and then only this rank's part is kept. `settled` is called with each
+    layer and its name, once its weights are final, and may put others in their place. Returns the names of tensors that
+    transformers does not initialise: they have uninitialised memory.
     """
     wanted = {id(tensor) for tensor in (*part.parameters(), *part.buffers())}
     by_name = dict(tree)
@@ -95,6 +97,7 @@ def make(
         _initialise(_within(by_name, name), name, module, seed)
         if isinstance(by_name.get(name.rpartition(".")[0]), nn.ModuleList):
             _settle(module, device, whole_dtensors)  # a layer is complete: the host has one at a time
+            settled(name, module)
     set_seed(seed)  # later random numbers do not depend on the part
     unset = {name for name, (_, tensor) in allocated.items() if not tensor._version}  # never written to
     unset = {name for name in unset if allocated[name][0][name.rpartition(".")[2]] is allocated[name][1]}

@@ -36,6 +36,7 @@ from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, 
 from harness.config.errors import first_line, ours
 from harness.config.settings import Model, Refusal
 from harness.model import init_weights, manifest, shape, storages, tensor_parallel, widths
+from harness.quantization import nf4
 from harness.quantization.method import Quantization
 from harness.record import results
 from harness.runtime import faults
@@ -91,14 +92,19 @@ def build(
     """
     model = tensor_parallel.outline(config, dtype, settings.attention, mesh)
     widths.check(settings, model)
-    packed = quantization is not None and quantization.packed
+    stand_ins = quantization is not None and quantization.packed and not quantization.trained
     if quantization is not None and quantization.stays(read):
         quantization.pack(model, settings)
     if read and (quantization is None or quantization.known):
         check_parameters(settings, tensor_parallel.nbytes(model), dtype, device)
     if settings.path is None or settings.random or not read:
-        unset = init_weights.make(model, list(init_weights.modules(model)), model, device, seed)
-        if (settings.path is None or settings.random) and not packed:
+        if quantization is not None and quantization.trained:  # its layers are packed one after another
+            model = tensor_parallel.outline(config, dtype, settings.attention, mesh)
+            with quantization.packing(model) as pack:
+                unset = init_weights.make(model, list(init_weights.modules(model)), model, device, seed, pack)
+        else:
+            unset = init_weights.make(model, list(init_weights.modules(model)), model, device, seed)
+        if (settings.path is None or settings.random) and not stand_ins:
             check_values(settings, unset)
         return model
     set_seed(seed)
@@ -126,6 +132,9 @@ def build(
     if quantization is not None and not quantization.as_read(loaded).packed:
         vars(loaded).pop("_weight_conversions", None)  # else saving would pack the weights again
     storages.give_own_storage(loaded)
+    if quantization is not None and quantization.trained:
+        nf4.keep_layout(loaded)
+        del loaded.hf_quantizer  # else saving an adapter would take the state of the whole model
     return loaded
 
 

@@ -1,7 +1,8 @@
 """A model with packed weights: what its `quantization_config` means on a device."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from inspect import signature
@@ -16,7 +17,7 @@ from harness.config.errors import first_line, ours
 from harness.config.rules import quantized as rules
 from harness.config.rules.quantized import AT_FIRST, AT_LOAD
 from harness.config.settings import Model, Settings
-from harness.quantization import layouts, packed, packing
+from harness.quantization import layouts, nf4, packed, packing
 from harness.quantization.layouts import Unknown
 from harness.record import results
 
@@ -27,12 +28,14 @@ class Quantization:
 
     `stored`: the checkpoint is packed; otherwise weights are packed at load.
     `packed`: weights are packed in memory; otherwise they are unpacked at load.
+    `trained`: others are trained beside the packed weights, with the library's own layers (`nf4.py`).
     """
 
     method: str
     quantization_config: Mapping[str, Any]
     stored: bool
     packed: bool
+    trained: bool = False
 
     @property
     def whole(self) -> str | None:
@@ -92,6 +95,13 @@ class Quantization:
         if self.whole == AT_FIRST:
             packed.make_whole_at_first(model)
 
+    @contextmanager
+    def packing(self, model: PreTrainedModel) -> Iterator[Callable[[str, nn.Module], object]]:
+        """A function that packs a part of `model`, by its name, once it has weights; at the end, the rest is packed."""
+        packer = nf4.Packer(model, self.quantization_config)
+        yield packer
+        packer.finish()
+
     def as_read(self, model: nn.Module) -> "Quantization":
         """The actual state in a `model` that transformers loaded: without a kernel, it unpacks the weights."""
         return replace(self, packed=getattr(model, "hf_quantizer", None) is not None)
@@ -114,7 +124,7 @@ def take(config: PretrainedConfig, settings: Settings, device: str) -> Quantizat
     quantization_config = rules.merged({rules.NAME: stored_config}, settings.model)
     if quantization_config is None:
         rules.check_whole(settings, stored_config)
-        return None
+        return of_adapter(settings)
     method = rules.method_of(quantization_config)
     packed_in_memory = rules.packed(quantization_config, device, _capability(settings, device))
     rules.check_given(settings, quantization_config, packed_in_memory)
@@ -124,6 +134,15 @@ def take(config: PretrainedConfig, settings: Settings, device: str) -> Quantizat
         quantization_config,
         stored_config is not None,
         bool(packed_in_memory) and settings.mode == "infer",
+    )
+
+
+def of_adapter(settings: Settings) -> Quantization | None:
+    """How `adapter=qlora` packs the weights as they are read; None for others."""
+    if settings.mode != "train" or settings.adapter.kind != "qlora":
+        return None
+    return Quantization(
+        "bitsandbytes", nf4.config_for(settings.dtype), stored=False, packed=True, trained=True
     )
 
 

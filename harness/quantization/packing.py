@@ -23,13 +23,13 @@ Chosen = tuple[str, nn.Module, MethodConfig]
 
 def pack(model: PreTrainedModel, method: str, config: MethodConfig) -> None:
     """Replace layers of `model`, on `meta`, as `method` packs them. Raises Unknown, or any error of a library."""
-    with torch.device("meta"), _default_dtype(model.dtype):
+    with torch.device("meta"), default_dtype(model.dtype):
         if method in ("fp8", "mxfp8", "bitnet"):
             _pack_by_transformers(model, config)
         elif method == "mxfp4":
             _pack_experts(model, config)
         else:
-            for name, layer, own in [*_layers_to_pack(model, method, config)]:
+            for name, layer, own in [*layers_to_pack(model, method, config)]:
                 model.set_submodule(name, _packed(layer, method, own, model.dtype))
         if config.get("kv_cache_scheme"):
             _scale_keys_and_values(model)
@@ -43,7 +43,7 @@ def _packed(layer: nn.Module, method: str, config: MethodConfig, dtype: torch.dt
     return PackedLinear(_empty(layouts.LAYOUTS[method](config, Linear(out, into, dtype))), out, into, bias)
 
 
-def _layers_to_pack(model: PreTrainedModel, method: str, config: MethodConfig) -> Iterator[Chosen]:
+def layers_to_pack(model: PreTrainedModel, method: str, config: MethodConfig) -> Iterator[Chosen]:
     """The layers that the method's library packs."""
     if method == "compressed-tensors":
         yield from _matched(model, config)
@@ -162,7 +162,7 @@ def _empty(tensors: Tensors) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
     """Use `dtype` as the default dtype of new tensors, as transformers does while it builds a model."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)

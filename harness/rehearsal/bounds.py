@@ -5,7 +5,7 @@ This module imports no torch, so its callers need not load it. Its functions do,
 
 from dataclasses import replace
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from harness.config.errors import ours
 from harness.config.settings import Settings
@@ -49,7 +49,7 @@ def by_shapes(settings: Settings) -> dict[str, int]:
         return {}
     if counted is None:
         return {}
-    parameters, trained = counted
+    parameters, trained, packed = counted
     of_rank = parameters // (layout.stages * layout.tp_size)
     if settings.mode == "infer":
         return {"parameters": of_rank * ELEMENT[precision]}
@@ -57,6 +57,8 @@ def by_shapes(settings: Settings) -> dict[str, int]:
     bound = {}
     if zero.offload != "all":
         bound["parameters"] = of_rank * ELEMENT[precision] // (layout.dp_size if zero.stage == 3 else 1)
+        if packed is not None:  # no rank has a part of it
+            bound["parameters"] = packed + trained * ELEMENT[precision]
     if zero.offload == "none" and (layout.stages == 1 or trained == parameters):
         state = MASTER[precision] + MOMENTS[settings.optimizer.kind]
         state //= 2 if settings.optimizer.state == "bf16" else 1
@@ -64,25 +66,41 @@ def by_shapes(settings: Settings) -> dict[str, int]:
     return bound
 
 
-_counted: dict[str, tuple[int, int] | None] = {}
-"""The parameters of the models that this process has counted, and those of them that are trained."""
+class Counted(NamedTuple):
+    """The elements of a model's parameters, those that are trained, and the bytes of all others that
+    `adapter=qlora` packs.
+    """
+
+    parameters: int
+    trained: int
+    packed: int | None = None
 
 
-def _parameters(settings: Settings) -> tuple[int, int] | None:
-    """The elements of a model's parameters, and of those that are trained. None: its weights are packed."""
+_counted: dict[str, Counted | None] = {}
+"""The models that this process has counted."""
+
+
+def _parameters(settings: Settings) -> Counted | None:
+    """The parameters of a model. None: its checkpoint is packed."""
     import torch
 
-    from harness.model import adapter
+    from harness.model import adapter, init_weights, storages
     from harness.model.loader import model_config
+    from harness.quantization.method import of_adapter
 
-    key = repr((settings.model, settings.adapter))
+    key = repr((settings.model, settings.adapter, settings.precision))
     if key not in _counted:
         _counted[key] = None
         config = model_config(settings.model)
         if getattr(config, "quantization_config", None) is None:
             parameters = [*adapter.outline(settings, config, torch.bfloat16).parameters()]
-            trained = (each.numel() for each in parameters if each.requires_grad)
-            _counted[key] = sum(each.numel() for each in parameters), sum(trained)
+            trained = sum(each.numel() for each in parameters if each.requires_grad)
+            packed = None
+            if (quantization := of_adapter(settings)) is not None:
+                whole = init_weights.outline(model_config(settings.model), getattr(torch, settings.dtype))
+                quantization.pack(whole, settings.model)
+                packed = storages.nbytes(whole)
+            _counted[key] = Counted(sum(each.numel() for each in parameters), trained, packed)
     return _counted[key]
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from harness.device.operators import SCRATCH, scratch
+from harness.device.operators import NAMESPACES, SCRATCH, scratch
 from harness.device.workspaces import CUBLAS, Workspaces, addmm_on_lt
 from harness.ledger.events import KernelMemory
 from harness.ledger.modules import in_backward
@@ -30,7 +30,7 @@ class CardKernels:
     ) -> Iterator[KernelMemory]:
         name = func.__name__.partition(".")[0]
         cublas = name in CUBLAS
-        if not (cublas or name in SCRATCH) or func.namespace != "aten" or not _on_card(args, out):
+        if not (cublas or name in SCRATCH) or func.namespace not in NAMESPACES or not _on_card(args, out):
             return
         if cublas:
             yield from self._workspace(name, args, kwargs)

@@ -7,7 +7,7 @@ from harness.model import tensor_parallel
 from harness.quantization import packed
 from harness.rehearsal.card_tensors import CARD_SHIMS, COMPILE
 from harness.rehearsal.cuda_shims import CUDA_SHIMS
-from harness.rehearsal.shims import GPU_SHIMS, SHIMS, process_world
+from harness.rehearsal.shims import GPU_SHIMS, PACKED_PARAMETER, SHIMS, process_world
 from harness.runtime import imports
 from harness.training import compiled_layers, engine, head_loss, nonfinite, pipeline_engine
 
@@ -27,4 +27,13 @@ def every_patch() -> tuple[Patch, ...]:
         paged_choosing,
     )
     tables = [patch for room in rooms for patch in room.PATCHES.values()]
-    return (*tables, *SHIMS, *CUDA_SHIMS, *CARD_SHIMS, COMPILE, *GPU_SHIMS, *process_world())
+    return (
+        *tables,
+        *SHIMS,
+        *CUDA_SHIMS,
+        *CARD_SHIMS,
+        COMPILE,
+        PACKED_PARAMETER,
+        *GPU_SHIMS,
+        *process_world(),
+    )

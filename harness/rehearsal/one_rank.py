@@ -7,6 +7,7 @@ from pathlib import Path
 from harness.config.settings import Refusal
 from harness.generation import cache_check, infer
 from harness.ledger import Ledger
+from harness.ledger.patch import patched
 from harness.ledger.unseen import NotSeen
 from harness.model import adapter
 from harness.model.misfit import misfits
@@ -24,6 +25,7 @@ from harness.rehearsal.course import Shortened
 from harness.rehearsal.fake_mode import existing_objects_frozen
 from harness.rehearsal.partitioned import partition
 from harness.rehearsal.places import Place, watched
+from harness.rehearsal.shims import PACKED_PARAMETER
 from harness.rehearsal.world import rehearsed
 from harness.runtime.memory_snapshot import snapshot_file
 from harness.training import loss_check, train
@@ -63,7 +65,13 @@ def rehearse(
     cache_check.prove(plan)
     loss_check.prove(plan, settings.hardware.device)
     adapter.prove(plan)
-    with misfits(plan), warnings.catch_warnings(), rehearsed(rank, plan.layout, memory) as world:
+    packed = (PACKED_PARAMETER,) if settings.adapter.kind == "qlora" else ()
+    with (
+        misfits(plan),
+        warnings.catch_warnings(),
+        rehearsed(rank, plan.layout, memory) as world,
+        patched(*packed),
+    ):
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         warnings.filterwarnings("ignore", category=NotSeen)  # the record says it
         ledger = (

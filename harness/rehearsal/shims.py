@@ -8,7 +8,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 
-from harness.ledger.patch import ACCELERATE, BUILTIN, DATA, DEEPSPEED, TORCH, TRANSFORMERS, Patch, patched
+from harness.ledger.patch import (
+    ACCELERATE,
+    BITSANDBYTES,
+    BUILTIN,
+    DATA,
+    DEEPSPEED,
+    TORCH,
+    TRANSFORMERS,
+    Patch,
+    patched,
+)
 from harness.rehearsal import tensor_shims, world_shims, zero_shims
 from harness.rehearsal.card_tensors import CARD_SHIMS
 from harness.rehearsal.cuda_shims import CUDA_SHIMS
@@ -140,6 +150,15 @@ SHIMS = (
     ),
     SLICES,
 )
+
+PACKED_PARAMETER = Patch(
+    "bitsandbytes.nn.modules.Params4bit",
+    "__new__",
+    "a tensor of this class cannot be fake",
+    BITSANDBYTES,
+    tensor_shims.packed_parameter,
+)
+"""It is replaced where a run packs weights so: importing bitsandbytes takes seconds."""
 
 TWO_DEVICES = "DeepSpeed takes the host for its accelerator, and the rehearsal is for a GPU"
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor
 
 from harness.rehearsal.zero_shims import Original
 
@@ -23,6 +24,8 @@ def apply_in_place(original: Original) -> Original:
                     self._parameters[name] = torch.nn.Parameter(fn(parameter), parameter.requires_grad)
                 elif parameter is not None:
                     parameter.data = fn(parameter)
+                    if (scales := getattr(parameter, "quant_state", None)) is not None:
+                        scales.to(parameter.device)  # as a packed weight's own `to` does
                     if parameter.grad is not None:
                         parameter.grad.data = fn(parameter.grad)
         for name, buffer in self._buffers.items():
@@ -68,6 +71,40 @@ def ignore_rng_state(original: Original) -> Original:
 
     def stand_in(new_state: torch.Tensor) -> None:
         pass
+
+    return stand_in
+
+
+def packed_parameter(original: Original) -> Original:
+    """bitsandbytes' `Params4bit.__new__`: of a fake tensor it makes a plain parameter with the same attributes."""
+
+    def stand_in(
+        cls: type,
+        data: Any = None,
+        requires_grad: bool = False,
+        quant_state: Any = None,
+        blocksize: int | None = None,
+        compress_statistics: bool = True,
+        quant_type: str = "fp4",
+        quant_storage: torch.dtype = torch.uint8,
+        module: Any = None,
+        bnb_quantized: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        state = {
+            "quant_state": quant_state,
+            "blocksize": blocksize,
+            "compress_statistics": compress_statistics,
+            "quant_type": quant_type,
+            "quant_storage": quant_storage,
+            "module": module,
+            "bnb_quantized": bnb_quantized,
+        }
+        if not isinstance(data, FakeTensor):
+            return original(cls, data, requires_grad, **state, **kwargs)
+        parameter = torch.nn.Parameter(data, requires_grad)
+        vars(parameter).update(state)
+        return parameter
 
     return stand_in
 

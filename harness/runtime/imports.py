@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 from harness.ledger.patch import TORCH, Patch, patched, table
@@ -43,6 +44,13 @@ def import_bitsandbytes() -> Any:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     with without_collection(), patched(PATCHES["torch.compile"].by(_when_called)):
         return import_module("bitsandbytes")
+
+
+def import_peft() -> Any:
+    """peft, which imports bitsandbytes where that is installed."""
+    if find_spec("bitsandbytes") is not None:
+        import_bitsandbytes()
+    return import_module("peft")
 
 
 @contextmanager

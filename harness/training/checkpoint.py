@@ -10,7 +10,7 @@ import json
 import math
 import random
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from harness.config.load import Refusal
 from harness.config.rules.sources import run_state
+from harness.ledger.owners import auxiliary_tensors
 from harness.ledger.traffic import READ, WRITE
 from harness.runtime import faults
 from harness.runtime.files import NotWritten, digest, flush, folder, move, part_of, writing
@@ -58,12 +59,24 @@ def tensors(engine: Engine | Pipeline) -> dict[str, torch.Tensor]:
     named = {}
     for name, parameter in engine.module.named_parameters():
         named[f"weights/{name}"] = getattr(parameter, "ds_tensor", parameter).data
+    named |= {f"weights/{name}": tensor for name, tensor in _scales(engine.module)}
     for index, master in enumerate(masters(engine)):
         if engine.deepspeed.optimizer is not engine.inner:
             named[f"masters/{index}"] = master.data
         for key, value in state_of(engine.inner, master).items():
             named[f"optimizer/{index}/{key}"] = value
     return named
+
+
+def _scales(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """What layers with packed weights have beside them, by name."""
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        for key, holder, attribute in auxiliary_tensors(module):
+            tensor = holder[attribute]
+            if id(tensor) not in seen:  # a layer and its weight may refer to the same ones
+                seen.add(id(tensor))
+                yield f"{name}.{key}", tensor
 
 
 def _random_state(device: torch.device) -> dict[str, torch.Tensor]:

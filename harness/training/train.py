@@ -19,7 +19,7 @@ from harness.data import token_batches
 from harness.data.batch import Share
 from harness.ledger import Ledger
 from harness.ledger.traffic import READ, WRITE
-from harness.model import adapter, loader, stage
+from harness.model import adapter, init_weights, loader, stage, storages
 from harness.model.generation_defaults import fields_of
 from harness.model.payload import payload
 from harness.model.plan import Plan
@@ -141,12 +141,21 @@ def _engine(
     spec, options = (settings.model, config, dtype, torch.device("cpu"), settings.seed), (None, quantization)
     if world.stages == 1:
         model = loader.build(*spec, read, *options)
-        ledger.traffic.report(READ, payload(settings.model, dict(model.named_parameters()), read))
+        packs = quantization if quantization is not None and quantization.trained else None
+        stored = init_weights.outline(config, dtype) if packs else model
+        ledger.traffic.report(READ, payload(settings.model, dict(stored.named_parameters()), read))
         if adapter.wanted(settings):
             whole = adapter.outline(settings, config, dtype)
             ledger.traffic.report(READ, adapter.apply(settings, model, whole, read))
         # before ZeRO-3 empties the parameters
-        record = adapter.sized(settings, loader.sizes(settings.model, model, dtype, quantization), model)
+        record = (
+            loader.sizes(settings.model, whole, dtype).plus(
+                quantization=packs.as_record(storages.nbytes(model))
+            )
+            if packs
+            else loader.sizes(settings.model, model, dtype, quantization)
+        )
+        record = adapter.sized(settings, record, model)
         compiler = course.compiler if settings.train.compile else None
         return Engine(settings, world, ledger, model, compiler), record
     part = stage.build(*spec, plan.layers[world.stage], read, *options)

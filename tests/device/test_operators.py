@@ -15,6 +15,7 @@ from harness.device.call import Card, Moment
 from harness.device.operators import SCRATCH, scratch
 from harness.device.reduction import axes, staging
 from harness.device.scratch_attention import splits
+from harness.quantization import nf4
 
 HOPPER, ADA, AMPERE = Card(9.0, 132), Card(8.9, 128), Card(8.0, 108)
 aten = torch.ops.aten
@@ -42,10 +43,23 @@ PAGE = Path(__file__).parents[2] / "profiles" / "measured.md"
 def test_every_operator_of_the_table_is_one_of_aten_and_names_its_source() -> None:
     measured = re.findall(r"(?m)^### (\w+)$", PAGE.read_text())
     for name, entry in SCRATCH.items():
-        assert hasattr(aten, name), name
+        of_aten = hasattr(aten, name)
+        assert of_aten or name == "gemm_4bit", name
         assert entry.does
-        assert entry.source.startswith("aten/src/ATen/")
+        assert entry.source.startswith("aten/src/ATen/" if of_aten else "bitsandbytes/")
         assert entry.row in ("unverified", *measured), name
+
+
+def test_a_packed_weight_is_unpacked_for_many_rows() -> None:
+    nf4.import_library()
+    with FakeTensorMode():
+        packed, scales = torch.empty(64 * 256 // 2, 1, dtype=torch.uint8), torch.empty(1)
+        codes, table = torch.empty(256, dtype=torch.uint8), torch.empty(256)
+        nested = {"absmax_8bit": codes, "absmax_code": table, "absmax_offset": torch.empty(())}
+        for rows, expected in ((1537, (Moment((1024, 1024, 2 * 64 * 256)),)), (1536, None)):
+            args = (torch.empty(rows, 256, dtype=torch.bfloat16), packed, [64, 256], scales, 64, "nf4")
+            product = torch.ops.bitsandbytes.gemm_4bit.default
+            assert scratch(product, args, nested, product(*args, **nested), HOPPER) == expected
 
 
 def test_an_operator_outside_the_table_has_none() -> None:

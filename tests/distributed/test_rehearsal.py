@@ -184,6 +184,9 @@ ADAPTED = [
     (*TINY, *TRAIN, *ZERO[3], "adapter=lora", *EVERYTHING, "adapter.merge=true"),
     (*TINY, *TRAIN, "pipeline.stages=2", "adapter=lora", "train.accumulation=2", *EVERYTHING),
     (*GPT2, *TRAIN, *ZERO[2], "adapter=lora", "adapter.targets=[c_attn]", "adapter.dropout=0.1"),
+    (*TINY, *TRAIN, *ZERO[0], "adapter=qlora"),
+    (*TINY, *TRAIN, *ZERO[2], "adapter=qlora", "precision=bf16", *EVERYTHING),
+    (*GPT2, *TRAIN, *ZERO[1], "adapter=qlora", "zero.offload=optimizer", "checkpointing=full"),
 ]
 GENERATION = [
     *(
@@ -289,7 +292,7 @@ EACH_CHANGE = {
     *(UNPACKED[number] for number in (2, 4)),
     *(OPTIMIZERS[number] for number in (0, 8)),
     OFFLOADED[3],
-    ADAPTED[3],
+    *(ADAPTED[number] for number in (3, 7)),
 }
 """Those of `KNOBS` that are not exhaustive: each knob, and each stage of ZeRO with some of them."""
 

@@ -28,6 +28,7 @@ CONFIGS = (
     "zero=1 precision=fp32 model.attention=eager",
     "zero=2 checkpointing=selective",
     "zero=2 zero.offload=optimizer",
+    "zero=2 adapter=qlora",
     "zero=3 checkpointing=full model.config.tie_word_embeddings=true",
     "zero=3 hardware=h100-sxm",
     "mode=infer hardware=h100-sxm",
@@ -76,6 +77,10 @@ def test_what_is_sure_by_shapes_is_the_state_that_is_not_sharded_or_offloaded() 
     }
     assert by_shapes(settings_of("zero=2 zero.offload=optimizer")) == {"parameters": whole["parameters"]}
     assert by_shapes(settings_of("zero=3 zero.offload=all")) == {}
+    beside = by_shapes(settings_of("zero=2 adapter=lora"))
+    packed = by_shapes(settings_of("zero=2 adapter=qlora"))
+    assert packed["optimizer"] == beside["optimizer"]
+    assert packed["parameters"] < beside["parameters"] // 2
     assert by_shapes(settings_of("mode=infer")) == {"parameters": whole["parameters"]}
 
 

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM
 
 from harness.config.compose import compose
 from harness.config.load import Refusal, load
@@ -25,7 +24,7 @@ from harness.model.tokenizer import tokenizer_of
 from harness.record.record_file import Output
 from harness.record.results import Results
 from harness.runtime.world import World
-from tests.training.conftest import SHORT, WORDS, train
+from tests.training.conftest import SHORT, WORDS, Trained, of, train
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, 0, CPU)
@@ -33,42 +32,6 @@ FILES = ("adapter_model.safetensors", "adapter_config.json")
 STEPS = 3
 EXPORT = ("train.export=true", "train.schedule=constant", "train.clip=0", "zero=0")
 LORA = ("adapter=lora", "adapter.rank=4", "adapter.targets=[q_proj,down_proj]")
-TEXT = "It is a text to be learned from, with some other words. " * 90
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model, without a tokenizer: bytes are its tokens."""
-    directory = tmp_path_factory.mktemp("base")
-    torch.manual_seed(0)
-    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = LlamaConfig(
-        vocab_size=384, num_key_value_heads=2, initializer_range=0.2, eos_token_id=1, **shape
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
-    (directory / "text.txt").write_text(TEXT)
-    return directory
-
-
-Trained = Callable[..., tuple[Results, Path]]
-
-
-@pytest.fixture(scope="module")
-def trained(world: World, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """A function of words to the results and the directory of a run on the base; the same ones run once."""
-    runs: dict[tuple[str, ...], tuple[Results, Path]] = {}
-
-    def run(*words: str) -> tuple[Results, Path]:
-        if words not in runs:
-            directory = tmp_path_factory.mktemp("run")
-            runs[words] = train(world, directory, *of(base), *words)[0], directory
-        return runs[words]
-
-    return run
-
-
-def of(base: Path) -> tuple[str, ...]:
-    return f"model.path={base}", "data=text", f"data.path={base}/text.txt"
 
 
 def losses_of(results: Results) -> list[float]:
@@ -85,14 +48,17 @@ def plan_of(base: Path, *words: str) -> Plan:
     return Plan.of(load(compose([*SHORT, *of(base), *words])))
 
 
-def by_peft(base: Path, *words: str) -> tuple[list[float], Any]:
-    """The losses of a plain loop over peft's own model, with the same batches and the same first weights."""
+def by_peft(base: Path, *words: str, **options: Any) -> tuple[list[float], Any]:
+    """The losses of a plain loop over peft's own model, with the same batches and the same first weights.
+
+    `options` are those of transformers for the model that it goes on.
+    """
     plan = plan_of(base, *words)
     settings = plan.settings
     first = AutoModelForCausalLM.from_pretrained(base)
     adapter.apply(settings, first, adapter.outline(settings, plan.config, torch.float32), read=True)
     model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(base),
+        AutoModelForCausalLM.from_pretrained(base, **options),
         LoraConfig(
             r=settings.adapter.rank,
             lora_alpha=settings.adapter.alpha,
@@ -111,8 +77,8 @@ def by_peft(base: Path, *words: str) -> tuple[list[float], Any]:
     )
     losses = []
     model.train()
-    for tokens in islice(batches, STEPS):
-        loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+    for batch in islice(batches, STEPS):
+        loss = model(**batch.arguments, use_cache=False).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

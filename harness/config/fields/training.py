@@ -77,8 +77,8 @@ class Optimizer:
 
 @dataclass(frozen=True, config=STRICT)
 class Adapter:
-    kind: Literal["none", "lora", "dora"] = "none"
-    """Set by adapter=; the weights are frozen, and small matrices beside them are trained."""
+    kind: Literal["none", "lora", "dora", "qlora"] = "none"
+    """Set by adapter=; weights are frozen, qlora packs them into 4 bits; small matrices beside them are trained."""
     rank: Positive = 8
     """The inner size of these matrices."""
     alpha: Positive = 16

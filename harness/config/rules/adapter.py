@@ -49,7 +49,7 @@ def check(settings: Settings) -> None:
                 remedy = f"the adapter in adapter.path={adapter.path} has its own; leave it out"
                 raise Refusal(f"adapter.{name}", getattr(adapter, name), remedy)
         kind = KIND[bool(config_in(adapter.path).get("use_dora"))]
-        if adapter.kind not in ("none", kind):
+        if adapter.kind not in ("none", kind) and (adapter.kind, kind) != ("qlora", "lora"):
             raise Refusal(
                 "adapter", adapter.kind, f"the one in adapter.path={adapter.path} is {kind}; use that"
             )
@@ -57,6 +57,8 @@ def check(settings: Settings) -> None:
     if config is not None:
         reason = f"an adapter goes on whole weights here; {quantized.remedy(settings)}"
         raise quantized.refusal(settings.model, config, reason)
+    if adapter.kind == "qlora":
+        _check_packed(settings)
     spec = find_spec("peft")
     if spec is None or spec.origin is None:
         remedy = "peft is not installed; install it with pip install 'harness[adapters]'"
@@ -66,6 +68,9 @@ def check(settings: Settings) -> None:
 def _check_mode(settings: Settings, adapter: Adapter) -> None:
     """Refuse keys of an adapter that the mode, or the rest of the request, has no use for."""
     if settings.mode == "infer":
+        if adapter.kind == "qlora":
+            remedy = "it packs the weights for training; leave it out, adapter.path= generates beside whole weights"
+            raise Refusal("adapter", "qlora", remedy)
         if adapter.merge:
             raise Refusal("adapter.merge", True, "it says how training writes its weights; leave it out")
         if adapter.path is None:
@@ -79,6 +84,23 @@ def _check_mode(settings: Settings, adapter: Adapter) -> None:
         raise Refusal(*_asked_for(adapter), "adapter=none has none; add adapter=lora or dora")
     if adapter.merge and not settings.train.export:
         raise Refusal("adapter.merge", True, "train.export=false writes nothing; leave one of them out")
+
+
+def _check_packed(settings: Settings) -> None:
+    """Refuse what cannot be done beside weights in 4 bits."""
+    stage, stages = settings.zero.stage, settings.pipeline.stages
+    if stage == 3:
+        remedy = "adapter=qlora keeps its packed weights on every rank; use zero=0, 1 or 2"
+        raise Refusal("zero", stage, remedy)
+    if stages > 1:
+        remedy = "packed weights are not cut into stages here; use pipeline.stages=1, or adapter=lora"
+        raise Refusal("pipeline.stages", stages, remedy)
+    if settings.adapter.merge:
+        remedy = "into 4 bits nothing is merged without rounding; leave it out, and merge with peft into whole weights"
+        raise Refusal("adapter.merge", True, remedy)
+    if find_spec("bitsandbytes") is None:
+        remedy = "bitsandbytes is not installed; install it with pip install 'harness[adapters]'"
+        raise Refusal("adapter", "qlora", remedy)
 
 
 def _asked_for(adapter: Adapter) -> tuple[str, Any]:
