@@ -271,7 +271,7 @@ CUDA_SHIMS = (
     ),
     Patch("torch.cuda.memory", "_record_memory_history", NO_CARD, TORCH, by(_record_memory_history)),
     Patch("torch.cuda.nvtx", "_nvtx", NO_CARD, TORCH, by(Ranges()), unchecked=DATA),
-    Patch("torch", "get_device_module", NO_CARD, TORCH, by(get_device_module)),
+    Patch("torch", "get_device_module", NO_CARD, TORCH, by(get_device_module), unchecked="torch caches it"),
     Patch("torch.cuda", "Stream", NO_CARD, TORCH, by(Stream), unchecked="it is a class with other options"),
     Patch("torch", "Stream", NO_CARD, TORCH, by(Stream), unchecked="it is a class with other options"),
     Patch("torch", "Event", NO_CARD, TORCH, by(Event), unchecked="it is a class with other options"),
