@@ -124,6 +124,13 @@ OPTIMIZERS = [
         "zero=3 optimizer.state=bf16 precision=bf16 train.accumulation=2",
     )
 ]
+IN_BACKWARD = [
+    (*TINY, *TRAIN, *ZERO[0], UNCLIPPED, "precision=fp32", "train.optimizer_in_backward=true", *words.split())
+    for words in (
+        "optimizer=adamw train.steps=2 train.validate_every=1 train.save_every=1 train.export=true",
+        "optimizer=lion checkpointing=full loss=chunked model.config.tie_word_embeddings=true",
+    )
+]
 FOUR_HEADS = "model.config.num_key_value_heads=4"
 """A token's keys fill a group of 64, which is what fewer bits come in."""
 QUANTIZED = ("generation.cache=quantized", "generation.prompts=PROMPTS")
@@ -262,7 +269,7 @@ KNOBS = [*CHUNKED, *UNPACKED, *OPTIMIZERS, *OFFLOADED, *ADAPTED]
 """What people turn to make it fit, one by one."""
 
 CELLS: dict[int, list[Words]] = {
-    1: [words for words in GENERATION if not PARALLEL & {*words}],
+    1: [*IN_BACKWARD, *(words for words in GENERATION if not PARALLEL & {*words})],
     2: [
         *(*MATRIX, *BY_STAGE, *SHARDED_WHOLLY, *TIED, *PIPELINED, *RECOMPUTED, *KNOBS),
         *(words for words in GENERATION if PARALLEL & {*words}),

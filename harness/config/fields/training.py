@@ -129,6 +129,8 @@ class Train:
     """Weight decay; sgd adds it to the gradient, the others take it from the weights."""
     fused: bool = False
     """adamw, or sgd, in one kernel, without temporaries."""
+    optimizer_in_backward: bool = False
+    """Update each weight in backward as soon as its gradient is whole, and free that; on one rank, zero=0 in fp32."""
     clip: NotNegativeFloat = 1.0
     """Largest gradient norm; 0 is off."""
     validate_every: NotNegative = 50
