@@ -228,7 +228,7 @@ def test_a_number_out_of_its_range_is_refused_by_its_key(words: str) -> None:
         ("zero=2 zero.offload=all", "zero.offload=all", "use zero.offload=optimizer"),
         ("zero=2 pipeline.stages=2", "zero=2", "with pipeline.stages=2 use zero=0 or 1"),
         ("optimizer=adafactor zero=1", "optimizer=adafactor", "it needs whole matrices; use zero=0"),
-        ("optimizer=muon zero=3 train.clip=0", "optimizer=muon", "use zero=0, 1 or 2"),
+        ("optimizer=muon zero=3", "train.clip=1.0", "muon's updates, not its gradients; use train.clip=0"),
         ("optimizer=muon zero=2", "train.clip=1.0", "muon's updates, not its gradients; use train.clip=0"),
         (
             "optimizer=muon zero=1 train.clip=0 train.nonfinite=skip",
