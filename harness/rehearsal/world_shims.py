@@ -37,7 +37,10 @@ def _broadcast(numbers: int | list[int]) -> None:
 
 
 def kept_by_its_work(original: Original) -> Original:
-    """A method of a process group: its tensors live as long as the `Work` that it returns, as with gloo."""
+    """A method of a process group: its tensors live as long as the `Work` that it returns, as gloo's do.
+
+    NCCL's keeps what it fills alone, and fills a list by way of one flat tensor, which is not modelled.
+    """
 
     def stand_in(group: Any, *args: Any, **kwargs: Any) -> Any:
         work = original(group, *args, **kwargs)

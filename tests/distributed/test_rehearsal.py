@@ -117,8 +117,11 @@ OPTIMIZERS = [
         "zero=0 optimizer=muon precision=fp32 train.accumulation=2",
         "zero=1 optimizer=muon precision=bf16 train.clip=0 train.accumulation=2",
         "zero=2 optimizer=muon precision=fp32 train.clip=0",
-        "zero=3 optimizer=muon precision=fp32 train.clip=0 zero.persistence_threshold=0 "
-        "zero.reduce_bucket_size=10000 model.config.intermediate_size=177",
+        *(
+            "zero=3 optimizer=muon precision=fp32 train.clip=0 zero.persistence_threshold=0 "
+            f"model.config.intermediate_size=177 zero.reduce_bucket_size={size}"
+            for size in (150_000, 40_000)  # messages of turn after turn; turns that differ between ranks
+        ),
         "zero=1 optimizer=adamw_8bit precision=fp32",
         "zero=2 optimizer=lion precision=bf16",
         "zero=3 optimizer=sgd optimizer.momentum=0.9 precision=bf16",
@@ -323,7 +326,7 @@ EXHAUSTIVE = (
         *(TIED[stage] for stage in (0, 2)),
         *(RECOMPUTED[number] for number in (0, 2, 4, 5)),
         *(UNPACKED[number] for number in (0, 5)),
-        *(OPTIMIZERS[number] for number in (1, 3, 7)),
+        *(OPTIMIZERS[number] for number in (1, 3, 5, 8)),
         *(OFFLOADED[number] for number in (1, 2, 5, 6)),
         *(ADAPTED[number] for number in (0, 5)),
         CHUNKED[1],  # DeepSpeed's optimizer of stages 1 and 2 is one
