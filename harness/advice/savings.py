@@ -84,6 +84,10 @@ TRAIN = (
         },
         "activations over the host's link, both ways, in each micro-batch",
     ),
+    Change(
+        lambda s: {"train.optimizer_in_backward": True},
+        "no clipping, no accumulation and no second rank, which this run is without already",
+    ),
     Change(lambda s: {"model.attention": "sdpa"}, "nothing"),
     Change(lambda s: {"pipeline.split": "memory"}, "other layers on each stage"),
 )

@@ -123,6 +123,7 @@ class _File:
         self._precision()
         self._zero()
         self._optimizer()
+        self._reduction()
         self._checkpointing()
         self._batch()
         self._leave_to_deepspeed()
@@ -284,6 +285,14 @@ class _File:
         for field_name, value in ABSENT.get(kind, adamw).items():
             if self._unset(f"train.{field_name}"):
                 self._by_deepspeed(f"train.{field_name}", value)
+
+    def _reduction(self) -> None:
+        """Refuse another way to reduce gradients than the engine's, which is DeepSpeed's own for Muon in stage 3."""
+        key = f"{ZERO}reduce_scatter"
+        whole = self._setting("optimizer.kind") == "muon" and _whole(self._setting("zero.stage")) == 3
+        if self.read.get(key, AUTO) not in (AUTO, not whole):
+            why = f"it changes what a rank holds; set it to {as_typed(not whole)}"
+            raise self.refusal(key, self.read[key], why)
 
     def _checkpointing(self) -> None:
         interval = self.read.get("pipeline.activation_checkpoint_interval", AUTO)

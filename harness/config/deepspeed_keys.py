@@ -132,7 +132,7 @@ ZERO_KEYS: dict[str, Entry] = {
     **_zero("gather_16bit_weights_on_model_save", Moot("train.export= gathers the weights here")),
     f"{ZERO}stage3_gather_fp16_weights_on_model_save": Moot("train.export= gathers the weights here"),
     **_zero("module_granularity_threshold", Refused(f"{_OTHER_BYTES}; set it to 0", (0,))),
-    f"{ZERO}reduce_scatter": Refused(f"{_OTHER_BYTES}; set it to true", (True,)),
+    f"{ZERO}reduce_scatter": Read(bool),
     f"{ZERO}use_multi_rank_bucket_allreduce": Refused(f"{_OTHER_BYTES}; set it to true", (True,)),
     f"{ZERO}compute_grad_norm": Refused("gradients are clipped by their norm; set it to true", (True,)),
     f"{ZERO}legacy_stage1": Refused(f"{_OTHER_BYTES}; set it to false"),

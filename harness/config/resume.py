@@ -61,6 +61,7 @@ FREE = frozenset(
             "checkpointing.offload",
         ),  # what is computed again is the same
         "adapter.merge",  # how the end is written
+        "train.optimizer_in_backward",  # each update is the same
         *("pipeline.groups", "train.batch", "train.validate_every", "train.validation_batches"),
         *(
             "train.save_every",

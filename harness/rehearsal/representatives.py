@@ -4,8 +4,8 @@ Every stage of a pipeline has its own layers, and keeps as many micro-batches as
 So each stage is rehearsed, and the rest of this text is about the ranks of one stage. Where only the highest peak
 matters, a middle stage is left out if an earlier middle stage has the same layers.
 
-With ZeRO-0 and 3 all ranks are equivalent. Where ZeRO-3's shards are uneven, the last rank copies no padding, and so
-moves a few bytes less than its representative.
+With ZeRO-0 and 3 all ranks are equivalent, but for what they do for Muon (`muon_shares.py`). Where ZeRO-3's shards are
+uneven, the last rank copies no padding, and so moves a few bytes less than its representative.
 
 With ZeRO-1 and 2 a rank copies the gradients of the parameters in its partition into a buffer of their full size. The
 buffer is allocated when the first of them is reduced. ZeRO-2 reduces during backward, from the last parameter to the
@@ -36,6 +36,7 @@ from harness.model import adapter, init_weights
 from harness.model.plan import Plan
 from harness.model.stage import layer_kinds, parts
 from harness.model.tokenizer import tokenizer_of
+from harness.rehearsal import muon_shares
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -98,7 +99,9 @@ def representatives_of(plan: Plan) -> list[Representative]:
             of_stage = _undominated(partitions, exporting_stage, settings.zero.offload != "none")
         else:
             exports_model = [exporting_stage and replica == 0 for replica in range(dp_size)]
-            of_stage = _group_equal(exports_model, lambda exporter: EXPORTS if exporter else "")
+            muon = settings.optimizer.kind == "muon" and settings.zero.stage == 3
+            work = muon_shares.shares(plan) if muon and settings.mode == "train" else [None] * dp_size
+            of_stage = _group_equal([*zip(exports_model, work, strict=True)], _replica_reason)
         place = f"stage {stage} of {stages}, layers {stage_cuts[stage].layers}" if stages > 1 else ""
         repeated = stage < stages - 1 and any(
             stage_cuts[stage].kinds == each.kinds for each in stage_cuts[1:stage]
@@ -108,6 +111,12 @@ def representatives_of(plan: Plan) -> list[Representative]:
             for representative in of_stage
         ]
     return representatives
+
+
+def _replica_reason(key: tuple[bool, muon_shares.Share | None]) -> str:
+    exporter, share = key
+    orthogonalizes = f"it orthogonalizes {share.matrices} matrices" if share is not None else ""
+    return "; ".join(part for part in (EXPORTS if exporter else "", orthogonalizes) if part)
 
 
 def _sharded(settings: Settings, dp_size: int) -> bool:

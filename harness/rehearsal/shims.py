@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 
+from harness.ledger.collective_kinds import METHODS
 from harness.ledger.patch import (
     ACCELERATE,
     BITSANDBYTES,
@@ -19,6 +20,7 @@ from harness.ledger.patch import (
     Patch,
     patched,
 )
+from harness.ledger.patch_table import GROUP
 from harness.rehearsal import tensor_shims, world_shims, zero_shims
 from harness.rehearsal.card_tensors import CARD_SHIMS
 from harness.rehearsal.cuda_shims import CUDA_SHIMS
@@ -149,6 +151,18 @@ SHIMS = (
         world_shims.receive_hidden_states,
     ),
     SLICES,
+    *(
+        Patch(
+            GROUP,
+            name,
+            "a real message's tensors live as long as its handle",
+            TORCH,
+            world_shims.kept_by_its_work,
+            unchecked=BUILTIN,
+            optional=True,  # torch 2.13 has other names for some
+        )
+        for name in METHODS
+    ),
 )
 
 PACKED_PARAMETER = Patch(

@@ -1,6 +1,7 @@
 """Stand-ins for the world that a rehearsal lacks: other ranks, memory and a GPU."""
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -33,6 +34,27 @@ def _broadcast(numbers: int | list[int]) -> None:
 
     device = str(get_accelerator().current_device_name())
     comm.broadcast(torch.tensor(numbers, dtype=torch.int64, device=device), src=0)
+
+
+def kept_by_its_work(original: Original) -> Original:
+    """A method of a process group: its tensors live as long as the `Work` that it returns, as gloo's do.
+
+    NCCL's keeps what it fills alone, and fills a list by way of one flat tensor, which is not modelled.
+    """
+
+    def stand_in(group: Any, *args: Any, **kwargs: Any) -> Any:
+        work = original(group, *args, **kwargs)
+        if work is not None:
+            _TENSORS[work] = args, kwargs
+        return work
+
+    # a subclass of ProcessGroup calls what has another name once more, as if it were its own
+    stand_in.__code__ = stand_in.__code__.replace(co_name=original.__name__)
+    return stand_in
+
+
+_TENSORS: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+"""The arguments of each collective, by its work."""
 
 
 def receive_hidden_states(original: Original) -> Original:

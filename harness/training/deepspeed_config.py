@@ -34,7 +34,8 @@ def engine_config(settings: Settings, dp_size: int) -> dict[str, Any]:
         "stage": zero.stage,
         "contiguous_gradients": True,
         "overlap_comm": False,
-        "reduce_scatter": True,
+        # DeepSpeed's stage 3 makes whole gradients of muon's weights by all-reduce
+        "reduce_scatter": not (settings.optimizer.kind == "muon" and zero.stage == 3),
         "reduce_bucket_size": zero.reduce_bucket_size,
         "allgather_bucket_size": zero.allgather_bucket_size,
         "stage3_prefetch_bucket_size": zero.prefetch_bucket_size,

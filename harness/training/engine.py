@@ -20,6 +20,7 @@ from harness.runtime.course import Backend
 from harness.runtime.world import World
 from harness.training import compiled_layers, head_loss, optimizers
 from harness.training.deepspeed_config import engine_config
+from harness.training.in_backward import GuardInBackward
 from harness.training.nonfinite import Found, Guard, Watch
 
 PATCHES = table(
@@ -74,7 +75,8 @@ class Engine:
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=self.inner, config=config)
         self.inner.state.clear()  # without ZeRO, DeepSpeed has taken a step without gradients, and some would count it
         ledger.own(engine=self.deepspeed)
-        self.guard = Guard(settings, world, ledger, self.deepspeed, self.inner)
+        guard = GuardInBackward if settings.train.optimizer_in_backward else Guard
+        self.guard = guard(settings, world, ledger, self.deepspeed, self.inner)
 
     @property
     def module(self) -> torch.nn.Module:
@@ -94,12 +96,12 @@ class Engine:
     def train_step(self, batches: Iterator[Batch], step: int) -> float:
         """Run one optimizer step over the next micro-batches; return the mean loss per token of all ranks."""
         losses = []
+        set_rate(self.inner, self.settings.train, step)
         for micro_batch in range(self.settings.train.accumulation):
             with self.ledger.phase("data", step, micro_batch):
                 batch = next(batches).to(self.world.device)
                 claim(self.ledger, batch)
             losses.append(self._micro_step(batch, step, micro_batch))
-        set_rate(self.inner, self.settings.train, step)
         with self.guard.update(), self.ledger.phase("step", step):
             faults.at("step", step)
             self.deepspeed.step()

@@ -50,16 +50,20 @@ class Guard:
         )
         wanted = settings.train.nonfinite != "ignore"
         self.on = wanted and not world.fake
-        if not self.on and not (wanted and self._without_norm):
-            return
-        if deepspeed.optimizer is inner and not self._without_norm:
+        self.sums = wanted and self._without_norm
+        if self.on or self.sums:
+            self.watch_updates()
+
+    def watch_updates(self) -> None:
+        """Look at the gradients before each step of the optimizer."""
+        if self.deepspeed.optimizer is self.inner and not self._without_norm:
             install(
                 PATCHES["deepspeed.runtime.engine.DeepSpeedEngine.clip_fp32_gradients"].by(
-                    self._clip, deepspeed
+                    self._clip, self.deepspeed
                 )
             )
-        inner.register_step_pre_hook(self._before_update)
-        inner.register_step_post_hook(self._after_update)
+        self.inner.register_step_pre_hook(self._before_update)
+        self.inner.register_step_post_hook(self._after_update)
 
     def seen(self, loss: Tensor, value: float) -> Tensor:
         """The `loss` of a micro-batch to begin its backward with. One that is not finite becomes NaN, and so do its
@@ -71,6 +75,12 @@ class Guard:
     def update(self) -> Iterator[None]:
         """Around the update of a step. Raises FloatingPointError where a scalar of the optimizer overflows."""
         self.skipped = self.on  # DeepSpeed leaves some updates out itself, and then calls no hook
+        with self.scalars():
+            yield
+
+    @contextmanager
+    def scalars(self) -> Iterator[None]:
+        """Around a step of the optimizer. Raises FloatingPointError where a scalar of it overflows."""
         try:
             yield
         except RuntimeError as error:
@@ -106,15 +116,17 @@ class Guard:
             return norm is None or 0 <= float(norm) < math.inf
 
     def _sums_are_finite(self, inner: torch.optim.Optimizer) -> bool:
-        """Whether this rank's gradients have a finite sum, one by one. A rehearsal computes the sums too."""
-        finite = True
+        """Whether this rank's gradients have a finite sum, one by one."""
+        parameters = (parameter for group in inner.param_groups for parameter in group["params"])
+        return False not in [
+            self.sum_is_finite(parameter) for parameter in parameters
+        ]  # of all, whatever is found
+
+    def sum_is_finite(self, parameter: nn.Parameter) -> bool:
+        """Whether its gradient, if any, has a finite sum. A rehearsal computes the sum too."""
         with self.ledger.uncounted():
-            for group in inner.param_groups:
-                for parameter in group["params"]:
-                    total = None if parameter.grad is None else parameter.grad.sum()
-                    if total is not None and not self.world.fake:
-                        finite &= math.isfinite(float(total))
-        return finite
+            total = None if parameter.grad is None else parameter.grad.sum()
+            return total is None or self.world.fake or math.isfinite(float(total))
 
     def _clip(self, original: Callable[[], None]) -> Callable[[], None]:
         """DeepSpeed's clipping without ZeRO, which keeps the norm."""

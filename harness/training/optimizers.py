@@ -74,10 +74,9 @@ def _muon(
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-    outside = {id(parameter) for parameter in _embeddings(model)}
+    updated = {id(parameter) for parameter in matrices(model)}
     for parameter in filter(lambda each: each.requires_grad, model.parameters()):
-        matrix = parameter.dim() >= 2 and min(parameter.shape[-2:]) > 1  # or one for each expert
-        parameter.use_muon = matrix and id(parameter) not in outside  # type: ignore[attr-defined]
+        parameter.use_muon = id(parameter) in updated  # type: ignore[attr-defined]
         groups[parameter.use_muon].append(parameter)  # type: ignore[attr-defined]
     own = {"momentum": momentum(settings), "ns_method": "standard"}
     listed = [
@@ -89,6 +88,19 @@ def _muon(
         listed, adam_optimizer=torch.optim.AdamW, adam_optimizer_kwargs={"foreach": foreach}
     )
     return optimizer
+
+
+def matrices(model: nn.Module) -> list[nn.Parameter]:
+    """The trained parameters that Muon updates, in the model's order: a matrix, or one for each expert."""
+    outside = {id(parameter) for parameter in _embeddings(model)}
+    trained = (each for each in model.parameters() if each.requires_grad and id(each) not in outside)
+    return [
+        each for each in trained if _is_matrix(getattr(each, "ds_shape", each.shape))
+    ]  # ZeRO-3 empties it
+
+
+def _is_matrix(shape: torch.Size) -> bool:
+    return len(shape) >= 2 and min(shape[-2:]) > 1
 
 
 def _embeddings(model: nn.Module) -> Iterator[nn.Parameter]:

@@ -434,6 +434,13 @@ def test_states_of_fewer_bits_are_tried_and_no_other_optimizer() -> None:
     assert not any(key.startswith("optimizer.") for values in tried for key in values)
 
 
+def test_updates_in_backward_are_tried_where_nothing_needs_all_gradients() -> None:
+    early = {"train.optimizer_in_backward": True}
+    alone = TRAIN.replace("world.size=2", "world.size=1")
+    assert early in changes(parse(record_of(f"{alone} zero=0 precision=fp32 train.clip=0"), "it"))
+    assert early not in changes(parse(record_of(f"{alone} zero=0 precision=fp32"), "it"))
+
+
 def test_activations_are_offloaded_from_a_gpu_alone() -> None:
     offloaded = {"checkpointing.offload": "cpu"}
     assert offloaded in changes(parse(record_of(f"{TRAIN} zero=2 hardware=a100-80gb"), "it"))

@@ -95,6 +95,9 @@ def test_a_schedule_and_an_optimizer_bring_deepspeed_s_defaults(file: Path) -> N
     assert (actual.weight_decay, actual.warmup_steps, actual.schedule) == (0.0, 1000, "constant")
 
 
+MUON = {"type": "Muon", "params": {"ns_method": "standard"}}
+
+
 @pytest.mark.parametrize(
     "words",
     [
@@ -102,6 +105,7 @@ def test_a_schedule_and_an_optimizer_bring_deepspeed_s_defaults(file: Path) -> N
         "optimizer=adamw_8bit train.epsilon=1e-6",
         "optimizer=adafactor zero=0 train.weight_decay=0.5",
         "optimizer=muon zero=2 train.clip=0 optimizer.momentum=0.5",
+        "optimizer=muon zero=3 train.clip=0",
         "optimizer=sgd",
         "optimizer=sgd optimizer.momentum=0.9 zero=2 precision=bf16 optimizer.state=bf16",
         "optimizer=lion train.betas=[0.9,0.99]",
@@ -219,6 +223,7 @@ def test_of_the_batch_two_parts_give_the_third(
         ({ZERO: {"stage": 3, "offload_param": {"device": "cpu"}}}, "offload_optimizer"),
         ({ZERO: {"stage": 3, "zero_quantized_weights": True}}, "set it to false"),
         ({ZERO: {"stage": 2, "reduce_scatter": False}}, "set it to true"),
+        ({ZERO: {"stage": 3, "reduce_scatter": True}, "optimizer": MUON}, "set it to false"),
         ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, "bf16"),
         ({"fp16": {"enabled": True}}, 'write "bf16"'),
         ({"bfloat16": {"enabled": True}}, "write bf16"),

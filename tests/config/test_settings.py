@@ -15,6 +15,7 @@ from harness.config.rules import check_world, optimizer
 from harness.config.settings import described_fields
 
 MODELS = compose.groups()["model"]
+EARLY, WHOLE = "train.optimizer_in_backward=true", "zero=0 precision=fp32"
 
 
 def settings(*words: str) -> Settings:
@@ -227,7 +228,7 @@ def test_a_number_out_of_its_range_is_refused_by_its_key(words: str) -> None:
         ("zero=2 zero.offload=all", "zero.offload=all", "use zero.offload=optimizer"),
         ("zero=2 pipeline.stages=2", "zero=2", "with pipeline.stages=2 use zero=0 or 1"),
         ("optimizer=adafactor zero=1", "optimizer=adafactor", "it needs whole matrices; use zero=0"),
-        ("optimizer=muon zero=3 train.clip=0", "optimizer=muon", "use zero=0, 1 or 2"),
+        ("optimizer=muon zero=3", "train.clip=1.0", "muon's updates, not its gradients; use train.clip=0"),
         ("optimizer=muon zero=2", "train.clip=1.0", "muon's updates, not its gradients; use train.clip=0"),
         (
             "optimizer=muon zero=1 train.clip=0 train.nonfinite=skip",
@@ -252,6 +253,26 @@ def test_a_number_out_of_its_range_is_refused_by_its_key(words: str) -> None:
         ("optimizer=sgd train.epsilon=1e-6", "train.epsilon=1e-06", "or use adamw, adamw_8bit, muon"),
         ("optimizer=muon zero=0 train.fused=true", "train.fused=true", "or use adamw, sgd"),
         ("optimizer.momentum=0.9", "optimizer.momentum=0.9", "leave it out, or use sgd or muon"),
+        *(
+            (f"{EARLY} {words}", refused, f"with {EARLY} use {remedy}")
+            for words, refused, remedy in (
+                ("zero=1", "zero=1", "zero=0"),
+                ("zero=0 pipeline.stages=2", "pipeline.stages=2", "pipeline.stages=1"),
+                ("zero=0 precision=bf16", "precision=bf16", "precision=fp32"),
+                (f"{WHOLE} train.accumulation=2", "train.accumulation=2", "train.accumulation=1"),
+                (WHOLE, "train.clip=1.0", "train.clip=0"),
+                (
+                    f"{WHOLE} train.clip=0 train.nonfinite=skip",
+                    "train.nonfinite=skip",
+                    "train.nonfinite=stop or",
+                ),
+                (
+                    f"{WHOLE} train.clip=0 optimizer=muon",
+                    "optimizer=muon",
+                    "optimizer=adamw or adamw_8bit or",
+                ),
+            )
+        ),
         ("optimizer.state=bf16 precision=fp32", "optimizer.state=bf16", "use precision=bf16"),
         ("optimizer.state=bf16 precision=bf16 zero=0", "optimizer.state=bf16", "use zero=1, 2 or 3"),
         (
@@ -619,6 +640,13 @@ def test_another_world_size_than_asked_for_is_refused_with_the_line_to_type() ->
         "world.size=4: 1 rank here; start torchrun --standalone --nproc-per-node 4 -m harness mode=train world.size=4"
     )
     check_world(settings(*words), 4, words)
+
+
+def test_updates_in_backward_are_for_one_rank() -> None:
+    early = settings(EARLY, *WHOLE.split(), "train.clip=0")
+    with pytest.raises(Refusal, match=r"in_backward=true: gradients of 2 ranks are averaged after backward"):
+        check_world(early, 2)
+    check_world(early, 1)
 
 
 def test_a_world_that_stages_do_not_divide_is_refused() -> None:

@@ -117,11 +117,23 @@ OPTIMIZERS = [
         "zero=0 optimizer=muon precision=fp32 train.accumulation=2",
         "zero=1 optimizer=muon precision=bf16 train.clip=0 train.accumulation=2",
         "zero=2 optimizer=muon precision=fp32 train.clip=0",
+        *(
+            "zero=3 optimizer=muon precision=fp32 train.clip=0 zero.persistence_threshold=0 "
+            f"model.config.intermediate_size=177 zero.reduce_bucket_size={size}"
+            for size in (150_000, 40_000)  # messages of turn after turn; turns that differ between ranks
+        ),
         "zero=1 optimizer=adamw_8bit precision=fp32",
         "zero=2 optimizer=lion precision=bf16",
         "zero=3 optimizer=sgd optimizer.momentum=0.9 precision=bf16",
         "zero=2 optimizer.state=bf16 precision=bf16",
         "zero=3 optimizer.state=bf16 precision=bf16 train.accumulation=2",
+    )
+]
+IN_BACKWARD = [
+    (*TINY, *TRAIN, *ZERO[0], UNCLIPPED, "precision=fp32", "train.optimizer_in_backward=true", *words.split())
+    for words in (
+        "optimizer=adamw train.steps=2 train.validate_every=1 train.save_every=1 train.export=true",
+        "optimizer=lion checkpointing=full loss=chunked model.config.tie_word_embeddings=true",
     )
 ]
 FOUR_HEADS = "model.config.num_key_value_heads=4"
@@ -290,14 +302,14 @@ EACH_CHANGE = {
     *COMBINED,
     CHUNKED[4],
     *(UNPACKED[number] for number in (2, 4)),
-    *(OPTIMIZERS[number] for number in (0, 8)),
+    *(OPTIMIZERS[number] for number in (0, 5, 10)),
     OFFLOADED[3],
     *(ADAPTED[number] for number in (3, 7)),
 }
 """Those of `KNOBS` that are not exhaustive: each knob, and each stage of ZeRO with some of them."""
 
 CELLS: dict[int, list[Words]] = {
-    1: [words for words in GENERATION if not PARALLEL & {*words}],
+    1: [*IN_BACKWARD, *(words for words in GENERATION if not PARALLEL & {*words})],
     2: [
         *(*MATRIX, *BY_STAGE, *SHARDED_WHOLLY, *TIED, *PIPELINED, *RECOMPUTED, *KNOBS),
         *(words for words in GENERATION if PARALLEL & {*words}),

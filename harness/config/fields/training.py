@@ -131,6 +131,8 @@ class Train:
     """adamw, or sgd, in one kernel, without temporaries."""
     compile: bool = False
     """Compile each layer with torch.compile; the results are those of eager layers, but for rounding."""
+    optimizer_in_backward: bool = False
+    """Update each weight in backward as soon as its gradient is whole, and free that; on one rank, zero=0 in fp32."""
     clip: NotNegativeFloat = 1.0
     """Largest gradient norm; 0 is off."""
     validate_every: NotNegative = 50

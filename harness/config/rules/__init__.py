@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 
 from harness.config.resume import check_changes
-from harness.config.rules import adapter, compiled, loss, optimizer, positions, quantized, widths
+from harness.config.rules import adapter, compiled, in_backward, loss, optimizer, positions, quantized, widths
 from harness.config.rules.data import data
 from harness.config.rules.deepspeed import deepspeed
 from harness.config.rules.generation import generation
@@ -36,7 +36,7 @@ def check(settings: Settings) -> None:
         deepspeed,
         generation,
     )
-    for rule in (*rules, optimizer.check, quantized.check, adapter.check, compiled.check):
+    for rule in (*rules, optimizer.check, in_backward.check, quantized.check, adapter.check, compiled.check):
         rule(settings)
 
 
@@ -69,6 +69,7 @@ def check_world(settings: Settings, size: int, overrides: Sequence[str] = ()) ->
             stages,
             f"{_ranks(size)} here, and {units} must divide them evenly; start {_torchrun(ranks, overrides)}",
         )
+    in_backward.check_size(settings, size)
     sequences = train.micro_batch * layout.dp_size
     if settings.mode == "train" and train.batch is not None and train.batch != sequences * train.accumulation:
         remedy = (

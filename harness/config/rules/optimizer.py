@@ -86,11 +86,6 @@ def _muon(settings: Settings) -> None:
     train, zero = settings.train, settings.zero
     if settings.optimizer.kind != "muon" or not zero.stage:
         return
-    if zero.stage == 3:
-        remedy = (
-            "with zero=3 DeepSpeed's muon keeps messages that a rehearsal would not have; use zero=0, 1 or 2"
-        )
-        raise Refusal(KEY, "muon", remedy)
     if train.clip:
         remedy = f"with zero={zero.stage} DeepSpeed clips muon's updates, not its gradients; use train.clip=0"
         raise Refusal("train.clip", train.clip, remedy)
