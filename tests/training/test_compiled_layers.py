@@ -112,7 +112,7 @@ def test_what_is_not_seen_inside_is_said_and_has_no_figure(pair: Pair) -> None:
         "checkpointing=full",
         "loss=chunked zero=2",
         "zero=0 train.accumulation=2",
-        "data.packing=false train.micro_batch=2",
+        "train.micro_batch=2",
         "zero.offload=optimizer",
     ],
 )
