@@ -86,8 +86,8 @@ def losses_of_a_plain_loop(
     optimizer = make(model.named_parameters())
     losses = []
     batches = token_batches.loader(corpus.train, settings.train.micro_batch, world, settings.seed)
-    for _, tokens in zip(range(settings.train.steps), batches, strict=False):
-        loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+    for _, batch in zip(range(settings.train.steps), batches, strict=False):
+        loss = model(**batch.arguments, use_cache=False).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
