@@ -141,13 +141,15 @@ def first_step(run: Run) -> Iterator[Finding]:
             higher = ""
             if all(peaks):
                 higher = f": step {steps[0]} peaks at {size(peaks[0])}, step {steps[1]} at {size(peaks[1])}"
-            sentence = f"The first optimizer step made Adam's moments, {size(added)} that stay{higher}."
+            sentence = (
+                f"The first optimizer step made the optimizer's moments, {size(added)} that stay{higher}."
+            )
             yield Finding("first_step", sentence, added)
         return
     added = run.end("optimizer") - before_step
     if added > 0:
         sentence = (
-            f"It ends with its first step. Adam's moments came at the end of that: the next step would begin "
+            f"It ends with its first step. The optimizer's moments came at the end of that: the next step would begin "
             f"with {size(added)} more than this one did."
         )
         yield Finding("first_step", sentence, added)
@@ -157,11 +159,22 @@ def first_step(run: Run) -> Iterator[Finding]:
 
 
 def _moments(run: Run) -> int:
-    """Bytes of Adam's moments for a rank's share of the parameters that are trained; 0 where that is not known."""
+    """Bytes of Adam's moments for a rank's share of the parameters that are trained; 0 where that is not known, or the
+    optimizer has others.
+    """
     if run.stage is None or run.record.model.parameters is None or run.record.pipeline.stages > 1:
+        return 0
+    if not in_fp32_by_adam(run):
         return 0
     trained = run.record.model.trainable or run.record.model.parameters
     return MOMENTS * -(-trained // (run.size if run.stage else 1))
+
+
+def in_fp32_by_adam(run: Run) -> bool:
+    """Whether the optimizer is AdamW with moments in fp32."""
+    if run.settings is None:
+        return True
+    return (run.settings.optimizer.kind, run.settings.optimizer.state) == ("adamw", "fp32")
 
 
 def logits(run: Run) -> Iterator[Finding]:
@@ -284,7 +297,8 @@ def offload(run: Run) -> Iterator[Finding]:
     if run.settings is None or run.record.mode != "train" or run.settings.zero.offload == "none":
         return
     option, optimizer = run.settings.zero.offload, run.highest("optimizer")
-    if optimizer and 2 * optimizer >= _moments(run):  # below that, only Adam's step counters are left
+    # below half of that, only Adam's step counters are left
+    if optimizer and in_fp32_by_adam(run) and 2 * optimizer >= _moments(run):
         why = ": the device is the host" if run.record.world.device == "cpu" else ""
         sentence = (
             f"zero.offload={option} moved no optimizer state: {size(optimizer)} of it are on the device{why}."

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from harness.analysis.findings import MOMENTS, NOTABLE, Finding, Run
+from harness.analysis.findings import MOMENTS, NOTABLE, Finding, Run, in_fp32_by_adam
 from harness.record.results import ITEMSIZE
 from harness.tables import size
 
@@ -33,9 +33,11 @@ def adapter(run: Run) -> Iterator[Finding]:
 
 
 def _spared(run: Run, frozen: int) -> str:
-    """What AdamW would have for the `frozen` parameters on this rank, as text; empty where stages divide them."""
+    """What AdamW would have for the `frozen` parameters on this rank, as text; empty where stages divide them, or the
+    optimizer has another state.
+    """
     itemsize = ITEMSIZE.get(run.record.model.dtype or "")
-    if itemsize is None or run.stage is None or run.record.pipeline.stages > 1:
+    if itemsize is None or run.stage is None or run.record.pipeline.stages > 1 or not in_fp32_by_adam(run):
         return ""
     each = MOMENTS + (MASTER if itemsize < MASTER else 0)
     ranks = run.size if run.stage else 1

@@ -81,6 +81,24 @@ FREE_GROUPS = ("generation", "ledger", "hardware", "network")
 AGAIN = "begin a new run from its weights instead, with model.path="
 
 
+SINCE: Mapping[str, Any] = {
+    "optimizer.kind": "adamw",
+    "optimizer.state": "fp32",
+    "optimizer.momentum": None,
+    "adapter.kind": "none",
+    "adapter.rank": 8,
+    "adapter.alpha": 16,
+    "adapter.dropout": 0.0,
+    "adapter.targets": [],
+    "adapter.path": None,
+    "loss.kind": "full",
+    "loss.chunk": None,
+    "train.compile": False,
+    "data.packing": True,
+}
+"""Of a checkpoint that was saved before these keys were there: what it had."""
+
+
 def check_changes(changes: list[str], resumes: bool) -> None:
     """Refuse `train.resume_changes` of keys that cannot change, or without a run to resume."""
     for key in changes:
@@ -99,6 +117,7 @@ def check_changes(changes: list[str], resumes: bool) -> None:
 
 def differences(saved: Mapping[str, Any], own: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """The keys in which the identity of a checkpoint differs from a run's own, and those that only one of them has."""
+    saved = {**SINCE, **saved}
     any_length = saved.get("train.schedule") == own["train.schedule"] == "constant"
     both = [key for key in own if key in saved and not (any_length and key == "train.steps")]
     shapes = [any(key.startswith("model.config.") for key in each) for each in (saved, own)]

@@ -53,7 +53,7 @@ def read(files: Sequence[Path]) -> list[Conversation]:
     """The conversations in `files`, one JSON object a line. Raises Refusal."""
     conversations = []
     for path in files:
-        content = sources.text(KEY, str(path), "give files with a JSON object a line")
+        content = sources.text(KEY, str(path), "give smaller files, with a JSON object a line")
         for number, line in enumerate(content.split("\n"), 1):
             if line.strip():
                 conversations.append(_parsed(line, str(path), number))

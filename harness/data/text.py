@@ -74,7 +74,10 @@ def _make_row(
     datasets.disable_progress_bars()
     prefix: list[str] = []
     if settings.kind == "chat":
-        texts = datasets.Dataset.from_list(list(chat.documents(settings, files or [], tokenizer)))
+        conversations = list(chat.documents(settings, files or [], tokenizer))
+        if not conversations:
+            raise Refusal(*named(settings), "there is no conversation in it")
+        texts = datasets.Dataset.from_list(conversations)
         tokenized, prefix = texts.remove_columns("text"), [str(tokenizer.get_chat_template())]
     else:
         texts = (

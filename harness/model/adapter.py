@@ -39,6 +39,10 @@ PREFIX = "base_model.model."
 """What peft puts before each name in an adapter's file."""
 
 
+FROZEN = ".base_layer."
+"""In the names of frozen weights, which peft may write beside the adapter of a head."""
+
+
 def wanted(settings: Settings) -> bool:
     """Whether the model has an adapter."""
     return settings.adapter.kind != "none" or settings.adapter.path is not None
@@ -52,10 +56,10 @@ def outline(settings: Settings, config: PretrainedConfig, dtype: torch.dtype) ->
         try:
             with torch.device("meta"):
                 _inject(whole, adapter)
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             if settings.adapter.path is None:
                 raise
-            remedy = f"it is an adapter of another model: {first_line(error)}"
+            remedy = f"peft cannot put it on this model: {first_line(error)}"
             raise Refusal("adapter.path", settings.adapter.path, remedy) from error
     return whole
 
@@ -90,6 +94,10 @@ def prove(plan: Plan) -> None:
     if settings.adapter.kind == "qlora":
         nf4.import_library()
     whole = outline(settings, plan.config, getattr(torch, settings.dtype))
+    loss, head = settings.loss.kind, whole.get_output_embeddings()
+    if settings.mode == "train" and loss != "full" and type(head) is not nn.Linear:
+        remedy = "the adapter is on the head, which computes this loss by its own weight alone; use loss=full"
+        raise Refusal("loss", loss, remedy)
     if settings.mode == "infer" or settings.pipeline.stages == 1:
         return
     for number, stage in enumerate(parts(whole, plan.split)):
@@ -247,12 +255,18 @@ def _read(place: str, model: PreTrainedModel, whole: PreTrainedModel) -> dict[st
     """
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-    expected = {name: tuple(each.shape) for name, each in get_peft_model_state_dict(whole).items()}
-    own = get_peft_model_state_dict(model)
+    # else peft adds the head's frozen weight, and may ask a hub for the base model's config
+    alone: dict[str, Any] = {"save_embedding_layers": False}
+    expected = {name: tuple(each.shape) for name, each in get_peft_model_state_dict(whole, **alone).items()}
+    own = get_peft_model_state_dict(model, **alone)
     try:
         # framework="pt" maps the file, which would count as allocated memory
         with safe_open(Path(place) / WEIGHTS, framework="numpy") as file:
-            stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            stored = {
+                name: tuple(file.get_slice(name).get_shape())
+                for name in file.keys()  # noqa: SIM118
+                if FROZEN not in name
+            }
         _check(place, {name.removeprefix(PREFIX): shape for name, shape in stored.items()}, expected)
         with safe_open(Path(place) / WEIGHTS, framework="pt") as file:
             state = {name: file.get_tensor(PREFIX + name) for name in own}

@@ -21,7 +21,7 @@ from harness.advice.fit.data import data
 from harness.advice.fit.ranking import BY, BY_FORMULA, RECOMPUTED, cost, sent
 from harness.advice.fit.request import Request
 from harness.advice.fit.text import text
-from harness.advice.fit.worlds import smallest
+from harness.advice.fit.worlds import Worlds, smallest
 from harness.analysis.moves import transfers
 from harness.analysis.moves.links_model import flow
 from harness.config import compose
@@ -619,3 +619,24 @@ def test_the_smallest_world_is_given_with_those_that_are_too_small(
     for world, fits in tried.items():
         assert main(["fit", *alone, f"world.size={world}"]) == (0 if fits else 1)
     capsys.readouterr()
+
+
+def test_worlds_are_multiples_of_what_divides_them() -> None:
+    stages = Worlds(["pipeline.stages=3", "world.size=?"], 0, "?")
+    assert [*stages._candidates(0)][:5] == [3, 6, 12, 24, 48]
+    assert smallest(lambda world: world >= 60, stages._candidates(0), stages.step) == 72
+    nodes = Worlds(["world.per_node=6"], 0, "?")
+    assert [*nodes._candidates(0)][:6] == [1, 2, 4, 6, 12, 24]
+    assert smallest(lambda world: world >= 14, nodes._candidates(0), nodes.step) == 18
+
+
+def test_a_config_that_is_refused_with_the_resolved_precision_is_not_listed(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In bf16, which a GPU's `auto` is, a stage's weights are flat, and adafactor would be another optimizer."""
+    words = [word for word in SMALL if not word.startswith(("precision", "model.config"))]
+    words += ["zero=0", "pipeline.stages=2", "checkpointing=none", "train.micro_batch=1", "hardware=h100-sxm"]
+    assert main(["fit", *words, "optimizer=adafactor,adamw", "--json"]) == 0
+    trials = json.loads(capsys.readouterr().out)["trials"]
+    assert ["optimizer=adamw" in trial["words"] for trial in trials] == [True]
+    assert main(["fit", *words, "optimizer=adafactor"]) == 2

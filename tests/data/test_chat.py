@@ -75,6 +75,11 @@ def test_a_line_that_is_no_conversation_is_refused_with_its_number(
         token_batches.corpus(given(tmp_path, LINE, "", line), chatter(), 8)
 
 
+def test_a_file_of_blank_lines_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(Refusal, match=r"chat.jsonl: there is no conversation in it"):
+        token_batches.corpus(given(tmp_path, "", " "), chatter(), 8)
+
+
 def test_what_a_template_raises_is_one_sentence(tmp_path: Path) -> None:
     strict = chatter("{{ raise_exception('roles must alternate') }}")
     with pytest.raises(Refusal, match=r"line 1: the chat template does not take it: roles must alternate"):

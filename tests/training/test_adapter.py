@@ -225,6 +225,23 @@ def test_training_goes_on_from_an_adapter(trained: Trained, base: Path, written:
     assert trainable(results) == trainable(first)
 
 
+def test_an_adapter_on_the_head_is_read_again(trained: Trained) -> None:
+    on_head = (*EXPORT, "adapter=lora", "adapter.targets=[q_proj,lm_head]")
+    first, directory = trained(*on_head)
+    more, _ = trained(*EXPORT, "adapter=lora", f"adapter.path={directory / 'checkpoint'}")
+    assert losses_of(more)[0] < losses_of(first)[0]
+
+
+@pytest.mark.parametrize("targets", ["[lm_head]", "[q_proj,lm_head]"])
+def test_a_loss_by_the_head_s_weight_alone_is_refused_with_an_adapter_on_the_head(
+    base: Path, targets: str
+) -> None:
+    words = ("adapter=lora", f"adapter.targets={targets}")
+    with pytest.raises(Refusal, match=r"loss=chunked: the adapter is on the head"):
+        adapter.prove(plan_of(base, *words, "loss=chunked"))
+    adapter.prove(plan_of(base, *words))
+
+
 def changed(written: Path, directory: Path, **values: Any) -> Path:
     copied = directory / "changed"
     shutil.copytree(written, copied)
@@ -243,15 +260,20 @@ def refusal(base: Path, place: Path, directory: Path, *words: str) -> str:
     ("values", "sentence"),
     [
         ({"peft_type": "LOHA"}, "its peft_type is LOHA; give a LORA adapter"),
-        ({"target_modules": ["qkv"]}, "it is an adapter of another model: Target modules"),
+        ({"target_modules": ["qkv"]}, "peft cannot put it on this model: Target modules"),
         ({"target_modules": ["q_proj"]}, "it is an adapter of another model: 4 unexpected"),
         (
             {"target_modules": ["q_proj", "down_proj", "up_proj"]},
             "it is an adapter of another model: 4 missing",
         ),
         ({"r": 5}, "it is an adapter of another model: 8 of another shape"),
-        ({"r": 0}, "it is an adapter of another model: `r` should be a positive integer"),
+        ({"r": 0}, "peft cannot put it on this model: `r` should be a positive integer"),
+        ({"r": "8"}, "peft cannot put it on this model: "),
         ({"modules_to_save": ["lm_head"]}, "it has modules_to_save, which is more than LoRA's matrices"),
+        (
+            {"alora_invocation_tokens": [1]},
+            "it has alora_invocation_tokens, which is more than LoRA's matrices",
+        ),
         ({"use_dora": True}, "it is an adapter of another model: 4 missing"),
         ({"init_lora_weights": "pissa"}, "its init_lora_weights=pissa changes the weights beside it"),
     ],

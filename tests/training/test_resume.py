@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from harness.config.load import Refusal
-from harness.config.resume import CHANGEABLE, FIXED, FREE, FREE_GROUPS, PARTS
+from harness.config.resume import CHANGEABLE, FIXED, FREE, FREE_GROUPS, PARTS, SINCE, differences
 from harness.config.settings import described_fields
 from harness.runtime.world import World
 from harness.training import checkpoint
@@ -24,6 +24,19 @@ def test_every_field_is_in_the_identity_or_changes_no_number() -> None:
         places = [field in keys, PARTS.get(field) in keys, field in FREE]
         places.append(not any(places) and field.split(".")[0] in FREE_GROUPS)
         assert sum(places) == 1, f"{field}: say in harness/config/resume.py what a resumed run does with it"
+
+
+def test_what_an_older_checkpoint_does_not_say_was_the_default() -> None:
+    fields = described_fields()
+    assert {*SINCE} <= {*FIXED, *CHANGEABLE}
+    assert {key: fields[key].default for key in SINCE} == SINCE
+    own = {**SINCE, "train.schedule": "cosine", "model.config.x": 1}
+    old = {"train.schedule": "cosine", "model.config.x": 1}
+    assert differences(old, own) == ([], [])
+    assert differences(old, {**own, "optimizer.kind": "sgd", "adapter.kind": "lora"})[0] == [
+        "optimizer.kind",
+        "adapter.kind",
+    ]
 
 
 def test_every_name_is_that_of_a_field() -> None:

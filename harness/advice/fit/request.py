@@ -12,7 +12,7 @@ from harness.advice.fit.axes import AXES, OPEN, axes
 from harness.config import compose
 from harness.config.deepspeed_file import expanded
 from harness.config.load import load
-from harness.config.rules import check_world
+from harness.config.rules import check, check_world
 from harness.config.settings import Refusal, Settings
 from harness.device.outside import Budget, budget
 from harness.rehearsal import decisive
@@ -194,9 +194,13 @@ class Request:
         """Take over what the keys at `auto` were resolved to, for all configs: no axis changes it."""
         self.reasons = dict(reasons)
         precision, attention = settings.precision, settings.model.attention
-        self._decided = lambda each: replace(
-            each, precision=precision, model=replace(each.model, attention=attention)
-        )
+
+        def decided(each: Settings) -> Settings:
+            resolved = replace(each, precision=precision, model=replace(each.model, attention=attention))
+            check(resolved)
+            return resolved
+
+        self._decided = decided
 
     def _accumulation(self, combination: Sequence[str], micro_batch: int) -> Iterator[str]:
         """The accumulation that reaches the user's `train.batch`, if one is set. Raises Refusal where none does."""

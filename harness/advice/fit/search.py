@@ -74,8 +74,32 @@ class Search:
 
     async def _begun(self, search: Callable[[], Coroutine[Any, Any, None]]) -> None:
         with workers() as self._pool:
-            self.request.decide(*await in_worker(self._pool, decided, self.request.first))
+            await self._decide()
+            self.combinations = [each for each in self.combinations if self._is_allowed(each)]
+            if not self.combinations:
+                raise self._refusals[0]
             await search()
+
+    async def _decide(self) -> None:
+        """Let the first config that can be resolve what is `auto` for all."""
+        for each in self.combinations:
+            settings = self.request.settings(self.request.with_value(each.overrides, self.request.lowest))
+            try:
+                self.request.decide(*await in_worker(self._pool, decided, settings))
+            except Refusal as refusal:
+                self._refusals.append(refusal)
+            else:
+                return
+        raise self._refusals[0]
+
+    def _is_allowed(self, combination: Combination) -> bool:
+        """Whether its settings are allowed with what was resolved."""
+        try:
+            self.request.settings(self.request.with_value(combination.overrides, self.request.lowest))
+        except Refusal as refusal:
+            self._refusals.append(refusal)
+            return False
+        return True
 
     @property
     def _trials(self) -> list[Trial]:

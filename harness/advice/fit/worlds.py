@@ -6,10 +6,12 @@ the smallest that is expected to be enough is rehearsed, then the next, until so
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from math import lcm, prod
 from typing import NamedTuple
 
 from harness.advice.fit.answer import NODE, Answer
-from harness.advice.fit.axes import OPEN
+from harness.advice.fit.axes import OPEN, SPLITS
 from harness.advice.fit.combination import short
 from harness.advice.fit.request import Request, positive_integer
 from harness.advice.fit.search import Search
@@ -53,6 +55,14 @@ class Worlds:
     def __init__(self, overrides: Sequence[str], reserve: int, worlds: str) -> None:
         self.overrides = [each for each in overrides if not each.startswith(f"{KEY}=")]
         self.reserve = reserve
+        typed = dict(each.partition("=")[::2] for each in self.overrides)
+        self.unit = prod(
+            int(typed[key]) for key in SPLITS if typed.get(key, "").isdecimal() and int(typed[key])
+        )
+        """Each world is a multiple of it: stages, and ranks that share layers, divide a world evenly."""
+        per_node = typed.get("world.per_node", "")
+        self.node = int(per_node) if per_node.isdecimal() and int(per_node) else None
+        self.step = lcm(self.node or NODE, self.unit)
         self.listed = (
             sorted({positive_integer(KEY, each) for each in worlds.split(",")}) if worlds != OPEN else []
         )
@@ -65,11 +75,19 @@ class Worlds:
         self._last: Answer | None = None
 
     def run(self) -> Answer:
-        """The answer for the smallest world in which something fits; for the last that was tried, where nothing does.
-        `tried` has all worlds by then.
+        """The answer for the smallest world in which something fits; for the last that was tried, where nothing does or
+        Ctrl-C ends it. `tried` has all worlds by then.
         """
-        node, above = 0 if self.listed else NODE, 0
-        while (world := smallest(self._may_fit, self._candidates(above), node, above)) is not None:
+        try:
+            return self._found()
+        except KeyboardInterrupt:
+            if self._last is None:
+                raise
+            return replace(self._last, interrupted=True)
+
+    def _found(self) -> Answer:
+        step, above = 0 if self.listed else self.step, 0
+        while (world := smallest(self._may_fit, self._candidates(above), step, above)) is not None:
             answer = self._answer(world)
             if answer.fitting:
                 return answer
@@ -84,9 +102,9 @@ class Worlds:
         search = Search(self._request(world))
         large = any(each.size == world and each.expected for each in self.tried)
         answer = search.cheapest() if large else search.run()
+        self._last = answer
         if answer.interrupted:
             raise KeyboardInterrupt
-        self._last = answer
         before = {each.size: each for each in self.tried}[world]
         if before.expected and before.needs and answer.rehearsed:
             least = min(trial.worst.needs for trial in answer.rehearsed)
@@ -96,16 +114,22 @@ class Worlds:
         return answer
 
     def _candidates(self, above: int) -> Iterator[int]:
-        """The worlds of more than `above` ranks: those listed, else the powers of two up to `MOST`, as long as a larger
-        world needs less.
+        """The worlds of more than `above` ranks: those listed, else doubles of the smallest up to `MOST`, as long as
+        a larger one needs less.
         """
         if self.listed:
             yield from (each for each in self.listed if each > above)
             return
-        for power in range(above.bit_length(), MOST.bit_length()):
-            yield 2**power
+        doubles = [self.unit * 2**power for power in range(MOST.bit_length())]
+        if self.node is not None:
+            doubles = [each for each in doubles if each < self.node]
+            doubles += [self.step * 2**power for power in range(MOST.bit_length())]
+        for world in doubles:
+            if not above < world <= MOST:
+                continue
+            yield world
             before, after = ([0, 0] + [each.needs or 0 for each in self.tried])[-2:]
-            if 2**power > LEVEL and before and after > LESS * before:
+            if world > LEVEL and before and after > LESS * before:
                 return
 
     def _may_fit(self, world: int) -> bool:
@@ -116,9 +140,9 @@ class Worlds:
         except Refusal as refusal:
             self._refusal = refusal
             return self._add(Tried(world, False, f"refused: {refusal}"))
+        self._last = answer
         if answer.interrupted:
             raise KeyboardInterrupt
-        self._last = answer
         if search.expected is not None and not answer.fitting:
             nbytes, combination = search.expected
             nbytes = int(nbytes * self._more)
@@ -153,13 +177,15 @@ def smallest(fits: Callable[[int], bool], worlds: Iterable[int], node: int, belo
 
 def _between(fits: Callable[[int], bool], too_small: int, enough: int, node: int) -> int:
     """The smallest number of whole nodes that fits, above one world and up to another."""
-    while enough > node and enough - too_small > node:
-        middle = (too_small + enough) // 2 // node * node
+    while True:
+        inside = range((too_small // node + 1) * node, enough, node)
+        if not inside:
+            return enough
+        middle = inside[len(inside) // 2]
         if fits(middle):
             enough = middle
         else:
             too_small = middle
-    return enough
 
 
 def seen(answer: Answer) -> str:

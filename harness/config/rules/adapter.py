@@ -28,6 +28,10 @@ MORE = {
     "layer_replication": None,
     "bias": "none",
     "lora_bias": False,
+    **dict.fromkeys(
+        ("alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "velora_config")
+    ),
+    **dict.fromkeys(("use_bdlora", "use_qalora"), False),
 }
 """Fields of peft that train or change more than LoRA's matrices, and the value with which they do not."""
 
