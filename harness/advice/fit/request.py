@@ -123,7 +123,8 @@ class Request:
         """For each axis but the searched one the place of a config's value in its list: the first is preferred."""
         *others, _ = self.axes
         values = dict(override.partition("=")[::2] for override in overrides)
-        return tuple(self.axes[key].split(",").index(values[key]) for key in others if key != "zero.offload")
+        places = {key: self.axes[key].split(",") for key in others if key in values and key != "zero.offload"}
+        return tuple(listed.index(values[key]) for key, listed in places.items())
 
     def with_value(self, combination: Sequence[str], value: int) -> tuple[str, ...]:
         """The overrides of a config: a combination, a value of the searched key, and what follows. Raises Refusal."""
