@@ -49,6 +49,8 @@ class Request:
         self._decided: Callable[[Settings], Settings] = lambda settings: settings
         self.reasons: dict[str, str] = {}
         """The reasons for the resolved values of keys at `auto`; empty until `decide`."""
+        self.in_any_world: dict[tuple[str, ...], Settings] = {}
+        """What was composed, which requests for other worlds may share."""
         self.impossible: dict[str, Refusal] = {}
         """Values that `?` stands for and no config allows, as overrides, and why; empty until `combinations`."""
 
@@ -134,8 +136,19 @@ class Request:
         """The settings that rehearse a config with the overrides `chosen`, one for each axis. Raises Refusal."""
         chosen = tuple(chosen)
         if chosen not in self._composed:
-            self._composed[chosen] = self._compose(chosen)
+            self._composed[chosen] = self._resized(chosen) or self._compose(chosen)
+            self.in_any_world.setdefault(chosen, self._composed[chosen])
         return self._decided(self._composed[chosen])
+
+    def _resized(self, chosen: tuple[str, ...]) -> Settings | None:
+        """The settings that were composed in a world of another size, in this one. None: they may differ in more."""
+        other = self.in_any_world.get(chosen)
+        if other is None or self.mode != "train" or any("${" in each for each in self.overrides):
+            return None
+        settings = replace(other, world=replace(other.world, size=self.world))
+        check(settings)
+        check_world(settings, self.world)
+        return settings
 
     def _compose(self, chosen: Sequence[str]) -> Settings:
         size_overrides = [f"world.size={self.typed['world.size']}"] if "world.size" in self.typed else []

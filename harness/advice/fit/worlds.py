@@ -16,7 +16,7 @@ from harness.advice.fit.combination import short
 from harness.advice.fit.request import Request, positive_integer
 from harness.advice.fit.search import Search
 from harness.config.deepspeed_file import expanded
-from harness.config.settings import Refusal
+from harness.config.settings import Refusal, Settings
 from harness.runtime.progress import aside
 from harness.tables import size
 
@@ -69,6 +69,7 @@ class Worlds:
         self.tried: list[Tried] = []
         self.not_tried: list[str] = []
         """Configs of the answer's world that may fit too, and are expected to be less cheap."""
+        self._composed: dict[tuple[str, ...], Settings] = {}
         self._more = 1.0
         """How many times more a rehearsal has come to than what was expected: what a GPU's allocator has beside."""
         self._refusal: Refusal | None = None
@@ -160,7 +161,9 @@ class Worlds:
         return tried.fits
 
     def _request(self, world: int) -> Request:
-        return Request([*self.overrides, f"{KEY}={world}"], self.reserve)
+        request = Request([*self.overrides, f"{KEY}={world}"], self.reserve)
+        request.in_any_world = self._composed
+        return request
 
 
 def smallest(fits: Callable[[int], bool], worlds: Iterable[int], node: int, below: int = 0) -> int | None:
