@@ -125,6 +125,8 @@ class Worlds:
         if self.node is not None:
             doubles = [each for each in doubles if each < self.node]
             doubles += [self.step * 2**power for power in range(MOST.bit_length())]
+        if above >= self.step and above % self.step == 0:  # it was nearly enough: look close to it first
+            doubles = [above + self.step * 2**power for power in range(MOST.bit_length())]
         for world in doubles:
             if not above < world <= MOST:
                 continue
