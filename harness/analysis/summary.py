@@ -58,13 +58,10 @@ def decided(reasons: Mapping[str, str]) -> Iterator[str]:
 def title(run: Record) -> str:
     """One line about what ran."""
     model = run.model
-    parameters = "parameters not counted" if model.parameters is None else f"{model.parameters:,} parameters"
-    if model.trainable is not None:
-        parameters += f", {model.trainable:,} of them trained"
     rehearsed = ", rehearsed" * run.world.rehearsed
     dtype = model.dtype or "-"
     packed = "" if model.quantization is None else f", {model.quantization.short}"
-    return f"{run.title}{rehearsed}: {parameters}, {dtype}{packed}, {run.world.devices}"
+    return f"{run.title}{rehearsed}: {model.counted}, {dtype}{packed}, {run.world.devices}"
 
 
 def _made_whole(run: Record) -> Iterator[str]:

@@ -13,7 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from harness.config.load import Checkpointing, Refusal
 from harness.ledger.tensors import tensors_in
-from harness.model.stage import Uncuttable, layers_of
+from harness.model.stage import layers_for
 
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm")
 ATTENTION = (
@@ -63,10 +63,7 @@ def _selected_layers(
 ) -> Iterator[torch.nn.Module]:
     if checkpointing.mode == "none":
         return
-    try:
-        _, layers = layers_of(model)
-    except Uncuttable as error:
-        raise Refusal("checkpointing", checkpointing.mode, f"{error}; use checkpointing=none") from error
+    _, layers = layers_for(model, "checkpointing", checkpointing.mode, "use checkpointing=none")
     for number, layer in enumerate(layers, first):
         if number in checkpointing.layers or (not checkpointing.layers and number % checkpointing.every == 0):
             yield layer

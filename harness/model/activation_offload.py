@@ -15,9 +15,9 @@ from torch import nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from transformers import PreTrainedModel
 
-from harness.config.load import Checkpointing, Refusal
+from harness.config.load import Checkpointing
 from harness.ledger import Ledger
-from harness.model.stage import Uncuttable, layers_of
+from harness.model.stage import layers_for
 
 
 def apply(model: PreTrainedModel, checkpointing: Checkpointing, device: torch.device, ledger: Ledger) -> None:
@@ -28,11 +28,8 @@ def apply(model: PreTrainedModel, checkpointing: Checkpointing, device: torch.de
     """
     if checkpointing.offload == "none":
         return
-    try:
-        path, _ = layers_of(model)
-    except Uncuttable as error:
-        remedy = f"{error}; use checkpointing.offload=none"
-        raise Refusal("checkpointing.offload", checkpointing.offload, remedy) from error
+    key, value = "checkpointing.offload", checkpointing.offload
+    path, _ = layers_for(model, key, value, f"use {key}=none")
     around, hooks = model.get_submodule(path.rpartition(".")[0]), ActivationOffload(device, ledger)
     around.register_forward_pre_hook(lambda *_: hooks.__enter__())
     around.register_forward_hook(lambda *_: hooks.__exit__(), always_call=True)

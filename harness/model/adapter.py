@@ -24,6 +24,7 @@ from harness.config.errors import first_line
 from harness.config.rules.adapter import CONFIG, WEIGHTS, config_in
 from harness.config.settings import Refusal, Settings
 from harness.model import init_weights, manifest
+from harness.model.loader import mismatch
 from harness.model.plan import Plan
 from harness.model.stage import Stage, Uncuttable, layers_of, parts
 from harness.quantization import nf4
@@ -37,7 +38,6 @@ NAME = "default"
 
 PREFIX = "base_model.model."
 """What peft puts before each name in an adapter's file."""
-
 
 FROZEN = ".base_layer."
 """In the names of frozen weights, which peft may write beside the adapter of a head."""
@@ -279,16 +279,8 @@ def _read(place: str, model: PreTrainedModel, whole: PreTrainedModel) -> dict[st
 
 def _check(place: str, stored: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     """Raise Refusal where the tensors in a file are not those of the model's adapter."""
-    problems = {
-        "missing": [name for name in expected if name not in stored],
-        "unexpected": [name for name in stored if name not in expected],
-        "of another shape": [
-            f"{name} ({[*stored[name]]}, not {[*expected[name]]})"
-            for name in expected
-            if name in stored and stored[name] != expected[name]
-        ],
-    }
-    for problem, names in problems.items():
-        if names:
-            remedy = f"it is an adapter of another model: {len(names)} {problem}, {min(names)} first"
-            raise Refusal("adapter.path", place, remedy)
+    common = expected.keys() & stored.keys()
+    reshaped = [(name, stored[name], expected[name]) for name in common if stored[name] != expected[name]]
+    problem = mismatch(expected.keys() - stored.keys(), stored.keys() - expected.keys(), reshaped)
+    if problem:
+        raise Refusal("adapter.path", place, f"it is an adapter of another model: {problem}")

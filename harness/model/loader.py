@@ -6,7 +6,7 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -258,21 +258,20 @@ def _check_files(place: str, directory: Path) -> None:
 
 def _check_weights(place: str, report: Mapping[str, Any]) -> None:
     """Raise Refusal where transformers' loading `report` lists missing, unexpected or mismatched weights."""
-    problems = {
-        "missing": report["missing_keys"],
-        "unexpected": report["unexpected_keys"],
-        "of another shape": [
-            f"{name} ({list(stored_shape)}, not {list(model_shape)})"
-            for name, stored_shape, model_shape in report["mismatched_keys"]
-        ],
-    }
-    for problem, names in problems.items():
-        if names:
-            raise Refusal(
-                "model.path",
-                place,
-                f"its weights are not this model's: {len(names)} {problem}, {min(names)} first",
-            )
+    problem = mismatch(report["missing_keys"], report["unexpected_keys"], report["mismatched_keys"])
+    if problem:
+        raise Refusal("model.path", place, f"its weights are not this model's: {problem}")
+
+
+def mismatch(
+    missing: Collection[str], unexpected: Collection[str], reshaped: Iterable[tuple[str, Any, Any]]
+) -> str:
+    """The first way in which stored tensors are not a model's, by number and first name; empty where they are. Of
+    `reshaped` ones the name, the stored shape and the model's.
+    """
+    shapes = [f"{name} ({list(stored)}, not {list(own)})" for name, stored, own in reshaped]
+    problems = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
+    return next((f"{len(names)} {kind}, {min(names)} first" for kind, names in problems.items() if names), "")
 
 
 def directory_of(place: str, patterns: tuple[str, ...] = TEXTS) -> Path:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import Cache, PretrainedConfig, PreTrainedModel
 
-from harness.config.settings import Model
+from harness.config.settings import Model, Refusal
 from harness.model import init_weights, loader, tensor_parallel, widths
 from harness.model.loader import check_values, loading, whole_checkpoint
 from harness.quantization.method import Quantization
@@ -153,6 +153,14 @@ def layers_of(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     if not candidates:
         raise Uncuttable(f"its {number} layers are not in one list")
     return min(candidates, key=lambda pair: pair[0].count("."))
+
+
+def layers_for(model: PreTrainedModel, key: str, value: object, instead: str) -> tuple[str, nn.ModuleList]:
+    """`layers_of`, for a setting that needs it. Raises Refusal where there is none; `instead` says what would do."""
+    try:
+        return layers_of(model)
+    except Uncuttable as error:
+        raise Refusal(key, value, f"{error}; {instead}") from error
 
 
 def parts(whole: PreTrainedModel, split: Sequence[int], buffers: bool = False) -> list[dict[str, Tensor]]:

@@ -44,6 +44,14 @@ class Model(Part):
     dtype: Text | None
 
     @property
+    def counted(self) -> str:
+        """The number of its parameters, and of those that are trained beside frozen ones, as text."""
+        if self.parameters is None:
+            return "parameters not counted"
+        trained = "" if self.trainable is None else f", {self.trainable:,} of them trained"
+        return f"{self.parameters:,} parameters{trained}"
+
+    @property
     def matrices(self) -> float | None:
         """Bytes of the weights that each token is multiplied with: all parameters except embedding tables."""
         itemsize = ITEMSIZE.get(self.dtype or "", 0)

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from harness.config.errors import first_line
 from harness.config.load import Refusal
 from harness.ledger.patch import DATA, TORCH, Patch, install, table
-from harness.model.stage import Uncuttable, layers_of
+from harness.model.stage import layers_for
 from harness.runtime.compiler import not_compiled
 from harness.runtime.course import Backend
 
@@ -40,10 +40,7 @@ def apply(model: PreTrainedModel, backend: Backend) -> None:
 
     Raises Refusal where the model has no list of layers.
     """
-    try:
-        _, layers = layers_of(model)
-    except Uncuttable as error:
-        raise Refusal("train.compile", True, f"{error}; leave it out") from error
+    _, layers = layers_for(model, "train.compile", True, "leave it out")
     torch.compiler.reset()  # it compiles a function a few times only, and those of an earlier run would count
     for layer in layers:
         _compile(layer, backend)

@@ -63,10 +63,8 @@ def run(plan: Plan, world: World, ledger: Ledger, out: Output, course: Course = 
     first = _resume(resumed, world, engine, out.say)
     spans = train.micro_batch, world, settings.seed, first * train.accumulation, train.accumulation
     batches = Reported(token_batches.loader(corpus.train, *spans), ledger)
-    record = out.results.model
-    trained = "" if record.trainable is None else f", {record.trainable:,} of them trained"
-    parameters = f"{record.parameters:,} parameters{trained}"
-    out.say(f"{settings.model.name}: {parameters}, {engine.optimizer_class}, {world.size} ranks")
+    counted = out.results.model.counted
+    out.say(f"{settings.model.name}: {counted}, {engine.optimizer_class}, {world.size} ranks")
     if corpus.cut:
         out.say(
             f"{corpus.cut:,} tokens of documents are beyond train.sequence={train.sequence}, and left out"

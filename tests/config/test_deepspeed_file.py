@@ -13,7 +13,7 @@ from harness.config.compose import compose
 from harness.config.deepspeed_file import expanded
 from harness.config.deepspeed_json import MOST_BYTES
 from harness.config.load import load
-from harness.config.rules import optimizer
+from harness.config.rules import packages
 from harness.config.settings import Refusal, Settings
 from harness.training.deepspeed_config import whole_config
 
@@ -114,7 +114,9 @@ MUON = {"type": "Muon", "params": {"ns_method": "standard"}}
 def test_the_file_of_a_run_means_its_own_optimizer(
     file: Path, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(optimizer, "find_spec", lambda name: name)  # a file is read without the packages too
+    monkeypatch.setattr(
+        packages, "is_installed", lambda package: True
+    )  # a file is read without the packages too
     given = load(compose(["mode=train", "precision=fp32", *words.split()]))
     read = settings_of(file, whole_config(given, 1))
     momentum = {"sgd": 0.0, "muon": 0.95}.get(given.optimizer.kind)

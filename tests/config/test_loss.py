@@ -4,7 +4,7 @@ import pytest
 
 from harness.config.compose import compose
 from harness.config.load import Refusal, load
-from harness.config.rules import loss
+from harness.config.rules import loss, packages
 
 
 @pytest.mark.parametrize("release", ["2.11.0", "2.12.1+cu130"])
@@ -23,6 +23,6 @@ def test_a_loss_in_chunks_is_refused_with_the_torch_that_has_it(
 def test_kernels_that_are_not_installed_are_refused_with_the_extra_that_has_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(loss, "find_spec", lambda package: None)
+    monkeypatch.setattr(packages, "find_spec", lambda package: None)
     with pytest.raises(Refusal, match=r"loss=fused: liger_kernel is not installed; .*'harness\[fused\]'"):
         load(compose(["loss=fused", "hardware=h100-sxm"]))

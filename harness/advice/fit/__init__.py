@@ -16,6 +16,7 @@ from harness.advice.fit.search import Search
 from harness.advice.fit.text import reason_of, text
 from harness.advice.fit.worlds import Worlds, open_worlds
 from harness.analysis.args import Parser, refuse
+from harness.config.deepspeed_file import expanded
 from harness.rehearsal.pool import REFUSED
 from harness.runtime.files import put
 from harness.tables import parse_size
@@ -42,6 +43,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _answer(overrides: Sequence[str], reserve: int) -> tuple[Answer, Worlds | None]:
     """The answer in the world of the request; or in the smallest that is enough, with the search for it."""
+    overrides = expanded(overrides).arguments
     listed = open_worlds(overrides)
     if listed is None:
         return Search(Request(overrides, reserve)).run(), None

@@ -15,7 +15,6 @@ from harness.advice.fit.axes import OPEN, SPLITS
 from harness.advice.fit.combination import short
 from harness.advice.fit.request import Request, positive_integer
 from harness.advice.fit.search import Search
-from harness.config.deepspeed_file import expanded
 from harness.config.settings import Refusal, Settings
 from harness.runtime.progress import aside
 from harness.tables import size
@@ -43,8 +42,8 @@ class Tried(NamedTuple):
 
 
 def open_worlds(overrides: Sequence[str]) -> str | None:
-    """The list of worlds in a request, or `?`; None where it names one world, or none."""
-    typed = dict(override.partition("=")[::2] for override in expanded(overrides).arguments)
+    """The list of worlds in a request whose file is expanded, or `?`; None where it names one world, or none."""
+    typed = dict(override.partition("=")[::2] for override in overrides)
     worlds = typed.get(KEY, "")
     return worlds if worlds == OPEN or "," in worlds else None
 

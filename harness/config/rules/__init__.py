@@ -2,11 +2,20 @@
 
 import os
 from collections.abc import Sequence
-from importlib.util import find_spec
 
 from harness.config.resume import check_changes
-from harness.config.rules import adapter, compiled, in_backward, loss, optimizer, positions, quantized, widths
-from harness.config.rules.data import data
+from harness.config.rules import (
+    adapter,
+    compiled,
+    data,
+    in_backward,
+    loss,
+    optimizer,
+    packages,
+    positions,
+    quantized,
+    widths,
+)
 from harness.config.rules.deepspeed import deepspeed
 from harness.config.rules.generation import generation
 from harness.config.rules.offload import check_offload
@@ -30,7 +39,7 @@ def check(settings: Settings) -> None:
         _model,
         _checkpointing,
         loss.check,
-        data,
+        data.check,
         _train,
         _trackers,
         deepspeed,
@@ -178,10 +187,7 @@ def _rehearsal(settings: Settings) -> None:
 def _trackers(settings: Settings) -> None:
     for tracker in settings.tracker:
         for package in TRACKERS[tracker]:
-            spec = find_spec(package)
-            if spec is None or spec.origin is None:  # a folder of that name, as wandb/, is no package
-                remedy = f"{package} is not installed; install it with pip install 'harness[{tracker}]'"
-                raise Refusal("tracker", tracker, remedy)
+            packages.check("tracker", tracker, package, tracker)
 
 
 def _model(settings: Settings) -> None:

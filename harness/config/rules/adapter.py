@@ -3,11 +3,10 @@
 import json
 from collections.abc import Mapping
 from dataclasses import fields
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from harness.config.rules import quantized
+from harness.config.rules import packages, quantized
 from harness.config.rules.sources import shape_of
 from harness.config.settings import Adapter, Refusal, Settings
 
@@ -63,10 +62,7 @@ def check(settings: Settings) -> None:
         raise quantized.refusal(settings.model, config, reason)
     if adapter.kind == "qlora":
         _check_packed(settings)
-    spec = find_spec("peft")
-    if spec is None or spec.origin is None:
-        remedy = "peft is not installed; install it with pip install 'harness[adapters]'"
-        raise Refusal(*_asked_for(adapter), remedy)
+    packages.check(*_asked_for(adapter), "peft", "adapters")
 
 
 def _check_mode(settings: Settings, adapter: Adapter) -> None:
@@ -102,9 +98,7 @@ def _check_packed(settings: Settings) -> None:
     if settings.adapter.merge:
         remedy = "into 4 bits nothing is merged without rounding; leave it out, and merge with peft into whole weights"
         raise Refusal("adapter.merge", True, remedy)
-    if find_spec("bitsandbytes") is None:
-        remedy = "bitsandbytes is not installed; install it with pip install 'harness[adapters]'"
-        raise Refusal("adapter", "qlora", remedy)
+    packages.check("adapter", "qlora", "bitsandbytes", "adapters")
 
 
 def _asked_for(adapter: Adapter) -> tuple[str, Any]:

@@ -4,7 +4,7 @@ from harness.config.rules.sources import files
 from harness.config.settings import Refusal, Settings
 
 
-def data(settings: Settings) -> None:
+def check(settings: Settings) -> None:
     """Refuse keys that the kind of data does not read, and kinds that the mode does not."""
     data = settings.data
     if data.kind in ("text", "chat"):

@@ -1,8 +1,8 @@
 """The rules of `loss`. Whether a model's loss can be computed so, `training/loss_check.py` finds out."""
 
 from importlib.metadata import version
-from importlib.util import find_spec
 
+from harness.config.rules import packages
 from harness.config.settings import Refusal, Settings
 
 TORCH = (2, 13)
@@ -36,10 +36,7 @@ def _fused(settings: Settings) -> None:
         raise Refusal("loss", "fused", remedy)
     check_device(settings, settings.hardware.device)
     for package in ("liger_kernel", "triton"):
-        spec = find_spec(package)
-        if spec is None or spec.origin is None:  # a folder of that name is no package
-            remedy = f"{package} is not installed; install it with pip install 'harness[fused]', or use loss=chunked"
-            raise Refusal("loss", "fused", remedy)
+        packages.check("loss", "fused", package, "fused", instead=", or use loss=chunked")
 
 
 def check_device(settings: Settings, device: str) -> None:

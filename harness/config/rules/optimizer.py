@@ -1,7 +1,6 @@
 """The rules for `optimizer`: what each kind of it needs, and where DeepSpeed's ZeRO would make another one of it."""
 
-from importlib.util import find_spec
-
+from harness.config.rules import packages
 from harness.config.settings import Refusal, Settings, Train
 
 KEY = "optimizer"
@@ -56,9 +55,8 @@ def _options(settings: Settings) -> None:
 
 def _library(settings: Settings) -> None:
     kind = settings.optimizer.kind
-    if kind in BY_LIBRARY and find_spec(LIBRARY) is None:
-        remedy = f"{LIBRARY} is not installed; install it with pip install 'harness[optimizers]'"
-        raise Refusal(KEY, kind, remedy)
+    if kind in BY_LIBRARY:
+        packages.check(KEY, kind, LIBRARY, "optimizers")
 
 
 def _matrices(settings: Settings) -> None:
