@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from harness.ledger.timer import moment, seconds
-from harness.tables import count
 
 SECONDS = 0.03
 """Seconds of each measurement."""
@@ -22,13 +21,6 @@ SMALLEST, LARGEST = 2**9, 2**13
 """Rows and columns of the first matrices tried, and of the last."""
 ENOUGH = 0.01
 """Seconds of a product that is large enough."""
-
-SMALL, TRIES = 192, 4
-"""Rows of the products that compare the precisions of a CPU (14 MFLOP: about 5 ms without bf16 units), and how often
-each is repeated, because other work may disturb one."""
-FASTER = 1.2
-"""How much faster than fp32 bf16 must be. With bf16 units it is at least twice as fast. Without them it has three
-quarters of the speed if AVX512 emulates it, and a fortieth otherwise. No CPU is near the limit."""
 
 Rates = tuple[float | None, float | None]
 """Bytes per second and operations per second. None: not measured."""
@@ -56,48 +48,27 @@ def _flops(device: torch.device, dtype: torch.dtype) -> float | None:
     rate, rows = None, SMALLEST
     with suppress(RuntimeError):
         while rows <= LARGEST:
-            rate = of_product(device, dtype, rows)
+            rate = _of_product(device, dtype, rows)
             if 2 * rows**3 / rate > ENOUGH:
                 break
             rows *= 2
     return rate
 
 
-def precision_of_cpu() -> tuple[str, str]:
-    """The precision in which a core of this CPU multiplies faster, and a sentence with both rates; in about 40 ms.
-
-    It uses one core: with all cores, waiting would take longer than multiplying.
-    """
-    cpu, threads = torch.device("cpu"), torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        rates = [
-            [of_product(cpu, dtype, SMALL, 0.0) for dtype in (torch.bfloat16, torch.float32)]
-            for _ in range(TRIES)
-        ]
-    finally:
-        torch.set_num_threads(threads)
-    bf16_rate, fp32_rate = map(max, zip(*rates, strict=True))
-    sentence = (
-        f"a core here makes {count(bf16_rate, 'FLOP/s')} in bf16 and {count(fp32_rate, 'FLOP/s')} in fp32"
-    )
-    return ("bf16" if bf16_rate > FASTER * fp32_rate else "fp32"), sentence
-
-
-def of_product(device: torch.device, dtype: torch.dtype, rows: int, within: float = SECONDS) -> float:
-    """Operations per second of a product of two square matrices: the fastest of the runs `within` so many seconds."""
+def _of_product(device: torch.device, dtype: torch.dtype, rows: int) -> float:
+    """Operations per second of a product of two square matrices."""
     left, right = (torch.ones(rows, rows, dtype=dtype, device=device) for _ in range(2))
-    return float(2 * rows**3 / _fewest_seconds(device, partial(torch.matmul, left, right), within))
+    return float(2 * rows**3 / _fewest_seconds(device, partial(torch.matmul, left, right)))
 
 
-def _fewest_seconds(device: torch.device, act: Callable[[], Tensor], within: float = SECONDS) -> float:
+def _fewest_seconds(device: torch.device, act: Callable[[], Tensor]) -> float:
     """The fewest seconds that `act` takes, after one run as warm-up."""
     act()
-    return min(_timings(device, act, within))
+    return min(_timings(device, act))
 
 
-def _timings(device: torch.device, act: Callable[[], Tensor], within: float) -> Iterator[float]:
-    gpu, until = device.type == "cuda", time.perf_counter() + within
+def _timings(device: torch.device, act: Callable[[], Tensor]) -> Iterator[float]:
+    gpu, until = device.type == "cuda", time.perf_counter() + SECONDS
     while True:
         began = moment(gpu)
         act()

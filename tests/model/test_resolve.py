@@ -2,14 +2,13 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from harness.__main__ import main
@@ -17,7 +16,7 @@ from harness.advice.savings import settings_of
 from harness.config import compose
 from harness.config.load import load
 from harness.config.settings import Refusal, Settings
-from harness.model.resolve import resolve
+from harness.model.resolve import _precision, precision_of_cpu, resolve
 from harness.record import record_file
 from harness.record.schema import parse
 
@@ -147,9 +146,6 @@ def test_what_cannot_be_is_one_sentence_and_leaves_nothing(
 
 # Precision
 
-DECIDE = "from harness.runtime.peak_rates import precision_of_cpu; print(*precision_of_cpu())"
-"""What is decided for a CPU, in a process whose oneDNN may be limited."""
-
 
 def test_a_rehearsal_for_a_gpu_is_in_bf16_and_a_word_wins() -> None:
     gpu = ("hardware=h100-sxm", "model.attention=sdpa")
@@ -167,22 +163,47 @@ def test_a_rehearsal_for_a_gpu_is_in_bf16_and_a_word_wins() -> None:
     assert (settings.precision, settings.dtype, reasons) == ("fp32", "float32", {})
 
 
-def test_a_cpu_decides_the_same_each_time() -> None:
-    chosen = {resolve(settings_with("model.attention=sdpa")).settings.precision for _ in range(5)}
-    assert len(chosen) == 1
-    assert chosen <= {"bf16", "fp32"}
+class Nothing(TorchDispatchMode):
+    """Lets no operator run: what is timed differs from one start to the next."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise AssertionError(f"{func} ran")
 
 
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN to limit")
-def test_a_cpu_whose_bf16_units_are_not_used_computes_in_fp32() -> None:
-    said = subprocess.run(
-        [sys.executable, "-c", DECIDE],
-        env={**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2", "PYTHONPATH": str(Path(__file__).parents[2])},
-        text=True,
-        capture_output=True,
-        check=True,
-    ).stdout
-    assert said.startswith("fp32 a core here makes ")
+def test_a_cpu_decides_by_what_it_has_and_not_by_what_it_takes() -> None:
+    with Nothing():
+        value, why = _precision(settings_with(), "cpu")
+    units = torch.cpu.get_capabilities() if torch.backends.mkldnn.is_available() else {}
+    assert (value, why) == precision_of_cpu(units, os.environ)
+
+
+@pytest.mark.parametrize(
+    ("units", "limit", "expected"),
+    [
+        pytest.param({"avx2": True, "avx512_bf16": True}, {}, "bf16: this CPU has units for it", id="zen4"),
+        pytest.param(
+            {"amx_bf16": True, "avx512_bf16": False}, {"ONEDNN_MAX_CPU_ISA": "DEFAULT"}, "bf16: ", id="amx"
+        ),
+        pytest.param({"neon": True, "bf16": True}, {}, "bf16: ", id="graviton3"),
+        pytest.param({"neon": True, "bf16": False}, {}, "fp32: this CPU has no units", id="graviton2"),
+        pytest.param(
+            {"avx512_f": True, "avx512_bf16": False}, {}, "fp32: this CPU has no units", id="ice-lake"
+        ),
+        pytest.param({}, {}, "fp32: this CPU has no units for bf16 that oneDNN uses", id="no-onednn"),
+        pytest.param(
+            {"avx512_bf16": True},
+            {"ONEDNN_MAX_CPU_ISA": "avx2"},
+            "fp32: ONEDNN_MAX_CPU_ISA=avx2 leaves",
+            id="limited",
+        ),
+        pytest.param({"amx_bf16": True}, {"DNNL_MAX_CPU_ISA": "AVX512_CORE"}, "fp32: DNNL_", id="old-name"),
+        pytest.param({"amx_bf16": True}, {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}, "bf16: ", id="enough"),
+    ],
+)
+def test_a_cpu_computes_in_bf16_where_it_has_units_that_are_used(
+    units: dict[str, bool], limit: dict[str, str], expected: str
+) -> None:
+    assert ": ".join(precision_of_cpu(units, limit)).startswith(expected)
 
 
 def test_a_run_that_is_resumed_keeps_its_precision(tmp_path: Path) -> None:
