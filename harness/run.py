@@ -151,7 +151,7 @@ def _rehearse(settings: Settings, cfg: DictConfig, command: list[str], reasons: 
     try:
         ranks, results = rehearsal.rehearse(plan, directory)
         record = rehearsal.whole(head, ranks, results)
-        limits = ceilings.of_page(plan.settings.hardware, record.model.dtype or "")
+        limits = ceilings.of_page(plan.settings.hardware, record.model.multiplied)
         record_file.write(directory, record.plus(ceilings=limits))
     except Refusal:
         _remove(directory)
@@ -313,24 +313,18 @@ class _Run:
 
     def _run_mode(self) -> Rank:
         """Run the mode under the ledger and return this rank's record."""
-        from harness.generation.cache_check import prove
-        from harness.model import adapter
+        from harness.generation import cache_check
         from harness.model.misfit import misfits
         from harness.runtime.memory_limit import allocations
 
         if self.settings.mode == "train":
-            from harness.training import loss_check
             from harness.training import train as mode
-            from harness.training.optimizers import import_library
-
-            loss_check.prove(self.plan, self.world.kind)
-            import_library(self.settings)
         else:
             from harness.generation import infer as mode  # type: ignore[no-redef]
-        prove(self.plan)
         if self.world.stages > 1:
             self._partition()
-        adapter.prove(self.plan)
+        cache_check.prove(self.plan)
+        mode.prove(self.plan, self.world.kind)
         settings = self.settings
         with (
             misfits(self.plan),
@@ -351,7 +345,7 @@ class _Run:
         results, phases = self.results, phase_times.of_ranks(times, self.settings.ledger.mode)
         results.performance = (results.performance or Performance()).plus(phases=phases)
         assert results.model is not None
-        dtype = results.model.dtype or ""
+        dtype = results.model.multiplied
         results.ceilings = ceilings.of_page(self.settings.hardware, dtype)
         if results.ceilings is None:
             rates = peak_rates.measure(self.world.device, getattr(torch, dtype))

@@ -8,6 +8,7 @@ from textwrap import fill
 from harness.analysis.args import Parser, refuse
 from harness.analysis.findings import FINDINGS, Finding, Run
 from harness.analysis.findings_adapter import ADAPTED
+from harness.analysis.findings_fp8 import IN_8_BITS
 from harness.analysis.findings_kv_cache import CACHED
 from harness.analysis.findings_pipeline import STAGES, kept_by
 from harness.analysis.findings_traffic import MOVED
@@ -83,6 +84,7 @@ def explain(record: Record) -> Iterator[Finding]:
         ranks,
         *STAGES,
         *ADAPTED,
+        *IN_8_BITS,
         *CACHED,
         *FINDINGS,
         *MOVED,

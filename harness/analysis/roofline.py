@@ -87,7 +87,7 @@ def against(path: Path, record: Record, hardware: str | None = None, network: st
     card, joined = pages(record, hardware, network)
     ceilings, timed = record.limits, True
     if hardware is not None and card is not None:
-        ceilings = of_page(card, record.model.dtype or "") or Ceilings()
+        ceilings = of_page(card, record.model.multiplied) or Ceilings()
         timed = card.device == record.world.device
     phases = bounds(record, ceilings, timed)
     if not phases or record.world.size == 1:

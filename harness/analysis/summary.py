@@ -61,7 +61,8 @@ def title(run: Record) -> str:
     rehearsed = ", rehearsed" * run.world.rehearsed
     dtype = model.dtype or "-"
     packed = "" if model.quantization is None else f", {model.quantization.short}"
-    return f"{run.title}{rehearsed}: {model.counted}, {dtype}{packed}, {run.world.devices}"
+    products = "" if model.products is None else f", {model.products.short}"
+    return f"{run.title}{rehearsed}: {model.counted}, {dtype}{packed}{products}, {run.world.devices}"
 
 
 def _made_whole(run: Record) -> Iterator[str]:

@@ -215,6 +215,8 @@ class _File:
         enabled, fp16 = self.read.get("bf16.enabled"), self.tree.get("fp16")
         if enabled == AUTO or (isinstance(fp16, Mapping) and fp16.get("enabled") == AUTO and enabled is None):
             self.auto.append("precision")
+        elif enabled and self._typed("precision")[1] == "fp8":
+            pass  # its parameters are in bf16
         elif enabled is not None:
             self._set("precision", "bf16" if enabled else "fp32", "bf16.enabled")
         elif self._unset("precision"):

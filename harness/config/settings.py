@@ -37,8 +37,11 @@ from harness.config.refusal import as_typed as as_typed
 class Settings:
     mode: Literal["train", "infer"] = "train"
     """What to run."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Of parameters, gradients, activations, KV cache; auto is bf16 on GPUs and on CPUs faster in it, else fp32."""
+    precision: Literal["auto", "bf16", "fp32", "fp8"] = "auto"
+    """Of parameters, gradients, activations, KV cache; auto is bf16 on GPUs and on CPUs with units for it, else fp32.
+
+    fp8 is bf16 whose linear layers multiply in 8 bits, in training on a GPU.
+    """
     seed: Annotated[int, Field(ge=0, lt=2**32), Number] = 0
     """Seed of weights, data order and sampling."""
     tracker: Trackers = Field(default_factory=list)
@@ -61,8 +64,8 @@ class Settings:
 
     @property
     def dtype(self) -> str:
-        """torch's name of the precision. The precision must be resolved: "auto" raises KeyError."""
-        return {"bf16": "bfloat16", "fp32": "float32"}[self.precision]
+        """torch's name of the parameters' precision, which must be resolved: "auto" raises KeyError."""
+        return {"bf16": "bfloat16", "fp32": "float32", "fp8": "bfloat16"}[self.precision]
 
     @property
     def tensor_parallel(self) -> int:

@@ -61,6 +61,13 @@ Say = Callable[[str], None]
 T = TypeVar("T")
 
 
+def prove(plan: Plan, device: str) -> None:
+    """Refuse what small models show to be wrong of `plan`, on any device. It comes before a ledger counts: it makes
+    tensors that are no part of a run.
+    """
+    adapter.prove(plan)
+
+
 def run(plan: Plan, world: World, ledger: Ledger, out: Output, course: Decoding = WHOLE) -> None:
     """Generate for every prompt and write `generations.jsonl` in the run's directory. Raises Refusal."""
     start = time.perf_counter()

@@ -60,7 +60,7 @@ def _precision(settings: Settings, device: str | None) -> tuple[str, str]:
     """The precision and the reason."""
     if settings.train.resume is not None:
         saved = identity_in(Path(settings.train.resume)).get("precision")
-        if saved in ("bf16", "fp32"):
+        if saved in ("bf16", "fp32", "fp8"):
             return saved, "that of the run which is resumed"
     if (device or settings.hardware.device) == "cuda":
         if _has_bf16_units(settings.hardware, device):

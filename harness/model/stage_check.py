@@ -43,7 +43,7 @@ def prove(plan: Plan) -> None:
         cache = "dynamic"
     shape = json.dumps(config.to_dict(), sort_keys=True)
     trains = settings.mode == "train"
-    reason = difference(shape, settings.model.attention, settings.precision, cache, tuple(split), trains)
+    reason = difference(shape, settings.model.attention, settings.dtype, cache, tuple(split), trains)
     if reason is not None:
         remedy = f"{config.model_type} cannot be cut into stages: {reason}; use pipeline.stages=1"
         raise Refusal("pipeline.stages", len(split), remedy)
@@ -52,10 +52,10 @@ def prove(plan: Plan) -> None:
 @cache
 @torch.no_grad()
 def difference(
-    shape: str, attention: str, precision: str, kept: str, split: tuple[int, ...], trains: bool = False
+    shape: str, attention: str, dtype_name: str, kept: str, split: tuple[int, ...], trains: bool = False
 ) -> str | None:
     """How the stages of a small model of `shape` (its config as JSON) differ from the whole; None if they are equal."""
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = getattr(torch, dtype_name)
     with torch.random.fork_rng(devices=[]), quiet():
         try:
             whole, expected = narrowest(

@@ -29,11 +29,24 @@ class Quantization(Part):
         return self.method + (f" {self.bits} bits" if self.bits else "")
 
 
+class Products(Part):
+    """The `dtype` in which linear layers multiply, where it is not the model's, and how many do, `of` all of them."""
+
+    dtype: Text
+    layers: Number
+    of: Number
+
+    @property
+    def short(self) -> str:
+        """As text."""
+        return f"{self.layers} of {self.of} linear layers multiply in {self.dtype}"
+
+
 class Model(Part):
     """The model of the run: its number of parameters, and of those in lookup tables (`embeddings`).
 
     A packed parameter counts as one. `trainable` is the number that is trained beside an adapter's frozen ones; None:
-    no adapter is trained.
+    no adapter is trained. `products` None: all multiply in `dtype`.
     """
 
     name: Text
@@ -41,7 +54,13 @@ class Model(Part):
     embeddings: Bytes | None = None
     trainable: Bytes | None = None
     quantization: Quantization | None = None
+    products: Products | None = None
     dtype: Text | None
+
+    @property
+    def multiplied(self) -> str:
+        """The dtype of its matrix products, which limits their speed; empty where it is not known."""
+        return (self.products.dtype if self.products else self.dtype) or ""
 
     @property
     def counted(self) -> str:

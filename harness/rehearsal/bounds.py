@@ -16,7 +16,7 @@ from harness.runtime.progress import aside
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-ELEMENT = {"bf16": 2, "fp32": 4}
+ELEMENT = {"bfloat16": 2, "float32": 4}
 """Bytes of a parameter's element."""
 
 MOMENTS = {"adamw": 8, "adamw_8bit": 2, "lion": 4, "muon": 2, "sgd": 0, "adafactor": 0}
@@ -24,7 +24,7 @@ MOMENTS = {"adamw": 8, "adamw_8bit": 2, "lion": 4, "muon": 2, "sgd": 0, "adafact
 in 8 bits; one of Lion; one of Muon in the gradient's precision; of SGD none where it has no momentum.
 """
 
-MASTER = {"bf16": 4, "fp32": 0}
+MASTER = {"bfloat16": 4, "float32": 0}
 """Bytes of a parameter's fp32 master weight."""
 
 WORTH = 3
@@ -42,7 +42,7 @@ def by_shapes(settings: Settings) -> dict[str, int]:
     from harness.model.plan import Plan
 
     try:
-        layout, precision = Plan.of(settings).layout, settings.precision
+        layout, dtype = Plan.of(settings).layout, settings.dtype
         counted = None if settings.deepspeed.options else _parameters(settings)
     except Exception as error:  # the rehearsal words it
         _say_mistake(error)
@@ -52,15 +52,15 @@ def by_shapes(settings: Settings) -> dict[str, int]:
     parameters, trained, packed = counted
     of_rank = parameters // (layout.stages * layout.tp_size)
     if settings.mode == "infer":
-        return {"parameters": of_rank * ELEMENT[precision]}
+        return {"parameters": of_rank * ELEMENT[dtype]}
     zero = settings.zero
     bound = {}
     if zero.offload != "all":
-        bound["parameters"] = of_rank * ELEMENT[precision] // (layout.dp_size if zero.stage == 3 else 1)
+        bound["parameters"] = of_rank * ELEMENT[dtype] // (layout.dp_size if zero.stage == 3 else 1)
         if packed is not None:  # no rank has a part of it
-            bound["parameters"] = packed + trained * ELEMENT[precision]
+            bound["parameters"] = packed + trained * ELEMENT[dtype]
     if zero.offload == "none" and (layout.stages == 1 or trained == parameters):
-        state = MASTER[precision] + MOMENTS[settings.optimizer.kind]
+        state = MASTER[dtype] + MOMENTS[settings.optimizer.kind]
         state //= 2 if settings.optimizer.state == "bf16" else 1
         bound["optimizer"] = trained // layout.stages * state // (layout.dp_size if zero.stage else 1)
     return bound
@@ -88,7 +88,7 @@ def _parameters(settings: Settings) -> Counted | None:
     from harness.model.loader import model_config
     from harness.quantization.method import of_adapter
 
-    key = repr((settings.model, settings.adapter, settings.precision))
+    key = repr((settings.model, settings.adapter, settings.dtype))
     if key not in _counted:
         _counted[key] = None
         config = model_config(settings.model)

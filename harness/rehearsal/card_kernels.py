@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from harness.device.operators import NAMESPACES, SCRATCH, scratch
-from harness.device.workspaces import CUBLAS, Workspaces, addmm_on_lt
+from harness.device.workspaces import CUBLAS, LT_ALWAYS, Workspaces, addmm_on_lt
 from harness.ledger.events import KernelMemory
 from harness.ledger.modules import in_backward
 from harness.ledger.tensors import tensors_in
@@ -43,7 +43,9 @@ class CardKernels:
 
     def _workspace(self, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[KernelMemory]:
         thread = BACKWARD if in_backward() else FORWARD
-        lt = name == "addmm" and addmm_on_lt(args[0], args[1], args[2], kwargs.get("beta", 1), os.environ)
+        lt = name in LT_ALWAYS or (
+            name == "addmm" and addmm_on_lt(args[0], args[1], args[2], kwargs.get("beta", 1), os.environ)
+        )
         for nbytes in self._workspaces.take(thread=thread, stream=self._memory.stream, lt=lt):
             yield KernelMemory(
                 f"cuBLAS workspace of the {('forward', 'backward')[thread]}'s thread", nbytes, None

@@ -9,7 +9,6 @@ from harness.generation import cache_check, infer
 from harness.ledger import Ledger
 from harness.ledger.patch import patched
 from harness.ledger.unseen import NotSeen
-from harness.model import adapter
 from harness.model.misfit import misfits
 from harness.model.partition import as_record
 from harness.model.plan import Plan
@@ -28,8 +27,7 @@ from harness.rehearsal.places import Place, watched
 from harness.rehearsal.shims import PACKED_PARAMETER
 from harness.rehearsal.world import rehearsed
 from harness.runtime.memory_snapshot import snapshot_file
-from harness.training import loss_check, train
-from harness.training.optimizers import import_library
+from harness.training import train
 
 
 def rehearse(
@@ -56,15 +54,12 @@ def rehearse(
     if memory is not None and settings.train.compile:
         memory.uncompiled = True
     mode = train if settings.mode == "train" else infer
-    if mode is train:
-        import_library(settings)
     results = Results()
     if settings.pipeline.stages > 1:
         prove(plan)
         results.pipeline = as_record(settings, plan.split)
     cache_check.prove(plan)
-    loss_check.prove(plan, settings.hardware.device)
-    adapter.prove(plan)
+    mode.prove(plan, settings.hardware.device)
     packed = (PACKED_PARAMETER,) if settings.adapter.kind == "qlora" else ()
     with (
         misfits(plan),

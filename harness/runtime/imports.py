@@ -53,6 +53,12 @@ def import_peft() -> Any:
     return import_module("peft")
 
 
+def import_torchao() -> Any:
+    """`torchao.float8`, without torch's compiler."""
+    with without_collection(), patched(PATCHES["torch.compile"].by(_when_called)):
+        return import_module("torchao.float8")
+
+
 @contextmanager
 def _absent(name: str) -> Iterator[None]:
     """In this context the import of a module fails, unless the program has imported it."""

@@ -18,7 +18,7 @@ from harness.model.init_weights import lasting
 from harness.runtime import faults, imports
 from harness.runtime.course import Backend
 from harness.runtime.world import World
-from harness.training import compiled_layers, head_loss, optimizers
+from harness.training import compiled_layers, fp8, head_loss, optimizers
 from harness.training.deepspeed_config import engine_config
 from harness.training.in_backward import GuardInBackward
 from harness.training.nonfinite import Found, Guard, Watch
@@ -61,6 +61,7 @@ class Engine:
     ) -> None:
         self.settings, self.world, self.ledger = settings, world, ledger
         deepspeed, config = import_deepspeed(world), engine_config(settings, world.dp_size)
+        fp8.apply(settings, model)
         if settings.zero.stage == 3:  # one parameter at a time: no device ever has them all
             deepspeed.zero.Init(module=model, config_dict_or_path=config)
         # DeepSpeed would do this later, but the ledger must first register the tensors

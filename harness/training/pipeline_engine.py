@@ -19,7 +19,7 @@ from harness.model.partition import ranges
 from harness.model.stage import Stage, parts
 from harness.runtime import faults
 from harness.runtime.world import World
-from harness.training import head_loss, optimizers
+from harness.training import fp8, head_loss, optimizers
 from harness.training.deepspeed_config import engine_config
 from harness.training.engine import claim, import_deepspeed, norm_of, set_rate
 from harness.training.nonfinite import Found, Guard, Watch
@@ -86,6 +86,7 @@ class Pipeline:
         self.settings, self.world, self.ledger = settings, world, ledger
         self.stage, self.whole, self.split = stage, whole, split
         deepspeed, config = import_deepspeed(world), engine_config(settings, world.dp_size)
+        fp8.apply(settings, stage.model)
         stage.to(world.device)
         stage.receives = [settings.train.micro_batch, settings.train.sequence, stage.hidden]
         ledger.own(model=stage.model)

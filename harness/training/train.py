@@ -33,13 +33,25 @@ from harness.runtime.course import WHOLE, Course, Stopped
 from harness.runtime.files import NotWritten, sweep
 from harness.runtime.progress import Pace, peak_of
 from harness.runtime.world import World
-from harness.training import checkpoint, nonfinite
+from harness.training import checkpoint, fp8, loss_check, nonfinite
 from harness.training.engine import Engine, learning_rate
 from harness.training.identity import compared, identity
+from harness.training.optimizers import import_library
 from harness.training.pipeline_engine import Pipeline
 from harness.training.reading import Reported, validation_batches
 
 Say = Callable[[str], None]
+
+
+def prove(plan: Plan, device: str) -> None:
+    """Refuse what small models show to be wrong of `plan` on `device` ("cpu" or "cuda"), and import its libraries.
+
+    All of it comes before a ledger counts: it makes tensors that are no part of a run.
+    """
+    loss_check.prove(plan, device)
+    fp8.prove(plan, device)
+    import_library(plan.settings)
+    adapter.prove(plan)
 
 
 def run(plan: Plan, world: World, ledger: Ledger, out: Output, course: Course = WHOLE) -> None:
@@ -153,7 +165,7 @@ def _engine(
             if packs
             else loader.sizes(settings.model, model, dtype, quantization)
         )
-        record = adapter.sized(settings, record, model)
+        record = fp8.sized(settings, adapter.sized(settings, record, model), model)
         compiler = course.compiler if settings.train.compile else None
         return Engine(settings, world, ledger, model, compiler), record
     part = stage.build(*spec, plan.layers[world.stage], read, *options)
@@ -161,6 +173,7 @@ def _engine(
     whole = adapter.outline(settings, config, dtype)
     ledger.traffic.report(READ, adapter.apply(settings, part, whole, read))
     record = adapter.sized(settings, loader.sizes(settings.model, whole, dtype, quantization), whole)
+    record = fp8.sized(settings, record, whole)
     return Pipeline(settings, world, ledger, part, whole, plan.split), record
 
 

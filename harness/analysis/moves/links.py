@@ -163,7 +163,7 @@ def pages(
 
 def computing(record: Record, hardware: "Hardware | None" = None) -> dict[str, float | None]:
     """The seconds that each phase computes at best, on the run's own machine or on `hardware`."""
-    ceilings = None if hardware is None else of_page(hardware, record.model.dtype or "") or Ceilings()
+    ceilings = None if hardware is None else of_page(hardware, record.model.multiplied) or Ceilings()
     return {each.phase: each.at_best for each in bounds(record, ceilings)[:-1]}
 
 

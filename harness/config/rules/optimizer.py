@@ -64,8 +64,8 @@ def _matrices(settings: Settings) -> None:
     kind, zero, stages = settings.optimizer.kind, settings.zero, settings.pipeline.stages
     if kind not in ("adafactor", "muon"):
         return
-    if stages > 1 and (zero.stage or settings.precision == "bf16"):
-        flat = f"zero={zero.stage}" if zero.stage else "precision=bf16"
+    if stages > 1 and (zero.stage or settings.precision in ("bf16", "fp8")):
+        flat = f"zero={zero.stage}" if zero.stage else f"precision={settings.precision}"
         remedy = f"with pipeline.stages={stages} and {flat}, DeepSpeed updates flat parts of all weights, and it needs "
         raise Refusal(KEY, kind, f"{remedy}whole matrices; use zero=0 precision=fp32")
     if kind == "adafactor" and zero.stage:

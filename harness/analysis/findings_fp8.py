@@ -1,0 +1,34 @@
+"""The finding about products in 8 bits: what they leave as it was, and what they add. It imports no torch."""
+
+from collections.abc import Iterator
+
+from harness.analysis.findings import NOTABLE, Finding, Run
+from harness.tables import size
+
+
+def fp8(run: Run) -> Iterator[Finding]:
+    """`precision=fp8` changes what is multiplied, and nothing that is kept; with ZeRO-3 more is kept."""
+    products, settings = run.record.model.products, run.settings
+    if products is None:
+        return
+    sentence = (
+        f"{products.short}, which is for speed: their weights, gradients and what is saved for backward "
+        f"({size(run.peak.saved or 0)} of the peak) stay in {run.record.model.dtype}"
+    )
+    if run.peak.where is not None and run.peak.where.phase in ("forward", "backward"):
+        copies = run.bytes_of("workspace")
+        sentence += f". Products copy their factors, in fp32 and then in 8 bits: temporary tensors take {size(copies)}"
+    if settings is not None and settings.zero.stage == 3 and settings.checkpointing.mode == "none":
+        received = run.bytes_of("communication") - sum(
+            each.bytes for each in run.holdings if each.name.startswith("ipg_bucket")
+        )
+        if received >= NOTABLE * run.whole > 0:
+            sentence += (
+                f". And each keeps its gathered weight for its backward, which ZeRO-3 cannot free then: "
+                f"{size(received)} of communication at the peak; checkpointing=full keeps none"
+            )
+    yield Finding("fp8", f"{sentence}.", None)
+
+
+IN_8_BITS = (fp8,)
+"""The findings in printing order."""
