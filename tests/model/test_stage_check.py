@@ -64,7 +64,7 @@ def kinds(names: Iterable[str]) -> list[Any]:
 def difference(
     kind: str,
     attention: str = "eager",
-    precision: str = "bf16",
+    dtype: str = "bfloat16",
     kept: str = "dynamic",
     stages: int = 3,
     trains: bool = False,
@@ -73,7 +73,7 @@ def difference(
     config = AutoConfig.for_model(kind, **{"num_hidden_layers": LAYERS, **FEWER.get(kind, {}), **more})
     split = tuple(uniform(config.get_text_config(decoder=True).num_hidden_layers, stages))
     shape = json.dumps(config.to_dict(), sort_keys=True)
-    return stage_check.difference(shape, attention, precision, kept, split, trains)
+    return stage_check.difference(shape, attention, dtype, kept, split, trains)
 
 
 @pytest.mark.parametrize("kind", kinds(PASS))
@@ -89,15 +89,15 @@ def test_a_model_that_does_more_is_not_and_what_it_does_is_said(kind: str) -> No
 
 
 @pytest.mark.parametrize(
-    ("attention", "kept", "precision"),
+    ("attention", "kept", "dtype"),
     [
-        *(("eager", "none", "bf16"), ("sdpa", "none", "fp32"), ("eager", "dynamic", "fp32")),
-        *(("sdpa", "dynamic", "bf16"), ("sdpa", "static", "bf16"), ("eager", "static", "fp32")),
+        *(("eager", "none", "bfloat16"), ("sdpa", "none", "float32"), ("eager", "dynamic", "float32")),
+        *(("sdpa", "dynamic", "bfloat16"), ("sdpa", "static", "bfloat16"), ("eager", "static", "float32")),
     ],
 )
-def test_it_is_proven_as_the_run_will_be(attention: str, kept: str, precision: str) -> None:
-    assert difference("qwen3", attention, precision, kept) is None
-    assert difference("xglm", attention, precision, kept) is not None
+def test_it_is_proven_as_the_run_will_be(attention: str, kept: str, dtype: str) -> None:
+    assert difference("qwen3", attention, dtype, kept) is None
+    assert difference("xglm", attention, dtype, kept) is not None
 
 
 def test_a_scale_in_its_config_decides_whether_granite_is_cut() -> None:
