@@ -50,6 +50,9 @@ METHODS = {
 }
 """The methods of ProcessGroup that all of `torch.distributed` calls. The releases of torch have different ones."""
 
+BARRIERS = ("barrier", "monitored_barrier")
+"""Those that move no tensor."""
+
 OPERATORS = {
     "c10d::allreduce_": ALL_REDUCE,
     "c10d::allreduce_coalesced_": ALL_REDUCE,

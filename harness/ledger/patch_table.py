@@ -2,7 +2,7 @@
 and no compiler runs.
 """
 
-from harness.ledger.collective_kinds import METHODS
+from harness.ledger.collective_kinds import BARRIERS, METHODS
 from harness.ledger.patch import BUILTIN, DATA, PYTHON, TORCH, TRANSFORMERS, Patch, table
 
 _DYNAMO = "torch._dynamo.eval_frame"
@@ -22,7 +22,7 @@ PATCHES = table(
             unchecked=BUILTIN,
             optional=True,  # torch 2.13 has other names for some
         )
-        for name in METHODS
+        for name in (*METHODS, *BARRIERS)
     ),
     Patch(_DYNAMO, "set_eval_frame", _CALLBACK, TORCH, unchecked=BUILTIN),
     Patch(_DYNAMO, "_maybe_set_eval_frame", _CALLBACK, TORCH, unchecked=BUILTIN, optional=True),

@@ -1,8 +1,9 @@
 """Reports to the traffic what is given to process groups.
 
 An exact ledger's log sees the operators of the dispatcher, in which every call ends. A ledger that sums owners replaces
-the methods of the class, which Python calls: it does not see what C++ calls, as for DistributedDataParallel, DTensor
-and compiled graphs, nor copies between host and device, and says so where it can know.
+the methods of the class, which Python calls: it does not see what C++ calls, as for DistributedDataParallel, DTensor,
+functional collectives and compiled graphs, nor copies between host and device, and says so: the groups number what they
+are given.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,8 +16,9 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from harness.ledger.collective_kinds import METHODS, UNKNOWN, Collective
+from harness.ledger.collective_kinds import BARRIERS, METHODS, UNKNOWN, Collective
 from harness.ledger.collectives import group_of
+from harness.ledger.group_numbers import GroupNumbers
 from harness.ledger.patch import patched
 from harness.ledger.patch_table import GROUP, PATCHES
 from harness.ledger.tensors import tensors_in, without_torch_function
@@ -30,24 +32,41 @@ class ProcessGroups:
     def __init__(self, traffic: Traffic, failed: Callable[[str, Exception, Figures], None]) -> None:
         self._traffic, self._failed = traffic, failed
         self._ranks: dict[tuple[str, int], tuple[int, ...]] = {}
+        self._numbers = GroupNumbers()
         self._open = False
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Count the calls of methods inside this context. Raises DoesNotFit."""
+        kinds = {**METHODS, **dict.fromkeys(BARRIERS)}
         with patched(
-            *(PATCHES[f"{GROUP}.{name}"].by(partial(self._counted, METHODS[name])) for name in METHODS)
+            *(PATCHES[f"{GROUP}.{name}"].by(partial(self._counted, kind)) for name, kind in kinds.items())
         ):
+            self._numbers.begin()
             self._open = True
             try:
                 yield
             finally:
                 self._open = False
+                self.look()
 
-    def _counted(self, collective: Collective, original: Callable[..., Any]) -> Callable[..., Any]:
+    def look(self) -> None:
+        """Note what the groups were given since the ledger watches, if it was not all by Python."""
+        if others := self._numbers.others():
+            times = "once" if others == 1 else f"{others:,} times"
+            self._traffic.unseen(
+                "process groups",
+                f"{times} C++ gave a process group something to send, as DistributedDataParallel, DTensor, functional "
+                "collectives and compiled graphs do: it is not in the traffic, and only an exact ledger sees it",
+            )
+
+    def _counted(self, collective: Collective | None, original: Callable[..., Any]) -> Callable[..., Any]:
         def call(group: Any, *args: Any, **kwargs: Any) -> Any:
-            work = original(group, *args, **kwargs)
-            if self._open and not torch.compiler.is_compiling():
+            if not self._open or torch.compiler.is_compiling():
+                return original(group, *args, **kwargs)
+            with self._numbers.by_python(group):
+                work = original(group, *args, **kwargs)
+            if collective is not None:
                 self.count(collective, group, [*args, *kwargs.values()])
             return work
 

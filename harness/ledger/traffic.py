@@ -20,6 +20,8 @@ from harness.ledger.tensors import device_of, storage_of
 
 HOST_TO_DEVICE, DEVICE_TO_HOST = "host-to-device", "device-to-host"
 READ, WRITE = "read", "write"
+NOTHING = "nothing"
+"""The operation of a phase that moved something in an earlier step and moves nothing from this one on."""
 
 
 class Moved(NamedTuple):
@@ -78,6 +80,7 @@ class Traffic:
         self._kept: dict[tuple[str, int], _Sums] = {}  # by phase, of the last step that is kept
         self._steps: dict[tuple[str, int], deque[Where]] = {}  # by phase, those that are kept
         self._newest: dict[tuple[str, int], Where] = {}  # by phase, the step in which it ended last
+        self._ceased: dict[Where, None] = {}  # where nothing moves any more
         self._disabled = False
 
     @contextmanager
@@ -148,17 +151,25 @@ class Traffic:
 
     def _keep(self, where: Where) -> None:
         """Keep what moved in `where`; of a phase that moves something else in every step, the newest ones."""
+        if self._ceases(where):
+            self._ceased[where] = None
         self._kept[where[1:]] = self._sums.get(where, {})
         steps = self._steps.setdefault(where[1:], deque())
         steps.append(where)
         if len(steps) > MOST_STEPS:
-            self._sums.pop(steps.popleft(), None)
+            oldest = steps.popleft()
+            self._sums.pop(oldest, None)
+            self._ceased.pop(oldest, None)
             sentence = f"of a phase in which something else moves each time, the newest {MOST_STEPS} are in the traffic"
             self._log.unseen.note("older steps", "traffic", sentence)
 
     def _repeats(self, where: Where) -> bool:
         """Whether in `where` moved what is kept of an earlier step."""
         return self._sums.get(where, {}) == self._kept.get(where[1:], {})
+
+    def _ceases(self, where: Where) -> bool:
+        """Whether nothing moved in `where`, and something in what is kept of an earlier step."""
+        return not self._sums.get(where) and bool(self._kept.get(where[1:]))
 
     def fill_in(self, where: Where, amounts: Amounts) -> None:
         """Add `amounts` to `where`, for what was not run."""
@@ -167,7 +178,11 @@ class Traffic:
 
     def unknown(self, what: str) -> None:
         """Note that `what` is not in these figures."""
-        self._log.unseen.note(what, "traffic", f"{what} is not known, and not in the traffic")
+        self.unseen(what, f"{what} is not known, and not in the traffic")
+
+    def unseen(self, what: str, sentence: str) -> None:
+        """Note in a `sentence` that `what` is not in these figures."""
+        self._log.unseen.note(what, "traffic", sentence)
 
     def amounts(self) -> dict[Where, Amounts]:
         """What moved so far."""
@@ -181,6 +196,8 @@ class Traffic:
                     earlier = amounts.get(moved, (0, 0))
                     amounts[moved] = earlier[0] + calls, earlier[1] + part
                     calls = 0  # counted once
+        for where in (*self._ceased, *filter(self._ceases, self._newest.values())):
+            totals[where] = {Moved(NOTHING, (), None): (0, 0)}
         return totals
 
     def _count(self, where: Where, kind: _Kind, calls: int, nbytes: int) -> None:

@@ -134,7 +134,8 @@ class Transfer(Place):
 
     `link` is the slowest that it crosses. `bytes` is the payload of all `calls`: the whole tensor that an all-gather
     fills or a reduce-scatter takes, the tensor of the others. `by_ring` and `by_tree` are the bytes that this rank
-    sends if a library does it so. `causes` has the payload by name, layer numbers replaced by `*`.
+    sends if a library does it so. `causes` has the payload by name, layer numbers replaced by `*`. The operation
+    `nothing` says that the phase moves nothing from this step on.
     """
 
     operation: Text

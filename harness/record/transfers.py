@@ -46,7 +46,7 @@ def _of(where: "Where", amounts: "Amounts", nodes: Nodes) -> list[Transfer]:
             operation=operation,
             group=as_text(ranks),
             ranks=len(ranks),
-            link=nodes.of(operation, ranks),
+            link=nodes.of(operation, ranks) if payload else None,
             calls=calls[operation, ranks],
             bytes=payload,
             by_ring=by_ring(operation, payload, len(ranks)),

@@ -14,9 +14,12 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from harness.analysis.moves.transfers import of_last
 from harness.ledger import Ledger, Where
-from harness.ledger.traffic import READ, Amounts, Moved
+from harness.ledger.traffic import MOST_STEPS, NOTHING, READ, Amounts, Moved
 from harness.ledger.unseen import NotSeen
+from harness.record.links import Nodes
+from harness.record.record_file import rank_record
 
 RANKS, F32 = 4, 4
 WORLD = tuple(range(RANKS))
@@ -245,6 +248,34 @@ def test_a_phase_that_moves_what_it_did_before_is_kept_once(world: None) -> None
                 dist.all_reduce(ones(elements))
     sums = {where.step: sum(nbytes for _, nbytes in each.values()) for where, each in amounts_of(ledger)}
     assert sums == {0: 12, 2: 16}
+
+
+def test_a_phase_that_moves_nothing_any_more_says_so(world: None) -> None:
+    with Ledger(device="cpu", mode="phases") as ledger:
+        for step, elements in enumerate((3, 0, 0, 4, 4, 0)):
+            with ledger.phase("act", step):
+                dist.all_reduce(ones(elements))
+            with ledger.phase("still", step):
+                pass
+    nothing = {Moved(NOTHING, (), None): (0, 0)}
+    rows = {where.step: amounts for where, amounts in amounts_of(ledger)}
+    assert list(rows) == [0, 3, 1, 5]
+    assert rows[1] == rows[5] == nothing
+    rank = rank_record(ledger, 1, 0, 0, Nodes(1, "cpu", None))
+    assert [(each.step, each.operation, each.link) for each in rank.traffic or []][2:] == [
+        (1, NOTHING, None),
+        (5, NOTHING, None),
+    ]
+    assert of_last(rank.traffic or [], "train", []) == []
+
+
+def test_a_phase_that_moves_now_and_then_keeps_its_newest_steps(world: None) -> None:
+    with warnings.catch_warnings(), Ledger(device="cpu", mode="phases") as ledger:
+        warnings.simplefilter("ignore", NotSeen)
+        for step in range(3 * MOST_STEPS):
+            with ledger.phase("act", step):
+                dist.all_reduce(ones(step % 2))
+    assert len(ledger.traffic.amounts()) <= MOST_STEPS + 1
 
 
 def test_a_call_that_fails_moves_nothing(world: None) -> None:

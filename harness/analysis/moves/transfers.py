@@ -61,7 +61,7 @@ def of_last(traffic: Iterable[Transfer], mode: str, exact: Sequence[int]) -> lis
     if exact:
         return [each for each in rows if each.step == max(exact)]
     last = {(each.phase, each.micro_batch): each.step for each in rows}
-    return [each for each in rows if last[each.phase, each.micro_batch] == each.step]
+    return [each for each in rows if each.calls and last[each.phase, each.micro_batch] == each.step]
 
 
 def phases_of_step(record: Record, rank: Rank) -> list[Phase]:
@@ -78,7 +78,9 @@ def phases_of_step(record: Record, rank: Rank) -> list[Phase]:
 def beside(record: Record, rank: Rank) -> list[Transfer] | None:
     """What `rank` moves outside of steps and batches: in set-up, validation and checkpoints. None: not counted."""
     names = _names(record.mode)
-    return None if rank.traffic is None else [each for each in rank.traffic if each.phase not in names]
+    if rank.traffic is None:
+        return None
+    return [each for each in rank.traffic if each.calls and each.phase not in names]
 
 
 def by_link(transfers: Iterable[Transfer]) -> dict[str, int]:

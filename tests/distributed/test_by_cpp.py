@@ -1,0 +1,21 @@
+"""What C++ gives to a process group is never silently missing from the traffic of a ledger that has no log."""
+
+import json
+from pathlib import Path
+
+from tests.distributed import conftest
+
+TIMES = {"functional": "once", "DistributedDataParallel": "once", "DTensor": "3 times"}
+
+
+def test_what_python_did_not_send_is_said_and_nothing_else(warm: conftest.Warm, tmp_path: Path) -> None:
+    script, out = Path(__file__).with_name("by_cpp.py"), tmp_path / "said.json"
+    warm.run([str(script), str(out)], ranks=2, directory=tmp_path)
+    said = json.loads(out.read_text())
+    assert len(said) == 11
+    for name, sentences in said.items():
+        if name not in TIMES:
+            assert not sentences, name
+            continue
+        assert [sentence.partition(" C++ gave")[0] for sentence in sentences] == [TIMES[name]]
+        assert "it is not in the traffic, and only an exact ledger sees it" in sentences[0]
