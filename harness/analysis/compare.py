@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from textwrap import fill
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from harness.analysis.args import Parser, refuse
 from harness.analysis.findings_pipeline import grew
 from harness.analysis.labels import Label, labels
 from harness.analysis.moves import transfers
 from harness.ledger.categories import CATEGORIES
-from harness.record.memory import UNHEARD
+from harness.record.memory import UNHEARD, Rank
 from harness.record.places import as_path, runs_in
 from harness.record.record_file import read
 from harness.record.schema import Failure, Record, parse
@@ -169,8 +169,18 @@ def _at_peak(records: Sequence[Record]) -> Iterator[Row]:
         yield Row.of("allocated, in blocks", [peak.allocated for peak in peaks])
         yield Row.of("reserved, in segments", [each.reserved for each in allocators])
         yield Row.of("slack, reserved then", [each.slack for each in allocators])
+    if any(record.worst.on_host for record in records):
+        yield Row.of("activations on the host", [_on_host(record.worst, "activations") for record in records])
+        yield Row.of("  pinned for them", [_on_host(record.worst, "pinned") for record in records])
     if any(each.foreign for each in allocators):
         yield Row.of("foreign, in no figure", [each.foreign for each in allocators])
+
+
+def _on_host(rank: Rank, name: Literal["activations", "pinned"]) -> int | None:
+    """The most bytes that waited on the host, or were pinned for them; 0 where nothing did. None: not measured."""
+    if rank.on_host is not None:
+        return rank.on_host.activations if name == "activations" else rank.on_host.pinned
+    return None if rank.peak.bytes is None else 0
 
 
 def _empty_categories(records: Sequence[Record]) -> dict[int | None, list[str]]:
@@ -341,6 +351,7 @@ def as_json(runs: Sequence[Run]) -> dict[str, Any]:
                 "at_least": dict(worst.seen),
                 "ranks": [{"rank": number, "peak": peak} for number, peak in record.peaks.items()],
                 "allocator": worst.allocator.model_dump(),
+                "on_host": None if worst.on_host is None else worst.on_host.model_dump(),
                 "traffic": _moved(record),
             }
         )

@@ -105,6 +105,7 @@ def _rank(rank: Rank) -> dict[str, Any]:
         "unattributed": rank.allocator.unattributed,
         "reserved": rank.allocator.reserved,
         "slack": rank.allocator.slack,
+        "on host": None if rank.on_host is None else rank.on_host.activations,
         "where": f"step {where.step}, {where.phase}, micro-batch {where.micro_batch}" if where else None,
         "module": where.module if where else None,
     }

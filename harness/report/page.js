@@ -196,7 +196,7 @@ function drawRanks() {
   });
   element("ranks").removeAllListeners("plotly_click");
   element("ranks").on("plotly_click", (event) => chooseRank(Number(event.points[0].x)));
-  const reserved = ["reserved", "slack"].filter((name) => ranks.some((rank) => rank[name] !== null));
+  const reserved = ["reserved", "slack", "on host"].filter((name) => ranks.some((rank) => rank[name] !== null));
   const rows = ranks.map((rank) => [rank.called, rank.stage, size(rank.peak), ...held.map((name) => size(rank.categories[name])), size(rank.unattributed), ...reserved.map((name) => size(rank[name])), rank.where || "-", rank.module || "-"]);
   fillTable("ranks-table", ["rank", "stage", "peak", ...held, "unattributed", ...reserved, "where", "module"], rows);
 }

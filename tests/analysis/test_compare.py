@@ -292,6 +292,19 @@ def test_runs_without_a_ledger_are_compared_without_a_figure(compared: Compared)
     )
 
 
+def test_what_waits_on_the_host_has_rows_of_its_own(compared: Compared) -> None:
+    offloaded = train()
+    offloaded["ranks"][0]["on_host"] = {"activations": 2 * KIB, "pinned": 4 * KIB}
+    text = compared(train(), offloaded)
+    assert row(text, "activations on the host") == ["0 B", "2.0 KiB", "+2.0 KiB"]
+    assert row(text, "pinned for them") == ["0 B", "4.0 KiB", "+4.0 KiB"]
+    offloaded["ranks"][0]["on_host"]["pinned"] = None  # on a CPU
+    text = compared(unmeasured(train()), offloaded)
+    assert row(text, "activations on the host") == ["-", "2.0 KiB", "-"]
+    assert row(text, "pinned for them") == ["-", "-", "-"]
+    assert "on the host" not in compared(train(), infer())
+
+
 def test_bytes_in_no_figure_have_a_row_of_their_own(compared: Compared) -> None:
     mapped = infer()
     mapped["ranks"][0]["allocator"]["foreign"] = 2 * KIB
