@@ -21,6 +21,9 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from harness.model import shape
 
+PACKED = (torch.uint8, torch.int8)
+"""The dtypes of packed weights, which are read and never drawn."""
+
 Stored = Mapping[str, Tensor]
 """Parameters, and the buffers that a checkpoint has, by the first name that each has in the whole model."""
 
@@ -148,6 +151,9 @@ def _initialise(within: PreTrainedModel, name: str, module: nn.Module, seed: int
     if any(not tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
         digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
         torch.default_generator.manual_seed(int.from_bytes(digest))
+        for tensor in (*module.parameters(), *module.buffers()):
+            if tensor.dtype in PACKED:  # GPT-BigCode would draw it from a module around its layer
+                _mark_initialised(tensor)
         within._init_weights(module)
 
 

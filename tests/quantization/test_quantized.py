@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, QuantoConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, QuantoConfig
 
 from harness.advice.explain import explain
 from harness.analysis.summary import show
@@ -752,6 +752,29 @@ def test_packed_weights_that_are_made_whole_at_the_first_forward_are_rehearsed_s
     assert done.model.quantization.whole == AT_FIRST
     assert done.model.quantization.bytes == measured["setup"] == 2 * layer // 2 + scales + ends
     assert measured["decode"] == 2 * layer * 2 + scales + ends
+
+
+def test_packed_weights_that_a_module_around_them_would_draw_are_rehearsed(tmp_path: Path) -> None:
+    shape = {
+        "vocab_size": 512,
+        "n_positions": 64,
+        "n_embd": 64,
+        "n_layer": 2,
+        "n_head": 4,
+        "multi_query": True,
+    }
+    config = AutoConfig.for_model("gpt_bigcode", **shape, bos_token_id=0, eos_token_id=0).to_dict()
+    packs = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": packs}))
+    requested = asks(path=tmp_path, generation=Generation(count=1, max_new_tokens=2, prompt_length=16))
+    _, done = rehearse(Plan.of(requested), 0)
+    assert done.model is not None
+    assert done.model.quantization is not None
+    whole = init_weights.outline(AutoConfig.for_model("gpt_bigcode", **shape), torch.bfloat16)
+    linear = [each for each in whole.transformer.h.modules() if isinstance(each, nn.Linear)]
+    packed = sum(each.weight.numel() for each in linear)
+    others = 2 * (sum(each.numel() for each in whole.parameters()) - packed)
+    assert packed / 2 < done.model.quantization.bytes - others < 0.7 * packed  # with a scale for 64 of them
 
 
 # -- against the libraries themselves, where they are ------------------------------------------------------------------
