@@ -40,15 +40,15 @@ TOOLS = {
         "RUN [...] -o DIR  a page that shows them; --perfetto, --tensorboard, --chakra, --csv, --parquet, --markdown",
     ),
     "contrast": (
-        "analysis.sweep_stages",
+        "analysis.sweeps.stages",
         "RUN RUN [...]  what activations a stage keeps, by the number of stages, in either mode; --json",
     ),
     "batching": (
-        "analysis.sweep_batch",
+        "analysis.sweeps.batch",
         "RUN RUN [...]  what a larger batch gains and costs in generation, by the context; --json",
     ),
     "caching": (
-        "analysis.sweep_cache",
+        "analysis.sweeps.cache",
         "RUN RUN [...]   what a KV cache saves and costs, by the tokens that are generated; --json",
     ),
     "fit": (
@@ -56,7 +56,7 @@ TOOLS = {
         "mode=... world.size=N hardware=NAME [...]   which configs fit, and the cheapest's command; --html, --json",
     ),
     "roofline": (
-        "analysis.roofline",
+        "analysis.speed.roofline",
         "RUN [...]      whether it is compute-bound or memory-bound, and where that changes; --hardware NAME, --json",
     ),
     "traffic": (

@@ -83,7 +83,7 @@ def test_an_installed_wheel_composes_its_own_config_away_from_the_checkout(
 
 def test_the_wheel_has_the_efficiencies(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
-        assert "harness/analysis/efficiency.json" in archive.namelist()
+        assert "harness/analysis/speed/efficiency.json" in archive.namelist()
 
 
 def test_the_console_script_is_the_door_and_pytest_finds_its_plugin(wheel: Path) -> None:

@@ -6,12 +6,13 @@ from collections.abc import Iterator, Sequence
 from textwrap import fill
 
 from harness.analysis.args import Parser, refuse
-from harness.analysis.findings import FINDINGS, Finding, Run
-from harness.analysis.findings_adapter import ADAPTED
-from harness.analysis.findings_fp8 import IN_8_BITS
-from harness.analysis.findings_kv_cache import CACHED
-from harness.analysis.findings_pipeline import STAGES, kept_by
-from harness.analysis.findings_traffic import MOVED
+from harness.analysis.findings.adapter import ADAPTED
+from harness.analysis.findings.finding import Finding, Run
+from harness.analysis.findings.fp8 import IN_8_BITS
+from harness.analysis.findings.kv_cache import CACHED
+from harness.analysis.findings.memory import FINDINGS
+from harness.analysis.findings.pipeline import STAGES, kept_by
+from harness.analysis.findings.traffic import MOVED
 from harness.record.fields import printable
 from harness.record.memory import Rank
 from harness.record.record_file import read

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
 
-from harness.analysis.findings import Finding
+from harness.analysis.findings.finding import Finding
 from harness.config import compose
 from harness.config.load import checked, typed
 from harness.config.rules import check_world

@@ -9,7 +9,7 @@ from textwrap import fill
 from typing import Any, Literal, NamedTuple
 
 from harness.analysis.args import Parser, refuse
-from harness.analysis.findings_pipeline import grew
+from harness.analysis.findings.pipeline import grew
 from harness.analysis.labels import Label, labels
 from harness.analysis.moves import transfers
 from harness.ledger.categories import CATEGORIES

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from harness.analysis.roofline import line
+from harness.analysis.speed.roofline import line
 from harness.record.memory import UNHEARD, Rank, Where
 from harness.record.results import Training
 from harness.record.schema import Failure, Record, parse

@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 from harness.analysis.args import Parser, refuse
-from harness.analysis.roofline_model import bounds
+from harness.analysis.speed.roofline_model import bounds
 from harness.check import machine, verify_page
 from harness.config import compose
 from harness.config.load import load

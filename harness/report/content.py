@@ -10,8 +10,8 @@ from typing import Any
 from harness.advice.explain import explain
 from harness.analysis.compare import Run, failures
 from harness.analysis.labels import Label, labels
-from harness.analysis.roofline import machine, sentence
-from harness.analysis.roofline_model import bounds
+from harness.analysis.speed.roofline import machine, sentence
+from harness.analysis.speed.roofline_model import bounds
 from harness.analysis.summary import title
 from harness.record import trace
 from harness.record.fields import flat, printable

@@ -15,7 +15,7 @@ import pytest
 
 from harness.advice import explain
 from harness.advice.savings import Rehearsed, candidates, ranked, settings_of
-from harness.analysis.findings import Finding
+from harness.analysis.findings.finding import Finding
 from harness.config import compose
 from harness.config.load import load
 from harness.model.plan import Plan

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 
 from harness.__main__ import main
-from harness.analysis import link_fit
-from harness.analysis.communication import of_step
-from harness.analysis.efficiency import Fit, LinkEfficiency
-from harness.analysis.estimate import Estimate, Interval
-from harness.analysis.link_fit import Sent
-from harness.analysis.roofline_model import Bound
+from harness.analysis.speed import link_fit
+from harness.analysis.speed.communication import of_step
+from harness.analysis.speed.efficiency import Fit, LinkEfficiency
+from harness.analysis.speed.estimate import Estimate, Interval
+from harness.analysis.speed.link_fit import Sent
+from harness.analysis.speed.roofline_model import Bound
 from harness.record.results import Ceilings
 from harness.record.schema import parse
 from tests.analysis.test_links import moved, record_of

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from harness.analysis import link_fit
-from harness.analysis.efficiency import COMMITTED, Amount, Efficiency, Fit, committed
-from harness.analysis.efficiency_fit import Timed, as_json, fit, rows
-from harness.analysis.estimate import Estimate, Interval, of_phase, of_step
+from harness.analysis.speed import link_fit
+from harness.analysis.speed.efficiency import COMMITTED, Amount, Efficiency, Fit, committed
+from harness.analysis.speed.efficiency_fit import Timed, as_json, fit, rows
+from harness.analysis.speed.estimate import Estimate, Interval, of_phase, of_step
 from harness.record.memory import Work
 from harness.record.results import Ceilings
 

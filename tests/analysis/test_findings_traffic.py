@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from harness.analysis.findings import Finding, Run
-from harness.analysis.findings_traffic import moves
+from harness.analysis.findings.finding import Finding, Run
+from harness.analysis.findings.traffic import moves
 from harness.config.compose import compose
 from harness.config.load import load
 from harness.record.schema import parse

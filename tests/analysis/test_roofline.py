@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from harness.__main__ import main
-from harness.analysis.roofline import line, sentence
-from harness.analysis.roofline_model import Bound, bounds
+from harness.analysis.speed.roofline import line, sentence
+from harness.analysis.speed.roofline_model import Bound, bounds
 from harness.analysis.summary import show
 from harness.config.compose import compose
 from harness.record.schema import Record, parse

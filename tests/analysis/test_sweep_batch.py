@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from harness.analysis import sweep_batch, sweep_cache
-from harness.analysis.sweep import point
-from harness.analysis.sweep_batch import crossing
-from harness.analysis.sweep_cache import saved
+from harness.analysis.sweeps import batch as sweep_batch
+from harness.analysis.sweeps import cache as sweep_cache
+from harness.analysis.sweeps.batch import crossing
+from harness.analysis.sweeps.cache import saved
+from harness.analysis.sweeps.point import point
 from harness.config.compose import compose
 from harness.ledger.categories import CATEGORIES
 from harness.record.schema import parse

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from harness.analysis.moves import transfers
 from harness.analysis.moves.links_model import flow
 from harness.analysis.moves.links_model import turn as link_turn
-from harness.analysis.sweep_batch import crossing
+from harness.analysis.sweeps.batch import crossing
 from harness.config.compose import compose
 from harness.config.load import load
 from harness.data.workload import lengths

@@ -1,7 +1,7 @@
 """The work of what others timed on GPUs, and the efficiencies that follow from it.
 
     python -m tests.benchmarks.speed count      # the work of each row of profiles/speed/operators.csv, by a rehearsal
-    python -m tests.benchmarks.speed fit        # harness/analysis/efficiency.json, from these rows
+    python -m tests.benchmarks.speed fit        # harness/analysis/speed/efficiency.json, from these rows
     python -m tests.benchmarks.speed steps      # profiles/speed/steps.md: whole steps, estimated and published
 
 `profiles/speed/README.md` says where the rows are from. `tests/analysis/test_estimate.py` fits them anew.
@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional
 
 import harness
-from harness.analysis import efficiency_fit, link_fit
+from harness.analysis.speed import efficiency_fit, link_fit
 from harness.ledger import Ledger, Work
 from tests.benchmarks import measured_kernels
 from tests.benchmarks.measured import program

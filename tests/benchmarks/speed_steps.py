@@ -16,8 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import harness
-from harness.analysis.estimate import Estimate, of_phase
-from harness.analysis.roofline import against
+from harness.analysis.speed.estimate import Estimate, of_phase
+from harness.analysis.speed.roofline import against
 from harness.config import hardware_page
 from harness.config.compose import compose
 from harness.config.load import load

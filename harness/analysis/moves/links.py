@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from harness.analysis.args import Parser, refuse
 from harness.analysis.moves import fabric, transfers
 from harness.analysis.moves.links_model import Need, machine, needs
-from harness.analysis.roofline_model import bounds
 from harness.analysis.run_settings import settings_in
+from harness.analysis.speed.roofline_model import bounds
 from harness.record.ceilings import of_page
 from harness.record.fields import printable
 from harness.record.links import NETWORK

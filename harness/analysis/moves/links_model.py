@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from harness.analysis.moves import transfers
-from harness.analysis.sweep_batch import crossing
+from harness.analysis.sweeps.batch import crossing
 from harness.record.links import NETWORK, PCIE
 from harness.record.memory import Rank, Transfer
 from harness.record.schema import Record

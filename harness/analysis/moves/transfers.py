@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from harness.analysis.roofline_model import PHASES
+from harness.analysis.speed.roofline_model import PHASES
 from harness.record.memory import Phase, Rank, Transfer
 from harness.record.schema import Record
 

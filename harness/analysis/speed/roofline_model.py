@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from harness.analysis.estimate import Estimate, of_phase, of_step
 from harness.analysis.run_settings import settings_in
+from harness.analysis.speed.estimate import Estimate, of_phase, of_step
 from harness.record.memory import Phase, Rank, Work
 from harness.record.results import Ceilings
 from harness.record.schema import Record

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-from harness.analysis.efficiency import (
+from harness.analysis.speed.efficiency import (
     COMMITTED,
     COMPUTING,
     EDGES,

@@ -7,12 +7,12 @@ from pathlib import Path
 from textwrap import fill
 from typing import NamedTuple
 
-from harness.analysis import communication
 from harness.analysis.args import Parser, refuse
-from harness.analysis.estimate import Estimate, Interval, of_step
 from harness.analysis.moves.links import pages
 from harness.analysis.moves.links_model import machine as links_of
-from harness.analysis.roofline_model import Bound, Turn, bounds
+from harness.analysis.speed import communication
+from harness.analysis.speed.estimate import Estimate, Interval, of_step
+from harness.analysis.speed.roofline_model import Bound, Turn, bounds
 from harness.record.ceilings import of_page
 from harness.record.fields import printable
 from harness.record.record_file import read

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from harness.analysis.findings import NOTABLE, Finding, Run
+from harness.analysis.findings.finding import NOTABLE, Finding, Run
 from harness.record.memory import Rank
 from harness.record.schema import Record
 from harness.tables import size

@@ -9,7 +9,7 @@ efficiency of any row.
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from harness.analysis.efficiency import EDGES, FAMILY, Amount, Efficiency, Fit, at_best, committed, size
+from harness.analysis.speed.efficiency import EDGES, FAMILY, Amount, Efficiency, Fit, at_best, committed, size
 from harness.record.memory import Work
 from harness.record.results import Ceilings
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from harness.analysis.findings import Finding, Run
+from harness.analysis.findings.finding import Finding, Run
 from harness.analysis.moves import transfers
 from harness.analysis.moves.links_model import COPIES
 from harness.analysis.moves.transfers import Flow

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 
-from harness.analysis.findings import MOMENTS, NOTABLE, Finding, Run, in_fp32_by_adam
+from harness.analysis.findings.finding import NOTABLE, Finding, Run
+from harness.analysis.findings.memory import MOMENTS, in_fp32_by_adam
 from harness.record.results import ITEMSIZE
 from harness.tables import size
 

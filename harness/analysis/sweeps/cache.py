@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 
-from harness.analysis.sweep import Point, main_of
+from harness.analysis.sweeps.point import Point, main_of
 from harness.tables import Table, count, factor, seconds, size
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from harness.analysis.findings import NOTABLE, Finding, Run
+from harness.analysis.findings.finding import NOTABLE, Finding, Run
 from harness.tables import size
 
 

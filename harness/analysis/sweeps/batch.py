@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-from harness.analysis.sweep import Point, main_of
+from harness.analysis.sweeps.point import Point, main_of
 from harness.tables import Table, factor, seconds, size
 
 WIDTH = 20

@@ -15,8 +15,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-from harness.analysis.efficiency import FAMILY, GROUPS, KINDS, SIZES, LinkEfficiency
-from harness.analysis.efficiency_fit import spread
+from harness.analysis.speed.efficiency import FAMILY, GROUPS, KINDS, SIZES, LinkEfficiency
+from harness.analysis.speed.efficiency_fit import spread
 from harness.config import hardware_page, network_page
 from harness.record.links import NETWORK, SHARED, TWICE
 

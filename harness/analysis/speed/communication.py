@@ -12,11 +12,11 @@ as operators without rows do. Stages of a pipeline also wait for each other's wo
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from harness.analysis.efficiency import FAMILY, KINDS, PER_NODE, SIZES, Fit, LinkEfficiency, committed
-from harness.analysis.estimate import LITTLE, Estimate, Interval, together
 from harness.analysis.moves import transfers
 from harness.analysis.moves.links_model import MAY_HIDE, Place, over, shared
-from harness.analysis.roofline_model import PHASES, Bound
+from harness.analysis.speed.efficiency import FAMILY, KINDS, PER_NODE, SIZES, Fit, LinkEfficiency, committed
+from harness.analysis.speed.estimate import LITTLE, Estimate, Interval, together
+from harness.analysis.speed.roofline_model import PHASES, Bound
 from harness.record.links import NETWORK, by_ring
 from harness.record.memory import Rank, Transfer
 from harness.record.schema import Record
