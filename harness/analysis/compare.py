@@ -272,11 +272,10 @@ def _traffic(records: Sequence[Record]) -> Iterator[Row]:
 
 def _moved(record: Record) -> dict[str, int] | None:
     """Payload bytes by link of a step or a batch. None: not counted."""
-    rank = transfers.worst(record)
-    moved = None if rank is None else transfers.of_step(record, rank)
-    if rank is None or moved is None or transfers.gaps(rank):  # a part of it would be compared
+    moved = transfers.worst(record)
+    if moved is None or transfers.gaps(moved.rank):  # a part of it would be compared
         return None
-    return transfers.by_link(moved)
+    return transfers.by_link(moved.rows)
 
 
 def failures(records: Sequence[Record], names: Sequence[str]) -> Iterator[str]:

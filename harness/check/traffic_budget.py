@@ -45,12 +45,11 @@ def exceeded(ledger: "Ledger", request: Request) -> Iterator[str]:
 
 def _nodes(ledger: "Ledger", request: Request) -> Nodes:
     """Where the test's ranks are: as its mark says, or as torchrun does."""
-    page = request.hardware
-    if page is None and ledger.device == "cuda":
+    link: str | None = None if request.hardware is None else hardware_page.gpu(request.hardware).link_kind
+    if request.hardware is None and ledger.device == "cuda":
         import torch  # a GPU is in use
 
-        page = hardware_page.of_device(torch.cuda.get_device_name())
-    link = None if page is None else hardware_page.gpu(page).link_kind
+        link = hardware_page.link_of(torch.cuda.get_device_name())
     return Nodes(request.per_node or per_node(), "cpu" if ledger.device == "cpu" else "cuda", link)
 
 

@@ -44,6 +44,12 @@ def of_device(device_name: str) -> str | None:
     return max(pages, key=len, default=None)
 
 
+def link_of(device_name: str) -> str | None:
+    """What connects GPUs that CUDA calls `device_name` on a node. None: no page says it."""
+    page = of_device(device_name)
+    return None if page is None else gpu(page).link_kind
+
+
 def _read(name: str) -> Hardware:
     page = yaml.safe_load((directory() / "hardware" / f"{name}.yaml").read_text())
     return TypeAdapter(Hardware).validate_python(page)

@@ -50,9 +50,9 @@ def nodes_of(settings: "Settings", device: str = "", device_name: str = "") -> N
     """Where the ranks of a run of `settings` are, whose `per_node` is decided. A real run knows its `device`."""
     from harness.config import hardware_page  # it reads YAML, which no reader of records needs
 
-    link = settings.hardware.link_kind
-    if link is None and device == "cuda" and (name := hardware_page.of_device(device_name)):
-        link = hardware_page.gpu(name).link_kind
+    link: str | None = settings.hardware.link_kind
+    if link is None and device == "cuda":
+        link = hardware_page.link_of(device_name)
     return Nodes(settings.world.per_node, device or settings.hardware.device.replace("auto", "cpu"), link)
 
 

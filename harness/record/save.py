@@ -102,8 +102,8 @@ def _gather_records(ledger: Ledger, rank: int) -> list[Rank]:
 
 def _nodes(ledger: Ledger) -> Nodes:
     """Where ranks are, as the launcher says, and what connects the GPUs of a node."""
-    page = hardware_page.of_device(torch.cuda.get_device_name()) if ledger.device == "cuda" else None
-    return Nodes(per_node(), ledger.device, hardware_page.gpu(page).link_kind if page else None)
+    link = hardware_page.link_of(torch.cuda.get_device_name()) if ledger.device == "cuda" else None
+    return Nodes(per_node(), ledger.device, link)
 
 
 def _gather(value: T) -> list[T]:

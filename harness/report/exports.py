@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from harness.analysis.moves import transfers
 from harness.analysis.moves.chakra import chakra
 from harness.ledger.categories import CATEGORIES
 from harness.runtime.files import put, whole
@@ -258,7 +259,7 @@ def _what_moves(run: "ReportedRun") -> Iterator[str]:
     """What a step or a batch moves as a table in Markdown; a sentence where it was not counted."""
     from harness.report import moves
 
-    moved = moves.moved(run.record)
+    moved = transfers.worst(run.record)
     if moved is None:
         yield escaped(moves.absent(run))
         return

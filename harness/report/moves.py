@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from harness.analysis.bars import Bar, present, stacked
 from harness.analysis.moves import transfers
 from harness.record.fields import printable
-from harness.record.memory import Rank, Transfer
+from harness.record.memory import Transfer
 from harness.record.schema import Record
 from harness.report.content import ReportedRun
 from harness.tables import count, size
@@ -34,24 +34,9 @@ class Row(NamedTuple):
     by_tree: int | None
 
 
-class Moved(NamedTuple):
-    """What the rank that moves most does in its last step or batch."""
-
-    rank: Rank
-    rows: list[Transfer]
-
-    def token(self, record: Record) -> dict[str, int | None] | None:
-        """The payload of a token by link: of a pass of the decode. None: no pass was counted."""
-        passes = transfers.passes(record, self.rank)
-        if passes is None:
-            return None
-        links = transfers.by_link(each for each in self.rows if each.phase == "decode")
-        return {link: round(nbytes / passes) for link, nbytes in links.items()}
-
-
 def moves(runs: Sequence[ReportedRun]) -> dict[str, Any]:
     """What each run moves, as plain data; its bars have one scale."""
-    found = [(run, moved(run.record)) for run in runs]
+    found = [(run, transfers.worst(run.record)) for run in runs]
     lines = [line for run, each in found if each is not None for line in _lines(run, each)]
     scale = max((total for *_, total in lines), default=0)
     return {
@@ -66,25 +51,19 @@ def moves(runs: Sequence[ReportedRun]) -> dict[str, Any]:
     }
 
 
-def moved(record: Record) -> Moved | None:
-    """None: traffic was not counted."""
-    rank = transfers.worst(record)
-    rows = None if rank is None else transfers.of_step(record, rank)
-    return None if rank is None or rows is None else Moved(rank, rows)
-
-
 def absent(run: ReportedRun) -> str:
     """Why nothing is said of a run."""
     return printable(f"{run.name}: its record has no traffic; {transfers.missing(run.record)}.")
 
 
-def _lines(run: ReportedRun, each: Moved) -> Iterator[tuple[str, str, dict[str, int | None], int]]:
+def _lines(run: ReportedRun, each: transfers.Moved) -> Iterator[tuple[str, str, dict[str, int | None], int]]:
     """The bars of a run: its name, what they are of, and the payload by link and in all."""
     links: dict[str, int | None] = {**transfers.by_link(each.rows)}
-    yield run.name, f"a {unit(run.record)}", links, sum(row.bytes for row in each.rows)
-    token = each.token(run.record)
+    yield run.name, f"a {unit(run.record)}", links, each.bytes
+    token = transfers.of_token(run.record, each)
     if token is not None:
-        yield run.name, "a token", token, sum(nbytes or 0 for nbytes in token.values())
+        whole: dict[str, int | None] = {link: round(nbytes) for link, nbytes in token.items()}
+        yield run.name, "a token", whole, sum(nbytes or 0 for nbytes in whole.values())
 
 
 def unit(record: Record) -> str:
@@ -97,7 +76,7 @@ def _bar(links: dict[str, int | None], total: int, scale: int) -> Bar:
     return drawn if total else drawn._replace(told="nothing moves")
 
 
-def _told(run: ReportedRun, each: Moved) -> dict[str, Any]:
+def _told(run: ReportedRun, each: transfers.Moved) -> dict[str, Any]:
     record, rank = run.record, each.rank
     among = f" of {record.world.size:,}, which moves most" if record.world.size > 1 else ""
     return {

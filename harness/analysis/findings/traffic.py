@@ -19,10 +19,10 @@ REDUCES = ("all-reduce", "reduce-scatter", "reduce")
 
 def moves(run: Run) -> Iterator[Finding]:
     """What a step or a batch moves most of, beside its own text; on the rank that moves most."""
-    rank = transfers.worst(run.record)
-    rows = None if rank is None else transfers.of_step(run.record, rank)
-    if rank is None or rows is None:
+    moved = transfers.worst(run.record)
+    if moved is None:
         return
+    rank, rows = moved
     offloads = run.settings is not None and _offload(run.settings) != ""
     flows = [
         flow

@@ -52,10 +52,8 @@ class Counted(NamedTuple):
 
     @property
     def token(self) -> dict[str, float] | None:
-        """Payload bytes of a token by link. None: no forward pass of a decode was counted."""
-        number = transfers.passes(self.record, self.rank)
-        decode = transfers.by_link(each for each in self.moved if each.phase == "decode")
-        return None if number is None else {link: nbytes / number for link, nbytes in decode.items()}
+        """`transfers.of_token` of the run."""
+        return transfers.of_token(self.record, transfers.Moved(self.rank, self.moved))
 
 
 class Uncounted(NamedTuple):
@@ -108,11 +106,10 @@ def _parser() -> Parser:
 
 def of(path: Path, record: Record) -> Counted | Uncounted:
     """What the run at `path` moves."""
-    name, rank = printable(str(path)), transfers.worst(record)
-    moved = None if rank is None else transfers.of_step(record, rank)
-    if rank is None or moved is None:
+    name, moved = printable(str(path)), transfers.worst(record)
+    if moved is None:
         return Uncounted(name, record, transfers.missing(record))
-    return Counted(name, record, rank, moved)
+    return Counted(name, record, *moved)
 
 
 def _sentence(run: Uncounted) -> str:

@@ -91,14 +91,30 @@ def by_link(transfers: Iterable[Transfer]) -> dict[str, int]:
     return dict(totals)
 
 
-def worst(record: Record) -> Rank | None:
-    """The rank that moves most in a step. None: no rank has its traffic counted."""
-    counted: list[tuple[int, Rank]] = []
-    for rank in record.ranks:
-        rows = of_step(record, rank)
-        if rows is not None:
-            counted.append((sum(each.bytes for each in rows), rank))
-    return max(counted, key=lambda pair: (pair[0], -pair[1].rank), default=(0, None))[1]
+class Moved(NamedTuple):
+    """What `rank` moves in a step: its `rows`."""
+
+    rank: Rank
+    rows: list[Transfer]
+
+    @property
+    def bytes(self) -> int:
+        """The payload of all rows."""
+        return sum(row.bytes for row in self.rows)
+
+
+def worst(record: Record) -> Moved | None:
+    """What the rank moves that moves most in a step. None: no rank has its traffic counted."""
+    steps = ((rank, of_step(record, rank)) for rank in record.ranks)
+    counted = [Moved(rank, rows) for rank, rows in steps if rows is not None]
+    return max(counted, key=lambda moved: (moved.bytes, -moved.rank.rank), default=None)
+
+
+def of_token(record: Record, moved: Moved) -> dict[str, float] | None:
+    """Payload bytes by link of a token: of a forward pass of the decode. None: no pass was counted."""
+    number = passes(record, moved.rank)
+    decode = by_link(each for each in moved.rows if each.phase == "decode")
+    return None if number is None else {link: nbytes / number for link, nbytes in decode.items()}
 
 
 def flows(transfers: Iterable[Transfer]) -> list[Flow]:
