@@ -88,6 +88,10 @@ TRAIN = (
         lambda s: {"train.optimizer_in_backward": True},
         "no clipping, no accumulation and no second rank, which this run is without already",
     ),
+    Change(
+        lambda s: {"precision": "bf16"} if s.precision == "fp8" else {},
+        "products in 16 bits, which take longer",
+    ),
     Change(lambda s: {"model.attention": "sdpa"}, "nothing"),
     Change(lambda s: {"pipeline.split": "memory"}, "other layers on each stage"),
 )

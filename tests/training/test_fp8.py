@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from harness.__main__ import main
+from harness.advice.savings import candidates, settings_of
 from harness.config.compose import compose
 from harness.config.load import load
 from harness.config.rules import packages
@@ -25,6 +26,7 @@ from harness.record import record_file
 from harness.record.memory import Rank
 from harness.record.record_file import Output, rank_record
 from harness.record.results import Results
+from harness.record.schema import parse
 from harness.rehearsal.one_rank import rehearse
 from harness.rehearsal.shims import process_world
 from harness.runtime.imports import import_torchao
@@ -188,6 +190,9 @@ def test_zero_3_cannot_free_the_weights_that_such_layers_keep(
     assert main(["explain", f"{tmp_path}/fp8", "--no-rehearsal"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "each keeps its gathered weight for its backward" in said
+    read = parse(record_file.read(tmp_path / "fp8"), "fp8")
+    changes = [values for _, values, _ in candidates(read, settings_of(read, {}))]
+    assert {"precision": "bf16"} in changes
 
 
 @pytest.mark.parametrize(
