@@ -1,12 +1,16 @@
 """Activation checkpointing: layers save few activations in forward and recompute the rest in backward."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 from weakref import WeakSet
 
 import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils import checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode_temporarily
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -29,11 +33,17 @@ KEPT = [
 """The operators whose results `selective` saves: matrix products and attention, nearly all of the arithmetic."""
 
 
-def apply(model: PreTrainedModel, checkpointing: Checkpointing, first: int = 0) -> None:
+def apply(
+    model: PreTrainedModel,
+    checkpointing: Checkpointing,
+    first: int = 0,
+    offload: saved_tensors_hooks | None = None,
+) -> None:
     """Let the layers that `checkpointing` selects recompute their activations in backward, while `model` is in training
     mode.
 
-    The model's first layer has number `first` in the whole model. Gradients are bit for bit those without
+    The model's first layer has number `first` in the whole model. What `selective` saves is packed by the hooks of
+    `offload`, if there are any: torch keeps it itself, and asks no hook for it. Gradients are bit for bit those without
     checkpointing: the random state is restored before the recomputation. Raises Refusal where the model's layers do not
     support this.
     """
@@ -42,7 +52,7 @@ def apply(model: PreTrainedModel, checkpointing: Checkpointing, first: int = 0) 
         return
     options: dict[str, Any] = {"use_reentrant": False}
     if checkpointing.mode == "selective":
-        options["context_fn"] = selective
+        options["context_fn"] = partial(selective, offload)
     # transformers 5.23 deprecates gradient_checkpointing_enable; before it, that is the only name
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     if model.supports_gradient_checkpointing:
@@ -69,19 +79,57 @@ def _selected_layers(
             yield layer
 
 
-def selective() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """The contexts of a layer's forward and of its recomputation: torch's own, each under a `KeptOperatorsOnly`."""
+def selective(
+    offload: saved_tensors_hooks | None = None,
+) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """The contexts of a layer's forward and of its recomputation: torch's own, each under a `KeptOperatorsOnly`.
+
+    With `offload` what torch saves is packed by its hooks when the forward ends: until then it may be changed in place.
+    """
     forward, recompute = create_selective_checkpoint_contexts(KEPT)
     changed: WeakSet[Any] = WeakSet()
-    return _nested(forward, KeptOperatorsOnly(changed)), _nested(
+    pack = (lambda: None) if offload is None else partial(_pack, forward.storage, offload, changed)
+    return _nested(forward, KeptOperatorsOnly(changed), pack), _nested(
         recompute, KeptOperatorsOnly(changed, recomputing=True)
     )
 
 
 @contextmanager
-def _nested(below: Any, above: Any) -> Iterator[None]:
+def _nested(below: Any, above: Any, after: Callable[[], None] = lambda: None) -> Iterator[None]:
     with below, above:
         yield
+    after()
+
+
+@torch.no_grad()
+def _pack(storage: Any, offload: saved_tensors_hooks, changed: WeakSet[Any]) -> None:
+    """Put what hooks pack in the place of the tensors that torch saved in `storage`: by operator and call."""
+    for results in storage.values():
+        for number, saved in results.items():
+            results[number] = tree_map_only(
+                checkpoint._VersionWrapper, lambda each: _packed(each, offload, changed), saved
+            )
+
+
+def _packed(saved: Any, offload: saved_tensors_hooks, changed: WeakSet[Any]) -> Any:
+    value = saved.get_val(False)
+    return Packed(value, offload, changed) if isinstance(value, torch.Tensor) else saved
+
+
+class Packed:
+    """A tensor that `offload` has packed, as torch's selective checkpointing asks for it: by `get_val`, once."""
+
+    def __init__(self, tensor: torch.Tensor, offload: saved_tensors_hooks, changed: WeakSet[Any]) -> None:
+        self._offload, self._changed = offload, changed
+        self._was_changed = tensor.untyped_storage() in changed
+        self._packed = offload.pack_hook(tensor)
+
+    def get_val(self, allow_cache_entry_mutation: bool) -> torch.Tensor:
+        """The tensor, on its device again. If it was changed in place before it was packed, it is not to be again."""
+        back: torch.Tensor = self._offload.unpack_hook(self._packed)
+        if self._was_changed:
+            self._changed.add(back.untyped_storage())
+        return back
 
 
 class KeptOperatorsOnly(TorchDispatchMode):

@@ -20,19 +20,23 @@ from harness.ledger import Ledger
 from harness.model.stage import layers_for
 
 
-def apply(model: PreTrainedModel, checkpointing: Checkpointing, device: torch.device, ledger: Ledger) -> None:
+def apply(
+    model: PreTrainedModel, checkpointing: Checkpointing, device: torch.device, ledger: Ledger
+) -> "ActivationOffload | None":
     """Let what the part of `model` around its layers saves for backward wait in the host's memory, if `checkpointing`
     says so. The head and the loss are left out: their backward comes at once.
 
-    Raises Refusal where the model has no list of layers.
+    Returns the hooks that do it, for what autograd does not save itself. Raises Refusal where the model has no list of
+    layers.
     """
     if checkpointing.offload == "none":
-        return
+        return None
     key, value = "checkpointing.offload", checkpointing.offload
     path, _ = layers_for(model, key, value, f"use {key}=none")
     around, hooks = model.get_submodule(path.rpartition(".")[0]), ActivationOffload(device, ledger)
     around.register_forward_pre_hook(lambda *_: hooks.__enter__())
     around.register_forward_hook(lambda *_: hooks.__exit__(), always_call=True)
+    return hooks
 
 
 class _Saved(NamedTuple):

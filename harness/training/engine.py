@@ -67,8 +67,8 @@ class Engine:
         # DeepSpeed would do this later, but the ledger must first register the tensors
         model.to(world.device)
         ledger.own(model=model)
-        activation_checkpointing.apply(model, settings.checkpointing)
-        activation_offload.apply(model, settings.checkpointing, world.device, ledger)
+        offload = activation_offload.apply(model, settings.checkpointing, world.device, ledger)
+        activation_checkpointing.apply(model, settings.checkpointing, offload=offload)
         head_loss.apply(model, settings.loss)
         if compiler is not None:
             compiled_layers.apply(model, compiler)

@@ -90,8 +90,9 @@ class Pipeline:
         stage.to(world.device)
         stage.receives = [settings.train.micro_batch, settings.train.sequence, stage.hidden]
         ledger.own(model=stage.model)
-        activation_checkpointing.apply(stage.model, settings.checkpointing, ranges(split)[world.stage].start)
-        activation_offload.apply(stage.model, settings.checkpointing, world.device, ledger)
+        offload = activation_offload.apply(stage.model, settings.checkpointing, world.device, ledger)
+        first = ranges(split)[world.stage].start
+        activation_checkpointing.apply(stage.model, settings.checkpointing, first, offload)
         if stage.last:
             head_loss.apply(stage.model, settings.loss)
         self.inner = optimizers.build(settings, world, stage)

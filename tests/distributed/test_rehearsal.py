@@ -186,6 +186,11 @@ OFFLOADED = [
         ("pipeline.stages=2", "train.accumulation=3", "precision=fp32"),
         ("zero=3", "zero.persistence_threshold=0", "checkpointing=full", "precision=bf16"),
         ("pipeline.stages=2", "zero=0", "train.accumulation=3", "checkpointing=full"),
+        ("zero=1", "checkpointing=selective"),
+        *(
+            (*stage, "+model.config.attention_bias=true", "checkpointing=selective", "checkpointing.every=2")
+            for stage in (("zero=3", "zero.persistence_threshold=0"), ("pipeline.stages=2", "zero=0"))
+        ),
     )
 ]
 """On a CPU the copies are made too, and lie in the same memory."""

@@ -15,7 +15,7 @@ from tests.model.test_activation_checkpointing import backward, built_model, gra
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("mode", ["none", "full"])
+@pytest.mark.parametrize("mode", ["none", "full", "selective"])
 @pytest.mark.parametrize(
     ("kind", "attention", "dtype"),
     [
@@ -31,8 +31,8 @@ def test_gradients_are_bit_for_bit_those_without(
     plain, offloaded = (built_model(kind, attention, dtype, **depth) for _ in range(2))
     requested = Checkpointing(mode, offload="cpu")
     with Ledger(model=offloaded) as ledger:
-        activation_checkpointing.apply(offloaded, requested)
-        apply(offloaded, requested, CPU, ledger)
+        hooks = apply(offloaded, requested, CPU, ledger)
+        activation_checkpointing.apply(offloaded, requested, offload=hooks)
         assert backward(offloaded) == backward(plain)
         assert ledger.on_host.bytes == 0  # nothing outlives the backward
     expected = gradients(plain)

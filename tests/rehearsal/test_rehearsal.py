@@ -672,6 +672,7 @@ def test_what_is_offloaded_is_on_the_host_and_not_on_the_gpu(
         ("zero=1",),
         ("zero=3", "zero.persistence_threshold=0"),
         ("zero=1", "checkpointing=full"),
+        ("zero=1", "checkpointing=selective"),
         ("zero=0", "pipeline.stages=2", "train.accumulation=3"),
     ],
     ids=",".join,

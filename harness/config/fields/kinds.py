@@ -52,7 +52,9 @@ def _names(value: object) -> object:
     """The names of a list that may be written as one name, or as none."""
     if value is None or value == "none":
         return []
-    return list(dict.fromkeys(value)) if isinstance(value, list) else [value]
+    if not isinstance(value, list):
+        return [value]
+    return list(dict.fromkeys(value)) if all(isinstance(each, str) for each in value) else value
 
 
 Names = Annotated[list[str], BeforeValidator(_names)]

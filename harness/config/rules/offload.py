@@ -4,15 +4,9 @@ from harness.config.settings import Checkpointing, Refusal
 
 
 def check_offload(mode: str, checkpointing: Checkpointing) -> None:
-    """Refuse an offload of activations where there are none, and where torch keeps them itself."""
+    """Refuse an offload of activations where there are none."""
     if checkpointing.offload == "none":
         return
     if mode == "infer":
         remedy = "inference saves no activations; leave it out"
-        raise Refusal("checkpointing.offload", checkpointing.offload, remedy)
-    if checkpointing.mode == "selective":
-        remedy = (
-            "torch keeps what checkpointing=selective saves on the device, and asks no hook; "
-            "use checkpointing=full or none"
-        )
         raise Refusal("checkpointing.offload", checkpointing.offload, remedy)
