@@ -142,7 +142,7 @@ def _heading(record: Record, label: Label) -> list[str]:
     world, model = record.world, record.model
     said = f"world={world.kind}" in label.settings
     mode = f"{record.mode}, rehearsed" if world.rehearsed and not said else record.mode
-    lines = [mode, model.short, *label.settings, f"{world.devices}, {model.dtype or '-'}"]
+    lines = [mode, model.short, *label.settings, f"{world.devices}, {model.computes}"]
     return [tail(line, NAME) for line in lines]
 
 

@@ -1,59 +1,76 @@
 """How many operations process groups were given that Python did not give them, by the groups' own numbers.
 
-gloo and NCCL number what they are asked for: `ProcessGroup::getSequenceNumberForGroup` in torch/csrc/distributed/c10d.
-What C++ asks for, as for DistributedDataParallel, DTensor, functional collectives and compiled graphs, shows in nothing
-else that Python can read.
+gloo numbers what it is asked for: `ProcessGroupGloo::getSequenceNumberForGroup` in torch/csrc/distributed/c10d. What
+C++ asks for, as for DistributedDataParallel, DTensor, functional collectives and compiled graphs, shows in nothing else
+that Python can read.
 """
 
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
 
-NOT_EACH = "nccl"
-"""A backend that does not number each operation of a coalesced one."""
+GLOO = "ProcessGroupGloo"
+FAKE = "fake"
+"""The backend of torch's own tests, which sends nothing."""
 
 
 class GroupNumbers:
     """The numbers of all process groups, since `begin`."""
 
     def __init__(self) -> None:
-        self._first: dict[str, int] = {}
-        self._by_python: Counter[str] = Counter()
+        self._last: dict[str, int] = {}  # by group, of the newest operation that was seen
+        self._others = 0
 
     def begin(self) -> None:
         """Count from now on."""
-        self._first = dict(_numbers())
-        self._by_python.clear()
+        self._last = {
+            group.group_name: number for group in _groups() if (number := _number(group)) is not None
+        }
+        self._others = 0
 
     @contextmanager
     def by_python(self, group: Any) -> Iterator[None]:
         """What `group` is asked for inside this context is given by Python."""
-        before = _number(group)
-        yield
-        if before is not None:
-            self._by_python[group.group_name] += (_number(group) or before) - before
+        number = _number(group)
+        if number is None:
+            yield
+            return
+        self._see(group, number)
+        try:
+            yield
+        finally:
+            self._last[group.group_name] = _number(group) or number
 
     def others(self) -> int:
-        """How many operations the groups that are there now were given otherwise."""
-        since = ((name, number - self._first.get(name, 0)) for name, number in _numbers())
-        return sum(max(0, number - self._by_python[name]) for name, number in since)
+        """How many operations groups were given otherwise. One that is destroyed between two calls is not looked at."""
+        for group in _groups():
+            if (number := _number(group)) is not None:
+                self._see(group, number)
+        return self._others
+
+    def without(self) -> list[str]:
+        """The backends of the groups of several ranks that number nothing."""
+        backends = {
+            dist.get_backend(group) for group in _groups() if group.size() > 1 and _number(group) is None
+        }
+        return sorted(backends - {FAKE})
+
+    def _see(self, group: Any, number: int) -> None:
+        last = self._last.get(group.group_name, 0)
+        self._others += number - last if number >= last else number  # a new group may have an old name
+        self._last[group.group_name] = number
 
 
-def _numbers() -> Iterator[tuple[str, int]]:
-    if not dist.is_initialized():
-        return
-    for group, (backend, _) in [*dist.distributed_c10d._world.pg_map.items()]:
-        number = _number(group) if NOT_EACH not in backend else None
-        if number is not None:
-            yield group.group_name, number
+def _groups() -> list[Any]:
+    return [*dist.distributed_c10d._world.pg_map] if dist.is_initialized() else []
 
 
 def _number(group: Any) -> int | None:
-    """The number of `group`'s last operation; None where it has none."""
-    try:
-        return int(group._get_sequence_number_for_group())
-    except (RuntimeError, AttributeError):
-        return None
+    """The number of the last operation of `group`; None where it is not gloo's."""
+    for device in group._device_types:
+        backend: Any = group._get_backend(device)
+        if type(backend).__name__ == GLOO:
+            return int(backend._get_sequence_number_for_group())
+    return None

@@ -236,6 +236,7 @@ class Ledger:
             self._roster.walk()
         elif self.mode != "off":
             self._sum_owners()
+            self._groups.look()
             self.traffic.ended(self._log.where)
         self._enter(before)
 
@@ -265,6 +266,7 @@ class Ledger:
     @property
     def gaps(self) -> list[Gap]:
         """What the block did that the ledger does not see or sees only in part. At its end it warns of each."""
+        self._groups.look()
         return self._unseen.gaps()
 
     # -- work and time -----------------------------------------------------------------------------------------

@@ -26,8 +26,11 @@ COLLECTIVES = ("c10d", "_c10d_functional")
 POINT_TO_POINT = ("send", "recv_", "recv_any_source_", "wait_tensor")
 """Operators that send, receive or wait for one tensor. It keeps its category."""
 
-COPIES = {_aten._to_copy: 0, _aten.to: 0, _aten.copy_: 1}
-"""Operators that may copy from one device to another, and the position of the source. They return the destination."""
+COPIES = {_aten._to_copy: 0, _aten.to: 0, _aten.type_as: 0, _aten.copy_: 1}
+"""Operators that may copy from one device to another, and the position of the source. They return the destination.
+
+`to` and `type_as` are dispatched whole only in inference mode, and below autograd.
+"""
 
 
 def _packets(*names: str) -> frozenset[Any]:

@@ -47,18 +47,23 @@ class ProcessGroups:
             try:
                 yield
             finally:
-                self._open = False
                 self.look()
+                self._open = False
 
     def look(self) -> None:
-        """Note what the groups were given since the ledger watches, if it was not all by Python."""
+        """Note what the groups were given so far since the ledger watches, if it was not all by Python."""
+        if not self._open:
+            return
         if others := self._numbers.others():
             times = "once" if others == 1 else f"{others:,} times"
             self._traffic.unseen(
                 "process groups",
-                f"{times} C++ gave a process group something to send, as DistributedDataParallel, DTensor, functional "
-                "collectives and compiled graphs do: it is not in the traffic, and only an exact ledger sees it",
+                f"{times} C++ gave a process group something to send{_BY_CPP}: {_ONLY_EXACT}",
             )
+        if backends := self._numbers.without():
+            names = " and ".join(backends)
+            sentence = f"what C++ gives a process group of {names}{_BY_CPP}, cannot be known: {_ONLY_EXACT}"
+            self._traffic.unseen("other process groups", sentence)
 
     def _counted(self, collective: Collective | None, original: Callable[..., Any]) -> Callable[..., Any]:
         def call(group: Any, *args: Any, **kwargs: Any) -> Any:
@@ -106,6 +111,10 @@ class ProcessGroups:
         if key not in self._ranks:
             self._ranks[key] = tuple(dist.get_process_group_ranks(group))
         return self._ranks[key]
+
+
+_BY_CPP = ", as DistributedDataParallel, DTensor, functional collectives and compiled graphs do"
+_ONLY_EXACT = "it is not in the traffic, and only an exact ledger sees it"
 
 
 def sends_unseen(model: torch.nn.Module) -> str:

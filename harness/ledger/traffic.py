@@ -181,8 +181,8 @@ class Traffic:
         self.unseen(what, f"{what} is not known, and not in the traffic")
 
     def unseen(self, what: str, sentence: str) -> None:
-        """Note in a `sentence` that `what` is not in these figures."""
-        self._log.unseen.note(what, "traffic", sentence)
+        """Note in a `sentence` that `what` is not in these figures, in place of an earlier one."""
+        self._log.unseen.renew(what, "traffic", sentence)
 
     def amounts(self) -> dict[Where, Amounts]:
         """What moved so far."""
@@ -196,7 +196,7 @@ class Traffic:
                     earlier = amounts.get(moved, (0, 0))
                     amounts[moved] = earlier[0] + calls, earlier[1] + part
                     calls = 0  # counted once
-        for where in (*self._ceased, *filter(self._ceases, self._newest.values())):
+        for where in (*list(self._ceased), *filter(self._ceases, list(self._newest.values()))):
             totals[where] = {Moved(NOTHING, (), None): (0, 0)}
         return totals
 

@@ -37,6 +37,10 @@ class Unseen:
         if name not in self._gaps:
             self._gaps[name] = Gap(figures, sentence)
 
+    def renew(self, name: str, figures: Figures, sentence: str) -> None:
+        """Record that `name` is not seen, in place of an earlier sentence."""
+        self._gaps[name] = Gap(figures, sentence)
+
     def leave_out(self, error: DoesNotFit, figures: Figures, consequence: str) -> None:
         """Record that an instrument is left out, as one of its patches does not fit the installed package."""
         self.note(error.patch, figures, f"{error}: {consequence}")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from harness.config.rules import optimizer
+from harness.config.rules import fp8, optimizer
 from harness.config.rules.sources import identity_in
 from harness.config.settings import Hardware, Model, Refusal, Settings
 from harness.model import init_weights, shape
@@ -41,6 +41,7 @@ def resolve(settings: Settings, device: str | None = None) -> Plan:
         settings = replace(settings, precision=value)
         reasons["precision"] = f"{value}: {why}"
         optimizer.check(settings)
+        fp8.check(settings)
     if settings.world.per_node is None:
         value, why = _per_node(settings, device)
         settings = replace(settings, world=replace(settings.world, per_node=value))

@@ -30,16 +30,20 @@ class Quantization(Part):
 
 
 class Products(Part):
-    """The `dtype` in which linear layers multiply, where it is not the model's, and how many do, `of` all of them."""
+    """The `dtype` in which linear layers multiply, where it is not the model's, and how many do, `of` all of them.
+
+    `share` is theirs of the elements of all matrices, embedding tables left out.
+    """
 
     dtype: Text
     layers: Number
     of: Number
+    share: Share
 
     @property
     def short(self) -> str:
         """As text."""
-        return f"{self.layers} of {self.of} linear layers multiply in {self.dtype}"
+        return f"{self.layers} of {self.of} linear layers ({self.share:.0%} of its matrices) multiply in {self.dtype}"
 
 
 class Model(Part):
@@ -56,6 +60,11 @@ class Model(Part):
     quantization: Quantization | None = None
     products: Products | None = None
     dtype: Text | None
+
+    @property
+    def computes(self) -> str:
+        """Its dtype, and that of its products where it is another, as text."""
+        return f"{self.dtype or '-'}{f' by {self.products.dtype}' if self.products else ''}"
 
     @property
     def multiplied(self) -> str:

@@ -117,7 +117,7 @@ class Record(Part):
     def heading(self) -> str:
         """The mode, the model, the dtype and the devices."""
         rehearsed = ", rehearsed" * self.world.rehearsed
-        return f"{self.title}{rehearsed}, {self.model.dtype or '-'}, {self.world.devices}"
+        return f"{self.title}{rehearsed}, {self.model.computes}, {self.world.devices}"
 
     @property
     def limits(self) -> Ceilings:

@@ -78,6 +78,9 @@ _PIN = torch.ops.aten._pin_memory.default
 
 _ITEM = torch.ops.aten._local_scalar_dense.default
 
+_WHOLE = frozenset({_aten.item.default, _aten.is_nonzero.default})
+"""Operators that read values. Under torch.inference_mode they arrive whole, and not as what they consist of."""
+
 _EQUAL = torch.ops.aten.equal.default
 
 _WAIT = torch.ops._c10d_functional.wait_tensor.default
@@ -149,6 +152,9 @@ class Fakes(FakeTensorMode):
             raise RuntimeError(
                 f"{calling_line()}: {func} is an operator on functions, and these are not rehearsed"
             )
+        if func in _WHOLE:
+            with self:  # what it consists of arrives here
+                return func.decompose(*args, **kwargs)
         if func is _ITEM:
             return self.values.item(args[0])
         if func is _EQUAL:
@@ -224,6 +230,7 @@ class Fakes(FakeTensorMode):
             return args[0]
         if "device" in kwargs:
             kwargs = {**kwargs, "device": in_python(kwargs["device"])}
+        args = tuple(in_python(each) if isinstance(each, torch.device) else each for each in args)
         output = self.dispatch(func, types, args, kwargs)
         if type(output) is FakeTensor:
             output.constant = None  # `values` has the value instead, with its device

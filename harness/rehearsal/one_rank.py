@@ -59,7 +59,7 @@ def rehearse(
         prove(plan)
         results.pipeline = as_record(settings, plan.split)
     cache_check.prove(plan)
-    mode.prove(plan, settings.hardware.device)
+    mode.prove(plan, "cpu" if memory is None else "cuda")
     packed = (PACKED_PARAMETER,) if settings.adapter.kind == "qlora" else ()
     with (
         misfits(plan),

@@ -98,7 +98,7 @@ def _alike(train: Record, infer: Record) -> tuple[bool, ...]:
     return (
         train.model.parameters == infer.model.parameters,
         train.status == infer.status == "complete",
-        train.model.dtype == infer.model.dtype,
+        train.model.multiplied == infer.model.multiplied,
         train.pipeline.stages == infer.pipeline.stages,
         train.world.size == infer.world.size,
         train.world.rehearsed == infer.world.rehearsed,

@@ -19,9 +19,6 @@ from harness.model.plan import Plan
 from harness.record import results
 from harness.runtime.imports import import_torchao
 
-DTYPE = "float8_e4m3fn"
-"""torch's name of the type in which weights and activations are multiplied; their gradients are in float8_e5m2."""
-
 
 def prove(plan: Plan, device: str) -> None:
     """Refuse `precision=fp8` on `device` ("cpu" or "cuda"), or for a model of which no layer is converted.
@@ -32,7 +29,7 @@ def prove(plan: Plan, device: str) -> None:
     if settings.precision != "fp8":
         return
     capability = settings.hardware.capability
-    if device == "cuda" and settings.world.kind != "rehearsed":
+    if device == "cuda" and settings.world.kind != "rehearsed" and torch.version.hip is None:
         major, minor = torch.cuda.get_device_capability()
         capability = major + minor / 10
     check_device(device, capability)
@@ -66,8 +63,15 @@ def apply(settings: Settings, model: nn.Module) -> None:
 
 
 def sized(settings: Settings, record: results.Model, whole: nn.Module) -> results.Model:
-    """The `record` of a model in training, with the number of layers that multiply in 8 bits, of all linear ones."""
+    """The `record` of a model in training, with the layers that multiply in 8 bits; gradients do in `float8_e5m2`.
+
+    Fused experts are matrices of no linear layer.
+    """
     if settings.precision != "fp8":
         return record
+    layers = converted(whole)
     linear = sum(isinstance(module, nn.Linear) for module in whole.modules())
-    return record.plus(products=results.Products(dtype=DTYPE, layers=len(converted(whole)), of=linear))
+    matrices = sum(each.numel() for each in whole.parameters() if each.dim() > 1) - (record.embeddings or 0)
+    share = sum(layer.weight.numel() for layer in layers.values()) / matrices
+    dtype = str(import_torchao().config.e4m3_dtype).removeprefix("torch.")
+    return record.plus(products=results.Products(dtype=dtype, layers=len(layers), of=linear, share=share))

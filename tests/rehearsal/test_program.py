@@ -591,3 +591,41 @@ def test_a_parameter_is_one_before_its_module_is_called() -> None:
         model(torch.ones(1, 1024, device="cuda", dtype=torch.bfloat16))
     assert ledger.categories["parameters"].peak == 1024 * 1024 * (4 + 2)
     assert [each.name for each in ledger.peak.holdings if each.category == "parameters"] == ["weight"]
+
+
+READS = {
+    "item": lambda tensor: tensor.sum().item(),
+    "tolist": lambda tensor: tensor.tolist(),
+    "float": lambda tensor: float(tensor[0]),
+    "bool": lambda tensor: bool((tensor > 0).all()),
+}
+
+
+@pytest.mark.parametrize("read", READS)
+def test_a_value_that_is_read_in_inference_mode_is_none_either(read: str) -> None:
+    with harness.rehearse("h100-sxm"), torch.inference_mode(), pytest.raises(NeedsValue, match="value"):
+        READS[read](torch.ones(4, device="cuda"))
+
+
+COPIES = {
+    "to": (lambda tensor: tensor.to("cuda"), 16),
+    "to another dtype": (lambda tensor: tensor.to("cuda", torch.float16), 8),
+    "a module": (lambda tensor: nn.Linear(2, 2).to("cuda", torch.float16), 12),
+    "type_as": (lambda tensor: tensor.type_as(torch.empty(1, device="cuda")), 16),
+    "nowhere": (lambda tensor: tensor.to("cpu", torch.float16), 0),
+}
+
+
+@pytest.mark.parametrize("copy", COPIES)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_copy_to_the_card_is_counted_however_it_arrives(mode: Any, copy: str) -> None:
+    act, nbytes = COPIES[copy]
+    with harness.rehearse("h100-sxm") as ledger, mode(), ledger.phase("act"):
+        act(torch.ones(4))
+    moved = [
+        (kind.operation, payload)
+        for where, amounts in ledger.traffic.amounts().items()
+        for kind, (_, payload) in amounts.items()
+        if where.phase == "act"
+    ]
+    assert moved == ([("host-to-device", nbytes)] if nbytes else [])

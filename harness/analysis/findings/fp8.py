@@ -11,14 +11,16 @@ def fp8(run: Run) -> Iterator[Finding]:
     products, settings = run.record.model.products, run.settings
     if products is None:
         return
+    saved = "" if run.peak.saved is None else f" ({size(run.peak.saved)} of the peak)"
     sentence = (
-        f"{products.short}, which is for speed: their weights, gradients and what is saved for backward "
-        f"({size(run.peak.saved or 0)} of the peak) stay in {run.record.model.dtype}"
+        f"{products.short}, which is for speed: weights, gradients and what is saved for backward{saved} stay in "
+        f"{run.record.model.dtype}"
     )
-    if run.peak.where is not None and run.peak.where.phase in ("forward", "backward"):
+    passes = run.peak.where is not None and run.peak.where.phase in ("forward", "backward")
+    if passes:
         copies = run.bytes_of("workspace")
         sentence += f". Products copy their factors, in fp32 and then in 8 bits: temporary tensors take {size(copies)}"
-    if settings is not None and settings.zero.stage == 3 and settings.checkpointing.mode == "none":
+    if passes and settings is not None and settings.zero.stage == 3 and settings.checkpointing.mode == "none":
         received = run.bytes_of("communication") - sum(
             each.bytes for each in run.holdings if each.name.startswith("ipg_bucket")
         )

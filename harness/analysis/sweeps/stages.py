@@ -72,7 +72,7 @@ def point(record: Record, label: Label) -> Point:
     peaks = [rank.highest.get("activations") for rank in record.ranks]
     return Point(
         record.mode,
-        record.model.dtype,
+        record.model.multiplied or None,
         record.pipeline.stages,
         max(record.pipeline.split, default=None),
         record.world.rehearsed,

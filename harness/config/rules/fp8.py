@@ -19,19 +19,23 @@ def check(settings: Settings) -> None:
             "it is for training, whose products it rounds; generate with bf16, or from a checkpoint in fp8"
         )
         raise Refusal("precision", "fp8", remedy)
-    check_device(settings.hardware.device, settings.hardware.capability)
+    check_device(_device(settings), settings.hardware.capability)
     packages.check("precision", "fp8", "torchao", "fp8", instead=", or use precision=bf16")
     if settings.adapter.kind != "none" or settings.adapter.path is not None:
         # peft's layers are no plain linear layers, and torchao would convert the small matrices inside of them
         raise Refusal("precision", "fp8", "an adapter's layers are not converted; use bf16, or adapter=none")
-    tokens = settings.train.micro_batch * settings.train.sequence
-    if tokens % ROW:
-        product = (
-            f"train.micro_batch={settings.train.micro_batch} by train.sequence={settings.train.sequence}"
+    sequence = settings.train.sequence
+    if sequence % ROW:
+        remedy = (
+            f"fp8 multiplies multiples of {ROW} tokens; use {-(-sequence // ROW) * ROW}, or precision=bf16"
         )
-        remedy = f"{product} are {tokens} tokens, and fp8 multiplies multiples of {ROW}"
-        sequence = -(-settings.train.sequence // ROW) * ROW
-        raise Refusal("precision", "fp8", f"{remedy}; train.sequence={sequence} makes them that")
+        raise Refusal("train.sequence", sequence, remedy)
+
+
+def _device(settings: Settings) -> str:
+    """A rehearsal for no GPU is one for a CPU."""
+    device = settings.hardware.device
+    return "cpu" if settings.world.kind == "rehearsed" and device == "auto" else device
 
 
 def check_device(device: str, capability: float | None) -> None:
