@@ -199,4 +199,4 @@ def test_a_checkpoint_without_a_tensor_of_a_stage_is_refused(tmp_path: Path) -> 
 def test_proof_and_stages_agree_on_every_shape() -> None:
     for name in SHAPES:
         shape = json.dumps(config_of(name).to_dict(), sort_keys=True)
-        assert stage_check.difference(shape, "eager", "fp32", "dynamic", (1, 2, 1)) is None, name
+        assert stage_check.difference(shape, "eager", "float32", "dynamic", (1, 2, 1)) is None, name
