@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from harness.config import compose
 
@@ -109,3 +110,16 @@ def test_every_requirement_has_an_exact_version_in_the_constraints() -> None:
 
 def test_the_checkout_reads_the_pages_beside_the_package() -> None:
     assert compose.directory() == ROOT / "conf"
+
+
+def test_an_environment_gets_all_that_is_asked_for_but_torch_itself() -> None:
+    launcher = (ROOT / "launch/environment").read_text()
+    function = launcher[launcher.index("requirements() {") : launcher.index("\n# Whether all of $1")]
+    command = ["bash", "-c", f"{function}\nrequirements run test dev"]
+    said = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=True).stdout
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = project["dependencies"] + [
+        each for extra in ("run", "test", "dev") for each in project["optional-dependencies"][extra]
+    ]
+    assert {*said.split("\n")[:-1]} == {each for each in wanted if Requirement(each).name != "torch"}
+    assert any(line.startswith("torchao") for line in said.splitlines())
