@@ -33,6 +33,7 @@ from harness.rehearsal.shims import process_world
 from harness.runtime.imports import import_torchao
 from harness.runtime.world import connected
 from harness.training import fp8, train
+from tests.training import test_compiled_layers
 from tests.training.conftest import WORDS
 
 CPU = (*WORDS, "hardware=cpu", "precision=bf16", "train.steps=2")
@@ -82,6 +83,34 @@ def test_books_close_and_a_rehearsal_has_the_bytes(tmp_path: Path, words: tuple[
     assert results.model.products is not None
     assert (results.model.products.layers, results.model.products.of) == (14, 15)
     assert results.model.products.share == pytest.approx(0.6, abs=0.2)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.usefixtures("on_cpu")
+def test_compiled_layers_multiply_so_too_and_a_rehearsal_has_what_they_save(tmp_path: Path) -> None:
+    words = ("zero=1", "model.config.num_hidden_layers=1", "train.compile=true")
+    actual, results = real(tmp_path / "compiled", *words)
+    _, eager = real(tmp_path / "eager", *words[:2])
+    assert actual.allocator.unattributed == 0
+    rehearsed, _ = rehearse(plan_of(*words, "world=rehearsed", "world.size=1"), 0)
+    assert test_compiled_layers.bytes_of(rehearsed) == test_compiled_layers.bytes_of(actual)
+    assert results.training is not None
+    assert eager.training is not None
+    for compiled, plain in zip(results.training.losses, eager.training.losses, strict=True):
+        assert compiled == pytest.approx(plain, rel=2**-9)  # a rounding of bf16
+
+
+def test_each_stage_of_a_pipeline_multiplies_so() -> None:
+    words = ("world.size=2", "pipeline.stages=2", "train.accumulation=2")
+    plan = Plan.of(load(compose([*GPU, *words])))
+    for rank in (0, 1):
+        record, results = rehearse(plan, rank)
+        assert results.model is not None
+        assert results.model.products is not None
+        assert results.model.products.layers == 14
+        products = {each.name for each in record.peak.holdings or () if "_scaled_mm" in each.name}
+        assert products
+        assert all(f"layers.{rank}." in name for name in products)
 
 
 def bytes_of(rank: Rank) -> list[tuple[Any, ...]]:
