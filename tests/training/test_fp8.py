@@ -23,6 +23,7 @@ from harness.ledger.patch import patched
 from harness.model import init_weights
 from harness.model.plan import Plan
 from harness.model.resolve import resolve
+from harness.model.stage import Stage
 from harness.record import record_file
 from harness.record.memory import Rank
 from harness.record.record_file import Output, rank_record
@@ -100,17 +101,27 @@ def test_compiled_layers_multiply_so_too_and_a_rehearsal_has_what_they_save(tmp_
         assert compiled == pytest.approx(plain, rel=2**-9)  # a rounding of bf16
 
 
-def test_each_stage_of_a_pipeline_multiplies_so() -> None:
+def test_the_layers_of_each_stage_multiply_so_and_not_the_head() -> None:
+    for number in (0, 1):
+        stage = Stage(small(), range(number, number + 1))
+        fp8.apply(plan_of().settings, stage.model)
+        names = [
+            name for name, module in stage.model.named_modules() if type(module).__name__ == "Float8Linear"
+        ]
+        assert len(names) == 7
+        assert all(name.startswith(f"model.layers.{number}.") for name in names)
+    assert type(stage.model.get_output_embeddings()) is torch.nn.Linear
+
+
+def test_stages_are_rehearsed_so() -> None:
     words = ("world.size=2", "pipeline.stages=2", "train.accumulation=2")
-    plan = Plan.of(load(compose([*GPU, *words])))
-    for rank in (0, 1):
-        record, results = rehearse(plan, rank)
-        assert results.model is not None
-        assert results.model.products is not None
-        assert results.model.products.layers == 14
-        products = {each.name for each in record.peak.holdings or () if "_scaled_mm" in each.name}
-        assert products
-        assert all(f"layers.{rank}." in name for name in products)
+    peaks = []
+    for precision in ("fp8", "bf16"):
+        plan = Plan.of(load(compose([*GPU, *words, f"precision={precision}"])))
+        records = [rehearse(plan, rank)[0] for rank in (0, 1)]
+        peaks.append([[phase.peak for phase in each.phases if phase.phase == "backward"] for each in records])
+    for in_fp8, in_bf16 in zip(*peaks, strict=True):
+        assert in_fp8 != in_bf16
 
 
 def bytes_of(rank: Rank) -> list[tuple[Any, ...]]:
