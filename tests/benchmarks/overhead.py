@@ -1,13 +1,13 @@
 """What the ledger and the harness cost, as ratios of interleaved steps in one process. Asserts nothing.
 
-    torchrun --standalone --nproc-per-node 2 tests/benchmarks/overhead.py [rounds=7] [model=small] [zero=2] [...]
+    torchrun --standalone --nproc-per-node 2 tests/benchmarks/overhead.py [rounds=7] [kinds=phases] [model=small] [...]
 
 Every round runs one step of each kind, in turn; a ratio is taken within a round, and its median is printed with the
-lowest and highest. Steps are compared in processor seconds of the first rank, which other work on the machine changes
-little; tokens a second are by the clock. `off` is the harness's own step with no ledger; `bare` is DeepSpeed's three
-calls with nothing around them; `floor` is the harness's step within a mode and hooks that do nothing, below which no
-ledger of operators can be. torch's MemTracker gets a step of its own model, as it cannot see a second forward of
-the same one.
+lowest and highest. `kinds` are those beside `off`, all by default. Steps are compared in processor seconds of the first
+rank, which other work on the machine changes little; tokens a second are by the clock. `off` is the harness's own step
+with no ledger; `bare` is DeepSpeed's three calls with nothing around them; `floor` is the harness's step within a mode
+and hooks that do nothing, below which no ledger of operators can be. torch's MemTracker gets a step of its own model, as
+it cannot see a second forward of the same one.
 """
 
 import json
@@ -38,8 +38,9 @@ from harness.training.engine import Engine
 
 
 def main(words: list[str]) -> None:
-    rounds = next((int(word.removeprefix("rounds=")) for word in words if word.startswith("rounds=")), 7)
-    own = [word for word in words if not word.startswith("rounds=")]
+    given = dict(word.split("=", 1) for word in words if word.startswith(("rounds=", "kinds=")))
+    rounds = int(given.get("rounds", "7"))
+    own = [word for word in words if not word.startswith(("rounds=", "kinds="))]
     with connected("auto", 600) as world:
         settings = world.broadcast(
             resolve(load(compose(["model=small", "zero=2", *own])), world.device.type).settings
@@ -84,6 +85,8 @@ def main(words: list[str]) -> None:
             "profiler": _within(_profiler, bare_step),
             "MemTracker": _within(lambda: MemTracker(), bare_step),
         }
+        if "kinds" in given:
+            kinds = {name: kinds[name] for name in ("off", *given["kinds"].split(","))}
         startup = time.time() - psutil.Process().create_time()
         bare_step()
         seconds: dict[str, list[float]] = {name: [] for name in kinds}
@@ -107,8 +110,12 @@ def main(words: list[str]) -> None:
         if world.leads:
             tell(seconds, settings.model.name, world.size, words)
             tokens_a_step = train.micro_batch * train.accumulation * train.sequence * world.size
-            rates = {name: tokens_a_step / statistics.median(by_clock[name]) for name in ("off", "bare")}
-            print(f"tokens/s: harness {rates['off']:,.0f}, bare DeepSpeed {rates['bare']:,.0f}")
+            rates = {
+                name: tokens_a_step / statistics.median(by_clock[name])
+                for name in ("off", "bare")
+                if name in kinds
+            }
+            print(f"tokens/s: {', '.join(f'{name} {rate:,.0f}' for name, rate in rates.items())}")
             print(f"from the process's start to its first step: {startup:.1f} s")
 
 
