@@ -6,8 +6,8 @@ Every round runs one step of each kind, in turn; a ratio is taken within a round
 lowest and highest. `kinds` are those beside `off`, all by default. Steps are compared in processor seconds of the first
 rank, which other work on the machine changes little; tokens a second are by the clock. `off` is the harness's own step
 with no ledger; `bare` is DeepSpeed's three calls with nothing around them; `floor` is the harness's step within a mode
-and hooks that do nothing, below which no ledger of operators can be. torch's MemTracker gets a step of its own model, as
-it cannot see a second forward of the same one.
+and hooks that do nothing, below which no ledger of operators can be. torch's MemTracker gets a step of its own model,
+as it cannot see a second forward of the same one.
 """
 
 import json
