@@ -246,6 +246,18 @@ def test_the_tool_holds_a_run_against_a_network_and_prices_it(output_of: ToolOut
     assert (found["bill"]["nodes"], found["bill"]["gpus"]) == (2, 8)
 
 
+def test_names_in_a_record_s_config_are_printed_without_control_characters(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = record_of([moved("forward", "all-reduce", "network", 10**6, "0-15", 10**6)])
+    made["config"] |= {"hardware": {"name": "\x1b[2Jcard"}, "network": {"name": "\x07net"}}
+    (tmp_path / "record.json").write_text(json.dumps(made))
+    assert main(["links", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "card" in said
+    assert all(character.isprintable() or character == "\n" for character in said)
+
+
 def test_a_network_is_priced_without_a_run_each_figure_with_its_formula(output_of: ToolOutput) -> None:
     said = output_of(None, "--nodes", "128", "--gpus", "8")
     for words in ("128 nodes x 8 GPUs", "ceil(1,024 / 32)", "32 leaves x 32", "two layers"):

@@ -215,7 +215,7 @@ def as_json(asked: Asked) -> dict[str, Any]:
 
 
 def _name(page: "Hardware | Network | None") -> str | None:
-    return None if page is None or page.name == "auto" else page.name
+    return None if page is None or page.name == "auto" else printable(page.name)
 
 
 def text(asked: Asked) -> str:
