@@ -250,7 +250,7 @@ def test_names_in_a_record_s_config_are_printed_without_control_characters(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made = record_of([moved("forward", "all-reduce", "network", 10**6, "0-15", 10**6)])
-    made["config"] |= {"hardware": {"name": "\x1b[2Jcard"}, "network": {"name": "\x07net"}}
+    made["config"] |= {"hardware": {"name": "\x1b[2Jcard", "link": 9e11}, "network": {"name": "\x07net"}}
     (tmp_path / "record.json").write_text(json.dumps(made))
     assert main(["links", str(tmp_path)]) == 0
     said = capsys.readouterr().out
