@@ -257,7 +257,7 @@ class _Run:
         self.ledger = Ledger(
             mode=settings.ledger.mode,
             steps=settings.ledger.steps,
-            settle_collectives=joined_world.size > 1 and joined_world.device.type == "cpu",
+            settle_collectives=joined_world.device.type == "cpu",
             device=joined_world.device.type,
             libraries=of_this_gpu() if joined_world.device.type == "cuda" else None,
         )

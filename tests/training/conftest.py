@@ -41,7 +41,7 @@ def train(world: World, directory: Path, *words: str) -> tuple[Results, str]:
     settings = load(compose([*(SHORT if stored else WORDS), *words]))
     said: list[str] = []
     out = Output(directory, said.append, Results(), lambda: None)
-    ledger = Ledger(mode="exact", steps=3)
+    ledger = Ledger(mode="exact", steps=3, settle_collectives=True)
     try:
         with ledger:
             run(Plan.of(settings), world, ledger, out)

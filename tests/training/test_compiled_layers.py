@@ -41,7 +41,7 @@ class Pair(NamedTuple):
 
 
 def real(world: World, directory: Path, words: tuple[str, ...]) -> tuple[Rank, list[float]]:
-    results, ledger = Results(), Ledger(mode="exact", steps=3)
+    results, ledger = Results(), Ledger(mode="exact", steps=3, settle_collectives=True)
     with ledger:
         output = Output(directory, lambda line: None, results, lambda: None)
         run(resolve(load(compose(list(words)))), world, ledger, output)

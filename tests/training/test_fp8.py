@@ -52,7 +52,7 @@ def plan_of(*words: str) -> Plan:
 
 
 def real(directory: Path, *words: str) -> tuple[Rank, Results]:
-    plan, results, ledger = plan_of(*words), Results(), Ledger(mode="exact", steps=3)
+    plan, results, ledger = plan_of(*words), Results(), Ledger(mode="exact", steps=3, settle_collectives=True)
     train.prove(plan, "cpu")
     with patched(*process_world()), connected("cpu", 60) as world, ledger:
         train.run(plan, world, ledger, Output(directory, lambda line: None, results, lambda: None))
