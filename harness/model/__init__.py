@@ -4,8 +4,6 @@ It may import config, ledger, runtime, record and quantization. Start at `loader
 stages, `kv_cache.py` has every kind of cache, `resolve.py` replaces `auto` in the settings and makes a run's `Plan`.
 """
 
-import logging
+from harness.runtime.imports import hush_torchao
 
-# transformers imports torchao where that is installed, which then warns of kernels that nothing here uses
-logging.getLogger("torchao").setLevel(logging.ERROR)
-logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
+hush_torchao()  # before anything here imports transformers

@@ -47,7 +47,8 @@ def import_bitsandbytes() -> Any:
 
 
 def import_peft() -> Any:
-    """peft, which imports bitsandbytes where that is installed."""
+    """peft, which imports bitsandbytes and torchao where those are installed."""
+    hush_torchao()
     if find_spec("bitsandbytes") is not None:
         import_bitsandbytes()
     return import_module("peft")
@@ -55,8 +56,15 @@ def import_peft() -> Any:
 
 def import_torchao() -> Any:
     """`torchao.float8`, without torch's compiler."""
+    hush_torchao()
     with without_collection(), patched(PATCHES["torch.compile"].by(_when_called)):
         return import_module("torchao.float8")
+
+
+def hush_torchao() -> None:
+    """Let torchao, which transformers and peft import where it is installed, not warn of kernels that nothing uses."""
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 @contextmanager
