@@ -51,10 +51,9 @@ class GroupNumbers:
         return self._others
 
     def without(self) -> list[str]:
-        """The backends of the groups of several ranks that number nothing."""
-        backends = {
-            dist.get_backend(group) for group in _groups() if group.size() > 1 and _number(group) is None
-        }
+        """The backends of the groups of several ranks that number nothing, or not all."""
+        groups = (group for group in _groups() if group.size() > 1)
+        backends = {dist.get_backend(group) for group in groups if not all(map(_is_gloo, _backends(group)))}
         return sorted(backends - {FAKE})
 
     def _see(self, group: Any, number: int) -> None:
@@ -69,8 +68,14 @@ def _groups() -> list[Any]:
 
 def _number(group: Any) -> int | None:
     """The number of the last operation of `group`; None where it is not gloo's."""
-    for device in group._device_types:
-        backend: Any = group._get_backend(device)
-        if type(backend).__name__ == GLOO:
-            return int(backend._get_sequence_number_for_group())
-    return None
+    gloo: Any = next(filter(_is_gloo, _backends(group)), None)
+    return None if gloo is None else int(gloo._get_sequence_number_for_group())
+
+
+def _backends(group: Any) -> list[Any]:
+    """The backends of `group`, which may have one for each kind of device."""
+    return [group._get_backend(device) for device in group._device_types]
+
+
+def _is_gloo(backend: Any) -> bool:
+    return type(backend).__name__ == GLOO

@@ -103,9 +103,12 @@ def _nested(below: Any, above: Any, after: Callable[[], None] = lambda: None) ->
 
 @torch.no_grad()
 def _pack(storage: Any, offload: saved_tensors_hooks, changed: WeakSet[Any]) -> None:
-    """Put what hooks pack in the place of the tensors that torch saved in `storage`: by operator and call."""
+    """Put what hooks pack in the place of the tensors that torch saved in `storage`: by operator and call.
+
+    The calls of an operator are a list up to torch 2.12, and a dict by number since.
+    """
     for results in storage.values():
-        for number, saved in results.items():
+        for number, saved in [*(results.items() if isinstance(results, dict) else enumerate(results))]:
             results[number] = tree_map_only(
                 checkpoint._VersionWrapper, lambda each: _packed(each, offload, changed), saved
             )

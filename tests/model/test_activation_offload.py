@@ -1,10 +1,12 @@
 """Activations that wait on the host: the same gradients, no parameter among them, one copy of the same memory."""
 
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 import torch
 from torch import nn
+from torch.utils import checkpoint
 
 from harness import Ledger
 from harness.config.load import Checkpointing, Refusal
@@ -42,6 +44,18 @@ def test_gradients_are_bit_for_bit_those_without(
     most = ledger.on_host.most
     assert most is not None
     assert (most.bytes > 0, most.pinned, most.where.phase) == (True, None, "forward")
+
+
+@pytest.mark.parametrize("calls", [list, lambda saved: dict(enumerate(saved))])  # up to torch 2.12, and since
+def test_what_selective_checkpointing_saved_is_packed_wherever_torch_keeps_it(calls: Any) -> None:
+    ledger, tensor = Ledger(), torch.randn(3, 4)
+    storage = {"mm": calls([checkpoint._VersionWrapper(tensor), checkpoint._VersionWrapper(7)])}
+    activation_checkpointing._pack(storage, ActivationOffload(CPU, ledger), WeakSet())
+    packed, number = storage["mm"][0], storage["mm"][1]
+    assert isinstance(packed, activation_checkpointing.Packed)
+    assert ledger.on_host.bytes == tensor.nbytes
+    assert torch.equal(packed.get_val(False), tensor)
+    assert number.get_val(False) == 7
 
 
 def test_a_forward_without_gradients_puts_nothing_there() -> None:
