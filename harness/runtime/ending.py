@@ -126,7 +126,7 @@ class Ending:
         try:
             if own:
                 print(f"harness: {own.sentence}", *details, sep="\n", file=sys.stderr, flush=True)
-            launcher.report(report.sentence)
+            launcher.report(report.sentence, of_another=report.rank != self.world.rank)
             self.leave(report, own is not None)
             sys.stdout.flush()
         finally:

@@ -7,12 +7,19 @@ from contextlib import suppress
 from pathlib import Path
 
 
-def report(sentence: str) -> None:
-    """Write `sentence` as this rank's error for torchrun's report. Without torchrun this does nothing."""
+LATER = 2
+"""Seconds after which torchrun has surely seen a process that has ended: it looks ten times a second."""
+
+
+def report(sentence: str, of_another: bool = False) -> None:
+    """Write `sentence` as this rank's error for torchrun's report. Without torchrun this does nothing.
+
+    `of_another`: it is another rank that has failed. torchrun takes the rank with the earliest time for the cause, in
+    whole seconds, and may see that rank's end after this one's.
+    """
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file:
-        # torchrun reports the rank with the earliest timestamp last, as the cause
-        extra_info = {"timestamp": str(int(time.time()))}
+        extra_info = {"timestamp": str(int(time.time()) + (LATER if of_another else 0))}
         contents = {"message": {"message": f"harness: {sentence}", "extraInfo": extra_info}}
         with suppress(OSError):
             Path(file).write_text(json.dumps(contents))
