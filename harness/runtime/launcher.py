@@ -6,7 +6,6 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-
 LATER = 2
 """Seconds after which torchrun has surely seen a process that has ended: it looks ten times a second."""
 
