@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import torch
 
+from harness.device import capability as capabilities
 from harness.ledger.cuda_allocator import BLOCK
 from harness.ledger.reconcile import Libraries
 
@@ -169,9 +170,8 @@ def recognized(capability: float, environ: Mapping[str, str], release: Release =
 
 def of_this_gpu() -> Libraries:
     """`recognized` for the current GPU, in this environment. It has never run on CUDA."""
-    major, minor = torch.cuda.get_device_capability()
     release = torch.__version__.split(".")
-    return recognized(major + minor / 10, os.environ, (int(release[0]), int(release[1])))
+    return recognized(capabilities.of_this_gpu(), os.environ, (int(release[0]), int(release[1])))
 
 
 class Workspaces:

@@ -17,6 +17,7 @@ from harness.config.errors import first_line, ours
 from harness.config.rules import quantized as rules
 from harness.config.rules.quantized import AT_FIRST, AT_LOAD
 from harness.config.settings import Model, Settings
+from harness.device.capability import capability
 from harness.quantization import layouts, nf4, packed, packing
 from harness.quantization.layouts import Unknown
 from harness.record import results
@@ -126,7 +127,7 @@ def take(config: PretrainedConfig, settings: Settings, device: str) -> Quantizat
         rules.check_whole(settings, stored_config)
         return of_adapter(settings)
     method = rules.method_of(quantization_config)
-    packed_in_memory = rules.packed(quantization_config, device, _capability(settings, device))
+    packed_in_memory = rules.packed(quantization_config, device, capability(settings, device))
     rules.check_given(settings, quantization_config, packed_in_memory)
     _check_known(settings, quantization_config)
     return Quantization(
@@ -183,13 +184,6 @@ def _field_in_error(quantization_config: Mapping[str, Any], error: Exception) ->
         iter(mentioned or [name for name, value in quantization_config.items() if str(value) in message]),
         "quant_method",
     )
-
-
-def _capability(settings: Settings, device: str) -> float | None:
-    if device == "cuda" and settings.world.kind != "rehearsed":
-        major, minor = torch.cuda.get_device_capability()
-        return major + minor / 10
-    return settings.hardware.capability
 
 
 def _pop(config: PretrainedConfig) -> Any:

@@ -60,7 +60,7 @@ def _lines(run: ReportedRun, each: transfers.Moved) -> Iterator[tuple[str, str, 
     """The bars of a run: its name, what they are of, and the payload by link and in all."""
     links: dict[str, int | None] = {**transfers.by_link(each.rows)}
     yield run.name, f"a {unit(run.record)}", links, each.bytes
-    token = transfers.of_token(run.record, each)
+    token = transfers.of_token(run.record, *each)
     if token is not None:
         whole: dict[str, int | None] = {link: round(nbytes) for link, nbytes in token.items()}
         yield run.name, "a token", whole, sum(nbytes or 0 for nbytes in whole.values())

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from harness.config.rules.fp8 import ROW, check_device
 from harness.config.settings import Refusal, Settings
+from harness.device.capability import capability
 from harness.model import init_weights
 from harness.model.plan import Plan
 from harness.record import results
@@ -28,11 +29,8 @@ def prove(plan: Plan, device: str) -> None:
     settings = plan.settings
     if settings.precision != "fp8":
         return
-    capability = settings.hardware.capability
-    if device == "cuda" and settings.world.kind != "rehearsed" and torch.version.hip is None:
-        major, minor = torch.cuda.get_device_capability()
-        capability = major + minor / 10
-    check_device(device, capability)
+    known = settings.hardware.capability if torch.version.hip else capability(settings, device)
+    check_device(device, known)
     import_torchao()
     if not converted(init_weights.outline(plan.config, torch.bfloat16, settings.model.attention)):
         remedy = (

@@ -65,6 +65,12 @@ class Run:
         """The named holdings at the peak, the largest first."""
         return self.peak.holdings or []
 
+    @property
+    def buckets(self) -> list[int]:
+        """Bytes of each bucket in which ZeRO reduces gradients, at the peak."""
+        named = (each for each in self.holdings if each.name.startswith("ipg_bucket"))
+        return [each.bytes for each in named if each.category == "communication"]
+
     def phase(self, step: int, name: str) -> Phase | None:
         """The first phase of that name in `step`."""
         return next((p for p in self.worst.phases if p.step == step and p.phase == name), None)

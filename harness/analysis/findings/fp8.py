@@ -21,9 +21,7 @@ def fp8(run: Run) -> Iterator[Finding]:
         copies = run.bytes_of("workspace")
         sentence += f". Products copy their factors, in fp32 and then in 8 bits: temporary tensors take {size(copies)}"
     if passes and settings is not None and settings.zero.stage == 3 and settings.checkpointing.mode == "none":
-        received = run.bytes_of("communication") - sum(
-            each.bytes for each in run.holdings if each.name.startswith("ipg_bucket")
-        )
+        received = run.bytes_of("communication") - sum(run.buckets)
         if received >= NOTABLE * run.whole > 0:
             sentence += (
                 f". And each keeps its gathered weight for its backward, which ZeRO-3 cannot free then: "

@@ -38,10 +38,7 @@ def outside_a_step(run: Run) -> Iterator[Finding]:
 
 def bucket(run: Run) -> Iterator[Finding]:
     """The reduce bucket is larger than this rank's parameters."""
-    bucket_bytes = max(
-        (h.bytes for h in run.holdings if h.category == "communication" and h.name.startswith("ipg_bucket")),
-        default=0,
-    )
+    bucket_bytes = max(run.buckets, default=0)
     parameters = run.bytes_of("parameters")
     if run.settings is None or bucket_bytes <= parameters:
         return

@@ -53,7 +53,7 @@ class Counted(NamedTuple):
     @property
     def token(self) -> dict[str, float] | None:
         """`transfers.of_token` of the run."""
-        return transfers.of_token(self.record, transfers.Moved(self.rank, self.moved))
+        return transfers.of_token(self.record, self.rank, self.moved)
 
 
 class Uncounted(NamedTuple):

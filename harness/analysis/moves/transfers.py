@@ -110,10 +110,12 @@ def worst(record: Record) -> Moved | None:
     return max(counted, key=lambda moved: (moved.bytes, -moved.rank.rank), default=None)
 
 
-def of_token(record: Record, moved: Moved) -> dict[str, float] | None:
-    """Payload bytes by link of a token: of a forward pass of the decode. None: no pass was counted."""
-    number = passes(record, moved.rank)
-    decode = by_link(each for each in moved.rows if each.phase == "decode")
+def of_token(record: Record, rank: Rank, rows: Iterable[Transfer]) -> dict[str, float] | None:
+    """Payload bytes by link of a token, of the `rows` of a batch: of a forward pass of the decode. None: no pass was
+    counted.
+    """
+    number = passes(record, rank)
+    decode = by_link(each for each in rows if each.phase == "decode")
     return None if number is None else {link: nbytes / number for link, nbytes in decode.items()}
 
 
