@@ -1,7 +1,8 @@
 """Which parameters a transfer of DeepSpeed's ZeRO is for, read off its engine when it calls the process group.
 
 ZeRO sends flat tensors of its own, with the parts of several parameters. It keeps which ones: gradients in
-`ipg_buckets`, and by `ds_status` the parameters that it is gathering (DeepSpeed 0.19).
+`ipg_buckets`, by `ds_status` the parameters that it is gathering, and their names in `param_names` (DeepSpeed 0.19): to
+walk through a model takes long, and a deep one has thousands of transfers in a step.
 """
 
 from collections.abc import Iterator, Mapping
@@ -25,18 +26,16 @@ class ZeroParameters:
         return dict(self._reduced()) if operation in REDUCTIONS else {}
 
     def _gathered(self, elements: int, ranks: int) -> Iterator[tuple[str, int]]:
-        parameters = [
-            (name, parameter)
-            for name, parameter in self._engine.module.named_parameters()
-            if getattr(getattr(parameter, "ds_status", None), "name", "") == IN_FLIGHT
-        ]
-        self._sent &= {id(parameter) for _, parameter in parameters}
-        for name, parameter in parameters:
+        names = self._engine.param_names
+        in_flight = type(next(iter(names)).ds_status)[IN_FLIGHT]
+        parameters = [each for each in names if each.ds_status is in_flight]
+        self._sent &= set(map(id, parameters))
+        for parameter in parameters:
             if elements > 0 and id(parameter) not in self._sent:
                 self._sent.add(id(parameter))
                 part = parameter.ds_tensor.ds_numel * ranks
                 elements -= part
-                yield name, part
+                yield names[parameter], part
 
     def _reduced(self) -> Iterator[tuple[str, int]]:
         optimizer = self._engine.optimizer
@@ -44,7 +43,6 @@ class ZeroParameters:
         full = [bucket.params for bucket in buckets.values() if bucket.params]
         if len(full) != 1:  # which of them is sent is not known
             return
-        names = {id(parameter): name for name, parameter in self._engine.module.named_parameters()}
         for each in full[0]:
             parameter = optimizer.bit16_groups[each[0]][each[1]] if isinstance(each, tuple) else each
-            yield names.get(id(parameter), ""), getattr(parameter, "ds_numel", parameter.numel())
+            yield self._engine.param_names.get(parameter, ""), getattr(parameter, "ds_numel", parameter.numel())

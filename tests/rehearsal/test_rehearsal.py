@@ -292,6 +292,31 @@ def test_a_larger_world_takes_no_more_operators(operators: Callable[[Plan, int],
     assert abs(large - small) <= 16  # its share may begin or end in another parameter
 
 
+@pytest.mark.parametrize("zero", [2, 3])
+def test_a_deeper_model_is_not_walked_through_once_for_each_transfer(
+    zero: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, seen = torch.nn.Module.named_parameters, 0
+
+    def named_parameters(self: torch.nn.Module, *args: Any, **options: Any) -> Iterator[Any]:
+        nonlocal seen
+        ours = f"{Path('harness', 'ledger')}" in sys._getframe(1).f_code.co_filename
+        for each in original(self, *args, **options):
+            seen += ours  # DeepSpeed's own walks are not ours to change
+            yield each
+
+    monkeypatch.setattr(torch.nn.Module, "named_parameters", named_parameters)
+    numbers = []
+    for layers in (2, 4, 6):
+        seen = 0
+        words = (f"zero={zero}", "zero.persistence_threshold=0", f"model.config.num_hidden_layers={layers}")
+        requested = load(compose([*TINY[:-1], *TRAIN, *words, "world=rehearsed", "world.size=2"]))
+        rehearse(Plan.of(requested), 0)
+        numbers.append(seen)
+    few, more, most = numbers
+    assert most - more == more - few  # two layers more are as many parameters more, however deep the model is
+
+
 # -- shims: each fits, or says so; all of them are put back ------------------------------------------------------------
 
 
