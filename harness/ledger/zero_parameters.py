@@ -45,4 +45,7 @@ class ZeroParameters:
             return
         for each in full[0]:
             parameter = optimizer.bit16_groups[each[0]][each[1]] if isinstance(each, tuple) else each
-            yield self._engine.param_names.get(parameter, ""), getattr(parameter, "ds_numel", parameter.numel())
+            yield (
+                self._engine.param_names.get(parameter, ""),
+                getattr(parameter, "ds_numel", parameter.numel()),
+            )

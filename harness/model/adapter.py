@@ -198,7 +198,8 @@ def _targets(asked: list[str], whole: PreTrainedModel) -> list[str]:
     """The ends of names of the layers that get an adapter. Raises Refusal for names of none, or of no linear layer."""
     linear = {name for name, module in whole.named_modules() if isinstance(module, LINEAR)}
     if not asked:
-        return sorted({name.rpartition(".")[2] for name in linear if name.startswith(_inside(whole))})
+        inside = _inside(whole)
+        return sorted({name.rpartition(".")[2] for name in linear if name.startswith(inside)})
     names = [name for name, _ in whole.named_modules()]
     firsts = dict(whole.named_parameters())
     tied = {id(each) for name, each in whole.named_parameters(remove_duplicate=False) if name not in firsts}

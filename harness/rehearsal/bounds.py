@@ -1,6 +1,7 @@
 """What a config takes, before it is rehearsed: a lower bound by shapes alone, and an estimate from a few layers.
 
-This module imports no torch, so its callers need not load it. Its functions do, and run in the workers of `pool.py`.
+This module imports no torch, so its callers need not load it. `count` and `by_few_layers` do, and run in the workers of
+`pool.py`.
 """
 
 from dataclasses import replace
@@ -31,24 +32,59 @@ WORTH = 3
 """A few layers are rehearsed where the whole model has at least so many times more of them."""
 
 
-def by_shapes(settings: Settings) -> dict[str, int]:
+class Counted(NamedTuple):
+    """The elements of a model's parameters, those that are trained, and the bytes of all others that
+    `adapter=qlora` packs.
+    """
+
+    parameters: int
+    trained: int
+    packed: int | None = None
+
+
+def model_of(settings: Settings) -> str:
+    """What `count` depends on, as a key."""
+    return repr((settings.model, settings.adapter, settings.dtype))
+
+
+def count(settings: Settings) -> Counted | None:
+    """The parameters of a model, whose `precision` must be resolved. None: its checkpoint is packed, or there is no
+    such model.
+    """
+    import torch
+
+    from harness.model import adapter, init_weights, storages
+    from harness.model.loader import model_config
+    from harness.quantization.method import of_adapter
+
+    try:
+        config = model_config(settings.model)
+        if getattr(config, "quantization_config", None) is not None:
+            return None
+        parameters = [*adapter.outline(settings, config, torch.bfloat16).parameters()]
+        trained = sum(each.numel() for each in parameters if each.requires_grad)
+        packed = None
+        if (quantization := of_adapter(settings)) is not None:
+            whole = init_weights.outline(model_config(settings.model), getattr(torch, settings.dtype))
+            quantization.pack(whole, settings.model)
+            packed = storages.nbytes(whole)
+        return Counted(sum(each.numel() for each in parameters), trained, packed)
+    except Exception as error:  # the rehearsal words it
+        _say_mistake(error)
+        return None
+
+
+def by_shapes(settings: Settings, counted: Counted | None) -> dict[str, int]:
     """Bytes by category that the rank with the highest peak surely has: its parameters and its optimizer state.
 
     N parameters on s stages, each with d data-parallel ranks: some stage has N / s or more. ZeRO-1 and
     above keeps 1/d of the optimizer's state, ZeRO-3 of the parameters too (Rajbhandari et al. 2020, arXiv 1910.02054,
     section 5). What is offloaded is not counted. Empty where nothing is sure: packed weights, options of DeepSpeed's
-    that may change the state, a config that is refused. `precision` must be resolved.
+    that may change the state. `precision` must be resolved.
     """
-    from harness.model.plan import Plan
-
-    try:
-        layout, dtype = Plan.of(settings).layout, settings.dtype
-        counted = None if settings.deepspeed.options else _parameters(settings)
-    except Exception as error:  # the rehearsal words it
-        _say_mistake(error)
+    if counted is None or settings.deepspeed.options:
         return {}
-    if counted is None:
-        return {}
+    layout, dtype = settings.layout(settings.world.size or 1), settings.dtype
     parameters, trained, packed = counted
     of_rank = parameters // (layout.stages * layout.tp_size)
     if settings.mode == "infer":
@@ -64,44 +100,6 @@ def by_shapes(settings: Settings) -> dict[str, int]:
         state //= 2 if settings.optimizer.state == "bf16" else 1
         bound["optimizer"] = trained // layout.stages * state // (layout.dp_size if zero.stage else 1)
     return bound
-
-
-class Counted(NamedTuple):
-    """The elements of a model's parameters, those that are trained, and the bytes of all others that
-    `adapter=qlora` packs.
-    """
-
-    parameters: int
-    trained: int
-    packed: int | None = None
-
-
-_counted: dict[str, Counted | None] = {}
-"""The models that this process has counted."""
-
-
-def _parameters(settings: Settings) -> Counted | None:
-    """The parameters of a model. None: its checkpoint is packed."""
-    import torch
-
-    from harness.model import adapter, init_weights, storages
-    from harness.model.loader import model_config
-    from harness.quantization.method import of_adapter
-
-    key = repr((settings.model, settings.adapter, settings.dtype))
-    if key not in _counted:
-        _counted[key] = None
-        config = model_config(settings.model)
-        if getattr(config, "quantization_config", None) is None:
-            parameters = [*adapter.outline(settings, config, torch.bfloat16).parameters()]
-            trained = sum(each.numel() for each in parameters if each.requires_grad)
-            packed = None
-            if (quantization := of_adapter(settings)) is not None:
-                whole = init_weights.outline(model_config(settings.model), getattr(torch, settings.dtype))
-                quantization.pack(whole, settings.model)
-                packed = storages.nbytes(whole)
-            _counted[key] = Counted(sum(each.numel() for each in parameters), trained, packed)
-    return _counted[key]
 
 
 def by_few_layers(settings: Settings) -> tuple[Moment, ...]:

@@ -11,7 +11,8 @@ from harness.__main__ import main
 from harness.advice.fit.combination import Combination
 from harness.advice.fit.map import cell_of, html
 from harness.advice.fit.request import Request
-from harness.advice.fit.search import Search
+from harness.advice.fit.search import search
+from harness.advice.fit.trials import Trials
 from harness.tables import size
 
 LIMIT = 33_100_000
@@ -79,7 +80,7 @@ def test_what_shapes_rule_out_is_at_least_so_much(tmp_path: Path) -> None:
 
 
 def test_a_text_of_the_user_is_escaped_and_nothing_is_loaded() -> None:
-    answer = Search(Request([*WORDS, "train.micro_batch=1", "model.name=<script>x</script>"])).run()
+    answer = Trials(Request([*WORDS, "train.micro_batch=1", "model.name=<script>x</script>"])).answer(search)
     page = html(answer)
     assert "<script" not in page
     assert "&lt;script&gt;x&lt;/script&gt;" in page

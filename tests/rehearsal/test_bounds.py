@@ -5,7 +5,8 @@ import pytest
 from harness.config import compose
 from harness.config.load import load
 from harness.config.settings import Settings
-from harness.rehearsal.bounds import by_few_layers, by_shapes
+from harness.rehearsal import bounds
+from harness.rehearsal.bounds import by_few_layers, count
 from harness.rehearsal.moments import at_least, estimate
 from harness.rehearsal.pool import candidates, worst
 
@@ -49,6 +50,11 @@ def settings_of(words: str, batch: int = 1) -> Settings:
     layers = "" if "num_hidden_layers" in words else "model.config.num_hidden_layers=2"
     given = [f"mode={mode}", *SMALL, *of_mode.split(), *layers.split(), *words.split()]
     return load(compose.compose(list({each.partition("=")[0]: each for each in given}.values())))
+
+
+def by_shapes(settings: Settings) -> dict[str, int]:
+    """What is sure of a model whose parameters are counted."""
+    return bounds.by_shapes(settings, count(settings))
 
 
 @pytest.mark.parametrize("words", CONFIGS)

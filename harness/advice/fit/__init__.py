@@ -1,7 +1,8 @@
 """`harness fit`: rehearses the sensible configs, lists those that fit into a device's memory, ranks them by cost.
 
-`axes.py` and `request.py` are what is asked, `search.py` how it is answered with few rehearsals, in one world or in
-`worlds.py` in the smallest, `text.py`, `data.py` and `map.py` how the answer looks.
+`axes.py` and `request.py` are what is asked, `trials.py` what is known of it and how more is learnt, `search.py` how
+few rehearsals answer it in one world, `worlds.py` and `cheapest.py` in the smallest, `text.py`, `data.py` and `map.py`
+how the answer looks.
 """
 
 import json
@@ -12,8 +13,9 @@ from harness.advice.fit.answer import Answer
 from harness.advice.fit.axes import AXES
 from harness.advice.fit.data import data
 from harness.advice.fit.request import Request
-from harness.advice.fit.search import Search
+from harness.advice.fit.search import search
 from harness.advice.fit.text import reason_of, text
+from harness.advice.fit.trials import Trials
 from harness.advice.fit.worlds import Worlds, open_worlds
 from harness.analysis.args import Parser, refuse
 from harness.config.deepspeed_file import expanded
@@ -46,7 +48,7 @@ def _answer(overrides: Sequence[str], reserve: int) -> tuple[Answer, Worlds | No
     overrides = expanded(overrides).arguments
     listed = open_worlds(overrides)
     if listed is None:
-        return Search(Request(overrides, reserve)).run(), None
+        return Trials(Request(overrides, reserve)).answer(search), None
     worlds = Worlds(overrides, reserve, listed)
     return worlds.run(), worlds
 

@@ -12,7 +12,13 @@ from harness.rehearsal.pool import Worst
 NOT_EXPECTED = (float("inf"),)
 """The cost of what is not expected to fit: it comes after all others."""
 
-PLAIN = ("zero.offload=none", "pipeline.stages=1", "checkpointing=none")
+PLAIN = (
+    "zero.offload=none",
+    "pipeline.stages=1",
+    "checkpointing=none",
+    "checkpointing.offload=none",
+    "adapter=none",
+)
 """Overrides that change nothing: they are off by default."""
 
 
@@ -64,6 +70,8 @@ class Combination:
         self.trials: list[Trial] = []
         self.few: tuple[Sequence[Moment], int] | None = None
         """The moments that a few layers let expect, and with which value; None where they do not."""
+        self.hopeless = False
+        """Whether it needs more than one that is expected not to fit."""
         self.expected_cost: tuple[float, ...] = NOT_EXPECTED
         """As `ranking.cost` of what is expected to be the largest that fits."""
         self.climb = Climb(values, exactly, self._likely)

@@ -103,6 +103,11 @@ def cost(settings: Settings, sent: Sent | None = None) -> tuple[float, ...]:
     return offload, waiting, recompute, waits, *(sent or (_by_formula(settings),)), zero.stage
 
 
+def of_any_batch(settings: Settings) -> tuple[float, ...]:
+    """The first parts of `cost`, which the searched key does not change: none in inference."""
+    return cost(settings)[:3] if settings.mode == "train" else ()
+
+
 def _by_formula(settings: Settings) -> float:
     train, stages = settings.train, settings.pipeline.stages
     elements = {0: 2.0, 1: 2.0, 2: 1.0 + train.accumulation, 3: 3.0 * train.accumulation}[settings.zero.stage]

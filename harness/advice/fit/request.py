@@ -11,12 +11,16 @@ from typing import Any
 from harness.advice.fit.axes import AXES, OPEN, axes
 from harness.config import compose
 from harness.config.deepspeed_file import expanded
-from harness.config.load import load
+from harness.config.load import checked, typed
 from harness.config.rules import check, check_world
 from harness.config.settings import Refusal, Settings
+from harness.config.variants import Tree, Variants
 from harness.device.outside import Budget, budget
 from harness.rehearsal import decisive
 from harness.tables import size
+
+REHEARSED = ("world=rehearsed", "ledger=exact", "ledger.steps=2")
+"""Overrides of every config."""
 
 MANAGED = ("world", "world.size", "ledger", "ledger.steps", "generation.count")
 """Keys that `fit` sets itself."""
@@ -25,9 +29,12 @@ PROMPTS = ("generation.prompts", "generation.prompt", "generation.workload")
 
 
 class Request:
-    """The configs along the axes, and the memory of a device. Raises Refusal and ValueError."""
+    """The configs along the axes, and the memory of a device. Raises Refusal and ValueError.
 
-    def __init__(self, overrides: Sequence[str], reserve: int = 0) -> None:
+    `variants` are those of a request that differs in its world alone: what they have composed is not composed again.
+    """
+
+    def __init__(self, overrides: Sequence[str], reserve: int = 0, variants: Variants | None = None) -> None:
         overrides = expanded(overrides).arguments
         for override in overrides:
             if "=" not in override:
@@ -45,12 +52,12 @@ class Request:
         self.overrides = [each for each in overrides if each.partition("=")[0] not in {*self.axes, *MANAGED}]
         world_size = self.typed.get("world.size", "")
         self.world = int(world_size) if world_size.isdecimal() else 1
+        self.variants = variants or Variants([*self.overrides, *REHEARSED])
         self._composed: dict[tuple[str, ...], Settings] = {}
+        self._settings: dict[tuple[str, ...], Settings] = {}  # with what was decided
         self._decided: Callable[[Settings], Settings] = lambda settings: settings
         self.reasons: dict[str, str] = {}
         """The reasons for the resolved values of keys at `auto`; empty until `decide`."""
-        self.in_any_world: dict[tuple[str, ...], Settings] = {}
-        """What was composed, which requests for other worlds may share."""
         self.impossible: dict[str, Refusal] = {}
         """Values that `?` stands for and no config allows, as overrides, and why; empty until `combinations`."""
 
@@ -136,19 +143,10 @@ class Request:
         """The settings that rehearse a config with the overrides `chosen`, one for each axis. Raises Refusal."""
         chosen = tuple(chosen)
         if chosen not in self._composed:
-            self._composed[chosen] = self._resized(chosen) or self._compose(chosen)
-            self.in_any_world.setdefault(chosen, self._composed[chosen])
-        return self._decided(self._composed[chosen])
-
-    def _resized(self, chosen: tuple[str, ...]) -> Settings | None:
-        """The settings that were composed in a world of another size, in this one. None: they may differ in more."""
-        other = self.in_any_world.get(chosen)
-        if other is None or self.mode != "train" or any("${" in each for each in self.overrides):
-            return None
-        settings = replace(other, world=replace(other.world, size=self.world))
-        check(settings)
-        check_world(settings, self.world)
-        return settings
+            self._composed[chosen] = self._compose(chosen)
+        if chosen not in self._settings:
+            self._settings[chosen] = self._decided(self._composed[chosen])
+        return self._settings[chosen]
 
     def _compose(self, chosen: Sequence[str]) -> Settings:
         size_overrides = [f"world.size={self.typed['world.size']}"] if "world.size" in self.typed else []
@@ -157,9 +155,13 @@ class Request:
             with suppress(ValueError):  # the check of the settings words it better
                 count = int(values["generation.batch"]) * int(self.typed["world.size"])
                 size_overrides.append(f"generation.count={count}")
-        fixed = ("world=rehearsed", "ledger=exact", "ledger.steps=2")
+        settings = checked(typed(self._tree(*chosen, *size_overrides)))
+        check_world(settings, settings.world.size or 1)
+        return settings
+
+    def _tree(self, *overrides: str) -> Tree:
         try:
-            settings = load(compose.compose([*self.overrides, *chosen, *fixed, *size_overrides]))
+            return self.variants.tree(*overrides)
         except Refusal as refusal:
             if refusal.remedy != compose.SWEEP:
                 raise
@@ -167,8 +169,6 @@ class Request:
             raise Refusal(
                 refusal.key, refusal.value, f"give one value; lists may be given for {lists}"
             ) from None
-        check_world(settings, settings.world.size or 1)
-        return settings
 
     def rehearsed(self, settings: Settings) -> Settings:
         """`settings` as they are rehearsed: what decides the peak, on a card without the memory that is kept free."""
@@ -215,6 +215,7 @@ class Request:
             return resolved
 
         self._decided = decided
+        self._settings = {}
 
     def _accumulation(self, combination: Sequence[str], micro_batch: int) -> Iterator[str]:
         """The accumulation that reaches the user's `train.batch`, if one is set. Raises Refusal where none does."""

@@ -42,10 +42,10 @@ def text(answer: Answer, worlds: Worlds | None = None) -> str:
         return "\n".join([*failed, "", unknown])
     remedies = [_remedy(trial) for trial in answer.closest[:LISTED] if trial.fragmented]
     tried = [f"world.size={each.size}: {each.seen}" for each in sorted(worlds.tried)] if worlds else []
-    if worlds and worlds.not_tried:
-        tried.append(
-            f"not tried here: {'; '.join(worlds.not_tried)}; world.size={answer.request.world} tries all"
-        )
+    if worlds and (others := worlds.not_tried):
+        more = f"; and {len(others) - LISTED:,} more" * (len(others) > LISTED)
+        listed = "; ".join(others[:LISTED])
+        tried.append(f"not tried here: {listed}{more}; world.size={answer.request.world} tries all")
     lines = [_table(answer), *remedies, *failed, "", *tried, *[""] * bool(tried), *notes(answer), ""]
     return "\n".join([*lines, answer.command() or _nearest(answer, bool(failed))])
 

@@ -12,10 +12,13 @@ from typing import NamedTuple
 
 from harness.advice.fit.answer import NODE, Answer
 from harness.advice.fit.axes import OPEN, SPLITS
+from harness.advice.fit.cheapest import Cheapest, Lowest
 from harness.advice.fit.combination import short
 from harness.advice.fit.request import Request, positive_integer
-from harness.advice.fit.search import Search
-from harness.config.settings import Refusal, Settings
+from harness.advice.fit.search import search
+from harness.advice.fit.trials import Trials
+from harness.config.settings import Refusal
+from harness.config.variants import Variants
 from harness.runtime.progress import aside
 from harness.tables import size
 
@@ -29,6 +32,9 @@ LEVEL, LESS = 64, 0.99
 """Above so many ranks, a world that needs more than this part of what half of it needs is the last that is tried."""
 
 
+REFUSED = "refused: "
+
+
 class Tried(NamedTuple):
     """A world of `size` ranks, whether something fits, and what was seen there, as a sentence."""
 
@@ -39,6 +45,11 @@ class Tried(NamedTuple):
     """The bytes that the config needs which needs least. None: not known."""
     expected: bool = False
     """Whether that is what a few layers let expect, and was not rehearsed."""
+
+    @property
+    def refused(self) -> bool:
+        """Whether every config is refused there."""
+        return self.seen.startswith(REFUSED)
 
 
 def open_worlds(overrides: Sequence[str]) -> str | None:
@@ -68,7 +79,7 @@ class Worlds:
         self.tried: list[Tried] = []
         self.not_tried: list[str] = []
         """Configs of the answer's world that may fit too, and are expected to be less cheap."""
-        self._composed: dict[tuple[str, ...], Settings] = {}
+        self._variants: Variants | None = None
         self._more = 1.0
         """How many times more a rehearsal has come to than what was expected: what a GPU's allocator has beside."""
         self._refusal: Refusal | None = None
@@ -99,9 +110,9 @@ class Worlds:
 
     def _answer(self, world: int) -> Answer:
         """What fits in `world`, by rehearsals: of a large model what is expected to be the cheapest alone."""
-        search = Search(self._request(world))
+        trials, cheapest = Trials(self._request(world)), Cheapest()
         large = any(each.size == world and each.expected for each in self.tried)
-        answer = search.cheapest() if large else search.run()
+        answer = trials.answer(cheapest if large else search)
         self._last = answer
         if answer.interrupted:
             raise KeyboardInterrupt
@@ -109,7 +120,7 @@ class Worlds:
         if before.expected and before.needs and answer.rehearsed:
             least = min(trial.worst.needs for trial in answer.rehearsed)
             self._more = max(self._more, self._more * least / before.needs)
-        self.not_tried = [" ".join(short(each.overrides)) for each in search.not_tried]
+        self.not_tried = [" ".join(short(each.overrides)) for each in cheapest.not_tried]
         self._add(Tried(world, bool(answer.fitting), seen(answer)))
         return answer
 
@@ -137,16 +148,16 @@ class Worlds:
     def _may_fit(self, world: int) -> bool:
         """Whether something fits in a world of so many ranks, or is expected to."""
         try:
-            search = Search(self._request(world))
-            answer = search.lowest()
+            lowest = Lowest()
+            answer = Trials(self._request(world)).answer(lowest)
         except Refusal as refusal:
             self._refusal = refusal
-            return self._add(Tried(world, False, f"refused: {refusal}"))
+            return self._add(Tried(world, False, f"{REFUSED}{refusal}"))
         self._last = answer
         if answer.interrupted:
             raise KeyboardInterrupt
-        if search.expected is not None and not answer.fitting:
-            nbytes, combination = search.expected
+        if lowest.expected is not None and not answer.fitting:
+            nbytes, combination = lowest.expected
             nbytes = int(nbytes * self._more)
             fits = nbytes <= answer.request.room
             words = f"{'something' if fits else 'nothing'} is expected to fit, by a few layers: "
@@ -158,12 +169,13 @@ class Worlds:
 
     def _add(self, tried: Tried) -> bool:
         self.tried = [*(each for each in self.tried if each.size != tried.size), tried]
-        aside(f"{KEY}={tried.size}: {tried.seen}")
+        if not tried.refused:  # what every world refuses is said once, at the end
+            aside(f"{KEY}={tried.size}: {tried.seen}")
         return tried.fits
 
     def _request(self, world: int) -> Request:
-        request = Request([*self.overrides, f"{KEY}={world}"], self.reserve)
-        request.in_any_world = self._composed
+        request = Request([*self.overrides, f"{KEY}={world}"], self.reserve, self._variants)
+        self._variants = request.variants
         return request
 
 

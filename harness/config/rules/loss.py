@@ -1,8 +1,7 @@
 """The rules of `loss`. Whether a model's loss can be computed so, `training/loss_check.py` finds out."""
 
-from importlib.metadata import version
-
 from harness.config.rules import packages
+from harness.config.rules.packages import version
 from harness.config.settings import Refusal, Settings
 
 TORCH = (2, 13)

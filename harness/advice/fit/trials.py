@@ -1,0 +1,180 @@
+"""What is known of the configs of a request, and the ways to learn more: by shapes, by a few layers, by rehearsals."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+
+from harness.advice.fit.answer import Answer
+from harness.advice.fit.combination import NOT_EXPECTED, Combination, Trial
+from harness.advice.fit.ranking import cost
+from harness.advice.fit.request import Request
+from harness.config.settings import Refusal, Settings
+from harness.rehearsal import bounds
+from harness.rehearsal.pool import Worst, cores, decided, in_worker, started, workers, worst_of
+from harness.runtime.progress import Pace, aside
+
+_COUNTED: dict[str, bounds.Counted | None] = {}
+"""The models that were counted."""
+
+
+class Trials:
+    """The combinations of `request`, of which a search learns more. Raises what the request raises."""
+
+    def __init__(self, request: Request) -> None:
+        self.request, self.room = request, request.room
+        self.combinations: list[Combination] = []
+        self.at_once = cores()
+        """How many rehearsals run at once."""
+        self._refusals: list[Refusal] = []
+
+    def answer(self, search: "Callable[[Trials], Awaitable[None]]") -> Answer:
+        """What is known after `search`, or where Ctrl-C ends it.
+
+        Raises Refusal where every config is refused, and KeyboardInterrupt where nothing is known.
+        """
+        interrupted = False
+        with Pace(self.request.number, "config", aside, more=self._so_far) as self._pace:
+            started()  # the workers import while this process composes
+            self._join(self.request.combinations())
+            self._count()
+            try:
+                asyncio.run(self._begun(search))
+            except KeyboardInterrupt:
+                if not self.all:
+                    raise
+                interrupted = True
+        if not self.all and self._refusals:
+            raise self._refusals[0]
+        return Answer(self.request, self.combinations, interrupted)
+
+    async def _begun(self, search: "Callable[[Trials], Awaitable[None]]") -> None:
+        with workers() as self._pool:
+            await self._decide()
+            self.combinations = [each for each in self.combinations if self._is_allowed(each)]
+            if not self.combinations:
+                raise self._refusals[0]
+            await search(self)
+
+    async def _decide(self) -> None:
+        """Let the first config that can be resolve what is `auto` for all."""
+        for each in self.combinations:
+            try:
+                self.request.decide(*await in_worker(self._pool, decided, self.lowest(each)))
+            except Refusal as refusal:
+                self._refusals.append(refusal)
+            else:
+                return
+        raise self._refusals[0]
+
+    def _is_allowed(self, combination: Combination) -> bool:
+        """Whether its settings are allowed with what was resolved."""
+        try:
+            self.lowest(combination)
+        except Refusal as refusal:
+            self._refusals.append(refusal)
+            return False
+        return True
+
+    @property
+    def all(self) -> list[Trial]:
+        """Every trial."""
+        return [trial for each in self.combinations for trial in each.trials]
+
+    def _so_far(self) -> str:
+        """What the bar says."""
+        rehearsed = [trial for trial in self.all if trial.rehearsed]
+        return f"{len(rehearsed)} rehearsed, {sum(trial.fits for trial in rehearsed)} of them fit" * bool(
+            rehearsed
+        )
+
+    def say(self, line: str) -> None:
+        """Say a line beside the bar."""
+        self._pace.say(line)
+
+    def more(self, overrides: Sequence[tuple[str, ...]]) -> list[Combination]:
+        """Further combinations, of these overrides."""
+        self._pace.more_to_come(len(overrides))
+        return self._join(overrides)
+
+    def _join(self, overrides: Sequence[tuple[str, ...]]) -> list[Combination]:
+        request = self.request
+        added = [Combination(each, request.values, request.mode == "infer", self.room) for each in overrides]
+        self.combinations += added
+        return added
+
+    def may_fit(self, combination: Combination) -> bool:
+        """Whether it is open if the lowest value of `combination` fits."""
+        expected = combination.expected(self.request.lowest) or {}
+        return not combination.trials and not combination.hopeless and sum(expected.values()) <= self.room
+
+    async def not_ruled_out(self, combinations: Sequence[Combination]) -> list[Combination]:
+        """Learn by shapes alone of which combinations nothing fits, and return the others."""
+        lowest = [self.request.rehearsed(self.lowest(each)) for each in combinations]
+        models = {bounds.model_of(settings): settings for settings in lowest}
+        new = [model for model in models if model not in _COUNTED]
+        counts = [in_worker(self._pool, bounds.count, models[model]) for model in new]
+        _COUNTED.update(zip(new, await asyncio.gather(*counts), strict=True))
+        for each, settings in zip(combinations, lowest, strict=True):
+            surely = bounds.by_shapes(settings, _COUNTED[bounds.model_of(settings)])
+            if worst := each.too_much(surely):
+                self._learn(each, self.request.lowest, settings, worst)
+        self._count()
+        return [each for each in combinations if not each.trials]
+
+    async def estimate(self, combinations: Sequence[Combination]) -> None:
+        """Learn by a few layers what is to be expected."""
+
+        async def one(combination: Combination) -> None:
+            settings = self.request.rehearsed(self.lowest(combination))
+            if few := await in_worker(self._pool, bounds.by_few_layers, settings):
+                combination.few = few, self.request.lowest
+                # here it is composed while the workers are busy
+                combination.expected_cost = self._expected_cost(combination)
+
+        await asyncio.gather(*(one(each) for each in combinations if not each.few))
+
+    def lowest(self, combination: Combination) -> Settings:
+        """The settings of `combination` with the lowest value."""
+        return self.request.settings(self.request.with_value(combination.overrides, self.request.lowest))
+
+    def _expected_cost(self, combination: Combination) -> tuple[float, ...]:
+        value = combination.climb.highest()
+        if value is None:
+            return NOT_EXPECTED
+        try:
+            return cost(self.request.settings(self.request.with_value(combination.overrides, value)))
+        except Refusal:
+            return NOT_EXPECTED
+
+    async def rehearse(self, combination: Combination, value: int) -> None:
+        settings = self.request.settings(self.request.with_value(combination.overrides, value))
+        worst = await worst_of(self._pool, self.request.rehearsed(settings))
+        self._add(combination, value, settings, worst)
+
+    async def climb(self, combination: Combination) -> None:
+        """Rehearse until it is known which value is the largest that fits."""
+        request = self.request
+        while (value := combination.climb.wants()) is not None:
+            try:
+                settings = request.settings(request.with_value(combination.overrides, value))
+            except Refusal as refusal:
+                self._refusals.append(refusal)
+                combination.climb.refuse(value)
+                self._count()
+                continue
+            worst = combination.ruled_out(settings, value)
+            if worst is None:
+                worst = await worst_of(self._pool, request.rehearsed(settings))
+            self._add(combination, value, settings, worst)
+
+    def _add(self, combination: Combination, value: int, settings: Settings, worst: Worst) -> None:
+        self._learn(combination, value, settings, worst)
+        self._count()
+
+    def _learn(self, combination: Combination, value: int, settings: Settings, worst: Worst) -> None:
+        overrides = self.request.with_value(combination.overrides, value)
+        combination.add(Trial(value, overrides, settings, worst, self.room - worst.needs))
+
+    def _count(self) -> None:
+        """Move the bar to the number of combinations that are done."""
+        going_on = sum(each.climb.wants() is not None for each in self.combinations)
+        self._pace.up_to((self._pace.total or 0) - going_on)
