@@ -12,6 +12,9 @@ Tree = dict[str, Any]
 Leaves = dict[tuple[str, ...], Any]
 """The values of a tree by their path."""
 
+TOGETHER = ("model", "hardware", "deepspeed", "hydra")
+"""Groups of which `compose` drops or adds values by what else is set."""
+
 _GONE = object()
 """The value of a path that an override takes away."""
 
@@ -28,7 +31,8 @@ class Variants:
         """The config of `overrides` and then `more`, as plain nested dicts. Raises Refusal as `compose` does."""
         options, keys = _parted(more)
         changed = [self._changed(override) for override in options]
-        if any("${" in each for each in (*self._overrides, *more)) or not _agree(changed):
+        apart = not any("${" in each for each in (*self._overrides, *more)) and _agree(changed)
+        if not apart or any(each.startswith(TOGETHER) for each in more):
             return _nested(self._composed(more))
         leaves = dict(self._composed(()))
         for change in (*changed, *map(self._changed, keys)):  # a key comes after what an option sets

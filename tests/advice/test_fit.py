@@ -18,6 +18,7 @@ from harness.advice.fit.answer import Answer
 from harness.advice.fit.climb import HIGHEST, Climb
 from harness.advice.fit.combination import Combination, Trial
 from harness.advice.fit.data import data
+from harness.advice.fit.leanest import leanest
 from harness.advice.fit.ranking import BY, BY_FORMULA, RECOMPUTED, cost, sent
 from harness.advice.fit.request import Request
 from harness.advice.fit.text import text
@@ -29,7 +30,8 @@ from harness.config.load import load
 from harness.config.settings import Refusal
 from harness.device.outside import budget
 from harness.record.memory import Transfer
-from harness.rehearsal import decisive
+from harness.rehearsal import decisive, moments
+from harness.rehearsal.bounds import by_few_layers
 from harness.rehearsal.pool import Worst, worst
 from harness.tables import parse_size, size
 
@@ -640,3 +642,54 @@ def test_a_config_that_is_refused_with_the_resolved_precision_is_not_listed(
     trials = json.loads(capsys.readouterr().out)["trials"]
     assert ["optimizer=adamw" in trial["words"] for trial in trials] == [True]
     assert main(["fit", *words, "optimizer=adafactor"]) == 2
+
+
+def test_leaner_is_what_differs_only_in_values_that_need_less() -> None:
+    def combination(words: str) -> Combination:
+        return Combination(tuple(words.split()), [], False, 0)
+
+    every = [
+        combination(f"zero={zero} checkpointing={mode} loss={loss} optimizer.state={state}")
+        for zero, mode, loss, state in product((1, 2, 3), RECOMPUTED, ("full", "chunked"), ("fp32", "bf16"))
+    ]
+    best = "zero=3 checkpointing=full loss={} optimizer.state=bf16"
+    overrides = [" ".join(each.overrides) for each in leanest(every, 8)]
+    assert overrides == [best.format("full"), best.format("chunked")]  # which loss needs less is not known
+    alone = {" ".join(each.overrides).partition(" ")[0] for each in leanest(every, 1)}
+    assert alone == {"zero=1", "zero=2", "zero=3"}
+    lengths = [
+        combination(f"train.sequence={length} optimizer={kind}")
+        for length in (512, 64)
+        for kind in ("adamw", "muon", "sgd")
+    ]
+    assert [each.overrides[1] for each in leanest(lengths, 2)] == ["optimizer=muon", "optimizer=sgd"]
+
+
+@pytest.mark.parametrize(
+    ("less", "more"),
+    [
+        ("zero=3", "zero=2"),
+        ("zero=2", "zero=0"),
+        ("zero=1", "zero=0"),
+        ("zero=2 zero.offload=optimizer", "zero=2"),
+        ("checkpointing=full", "checkpointing=selective"),
+        ("checkpointing=full", "checkpointing=none"),
+        ("checkpointing.offload=cpu", "checkpointing.offload=none"),
+        ("optimizer=sgd", "optimizer=lion"),
+        ("optimizer=lion", "optimizer=adamw"),
+        ("optimizer=adamw_8bit", "optimizer=adamw"),
+        ("optimizer.state=bf16", "optimizer.state=fp32"),
+        ("adapter=lora", "adapter=none"),
+        ("adapter=qlora zero=2", "adapter=lora zero=2"),
+        ("train.sequence=64", "train.sequence=128"),
+    ],
+)
+def test_what_is_leaner_is_expected_to_need_no_more(less: str, more: str) -> None:
+    """Of a model with many layers on 8 GPUs."""
+    deep = [*DECIDED, "model=llama3-8b", "hardware=h100-sxm", "world.size=8", "zero=1"]
+    expected = []
+    for words in (less, more):
+        request = Request([*deep, *words.split(), "train.micro_batch=1"])
+        settings = request.rehearsed(request.settings(request.with_value(request.combinations()[0], 1)))
+        expected.append(sum(moments.estimate(by_few_layers(settings), 1, 1).values()))
+    assert 0 < expected[0] <= expected[1]

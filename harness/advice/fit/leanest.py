@@ -7,7 +7,7 @@ from harness.advice.fit.combination import Combination
 LEANER = {
     "zero": {"3": 0, "2": 1, "1": 1, "0": 2},
     "zero.offload": {"all": 0, "optimizer": 1, "none": 2},
-    "checkpointing": {"full": 0, "selective": 1, "none": 2},
+    "checkpointing": {"full": 0, "selective": 1, "none": 1},
     "checkpointing.offload": {"cpu": 0, "none": 1},
     "optimizer": {"sgd": 0, "lion": 1, "adamw_8bit": 1, "adamw": 2},
     "optimizer.state": {"bf16": 0, "fp32": 1},
