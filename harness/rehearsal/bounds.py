@@ -28,8 +28,10 @@ in 8 bits; one of Lion; one of Muon in the gradient's precision; of SGD none whe
 MASTER = {"bfloat16": 4, "float32": 0}
 """Bytes of a parameter's fp32 master weight."""
 
-WORTH = 3
-"""A few layers are rehearsed where the whole model has at least so many times more of them."""
+WORTH = {3: 2, 2: 3}
+"""By how many models of a few layers are rehearsed: where the whole has at least so many times more layers than these
+together.
+"""
 
 
 class Counted(NamedTuple):
@@ -103,9 +105,9 @@ def by_shapes(settings: Settings, counted: Counted | None) -> dict[str, int]:
 
 
 def by_few_layers(settings: Settings) -> tuple[Moment, ...]:
-    """The moments of a rank, estimated by rehearsing two models of a few layers; empty where that cannot be done.
+    """The moments of a rank, estimated by rehearsing models of a few layers; empty where that cannot be done.
 
-    The larger has twice the layers of the smaller, which has each kind of layer once.
+    The smallest has each kind of layer once, the others twice and three times.
     """
     from harness.model.plan import Plan
     from harness.rehearsal.one_rank import rehearse
@@ -114,8 +116,8 @@ def by_few_layers(settings: Settings) -> tuple[Moment, ...]:
     try:
         whole = Plan.of(settings)
         few = _period(whole.config)
-        depths = (few, 2 * few)
-        if settings.pipeline.stages > 1 or WORTH * sum(depths) > whole.number_of_layers:
+        depths = _depths(few, whole.number_of_layers)
+        if settings.pipeline.stages > 1 or not depths:
             return ()
         of_depth = {}
         for depth in depths:
@@ -126,6 +128,15 @@ def by_few_layers(settings: Settings) -> tuple[Moment, ...]:
     except Exception as error:  # an estimate that cannot be had is none; the rehearsal words what is wrong
         _say_mistake(error)
         return ()
+
+
+def _depths(few: int, layers: int) -> list[int]:
+    """The depths of the models to rehearse for one with so many `layers`; none where that is not worth it."""
+    for number, times in WORTH.items():
+        depths = [few * periods for periods in range(1, number + 1)]
+        if times * sum(depths) <= layers:
+            return depths
+    return []
 
 
 def _say_mistake(error: Exception) -> None:

@@ -5,6 +5,7 @@ of a kind adds the same. So a moment is on a line over either; a peak, the highe
 """
 
 from collections.abc import Container, Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 from harness.config.settings import Settings
@@ -55,24 +56,35 @@ def at_least(moments: Sequence[Moment], settings: Settings, batch: int, other: i
 
 
 def at_depth(of_depth: Mapping[int, Sequence[Moment]], layers: int) -> tuple[Moment, ...]:
-    """The moments with `layers`, estimated category by category from those of two models with fewer."""
-    few, more = sorted(of_depth)
-    distance = (layers - few) / (more - few)
-    smaller = {each.phase: each.categories for each in of_depth[few]}
-    return tuple(
-        Moment(
-            each.phase,
-            {
-                name: count if name == SATURATES else _on_line(_in(smaller, each, name), count, distance)
-                for name, count in each.categories.items()
-            },
-        )
-        for each in of_depth[more]
-    )
+    """The moments with `layers`, estimated from those of two or three models with fewer.
+
+    Each two that follow one another give two estimates, category by category and of the sum. Where a phase has another
+    highest moment in the deeper model, or a buffer that is full from some depth on, they differ, and most are too high:
+    so it is the lower median of all.
+    """
+    estimates = []
+    for few, more in pairwise(sorted(of_depth)):
+        smaller = {each.phase: each.categories for each in of_depth[few]}
+        distance = (layers - few) / (more - few)
+        for by_sum in (False, True):
+            estimates.append(tuple(_deeper(smaller, each, distance, by_sum) for each in of_depth[more]))
+    estimates.sort(key=lambda moments: sum(_highest(each.categories for each in moments).values()))
+    return estimates[(len(estimates) - 1) // 2]
 
 
-def _in(smaller: Mapping[tuple[int, str, int], dict[str, int]], moment: Moment, name: str) -> int:
-    return smaller.get(moment.phase, {}).get(name, 0)
+def _deeper(
+    smaller: Mapping[tuple[int, str, int], dict[str, int]], moment: Moment, distance: float, by_sum: bool
+) -> Moment:
+    """`moment` in a model whose depth lies on so many times the `distance` from that with `smaller` to its own."""
+    less = smaller.get(moment.phase, {})
+    categories = {
+        name: count if name == SATURATES else _on_line(less.get(name, 0), count, distance)
+        for name, count in moment.categories.items()
+    }
+    if by_sum and (most := sum(categories.values())):
+        whole = _on_line(sum(less.values()), sum(moment.categories.values()), distance)
+        categories = _scaled(Moment(moment.phase, categories), categories, whole / most)
+    return Moment(moment.phase, categories)
 
 
 def _on_line(first: int, second: int, distance: float) -> int:

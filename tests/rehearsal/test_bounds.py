@@ -1,5 +1,7 @@
 """What a config takes is bounded and estimated before it is rehearsed: a bound is never more than the peak."""
 
+from dataclasses import replace
+
 import pytest
 
 from harness.config import compose
@@ -102,6 +104,26 @@ def test_what_few_layers_let_expect_is_near_the_peak(words: str) -> None:
     settings = settings_of(words + DEEP, 2)
     expected = sum(estimate(by_few_layers(candidates(settings).settings), 2, 2).values())
     assert expected == pytest.approx(worst(settings).bytes, rel=0.1)  # an estimate
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        pytest.param(
+            "zero=1", id="the rank with the largest partition has another part of the model in each"
+        ),
+        pytest.param("zero=2 zero.offload=optimizer", id="a bucket is full from the third layer on"),
+        pytest.param("zero=3 zero.offload=all", id="all of a small model is gathered at once"),
+    ],
+)
+def test_what_only_a_few_layers_have_is_not_expected_of_a_large_model(words: str) -> None:
+    large = (
+        "model=llama3-8b model.config.num_hidden_layers=32 hardware=h100-sxm world.size=8 train.sequence=256"
+    )
+    settings = settings_of(f"{words} {large}")
+    settings = replace(settings, hardware=replace(settings.hardware, memory_torch=10**12))
+    expected = sum(estimate(by_few_layers(candidates(settings).settings), 1, 1).values())
+    assert expected == pytest.approx(worst(settings).bytes, rel=0.15)  # an estimate
 
 
 def test_few_layers_have_each_kind_and_are_not_rehearsed_where_the_whole_has_not_many() -> None:
