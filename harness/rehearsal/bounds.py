@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from harness.config.errors import ours
 from harness.config.settings import Settings
-from harness.rehearsal.moments import Moment, at_depth, moments_of
+from harness.rehearsal.moments import Moment, agree, at_depth, moments_of
 from harness.runtime import tracebacks
 from harness.runtime.progress import aside
 
@@ -107,7 +107,7 @@ def by_shapes(settings: Settings, counted: Counted | None) -> dict[str, int]:
 def by_few_layers(settings: Settings) -> tuple[Moment, ...]:
     """The moments of a rank, estimated by rehearsing models of a few layers; empty where that cannot be done.
 
-    The smallest has each kind of layer once, the others twice and three times.
+    The smallest has each kind of layer once, the next twice, and where they do not agree another three times.
     """
     from harness.model.plan import Plan
     from harness.rehearsal.one_rank import rehearse
@@ -119,8 +119,10 @@ def by_few_layers(settings: Settings) -> tuple[Moment, ...]:
         depths = _depths(few, whole.number_of_layers)
         if settings.pipeline.stages > 1 or not depths:
             return ()
-        of_depth = {}
+        of_depth: dict[int, tuple[Moment, ...]] = {}
         for depth in depths:
+            if len(of_depth) > 1 and agree(of_depth, whole.number_of_layers):
+                break
             plan = replace(whole, original_config=_cut(whole.config, depth))
             rank = max(representatives_of(plan), key=lambda each: each.size).rank
             of_depth[depth] = moments_of(rehearse(plan, rank)[0])

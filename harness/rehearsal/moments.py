@@ -4,7 +4,7 @@ What is alive at one moment has a part in proportion to the batch and a part tha
 of a kind adds the same. So a moment is on a line over either; a peak, the highest of several, is not.
 """
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -19,6 +19,9 @@ WITH_BATCH = ("forward", "backward", "prefill", "decode")
 
 SATURATES = "gathered"
 """The category that does not grow with the layers: DeepSpeed gathers no more than stage3_max_live_parameters."""
+
+ALIKE = 1.01
+"""Estimates of which the highest is less than so many times the lowest are alike."""
 
 
 class Moment(NamedTuple):
@@ -58,18 +61,30 @@ def at_least(moments: Sequence[Moment], settings: Settings, batch: int, other: i
 def at_depth(of_depth: Mapping[int, Sequence[Moment]], layers: int) -> tuple[Moment, ...]:
     """The moments with `layers`, estimated from those of two or three models with fewer.
 
-    Each two that follow one another give two estimates, category by category and of the sum. Where a phase has another
-    highest moment in the deeper model, or a buffer that is full from some depth on, they differ, and most are too high:
-    so it is the lower median of all.
+    Where the estimates differ, because a phase has another highest moment in the deeper model, or a buffer is full from
+    some depth on, most are too high: so it is the lower median of all.
     """
-    estimates = []
+    estimates = sorted(_estimates(of_depth, layers), key=_total)
+    return estimates[(len(estimates) - 1) // 2]
+
+
+def agree(of_depth: Mapping[int, Sequence[Moment]], layers: int) -> bool:
+    """Whether the estimates of `at_depth` are all alike."""
+    totals = [*map(_total, _estimates(of_depth, layers))]
+    return max(totals) <= ALIKE * min(totals)
+
+
+def _estimates(of_depth: Mapping[int, Sequence[Moment]], layers: int) -> Iterator[tuple[Moment, ...]]:
+    """From each two models that follow one another two estimates: category by category, and of the sum."""
     for few, more in pairwise(sorted(of_depth)):
         smaller = {each.phase: each.categories for each in of_depth[few]}
         distance = (layers - few) / (more - few)
         for by_sum in (False, True):
-            estimates.append(tuple(_deeper(smaller, each, distance, by_sum) for each in of_depth[more]))
-    estimates.sort(key=lambda moments: sum(_highest(each.categories for each in moments).values()))
-    return estimates[(len(estimates) - 1) // 2]
+            yield tuple(_deeper(smaller, each, distance, by_sum) for each in of_depth[more])
+
+
+def _total(moments: Iterable[Moment]) -> int:
+    return sum(_highest(each.categories for each in moments).values())
 
 
 def _deeper(

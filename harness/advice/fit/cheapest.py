@@ -25,7 +25,7 @@ class Lowest:
     async def __call__(self, trials: Trials) -> None:
         """Search in `trials`."""
         left = await trials.not_ruled_out(trials.combinations)
-        lean = leanest(left, trials.request.world)
+        lean = leanest(left)
         await trials.estimate(lean)
         if not all(each.few for each in lean):
             await trials.estimate(left)
@@ -38,6 +38,26 @@ class Lowest:
         while unknown and not any(trial.fits for trial in trials.all):
             group, unknown = unknown[: trials.at_once], unknown[trials.at_once :]
             await asyncio.gather(*(trials.rehearse(each, value) for each in group))
+
+
+class Leanest:
+    """Whether what is expected to need least fits: it is rehearsed with the lowest value of the searched key, and on
+    other cores what needs a little more.
+    """
+
+    def __init__(self) -> None:
+        self.not_tried: list[Combination] = []
+        """What may fit too, and is expected to need more; it may be cheaper."""
+
+    async def __call__(self, trials: Trials) -> None:
+        """Search in `trials`."""
+        left = await trials.not_ruled_out(trials.combinations)
+        lean = leanest(left)
+        await trials.estimate(lean)
+        lowest = trials.request.lowest
+        lean.sort(key=lambda each: sum((each.expected(lowest) or {}).values()))
+        await asyncio.gather(*(trials.rehearse(each, lowest) for each in lean[: trials.at_once]))
+        self.not_tried = [each for each in left if not each.trials]
 
 
 class Cheapest:
@@ -60,8 +80,7 @@ class Cheapest:
                 break
         else:
             for each in filter(trials.may_fit, left):  # stages, of which a few layers say nothing
-                await trials.climb(each)
-                if each.largest is not None:
+                if await _fits(trials, each):
                     break
         self.not_tried = [each for each in left if trials.may_fit(each)]
 
@@ -70,24 +89,37 @@ async def _cheapest_of(trials: Trials, group: Sequence[Combination]) -> bool:
     """Climb in those of `group` that are expected to fit, the cheapest first, until something does. In the user's order
     the next are estimated only as long as one may be cheaper.
     """
-    lean = leanest(group, trials.request.world)
+    lean = leanest(group)
     await trials.estimate(lean)
     if not any(map(trials.may_fit, lean)):
         for each in group:
             each.hopeless = True
     least = min(each.expected_cost for each in lean)  # no other can have a larger value
-    waiting = [each for each in group if each not in lean and not each.hopeless]
-    while (best := _best(trials, group)) or waiting:
+    left, waiting = [*group], [each for each in group if each not in lean and not each.hopeless]
+    while (best := _best(trials, left)) or waiting:
         if waiting and not (
             best and best.expected_cost <= least and group.index(best) < group.index(waiting[0])
         ):
             now, waiting = waiting[: trials.at_once], waiting[trials.at_once :]
             await trials.estimate(now)
         elif best:
-            await trials.climb(best)
-            if best.largest is not None:
+            if await _fits(trials, best):
                 return True
+            left.remove(best)
     return False
+
+
+async def _fits(trials: Trials, combination: Combination) -> bool:
+    """Whether something of `combination` fits, by rehearsals. Where it does not, the others are taken to need as many
+    times more than what is expected: what a GPU's allocator has beside.
+    """
+    lowest = trials.request.lowest
+    expected = sum((combination.expected(lowest) or {}).values())
+    await trials.climb(combination)
+    for trial in combination.trials:
+        if trial.rehearsed and trial.value == lowest and not trial.fits and expected:
+            trials.times = max(trials.times, trial.worst.needs / expected)
+    return combination.largest is not None
 
 
 def _best(trials: Trials, group: Sequence[Combination]) -> Combination | None:

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from harness.advice.fit.combination import Combination
 
 LEANER = {
-    "zero": {"3": 0, "2": 1, "1": 1, "0": 2},
     "zero.offload": {"all": 0, "optimizer": 1, "none": 2},
     "checkpointing": {"full": 0, "selective": 1, "none": 1},
     "checkpointing.offload": {"cpu": 0, "none": 1},
@@ -13,23 +12,21 @@ LEANER = {
     "optimizer.state": {"bf16": 0, "fp32": 1},
     "adapter": {"qlora": 0, "lora": 1, "none": 2},
 }
-"""Values by the bytes they let a large model need, the fewest first. Of two with one number, or of one that is not
-here, it is not known which needs less.
+"""Values by the bytes they let a model of many layers need, the fewest first. Of two with one number, or of one that is
+not here, it is not known which needs less: ZeRO-3 gathers all of a small model, and a chunk of a loss has buffers.
 """
 
 LENGTHS = ("train.sequence", "generation.prompt_length", "generation.max_new_tokens")
 """Keys of which a larger value needs more."""
 
 
-def leanest(combinations: Sequence[Combination], ranks: int) -> list[Combination]:
-    """Those that no other is expected to need less than, in a world of so many `ranks`. One rank has nobody to share
-    with, so there ZeRO's stages are not compared.
-    """
+def leanest(combinations: Sequence[Combination]) -> list[Combination]:
+    """Those that no other is expected to need less than by its values alone."""
     values = {each.overrides: _values(each) for each in combinations}
     kept: list[Combination] = []
     for each in sorted(combinations, key=lambda each: _sum(values[each.overrides])):
         own = values[each.overrides]
-        if not any(_is_leaner(values[other.overrides], own, ranks) for other in kept):
+        if not any(_is_leaner(values[other.overrides], own) for other in kept):
             kept.append(each)
     return [each for each in combinations if each in kept]
 
@@ -43,16 +40,16 @@ def _sum(values: Mapping[str, str]) -> int:
     return sum(_place(key, value) or 0 for key, value in values.items())
 
 
-def _is_leaner(values: Mapping[str, str], others: Mapping[str, str], ranks: int) -> bool:
+def _is_leaner(values: Mapping[str, str], others: Mapping[str, str]) -> bool:
     """Whether `values` differ from `others` only where they need less."""
-    return all(_needs_less(key, value, others[key], ranks) for key, value in values.items())
+    return all(_needs_less(key, value, others[key]) for key, value in values.items())
 
 
-def _needs_less(key: str, value: str, other: str, ranks: int) -> bool:
+def _needs_less(key: str, value: str, other: str) -> bool:
     if value == other:
         return True
     own, theirs = _place(key, value), _place(key, other)
-    comparable = own is not None and theirs is not None and not (key == "zero" and ranks == 1)
+    comparable = own is not None and theirs is not None
     return comparable and own < theirs  # type: ignore[operator]
 
 

@@ -12,21 +12,30 @@ from harness.rehearsal import bounds
 from harness.rehearsal.pool import Worst, cores, decided, in_worker, started, workers, worst_of
 from harness.runtime.progress import Pace, aside
 
+Search = Callable[["Trials"], Awaitable[None]]
+"""What learns of trials what it wants to know."""
+
 _COUNTED: dict[str, bounds.Counted | None] = {}
 """The models that were counted."""
 
 
 class Trials:
-    """The combinations of `request`, of which a search learns more. Raises what the request raises."""
+    """The combinations of `request`, of which a search learns more. Raises what the request raises.
 
-    def __init__(self, request: Request) -> None:
+    `rehearsed` has what was rehearsed before, which is not again, and gets the rest.
+    """
+
+    def __init__(self, request: Request, rehearsed: dict[str, Worst] | None = None) -> None:
         self.request, self.room = request, request.room
         self.combinations: list[Combination] = []
         self.at_once = cores()
         """How many rehearsals run at once."""
+        self.times = 1.0
+        """How many times what is expected a rehearsal is taken to come to."""
+        self._rehearsed = {} if rehearsed is None else rehearsed
         self._refusals: list[Refusal] = []
 
-    def answer(self, search: "Callable[[Trials], Awaitable[None]]") -> Answer:
+    def answer(self, search: Search) -> Answer:
         """What is known after `search`, or where Ctrl-C ends it.
 
         Raises Refusal where every config is refused, and KeyboardInterrupt where nothing is known.
@@ -46,7 +55,7 @@ class Trials:
             raise self._refusals[0]
         return Answer(self.request, self.combinations, interrupted)
 
-    async def _begun(self, search: "Callable[[Trials], Awaitable[None]]") -> None:
+    async def _begun(self, search: Search) -> None:
         with workers() as self._pool:
             await self._decide()
             self.combinations = [each for each in self.combinations if self._is_allowed(each)]
@@ -103,8 +112,8 @@ class Trials:
 
     def may_fit(self, combination: Combination) -> bool:
         """Whether it is open if the lowest value of `combination` fits."""
-        expected = combination.expected(self.request.lowest) or {}
-        return not combination.trials and not combination.hopeless and sum(expected.values()) <= self.room
+        expected = sum((combination.expected(self.request.lowest) or {}).values())
+        return not combination.trials and not combination.hopeless and expected * self.times <= self.room
 
     async def not_ruled_out(self, combinations: Sequence[Combination]) -> list[Combination]:
         """Learn by shapes alone of which combinations nothing fits, and return the others."""
@@ -147,8 +156,7 @@ class Trials:
 
     async def rehearse(self, combination: Combination, value: int) -> None:
         settings = self.request.settings(self.request.with_value(combination.overrides, value))
-        worst = await worst_of(self._pool, self.request.rehearsed(settings))
-        self._add(combination, value, settings, worst)
+        self._add(combination, value, settings, await self._worst(settings))
 
     async def climb(self, combination: Combination) -> None:
         """Rehearse until it is known which value is the largest that fits."""
@@ -163,8 +171,15 @@ class Trials:
                 continue
             worst = combination.ruled_out(settings, value)
             if worst is None:
-                worst = await worst_of(self._pool, request.rehearsed(settings))
+                worst = await self._worst(settings)
             self._add(combination, value, settings, worst)
+
+    async def _worst(self, settings: Settings) -> Worst:
+        rehearsed = self.request.rehearsed(settings)
+        key = repr(rehearsed)
+        if key not in self._rehearsed:
+            self._rehearsed[key] = await worst_of(self._pool, rehearsed)
+        return self._rehearsed[key]
 
     def _add(self, combination: Combination, value: int, settings: Settings, worst: Worst) -> None:
         self._learn(combination, value, settings, worst)

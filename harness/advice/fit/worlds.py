@@ -2,7 +2,8 @@
 
 Worlds are tried from the smallest: each power of two, and on several nodes then each number of whole nodes between the
 last that is too small and the first that is not. Of a large model a few layers say what to expect of each world, and
-the smallest that is expected to be enough is rehearsed, then the next, until something fits. A small one is rehearsed.
+the smallest that is expected to be enough is rehearsed, then the next, until something fits; then the one before, if it
+was only expected to be too small. A small model is rehearsed.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,13 +13,14 @@ from typing import NamedTuple
 
 from harness.advice.fit.answer import NODE, Answer
 from harness.advice.fit.axes import OPEN, SPLITS
-from harness.advice.fit.cheapest import Cheapest, Lowest
+from harness.advice.fit.cheapest import Cheapest, Leanest, Lowest
 from harness.advice.fit.combination import short
 from harness.advice.fit.request import Request, positive_integer
 from harness.advice.fit.search import search
-from harness.advice.fit.trials import Trials
+from harness.advice.fit.trials import Search, Trials
 from harness.config.settings import Refusal
 from harness.config.variants import Variants
+from harness.rehearsal.pool import Worst
 from harness.runtime.progress import aside
 from harness.tables import size
 
@@ -80,8 +82,14 @@ class Worlds:
         self.not_tried: list[str] = []
         """Configs of the answer's world that may fit too, and are expected to be less cheap."""
         self._variants: Variants | None = None
-        self._more = 1.0
-        """How many times more a rehearsal has come to than what was expected: what a GPU's allocator has beside."""
+        self._rehearsed: dict[str, Worst] = {}
+        self._large = False  # whether a few layers say what to expect
+        self._times = 1.0
+        """How many times what is expected a rehearsal has come to: a GPU's allocator has more beside."""
+        self._expected: dict[
+            int, tuple[int, int, str]
+        ] = {}  # by world: bytes of what needs least, the room, what it is
+        self._doubted: int | None = None  # the world that is rehearsed though nothing is expected to fit
         self._refusal: Refusal | None = None
         self._last: Answer | None = None
 
@@ -97,37 +105,72 @@ class Worlds:
             return replace(self._last, interrupted=True)
 
     def _found(self) -> Answer:
-        step, above = 0 if self.listed else self.step, 0
-        while (world := smallest(self._may_fit, self._candidates(above), step, above)) is not None:
+        step, above, best = 0 if self.listed else self.step, 0, None
+        while True:
+            most = best.request.world if best else None
+            world = smallest(self._may_fit, self._candidates(above, most), step, above)
+            if world == most:  # nothing smaller is expected to be enough: one is rehearsed in spite of that
+                world = self._doubtful(most)
+            if world is None:
+                break
             answer = self._answer(world)
             if answer.fitting:
-                return answer
-            above = world
-        if self._last is None:
-            assert self._refusal is not None
-            raise self._refusal
-        return self._last
+                best = answer
+            elif world in (most, self._doubted):
+                break
+            else:
+                above = world
+        if best or self._last:
+            return best or self._last  # type: ignore[return-value]
+        assert self._refusal is not None
+        raise self._refusal
+
+    def _doubtful(self, most: int | None) -> int | None:
+        """Of the worlds that only a few layers take for too small, the next below `most`; without it, the most
+        promising. None: it was rehearsed, or shapes alone rule it out.
+        """
+        expected = {each.size: each.needs or 0 for each in self.tried if each.expected}
+        if most is None:
+            self._doubted = min(expected, key=lambda size: expected[size], default=None)
+            return self._doubted
+        self._doubted = max((each.size for each in self.tried if each.size < most), default=None)
+        return self._doubted if self._doubted in expected else None
 
     def _answer(self, world: int) -> Answer:
-        """What fits in `world`, by rehearsals: of a large model what is expected to be the cheapest alone."""
-        trials, cheapest = Trials(self._request(world)), Cheapest()
-        large = any(each.size == world and each.expected for each in self.tried)
-        answer = trials.answer(cheapest if large else search)
-        self._last = answer
-        if answer.interrupted:
-            raise KeyboardInterrupt
-        before = {each.size: each for each in self.tried}[world]
-        if before.expected and before.needs and answer.rehearsed:
-            least = min(trial.worst.needs for trial in answer.rehearsed)
-            self._more = max(self._more, self._more * least / before.needs)
-        self.not_tried = [" ".join(short(each.overrides)) for each in cheapest.not_tried]
+        """What fits in `world`, by rehearsals: of a large model the cheapest alone of what is expected to fit; where
+        nothing is, what is expected to need least.
+        """
+        before = self._tried(world)
+        nbytes, room, _ = self._expected.get(world, (0, 0, ""))
+        doubted = nbytes > room  # that it fits
+        one = Leanest() if doubted else Cheapest()
+        answer = self._learnt(world, one if self._large else search)
+        lowest = [each.worst.needs for each in answer.rehearsed if each.value == answer.request.lowest]
+        if before.expected and lowest:
+            times = min(lowest) / nbytes
+            self._times = min(self._times, times) if doubted else max(self._times, times)
+        self.not_tried = [" ".join(short(each.overrides)) for each in one.not_tried]
         self._add(Tried(world, bool(answer.fitting), seen(answer)))
         return answer
 
-    def _candidates(self, above: int) -> Iterator[int]:
+    def _learnt(self, world: int, search: Search) -> Answer:
+        """What is known of `world` after `search`. Raises KeyboardInterrupt after Ctrl-C."""
+        self._last = Trials(self._request(world), self._rehearsed).answer(search)
+        if self._last.interrupted:
+            raise KeyboardInterrupt
+        return self._last
+
+    def _tried(self, world: int) -> Tried:
+        return next(each for each in self.tried if each.size == world)
+
+    def _candidates(self, above: int, most: int | None = None) -> Iterator[int]:
         """The worlds of more than `above` ranks: those listed, else doubles of the smallest up to `MOST`, as long as
-        a larger one needs less.
+        a larger one needs less. Those below `most` and then that, if it is known to be enough.
         """
+        if most is not None:
+            yield from (each for each in self._candidates(above) if each < most)
+            yield most
+            return
         if self.listed:
             yield from (each for each in self.listed if each > above)
             return
@@ -147,25 +190,32 @@ class Worlds:
 
     def _may_fit(self, world: int) -> bool:
         """Whether something fits in a world of so many ranks, or is expected to."""
+        for each in self.tried:
+            if each.size == world and not each.expected:
+                return each.fits
+        if world in self._expected:
+            return self._is_expected(world)
+        lowest = Lowest()
         try:
-            lowest = Lowest()
-            answer = Trials(self._request(world)).answer(lowest)
+            answer = self._learnt(world, lowest)
         except Refusal as refusal:
             self._refusal = refusal
             return self._add(Tried(world, False, f"{REFUSED}{refusal}"))
-        self._last = answer
-        if answer.interrupted:
-            raise KeyboardInterrupt
         if lowest.expected is not None and not answer.fitting:
+            self._large = True
             nbytes, combination = lowest.expected
-            nbytes = int(nbytes * self._more)
-            fits = nbytes <= answer.request.room
-            words = f"{'something' if fits else 'nothing'} is expected to fit, by a few layers: "
-            chosen = " ".join(short(combination.overrides))
-            words += f"{chosen} needs about {size(nbytes)} of {size(answer.request.room)}"
-            return self._add(Tried(world, fits, words, nbytes, expected=True))
+            self._expected[world] = nbytes, answer.request.room, " ".join(short(combination.overrides))
+            return self._is_expected(world)
         needs = min((trial.worst.needs for trial in answer.rehearsed), default=None)
         return self._add(Tried(world, bool(answer.fitting), seen(answer), needs))
+
+    def _is_expected(self, world: int) -> bool:
+        nbytes, room, chosen = self._expected[world]
+        nbytes = int(nbytes * self._times)
+        fits = nbytes <= room
+        words = f"{'something' if fits else 'nothing'} is expected to fit, by a few layers: "
+        words += f"{chosen} needs about {size(nbytes)} of {size(room)}"
+        return self._add(Tried(world, fits, words, nbytes, expected=True))
 
     def _add(self, tried: Tried) -> bool:
         self.tried = [*(each for each in self.tried if each.size != tried.size), tried]
