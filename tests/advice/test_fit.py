@@ -664,21 +664,26 @@ def test_leaner_is_what_differs_only_in_values_that_need_less() -> None:
     assert [each.overrides[1] for each in leanest(lengths)] == ["optimizer=muon", "optimizer=sgd"]
 
 
+LEANER_PAIRS = [
+    ("checkpointing=full", "checkpointing=selective"),
+    ("optimizer=adamw_8bit", "optimizer=adamw"),
+    ("adapter=lora", "adapter=none"),
+    ("zero=2 zero.offload=optimizer", "zero=2"),
+]
+MORE_PAIRS = [
+    ("checkpointing=full", "checkpointing=none"),
+    ("checkpointing.offload=cpu", "checkpointing.offload=none"),
+    ("optimizer=sgd", "optimizer=lion"),
+    ("optimizer=lion", "optimizer=adamw"),
+    ("optimizer.state=bf16", "optimizer.state=fp32"),
+    ("adapter=qlora zero=2", "adapter=lora zero=2"),
+    ("train.sequence=64", "train.sequence=128"),
+]
+
+
 @pytest.mark.parametrize(
     ("less", "more"),
-    [
-        ("zero=2 zero.offload=optimizer", "zero=2"),
-        ("checkpointing=full", "checkpointing=selective"),
-        ("checkpointing=full", "checkpointing=none"),
-        ("checkpointing.offload=cpu", "checkpointing.offload=none"),
-        ("optimizer=sgd", "optimizer=lion"),
-        ("optimizer=lion", "optimizer=adamw"),
-        ("optimizer=adamw_8bit", "optimizer=adamw"),
-        ("optimizer.state=bf16", "optimizer.state=fp32"),
-        ("adapter=lora", "adapter=none"),
-        ("adapter=qlora zero=2", "adapter=lora zero=2"),
-        ("train.sequence=64", "train.sequence=128"),
-    ],
+    [*LEANER_PAIRS, *(pytest.param(*pair, marks=pytest.mark.exhaustive) for pair in MORE_PAIRS)],
 )
 def test_what_is_leaner_is_expected_to_need_no_more(less: str, more: str) -> None:
     """Of a model with many layers on 8 GPUs."""
