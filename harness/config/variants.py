@@ -29,6 +29,8 @@ class Variants:
 
     def tree(self, *more: str) -> Tree:
         """The config of `overrides` and then `more`, as plain nested dicts. Raises Refusal as `compose` does."""
+        if any(each.startswith("-") for each in self._overrides):  # a config of the user's own
+            return _nested(self._composed(more))
         options, keys = _parted(more)
         changed = [self._changed(override) for override in options]
         apart = not any("${" in each for each in (*self._overrides, *more)) and _agree(changed)

@@ -15,6 +15,7 @@ import pytest
 
 from harness.__main__ import main
 from harness.advice.fit.answer import Answer
+from harness.advice.fit.cheapest import MOST_NEAR
 from harness.advice.fit.climb import HIGHEST, Climb
 from harness.advice.fit.combination import Combination, Trial
 from harness.advice.fit.data import data
@@ -32,7 +33,7 @@ from harness.device.outside import budget
 from harness.record.memory import Transfer
 from harness.rehearsal import decisive, moments
 from harness.rehearsal.bounds import by_few_layers
-from harness.rehearsal.pool import Worst, cores, worst
+from harness.rehearsal.pool import Worst, worst
 from harness.tables import parse_size, size
 
 ROOT = Path(__file__).parents[2]
@@ -712,6 +713,34 @@ def test_a_world_that_a_few_layers_take_for_too_small_is_rehearsed_before_a_larg
     assert trial["peak"] < 28e9
 
 
+@pytest.mark.parametrize("length", ["null", "3e1"])
+def test_a_length_that_is_no_plain_number_is_taken_as_in_one_world(
+    length: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        "mode=infer",
+        *DECIDED,
+        "model=tiny",
+        "hardware=cpu",
+        "hardware.memory=1e9",
+        "generation.batch=1",
+    ]
+    assert main(["fit", *words, "world.size=1,2", f"generation.max_new_tokens={length}", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["world_size"] == 1
+
+
+def test_a_combination_that_is_refused_does_not_make_a_world_of_estimates_refused(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A T4 has no units for bf16, and DeepSpeed no bf16 states beside fp32; shapes rule nothing out."""
+    deep = ["model=tiny", "model.config.num_hidden_layers=18", "train.sequence=32", "hardware=t4"]
+    words = [*deep, "zero=3", "checkpointing=none", "optimizer.state=?", "train.micro_batch=1"]
+    assert main(["fit", *words, "world.size=2,4", "--json"]) == 0
+    actual = json.loads(capsys.readouterr().out)
+    assert actual["resolved"]["precision"]
+    assert actual["world_size"] == 2
+
+
 def test_every_axis_may_be_open_and_few_configs_are_rehearsed(capsys: pytest.CaptureFixture[str]) -> None:
     """Of a model with many layers; what is said to fit is what its own rehearsal says."""
     deep = [*DECIDED, "model=tiny", "model.config.num_hidden_layers=24", "train.sequence=32", "hardware=cpu"]
@@ -721,7 +750,7 @@ def test_every_axis_may_be_open_and_few_configs_are_rehearsed(capsys: pytest.Cap
     actual = json.loads(capsys.readouterr().out)
     fitting = [trial for trial in actual["trials"] if trial["fits"]]
     assert [trial["words"] for trial in fitting] == actual["ranked"]
-    assert 1 <= len(fitting) <= cores()
+    assert 1 <= len(fitting) <= MOST_NEAR
     assert actual["not_tried"]
     world = actual["world_size"]
     assert not any(each["fits"] for each in actual["worlds"] if each["size"] < world)

@@ -2,6 +2,7 @@
 
 import random
 from itertools import product
+from pathlib import Path
 
 import pytest
 
@@ -66,3 +67,11 @@ def test_what_hydra_refuses_is_refused_each_time(base: list[str], more: list[str
         with pytest.raises(Refusal) as actual:
             variants.tree(*more)
         assert str(actual.value) == str(expected.value)
+
+
+def test_what_a_user_s_own_config_says_of_another_key_is_not_lost(tmp_path: Path) -> None:
+    own = "defaults: [config, _self_]\ntrain: {accumulation: '${train.micro_batch}'}\n"
+    (tmp_path / "mine.yaml").write_text(own)
+    base = [f"--config-dir={tmp_path}", "--config-name=mine"]
+    assert resolved(compose([*base, "train.micro_batch=8"]))["train"]["accumulation"] == 8
+    assert Variants(base).tree("zero=3", "train.micro_batch=8")["train"]["accumulation"] == 8

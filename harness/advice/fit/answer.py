@@ -84,7 +84,8 @@ def command(request: Request, trial: Trial) -> str:
     )
     overrides = [each for each in request.overrides if not each.startswith("hardware.allocator=")]
     prompts = [f"generation.count={trial.settings.generation.count}"] if request.mode == "infer" else []
-    chosen = short(trial.overrides)
+    own = any(each.startswith("-") for each in request.overrides)  # a config with defaults of the user's own
+    chosen = trial.overrides if own else short(trial.overrides)
     return " ".join([*allocator, start, "-m harness", *map(shlex.quote, overrides), *chosen, *prompts])
 
 

@@ -12,13 +12,21 @@ from harness.advice.fit.leanest import leanest
 from harness.advice.fit.ranking import of_any_batch
 from harness.advice.fit.trials import Trials
 
+NEAR = 1.1
+"""What is expected to need less than so many times the least is rehearsed too."""
+
+MOST_NEAR = 4
+"""The most that are rehearsed as they are near the least."""
+
 
 class Lowest:
     """Whether anything fits with the lowest value of the searched key: what a few layers let expect is not rehearsed,
     and of the others the first config that fits ends it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, times: float = 1.0) -> None:
+        self.times = times
+        """How many times what is expected a rehearsal is taken to come to."""
         self.expected: tuple[int, Combination] | None = None
         """The fewest bytes that a few layers let expect, and of what."""
 
@@ -32,17 +40,18 @@ class Lowest:
         value = trials.request.lowest
         expected = [(sum(categories.values()), each) for each in left if (categories := each.expected(value))]
         self.expected = min(expected, key=lambda pair: pair[0], default=None)
-        if (self.expected and self.expected[0] <= trials.room) or all(each.few for each in lean):
+        if self.expected and self.expected[0] * self.times <= trials.room:
             return
-        unknown = [each for each in left if not each.few]
+        some = lean if self.expected else left  # of a large model stages have no estimate
+        unknown = [each for each in some if not each.few]
         while unknown and not any(trial.fits for trial in trials.all):
             group, unknown = unknown[: trials.at_once], unknown[trials.at_once :]
             await asyncio.gather(*(trials.rehearse(each, value) for each in group))
 
 
 class Leanest:
-    """Whether what is expected to need least fits: it is rehearsed with the lowest value of the searched key, and on
-    other cores what needs a little more.
+    """Whether what is expected to need least fits: it is rehearsed with the lowest value of the searched key, and so is
+    what is expected to need nearly as little.
     """
 
     def __init__(self) -> None:
@@ -51,12 +60,14 @@ class Leanest:
 
     async def __call__(self, trials: Trials) -> None:
         """Search in `trials`."""
-        left = await trials.not_ruled_out(trials.combinations)
-        lean = leanest(left)
-        await trials.estimate(lean)
-        lowest = trials.request.lowest
-        lean.sort(key=lambda each: sum((each.expected(lowest) or {}).values()))
-        await asyncio.gather(*(trials.rehearse(each, lowest) for each in lean[: trials.at_once]))
+        left, lowest = await trials.not_ruled_out(trials.combinations), trials.request.lowest
+        await trials.estimate(leanest(left))
+        expected = {each: sum((each.expected(lowest) or {}).values()) for each in left if each.few}
+        least = min(expected.values(), default=0)
+        near = sorted(
+            (each for each in expected if expected[each] <= NEAR * least), key=lambda each: expected[each]
+        )
+        await asyncio.gather(*(trials.rehearse(each, lowest) for each in near[:MOST_NEAR]))
         self.not_tried = [each for each in left if not each.trials]
 
 
@@ -76,6 +87,7 @@ class Cheapest:
         for each in left:
             groups.setdefault(of_any_batch(trials.lowest(each)), []).append(each)
         for _, group in sorted(groups.items()):
+            trials.times = 1.0  # with other recomputation a GPU's allocator has more or less beside
             if await _cheapest_of(trials, group):
                 break
         else:
@@ -94,7 +106,11 @@ async def _cheapest_of(trials: Trials, group: Sequence[Combination]) -> bool:
     if not any(map(trials.may_fit, lean)):
         for each in group:
             each.hopeless = True
-    least = min(each.expected_cost for each in lean)  # no other can have a larger value
+    least: tuple[
+        float, ...
+    ] = ()  # the cost that none is below: in training no other has a larger micro-batch
+    if trials.request.mode == "train":
+        least = min(each.expected_cost for each in lean)
     left, waiting = [*group], [each for each in group if each not in lean and not each.hopeless]
     while (best := _best(trials, left)) or waiting:
         if waiting and not (
@@ -113,12 +129,10 @@ async def _fits(trials: Trials, combination: Combination) -> bool:
     """Whether something of `combination` fits, by rehearsals. Where it does not, the others are taken to need as many
     times more than what is expected: what a GPU's allocator has beside.
     """
-    lowest = trials.request.lowest
-    expected = sum((combination.expected(lowest) or {}).values())
+    before = len(trials.came_to)
     await trials.climb(combination)
-    for trial in combination.trials:
-        if trial.rehearsed and trial.value == lowest and not trial.fits and expected:
-            trials.times = max(trials.times, trial.worst.needs / expected)
+    if combination.largest is None:
+        trials.times = max(trials.times, *trials.came_to[before:], 1.0)
     return combination.largest is not None
 
 

@@ -54,4 +54,6 @@ def _needs_less(key: str, value: str, other: str) -> bool:
 
 
 def _place(key: str, value: str) -> int | None:
-    return int(value) if key in LENGTHS else LEANER.get(key, {}).get(value)
+    if key in LENGTHS:
+        return int(value) if value.isdecimal() else None
+    return LEANER.get(key, {}).get(value)

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from typing import NamedTuple
 
 from harness.advice.fit.answer import Answer
 from harness.advice.fit.combination import NOT_EXPECTED, Combination, Trial
@@ -9,6 +10,7 @@ from harness.advice.fit.ranking import cost
 from harness.advice.fit.request import Request
 from harness.config.settings import Refusal, Settings
 from harness.rehearsal import bounds
+from harness.rehearsal.moments import Moment
 from harness.rehearsal.pool import Worst, cores, decided, in_worker, started, workers, worst_of
 from harness.runtime.progress import Pace, aside
 
@@ -19,20 +21,29 @@ _COUNTED: dict[str, bounds.Counted | None] = {}
 """The models that were counted."""
 
 
+class Known(NamedTuple):
+    """What was learnt of configs, by their settings as text, and need not be again."""
+
+    rehearsed: dict[str, Worst]
+    by_few_layers: dict[str, tuple[Moment, ...]]
+
+
 class Trials:
     """The combinations of `request`, of which a search learns more. Raises what the request raises.
 
-    `rehearsed` has what was rehearsed before, which is not again, and gets the rest.
+    `known` has what was learnt before, and gets the rest.
     """
 
-    def __init__(self, request: Request, rehearsed: dict[str, Worst] | None = None) -> None:
+    def __init__(self, request: Request, known: Known | None = None) -> None:
         self.request, self.room = request, request.room
         self.combinations: list[Combination] = []
         self.at_once = cores()
         """How many rehearsals run at once."""
         self.times = 1.0
         """How many times what is expected a rehearsal is taken to come to."""
-        self._rehearsed = {} if rehearsed is None else rehearsed
+        self.came_to: list[float] = []
+        """By combination: how many times what a few layers let expect the lowest value came to by a rehearsal."""
+        self._known = Known({}, {}) if known is None else known
         self._refusals: list[Refusal] = []
 
     def answer(self, search: Search) -> Answer:
@@ -58,30 +69,31 @@ class Trials:
     async def _begun(self, search: Search) -> None:
         with workers() as self._pool:
             await self._decide()
-            self.combinations = [each for each in self.combinations if self._is_allowed(each)]
+            refused = [each for each in map(self._refusal, self.combinations) if each]
+            self.combinations = [each for each in self.combinations if not self._refusal(each)]
             if not self.combinations:
-                raise self._refusals[0]
+                raise refused[0]
             await search(self)
 
     async def _decide(self) -> None:
         """Let the first config that can be resolve what is `auto` for all."""
+        refusals = []
         for each in self.combinations:
             try:
                 self.request.decide(*await in_worker(self._pool, decided, self.lowest(each)))
             except Refusal as refusal:
-                self._refusals.append(refusal)
+                refusals.append(refusal)
             else:
                 return
-        raise self._refusals[0]
+        raise refusals[0]
 
-    def _is_allowed(self, combination: Combination) -> bool:
-        """Whether its settings are allowed with what was resolved."""
+    def _refusal(self, combination: Combination) -> Refusal | None:
+        """Why its settings are not allowed with what was resolved; None where they are."""
         try:
             self.lowest(combination)
         except Refusal as refusal:
-            self._refusals.append(refusal)
-            return False
-        return True
+            return refusal
+        return None
 
     @property
     def all(self) -> list[Trial]:
@@ -134,7 +146,11 @@ class Trials:
 
         async def one(combination: Combination) -> None:
             settings = self.request.rehearsed(self.lowest(combination))
-            if few := await in_worker(self._pool, bounds.by_few_layers, settings):
+            key = repr(settings)
+            if key not in self._known.by_few_layers:
+                few = await in_worker(self._pool, bounds.by_few_layers, settings)
+                self._known.by_few_layers[key] = few
+            if few := self._known.by_few_layers[key]:
                 combination.few = few, self.request.lowest
                 # here it is composed while the workers are busy
                 combination.expected_cost = self._expected_cost(combination)
@@ -177,9 +193,9 @@ class Trials:
     async def _worst(self, settings: Settings) -> Worst:
         rehearsed = self.request.rehearsed(settings)
         key = repr(rehearsed)
-        if key not in self._rehearsed:
-            self._rehearsed[key] = await worst_of(self._pool, rehearsed)
-        return self._rehearsed[key]
+        if key not in self._known.rehearsed:
+            self._known.rehearsed[key] = await worst_of(self._pool, rehearsed)
+        return self._known.rehearsed[key]
 
     def _add(self, combination: Combination, value: int, settings: Settings, worst: Worst) -> None:
         self._learn(combination, value, settings, worst)
@@ -187,6 +203,9 @@ class Trials:
 
     def _learn(self, combination: Combination, value: int, settings: Settings, worst: Worst) -> None:
         overrides = self.request.with_value(combination.overrides, value)
+        if combination.few and not combination.trials and not worst.bound and value == self.request.lowest:
+            expected = sum((combination.expected(value) or {}).values())
+            self.came_to.append(worst.needs / max(1, expected))
         combination.add(Trial(value, overrides, settings, worst, self.room - worst.needs))
 
     def _count(self) -> None:

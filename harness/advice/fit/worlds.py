@@ -17,10 +17,9 @@ from harness.advice.fit.cheapest import Cheapest, Leanest, Lowest
 from harness.advice.fit.combination import short
 from harness.advice.fit.request import Request, positive_integer
 from harness.advice.fit.search import search
-from harness.advice.fit.trials import Search, Trials
+from harness.advice.fit.trials import Known, Search, Trials
 from harness.config.settings import Refusal
 from harness.config.variants import Variants
-from harness.rehearsal.pool import Worst
 from harness.runtime.progress import aside
 from harness.tables import size
 
@@ -82,32 +81,34 @@ class Worlds:
         self.not_tried: list[str] = []
         """Configs of the answer's world that may fit too, and are expected to be less cheap."""
         self._variants: Variants | None = None
-        self._rehearsed: dict[str, Worst] = {}
+        self._known = Known({}, {})
+        self._came_to: list[float] = []  # as the last search has it
         self._large = False  # whether a few layers say what to expect
         self._times = 1.0
         """How many times what is expected a rehearsal has come to: a GPU's allocator has more beside."""
-        self._expected: dict[
-            int, tuple[int, int, str]
-        ] = {}  # by world: bytes of what needs least, the room, what it is
+        # by world: the bytes of what is expected to need least, the room, and what it is
+        self._expected: dict[int, tuple[int, int, str]] = {}
         self._doubted: int | None = None  # the world that is rehearsed though nothing is expected to fit
+        self._best: Answer | None = None  # that for the smallest world in which something fits
         self._refusal: Refusal | None = None
         self._last: Answer | None = None
 
     def run(self) -> Answer:
-        """The answer for the smallest world in which something fits; for the last that was tried, where nothing does or
-        Ctrl-C ends it. `tried` has all worlds by then.
+        """The answer for the smallest world in which something fits, or the smallest so far where Ctrl-C ends it; where
+        nothing does, for the last that was tried. `tried` has all worlds by then.
         """
         try:
             return self._found()
         except KeyboardInterrupt:
-            if self._last is None:
+            known = self._best or self._last
+            if known is None or not known.trials:
                 raise
-            return replace(self._last, interrupted=True)
+            return replace(known, interrupted=True)
 
     def _found(self) -> Answer:
-        step, above, best = 0 if self.listed else self.step, 0, None
+        step, above = 0 if self.listed else self.step, 0
         while True:
-            most = best.request.world if best else None
+            most = self._best.request.world if self._best else None
             world = smallest(self._may_fit, self._candidates(above, most), step, above)
             if world == most:  # nothing smaller is expected to be enough: one is rehearsed in spite of that
                 world = self._doubtful(most)
@@ -115,15 +116,16 @@ class Worlds:
                 break
             answer = self._answer(world)
             if answer.fitting:
-                best = answer
-            elif world in (most, self._doubted):
+                self._best = answer
+            elif world == self._doubted:
                 break
             else:
                 above = world
-        if best or self._last:
-            return best or self._last  # type: ignore[return-value]
-        assert self._refusal is not None
-        raise self._refusal
+        known = self._best or self._last
+        if known is None:
+            assert self._refusal is not None
+            raise self._refusal
+        return known
 
     def _doubtful(self, most: int | None) -> int | None:
         """Of the worlds that only a few layers take for too small, the next below `most`; without it, the most
@@ -133,35 +135,34 @@ class Worlds:
         if most is None:
             self._doubted = min(expected, key=lambda size: expected[size], default=None)
             return self._doubted
-        self._doubted = max((each.size for each in self.tried if each.size < most), default=None)
+        smaller = (each.size for each in self.tried if each.size < most and not each.refused)
+        self._doubted = max(smaller, default=None)
         return self._doubted if self._doubted in expected else None
 
     def _answer(self, world: int) -> Answer:
         """What fits in `world`, by rehearsals: of a large model the cheapest alone of what is expected to fit; where
         nothing is, what is expected to need least.
         """
-        before = self._tried(world)
         nbytes, room, _ = self._expected.get(world, (0, 0, ""))
         doubted = nbytes > room  # that it fits
         one = Leanest() if doubted else Cheapest()
         answer = self._learnt(world, one if self._large else search)
-        lowest = [each.worst.needs for each in answer.rehearsed if each.value == answer.request.lowest]
-        if before.expected and lowest:
-            times = min(lowest) / nbytes
-            self._times = min(self._times, times) if doubted else max(self._times, times)
-        self.not_tried = [" ".join(short(each.overrides)) for each in one.not_tried]
+        if self._came_to and doubted:
+            self._times = min(self._came_to)
+        elif self._came_to and not answer.fitting:
+            self._times = max(self._times, min(self._came_to))
+        if answer.fitting:
+            self.not_tried = [" ".join(short(each.overrides)) for each in one.not_tried]
         self._add(Tried(world, bool(answer.fitting), seen(answer)))
         return answer
 
     def _learnt(self, world: int, search: Search) -> Answer:
         """What is known of `world` after `search`. Raises KeyboardInterrupt after Ctrl-C."""
-        self._last = Trials(self._request(world), self._rehearsed).answer(search)
+        trials = Trials(self._request(world), self._known)
+        self._last, self._came_to = trials.answer(search), trials.came_to
         if self._last.interrupted:
             raise KeyboardInterrupt
         return self._last
-
-    def _tried(self, world: int) -> Tried:
-        return next(each for each in self.tried if each.size == world)
 
     def _candidates(self, above: int, most: int | None = None) -> Iterator[int]:
         """The worlds of more than `above` ranks: those listed, else doubles of the smallest up to `MOST`, as long as
@@ -195,7 +196,7 @@ class Worlds:
                 return each.fits
         if world in self._expected:
             return self._is_expected(world)
-        lowest = Lowest()
+        lowest = Lowest(self._times)
         try:
             answer = self._learnt(world, lowest)
         except Refusal as refusal:
@@ -218,8 +219,10 @@ class Worlds:
         return self._add(Tried(world, fits, words, nbytes, expected=True))
 
     def _add(self, tried: Tried) -> bool:
+        before = next((each for each in self.tried if each.size == tried.size), None)
         self.tried = [*(each for each in self.tried if each.size != tried.size), tried]
-        if not tried.refused:  # what every world refuses is said once, at the end
+        again = before is not None and (before.fits, before.expected) == (tried.fits, tried.expected)
+        if not tried.refused and not again:  # a refusal is said at the end, once where it is every world's
             aside(f"{KEY}={tried.size}: {tried.seen}")
         return tried.fits
 
