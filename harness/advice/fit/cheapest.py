@@ -38,7 +38,7 @@ class Lowest:
         if not all(each.few for each in lean):
             await trials.estimate(left)
         value = trials.request.lowest
-        expected = [(sum(categories.values()), each) for each in left if (categories := each.expected(value))]
+        expected = [(nbytes, each) for each in left if (nbytes := each.expected_bytes(value))]
         self.expected = min(expected, key=lambda pair: pair[0], default=None)
         if self.expected and self.expected[0] * self.times <= trials.room:
             return
@@ -62,7 +62,7 @@ class Leanest:
         """Search in `trials`."""
         left, lowest = await trials.not_ruled_out(trials.combinations), trials.request.lowest
         await trials.estimate(leanest(left))
-        expected = {each: sum((each.expected(lowest) or {}).values()) for each in left if each.few}
+        expected = {each: nbytes for each in left if (nbytes := each.expected_bytes(lowest)) is not None}
         least = min(expected.values(), default=0)
         near = sorted(
             (each for each in expected if expected[each] <= NEAR * least), key=lambda each: expected[each]
@@ -106,11 +106,8 @@ async def _cheapest_of(trials: Trials, group: Sequence[Combination]) -> bool:
     if not any(map(trials.may_fit, lean)):
         for each in group:
             each.hopeless = True
-    least: tuple[
-        float, ...
-    ] = ()  # the cost that none is below: in training no other has a larger micro-batch
-    if trials.request.mode == "train":
-        least = min(each.expected_cost for each in lean)
+    # the cost that none is below: in training no other has a larger micro-batch
+    least = min(each.expected_cost for each in lean) if trials.request.mode == "train" else ()
     left, waiting = [*group], [each for each in group if each not in lean and not each.hopeless]
     while (best := _best(trials, left)) or waiting:
         if waiting and not (

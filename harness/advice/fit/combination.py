@@ -95,9 +95,14 @@ class Combination:
         slack = nearest.worst.needs / max(1, nearest.worst.bytes) - 1
         return {**categories, "slack": int(slack * sum(categories.values()))}
 
-    def _likely(self, value: int) -> bool | None:
+    def expected_bytes(self, value: int) -> int | None:
+        """The sum of what is `expected`. None: not known."""
         expected = self.expected(value)
-        return None if expected is None else sum(expected.values()) <= self.room
+        return None if expected is None else sum(expected.values())
+
+    def _likely(self, value: int) -> bool | None:
+        expected = self.expected_bytes(value)
+        return None if expected is None else expected <= self.room
 
     def ruled_out(self, settings: Settings, value: int) -> Worst | None:
         """What `value` surely needs after the rehearsals of smaller ones, if that is too much."""

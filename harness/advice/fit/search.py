@@ -42,7 +42,7 @@ def _first_answer(trials: Trials, best: Combination) -> str:
     if value is None:
         return f"{FIRST}nothing fits"
     overrides = short([*best.overrides, f"{trials.request.searched}={value}"])
-    expected = sum((best.expected(value) or {}).values())
+    expected = best.expected_bytes(value)
     return f"{FIRST}{' '.join(overrides)}, about {size(expected)} of {size(trials.room)}"
 
 

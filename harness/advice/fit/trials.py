@@ -69,10 +69,12 @@ class Trials:
     async def _begun(self, search: Search) -> None:
         with workers() as self._pool:
             await self._decide()
-            refused = [each for each in map(self._refusal, self.combinations) if each]
-            self.combinations = [each for each in self.combinations if not self._refusal(each)]
-            if not self.combinations:
-                raise refused[0]
+            refusals = [*map(self._refusal, self.combinations)]
+            allowed = zip(self.combinations, refusals, strict=True)
+            self.combinations = [each for each, refusal in allowed if refusal is None]
+            for refusal in refusals:
+                if refusal is not None and not self.combinations:
+                    raise refusal
             await search(self)
 
     async def _decide(self) -> None:
@@ -124,18 +126,18 @@ class Trials:
 
     def may_fit(self, combination: Combination) -> bool:
         """Whether it is open if the lowest value of `combination` fits."""
-        expected = sum((combination.expected(self.request.lowest) or {}).values())
+        expected = combination.expected_bytes(self.request.lowest) or 0
         return not combination.trials and not combination.hopeless and expected * self.times <= self.room
 
     async def not_ruled_out(self, combinations: Sequence[Combination]) -> list[Combination]:
         """Learn by shapes alone of which combinations nothing fits, and return the others."""
         lowest = [self.request.rehearsed(self.lowest(each)) for each in combinations]
-        models = {bounds.model_of(settings): settings for settings in lowest}
-        new = [model for model in models if model not in _COUNTED]
-        counts = [in_worker(self._pool, bounds.count, models[model]) for model in new]
+        models = [*map(bounds.model_of, lowest)]
+        new = {model: each for model, each in zip(models, lowest, strict=True) if model not in _COUNTED}
+        counts = [in_worker(self._pool, bounds.count, settings) for settings in new.values()]
         _COUNTED.update(zip(new, await asyncio.gather(*counts), strict=True))
-        for each, settings in zip(combinations, lowest, strict=True):
-            surely = bounds.by_shapes(settings, _COUNTED[bounds.model_of(settings)])
+        for each, settings, model in zip(combinations, lowest, models, strict=True):
+            surely = bounds.by_shapes(settings, _COUNTED[model])
             if worst := each.too_much(surely):
                 self._learn(each, self.request.lowest, settings, worst)
         self._count()
@@ -171,6 +173,7 @@ class Trials:
             return NOT_EXPECTED
 
     async def rehearse(self, combination: Combination, value: int) -> None:
+        """Rehearse `combination` with `value`. Raises Refusal."""
         settings = self.request.settings(self.request.with_value(combination.overrides, value))
         self._add(combination, value, settings, await self._worst(settings))
 
@@ -204,8 +207,7 @@ class Trials:
     def _learn(self, combination: Combination, value: int, settings: Settings, worst: Worst) -> None:
         overrides = self.request.with_value(combination.overrides, value)
         if combination.few and not combination.trials and not worst.bound and value == self.request.lowest:
-            expected = sum((combination.expected(value) or {}).values())
-            self.came_to.append(worst.needs / max(1, expected))
+            self.came_to.append(worst.needs / (combination.expected_bytes(value) or 1))
         combination.add(Trial(value, overrides, settings, worst, self.room - worst.needs))
 
     def _count(self) -> None:
