@@ -1,11 +1,12 @@
 """Which parameters a transfer of DeepSpeed's ZeRO is for, read off its engine when it calls the process group.
 
 ZeRO sends flat tensors of its own, with the parts of several parameters. It keeps which ones: gradients in
-`ipg_buckets`, by `ds_status` the parameters that it is gathering, and their names in `param_names` (DeepSpeed 0.19): to
-walk through a model takes long, and a deep one has thousands of transfers in a step.
+`ipg_buckets`, by `ds_status` the parameters that it is gathering, and their names in `param_names` (DeepSpeed 0.19). A
+deep model has thousands of parameters and thousands of transfers in a step, so not all are looked at for each.
 """
 
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from typing import Any
 
 REDUCTIONS = ("all-reduce", "reduce-scatter", "all-to-all", "reduce")
@@ -17,7 +18,13 @@ class ZeroParameters:
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
-        self._sent: set[int] = set()  # in flight, and in a transfer
+        self._sent: set[int] = set()  # by place in `_all`: those in flight, and in a transfer
+        self._place = 0  # of the last that was gathered
+
+    @cached_property
+    def _all(self) -> list[tuple[Any, str]]:
+        """Each parameter and its name, in the model's order."""
+        return list(self._engine.param_names.items())
 
     def shares(self, operation: str, elements: int, ranks: int) -> Mapping[str, int]:
         """Elements by parameter of a transfer of so many `elements` among so many `ranks`. Empty: it is not known."""
@@ -26,17 +33,21 @@ class ZeroParameters:
         return dict(self._reduced()) if operation in REDUCTIONS else {}
 
     def _gathered(self, elements: int, ranks: int) -> Iterator[tuple[str, int]]:
-        names = self._engine.param_names
-        in_flight = type(next(iter(names)).ds_status)[IN_FLIGHT]
-        parameters = [each for each in names if each.ds_status is in_flight]
-        self._sent &= set(map(id, parameters))
-        for parameter in parameters:
-            if elements > 0 and id(parameter) not in self._sent:
-                self._sent.add(id(parameter))
-                part = parameter.ds_tensor.ds_numel * ranks
-                elements -= part
-                yield names[parameter], part
-
+        in_flight = type(self._all[0][0].ds_status)[IN_FLIGHT]
+        self._sent = {place for place in self._sent if self._all[place][0].ds_status is in_flight}
+        parts: dict[int, int] = {}
+        for again in (False, True):  # those sent before may be gathered again, with no other in between
+            for place in outwards(self._place, len(self._all)):
+                if elements <= 0:
+                    break
+                parameter = self._all[place][0]
+                if parameter.ds_status is in_flight and (place in self._sent) is again and place not in parts:
+                    parts[place] = parameter.ds_tensor.ds_numel * ranks
+                    elements -= parts[place]
+        self._sent.update(parts)
+        self._place = max(parts, default=self._place)
+        for place in sorted(parts):
+            yield self._all[place][1], parts[place]
     def _reduced(self) -> Iterator[tuple[str, int]]:
         optimizer = self._engine.optimizer
         buckets = getattr(optimizer, "ipg_buckets", None) or {}
@@ -49,3 +60,13 @@ class ZeroParameters:
                 self._engine.param_names.get(parameter, ""),
                 getattr(parameter, "ds_numel", parameter.numel()),
             )
+
+
+def outwards(start: int, length: int) -> Iterator[int]:
+    """The numbers below `length`, the nearest to `start` first: neighbours are gathered together."""
+    yield from range(start, min(start + 1, length))
+    for distance in range(1, length):
+        if start + distance < length:
+            yield start + distance
+        if start >= distance:
+            yield start - distance

@@ -15,10 +15,17 @@ UNVERIFIED = "not verified on this hardware"
 
 
 def decisive(settings: Settings) -> Settings:
-    """`settings` with only as many micro-batches as decide the peak of a step.
+    """`settings` with only as many micro-batches, of a step and of a validation, as decide the peak.
 
-    After stages + 1 micro-batches, every stage has kept the most that it ever keeps, gradients included. Each further
-    one adds only its loss on a pipeline's last stage, 4 bytes.
+    After stages + 1 micro-batches, every stage has kept the most that it ever keeps, gradients included; a validation
+    keeps the batch before while it takes the next. Each further one adds only its loss on a pipeline's last stage, 4
+    bytes.
     """
-    micro_batches = min(settings.train.accumulation, settings.pipeline.stages + 1)
-    return replace(settings, train=replace(settings.train, accumulation=micro_batches, batch=None))
+    train, most = settings.train, settings.pipeline.stages + 1
+    few = replace(
+        train,
+        accumulation=min(train.accumulation, most),
+        batch=None,
+        validation_batches=min(train.validation_batches, most),
+    )
+    return replace(settings, train=few)

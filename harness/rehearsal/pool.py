@@ -95,14 +95,17 @@ def workers() -> Iterator[ProcessPoolExecutor]:
 
 
 def started() -> ProcessPoolExecutor:
-    """The pool, whose first worker begins to import at once: what the caller does meanwhile costs no time."""
+    """The pool, whose first worker begins to import at once: what the caller does meanwhile costs no time.
+
+    A thread waits for it, as the server that forks the workers answers nobody before it has imported everything.
+    """
     directory = os.getcwd()
     if directory not in _warm:
         end()
         context = get_context("forkserver")
         context.set_forkserver_preload(["harness.rehearsal.balance"])
         _warm[directory] = ProcessPoolExecutor(cores(), context, _begin)
-        _warm[directory].submit(int)
+        Thread(target=_warm[directory].submit, args=(int,), daemon=True).start()
     return _warm[directory]
 
 

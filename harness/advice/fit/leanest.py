@@ -10,7 +10,7 @@ LEANER = {
     "checkpointing.offload": {"cpu": 0, "none": 1},
     "optimizer": {"sgd": 0, "lion": 1, "adamw_8bit": 1, "adamw": 2},
     "optimizer.state": {"bf16": 0, "fp32": 1},
-    "adapter": {"qlora": 0, "lora": 1, "none": 2},
+    "adapter": {"qlora": 0, "lora": 1, "dora": 2, "none": 2},
 }
 """Values by the bytes they let a model of many layers need, the fewest first. Of two with one number, or of one that is
 not here, it is not known which needs less: ZeRO-3 gathers all of a small model, and a chunk of a loss has buffers.

@@ -6,6 +6,7 @@ Their names differ among transformers' configs, but the endings of the names do 
 import math
 import re
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from typing import Any, TypeGuard
 
 from harness.config.rules.sources import read, text_of
@@ -69,6 +70,7 @@ def check(shape: Mapping[str, Any], prefix: str) -> None:
             )
 
 
+@lru_cache(maxsize=1024, typed=True)  # a search checks one model in thousands of configs
 def _remedy(name: str, value: object) -> str | None:
     """What `value` should be, if it is impossible for `name`; else None."""
     number = _number(value)
