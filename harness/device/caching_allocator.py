@@ -29,7 +29,7 @@ collection also runs where the memory fraction was set to 1.
 
 import sys
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from dataclasses import replace
 
 from harness.device.allocator_settings import INTERVALS, MIB, Settings
@@ -204,6 +204,18 @@ class CachingAllocator:
     def reset_peaks(self) -> None:
         """From now on the peaks are those of what follows."""
         self.peak_allocated, self.device.peak_reserved = self.allocated, self.reserved
+
+    def layout(self) -> Iterator[tuple[Hashable, Hashable]]:
+        """What each block is, and the key of what is in it, in the order of addresses. Where two layouts are equal, so
+        is what follows.
+        """
+        for address in sorted(self.device.segments):
+            block: Block | None = self.device.segments[address]
+            first = True
+            while block is not None:
+                age = self.settings.garbage_collection_threshold and block.pool.searches - block.inserted
+                yield (first, block.size, block.state, block.stream, block.pool.small, age), block.key
+                block, first = block.after, False
 
     def lift_limits(self) -> None:
         """From now on the card is without end."""

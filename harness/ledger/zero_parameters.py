@@ -48,6 +48,7 @@ class ZeroParameters:
         self._place = max(parts, default=self._place)
         for place in sorted(parts):
             yield self._all[place][1], parts[place]
+
     def _reduced(self) -> Iterator[tuple[str, int]]:
         optimizer = self._engine.optimizer
         buckets = getattr(optimizer, "ipg_buckets", None) or {}

@@ -32,6 +32,12 @@ class CardLedger(Ledger):
         super().__exit__(*exc)
         self.host.__exit__(*exc)
 
+    def begins(self, step: int) -> None:
+        """As `Ledger.begins`."""
+        super().begins(step)
+        if self.exact:
+            self.memory.begins(step)
+
     def enough(self) -> None:
         """From now on see only what `"phases"` sees."""
         self.memory.catch_up()

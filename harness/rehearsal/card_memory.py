@@ -15,6 +15,7 @@ from harness.device.replay import CACHE_EMPTIED, Alternative, Moment, Step, advi
 from harness.device.snapshot import snapshot
 from harness.ledger.events import Event, Storage
 from harness.ledger.reconcile import Exhausted, Reservation
+from harness.rehearsal.later_steps import Later
 
 
 class CardMemory:
@@ -40,10 +41,14 @@ class CardMemory:
         """All that the allocator was asked to do. The keys are storages."""
         self.times = array("q")
         """When that was, in nanoseconds."""
+        self.later: Later | None = None
+        """The steps of training that follow, where they repeat the last."""
+        self._begins: dict[int, int] = {}  # of each step of training: how many `steps` were before
         self._streams = 0
         self._next = 0
         self._most_allocated = 0
         self._most_reserved = Moment()
+        self._retries = 0
 
     @property
     def card(self) -> Card:
@@ -86,6 +91,8 @@ class CardMemory:
 
     def catch_up(self) -> None:
         """Follow what the ledger has seen since."""
+        if self.later is not None:  # the allocator is further than the ledger
+            return
         events = self.events()
         for event in events[self._next :]:
             storage = event.storage
@@ -104,6 +111,25 @@ class CardMemory:
                 self._most_reserved = moment(len(self.steps) - 1, self.allocator)
             self._most_allocated = max(self._most_allocated, self.allocator.allocated)
         self._next = len(events)
+
+    def begins(self, step: int) -> None:
+        """A phase of `step` begins, or the step itself."""
+        self.catch_up()
+        self._begins.setdefault(step, len(self.steps))
+
+    def go_on(self, more: int) -> None:
+        """Follow `more` steps of training that are not seen and repeat the last: memory may be used up in one of them.
+
+        All other figures stay those of the steps that were seen.
+        """
+        self.catch_up()
+        if more > 0 and self.exhausted is None and self._begins:
+            number, begin = max(self._begins.items())
+            later = Later(self.steps[begin:], number)
+            if later.repeats:
+                self._retries = self.allocator.retries
+                later.follow(self.allocator, more)
+                self.later, self.exhausted = later, later.exhausted
 
     def _follow(self, step: Step, time: int) -> None:
         """Take one step. Raises OutOfMemory."""
@@ -157,7 +183,7 @@ class CardMemory:
             most.slack,
             most.inactive_split,
             most.segments,
-            self.allocator.retries,
+            self.allocator.retries if self.later is None else self._retries,
             self.settings,
             self.exhausted,
         )
@@ -165,7 +191,8 @@ class CardMemory:
     def alternatives(self) -> list[Alternative]:
         """What would be reserved under other settings, best first."""
         self.catch_up()
-        return advise(self.steps, self.allocator.settings, self.capacity, self.total or None)
+        steps = self.steps if self.later is None else [*self.steps, *self.later.followed]
+        return advise(steps, self.allocator.settings, self.capacity, self.total or None)
 
     def snapshot(self) -> dict[str, Any]:
         """The history so far, and the segments now, in the format of `torch.cuda.memory._snapshot()`."""

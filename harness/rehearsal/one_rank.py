@@ -78,6 +78,8 @@ def rehearse(
             with existing_objects_frozen(), ledger, watched(ledger, report):
                 output = record_file.Output(Path("/dev/null"), _quiet, results, _nothing)
                 mode.run(plan, world, ledger, output, Shortened(compiler))
+                if memory is not None and settings.mode == "train":
+                    memory.go_on(settings.train.steps - settings.ledger.steps)
         except Exception as error:
             error.rehearsed = rank, ledger.where  # type: ignore[attr-defined]
             raise

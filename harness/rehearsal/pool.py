@@ -256,7 +256,11 @@ def _rehearsed(settings: Settings, rank: int, advised: bool = False) -> Worst:
 
     alternatives: list[Alternative] = []
 
+    later = 0
+
     def learn(memory: "CardMemory") -> None:
+        nonlocal later
+        later = memory.later.reserved if memory.later is not None else 0
         fragmented = memory.exhausted is not None and memory.peak_allocated <= (memory.capacity or 0)
         if advised or fragmented:
             alternatives.extend(memory.alternatives())
@@ -271,7 +275,7 @@ def _rehearsed(settings: Settings, rank: int, advised: bool = False) -> Worst:
         rank,
         {name: count for name, count in peak.categories.items() if count},
         allocated=peak.allocated,
-        reserved=peak.reserved,
+        reserved=None if peak.reserved is None else max(peak.reserved, later),
         exhausted=record.allocator.exhausted is not None,
         alternatives=tuple(alternatives),
         unseen=tuple(record.unseen),

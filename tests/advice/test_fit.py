@@ -530,11 +530,11 @@ def test_configs_are_ranked_by_counted_bytes_and_by_formula_only_where_none_were
 
 def test_more_micro_batches_than_decide_a_peak_add_their_losses_and_no_more() -> None:
     shallow = [*SMALL, "model.config.num_hidden_layers=2"]
-    words = [*shallow, "ledger.steps=2", "world=rehearsed", "train.accumulation=7"]
+    words = [*shallow, "ledger.steps=2", "world=rehearsed", "train.accumulation=7", "train.steps=2"]
     for stages, zero in ((1, 2), (1, 3), (2, 1)):
         many = load(compose.compose([*words, f"zero={zero}", f"pipeline.stages={stages}", "world.size=2"]))
         few = decisive(many)
-        assert few.train.accumulation == stages + 1
+        assert few.train.accumulation == few.train.validation_batches == stages + 1
         apart = worst(many).bytes - worst(few).bytes
         assert apart in (0, 4 * (7 - few.train.accumulation))
 
@@ -669,6 +669,7 @@ LEANER_PAIRS = [
     ("checkpointing=full", "checkpointing=selective"),
     ("optimizer=adamw_8bit", "optimizer=adamw"),
     ("adapter=lora", "adapter=none"),
+    ("adapter=lora", "adapter=dora"),
     ("zero=2 zero.offload=optimizer", "zero=2"),
 ]
 MORE_PAIRS = [
