@@ -35,19 +35,29 @@ class ZeroParameters:
     def _gathered(self, elements: int, ranks: int) -> Iterator[tuple[str, int]]:
         in_flight = type(self._all[0][0].ds_status)[IN_FLIGHT]
         self._sent = {place for place in self._sent if self._all[place][0].ds_status is in_flight}
-        parts: dict[int, int] = {}
-        for again in (False, True):  # those sent before may be gathered again, with no other in between
-            for place in outwards(self._place, len(self._all)):
-                if elements <= 0:
-                    break
-                parameter = self._all[place][0]
-                if parameter.ds_status is in_flight and (place in self._sent) is again and place not in parts:
-                    parts[place] = parameter.ds_tensor.ds_numel * ranks
-                    elements -= parts[place]
+        parts = self._nearest(in_flight, elements, ranks, sent=False)
+        missing = elements - sum(parts.values())
+        if (
+            missing > 0
+        ):  # those sent before are gathered again, with no other in between, or it is not for parameters
+            again = self._nearest(in_flight, missing, ranks, sent=True)
+            parts.update(again if sum(again.values()) == missing else {})
         self._sent.update(parts)
         self._place = max(parts, default=self._place)
         for place in sorted(parts):
             yield self._all[place][1], parts[place]
+
+    def _nearest(self, in_flight: Any, elements: int, ranks: int, *, sent: bool) -> dict[int, int]:
+        """So many elements, or all there are, of those in flight that were `sent` or not, by place."""
+        parts: dict[int, int] = {}
+        for place in outwards(self._place, len(self._all)):
+            if elements <= 0:
+                break
+            parameter = self._all[place][0]
+            if parameter.ds_status is in_flight and (place in self._sent) is sent:
+                parts[place] = parameter.ds_tensor.ds_numel * ranks
+                elements -= parts[place]
+        return parts
 
     def _reduced(self) -> Iterator[tuple[str, int]]:
         optimizer = self._engine.optimizer

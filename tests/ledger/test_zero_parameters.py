@@ -65,9 +65,11 @@ def test_what_is_gathered_again_with_nothing_in_between_has_its_name_again() -> 
         engine.wait(1)
 
 
-def test_what_is_no_parameter_has_no_name() -> None:
+def test_what_is_no_parameter_has_no_name_also_while_parameters_are_in_flight() -> None:
     engine = Engine(3)
-    assert engine.shares("all-gather", 20, 2) == {}
+    assert engine.shares("all-gather", 8, 2) == {}
+    assert engine.gather(0, 1) == ["p0", "p1"]
+    assert engine.shares("all-gather", 8, 2) == {}
     assert engine.shares("broadcast", 20, 2) == {}
 
 
