@@ -207,13 +207,15 @@ class CachingAllocator:
 
     def layout(self) -> Iterator[tuple[Hashable, Hashable]]:
         """What each block is, and the key of what is in it, in the order of addresses. Where two layouts are equal, so
-        is what follows.
+        is what follows, but for what other streams still use.
         """
+        collects = bool(self.settings.garbage_collection_threshold)
         for address in sorted(self.device.segments):
             block: Block | None = self.device.segments[address]
             first = True
             while block is not None:
-                age = self.settings.garbage_collection_threshold and block.pool.searches - block.inserted
+                free = block.state is State.FREE
+                age = block.pool.searches - block.inserted if collects and free else 0
                 yield (first, block.size, block.state, block.stream, block.pool.small, age), block.key
                 block, first = block.after, False
 

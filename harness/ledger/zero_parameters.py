@@ -5,7 +5,7 @@ ZeRO sends flat tensors of its own, with the parts of several parameters. It kee
 deep model has thousands of parameters and thousands of transfers in a step, so not all are looked at for each.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -35,22 +35,30 @@ class ZeroParameters:
     def _gathered(self, elements: int, ranks: int) -> Iterator[tuple[str, int]]:
         in_flight = type(self._all[0][0].ds_status)[IN_FLIGHT]
         self._sent = {place for place in self._sent if self._all[place][0].ds_status is in_flight}
-        parts = self._nearest(in_flight, elements, ranks, sent=False)
+        everywhere = range(len(self._all))
+        parts = self._taken(outwards(self._place, len(self._all)), elements, ranks, sent=False)
+        if (
+            sum(parts.values()) != elements
+        ):  # several are in flight that are gathered one by one, in the model's order
+            parts = self._taken(everywhere, elements, ranks, sent=False)
         missing = elements - sum(parts.values())
         if (
             missing > 0
         ):  # those sent before are gathered again, with no other in between, or it is not for parameters
-            again = self._nearest(in_flight, missing, ranks, sent=True)
-            parts.update(again if sum(again.values()) == missing else {})
+            again = self._taken(everywhere, missing, ranks, sent=True)
+            if sum(again.values()) == missing:
+                self._sent = set()
+                parts.update(again)
         self._sent.update(parts)
         self._place = max(parts, default=self._place)
         for place in sorted(parts):
             yield self._all[place][1], parts[place]
 
-    def _nearest(self, in_flight: Any, elements: int, ranks: int, *, sent: bool) -> dict[int, int]:
+    def _taken(self, places: Iterable[int], elements: int, ranks: int, *, sent: bool) -> dict[int, int]:
         """So many elements, or all there are, of those in flight that were `sent` or not, by place."""
+        in_flight = type(self._all[0][0].ds_status)[IN_FLIGHT]
         parts: dict[int, int] = {}
-        for place in outwards(self._place, len(self._all)):
+        for place in places:
             if elements <= 0:
                 break
             parameter = self._all[place][0]

@@ -11,7 +11,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from multiprocessing import get_context, parent_process
+from multiprocessing import forkserver, get_context, parent_process
 from threading import Thread
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -95,9 +95,8 @@ def workers() -> Iterator[ProcessPoolExecutor]:
 
 
 def started() -> ProcessPoolExecutor:
-    """The pool, whose first worker begins to import at once: what the caller does meanwhile costs no time.
-
-    A thread waits for it, as the server that forks the workers answers nobody before it has imported everything.
+    """The pool. The server that forks its workers begins to import at once: what the caller does meanwhile costs no
+    time.
     """
     directory = os.getcwd()
     if directory not in _warm:
@@ -105,7 +104,7 @@ def started() -> ProcessPoolExecutor:
         context = get_context("forkserver")
         context.set_forkserver_preload(["harness.rehearsal.balance"])
         _warm[directory] = ProcessPoolExecutor(cores(), context, _begin)
-        Thread(target=_warm[directory].submit, args=(int,), daemon=True).start()
+        forkserver.ensure_running()
     return _warm[directory]
 
 

@@ -16,13 +16,13 @@ class Status(Enum):
 
 
 class Parameter:
-    """A parameter with 10 elements on each rank, which counts how often it is looked at."""
+    """A parameter with so many elements on each rank, which counts how often it is looked at."""
 
     looked_at = 0
 
-    def __init__(self) -> None:
+    def __init__(self, elements: int) -> None:
         self.status = Status.NOT_AVAILABLE
-        self.ds_tensor = SimpleNamespace(ds_numel=10)
+        self.ds_tensor = SimpleNamespace(ds_numel=elements)
 
     @property
     def ds_status(self) -> Status:
@@ -31,18 +31,30 @@ class Parameter:
 
 
 class Engine:
-    """An engine with so many parameters, in place of DeepSpeed's."""
+    """An engine in place of DeepSpeed's, whose parameters have so many elements on each rank."""
 
-    def __init__(self, number: int) -> None:
-        self.parameters = [Parameter() for _ in range(number)]
+    def __init__(self, *elements: int) -> None:
+        self.parameters = [*map(Parameter, elements)]
         self.param_names: dict[Any, str] = {each: f"p{place}" for place, each in enumerate(self.parameters)}
         self.shares = ZeroParameters(self).shares
 
     def gather(self, *places: int) -> list[str]:
         """The names of what is gathered on 2 ranks in one transfer."""
+        self.begin(*places)
+        return self.send(*places)
+
+    def begin(self, *places: int) -> None:
+        """These are to be gathered."""
         for place in places:
             self.parameters[place].status = Status.INFLIGHT
-        return [*self.shares("all-gather", 20 * len(places), 2)]
+
+    def send(self, *places: int) -> list[str]:
+        """The names of what is gathered on 2 ranks in one transfer that has these."""
+        return [
+            *self.shares(
+                "all-gather", 2 * sum(self.parameters[place].ds_tensor.ds_numel for place in places), 2
+            )
+        ]
 
     def wait(self, *places: int) -> None:
         """These have arrived, and are let go."""
@@ -51,7 +63,7 @@ class Engine:
 
 
 def test_what_is_gathered_in_one_transfer_has_its_names_in_the_models_order() -> None:
-    engine = Engine(8)
+    engine = Engine(*[10] * 8)
     assert engine.gather(4, 2, 3) == ["p2", "p3", "p4"]
     assert engine.gather(7) == ["p7"]
     engine.wait(2, 3, 4)
@@ -59,14 +71,23 @@ def test_what_is_gathered_in_one_transfer_has_its_names_in_the_models_order() ->
 
 
 def test_what_is_gathered_again_with_nothing_in_between_has_its_name_again() -> None:
-    engine = Engine(3)
+    engine = Engine(10, 10, 10)
     for _ in range(3):
         assert engine.gather(1) == ["p1"]
         engine.wait(1)
 
 
+def test_what_is_gathered_one_by_one_has_its_name_forward_and_backward() -> None:
+    """DeepSpeed's allgather_sequential: several are in flight, and each has a transfer of its own."""
+    engine = Engine(*range(1, 9))
+    for layer in (0, 2, 4, 6, 6, 4, 2, 0):
+        engine.begin(layer, layer + 1)
+        assert [engine.send(layer), engine.send(layer + 1)] == [[f"p{layer}"], [f"p{layer + 1}"]]
+        engine.wait(layer, layer + 1)
+
+
 def test_what_is_no_parameter_has_no_name_also_while_parameters_are_in_flight() -> None:
-    engine = Engine(3)
+    engine = Engine(10, 10, 10)
     assert engine.shares("all-gather", 8, 2) == {}
     assert engine.gather(0, 1) == ["p0", "p1"]
     assert engine.shares("all-gather", 8, 2) == {}
@@ -77,7 +98,7 @@ def test_a_deep_model_is_not_looked_through_at_each_transfer() -> None:
     """Forward and then backward, as ZeRO-3 gathers."""
     looks = []
     for number in (100, 200):
-        engine = Engine(number)
+        engine = Engine(*[10] * number)
         Parameter.looked_at = 0
         for place in (*range(number), *reversed(range(number))):
             assert engine.gather(place) == [f"p{place}"]
