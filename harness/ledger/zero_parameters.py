@@ -37,18 +37,15 @@ class ZeroParameters:
         self._sent = {place for place in self._sent if self._all[place][0].ds_status is in_flight}
         everywhere = range(len(self._all))
         parts = self._taken(outwards(self._place, len(self._all)), elements, ranks, sent=False)
-        if (
-            sum(parts.values()) != elements
-        ):  # several are in flight that are gathered one by one, in the model's order
+        if sum(parts.values()) != elements:
+            # several are in flight, and each is gathered alone, in the model's order
             parts = self._taken(everywhere, elements, ranks, sent=False)
         missing = elements - sum(parts.values())
-        if (
-            missing > 0
-        ):  # those sent before are gathered again, with no other in between, or it is not for parameters
-            again = self._taken(everywhere, missing, ranks, sent=True)
-            if sum(again.values()) == missing:
-                self._sent = set()
-                parts.update(again)
+        # those sent before are gathered again, with no other in between; or it is not for parameters
+        again = self._taken(everywhere, missing, ranks, sent=True)
+        if again and sum(again.values()) == missing:
+            self._sent = set()
+            parts.update(again)
         self._sent.update(parts)
         self._place = max(parts, default=self._place)
         for place in sorted(parts):
