@@ -33,8 +33,7 @@ class ZeroParameters:
         return dict(self._reduced()) if operation in REDUCTIONS else {}
 
     def _gathered(self, elements: int, ranks: int) -> Iterator[tuple[str, int]]:
-        in_flight = type(self._all[0][0].ds_status)[IN_FLIGHT]
-        self._sent = {place for place in self._sent if self._all[place][0].ds_status is in_flight}
+        self._sent = {place for place in self._sent if self._is_in_flight(place)}
         everywhere = range(len(self._all))
         parts = self._taken(outwards(self._place, len(self._all)), elements, ranks, sent=False)
         if sum(parts.values()) != elements:
@@ -53,16 +52,17 @@ class ZeroParameters:
 
     def _taken(self, places: Iterable[int], elements: int, ranks: int, *, sent: bool) -> dict[int, int]:
         """So many elements, or all there are, of those in flight that were `sent` or not, by place."""
-        in_flight = type(self._all[0][0].ds_status)[IN_FLIGHT]
         parts: dict[int, int] = {}
         for place in places:
             if elements <= 0:
                 break
-            parameter = self._all[place][0]
-            if parameter.ds_status is in_flight and (place in self._sent) is sent:
-                parts[place] = parameter.ds_tensor.ds_numel * ranks
+            if self._is_in_flight(place) and (place in self._sent) is sent:
+                parts[place] = self._all[place][0].ds_tensor.ds_numel * ranks
                 elements -= parts[place]
         return parts
+
+    def _is_in_flight(self, place: int) -> bool:
+        return self._all[place][0].ds_status.name == IN_FLIGHT  # type: ignore[no-any-return]
 
     def _reduced(self) -> Iterator[tuple[str, int]]:
         optimizer = self._engine.optimizer

@@ -254,7 +254,6 @@ def _rehearsed(settings: Settings, rank: int, advised: bool = False) -> Worst:
     from harness.rehearsal.one_rank import rehearse
 
     alternatives: list[Alternative] = []
-
     later = 0
 
     def learn(memory: "CardMemory") -> None:
